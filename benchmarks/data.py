@@ -1,0 +1,168 @@
+"""Images/s of the data path on one core: the published Pillow two-step against ours, in turns in one process.
+
+    python benchmarks/data.py [--images FOLDER] [--size 256] [--rounds 5] [--out FILE.json]
+
+Measured is the way from a file's bytes in memory to a uint8 3 x S x S training crop, as a loader worker takes it:
+    pillow          decode, resize the whole image to 1.5 * S px, crop, to channels first: the published pipeline
+    ours            scaled JPEG decode, one resize of the cropped box
+    ours_resized    the same on a set stored with `create_hf_test_data.py --resize_shorter` 1.5 * S
+Every round runs each of them over all images. Times are those of the CPU, not of the wall, so that a busy machine tells the
+same; the figure is the best round, the ratio the median over rounds.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+GOALS = {"ours": 1.8, "ours_resized": 2.7}
+GENERATED = 96
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, help="folder of images, searched to any depth (default: generated ones)")
+    parser.add_argument("--size", type=int, default=256, help="px, side of the crop (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help="write the figures there as JSON")
+    return parser
+
+
+def main() -> int:
+    args = build_parser().parse_args()
+    from src.errors import UserError
+
+    try:
+        report = measure(load(args.images), args.size, args.rounds)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    report |= {
+        "images": str(args.images or "generated"),
+        "command": "python benchmarks/data.py " + " ".join(sys.argv[1:]),
+    }
+    for name, row in report["results"].items():
+        goal = f" (goal {GOALS[name]})" if name in GOALS else ""
+        print(f"{name:14} {row['images_per_s']:8.1f} images/s and core {row['ratio']:6.2f} x pillow{goal}")
+    print(f"mean difference to pillow, levels: {report['mean_difference']}")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+def load(folder: Path | None) -> list[bytes]:
+    """The bytes of the images to measure with."""
+    from src.data import dummy
+    from src.errors import UserError
+
+    if folder is None:
+        return [dummy.jpeg(i) for i in range(GENERATED)]
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+    if not files:
+        raise UserError(f"--images {folder}: no images found in it.")
+    return [p.read_bytes() for p in files]
+
+
+def measure(files: list[bytes], size: int, rounds: int) -> dict[str, Any]:
+    import numpy as np
+    import torch
+
+    from src.data.convert_shard import encode
+    from src.data.crops import default_shorter_px
+    from src.data.dataset import TrainTransform
+    from src.data.decode import Decoder
+
+    torch.set_num_threads(1)
+    decoder = Decoder("ignore", 80)  # like the published code, so that all three show the same squares
+    transform = TrainTransform(size, "random", None, decoder, seed=0)
+    resized = [encode(data, decoder, default_shorter_px(size)) for data in files]
+
+    def ours(data: bytes, position: int) -> np.ndarray:
+        return np.ascontiguousarray(transform(data, 0, position).transpose(2, 0, 1))
+
+    def pillow(data: bytes, position: int) -> np.ndarray:
+        return two_step(data, size, position)
+
+    ways: dict[str, tuple[Callable[[bytes, int], np.ndarray], list[bytes]]] = {
+        "pillow": (pillow, files),
+        "ours": (ours, files),
+        "ours_resized": (ours, resized),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, (way, data) in ways.items():
+            start = time.process_time()
+            for position, one in enumerate(data):
+                way(one, position)
+            seconds[name].append(time.process_time() - start)
+    reference = [pillow(data, i).astype(int) for i, data in enumerate(files)]
+    difference = {
+        name: [float(np.abs(way(data[i], i) - reference[i]).mean()) for i in range(len(files))]
+        for name, (way, data) in ways.items()
+        if name != "pillow"
+    }
+    return {
+        "results": {
+            name: {
+                "images_per_s": round(len(files) / min(times), 1),
+                "ratio": round(statistics.median(p / t for p, t in zip(seconds["pillow"], times, strict=True)), 3),
+            }
+            for name, times in seconds.items()
+        },
+        "mean_difference": {
+            n: {"mean": round(sum(d) / len(d), 3), "largest": round(max(d), 3)} for n, d in difference.items()
+        },
+        "files": len(files),
+        "bytes": {"raw": sum(map(len, files)), "resized": sum(map(len, resized))},
+        "size": size,
+        "rounds": rounds,
+        "hardware": hardware(),
+        "commit": commit(),
+    }
+
+
+def two_step(data: bytes, size: int, position: int) -> Any:
+    """The published transform, written plainly: resize the whole image, then crop."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    from src import stream
+    from src.data.crops import default_shorter_px, resized_frame
+
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    width, height = resized_frame(*image.size, default_shorter_px(size))
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    u, v = stream.generator(0, stream.Purpose.CROP, 0, position).random(2)
+    left, top = int(u * (width - size + 1)), int(v * (height - size + 1))
+    crop = image.crop((left, top, left + size, top + size))
+    return np.ascontiguousarray(np.asarray(crop).transpose(2, 0, 1))
+
+
+def hardware() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    name = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+    return f"{name} ({platform.machine()}), one core"
+
+
+def commit() -> str | None:
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""Checkpoints: `last.ckpt`, `best.ckpt`, `epoch_XXX.ckpt`, and the exact way back.
+
+One file is written at a time; `best` and `epoch_XXX` are further names (hard links) of it.
+"""
+
+import logging
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+
+from src.callbacks.loop_state import make_canonical
+from src.errors import UserError
+from src.runs.checkpoint_io import link_or_copy
+
+log = logging.getLogger(__name__)
+
+TERMINATED = 128 + signal.SIGTERM  # 143, what a shell reports of a process that SIGTERM ended
+
+
+class RunCheckpoint(pl.callbacks.Checkpoint):
+    """Saves RUN/checkpoints/last.ckpt by steps, minutes and epochs, at SIGTERM and at an exception."""
+
+    def __init__(self, every_n_steps: int, every_n_minutes: float, every_n_epochs: int, keep_epochs: int) -> None:
+        """0 switches a rule off; `keep_epochs` newest epoch_XXX.ckpt stay, -1 keeps all."""
+        for key, value in (("every_n_steps", every_n_steps), ("every_n_minutes", every_n_minutes), ("every_n_epochs", every_n_epochs)):
+            if value < 0:
+                raise UserError(f"callbacks.checkpoint.{key}={value}: expected 0 (off) or more.")
+        self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
+        self.every_n_epochs, self.keep_epochs = every_n_epochs, keep_epochs
+        self.monitor: str | None = None
+        """Logged name that best.ckpt follows, lower is better; None: it is the last one."""
+        self.best: float | None = None
+        self.resumed_from: Path | None = None
+        self._best_step = -1
+        self._saved_step = -1
+        self._saved_at = time.monotonic()
+        self._epoch_ended = False
+        self._signalled = False
+        self._previous_handler: Any = None
+
+    # -- when
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+        self._previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)  # instead of Lightning's, which exits with 0
+        self.monitor = self._choose_monitor(trainer)
+        if self.resumed_from is not None and self.best is not None and trainer.is_global_zero:
+            old = self.resumed_from.with_name("best.ckpt")
+            if old.is_file() and old.parent != self._folder(trainer):
+                self._folder(trainer).mkdir(parents=True, exist_ok=True)
+                link_or_copy(old, self._folder(trainer) / "best.ckpt")
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._epoch_ended = False
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % pl_module.settings.loop.accumulate_grad_batches:
+            return
+        if self._stop_wanted(trainer, pl_module.device):
+            self.save(trainer, pl_module)
+            log.warning("SIGTERM: saved %s at step %d. Go on with ckpt_path=last.", self._folder(trainer) / "last.ckpt", trainer.global_step)
+            raise SystemExit(TERMINATED)
+        if batch_idx + 1 >= _batches_per_epoch(trainer, pl_module):
+            return  # the end of the epoch saves, once its evaluation is over
+        by_steps = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
+        if by_steps or self._is_time(trainer, pl_module.device):
+            self.save(trainer, pl_module)
+        self._follow_best(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._epoch_ended = True
+        self.save(trainer, pl_module)
+        self._follow_best(trainer, pl_module)
+        epoch = trainer.current_epoch + 1
+        if self.every_n_epochs and epoch % self.every_n_epochs == 0 and trainer.is_global_zero:
+            link_or_copy(self._folder(trainer) / "last.ckpt", self._folder(trainer) / f"epoch_{epoch:03d}.ckpt")
+            self._prune(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """The state after the last whole update; on one process only, since others may not answer any more."""
+        unfinished = trainer.global_step == self._saved_step or trainer.world_size > 1 or trainer.sanity_checking
+        if unfinished or isinstance(exception, SystemExit) or not self._at_update_boundary(trainer, pl_module):
+            return
+        try:
+            self.save(trainer, pl_module)
+            log.warning("Saved %s at step %d before giving up.", self._folder(trainer) / "last.ckpt", trainer.global_step)
+        except Exception as error:  # the first exception is the one to show
+            log.warning("No checkpoint could be saved: %s", error)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGTERM, self._previous_handler)
+            self._previous_handler = None
+
+    # -- what
+
+    def save(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """RUN/checkpoints/last.ckpt, whole or not at all. On all ranks."""
+        if trainer.global_step == self._saved_step and not self._epoch_ended:
+            return
+        pl_module.check_numbers()
+        trainer.save_checkpoint(self._folder(trainer) / "last.ckpt", weights_only=False)
+        self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        make_canonical(checkpoint["loops"], _batches_per_epoch(trainer, pl_module), self._epoch_ended)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"monitor": self.monitor, "best": self.best}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.best = state["best"]
+        self._carried_monitor = state["monitor"]
+
+    _carried_monitor: str | None = None
+
+    # -- best
+
+    def _choose_monitor(self, trainer: pl.Trainer) -> str | None:
+        names = [c.monitor for c in trainer.callbacks if getattr(c, "scores_checkpoints", False)]
+        if names:
+            monitor = names[0]
+        elif trainer.val_dataloaders or trainer.datamodule.val_size:
+            monitor = "val/loss"
+        else:
+            monitor = None
+            log.warning("Neither rFID nor validation is on: best.ckpt will be the last checkpoint.")
+        if self._carried_monitor is not None and monitor != self._carried_monitor:
+            log.warning("best.ckpt followed %s and now follows %s; it starts afresh.", self._carried_monitor, monitor)
+            self.best = None
+        return monitor
+
+    def _follow_best(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        target = self._folder(trainer) / "best.ckpt"
+        if self.monitor is None:
+            if self._epoch_ended and trainer.is_global_zero:
+                link_or_copy(self._folder(trainer) / "last.ckpt", target)
+            return
+        step, score = pl_module.scores.get(self.monitor, (-1, float("nan")))
+        if step <= self._best_step:
+            return
+        self._best_step = step
+        if self.best is None or score < self.best:
+            self.best = score
+            self._saved_step = -1  # the checkpoint has to say the new best score
+            self.save(trainer, pl_module)
+            if trainer.is_global_zero:
+                link_or_copy(self._folder(trainer) / "last.ckpt", target)
+                log.info("best.ckpt: %s %.4f at step %d", self.monitor, score, step)
+
+    # -- stopping and time
+
+    def _on_sigterm(self, signum: int, frame: Any) -> None:
+        self._signalled = True
+
+    def _stop_wanted(self, trainer: pl.Trainer, device: torch.device) -> bool:
+        return self._agreed(self._signalled, trainer, device)
+
+    def _is_time(self, trainer: pl.Trainer, device: torch.device) -> bool:
+        late = bool(self.every_n_minutes) and time.monotonic() - self._saved_at > 60 * self.every_n_minutes
+        return self._agreed(late, trainer, device)
+
+    def _agreed(self, wish: bool, trainer: pl.Trainer, device: torch.device) -> bool:
+        """True on all ranks where one of them wishes it: saving is a matter of all."""
+        if trainer.world_size == 1:
+            return wish
+        flag = torch.tensor(float(wish), device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def _at_update_boundary(self, trainer: pl.Trainer, pl_module: Any) -> bool:
+        progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        return progress.ready == progress.processed and progress.ready % pl_module.settings.loop.accumulate_grad_batches == 0
+
+    # -- files
+
+    def _folder(self, trainer: pl.Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "checkpoints"
+
+    def _prune(self, trainer: pl.Trainer) -> None:
+        if self.keep_epochs >= 0:
+            saved = sorted(self._folder(trainer).glob("epoch_*.ckpt"))
+            for file in saved[: max(len(saved) - self.keep_epochs, 0)]:
+                file.unlink()
+
+
+def _batches_per_epoch(trainer: pl.Trainer, pl_module: Any) -> int:
+    return pl_module.steps_per_epoch * pl_module.settings.loop.accumulate_grad_batches

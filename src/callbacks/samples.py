@@ -1,0 +1,52 @@
+"""Pictures while training: originals above reconstructions by the EMA weights, always of the same images."""
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+from torch import Tensor
+
+from src.images import unit_to_bytes
+from src.sheets import save_png, sheet
+
+
+class SampleImages(pl.Callback):
+    """Every `model.sample_every` updates and at the end, to the loggers and as RUN/samples/step_XXXXXXX.png."""
+
+    def __init__(self, count: int) -> None:
+        """`count`: images in a picture; the first ones of the evaluation images, training images where there are none."""
+        self.count = count
+        self.last_file: Path | None = None
+        self._originals: Tensor | None = None  # uint8 N 3 H W
+        self._drawn_at = -1
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step, every = trainer.global_step, pl_module.settings.loop.sample_every
+        if every and step % every == 0 and step != self._drawn_at:
+            self.draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if self._drawn_at != trainer.global_step:
+            self.draw(trainer, pl_module)
+
+    @torch.no_grad()
+    def draw(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._drawn_at = trainer.global_step
+        if not trainer.is_global_zero:
+            return
+        if self._originals is None:
+            dataset, _ = trainer.datamodule.evaluation_dataset(True, self.count)
+            items = (dataset[i] for i in range(len(dataset)))
+            self._originals = torch.stack([item.image for item in items if item.image is not None]).to(pl_module.device)
+        with trainer.precision_plugin.forward_context():
+            reconstructions = unit_to_bytes(pl_module.reconstruct(self._originals))
+        picture = sheet([self._originals, reconstructions])
+        self.last_file = Path(trainer.default_root_dir) / "samples" / f"step_{trainer.global_step:07d}.png"
+        save_png(picture, self.last_file)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("samples", picture, trainer.global_step)
+            elif isinstance(logger, WandbLogger):
+                logger.log_image("samples", [picture.permute(1, 2, 0).numpy()], step=trainer.global_step)

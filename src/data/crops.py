@@ -1,0 +1,100 @@
+"""Which square of an image is used, and how it is resized. Pure functions of sizes and two numbers.
+
+Legend: S the side of the square in px, W x H an image or frame in px. Pixels are uint8 0..255, H x W x 3, RGB.
+
+The published transforms resize the whole image and cut a square out of the result. Only the square is needed, so it is
+mapped back to the source and resized alone, in one pass: the same geometry, less arithmetic. Sources: torchvision
+`Resize(int)`, `RandomCrop`, `CenterCrop` (training; recipe section 4); guided-diffusion's centre crop, "ADM" (evaluation).
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from src.data.decode import Picture
+
+# Bicubic reaches 2 source px (2 * scale when shrinking) beyond the box; one more for rounding.
+KERNEL_REACH = 2
+MARGIN_PX = 2
+# A strip of 10000 x 1 px would grow to 2.5 million px in width before its middle is taken.
+MAX_ASPECT = 32
+
+
+class Window(NamedTuple):
+    """A square of a resized image, px."""
+
+    frame_width: int
+    frame_height: int
+    left: int
+    top: int
+    size: int
+
+
+def default_shorter_px(size: int) -> int:
+    """The published rule: an image is resized to 1.5 times the crop before cropping at random (256 -> 384)."""
+    return int(1.5 * size)
+
+
+def resized_frame(width: int, height: int, shorter_px: int) -> tuple[int, int]:
+    """(width, height) once the shorter side is `shorter_px`; the longer one is rounded down, as torchvision does."""
+    if width <= height:
+        return shorter_px, int(shorter_px * height / width)
+    return int(shorter_px * width / height), shorter_px
+
+
+def random_window(width: int, height: int, size: int, shorter_px: int, u: float, v: float) -> Window:
+    """The square at the place that two draws u, v in [0, 1) choose; every integer offset is equally likely."""
+    frame_width, frame_height = resized_frame(width, height, shorter_px)
+    left = int(u * (frame_width - size + 1))
+    top = int(v * (frame_height - size + 1))
+    return Window(frame_width, frame_height, left, top, size)
+
+
+def center_window(width: int, height: int, size: int) -> Window:
+    """Shorter side to `size`, then the middle: RAEv2's data (recipe section 8)."""
+    frame_width, frame_height = resized_frame(width, height, size)
+    left, top = round((frame_width - size) / 2), round((frame_height - size) / 2)
+    return Window(frame_width, frame_height, left, top, size)
+
+
+def cut(picture: Picture, window: Window) -> np.ndarray:
+    """The window's pixels, bicubic with antialias: uint8, S x S x 3."""
+    scale_x = picture.width / picture.reduction / window.frame_width
+    scale_y = picture.height / picture.reduction / window.frame_height
+    x0, x1 = window.left * scale_x, (window.left + window.size) * scale_x
+    y0, y1 = window.top * scale_y, (window.top + window.size) * scale_y
+    if scale_x == 1 and scale_y == 1:  # nothing to resize: `create_hf_test_data.py --resize_shorter` makes such sets
+        return picture.pixels[window.top : window.top + window.size, window.left : window.left + window.size]
+    rows, top = _neighbourhood(y0, y1, scale_y, picture.pixels.shape[0])
+    columns, left = _neighbourhood(x0, x1, scale_x, picture.pixels.shape[1])
+    part = Image.fromarray(np.ascontiguousarray(picture.pixels[rows, columns]))
+    box = (x0 - left, y0 - top, min(x1 - left, part.width), min(y1 - top, part.height))
+    return np.asarray(part.resize((window.size, window.size), Image.Resampling.BICUBIC, box=box))
+
+
+def adm_center_crop(pixels: np.ndarray, size: int) -> np.ndarray:
+    """The evaluation crop, uint8 S x S x 3, bit-equal to the published one: halve while the shorter side is at least
+    2 * size, bicubic to the shorter side, take the middle. `pixels` must come from `decode` without reduction. Strips
+    longer than 32 times their width lose their ends first."""
+    image = Image.fromarray(_trim_strip(pixels))
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def _trim_strip(pixels: np.ndarray) -> np.ndarray:
+    longest = MAX_ASPECT * min(pixels.shape[:2])
+    top, left = (max(0, (side - longest) // 2) for side in pixels.shape[:2])
+    return np.ascontiguousarray(pixels[top : top + longest, left : left + longest])
+
+
+def _neighbourhood(start: float, stop: float, scale: float, length: int) -> tuple[slice, int]:
+    """The source px that resizing [start, stop) looks at, and where they begin."""
+    reach = KERNEL_REACH * max(scale, 1.0) + MARGIN_PX
+    first = max(0, math.floor(start - reach))
+    return slice(first, min(length, math.ceil(stop + reach))), first

@@ -1,0 +1,183 @@
+"""The data of a run: `configs/data/*.yaml` name its arguments one by one. The only Lightning in `src/data`."""
+
+import logging
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pytorch_lightning import LightningDataModule
+
+from src import weights
+from src.data import dummy
+from src.data.dataset import EvaluationDataset, EvaluationTransform, TrainCrop, TrainDataset, TrainTransform
+from src.data.decode import Decoder, Exif
+from src.data.loader import EvaluationLoader, TrainLoader, WorkerOptions, WorkerStart
+from src.data.order import EpochOrder, evaluation_rows
+from src.data.splits import Splits, open_splits
+from src.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class RAEDataModule(LightningDataModule):
+    """Training crops and evaluation images. What each argument means stands in `configs/data/imagenet.yaml`.
+
+    Ranks come from the trainer once it is attached, else there is one. Batches: `src.data.dataset.collate`.
+    """
+
+    # A rank may have no share of a tiny validation set; Lightning refuses that unless told otherwise.
+    allow_zero_length_dataloader_with_multiple_devices = True
+
+    def __init__(
+        self,
+        data_dir: str,
+        use_hf_dataset: bool,
+        hf_split: str,
+        hf_validation_split: str | None,
+        train_split: float,
+        image_size: int,
+        batch_size: int,
+        val_batch_size: int | None,
+        accumulate: int,
+        seed: int,
+        train_crop: TrainCrop,
+        resize_shorter_px: int | None,
+        exif: Exif,
+        max_megapixels: float,
+        max_bad_share: float,
+        num_workers: int,
+        prefetch_factor: int,
+        pin_memory: bool | Literal["auto"],
+        worker_start: WorkerStart,
+    ) -> None:
+        super().__init__()
+        if image_size < 1:
+            raise UserError(f"data.image_size={image_size}: expected a positive number of pixels.")
+        if batch_size < 1 or (val_batch_size is not None and val_batch_size < 1):
+            raise UserError(f"data.batch_size={batch_size}, data.val_batch_size={val_batch_size}: expected at least 1.")
+        if not 0 <= max_bad_share <= 1:
+            raise UserError(f"data.max_bad_share={max_bad_share}: expected a share from 0 to 1.")
+        if pin_memory not in ("auto", True, False):
+            raise UserError(f"data.pin_memory={pin_memory}: expected auto, true or false.")
+        self.data_dir = weights.resolve(data_dir)
+        self.use_hf_dataset, self.hf_split, self.hf_validation_split = use_hf_dataset, hf_split, hf_validation_split
+        self.train_split, self.image_size = train_split, image_size
+        self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
+        self.accumulate, self.seed, self.max_bad_share = accumulate, seed, max_bad_share
+        decoder = Decoder(exif, max_megapixels)
+        self.train_transform = TrainTransform(image_size, train_crop, resize_shorter_px, decoder, seed)
+        self.evaluation_transform = EvaluationTransform(image_size, decoder)
+        self.pin_memory = pin_memory
+        self._worker_arguments = (num_workers, prefetch_factor, worker_start)
+        self._workers()  # says at once what is wrong with its keys
+        self._splits: Splits | None = None
+
+    # -- what is there
+
+    def prepare_data(self) -> None:
+        """Make the project's own small data sets where they are asked for and missing."""
+        if self.use_hf_dataset:
+            dummy.ensure(self.data_dir)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the data. Raises UserError where there is none."""
+        del stage
+        if self._splits is None:
+            self._splits = open_splits(
+                self.data_dir, self.use_hf_dataset, self.hf_split, self.hf_validation_split, self.train_split
+            )
+            log.info("Data: %s", self._splits.description)
+
+    @property
+    def splits(self) -> Splits:
+        """Opened on first use."""
+        if self._splits is None:
+            self.prepare_data()
+            self.setup()
+        assert self._splits is not None
+        return self._splits
+
+    @property
+    def train_size(self) -> int:
+        return len(self.splits.train_rows)
+
+    @property
+    def val_size(self) -> int:
+        """0 where nothing is held out."""
+        return len(self.splits.validation_rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the data and its division: `HEX-train_rows-validation_rows`; changes with files, not with the seed."""
+        source, held_out = self.splits.train, self.splits.validation
+        validation = f"+{held_out.fingerprint()}" if held_out is not None and held_out is not source else ""
+        return f"{source.fingerprint()}{validation}-{self.train_size}-{self.val_size}"
+
+    # -- training
+
+    @property
+    def order(self) -> EpochOrder:
+        """Which images make up which batch on this rank. Raises UserError where a global batch can't be filled."""
+        world, rank = self._place()
+        return EpochOrder(self.train_size, self.seed, self.batch_size, world, rank, self.accumulate)
+
+    def train_dataloader(self) -> TrainLoader:
+        dataset = TrainDataset(self.splits.train, self.splits.train_rows, self.train_transform)
+        return TrainLoader(dataset, self.order, self._workers(), self.max_bad_share)
+
+    # -- evaluation
+
+    def val_dataloader(self) -> EvaluationLoader | list[Any]:
+        """This rank's share of the held-out images; an empty list (no validation for Lightning) where there are none."""
+        if not self.val_size:
+            return []
+        world, rank = self._place()
+        return self.evaluation_loader(self.val_batch_size, None, rank, world, persistent=True)
+
+    def evaluation_dataset(
+        self, fallback_to_train: bool, num_images: int | None = None, rank: int = 0, world: int = 1
+    ) -> tuple[EvaluationDataset, bool]:
+        """(images, whether they are training images): the held-out images, centre-cropped, in an order that depends on
+        their number alone, mixed over classes; the first `num_images`, of those every `world`-th from `rank` on.
+
+        Raises:
+            UserError: nothing is held out and `fallback_to_train` is false.
+        """
+        splits = self.splits
+        source, rows, is_train = splits.validation, splits.validation_rows, False
+        if source is None:
+            if not fallback_to_train:
+                raise UserError(
+                    f"{self.data_dir} has no validation split and data.train_split={self.train_split:g} holds nothing out. "
+                    "Set data.train_split=0.95 (say), name a split with data.hf_validation_split, or evaluate on training "
+                    "images with callbacks.rfid.use_train_dataloader=true."
+                )
+            source, rows, is_train = splits.train, splits.train_rows, True
+        chosen: np.ndarray = rows[evaluation_rows(len(rows), num_images, world, rank)]
+        return EvaluationDataset(source, chosen, self.evaluation_transform), is_train
+
+    def evaluation_loader(
+        self,
+        batch_size: int,
+        num_images: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+        train_fallback: bool = False,
+        persistent: bool = False,
+    ) -> EvaluationLoader:
+        """Batches of `evaluation_dataset`. persistent: keep the workers between passes."""
+        dataset, _ = self.evaluation_dataset(train_fallback, num_images, rank, world)
+        return EvaluationLoader(dataset, batch_size, self._workers(), self.max_bad_share, persistent)
+
+    # -- inside
+
+    def _place(self) -> tuple[int, int]:
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
+
+    def _workers(self) -> WorkerOptions:
+        num_workers, prefetch_factor, worker_start = self._worker_arguments
+        pin = self.pin_memory
+        if pin == "auto":
+            on_gpu = self.trainer is None or self.trainer.strategy.root_device.type == "cuda"
+            pin = on_gpu and torch.cuda.is_available()
+        return WorkerOptions(num_workers, prefetch_factor, bool(pin), worker_start)

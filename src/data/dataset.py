@@ -1,0 +1,159 @@
+"""Items of the two kinds of loaders, and how they become batches.
+
+Legend: B batch, S image_size. Images leave here as uint8 0..255, 3 x S x S, RGB.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from src import stream
+from src.data import crops
+from src.data.decode import BadImage, Decoder
+from src.data.order import Item
+from src.data.sources import Source
+from src.errors import UserError
+
+TrainCrop = Literal["random", "center"]
+ATTEMPTS = 16
+"""Replacements tried for one bad image. Half of a set would have to be bad for this to fail once in 65,000 times."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image that gave no picture."""
+
+    row: int
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    image: Tensor | None
+    """uint8 3 x S x S; None where there is nothing to show."""
+    item: Item
+    failures: tuple[Failure, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """The training crop. train_crop `random`: shorter side to resize_shorter_px, a random square (RAE); `center`: shorter
+    side to image_size, the middle (RAEv2). resize_shorter_px null: 1.5 times image_size."""
+
+    image_size: int
+    train_crop: TrainCrop
+    resize_shorter_px: int | None
+    decoder: Decoder
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.train_crop not in ("random", "center"):
+            raise UserError(f"data.train_crop={self.train_crop}: expected random or center.")
+        if self.resize_shorter_px is None:
+            return
+        if self.train_crop == "center":
+            raise UserError(
+                f"data.train_crop=center resizes the shorter side to data.image_size={self.image_size}; "
+                f"data.resize_shorter_px={self.resize_shorter_px} has no effect with it. Set data.resize_shorter_px=null."
+            )
+        if self.resize_shorter_px < self.image_size:
+            raise UserError(
+                f"data.resize_shorter_px={self.resize_shorter_px} leaves no square of data.image_size={self.image_size}: "
+                f"expected at least that, or null for {crops.default_shorter_px(self.image_size)}."
+            )
+
+    @property
+    def shorter_px(self) -> int:
+        if self.train_crop == "center":
+            return self.image_size
+        return self.resize_shorter_px or crops.default_shorter_px(self.image_size)
+
+    def __call__(self, data: bytes | memoryview, epoch: int, position: int) -> np.ndarray:
+        """A complete file -> uint8 S x S x 3. The draw belongs to (seed, epoch, position). Raises BadImage."""
+        picture = self.decoder.decode(data, min_shorter_px=self.shorter_px)
+        if self.train_crop == "center":
+            window = crops.center_window(picture.width, picture.height, self.image_size)
+        else:
+            u, v = stream.generator(self.seed, stream.Purpose.CROP, epoch, position).random(2)
+            window = crops.random_window(picture.width, picture.height, self.image_size, self.shorter_px, u, v)
+        return crops.cut(picture, window)
+
+
+@dataclass(frozen=True)
+class EvaluationTransform:
+    """The ADM centre crop of the whole decoded image: the published reference images, bit for bit."""
+
+    image_size: int
+    decoder: Decoder
+
+    def __call__(self, data: bytes | memoryview) -> np.ndarray:
+        """A complete file -> uint8 S x S x 3. Raises BadImage."""
+        return crops.adm_center_crop(self.decoder.decode(data).pixels, self.image_size)
+
+
+class TrainDataset(Dataset[Sample]):
+    """Rows of a source as training crops. A bad image is replaced by another row, drawn from (seed, epoch, position)."""
+
+    def __init__(self, source: Source, rows: np.ndarray, transform: TrainTransform) -> None:
+        self.source, self.rows, self.transform = source, rows, transform
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, item: Item) -> Sample:
+        row, failures, draws = item.row, [], None
+        for _ in range(1 + ATTEMPTS):
+            index = int(self.rows[row])
+            try:
+                image = self.transform(self.source.encoded(index), item.epoch, item.position)
+                return Sample(_to_tensor(image), item._replace(row=index), tuple(failures))
+            except BadImage as error:
+                failures.append(Failure(index, self.source.name(index), str(error)))
+            if draws is None:
+                draws = stream.generator(self.transform.seed, stream.Purpose.REPLACEMENT, item.epoch, item.position)
+            row = int(draws.integers(len(self.rows)))
+        return Sample(None, item._replace(row=int(self.rows[item.row])), tuple(failures))
+
+
+class EvaluationDataset(Dataset[Sample]):
+    """Rows of a source as centre crops, in the given order. A bad image is left out, never replaced."""
+
+    def __init__(self, source: Source, rows: np.ndarray, transform: EvaluationTransform) -> None:
+        self.source, self.rows, self.transform = source, rows, transform
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: int) -> Sample:
+        index = int(self.rows[position])
+        item = Item(0, position, index)
+        try:
+            return Sample(_to_tensor(self.transform(self.source.encoded(index))), item)
+        except BadImage as error:
+            return Sample(None, item, (Failure(index, self.source.name(index), str(error)),))
+
+
+def collate(samples: list[Sample]) -> dict[str, Any]:
+    """Samples -> a batch. Those without an image are left out (B may be 0); their failures travel along.
+
+    image (B, 3, S, S) uint8; position and index (row of the source) (B,) int64; bad (B,) bool, True where the image is a
+    replacement; epoch int; failures tuple[Failure, ...].
+    """
+    kept = [s for s in samples if s.image is not None]
+    return {
+        "image": torch.stack([s.image for s in kept]) if kept else torch.empty(0, dtype=torch.uint8),
+        "position": torch.tensor([s.item.position for s in kept], dtype=torch.int64),
+        "index": torch.tensor([s.item.row for s in kept], dtype=torch.int64),
+        "bad": torch.tensor([bool(s.failures) for s in kept], dtype=torch.bool),
+        "epoch": samples[0].item.epoch,
+        "failures": tuple(f for s in samples for f in s.failures),
+    }
+
+
+def _to_tensor(image: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))  # S S 3 -> 3 S S

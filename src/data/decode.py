@@ -1,0 +1,214 @@
+"""Encoded image bytes -> RGB pixels, right way up. Whatever can't be decoded whole is a `BadImage`, never a guess.
+
+Legend: H, W height and width in px. Pixels are uint8 0..255, H x W x 3, RGB.
+
+What becomes of the less common kinds is what `PIL.Image.convert("RGB")` of the published pipeline does with them:
+    greyscale, palette, CMYK     their RGB colours (JPEG CMYK by Adobe's inverted convention)
+    transparency                 dropped: the colour stored under it shows, nothing is blended
+    animated, several pages      the first frame
+    16 bits a channel            the upper 8 bits (here Pillow clips a grey PNG to white; this is the one deviation)
+"""
+
+import functools
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from src.errors import UserError
+
+Exif = Literal["apply", "ignore"]
+
+# Raster formats whose readers run inside this process. EPS is left out on purpose: Pillow hands it to Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF", "TGA", "ICO")
+ORIENTATION_TAG = 0x0112  # EXIF 2.3, 4.6.4
+
+
+class BadImage(Exception):
+    """These bytes give no whole image; the message is the short reason."""
+
+
+class Picture(NamedTuple):
+    """A decoded image. A JPEG may come decoded at 1/2, 1/4 or 1/8 of its size, see `decode`."""
+
+    pixels: np.ndarray
+    """uint8, ceil(height / reduction) x ceil(width / reduction) x 3."""
+    width: int
+    """px of the whole image, after EXIF rotation."""
+    height: int
+    reduction: int
+    """1, 2, 4 or 8."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How to decode.
+
+    exif: `apply` turns the image as its EXIF orientation says; `ignore` leaves it as stored, as the published code does.
+    max_megapixels: images whose header announces more are refused before anything is decoded (decompression bombs).
+    """
+
+    exif: Exif
+    max_megapixels: float
+
+    def __post_init__(self) -> None:
+        if self.exif not in ("apply", "ignore"):
+            raise UserError(f"data.exif={self.exif}: expected apply or ignore.")
+        if not self.max_megapixels > 0:
+            raise UserError(f"data.max_megapixels={self.max_megapixels}: expected a number above 0.")
+
+    def decode(self, data: bytes | memoryview, min_shorter_px: int | None = None) -> Picture:
+        """Decode a whole image.
+
+        data: a complete file, not copied.
+        min_shorter_px: where given, a JPEG may be decoded at 1/2, 1/4 or 1/8 by its DCT, as long as its shorter side
+            keeps at least that many px. None: always whole, bit-equal to Pillow's decoder.
+
+        Raises:
+            BadImage: empty, truncated, damaged, too large, or no image at all.
+        """
+        data = memoryview(data)
+        if not len(data):
+            raise BadImage("empty file")
+        try:
+            if data[:3] == b"\xff\xd8\xff" and (header := _jpeg_header(data)):
+                picture, orientation = self._decode_jpeg(data, *header, min_shorter_px)
+            else:
+                picture, orientation = self._decode_any(data)
+        except BadImage:
+            raise
+        except Exception as error:  # readers of foreign bytes raise what they like: OSError, SyntaxError, struct.error
+            raise BadImage(_one_line(error)) from error
+        return _turn(picture, orientation) if self.exif == "apply" else picture
+
+    def _decode_jpeg(
+        self, data: memoryview, height: int, width: int, min_shorter_px: int | None
+    ) -> tuple[Picture, int]:
+        self._check_size(width, height)
+        orientation = jpeg_orientation(data) if self.exif == "apply" else 1
+        k = _reduction(width, height, min_shorter_px, exact=orientation != 1)
+        size = {} if k == 1 else {"min_height": -(-height // k), "min_width": -(-width // k), "min_factor": k}
+        try:
+            pixels = simplejpeg.decode_jpeg(data, "RGB", **size)
+        except ValueError as error:
+            # Stray bytes between two markers lose no pixel, and ImageNet has such files. Every other warning of libjpeg
+            # means that it filled the rest with grey or noise.
+            if "extraneous bytes" not in str(error):
+                raise BadImage(_one_line(error)) from error
+            pixels = simplejpeg.decode_jpeg(data, "RGB", strict=False, **size)
+        return Picture(pixels, width, height, k), orientation
+
+    def _decode_any(self, data: memoryview) -> tuple[Picture, int]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # palette transparency, damaged EXIF, Pillow's own size limit: all handled
+            with Image.open(io.BytesIO(data), formats=_formats()) as image:
+                self._check_size(*image.size)
+                image.load()
+                orientation = _orientation_of(image) if self.exif == "apply" else 1
+                pixels = _to_rgb(image)
+        height, width = pixels.shape[:2]
+        return Picture(pixels, width, height, 1), orientation
+
+    def _check_size(self, width: int, height: int) -> None:
+        if width < 1 or height < 1:
+            raise BadImage(f"{width} x {height} px")
+        if width * height > self.max_megapixels * 1e6:
+            raise BadImage(f"{width} x {height} px is more than {self.max_megapixels:g} megapixels (max_megapixels)")
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this build of Pillow reads."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _jpeg_header(data: memoryview) -> tuple[int, int] | None:
+    """(height, width) of a JPEG that the fast decoder takes; None sends it to Pillow (CMYK, odd subsampling)."""
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    return (height, width) if colours in ("YCbCr", "RGB", "Gray") else None
+
+
+def jpeg_orientation(data: memoryview) -> int:
+    """The EXIF orientation (1..8) of a JPEG, 1 where there is none. Walks the segments in front of the pixels."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == 0xFF:  # a fill byte
+            at += 1
+            continue
+        if marker == 0xDA or length < 2:  # start of scan
+            return 1
+        segment = data[at + 4 : at + 2 + length]
+        if marker == 0xE1 and segment[:6] == b"Exif\0\0":
+            return _read_orientation(bytes(segment))
+        at += 2 + length
+    return 1
+
+
+def _read_orientation(segment: bytes) -> int:
+    exif = Image.Exif()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            exif.load(segment)
+            return _valid(exif.get(ORIENTATION_TAG, 1))
+        except Exception:  # noqa: BLE001  a damaged EXIF block says nothing about the pixels
+            return 1
+
+
+def _orientation_of(image: Image.Image) -> int:
+    try:
+        return _valid(image.getexif().get(ORIENTATION_TAG, 1))
+    except Exception:  # noqa: BLE001  as above
+        return 1
+
+
+def _valid(orientation: object) -> int:
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+
+
+def _reduction(width: int, height: int, min_shorter_px: int | None, exact: bool) -> int:
+    """The largest of 8, 4, 2, 1 that leaves `min_shorter_px`; `exact`: only where it divides both sides (a part pixel
+    at the right or lower edge would change sides when the image is turned)."""
+    if min_shorter_px is None:
+        return 1
+    for k in (8, 4, 2):
+        if min(width, height) >= k * min_shorter_px and not (exact and (width % k or height % k)):
+            return k
+    return 1
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I"):  # I;16, I;16B, and I, in which Pillow keeps some 16-bit files
+        grey = (np.clip(np.asarray(image).astype(np.int64), 0, 0xFFFF) >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode == "F":
+        raise BadImage("floating-point pixels, whose range is not known")
+    return np.array(image.convert("RGB"))
+
+
+def _turn(picture: Picture, orientation: int) -> Picture:
+    """Undo the EXIF orientation: 2-4 mirror or turn by 180 degrees, 5-8 also swap the sides."""
+    if orientation == 1:
+        return picture
+    pixels, width, height, reduction = picture
+    if orientation >= 5:
+        pixels, width, height = pixels.transpose(1, 0, 2), height, width
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return Picture(np.ascontiguousarray(pixels), width, height, reduction)
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0].replace(" <_io.BytesIO object", " in <bytes")[:160] if text else type(error).__name__

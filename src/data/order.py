@@ -1,0 +1,109 @@
+"""Which images make up which batch: a pure function of (length, seed, epoch), split among ranks and micro-batches.
+
+Legend: n images, W ranks, b batch per rank, k micro-batches per optimiser step; a global batch is W * b * k images.
+
+Position p is the place of an image in its epoch's order over all ranks. Micro-batch i of rank r takes the positions
+[(i * W + r) * b, (i * W + r) * b + b), so global batch g is always [g * W * b * k, (g + 1) * W * b * k): the same images
+for any W, b, k of equal product. The last, partial global batch is dropped (recipe section 4).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from src import stream
+from src.errors import UserError
+
+
+class Item(NamedTuple):
+    """What a dataset is asked for. It carries its epoch, so that workers that live on need not be told."""
+
+    epoch: int
+    position: int
+    row: int
+    """In 0..n-1, counted within the training images."""
+
+
+@dataclass(frozen=True)
+class EpochOrder:
+    """The batches of one rank.
+
+    Raises:
+        UserError: fewer images than one global batch, or a size below 1.
+    """
+
+    length: int
+    seed: int
+    batch_size: int
+    world: int = 1
+    rank: int = 0
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        for key, value in (
+            ("data.batch_size", self.batch_size),
+            ("trainer.accumulate_grad_batches", self.accumulate),
+            ("the number of processes", self.world),
+        ):
+            if value < 1:
+                raise UserError(f"{key} is {value}: expected at least 1.")
+        if not 0 <= self.rank < self.world:
+            raise ValueError(f"rank {self.rank} of {self.world}")
+        if self.length < self.global_batch:
+            raise UserError(self._too_few())
+
+    @property
+    def global_batch(self) -> int:
+        return self.world * self.batch_size * self.accumulate
+
+    @property
+    def batches(self) -> int:
+        """Micro-batches per epoch and rank; a multiple of `accumulate`."""
+        return self.length // self.global_batch * self.accumulate
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[list[Item]]:
+        """The rank's micro-batches from number `start_batch` on."""
+        order = stream.permutation(self.seed, epoch, self.length)
+        for i in range(start_batch, self.batches):
+            first = (i * self.world + self.rank) * self.batch_size
+            positions = range(first, first + self.batch_size)
+            yield [Item(epoch, position, int(order[position])) for position in positions]
+
+    def _too_few(self) -> str:
+        w, b, k = self.world, self.batch_size, self.accumulate
+        parts = [f"data.batch_size={b}"]
+        parts += [f"trainer.accumulate_grad_batches={k}"] if k > 1 else []
+        parts += [f"{w} processes"] if w > 1 else []
+        wanted = f"{' x '.join(parts)} = {self.global_batch} images"
+        largest = self.length // (w * k)
+        if largest:
+            advice = f"The largest that fits is data.batch_size={largest}."
+        elif self.length >= w:
+            advice = f"Set trainer.accumulate_grad_batches={self.length // w} or less and data.batch_size=1."
+        elif self.length:
+            advice = f"Use at most {self.length} processes (trainer.devices), data.batch_size=1 and no accumulation."
+        else:
+            advice = "Check data.data_dir and data.train_split."
+        return f"There are {self.length} training images, fewer than one step takes ({wanted}). {advice}"
+
+
+def evaluation_rows(length: int, num_images: int | None = None, world: int = 1, rank: int = 0) -> np.ndarray:
+    """The rows one rank evaluates, int64: the first `num_images` of an order that depends on `length` alone.
+
+    The order is mixed, so that the first thousand images of a data set sorted by class show all classes, and a smaller
+    set is the beginning of a larger one. Ranks take every W-th place; no image comes twice, so shares may differ by one.
+    """
+    order = stream.generator(0, stream.Purpose.EVALUATION_ORDER).permutation(length)
+    return order[:num_images][rank::world]
+
+
+def split_rows(length: int, train_share: float) -> tuple[np.ndarray, np.ndarray]:
+    """(training rows, held-out rows), each sorted; a function of length and share alone, whatever the seed of a run.
+
+    round(length * train_share) rows are for training. They are drawn, so that both parts hold all classes.
+    """
+    order = stream.generator(0, stream.Purpose.SPLIT).permutation(length)
+    cut = round(length * train_share)
+    return np.sort(order[:cut]), np.sort(order[cut:])

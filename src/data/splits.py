@@ -1,0 +1,61 @@
+"""Which rows are for training and which are held out: the two modes of the user guide (chapter 数据准备)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from src.data import sources
+from src.data.order import split_rows
+from src.data.sources import Source
+from src.errors import UserError
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Sources and the rows of them that each part uses; `validation` is None where nothing is held out."""
+
+    train: Source
+    train_rows: np.ndarray
+    validation: Source | None
+    validation_rows: np.ndarray
+    description: str
+    """One sentence for the log."""
+
+
+def open_splits(
+    data_dir: Path, use_hf_dataset: bool, hf_split: str, hf_validation_split: str | None, train_split: float
+) -> Splits:
+    """Mode 1: the validation split exists; training takes `train_split` of the training split, evaluation all of it.
+    Mode 2: it does not; `train_split` of the training split is for training and the rest is held out. With
+    use_hf_dataset false the splits are the folders `train` and `val` (or `validation`) of an image tree.
+
+    Raises:
+        UserError: nothing there, or nothing left to train on.
+    """
+    if not 0 < train_split <= 1:
+        raise UserError(f"data.train_split={train_split}: expected a share above 0 and up to 1.")
+    train = _open(data_dir, use_hf_dataset, hf_split)
+    rows, held_out = split_rows(len(train), train_split)
+    if not len(rows):
+        raise UserError(f"data.train_split={train_split} leaves none of the {len(train)} images for training.")
+    if _has_split(data_dir, use_hf_dataset, hf_validation_split):
+        validation = _open(data_dir, use_hf_dataset, str(hf_validation_split))
+        text = f"{len(rows)} of {len(train)} images of {hf_split!r} for training, {len(validation)} of {hf_validation_split!r}"
+        return Splits(train, rows, validation, np.arange(len(validation)), f"{data_dir}: {text} for evaluation")
+    text = f"{data_dir}: no split {hf_validation_split!r}; {len(rows)} of {len(train)} images for training"
+    if not len(held_out):
+        return Splits(train, rows, None, held_out, f"{text}, none held out (data.train_split={train_split:g})")
+    return Splits(train, rows, train, held_out, f"{text}, {len(held_out)} held out for evaluation")
+
+
+def _open(data_dir: Path, use_hf_dataset: bool, split: str) -> Source:
+    return sources.open_hf(data_dir, split) if use_hf_dataset else sources.open_folder(data_dir, split)
+
+
+def _has_split(data_dir: Path, use_hf_dataset: bool, split: str | None) -> bool:
+    if not split:
+        return False
+    if use_hf_dataset:
+        return split in (sources.hf_splits(data_dir) or ())
+    return sources.find_folder(data_dir, split) is not None and sources.find_folder(data_dir, "train") is not None

@@ -1,0 +1,151 @@
+"""Differentiable augmentation of what the discriminator sees. Zhao et al., arXiv 2006.10738; StyleGAN-T's variant.
+
+Chance enters only through numbers handed in, so the same draws give the same images however a batch is split.
+Three numbers per batch switch translation, colour and cutout on; seven per sample say how.
+
+Legend: B batch, H height, W width. Images are B x 3 x H x W, float in [-1, 1] (0 is mid-grey); colour may leave it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from src.errors import UserError
+
+UNIFORMS_PER_BATCH = 3
+"""translation, colour, cutout"""
+UNIFORMS_PER_SAMPLE = 7
+"""shift y, shift x, brightness, saturation, contrast, cutout y, cutout x"""
+MAX_SHIFT = 0.125
+"""of height and width"""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What chance decided for one batch. `draws[a:b]` belongs to `images[a:b]`."""
+
+    translation: bool
+    colour: bool
+    cutout: bool
+    samples: Tensor
+    """U[0, 1), B x UNIFORMS_PER_SAMPLE"""
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, part: slice) -> "Draws":
+        return Draws(self.translation, self.colour, self.cutout, self.samples[part])
+
+    def to(self, device: torch.device | str) -> "Draws":
+        """Moved without waiting; `apply` does so itself, once per call."""
+        return Draws(self.translation, self.colour, self.cutout, self.samples.to(device, non_blocking=True))
+
+
+class DiffAug:
+    """Translation by up to 1/8, then brightness, saturation and contrast, then cutout.
+
+    Args:
+        prob: each of the three is switched on for a whole batch where its number U <= prob; 0: never.
+        cutout: side of the square set to grey, as a share of height and width; 0: no cutout.
+    """
+
+    def __init__(self, prob: float, cutout: float) -> None:
+        for key, value in (("prob", prob), ("cutout", cutout)):
+            if not 0 <= value <= 1:
+                raise UserError(f"disc_arch.augment.{key}={value}: expected a number from 0 to 1.")
+        self.prob = prob
+        self.cutout = cutout
+
+    def draw(self, batch: Tensor, samples: Tensor) -> Draws:
+        """From uniforms U[0, 1) on the CPU: (UNIFORMS_PER_BATCH,) and B x UNIFORMS_PER_SAMPLE."""
+        if batch.shape != (UNIFORMS_PER_BATCH,) or samples.shape[1:] != (UNIFORMS_PER_SAMPLE,):
+            raise ValueError(
+                f"DiffAug draws from ({UNIFORMS_PER_BATCH},) and (B, {UNIFORMS_PER_SAMPLE}) uniforms, got "
+                f"{tuple(batch.shape)} and {tuple(samples.shape)}"
+            )
+        translation, colour, cutout = (self.prob > 0 and u <= self.prob for u in batch.tolist())
+        return Draws(translation, colour, cutout and self.cutout > 0, samples)
+
+    def apply(self, images: Tensor, draws: Draws) -> Tensor:
+        """Float images of any dtype -> float32 (or float64) images, same shape. Differentiable in the images."""
+        if len(images) != len(draws):
+            raise ValueError(f"{len(images)} images but draws for {len(draws)}; slice both alike")
+        images = images.to(torch.promote_types(images.dtype, torch.float32))
+        if not (draws.translation or draws.colour or draws.cutout):
+            return images
+        u = draws.samples.to(images.device, non_blocking=True).unbind(1)  # seven of (B,)
+        if draws.translation:
+            height, width = images.shape[2:]
+            images = _Translate.apply(images, _shift(u[0], height), _shift(u[1], width))
+        if draws.colour:
+            images = _recolour(images, *(v.to(images.dtype).view(-1, 1, 1, 1) for v in u[2:5]))
+        if draws.cutout:
+            images = images.masked_fill(_square(u[5], u[6], images.shape[2:], self.cutout), 0)
+        return images
+
+
+def _shift(u: Tensor, size: int) -> Tensor:
+    """U -> whole pixels, uniform in [-reach, reach]: int64 (B,)."""
+    reach = round(size * MAX_SHIFT)
+    return _whole(u, 2 * reach + 1) - reach
+
+
+def _whole(u: Tensor, count: int) -> Tensor:
+    """U[0, 1) -> 0 .. count - 1. In float32 too: (1 - 2^-24) * count never rounds up to count."""
+    return (u * count).floor().long()
+
+
+class _Translate(torch.autograd.Function):
+    """out[y, x] = in[y + dy, x + dx], 0 outside. The adjoint is the opposite shift, which needs no scatter."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, images: Tensor, dy: Tensor, dx: Tensor) -> Tensor:
+        ctx.save_for_backward(dy, dx)
+        return _translate(images, dy, dx)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        dy, dx = ctx.saved_tensors
+        return _translate(grad, -dy, -dx), None, None
+
+
+def _translate(images: Tensor, dy: Tensor, dx: Tensor) -> Tensor:
+    rows, inside_rows = _source(dy, images.shape[2])  # B H
+    columns, inside_columns = _source(dx, images.shape[3])  # B W
+    # Two gathers along one axis each: the expanded indices have stride 0 and take no memory.
+    moved = images.gather(2, rows[:, None, :, None].expand_as(images))
+    moved = moved.gather(3, columns[:, None, None, :].expand_as(images))
+    inside = inside_rows[:, None, :, None] & inside_columns[:, None, None, :]  # B 1 H W
+    return moved.masked_fill_(~inside, 0)
+
+
+def _source(shift: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    index = torch.arange(size, device=shift.device) + shift[:, None]
+    return index.clamp(0, size - 1), (index >= 0) & (index < size)
+
+
+def _recolour(images: Tensor, brightness: Tensor, saturation: Tensor, contrast: Tensor) -> Tensor:
+    """Brightness + U(-.5, .5); saturation * U(0, 2) around the pixel's grey; contrast * U(.5, 1.5) around the mean.
+
+    All three are affine in the image x with grey g(x) and mean m(x): with b, s, k the result is
+    k s x + k (1 - s) g + (1 - k) m + b, since neither saturation nor contrast moves the mean m + b.
+    """
+    b, s, k = brightness - 0.5, saturation * 2, contrast + 0.5
+    grey = images.mean(1, keepdim=True)  # B 1 H W
+    mean = grey.mean((2, 3), keepdim=True)  # B 1 1 1
+    return torch.addcmul(torch.addcmul((1 - k) * mean + b, grey, k * (1 - s)), images, k * s)
+
+
+def _square(u_y: Tensor, u_x: Tensor, size: torch.Size, share: float) -> Tensor:
+    """True inside a rectangle whose centre is uniform over the image: bool, B x 1 x H x W."""
+    rows, columns = (_interval(u, extent, round(extent * share)) for u, extent in zip((u_y, u_x), size, strict=True))
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+
+def _interval(u: Tensor, extent: int, length: int) -> Tensor:
+    # An even length has its centre between pixels, hence one place more.
+    start = _whole(u, extent + 1 - length % 2)[:, None] - length // 2
+    index = torch.arange(extent, device=u.device)
+    return (index >= start) & (index < start + length)

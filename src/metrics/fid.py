@@ -1,0 +1,198 @@
+"""Frechet distance between two sets of features, from statistics that add up over batches and ranks.
+
+Heusel et al., arXiv 1706.08500, eq. 6. Everything is float64.
+
+Legend: B batch, D feature dimensions, R rank of a covariance.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from src.errors import UserError
+from src.metrics.npz import atomic_write, opened_npz
+from src.metrics.ranks import sum_over_ranks
+
+
+class Moments(Protocol):
+    """What the distance needs: `mean` (D,), `covariance` (D, D, unbiased), and `count`, None when unknown."""
+
+    @property
+    def mean(self) -> Tensor: ...
+    @property
+    def covariance(self) -> Tensor: ...
+    @property
+    def count(self) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Ready moments, e.g. of a reference file. `features` names the network they come from, where the file says so."""
+
+    mean: Tensor  # (D,) float64
+    covariance: Tensor  # (D, D) float64
+    count: int | None = None
+    features: str | None = None
+
+
+class FeatureStatistics:
+    """Count, mean and scatter (the sum of outer products about the mean) of feature vectors; memory D x D, whatever B.
+
+    Two of them merge to what one pass over both sets gives (Chan, Golub, LeVeque 1979). Sums about the mean don't
+    cancel as raw outer products do: features of a weak network vary by a hundredth of their mean.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
+        self.dim = dim
+        self._count = 0
+        self._mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        self._scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    @property
+    def count(self) -> int:
+        return self._count
+
+    @property
+    def mean(self) -> Tensor:
+        """(D,) float64."""
+        return self._mean
+
+    @property
+    def covariance(self) -> Tensor:
+        """(D, D) float64, divided by count - 1 as in published FID. UserError for fewer than two images."""
+        if self._count < 2:
+            raise UserError(f"FID needs at least 2 images to have a covariance, got {self._count}. Score more images.")
+        return self._scatter / (self._count - 1)
+
+    def update(self, features: Tensor) -> None:
+        """Take in features (B, D), any float type and device."""
+        if features.ndim != 2 or features.shape[1] != self.dim:
+            raise ValueError(f"features must be B x {self.dim}, got {tuple(features.shape)}")
+        if len(features) == 0:
+            return
+        rows = features.detach().to(self._mean.device).double()
+        mean = rows.mean(dim=0)
+        shift, total = mean - self._mean, self._count + len(rows)
+        # the shift between the two means enters the scatter as one more row
+        bridge = shift * (self._count * len(rows) / total) ** 0.5
+        rows = torch.cat([rows - mean, bridge[None]])  # B+1 D
+        self._scatter.addmm_(rows.T, rows)
+        self._mean += shift * (len(rows) - 1) / total
+        self._count = total
+
+    def merge(self, other: "FeatureStatistics") -> "FeatureStatistics":
+        """Add the images of `other` to this one, in place."""
+        if other.dim != self.dim:
+            raise ValueError(f"can't merge statistics of {other.dim} features into {self.dim}")
+        total = self._count + other._count
+        if other._count == 0:
+            return self
+        shift = other._mean.to(self._mean.device) - self._mean
+        self._scatter += other._scatter.to(self._mean.device)
+        self._scatter.addr_(shift, shift, alpha=self._count * other._count / total)
+        self._mean += shift * other._count / total
+        self._count = total
+        return self
+
+    def reduce(self, group: Any | None = None) -> "FeatureStatistics":
+        """Replace this rank's statistics by those of all ranks of `group`, in place; once, and on every rank."""
+        weighted = torch.cat([self._mean * self._count, self._mean.new_tensor([self._count])])
+        weighted = sum_over_ranks(weighted, group)
+        total = round(weighted[-1].item())
+        if total == 0:
+            return self
+        mean = weighted[:-1] / total
+        shift = self._mean - mean
+        self._scatter = sum_over_ranks(self._scatter.addr(shift, shift, alpha=self._count), group)
+        self._mean, self._count = mean, total
+        return self
+
+    def state(self) -> dict[str, Any]:
+        """Plain containers, for `from_state`: {"count": int, "mean": (D,), "scatter": (D, D)}, copies on the CPU."""
+        return {
+            "count": self._count,
+            "mean": self._mean.cpu().clone(),
+            "scatter": self._scatter.cpu().clone(),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device | str = "cpu") -> "FeatureStatistics":
+        statistics = cls(len(state["mean"]), device)
+        statistics._count = int(state["count"])
+        statistics._mean.copy_(state["mean"])
+        statistics._scatter.copy_(state["scatter"])
+        return statistics
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)); nan where a moment is not finite.
+
+    The trace of the root is the sum of the singular values of A^T B with C_a = A A^T and C_b = B B^T: no root of an
+    unsymmetric, often singular matrix is taken, so few images are no trouble (the official scipy root errs by 1e-5).
+    """
+    if a.mean.shape != b.mean.shape:
+        raise UserError(
+            f"Can't compare statistics of {len(a.mean)} and {len(b.mean)} features: they come from different networks. "
+            "Use a reference made with the same Inception weights (2048 features for the published one)."
+        )
+    (mean_a, cov_a), (mean_b, cov_b) = ((m.mean.cpu().double(), m.covariance.cpu().double()) for m in (a, b))
+    if not all(torch.isfinite(x).all() for x in (mean_a, cov_a, mean_b, cov_b)):
+        return float("nan")
+    overlap = torch.linalg.svdvals(_factor(cov_a).T @ _factor(cov_b)).sum()
+    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * overlap
+    return max(distance.item(), 0.0)  # rounding of equal sets
+
+
+def _factor(covariance: Tensor) -> Tensor:
+    """D x R with factor @ factor.T = covariance; eigenvalues that are rounding of zero are left out."""
+    values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
+    keep = values > len(values) * torch.finfo(values.dtype).eps * values.abs().max()
+    return vectors[:, keep] * values[keep].sqrt()
+
+
+def few_images_warning(count: int | None, dim: int) -> str | None:
+    """What to tell people when the covariance can't have full rank; None when there are enough images (or unknown)."""
+    if count is None or count >= dim:
+        return None
+    return (
+        f"FID from {count:,} images, fewer than its {dim:,} feature dimensions: biased upwards and to be compared only "
+        "with scores of the same number of the same images. Published scores take 50,000."
+    )
+
+
+def save_npz(path: str | Path, moments: Moments, features: str) -> None:
+    """Write `mu` and `sigma` as every FID tool reads them, `count` and the name of the feature network beside them."""
+    arrays = {
+        "mu": moments.mean.cpu().numpy(),
+        "sigma": moments.covariance.cpu().numpy(),
+        "features": np.array(features),
+    }
+    if moments.count is not None:
+        arrays["count"] = np.array(moments.count)
+    with atomic_write(path) as file:
+        np.savez(file, **arrays)
+
+
+def load_npz(path: str | Path) -> Gaussian:
+    """Read `mu` (D,) and `sigma` (D, D); `count` and `features` where there are any. UserError for anything else."""
+    with opened_npz(path) as archive:
+        missing = [name for name in ("mu", "sigma") if name not in archive.files]
+        if missing:
+            raise UserError(
+                f"{path} has no {' and no '.join(missing)}, only {archive.files}. Expected `mu` and `sigma`."
+            )
+        mu, sigma = archive["mu"], archive["sigma"]
+        count = int(archive["count"]) if "count" in archive.files else None
+        features = str(archive["features"]) if "features" in archive.files else None
+    numbers = all(np.issubdtype(x.dtype, np.floating) and np.isfinite(x).all() for x in (mu, sigma))
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not numbers or not np.allclose(sigma, sigma.T, atol=1e-6):
+        raise UserError(
+            f"{path}: mu {mu.dtype} {mu.shape} and sigma {sigma.dtype} {sigma.shape} are no mean and covariance; "
+            "expected finite floats of shapes (D,) and (D, D), sigma symmetric."
+        )
+    return Gaussian(torch.from_numpy(mu).double(), torch.from_numpy(sigma).double(), count, features)

@@ -1,0 +1,122 @@
+"""Inception features for FID: uint8 images in, 2,048 numbers per image out, from the standard weights file.
+
+Legend: B batch, H, W image px (any size), F features (2048).
+"""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from src.errors import UserError
+from src.metrics.inception_network import InceptionNetwork
+from src.metrics.precision import full_float32
+from src.metrics.resize import resize_tf1
+from src.weights import Weights, freeze, load_strict, read, require
+
+logger = logging.getLogger(__name__)
+
+INPUT_PX = 299
+PUBLISHED_SHA256 = "6726825d"  # in the file names of pytorch-fid and torch-fidelity, which hold the same tensors
+# Names of the standard file that the features don't need. Everything else must be there and fit.
+CLASSIFIER = ("fc.weight", "fc.bias")
+COUNTER = "num_batches_tracked"  # only in files re-saved by a newer PyTorch; eval mode doesn't read it
+TF_CLASSES = 1008  # the network of 2015-12-05; torchvision's ImageNet Inception-v3 has 1000 and gives other scores
+
+
+class InceptionFeatures(nn.Module):
+    """`InceptionFeatures(path)(uint8 B x 3 x H x W) -> B x F float32` on the device of its weights.
+
+    Always frozen, in eval mode, float32 (autocast and TF32 are switched off inside). Raises UserError when the file is
+    missing or holds another network. Random weights only by `weights="untrained"` (drawn from `seed`): then
+    `untrained` is true and scores must not be called rFID. `width` scales all channels; 1.0 is the published network.
+    `key` names the config key or option of the path in error messages.
+    """
+
+    def __init__(
+        self,
+        weights_path: str | Path | None,
+        weights: Weights = "pretrained",
+        seed: int = 0,
+        width: float = 1.0,
+        key: str = "weights_path",
+    ) -> None:
+        super().__init__()
+        if weights not in ("pretrained", "untrained"):
+            raise UserError(f"weights must be 'pretrained' or 'untrained', got {weights!r}")
+        with torch.device("meta"):  # no time and no draw spent on an initialisation that is overwritten
+            network = InceptionNetwork(width)
+        network.to_empty(device="cpu")
+        self.untrained = weights == "untrained"
+        self.feature_dim = network.feature_dim
+        if self.untrained:
+            self.name = f"inception-untrained-seed{seed}-width{width:g}"
+            _initialise(network, seed)
+            logger.warning("Inception features are untrained (seed %d): scores are no rFID", seed)
+        else:
+            self.name = "inception-2015-12-05"
+            _load(network, weights_path, key)
+        self.network = freeze(network).fuse().to(memory_format=torch.channels_last)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def train(self, mode: bool = True) -> "InceptionFeatures":
+        """Stays in eval mode, whatever its owner does."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be uint8 B x 3 x H x W, got {images.dtype} {tuple(images.shape)}")
+        with full_float32(self.device):
+            x = resize_tf1(images.to(self.device).float(), INPUT_PX)
+            x = x.sub(128).div_(128)  # TensorFlow's own scaling: 255 becomes 0.992
+            return self.network(x.contiguous(memory_format=torch.channels_last))  # B F
+
+
+def _load(network: InceptionNetwork, weights_path: str | Path | None, key: str) -> None:
+    if weights_path is None:
+        raise UserError(
+            f"No Inception weights for FID given ({key} is empty). Set {key} to pt_inception-2015-12-05-6726825d.pth "
+            "(`python scripts/download_weights.py --list` says where to get it); features of random weights are to "
+            "be had by weights=untrained only, and their score is called rfid_untrained."
+        )
+    path = require(weights_path, "Inception weights for FID", key)
+    state = read(path)
+    if not isinstance(state, Mapping):
+        raise UserError(f"{path} holds a {type(state).__name__}, not the weights of the FID Inception network")
+    classes = len(state["fc.weight"]) if isinstance(state.get("fc.weight"), Tensor) else None
+    if classes != TF_CLASSES:
+        found = "no classifier (fc.weight)" if classes is None else f"a classifier of {classes} classes"
+        raise UserError(
+            f"{path} is not the FID Inception network: it has {found}, the standard file has {TF_CLASSES}. "
+            "torchvision's ImageNet Inception-v3 gives other scores; use pt_inception-2015-12-05-6726825d.pth."
+        )
+    counters = {name: value for name, value in network.state_dict().items() if name.endswith(COUNTER)}
+    needed = {name: value for name, value in state.items() if name not in CLASSIFIER and not name.endswith(COUNTER)}
+    load_strict(network, {**needed, **{name: torch.zeros_like(value) for name, value in counters.items()}}, path)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not digest.startswith(PUBLISHED_SHA256):
+        logger.warning(
+            "%s is not the published file byte for byte (sha256 %s…, published %s…): scores compare with published "
+            "ones only if its tensors are the same",
+            *(path, digest[:8], PUBLISHED_SHA256),
+        )
+
+
+def _initialise(network: InceptionNetwork, seed: int) -> None:
+    """Weights that keep the variance through the ReLUs, so that features differ between images. No global draws."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+        elif isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)

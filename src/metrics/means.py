@@ -1,0 +1,59 @@
+"""Means of named per-image values, kept as float64 sums that add up over batches and ranks."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from src.metrics.ranks import sum_over_ranks
+
+
+class RunningMeans:
+    """`RunningMeans(["psnr", "ssim"])`: the names are fixed, so that a rank without images fits the others."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self.count = 0
+        self._sums = torch.zeros(len(self.names), dtype=torch.float64)
+
+    def update(self, values: Mapping[str, Tensor]) -> None:
+        """One value per image for every name, each (B,)."""
+        sizes = {name: tuple(value.shape) for name, value in values.items()}
+        if set(values) != set(self.names) or len(set(sizes.values())) > 1:
+            raise ValueError(f"expected {self.names}, each (B,), got {sizes}")
+        stacked = torch.stack([values[name].detach().cpu().double() for name in self.names])  # names B
+        self._sums += stacked.sum(dim=1)
+        self.count += stacked.shape[1]
+
+    def merge(self, other: "RunningMeans") -> "RunningMeans":
+        """Add the images of `other`, in place."""
+        if other.names != self.names:
+            raise ValueError(f"can't merge means of {other.names} into {self.names}")
+        self._sums += other._sums
+        self.count += other.count
+        return self
+
+    def reduce(self, group: Any | None = None) -> "RunningMeans":
+        """Replace this rank's sums by those of all ranks of `group`, in place; once, and on every rank."""
+        total = sum_over_ranks(torch.cat([self._sums, self._sums.new_tensor([self.count])]), group)
+        self._sums, self.count = total[:-1], round(total[-1].item())
+        return self
+
+    def means(self) -> dict[str, float]:
+        """The mean of each name over the images so far; nan without images."""
+        return {
+            name: total / self.count if self.count else float("nan")
+            for name, total in zip(self.names, self._sums.tolist(), strict=True)
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Plain containers, for `from_state`."""
+        return {"names": list(self.names), "count": self.count, "sums": self._sums.tolist()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "RunningMeans":
+        means = cls(state["names"])
+        means.count = int(state["count"])
+        means._sums += torch.tensor(state["sums"], dtype=torch.float64)
+        return means

@@ -1,0 +1,57 @@
+"""npz files from strangers: read without ever unpickling, written whole or not at all."""
+
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from src.errors import UserError
+
+
+@contextmanager
+def npz_errors(path: Path) -> Iterator[None]:
+    """Turns what zipfile, zlib and numpy raise on a missing, broken or hostile file into one UserError."""
+    if not path.is_file():
+        raise UserError(f"No such file: {path}. Expected an npz with `mu` and `sigma`, or with images in `arr_0`.")
+    try:
+        yield
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        raise UserError(
+            f"{path} ({path.stat().st_size:,} bytes) can't be read as npz: {error}. Files with pickled objects are "
+            "refused; a file that was cut short must be copied again."
+        ) from error
+
+
+@contextmanager
+def opened_npz(path: str | Path) -> Iterator[np.lib.npyio.NpzFile]:
+    """An open npz. Arrays of Python objects are refused (they could run code), broken files say so: UserError."""
+    path = Path(path)
+    with npz_errors(path), np.lib.npyio.NpzFile(path, allow_pickle=False) as archive:
+        yield archive
+
+
+def npz_names(path: str | Path) -> list[str]:
+    """The names of the arrays in an npz, e.g. ["mu", "sigma"] or ["arr_0"]."""
+    with opened_npz(path) as archive:
+        return list(archive.files)
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """A binary file that appears at `path` only when the block ends without an error; until then it lies beside it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with beside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

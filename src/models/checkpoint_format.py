@@ -1,0 +1,65 @@
+"""What a checkpoint says about itself, and whether it belongs to a model. Plain values and tensors only."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from src.errors import UserError
+
+if TYPE_CHECKING:
+    from src.models.rae_module import RAEModule
+
+FORMAT_VERSION = 1
+
+
+def trained_state(module: nn.Module, frozen: tuple[str, ...], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    """The state dict without what starts with one of `frozen`."""
+    state = nn.Module.state_dict(module, *args, **kwargs)
+    return {name: value for name, value in state.items() if not name.startswith(frozen)}
+
+
+def describe(module: "RAEModule") -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "config": module.run_config,
+        "encoder": module.rae.encoder.identity(),
+        "architecture": architecture(module),
+    }
+
+
+def architecture(module: "RAEModule") -> dict[str, Any]:
+    """The sizes that two models must share for one's checkpoint to make sense in the other."""
+    geometry, decoder = module.rae.geometry, module.rae.decoder
+    return {
+        "data.image_size": geometry.image_size,
+        "model.decoder_patch_size": geometry.decoder_patch,
+        "encoder patch": geometry.encoder_patch,
+        "latent channels": module.rae.latent_shape[0],
+        "model.decoder_denormalize": module.rae.decoder_denormalize,
+        "model.train_positions": decoder.decoder_pos_embed.requires_grad,
+        **{f"decoder config: {name}": value for name, value in vars(decoder.config).items()},
+        "discriminator": None if module.discriminator is None else module.settings.disc_arch.arch["recipe"],
+    }
+
+
+def verify(module: "RAEModule", checkpoint: Mapping[str, Any]) -> None:
+    """Raises UserError with every difference where the checkpoint is of another model."""
+    version = checkpoint.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"The checkpoint's format_version is {version}, this program reads {FORMAT_VERSION}. It is either not a "
+            "checkpoint of this trainer (weights of others go into model.pretrained_decoder_path) or of another release."
+        )
+    pairs = [
+        (name, checkpoint[part].get(name), own[name])
+        for part, own in (("architecture", architecture(module)), ("encoder", module.rae.encoder.identity()))
+        for name in own
+    ]
+    differing = [f"  {name}: checkpoint {theirs!r}, model {ours!r}" for name, theirs, ours in pairs if theirs != ours]
+    if differing:
+        raise UserError(
+            "The checkpoint is of another model:\n" + "\n".join(differing) + "\nResume with the experiment and the "
+            "overrides of the run that wrote it, or start a new run from its decoder: export it with src/export.py and "
+            "set model.pretrained_decoder_path."
+        )

@@ -1,0 +1,177 @@
+"""The ViT decoder: latent tokens in, patches of pixels out. Source: RAE (arXiv 2510.11690), recipe section 1.
+
+Legend: B batch, N tokens, C latent channels, D decoder width, A heads, P patch px.
+Parameter names are those of the released decoder files, so that these load strictly and ours load elsewhere.
+"""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from src.errors import UserError
+from src.weights import resolve
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """What a decoder's `config.json` has to say. Names are those of the published files."""
+
+    decoder_hidden_size: int
+    decoder_num_hidden_layers: int
+    decoder_num_attention_heads: int
+    decoder_intermediate_size: int
+    layer_norm_eps: float
+
+    # Published files are ViT-MAE configs. What they say besides is either fixed by the recipe (checked) or about
+    # other networks (ignored); latent width, patch and image size come from the model's geometry.
+    _FIXED = {"hidden_act": "gelu", "qkv_bias": True, "num_channels": 3, "hidden_dropout_prob": 0.0,
+              "attention_probs_dropout_prob": 0.0}
+    _IGNORED = {"_name_or_path", "architectures", "hidden_size", "image_size", "initializer_range", "intermediate_size",
+                "mask_ratio", "model_type", "norm_pix_loss", "num_attention_heads", "num_hidden_layers", "patch_size",
+                "torch_dtype", "dtype", "transformers_version"}
+
+    @classmethod
+    def read(cls, path: str | Path) -> "DecoderConfig":
+        """`path`: the JSON file or its folder; relative paths are relative to the project root."""
+        file = resolve(path)
+        file = file / "config.json" if file.is_dir() else file
+        if not file.is_file():
+            known = sorted(p.parent.name for p in resolve("configs/decoder").glob("*/config.json"))
+            raise UserError(f"model.decoder_config_path={path}: no such file or folder. Known: {', '.join(known)} under configs/decoder.")
+        try:
+            content = json.loads(file.read_text())
+        except ValueError as error:
+            raise UserError(f"{file} is no valid JSON: {error}") from error
+        wanted = {f.name for f in fields(cls)}
+        missing, unknown = wanted - content.keys(), content.keys() - wanted - cls._FIXED.keys() - cls._IGNORED
+        if missing or unknown:
+            raise UserError(f"{file}: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; expected {sorted(wanted)}.")
+        for key, value in cls._FIXED.items():
+            if content.get(key, value) != value:
+                raise UserError(f"{file}: {key}={content[key]!r} is not supported; the recipe has {value!r}.")
+        config = cls(**{name: content[name] for name in wanted})
+        if config.decoder_hidden_size % config.decoder_num_attention_heads or config.decoder_hidden_size % 4:
+            raise UserError(f"{file}: decoder_hidden_size={config.decoder_hidden_size} must be a multiple of 4 and of the heads.")
+        return config
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
+        self.output = nn.ModuleDict({"dense": nn.Linear(width, width)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (
+            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in self.attention.values()
+        )  # B A N D/A
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.output["dense"](mixed.transpose(1, 2).flatten(2))  # B N D
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with exact GELU."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        width, hidden, eps = config.decoder_hidden_size, config.decoder_intermediate_size, config.layer_norm_eps
+        self.attention = SelfAttention(width, config.decoder_num_attention_heads)
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, hidden)})
+        self.output = nn.ModuleDict({"dense": nn.Linear(hidden, width)})
+        self.layernorm_before = nn.LayerNorm(width, eps=eps)
+        self.layernorm_after = nn.LayerNorm(width, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.layernorm_before(x))
+        return x + self.output["dense"](F.gelu(self.intermediate["dense"](self.layernorm_after(x))))
+
+
+class ViTDecoder(nn.Module):
+    """Tokens B x N x C -> patches B x N x (P*P*3), order (row, column, channel) inside a patch."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        latent_channels: int,
+        grid: int,
+        patch_size: int,
+        train_positions: bool = False,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        """
+        Args:
+            grid: latents a side.
+            train_positions: positions are fixed sin-cos unless true (the official trainer trains them).
+            activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        """
+        super().__init__()
+        width = config.decoder_hidden_size
+        self.config = config
+        self.grid = grid
+        self.patch_size = patch_size
+        self.activation_checkpointing = activation_checkpointing
+        self.decoder_embed = nn.Linear(latent_channels, width)
+        self.decoder_pos_embed = nn.Parameter(sincos_positions(width, grid)[None], requires_grad=train_positions)
+        self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.decoder_layers = nn.ModuleList(Block(config) for _ in range(config.decoder_num_hidden_layers))
+        self.decoder_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.decoder_pred = nn.Linear(width, patch_size**2 * 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.decoder_pred(self.trunk(tokens))
+
+    def trunk(self, tokens: Tensor) -> Tensor:
+        """Everything but the last linear layer: B N C -> B N D, cls token dropped."""
+        x = self.decoder_embed(self._fit(tokens))
+        cls_token = self.trainable_cls_token.expand(len(x), -1, -1).to(x.dtype)
+        x = torch.cat([cls_token, x], dim=1) + self.decoder_pos_embed  # B 1+N D
+        for block in self.decoder_layers:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x)
+        return self.decoder_norm(x[:, 1:])
+
+    def _fit(self, tokens: Tensor) -> Tensor:
+        """Another number of tokens is resampled on the grid, bilinearly (recipe section 1)."""
+        if tokens.shape[1] == self.grid**2:
+            return tokens
+        side = round(tokens.shape[1] ** 0.5)
+        if side * side != tokens.shape[1]:
+            raise ValueError(f"expected a square number of tokens, got {tokens.shape[1]}")
+        grid = tokens.transpose(1, 2).unflatten(2, (side, side))  # B C h w
+        grid = F.interpolate(grid, size=(self.grid, self.grid), mode="bilinear", align_corners=False)
+        return grid.flatten(2).transpose(1, 2)
+
+
+def sincos_positions(width: int, grid: int) -> Tensor:
+    """2-D sin-cos positions, (1 + grid*grid) x width: zeros for cls; the first half of `width` encodes the column."""
+    quarter = width // 4
+    omega = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega  # grid D/4
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # grid D/2
+    column = axis[None, :, :].expand(grid, grid, -1)
+    row = axis[:, None, :].expand(grid, grid, -1)
+    positions = torch.cat([column, row], dim=2).reshape(grid * grid, width)
+    return torch.cat([torch.zeros(1, width), positions.float()])
+
+
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """B 3 H W -> B N (P*P*3), order (row, column, channel) inside a patch."""
+    batch, _, height, width = images.shape
+    x = images.reshape(batch, 3, height // patch, patch, width // patch, patch)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch * patch * 3)
+
+
+def unpatchify(patches: Tensor, patch: int) -> Tensor:
+    """The inverse of `patchify` for square images: B N (P*P*3) -> B 3 H W."""
+    batch, tokens, _ = patches.shape
+    side = round(tokens**0.5)
+    x = patches.reshape(batch, side, side, patch, patch, 3)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, 3, side * patch, side * patch)

@@ -1,0 +1,161 @@
+"""The frozen DINO vision transformer that the discriminator looks through. Caron et al., arXiv 2104.14294.
+
+Weights: `dino_vit_small_patch8_224.pth` and its siblings, the released DINO backbones under timm's names.
+
+Legend: B batch, L patch tokens, C width, H W image, P patch.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from src.errors import UserError
+from src.weights import Weights, freeze, load_strict, read, require
+
+log = logging.getLogger(__name__)
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class DinoRecipe:
+    """Sizes of one trunk."""
+
+    patch: int
+    """px"""
+    width: int
+    heads: int
+    depth: int = 12
+    image_size: int = 224
+    """px a side; what comes in is resized to it"""
+
+    @property
+    def tokens(self) -> int:
+        return (self.image_size // self.patch) ** 2
+
+
+RECIPES = {
+    "S_8": DinoRecipe(patch=8, width=384, heads=6),
+    "S_16": DinoRecipe(patch=16, width=384, heads=6),
+    "B_16": DinoRecipe(patch=16, width=768, heads=12),
+    # Ours, for the dummy experiments: never pretrained.
+    "tiny": DinoRecipe(patch=8, width=64, heads=2, depth=4, image_size=64),
+}
+
+MLP_RATIO = 4
+NORM_EPS = 1e-6
+# The trunk's last LayerNorm is not applied to the features, and there is no classifier.
+UNUSED_IN_FILE = ("norm.weight", "norm.bias", "head.weight", "head.bias")
+
+
+def dino_recipe(name: str) -> DinoRecipe:
+    """Raises UserError with the list."""
+    if name not in RECIPES:
+        raise UserError(f"disc_arch.arch.recipe={name}: no such DINO trunk. Choose one of {', '.join(RECIPES)}.")
+    return RECIPES[name]
+
+
+class DinoTrunk(nn.Module):
+    """Images in [-1, 1] -> patch tokens after chosen blocks. Frozen; gradients flow to the images only.
+
+    Parameters bear the names of the file, so the file is the table; the ImageNet normalisation is folded into the
+    patch embedding at load (exact: it has no padding). May be moved to half precision as a whole.
+    """
+
+    def __init__(
+        self, recipe: DinoRecipe, path: str | Path | None, weights: Weights = "pretrained", seed: int = 0
+    ) -> None:
+        super().__init__()
+        if weights not in ("pretrained", "untrained"):
+            raise UserError(f"weights={weights!r} of the DINO trunk: expected 'pretrained' or 'untrained'.")
+        self.recipe = recipe
+        self.untrained = weights == "untrained"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, recipe.width, recipe.patch, stride=recipe.patch)})
+            self.cls_token = nn.Parameter(torch.randn(1, 1, recipe.width) * 0.02)
+            self.pos_embed = nn.Parameter(torch.randn(1, 1 + recipe.tokens, recipe.width) * 0.02)
+            self.blocks = nn.ModuleList(Block(recipe.width, recipe.heads) for _ in range(recipe.depth))
+        if self.untrained:
+            log.warning("The DINO trunk of the discriminator is untrained (seed %d).", seed)
+        else:
+            self._load(path)
+        _fold_normalisation(self.patch_embed["proj"])
+        freeze(self)
+
+    def train(self, mode: bool = True) -> "DinoTrunk":
+        """Frozen: stays in eval mode whatever is asked."""
+        return super().train(False)
+
+    def forward(self, images: Tensor, depths: Sequence[int]) -> list[Tensor]:
+        """B x 3 x H x W, float in [-1, 1] -> a B x C x L map after each of `depths` (ascending, from 0).
+
+        Maps are views of token-major memory. Blocks after the last of `depths` are not run.
+        """
+        size = (self.recipe.image_size, self.recipe.image_size)
+        if images.shape[2:] != size:  # at this very size the resize is the identity
+            images = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+        projection = self.patch_embed["proj"]
+        x = projection(images.to(projection.weight.dtype)).flatten(2).transpose(1, 2)  # B L C
+        x = torch.cat((self.cls_token.expand(len(x), -1, -1).to(x.dtype), x), dim=1) + self.pos_embed
+        maps = []
+        for depth, block in enumerate(self.blocks[: max(depths) + 1]):
+            x = block(x)
+            if depth in depths:
+                maps.append(x[:, 1:].transpose(1, 2))  # B C L
+        return maps
+
+    def _load(self, path: str | Path | None) -> None:
+        if path is None:
+            raise UserError(
+                "The DINO trunk with weights='pretrained' needs dino_ckpt_path; it is null. Give the file, or ask for "
+                "weights='untrained' by name."
+            )
+        file = require(path, "The DINO trunk of the discriminator", "dino_ckpt_path")
+        load_strict(self, without_unused(read(file)), file)
+        for block in self.blocks:  # a bias of the keys shifts all scores of a query alike: the softmax ignores it
+            block.attn["qkv"].bias.data.chunk(3)[1].zero_()
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block without dropout; the MLP with tanh-GELU."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = nn.ModuleDict(
+            {"fc1": nn.Linear(width, MLP_RATIO * width), "fc2": nn.Linear(MLP_RATIO * width, width)}
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # B 1+L C
+        x = x + self._attention(self.norm1(x))
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)), approximate="tanh"))
+
+    def _attention(self, x: Tensor) -> Tensor:
+        qkv = self.attn["qkv"](x).unflatten(2, (3, self.heads, -1))  # B 1+L 3 heads C/heads
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # B heads 1+L C/heads
+        x = F.scaled_dot_product_attention(query, key, value)
+        return self.attn["proj"](x.transpose(1, 2).flatten(2))
+
+
+def without_unused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The file's tensors without those named in UNUSED_IN_FILE; anything else unknown is left to the strict load."""
+    return {name: value for name, value in state.items() if name not in UNUSED_IN_FILE}
+
+
+@torch.no_grad()
+def _fold_normalisation(projection: nn.Conv2d) -> None:
+    """Make the patch embedding take [-1, 1]: ((x + 1) / 2 - mean) / std = x scale + shift, in float64."""
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    weight = projection.weight.double()
+    projection.bias.add_((weight * ((0.5 - mean) / std)).sum((1, 2, 3)))
+    projection.weight.copy_(weight * (0.5 / std))

@@ -1,0 +1,181 @@
+"""Projected discriminator: small convolutional heads on the maps of a frozen DINO trunk.
+
+Sauer et al., arXiv 2301.09515 (StyleGAN-T), as RAE uses it (arXiv 2510.11690): trained are the heads only.
+
+Legend: B batch, C width, L patch tokens, S heads. Images are B x 3 x H x W, float in [-1, 1].
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from src.errors import UserError
+from src.models.dino import DinoRecipe, DinoTrunk, dino_recipe
+from src.models.spectral_norm import PlainWeights, SpectralWeights
+from src.weights import Weights
+
+NORM_TYPES = ("bn", "gn")
+"""`bn` is the published name of what is a per-sample norm over L with an affine; `gn` is GroupNorm."""
+NORM_EPS = 1e-6
+GROUPS = 32
+SLOPE = 0.2
+
+
+class DinoDiscriminator(nn.Module):
+    """`D(images)` -> logits B x (S * L), S = len(key_depths) + 1.
+
+    `forward` never changes state, in no mode. A discriminator step of the published recipe (one power iteration in each
+    training forward, fake before real) is: power_iteration(); D(fake); power_iteration(); D(real).
+    Trained are `heads`; `trunk` is frozen. `untrained` is True where the trunk has seeded random weights.
+
+    Args:
+        dino_ckpt_path: the trunk's weights; None with weights="untrained".
+        ks: taps of the second convolution, odd, at most 2 L - 1.
+        key_depths: blocks whose maps are looked at, from 0, ascending.
+        norm_type: one of NORM_TYPES.
+        using_spec_norm: spectral normalisation of all convolutions.
+        recipe: S_8, S_16, B_16, or tiny.
+        seed: of the heads, and of an untrained trunk.
+
+    Raises:
+        UserError: a value outside of the above, or a file that is missing or does not fit.
+    """
+
+    def __init__(
+        self,
+        dino_ckpt_path: str | Path | None,
+        ks: int,
+        key_depths: Sequence[int],
+        norm_type: str,
+        using_spec_norm: bool,
+        recipe: str,
+        weights: Weights = "pretrained",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        sizes = dino_recipe(recipe)
+        _check(sizes, recipe, ks, tuple(key_depths), norm_type)
+        # The published code puts the trunk's last map in front of the chosen ones, a second time where 11 is chosen.
+        self.map_depths = (sizes.depth - 1, *key_depths)
+        self.run_depths = tuple(sorted(set(self.map_depths)))
+        self.trunk = DinoTrunk(sizes, dino_ckpt_path, weights, seed)
+        self.untrained = self.trunk.untrained
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.heads = Heads(len(self.map_depths), sizes.width, ks, norm_type, using_spec_norm)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images -> logits B x (S * L)."""
+        return self.heads(self.features(images))
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """What the heads see: S maps B x C x L, each computed once (one tensor may stand in two places)."""
+        maps = dict(zip(self.run_depths, self.trunk(images, self.run_depths), strict=True))
+        return [maps[depth] for depth in self.map_depths]
+
+    def power_iteration(self) -> None:
+        """One power iteration of every convolution."""
+        self.heads.power_iteration()
+
+    @contextmanager
+    def heads_frozen(self) -> Iterator[None]:
+        """Graphs built inside reach the images only: nothing is kept for gradients of the heads' weights."""
+        wanted = [parameter.requires_grad for parameter in self.heads.parameters()]
+        self.heads.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter, flag in zip(self.heads.parameters(), wanted, strict=True):
+                parameter.requires_grad_(flag)
+
+
+class Heads(nn.Module):
+    """S heads of one shape, parameters stacked: few tensors for the power iteration, the optimiser and DDP.
+
+    Each: [conv k=1, norm, LeakyReLU] -> (x + [conv k=ks circular, norm, LeakyReLU](x)) / sqrt 2 -> conv k=1 to a logit.
+    """
+
+    def __init__(self, count: int, width: int, ks: int, norm_type: str, spectral: bool) -> None:
+        super().__init__()
+        self.norm_type = norm_type
+        self.first = Convolutions(count, width, width, 1, spectral)
+        self.first_norm = Norms(count, width)
+        self.second = Convolutions(count, width, width, ks, spectral)
+        self.second_norm = Norms(count, width)
+        self.last = Convolutions(count, width, 1, 1, spectral)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """S maps B x C x L -> logits B x (S * L), head after head."""
+        layers = zip(maps, self.first(), self.first_norm(), self.second(), self.second_norm(), self.last(), strict=True)
+        logits = []
+        for x, first, first_norm, second, second_norm, last in layers:
+            x = _normalise(_convolve(x, *first), *first_norm, self.norm_type)  # B C L
+            y = _normalise(_convolve(x, *second), *second_norm, self.norm_type)
+            logits.append(_convolve((x + y) * 0.5**0.5, *last).flatten(1))  # B L
+        return torch.cat(logits, dim=1)
+
+    def power_iteration(self) -> None:
+        for convolutions in (self.first, self.second, self.last):
+            convolutions.weights.power_iteration()
+
+
+class Convolutions(nn.Module):
+    """Weights of S convolutions over L. Calling it gives a (weight, bias) for each head."""
+
+    def __init__(self, count: int, width_in: int, width_out: int, ks: int, spectral: bool) -> None:
+        super().__init__()
+        drawn = [nn.Conv1d(width_in, width_out, ks) for _ in range(count)]  # for PyTorch's initialisation
+        weight = torch.stack([conv.weight.detach() for conv in drawn])  # S O I ks
+        self.weights = SpectralWeights(weight) if spectral else PlainWeights(weight)
+        self.bias = nn.Parameter(torch.stack([conv.bias.detach() for conv in drawn]))
+
+    def forward(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self.weights(), self.bias.unbind(0), strict=True))
+
+
+class Norms(nn.Module):
+    """Affines of S norms. Calling it gives a (weight, bias) for each head."""
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(count, width))
+        self.bias = nn.Parameter(torch.zeros(count, width))
+
+    def forward(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self.weight.unbind(0), self.bias.unbind(0), strict=True))
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # B C L -> B O L
+    reach = weight.shape[-1] // 2
+    if reach:
+        x = F.pad(x, (reach, reach), mode="circular")
+    return F.conv1d(x, weight, bias)
+
+
+def _normalise(x: Tensor, weight: Tensor, bias: Tensor, norm_type: str) -> Tensor:  # B C L
+    """Per sample: each channel over L (`bn`), or each group of channels with L (`gn`); then LeakyReLU."""
+    if norm_type == "gn":
+        x = F.group_norm(x, GROUPS, weight, bias, NORM_EPS)
+    else:
+        x = F.instance_norm(x, weight=weight, bias=bias, eps=NORM_EPS)
+    return F.leaky_relu(x, SLOPE, inplace=True)
+
+
+def _check(sizes: DinoRecipe, recipe: str, ks: int, key_depths: tuple[int, ...], norm_type: str) -> None:
+    where = "disc_arch.arch"
+    if norm_type not in NORM_TYPES:
+        raise UserError(f"{where}.norm_type={norm_type}: choose one of {', '.join(NORM_TYPES)}.")
+    if norm_type == "gn" and sizes.width % GROUPS:
+        raise UserError(f"{where}.norm_type=gn needs a width divisible by {GROUPS}; {recipe} has {sizes.width}.")
+    if ks < 1 or ks % 2 == 0 or ks // 2 > sizes.tokens:
+        raise UserError(f"{where}.ks={ks}: expected an odd number from 1 to {2 * sizes.tokens + 1} for {recipe}.")
+    ascending = list(key_depths) == sorted(set(key_depths))
+    if not key_depths or not ascending or not 0 <= key_depths[0] <= key_depths[-1] < sizes.depth:
+        raise UserError(
+            f"{where}.key_depths={list(key_depths)}: expected block numbers in ascending order, none twice, from 0 to "
+            f"{sizes.depth - 1} ({recipe} has {sizes.depth} blocks)."
+        )

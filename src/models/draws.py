@@ -1,0 +1,76 @@
+"""The random numbers of a training step, from the stream of `src/stream.py`.
+
+Legend: B micro-batch on this rank. Per image they depend on (seed, epoch, position in the epoch), for a whole micro-batch
+on (seed, epoch, number of the micro-batch), for a step on (seed, step): never on ranks, workers or what ran before.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from src import stream
+from src.losses.diffaug import UNIFORMS_PER_BATCH, UNIFORMS_PER_SAMPLE, DiffAug, Draws
+from src.models.rae import RAE
+from src.models.settings import ModelSettings
+from src.models.training_step import NoiseDraws
+from src.stream import Purpose
+
+
+@dataclass(frozen=True)
+class GeneratorDraws:
+    noise: NoiseDraws | None
+    augment: Draws | None
+    layers: tuple[int, ...] | None
+    """Blocks of the encoder to use in this step; None: all that were chosen."""
+
+
+class StepDraws:
+    def __init__(self, settings: ModelSettings, rae: RAE, augment: DiffAug | None) -> None:
+        self.seed = settings.loop.seed
+        self.tau = settings.rae.noise_tau
+        self.subset = settings.layer_subset
+        self.latent_shape = rae.latent_shape
+        self.layers = rae.encoder.layers
+        self.augment = augment
+
+    def generator(
+        self, batch: Mapping[str, Any], batch_idx: int, step: int, device: torch.device
+    ) -> GeneratorDraws:
+        """`batch_idx`: number of the micro-batch in its epoch; `step`: of the generator update."""
+        epoch, positions = int(batch["epoch"]), batch["position"].tolist()
+        noise = None
+        if self.tau > 0:
+            sigma = self.tau * stream.uniforms(self.seed, Purpose.NOISE_LEVEL, epoch, positions, 1)[:, 0]
+            normal = stream.normals(self.seed, Purpose.LATENT_NOISE, epoch, positions, self.latent_shape, device)
+            noise = NoiseDraws(sigma.to(device, non_blocking=True), normal)
+        augment = self._augment(Purpose.AUGMENT_GENERATOR, epoch, positions, batch_idx, 0, device)
+        return GeneratorDraws(noise, augment, self.blocks(step))
+
+    def discriminator(
+        self, label: Literal["fake", "real"], batch: Mapping[str, Any], batch_idx: int, update: int, device: torch.device
+    ) -> Draws | None:
+        purpose = Purpose.AUGMENT_FAKE if label == "fake" else Purpose.AUGMENT_REAL
+        return self._augment(purpose, int(batch["epoch"]), batch["position"].tolist(), batch_idx, update, device)
+
+    def blocks(self, step: int) -> tuple[int, ...] | None:
+        """A random non-empty subset of the encoder's chosen blocks, the same on all ranks."""
+        if self.subset.kind == "none" or len(self.layers) == 1:
+            return None
+        rng = stream.generator(self.seed, Purpose.LAYER_SUBSET, 0, step)
+        while True:
+            kept = rng.random(len(self.layers)) < self.subset.keep_probability
+            if kept.any():
+                return tuple(block for block, keep in zip(self.layers, kept, strict=True) if keep)
+
+    def _augment(
+        self, purpose: Purpose, epoch: int, positions: list[int], batch_idx: int, update: int, device: torch.device
+    ) -> Draws | None:
+        if self.augment is None:
+            return None
+        # Each update takes its own columns; the switches of a batch come from their own place beyond all images.
+        count = UNIFORMS_PER_SAMPLE * (update + 1)
+        samples = stream.uniforms(self.seed, purpose, epoch, positions, count)[:, -UNIFORMS_PER_SAMPLE:]
+        switches = stream.uniforms(self.seed, purpose, epoch, [2**62 + batch_idx], UNIFORMS_PER_BATCH * (update + 1))
+        return self.augment.draw(switches[0, -UNIFORMS_PER_BATCH:], samples).to(device)

@@ -1,0 +1,63 @@
+"""Which blocks of an encoder make the latent, and how they are put together. Source: RAEv2 (arXiv 2605.18324)."""
+
+import re
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from src.errors import UserError
+
+Fusion = Literal["mean", "mean_plus_spatial_mean", "sum"]
+FUSIONS: tuple[str, ...] = get_args(Fusion)
+LayerChoice = None | str | int | Sequence[int]
+
+_NAMED = {
+    "k1": lambda depth: [depth - 1],
+    "k7": lambda depth: list(range(depth - 13, depth, 2)),
+    "k23": lambda depth: list(range(depth - 23, depth)),
+}
+
+
+def parse_layers(layers: LayerChoice, depth: int, key: str = "model.encoder_params.layers") -> tuple[int, ...]:
+    """Block numbers from 0, ascending. None: the last block alone.
+
+    Accepts a list, `k1` | `k7` | `k23` (last block; every second of the last 13; the last 23) or numbers joined by
+    dots (`11.13.15`).
+
+    Raises:
+        UserError: nothing chosen, no such block, a block named twice, an unknown name.
+    """
+    if layers is None:
+        return (depth - 1,)
+    if isinstance(layers, str):
+        chosen = _parse_text(layers, depth, key)
+    else:
+        chosen = [layers] if isinstance(layers, int) else list(layers)
+    if not chosen:
+        raise UserError(f"{key} is empty: name at least one block (0 to {depth - 1}), or null for the last one.")
+    if bad := [n for n in chosen if not isinstance(n, int) or isinstance(n, bool) or not 0 <= n < depth]:
+        raise UserError(f"{key}={layers}: this encoder has {depth} blocks, numbered 0 to {depth - 1}; got {bad}.")
+    if len(set(chosen)) != len(chosen):
+        raise UserError(f"{key}={layers} names a block twice.")
+    return tuple(sorted(chosen))
+
+
+def check_fusion(fusion: str, allowed: Sequence[str], encoder: str) -> None:
+    if fusion not in allowed:
+        raise UserError(
+            f"model.encoder_params.layer_fusion={fusion!r} is unknown to {encoder}: expected {', '.join(allowed)}."
+        )
+
+
+def _parse_text(text: str, depth: int, key: str) -> list[int]:
+    if text in _NAMED:
+        chosen = _NAMED[text](depth)
+        if chosen[0] < 0:
+            fitting = [name for name, blocks in _NAMED.items() if blocks(depth)[0] >= 0]
+            raise UserError(
+                f"{key}={text} needs more than the {depth} blocks of this encoder. Names that fit: "
+                f"{', '.join(fitting)}; or list the blocks."
+            )
+        return chosen
+    if re.fullmatch(r"\d+(\.\d+)*", text):
+        return [int(n) for n in text.split(".")]
+    raise UserError(f"{key}={text!r}: expected null, {', '.join(_NAMED)}, a list like [5,11] or numbers like 5.11.")

@@ -1,0 +1,217 @@
+"""The representation autoencoder: a frozen encoder, a decoder that is trained. Source: arXiv 2510.11690, recipe section 1.
+
+Legend: B batch, C latent channels, h = w latent grid, N = h*w tokens, H = W image px. Images are RGB in [0, 1].
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from src.errors import UserError
+from src.geometry import Geometry
+from src.images import bytes_to_unit
+from src.models.decoder import DecoderConfig, ViTDecoder, unpatchify
+from src.models.encoders import encoder_class, preprocessing
+from src.weights import load_strict, read, require
+
+log = logging.getLogger(__name__)
+
+SOURCE_KEYS = ("dinov2_path", "model_name")
+VARIANCE_EPS = 1e-5
+
+
+class RAE(nn.Module):
+    """`encode(images) -> latents`, `decode(latents) -> images`; `forward` is both.
+
+    No noise is added unless a call asks for it, whatever the train/eval mode; `decode` does not clamp.
+    """
+
+    latent_mean: Tensor | None
+    latent_var: Tensor | None
+
+    def __init__(
+        self,
+        encoder_cls: str,
+        encoder_config_path: str,
+        encoder_params: Mapping[str, Any],
+        decoder_config_path: str | Path,
+        decoder_patch_size: int,
+        image_size: int | None = None,
+        encoder_input_size: int | None = None,
+        pretrained_decoder_path: str | Path | None = None,
+        noise_tau: float = 0.0,
+        normalization_stat_path: str | Path | None = None,
+        decoder_denormalize: bool = True,
+        train_positions: bool = False,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        """
+        Args:
+            encoder_cls: a name in `src.models.encoders.ENCODERS`.
+            encoder_config_path: hub id or folder that the preprocessing statistics come from.
+            encoder_params: arguments of the encoder class, its weights' place among them.
+            decoder_config_path: JSON file or its folder.
+            image_size: px; where None it follows from `encoder_input_size`. One of the two must be given.
+            pretrained_decoder_path: a decoder file with the published names; loads strictly.
+            noise_tau: upper end of the latent noise's uniform standard deviation in training. Kept, not applied.
+            normalization_stat_path: file with `mean` and `var`, each C x h x w.
+            decoder_denormalize: the decoder's output is in the encoder's normalised pixel space (RAE: true, RAEv2: false).
+
+        Raises:
+            UserError: sizes that don't fit (before any weight is read), missing or unfitting files.
+        """
+        super().__init__()
+        kind = encoder_class(encoder_cls)
+        self.geometry = geometry_of(encoder_cls, encoder_params, decoder_patch_size, image_size, encoder_input_size)
+        decoder_config = DecoderConfig.read(decoder_config_path)
+        self.noise_tau = noise_tau
+        self.encoder = _build(kind, encoder_params)
+        mean, std = preprocessing(encoder_config_path, kind)
+        self.register_buffer("image_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("image_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.decoder_denormalize = decoder_denormalize
+        self.decoder = ViTDecoder(
+            decoder_config,
+            latent_channels=self.encoder.hidden_size,
+            grid=self.geometry.grid,
+            patch_size=decoder_patch_size,
+            train_positions=train_positions,
+            activation_checkpointing=activation_checkpointing,
+        )
+        self.register_buffer("latent_mean", None)
+        self.register_buffer("latent_var", None)
+        if normalization_stat_path is not None:
+            self.set_statistics(*read_statistics(normalization_stat_path, self.latent_shape, self.encoder.identity()))
+        if pretrained_decoder_path is not None:
+            file = require(pretrained_decoder_path, "Pretrained decoder", "model.pretrained_decoder_path")
+            load_strict(self.decoder, read(file), file)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """C, h, w."""
+        return self.encoder.hidden_size, self.geometry.grid, self.geometry.grid
+
+    # -- the public pair
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, noise_tau: float = 0.0, layers: Sequence[int] | None = None) -> Tensor:
+        """[0, 1] float (or uint8) B 3 H W -> latents B C h w, normalised where statistics are given.
+
+        `noise_tau` above 0 adds noise of a standard deviation drawn from U(0, noise_tau) per image.
+        """
+        latents = self.encode_raw(images, layers)
+        if noise_tau > 0:
+            sigma = noise_tau * torch.rand(len(latents), 1, 1, 1, device=latents.device)
+            latents = latents + sigma * torch.randn_like(latents)
+        return self.normalize(latents)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents B C h w as `encode` gives them -> images B 3 H W, float, not clamped."""
+        return self.decode_raw(self.denormalize(latents))
+
+    def forward(self, images: Tensor, noise_tau: float = 0.0) -> Tensor:
+        return self.decode(self.encode(images, noise_tau))
+
+    # -- its parts, which training uses directly
+
+    @torch.no_grad()
+    def encode_raw(self, images: Tensor, layers: Sequence[int] | None = None) -> Tensor:
+        """Images -> B C h w before noise and latent normalisation (recipe section 1, steps 1 to 3 and 5)."""
+        if images.dtype == torch.uint8:
+            images = bytes_to_unit(images)
+        size = self.geometry.encoder_input_size
+        if images.shape[-2:] != (size, size):
+            images = F.interpolate(images, size=(size, size), mode="bicubic", align_corners=False)
+        tokens = self.encoder((images - self.image_mean) / self.image_std, layers)  # B N C
+        return tokens.transpose(1, 2).unflatten(2, self.latent_shape[1:])
+
+    def decode_raw(self, latents: Tensor, decoder: ViTDecoder | None = None) -> Tensor:
+        """B C h w in the encoder's own scale -> images; `decoder` stands in for the own one (its EMA, say)."""
+        decoder = decoder or self.decoder
+        return self.to_images(decoder(self.to_tokens(latents)))
+
+    def to_tokens(self, latents: Tensor) -> Tensor:
+        return latents.flatten(2).transpose(1, 2)  # B C h w -> B N C
+
+    def to_images(self, patches: Tensor) -> Tensor:
+        """The decoder's patches B N (P*P*3) -> images B 3 H W in [0, 1] scale."""
+        images = unpatchify(patches, self.decoder.patch_size)
+        return images * self.image_std + self.image_mean if self.decoder_denormalize else images
+
+    def normalize(self, latents: Tensor) -> Tensor:
+        if self.latent_mean is None or self.latent_var is None:
+            return latents
+        return (latents - self.latent_mean) / (self.latent_var + VARIANCE_EPS).sqrt()
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        if self.latent_mean is None or self.latent_var is None:
+            return latents
+        return latents * (self.latent_var + VARIANCE_EPS).sqrt() + self.latent_mean
+
+    def set_statistics(self, mean: Tensor, var: Tensor) -> None:
+        """Per-element mean and variance of raw latents, each C x h x w."""
+        self.latent_mean, self.latent_var = mean.float(), var.float()
+
+
+def geometry_of(
+    encoder_cls: str,
+    encoder_params: Mapping[str, Any],
+    decoder_patch_size: int,
+    image_size: int | None,
+    encoder_input_size: int | None,
+) -> Geometry:
+    """Sizes from configuration alone: reads the encoder's config, no weights."""
+    patch = encoder_class(encoder_cls).read_config(_source(encoder_params)).patch_size
+    if image_size is None:
+        if encoder_input_size is None:
+            raise UserError("Neither image_size nor encoder_input_size is given: one of them has to set the size.")
+        if encoder_input_size % patch:
+            below = encoder_input_size // patch * patch
+            raise UserError(
+                f"encoder_input_size={encoder_input_size} is not a multiple of the encoder's patch of {patch} px; "
+                f"nearest: {below} and {below + patch}."
+            )
+        image_size = encoder_input_size // patch * decoder_patch_size
+    return Geometry.of(image_size, decoder_patch_size, patch, encoder_input_size, encoder_params.get("num_tokens"))
+
+
+def read_statistics(path: str | Path, shape: tuple[int, int, int], identity: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """`mean` and `var` from a statistics file in the official format. An identity stored beside them is compared."""
+    file = require(path, "Latent statistics", "model.normalization_stat_path")
+    content = read(file)
+    if not isinstance(content, Mapping) or not {"mean", "var"} <= content.keys():
+        raise UserError(f"{file}: expected a dictionary with `mean` and `var`, found {_describe(content)}.")
+    mean, var = content["mean"], content["var"]
+    for name, tensor in (("mean", mean), ("var", var)):
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise UserError(f"{file}: `{name}` is {got}; this model's latents are {shape} (C x h x w). Use statistics of this encoder and size.")
+    stored = content.get("encoder")
+    if stored is not None:
+        differing = [f"{k}: file {stored.get(k)!r}, model {identity[k]!r}" for k in identity if stored.get(k) != identity[k]]
+        if differing:
+            raise UserError(f"{file} was made with another encoder ({'; '.join(differing)}). Compute its own with `python src/latent_stats.py`.")
+    return mean, var
+
+
+def _source(params: Mapping[str, Any]) -> str:
+    for key in SOURCE_KEYS:
+        if key in params:
+            return str(params[key])
+    raise UserError(f"model.encoder_params has none of {', '.join(SOURCE_KEYS)}: it must say where the encoder comes from.")
+
+
+def _build(kind: type, params: Mapping[str, Any]) -> nn.Module:
+    try:
+        return kind(**params)
+    except TypeError as error:
+        raise UserError(f"model.encoder_params={dict(params)} does not fit {kind.__name__}: {error}") from error
+
+
+def _describe(content: Any) -> str:
+    return f"keys {sorted(map(str, content))[:8]}" if isinstance(content, Mapping) else type(content).__name__

@@ -1,0 +1,68 @@
+"""Where log lines go: the terminal of the first process, and a file in the run's folder."""
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+# Harmless and not ours to mend; everything else is left alone.
+_SILENCED = (
+    r".*does not have many workers which may be a bottleneck.*",  # num_workers is the user's choice
+    r".*module\(s\) in eval mode at the start of training.*",  # the frozen networks are meant to be
+    r".*The number of training batches .* is smaller than the logging interval.*",
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+    r".*Checkpoint directory .* exists and is not empty.*",
+    r".*is not currently supported on CUDA-enabled.*pin_memory.*",
+    r".*'pin_memory' argument is set as true but no accelerator is found.*",
+    r".*Grad strides do not match bucket view strides.*",
+    r".*barrier\(\): using the device under current context.*",
+    r".*The `srun` command is available on your system but is not used.*",
+)
+_QUIET_LOGGERS = ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "matplotlib", "datasets", "huggingface_hub")
+
+
+class WarningCollector(logging.Handler):
+    """Keeps the warnings of a run for its record, each once."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage().strip()
+        if message not in self.messages and len(self.messages) < 200:
+            self.messages.append(message)
+
+
+def set_up(folder: Path | None, main: bool) -> WarningCollector:
+    """Log to the terminal and to FOLDER/run.log from the first process; the others report errors only."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+    root.setLevel(logging.INFO)
+    terminal = logging.StreamHandler(sys.stderr)
+    terminal.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+    terminal.setLevel(logging.INFO if main else logging.ERROR)
+    root.addHandler(terminal)
+    collector = WarningCollector()
+    root.addHandler(collector)
+    if folder is not None and main:
+        file = logging.FileHandler(folder / "run.log", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        root.addHandler(file)
+    for name in _QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    _quiet_lightning()
+    logging.captureWarnings(True)
+    for message in _SILENCED:
+        warnings.filterwarnings("ignore", message=message)
+    return collector
+
+
+def _quiet_lightning() -> None:
+    """Its loggers bring handlers of their own, and their news (device tables, tips) stand in our start-up table."""
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning", "lightning.pytorch", "lightning.fabric"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+        logger.setLevel(logging.WARNING)

@@ -1,0 +1,64 @@
+"""`run.json`: what was run, on what, and how it ended. Enough to do it again."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from src.weights import PROJECT_ROOT
+
+_PACKAGES = ("torch", "pytorch-lightning", "hydra-core", "transformers", "datasets", "numpy", "pillow", "simplejpeg", "torchmetrics")
+
+
+class RunRecord:
+    """A JSON file that is rewritten as the run learns more; every write is atomic."""
+
+    def __init__(self, folder: Path, experiment: str, main: bool) -> None:
+        self.file = folder / "run.json"
+        self._main = main
+        self.content: dict[str, Any] = {
+            "experiment_name": experiment,
+            "status": "running",
+            "started": datetime.now().isoformat(timespec="seconds"),
+            "command": [Path(sys.executable).name, *sys.argv],
+            "git": git_state(),
+            "python": platform.python_version(),
+            "packages": {name: _version(name) for name in _PACKAGES},
+        }
+
+    def update(self, values: Mapping[str, Any]) -> None:
+        self.content.update(values)
+        if not self._main:
+            return
+        beside = self.file.with_suffix(".tmp")
+        beside.write_text(json.dumps(self.content, indent=2, default=str) + "\n")
+        os.replace(beside, self.file)
+
+    def finish(self, status: str, warnings: list[str], **result: Any) -> None:
+        """`status`: finished, failed, terminated or interrupted."""
+        self.update({"status": status, "ended": datetime.now().isoformat(timespec="seconds"), "warnings": warnings, **result})
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit and whether the tree was clean; None outside a checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "clean": not git("status", "--porcelain")}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,141 @@
+"""A training run from its configuration to its record."""
+
+import logging
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from src.callbacks.checkpoint import RunCheckpoint
+from src.callbacks.startup import StartupTable, device_name
+from src.errors import UserError
+from src.runs import logs
+from src.runs.folder import run_folder
+from src.runs.launch import Launch
+from src.runs.record import RunRecord
+from src.runs.resume import find_checkpoint
+from src.runs.summary import summary
+from src.runs.trainer import build_trainer
+
+log = logging.getLogger(__name__)
+
+
+def run(config: DictConfig) -> float | None:
+    """Train. Mistakes of the user end with one message and status 1, everything else with its traceback."""
+    try:
+        return _run(config)
+    except UserError as error:
+        _say(error)
+        raise SystemExit(1) from None
+    except OmegaConfBaseException as error:
+        _say(UserError(f"Configuration: {str(error).strip()}"))
+        raise SystemExit(1) from None
+
+
+def _run(config: DictConfig) -> float | None:
+    launch = Launch.detect()
+    checkpoint = find_checkpoint(config.ckpt_path, config.paths.log_dir, config.experiment_name)
+    folder = run_folder(config.paths.log_dir, _wanted_folder(config), launch)
+    config.paths.run_dir = str(folder)
+    warnings = logs.set_up(folder, launch.main)
+    record = RunRecord(folder, config.experiment_name, launch.main)
+    if launch.main:
+        _save_config(config, folder)
+        record.update({})
+    if checkpoint is not None:
+        log.info("Resuming from %s", checkpoint)
+        record.update({"resumed_from": str(checkpoint)})
+    try:
+        result = _train(config, launch, checkpoint, record)
+    except BaseException as error:
+        status = {SystemExit: "terminated", KeyboardInterrupt: "interrupted"}.get(type(error), "failed")
+        reason = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception_only(error)).strip()
+        if status == "failed" and launch.main:
+            log.error("The run failed: %s", reason)
+        record.finish(status, warnings.messages, error=reason)
+        raise
+    record.finish("finished", warnings.messages, result=result)
+    return result.get("val/loss")
+
+
+def _train(config: DictConfig, launch: Launch, checkpoint: Path | None, record: RunRecord) -> dict[str, Any]:
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    pl.seed_everything(config.seed, workers=False, verbose=False)
+    datamodule = build(config.data, "data")
+    callbacks = [StartupTable(), *build_all(config.callbacks, "callbacks")]
+    loggers = build_all(config.logger, "logger") if launch.main else []
+    trainer = build_trainer(plain["trainer"], launch, callbacks, loggers, plain["paths"]["run_dir"])
+    datamodule.trainer = trainer
+    if trainer.is_global_zero:
+        datamodule.prepare_data()
+        for logger in loggers:
+            logger.log_hyperparams(plain)
+    module = build(config.model, "model")
+    module.run_config = plain
+    record.update({"device": device_name(trainer.strategy.root_device), "processes": trainer.world_size})
+    for callback in callbacks:
+        if isinstance(callback, RunCheckpoint):
+            callback.resumed_from = checkpoint
+    if checkpoint is not None:
+        _compare_horizon(checkpoint, plain)
+    trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint)
+    record.update({"data": {"fingerprint": datamodule.fingerprint, "train": datamodule.train_size, "validation": datamodule.val_size}})
+    return summary(trainer, module)
+
+
+def build_all(group: DictConfig | None, key: str) -> list[Any]:
+    """Nodes without a `_target_` are settings for a part that this run leaves out."""
+    return [build(node, f"{key}.{name}") for name, node in (group or {}).items() if node and "_target_" in node]
+
+
+def build(node: DictConfig, key: str) -> Any:
+    """Instantiate a config node; keys that its class does not know are the user's mistake."""
+    try:
+        return instantiate(node, _recursive_=False, _convert_="all")
+    except Exception as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, UserError):
+            raise cause from None
+        if isinstance(cause, TypeError) and "argument" in str(cause):
+            raise UserError(f"{key}: {cause}. The keys that {node._target_} takes are in configs/{key.split('.')[0]}/.") from cause
+        if isinstance(cause, ModuleNotFoundError):
+            raise UserError(f"{key}: {cause}. Install it, or choose another config for this group.") from cause
+        raise
+
+
+def _compare_horizon(checkpoint: Path, plain: dict[str, Any]) -> None:
+    from src.weights import read
+
+    before = read(checkpoint).get("config") or {}
+    old = (before.get("trainer") or {}).get("max_epochs")
+    new = plain["trainer"]["max_epochs"]
+    if old is not None and old != new:
+        log.warning("trainer.max_epochs was %s and is now %s: the cosine ends elsewhere, so the learning rate jumps at this point.", old, new)
+
+
+def _wanted_folder(config: DictConfig) -> str | None:
+    if config.paths.run_dir:
+        return str(config.paths.run_dir)
+    hydra = HydraConfig.get()
+    return str(hydra.runtime.output_dir) if hydra.mode == RunMode.MULTIRUN else None
+
+
+def _save_config(config: DictConfig, folder: Path) -> None:
+    """The three files that Hydra users expect in .hydra/."""
+    target = folder / ".hydra"
+    target.mkdir(exist_ok=True)
+    hydra = HydraConfig.get()
+    OmegaConf.save(config, target / "config.yaml")
+    OmegaConf.save(OmegaConf.create({"hydra": OmegaConf.to_container(hydra, resolve=False)}), target / "hydra.yaml")
+    OmegaConf.save(OmegaConf.create(list(hydra.overrides.task)), target / "overrides.yaml")
+
+
+def _say(error: UserError) -> None:
+    print(f"\nError: {error}", file=sys.stderr)

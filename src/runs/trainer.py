@@ -1,0 +1,101 @@
+"""From the node `trainer:` to a Lightning Trainer: devices, strategy and precision as people write them."""
+
+import logging
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies.strategy import Strategy
+
+from src.errors import UserError
+from src.runs.checkpoint_io import AtomicCheckpointIO
+from src.runs.launch import Launch
+
+log = logging.getLogger(__name__)
+
+TAKEN_OVER = ("accumulate_grad_batches", "gradient_clip_val", "max_skipped_steps")
+"""Keys that the training module handles, since Lightning refuses them under manual optimisation."""
+_PRECISION = {
+    "32": "32-true", "32-true": "32-true", "fp32": "32-true",
+    "16": "16-mixed", "16-mixed": "16-mixed", "fp16": "16-mixed",
+    "bf16": "bf16-mixed", "bf16-mixed": "bf16-mixed",
+}  # fmt: skip
+
+
+def build_trainer(config: dict[str, Any], launch: Launch, callbacks: list[Any], loggers: list[Any], root: str) -> pl.Trainer:
+    settings = {key: value for key, value in config.items() if key not in (*TAKEN_OVER, "_target_")}
+    on_gpu = _uses_gpu(settings["accelerator"])
+    distributed = _is_ddp(settings["strategy"]) or launch.world > 1
+    settings["accelerator"] = "gpu" if on_gpu else "cpu"
+    settings["devices"] = _devices(settings["devices"], on_gpu, distributed, launch)
+    settings["strategy"] = _strategy(settings["strategy"], distributed)
+    settings["precision"] = precision(settings["precision"], on_gpu)
+    try:
+        return pl.Trainer(
+            **settings,
+            callbacks=callbacks,
+            logger=loggers,
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=root,
+            use_distributed_sampler=False,  # the data module's own order; Lightning's would shuffle evaluation
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    except TypeError as error:
+        raise UserError(f"trainer: {error}. Keys are listed in configs/trainer/default.yaml.") from error
+    except (ValueError, pl.utilities.exceptions.MisconfigurationException) as error:
+        raise UserError(f"trainer: {error}") from error
+
+
+def precision(wanted: Any, on_gpu: bool) -> str:
+    """Lightning's name of it. fp16 on a CPU becomes bf16."""
+    name = _PRECISION.get(str(wanted))
+    if name is None:
+        raise UserError(f"trainer.precision={wanted}: expected 32, 16 or bf16.")
+    if name == "16-mixed" and not on_gpu:
+        log.info("trainer.precision=16: a CPU has no fp16 training, so it runs in bf16.")
+        return "bf16-mixed"
+    return name
+
+
+def _uses_gpu(accelerator: str) -> bool:
+    available = torch.cuda.is_available()
+    if accelerator in ("gpu", "cuda") and not available:
+        raise UserError(f"trainer.accelerator={accelerator}, but no CUDA device is visible. Use trainer=cpu, or check CUDA_VISIBLE_DEVICES and nvidia-smi.")
+    if accelerator not in ("auto", "gpu", "cuda", "cpu"):
+        raise UserError(f"trainer.accelerator={accelerator}: expected auto, gpu or cpu.")
+    return available and accelerator != "cpu"
+
+
+def _is_ddp(strategy: Any) -> bool:
+    if strategy not in ("auto", "ddp"):
+        raise UserError(
+            f"trainer.strategy={strategy}: expected auto or ddp. Sharded strategies are not offered: the frozen networks and "
+            "the decoder fit one GPU, and the adaptive weight needs whole gradients (docs/distributed.md)."
+        )
+    return strategy == "ddp"
+
+
+def _devices(wanted: Any, on_gpu: bool, distributed: bool, launch: Launch) -> Any:
+    import os
+
+    if launch.kind == "torchrun":
+        started = int(os.environ.get("LOCAL_WORLD_SIZE", launch.world))
+        if wanted not in ("auto", started, str(started)):
+            log.warning("trainer.devices=%s is ignored: torchrun started %d process(es) on this machine.", wanted, started)
+        return started
+    if wanted != "auto":
+        return wanted
+    if launch.kind == "slurm":
+        return int(os.environ.get("SLURM_NTASKS_PER_NODE", "1") or 1)
+    return (torch.cuda.device_count() if on_gpu else 1) if distributed else 1
+
+
+def _strategy(wanted: str, distributed: bool) -> str | Strategy:
+    if not distributed:
+        return "auto"
+    # Every trained parameter gets a gradient in the one backward pass, so nothing has to search for unused ones; there
+    # are no buffers to exchange; gradients that are views of the buckets save a copy of the model.
+    return DDPStrategy(find_unused_parameters=False, broadcast_buffers=False, gradient_as_bucket_view=True)

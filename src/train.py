@@ -1,0 +1,20 @@
+"""Train the decoder of a representation autoencoder (RAE, stage 1)."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root instead of src/
+
+import hydra
+from omegaconf import DictConfig
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="train")
+def main(config: DictConfig) -> float | None:
+    from src.runs.train import run  # heavy imports only now, so that --help and --cfg answer at once
+
+    return run(config)
+
+
+if __name__ == "__main__":
+    main()

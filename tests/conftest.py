@@ -1,0 +1,42 @@
+"""Shared fixtures: the smallest models of every part, with seeded random weights."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: a test never asks a hub
+
+from typing import Any
+
+import pytest
+import torch
+
+from src.models.rae import RAE
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+TINY_ENCODERS = {
+    "Dinov2withNorm": {"dinov2_path": "configs/encoder/dinov2_tiny"},
+    "SigLIP2wNorm": {"model_name": "configs/encoder/siglip_tiny"},
+    "MAEwNorm": {"model_name": "configs/encoder/mae_tiny"},
+    "DINOv3wNorm": {"model_name": "configs/encoder/dinov3_tiny"},
+}
+
+
+def make_rae(encoder_cls: str = "Dinov2withNorm", image_size: int = 64, **changes: Any) -> RAE:
+    """A tiny RAE; `encoder_params` in `changes` are added to the untrained ones."""
+    params = {**TINY_ENCODERS[encoder_cls], "weights": "untrained", **changes.pop("encoder_params", {})}
+    source = next(iter(TINY_ENCODERS[encoder_cls].values()))
+    arguments = {
+        "encoder_cls": encoder_cls,
+        "encoder_config_path": source,
+        "encoder_params": params,
+        "decoder_config_path": "configs/decoder/tiny",
+        "decoder_patch_size": 16,
+        "image_size": image_size,
+    }
+    torch.manual_seed(0)
+    return RAE(**{**arguments, **changes})
+
+
+@pytest.fixture
+def rae() -> RAE:
+    return make_rae()

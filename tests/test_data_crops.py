@@ -1,0 +1,143 @@
+"""Crops against the published transforms, written out here with Pillow alone."""
+
+import functools
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from src import stream
+from src.data import crops, dummy
+from src.data.dataset import TrainTransform
+from src.data.decode import Decoder, Picture
+from src.errors import UserError
+
+SIZES = [(500, 375), (375, 500), (384, 384), (500, 333), (1601, 1203), (68, 121), (385, 384), (4000, 60)]
+DECODER = Decoder("apply", 80)
+# Largest mean difference to the two steps, in levels of 255, over an image. One pass rounds once where two round twice.
+ONE_PASS, SCALED_DECODE = 0.3, 2.0
+
+
+@functools.cache
+def natural(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Noise whose amplitude falls with frequency, as photographs' does, over the shapes of the dummy pictures."""
+    rng = np.random.default_rng(seed)
+    image = np.asarray(
+        Image.fromarray(dummy.picture(rng, "box")).resize((width, height), Image.Resampling.BICUBIC), float
+    )
+    for octave in range(1, 7):
+        grid = rng.normal(0, 2.0 ** (6 - octave), (2**octave + 1, 2**octave + 1)).astype(np.float32)
+        layer = Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC)
+        image = image + np.asarray(layer)[:, :, None]
+    return Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
+
+
+def published_training(image: Image.Image, size: int, shorter: int, u: float, v: float) -> np.ndarray:
+    """torchvision Resize(shorter, bicubic, antialias), then RandomCrop(size) at the given place of its range."""
+    w, h = image.size
+    short, long = (w, h) if w <= h else (h, w)
+    new = (shorter, int(shorter * long / short))
+    frame_w, frame_h = new if w <= h else new[::-1]
+    image = image.resize((frame_w, frame_h), Image.Resampling.BICUBIC)
+    top, left = int(v * (frame_h - size + 1)), int(u * (frame_w - size + 1))
+    return np.asarray(image)[top : top + size, left : left + size]
+
+
+def published_evaluation(image: Image.Image, size: int) -> np.ndarray:
+    """The centre crop of guided-diffusion, by its description in recipe.md and the brief."""
+    while min(image.size) >= 2 * size:
+        image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
+    factor = size / min(image.size)
+    image = image.resize(tuple(round(side * factor) for side in image.size), Image.Resampling.BICUBIC)
+    array = np.asarray(image)
+    y, x = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
+    return array[y : y + size, x : x + size]
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a.astype(int) - b.astype(int)).mean())
+
+
+@pytest.mark.parametrize("wh", SIZES, ids=str)
+@pytest.mark.parametrize("size", [256, 64])
+def test_one_pass_equals_two_steps(wh: tuple[int, int], size: int) -> None:
+    image = natural(*wh)
+    picture = Picture(np.asarray(image), *wh, 1)
+    shorter = crops.default_shorter_px(size)
+    for u, v in ((0, 0), (0.999999, 0.999999), (0.31, 0.77)):
+        window = crops.random_window(*wh, size, shorter, u, v)
+        got = crops.cut(picture, window)
+        assert got.shape == (size, size, 3)
+        assert difference(got, published_training(image, size, shorter, u, v)) < ONE_PASS
+
+
+@pytest.mark.parametrize("wh", [(1601, 1203), (1600, 1065), (820, 769)], ids=str)
+def test_scaled_decode_stays_close(wh: tuple[int, int]) -> None:
+    out = io.BytesIO()
+    natural(*wh).save(out, "JPEG", quality=92)
+    whole = Image.open(io.BytesIO(out.getvalue())).convert("RGB")
+    picture = DECODER.decode(out.getvalue(), min_shorter_px=384)
+    assert picture.reduction > 1
+    for u, v in ((0, 0), (0.999999, 0.999999), (0.4, 0.6)):
+        got = crops.cut(picture, crops.random_window(*wh, 256, 384, u, v))
+        reference = published_training(whole, 256, 384, u, v)
+        assert difference(got, reference) < SCALED_DECODE
+        shifted = published_training(whole, 256, 384, min(u + 0.02, 0.98), v)
+        assert difference(got, reference) < difference(got, shifted)  # the place is right, not only the look
+
+
+def test_every_offset_of_the_published_range_is_reached() -> None:
+    offsets = [crops.random_window(500, 375, 256, 384, u, u) for u in np.linspace(0, 1, 4001)[:-1]]
+    assert {w.left for w in offsets} == set(range(512 - 256 + 1))
+    assert {w.top for w in offsets} == set(range(384 - 256 + 1))
+
+
+def test_stored_size_is_only_sliced() -> None:
+    pixels = np.asarray(natural(512, 384))
+    window = crops.random_window(512, 384, 256, 384, 0.5, 0.5)
+    got = crops.cut(Picture(pixels, 512, 384, 1), window)
+    assert got.base is not None
+    np.testing.assert_array_equal(got, pixels[window.top : window.top + 256, window.left : window.left + 256])
+
+
+@pytest.mark.parametrize("wh", [*SIZES[:-1], (1024, 512), (512, 511), (300, 3000)], ids=str)
+@pytest.mark.parametrize("size", [256, 128])
+def test_evaluation_crop_is_bit_equal(wh: tuple[int, int], size: int) -> None:
+    image = natural(*wh)
+    np.testing.assert_array_equal(crops.adm_center_crop(np.asarray(image), size), published_evaluation(image, size))
+
+
+def test_evaluation_crop_of_a_strip_stays_small() -> None:
+    assert crops.adm_center_crop(np.zeros((1, 60_000, 3), np.uint8), 256).shape == (256, 256, 3)
+
+
+@pytest.mark.parametrize("wh", [(500, 375), (375, 500), (257, 999)], ids=str)
+def test_center_crop_of_raev2(wh: tuple[int, int]) -> None:
+    image = natural(*wh)
+    window = crops.center_window(*wh, 256)
+    frame = image.resize((window.frame_width, window.frame_height), Image.Resampling.BICUBIC)
+    y, x = round((frame.height - 256) / 2), round((frame.width - 256) / 2)
+    got = crops.cut(Picture(np.asarray(image), *wh, 1), window)
+    assert difference(got, np.asarray(frame)[y : y + 256, x : x + 256]) < ONE_PASS
+
+
+def test_draws_belong_to_seed_epoch_and_position() -> None:
+    transform = TrainTransform(64, "random", None, DECODER, seed=3)
+    data = dummy.jpeg(2)
+    u, v = stream.generator(3, stream.Purpose.CROP, 5, 11).random(2)
+    picture = DECODER.decode(data)
+    window = crops.random_window(picture.width, picture.height, 64, 96, u, v)
+    expected = crops.cut(DECODER.decode(data, 96), window)
+    np.testing.assert_array_equal(transform(data, 5, 11), expected)
+    assert not np.array_equal(transform(data, 5, 12), expected)
+    assert not np.array_equal(transform(data, 6, 11), expected)
+
+
+def test_contradictions_name_both_keys() -> None:
+    with pytest.raises(UserError, match=r"train_crop.*resize_shorter_px"):
+        TrainTransform(64, "center", 96, DECODER, 0)
+    with pytest.raises(UserError, match=r"resize_shorter_px=32.*image_size=64"):
+        TrainTransform(64, "random", 32, DECODER, 0)
+    with pytest.raises(UserError, match="random or center"):
+        TrainTransform(64, "middle", None, DECODER, 0)  # type: ignore[arg-type]

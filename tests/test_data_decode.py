@@ -1,0 +1,239 @@
+"""Every kind of file becomes right-way-up RGB or a BadImage, never anything else."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from src.data import dummy
+from src.data.decode import BadImage, Decoder
+from src.errors import UserError
+
+DECODER = Decoder("apply", 80)
+AS_STORED = Decoder("ignore", 80)
+
+
+def photo(index: int = 1) -> Image.Image:
+    return Image.fromarray(dummy.picture(np.random.default_rng(index), "box"))
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def by_pillow(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quality": 90},
+        {"quality": 90, "subsampling": 0},
+        {"quality": 80, "progressive": True},
+        {"quality": 75, "subsampling": 1},
+    ],
+    ids=["420", "444", "progressive", "422"],
+)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_jpeg_equals_pillow_bit_for_bit(options: dict, mode: str) -> None:
+    data = encoded(photo().convert(mode), "JPEG", **options)
+    np.testing.assert_array_equal(DECODER.decode(data).pixels, by_pillow(data))
+
+
+def test_cmyk_follows_adobe_convention() -> None:
+    source = photo().convert("RGB")
+    data = encoded(source.convert("CMYK"), "JPEG", quality=95)
+    pixels = DECODER.decode(data).pixels
+    np.testing.assert_array_equal(pixels, by_pillow(data))
+    assert np.abs(pixels.astype(int) - np.asarray(source)).mean() < 6  # inverted, it would be off by more than 60
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_other_formats_equal_pillow(kind: str) -> None:
+    data = encoded(photo(), kind)
+    np.testing.assert_array_equal(DECODER.decode(data).pixels, by_pillow(data))
+
+
+def test_palette_with_and_without_transparency() -> None:
+    image = photo().quantize(32)
+    for options in ({}, {"transparency": 3}, {"transparency": bytes(range(32))}):
+        data = encoded(image, "PNG", **options)
+        np.testing.assert_array_equal(DECODER.decode(data).pixels, np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_alpha_is_dropped_not_blended(mode: str) -> None:
+    opaque = photo().convert(mode[:-1])
+    image = opaque.copy()
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    assert image.mode == mode
+    np.testing.assert_array_equal(DECODER.decode(encoded(image, "PNG")).pixels, np.asarray(opaque.convert("RGB")))
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
+    ramp = np.tile(np.linspace(0, 65535, 256).astype(np.uint16), (40, 1))
+    for kind in ("PNG", "TIFF"):
+        pixels = DECODER.decode(encoded(Image.fromarray(ramp), kind)).pixels
+        np.testing.assert_array_equal(pixels, np.repeat((ramp >> 8).astype(np.uint8)[:, :, None], 3, axis=2))
+
+
+def test_sixteen_bit_rgb_png() -> None:
+    values = (np.arange(12 * 9 * 3).reshape(9, 12, 3) * 200).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 12, 9, 16, 2, 0, 0, 0))
+    data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    np.testing.assert_array_equal(DECODER.decode(data).pixels, values >> 8)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_animated_gives_first_frame(kind: str) -> None:
+    first, second = Image.new("RGB", (64, 48), (250, 10, 10)), Image.new("RGB", (64, 48), (10, 10, 250))
+    options = {"lossless": True} if kind == "WEBP" else {}
+    pixels = DECODER.decode(encoded(first, kind, save_all=True, append_images=[second], **options)).pixels
+    assert pixels.shape == (48, 64, 3)
+    assert (np.abs(pixels.astype(int) - (250, 10, 10)) < 4).all()
+
+
+def test_floating_point_is_refused() -> None:
+    with pytest.raises(BadImage, match="floating-point"):
+        DECODER.decode(encoded(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_orientation(orientation: int, kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(photo().resize((96, 64)), kind, exif=exif)
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    upright = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    picture = DECODER.decode(data)
+    np.testing.assert_array_equal(picture.pixels, upright)
+    assert (picture.height, picture.width) == upright.shape[:2]
+    np.testing.assert_array_equal(AS_STORED.decode(data).pixels, by_pillow(data))
+
+
+def test_damaged_exif_does_not_cost_the_image() -> None:
+    data = encoded(photo(), "JPEG")
+    block = b"Exif\0\0" + b"MM\0\x2a\0\0\0\xff" + bytes(range(40))
+    broken = data[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + data[2:]
+    np.testing.assert_array_equal(DECODER.decode(broken).pixels, by_pillow(data))
+
+
+@pytest.mark.parametrize(
+    ("shorter", "reduction"), [(None, 1), (400, 1), (301, 1), (300, 2), (150, 4), (80, 4), (75, 8), (9, 8)]
+)
+def test_reduction_keeps_what_the_resize_needs(shorter: int | None, reduction: int) -> None:
+    data = encoded(photo().resize((801, 600)), "JPEG")
+    picture = DECODER.decode(data, min_shorter_px=shorter)
+    assert (picture.width, picture.height, picture.reduction) == (801, 600, reduction)
+    assert picture.pixels.shape == (-(-600 // reduction), -(-801 // reduction), 3)
+
+
+@pytest.mark.parametrize("side", [60000, 9500])  # beyond Pillow's own limit, and between ours and Pillow's
+def test_bombs_are_refused_by_their_header(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    png = (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + b"IHDR"
+        + header
+        + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    )
+    png += struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    small = encoded(photo(), "JPEG")
+    jpeg = bytearray(small)
+    frame = jpeg.index(b"\xff\xc0")
+    jpeg[frame + 5 : frame + 9] = struct.pack(">HH", side, side)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    monkeypatch.setattr("simplejpeg.decode_jpeg", lambda *a, **k: pytest.fail("decoded"))
+    for data in (png, bytes(jpeg)):
+        with pytest.raises(BadImage, match="megapixels|exceeds limit"):
+            DECODER.decode(data)
+    with pytest.raises(BadImage, match="megapixels"):
+        Decoder("apply", 0.01).decode(small)
+
+
+def test_truncated_is_an_error_at_any_place() -> None:
+    image = photo()
+    for data in (
+        encoded(image, "JPEG"),
+        encoded(image, "JPEG", progressive=True),
+        encoded(image, "PNG"),
+        encoded(image, "GIF"),
+    ):
+        for share in (0.02, 0.3, 0.6, 0.9, 0.99):
+            with pytest.raises(BadImage):
+                DECODER.decode(data[: int(len(data) * share)])
+    data = encoded(image, "JPEG")
+    with pytest.raises(BadImage):  # an end marker does not make it whole
+        DECODER.decode(data[: len(data) // 2] + b"\xff\xd9")
+    with pytest.raises(BadImage):
+        DECODER.decode(encoded(image.convert("CMYK"), "JPEG")[:-3000])
+
+
+def test_stray_bytes_lose_nothing() -> None:
+    data = encoded(photo(), "JPEG")
+    for padded in (data + b"\0\0tail", data[:-2] + b"\x00\x12\x34" + data[-2:]):
+        np.testing.assert_array_equal(DECODER.decode(padded).pixels, by_pillow(data))
+
+
+def test_no_images_and_postscript() -> None:
+    for data in (
+        b"",
+        b"\xff\xd8\xff",
+        b"hello",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        b"<svg></svg>",
+        bytes(4096),
+    ):
+        with pytest.raises(BadImage):
+            DECODER.decode(data)
+
+
+def test_fuzz_gives_an_array_or_bad_image() -> None:
+    rng = np.random.default_rng(7)
+    small = photo().resize((70, 50))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    seeds = [
+        encoded(small, "JPEG", exif=exif),
+        encoded(small, "JPEG", progressive=True),
+        encoded(small.convert("CMYK"), "JPEG"),
+    ]
+    seeds += [encoded(small, kind) for kind in ("PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")]
+    seeds += [encoded(small.quantize(16), "PNG", transparency=1), encoded(small, "TIFF", compression="tiff_lzw")]
+    good = 0
+    for _ in range(150):
+        for seed in seeds:
+            data = bytearray(seed[: rng.integers(1, len(seed) + 1)] if rng.random() < 0.3 else seed)
+            for _ in range(rng.integers(1, 6)):
+                data[rng.integers(len(data))] = rng.integers(256)
+            try:
+                picture = Decoder("apply", 1).decode(bytes(data), min_shorter_px=16)
+            except BadImage as error:
+                assert str(error) and "\n" not in str(error)
+                continue
+            good += 1
+            k = picture.reduction
+            assert picture.pixels.shape == (-(-picture.height // k), -(-picture.width // k), 3)
+            assert picture.pixels.dtype == np.uint8 and picture.pixels.flags.c_contiguous
+    assert good > 100
+
+
+def test_bad_settings_name_their_keys() -> None:
+    with pytest.raises(UserError, match=r"data\.exif"):
+        Decoder("maybe", 80)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"data\.max_megapixels"):
+        Decoder("apply", 0)

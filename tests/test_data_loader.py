@@ -1,0 +1,350 @@
+"""Datasets, loaders and the data module: same batches for any workers, exact resume, bad images, both kinds of splits."""
+
+import io
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from src import weights
+from src.data import dummy
+from src.data.crops import adm_center_crop
+from src.data.datamodule import RAEDataModule
+from src.data.decode import BadImage, Decoder
+from src.data.order import evaluation_rows, split_rows
+from src.errors import UserError
+
+BASE = Path(__file__).parents[1] / "configs/data/imagenet.yaml"
+
+
+class ListSource:
+    """Rows from memory."""
+
+    class_names = None
+
+    def __init__(self, files: list[bytes]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def encoded(self, index: int) -> bytes:
+        if not self.files[index]:
+            raise BadImage("empty file")
+        return self.files[index]
+
+    def label(self, index: int) -> None:
+        return None
+
+    def name(self, index: int) -> str:
+        return f"row {index}"
+
+    def fingerprint(self) -> str:
+        return "0" * 16
+
+
+def arguments(**changed: Any) -> dict[str, Any]:
+    """The keys of imagenet.yaml, small."""
+    loaded = OmegaConf.create({"seed": 7, "trainer": {"accumulate_grad_batches": 1}, "data": OmegaConf.load(BASE)})
+    values = OmegaConf.to_container(loaded, resolve=True)["data"]
+    assert values.pop("_target_") == "src.data.datamodule.RAEDataModule"
+    return values | {"image_size": 32, "batch_size": 4, "num_workers": 0} | changed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "set"
+    dummy.write(path, 40, 3)
+    return path
+
+
+def module(folder: Path, **changed: Any) -> RAEDataModule:
+    return RAEDataModule(**arguments(data_dir=str(folder), **changed))
+
+
+def with_source(files: list[bytes], **changed: Any) -> RAEDataModule:
+    """A data module over rows in memory."""
+    from src.data.splits import Splits
+
+    made = RAEDataModule(**arguments(**changed))
+    rows, held = split_rows(len(files), made.train_split)
+    source = ListSource(files)
+    made._splits = Splits(source, rows, source if len(held) else None, held, "in memory")
+    return made
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    tensors = ("image", "position", "index", "bad")
+    return a["epoch"] == b["epoch"] and all(torch.equal(a[k], b[k]) for k in tensors)
+
+
+def assert_same(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> None:
+    assert len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_batch_contents(folder: Path) -> None:
+    loader = module(folder).train_dataloader()
+    batches = list(loader)
+    assert len(batches) == len(loader) == 10
+    for i, batch in enumerate(batches):
+        assert set(batch) == {"image", "position", "index", "bad", "epoch"}
+        assert batch["image"].shape == (4, 3, 32, 32) and batch["image"].dtype == torch.uint8
+        assert batch["image"].is_contiguous()
+        assert batch["position"].tolist() == list(range(4 * i, 4 * i + 4))
+        assert not batch["bad"].any() and batch["epoch"] == 0
+    assert sorted(torch.cat([b["index"] for b in batches]).tolist()) == list(range(40))
+
+
+@pytest.mark.parametrize(
+    "workers", [{"num_workers": 1}, {"num_workers": 3}, {"num_workers": 2, "worker_start": "spawn"}], ids=str
+)
+def test_workers_change_nothing_over_epochs(folder: Path, workers: dict[str, Any]) -> None:
+    reference, loader = module(folder).train_dataloader(), module(folder, **workers).train_dataloader()
+    for epoch in (0, 1, 5):
+        for one in (reference, loader):
+            one.set_epoch(epoch)
+        assert_same(list(reference), list(loader))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resume_is_the_tail(folder: Path, num_workers: int) -> None:
+    whole = module(folder).train_dataloader()
+    whole.set_epoch(3)
+    batches = list(whole)
+    interrupted = module(folder, num_workers=num_workers).train_dataloader()
+    interrupted.set_epoch(3)
+    taken = iter(interrupted)
+    for _ in range(4):
+        next(taken)
+    state = interrupted.state_dict()
+    assert state == {"epoch": 3, "start_batch": 4}
+    resumed = module(folder, num_workers=num_workers).train_dataloader()
+    resumed.load_state_dict(state)
+    resumed.set_epoch(3)  # as Lightning does
+    assert resumed.state_dict() == state
+    assert_same(list(resumed), batches[4:])
+    assert resumed.start_batch == 0 and len(resumed) == 10
+    assert resumed.state_dict() == {"epoch": 4, "start_batch": 0}
+    resumed.set_epoch(4)
+    assert next(iter(resumed))["position"].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_abandoned_epoch_leaves_nothing_behind(folder: Path, num_workers: int) -> None:
+    loader, reference = module(folder, num_workers=num_workers).train_dataloader(), module(folder).train_dataloader()
+    iterator = iter(loader)
+    next(iterator), next(iterator)
+    loader.set_epoch(1)
+    reference.set_epoch(1)
+    assert_same(list(loader), list(reference))
+
+
+def test_iterator_made_before_the_epoch_is_set(folder: Path) -> None:
+    loader, reference = module(folder).train_dataloader(), module(folder).train_dataloader()
+    iterator = iter(loader)  # Lightning's order of calls
+    loader.sampler.set_epoch(2)
+    reference.set_epoch(2)
+    assert_same(list(iterator), list(reference))
+
+
+def test_lightning_takes_the_epochs_in_turn(folder: Path) -> None:
+    seen: list[dict[str, Any]] = []
+
+    class Model(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+            self.validated = 0
+
+        def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
+            seen.append(batch)
+            return self.weight.sum()
+
+        def validation_step(self, batch: dict[str, Any], _: int) -> None:
+            self.validated += len(batch["image"])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    silent = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    data, model = module(folder, num_workers=2, train_split=0.8), Model()
+    pl.Trainer(max_epochs=2, accelerator="cpu", num_sanity_val_steps=0, use_distributed_sampler=False, **silent).fit(
+        model, data
+    )
+    reference = module(folder, train_split=0.8).train_dataloader()
+    expected = list(reference)
+    reference.set_epoch(1)
+    assert_same(seen, expected + list(reference))
+    assert model.validated == 2 * 8
+    without = Model()
+    pl.Trainer(max_epochs=1, accelerator="cpu", limit_train_batches=2, **silent).fit(without, module(folder))
+    assert without.validated == 0
+
+
+def test_any_ranks_and_accumulation_take_the_same_images(folder: Path) -> None:
+    from src.data.dataset import TrainDataset
+    from src.data.loader import TrainLoader
+    from src.data.order import EpochOrder
+
+    data = module(folder)
+    dataset = TrainDataset(data.splits.train, data.splits.train_rows, data.train_transform)
+
+    def image_at(b: int, w: int, k: int) -> dict[int, torch.Tensor]:
+        loaders = [TrainLoader(dataset, EpochOrder(40, 7, b, w, r, k), data._workers(), 0.01) for r in range(w)]
+        batches = [batch for loader in loaders for batch in loader]
+        return {int(p): image for batch in batches for p, image in zip(batch["position"], batch["image"], strict=True)}
+
+    reference = image_at(16, 1, 1)
+    assert sorted(reference) == list(range(32))
+    for b, w, k in ((4, 4, 1), (4, 2, 2), (8, 1, 2)):
+        got = image_at(b, w, k)
+        assert sorted(got) == sorted(reference)
+        assert all(torch.equal(got[p], reference[p]) for p in reference)
+
+
+FILES = [dummy.jpeg(i) for i in range(40)]
+BROKEN = [data if i % 8 else data[:600] for i, data in enumerate(FILES)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_images_are_replaced_and_named_once(num_workers: int, caplog: pytest.LogCaptureFixture) -> None:
+    data = with_source(BROKEN, max_bad_share=0.3, num_workers=num_workers)
+    loader = data.train_dataloader()
+    with caplog.at_level(logging.WARNING):
+        first = list(loader)
+        loader.set_epoch(1)
+        second = list(loader)
+    bad = torch.cat([b["bad"] for b in first])
+    index = torch.cat([b["index"] for b in first])
+    assert bad.sum() == 5 and not (index % 8 == 0).any() and len(index) == 40
+    named = [r.getMessage() for r in caplog.records if "Bad image" in r.getMessage()]
+    assert sorted(n.split(":")[0] for n in named) == sorted(f"Bad image row {i}" for i in range(0, 40, 8))
+    again = with_source(BROKEN, max_bad_share=0.3).train_dataloader()
+    assert_same(first, list(again))  # the replacements are drawn from (seed, epoch, position)
+    again.set_epoch(1)
+    assert_same(second, list(again))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_too_many_bad_images_stop_the_run(num_workers: int) -> None:
+    with pytest.raises(UserError, match=r"data\.max_bad_share=0\.05.*row \d+: Truncated"):
+        list(with_source(BROKEN, max_bad_share=0.05, num_workers=num_workers).train_dataloader())
+    with pytest.raises(UserError, match=r"data\.max_bad_share=0 "):
+        list(with_source([*FILES[:39], b""], max_bad_share=0).train_dataloader())
+    with pytest.raises(UserError, match="empty file"):  # nothing to replace with: stops whatever the share
+        list(with_source([b""] * 8, max_bad_share=1.0).train_dataloader())
+
+
+def test_one_bad_image_in_a_large_set_does_not_stop() -> None:
+    loader = with_source(([b""] + FILES[1:]) * 5, max_bad_share=0.03).train_dataloader()
+    assert sum(int(b["bad"].sum()) for b in loader) == 5
+
+
+def test_evaluation_leaves_bad_images_out_and_keeps_order(caplog: pytest.LogCaptureFixture) -> None:
+    data = with_source(BROKEN, train_split=0.5, max_bad_share=0.5, exif="ignore")
+    held = split_rows(40, 0.5)[1]
+    rows = held[evaluation_rows(len(held))]
+    batches = list(data.val_dataloader())
+    assert torch.cat([b["index"] for b in batches]).tolist() == [r for r in rows if r % 8]
+    for batch in batches:
+        for image, row in zip(batch["image"], batch["index"], strict=True):
+            reference = np.asarray(Image.open(io.BytesIO(FILES[row])).convert("RGB"))
+            np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), adm_center_crop(reference, 32))
+    with pytest.raises(UserError, match="max_bad_share"):
+        list(with_source(BROKEN, train_split=0.5, max_bad_share=0.0).val_dataloader())
+
+
+def test_evaluation_shares_over_ranks(folder: Path) -> None:
+    data = module(folder, train_split=0.5)
+    whole = [i for b in data.evaluation_loader(3, num_images=17) for i in b["index"].tolist()]
+    shares = [[i for b in data.evaluation_loader(3, 17, rank, 4) for i in b["index"].tolist()] for rank in range(4)]
+    assert len(whole) == 17 and sorted(i for share in shares for i in share) == sorted(whole)
+    assert [s for place in zip(*[s[:4] for s in shares], strict=True) for s in place] == whole[:16]
+
+
+def test_fallback_to_training_images(folder: Path) -> None:
+    data = module(folder)
+    assert data.val_dataloader() == [] and data.val_size == 0 and data.train_size == 40
+    with pytest.raises(UserError, match=r"use_train_dataloader=true"):
+        data.evaluation_dataset(fallback_to_train=False)
+    dataset, is_train = data.evaluation_dataset(fallback_to_train=True, num_images=10)
+    assert is_train and len(dataset) == 10
+    dataset, is_train = module(folder, train_split=0.9).evaluation_dataset(fallback_to_train=True)
+    assert not is_train and len(dataset) == 4
+
+
+def test_evaluation_does_not_depend_on_the_seed(folder: Path) -> None:
+    one, other = (module(folder, train_split=0.5, seed=seed) for seed in (1, 2))
+    assert_same(list(one.val_dataloader()), list(other.val_dataloader()))
+    assert one.fingerprint == other.fingerprint
+    assert module(folder, train_split=0.6).fingerprint != one.fingerprint
+
+
+def test_own_sets_are_made_when_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "PROJECT_ROOT", tmp_path)
+    data = module(Path("data/test_hf"), train_split=0.8)
+    data.prepare_data()
+    data.setup("fit")
+    assert (data.train_size, data.val_size) == (16, 4)
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["test_hf"]
+    data.prepare_data()  # there already: nothing to do
+    with pytest.raises(UserError, match="No dataset at .*somewhere"):
+        module(Path("data/somewhere")).setup()
+
+
+def test_every_data_config_is_complete() -> None:
+    keys = set(OmegaConf.load(BASE))
+    for path in BASE.parent.glob("*.yaml"):
+        assert set(OmegaConf.load(path)) <= keys, path
+    with pytest.raises(TypeError, match="misspelt"):
+        RAEDataModule(**arguments(misspelt=1))
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"image_size": 0}, "data.image_size"),
+        ({"batch_size": 0}, "data.batch_size"),
+        ({"val_batch_size": -1}, "data.val_batch_size"),
+        ({"num_workers": -1}, "data.num_workers"),
+        ({"prefetch_factor": 0}, "data.prefetch_factor"),
+        ({"pin_memory": "maybe"}, "data.pin_memory"),
+        ({"worker_start": "thread"}, "data.worker_start.*auto"),
+        ({"max_bad_share": 2}, "data.max_bad_share"),
+        ({"exif": "both"}, "data.exif"),
+        ({"max_megapixels": -1}, "data.max_megapixels"),
+        ({"train_crop": "left"}, "data.train_crop"),
+        ({"resize_shorter_px": 8}, "data.resize_shorter_px"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_values_name_their_key_at_once(changed: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        RAEDataModule(**arguments(**changed))
+
+
+def test_too_few_images(folder: Path) -> None:
+    with pytest.raises(UserError, match="data.batch_size=40"):
+        module(folder, batch_size=64).train_dataloader()
+
+
+def test_nothing_is_shuffled_by_torch(folder: Path) -> None:
+    loader = module(folder, train_split=0.5).val_dataloader()
+    assert isinstance(loader._loader, DataLoader)
+    torch.manual_seed(1)
+    first = list(loader)
+    torch.manual_seed(2)
+    assert_same(first, list(loader))
+    assert Decoder("apply", 80) == loader.dataset.transform.decoder

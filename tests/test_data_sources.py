@@ -1,0 +1,289 @@
+"""Rows from Hugging Face datasets and image trees, the guide's two modes, and an error for everything that is not there."""
+
+import pickle
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pytest
+
+from src.data import dummy, sources
+from src.data.arrow import ArrowSource
+from src.data.arrow_writer import write_metadata
+from src.data.decode import BadImage
+from src.data.sources import FolderSource
+from src.data.splits import open_splits
+from src.errors import UserError
+
+FILES = [dummy.jpeg(i) for i in range(20)]
+
+
+def hf_dataset(count: int) -> datasets.Dataset:
+    rows = {
+        "image": [{"bytes": FILES[i % 20], "path": f"{i}.jpg"} for i in range(count)],
+        "label": [i % 2 for i in range(count)],
+    }
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    return datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Path:
+    hf_dataset(20).save_to_disk(str(tmp_path / "single"), num_shards=3)
+    return tmp_path / "single"
+
+
+@pytest.fixture
+def with_splits(tmp_path: Path) -> Path:
+    datasets.DatasetDict(train=hf_dataset(20), validation=hf_dataset(6)).save_to_disk(str(tmp_path / "splits"))
+    return tmp_path / "splits"
+
+
+def tree(root: Path, *splits: str, per_class: int = 4) -> Path:
+    for split in splits or ("",):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(per_class):
+                (root / split / name / f"{i}.JPEG").write_bytes(FILES[i])
+    return root
+
+
+def test_rows_equal_what_datasets_reads(single: Path) -> None:
+    reference = datasets.load_from_disk(str(single)).cast_column("image", datasets.Image(decode=False))
+    for source in (ArrowSource(single), pickle.loads(pickle.dumps(ArrowSource(single)))):
+        assert len(source) == 20 and source.class_names == ["cat", "dog"]
+        for i in (0, 6, 7, 13, 19):
+            assert bytes(source.encoded(i)) == reference[i]["image"]["bytes"]
+            assert source.label(i) == reference[i]["label"]
+            assert f"{i}.jpg" in source.name(i)
+        for i in (-1, 20):
+            with pytest.raises(IndexError):
+                source.encoded(i)
+
+
+def test_bytes_are_not_copied(single: Path) -> None:
+    before = pa.total_allocated_bytes()
+    source = ArrowSource(single)
+    views = [source.encoded(i) for i in range(20)]
+    assert pa.total_allocated_bytes() - before < 10_000 < sum(map(len, views))
+
+
+def test_our_own_sets_load_with_datasets(tmp_path: Path) -> None:
+    dummy.write(tmp_path / "own", 10, 2)
+    loaded = datasets.load_from_disk(str(tmp_path / "own"))
+    assert loaded.features["label"].names == list(dummy.CLASSES)
+    source = ArrowSource(tmp_path / "own")
+    assert [bytes(source.encoded(i)) for i in range(10)] == [dummy.jpeg(i) for i in range(10)]
+    assert loaded[9]["label"] == source.label(9) == 9 % len(dummy.CLASSES)
+    assert len(source) == len(loaded) == 10
+    assert not dummy.write(tmp_path / "own", 10, 2)  # somebody else was there first
+    assert [p.name for p in tmp_path.iterdir()] == ["own"]
+
+
+def test_rows_with_a_path_only_or_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(FILES[0])
+    paths = [str(tmp_path / "a.jpg"), "../a.jpg", "gone.jpg", None]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    images = pa.array([{"bytes": None, "path": path} for path in paths] + [None], kind)
+    table = pa.table({"image": images})
+    folder = tmp_path / "paths"
+    folder.mkdir()
+    with pa.OSFile(str(folder / "data.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    write_metadata(folder, ["data.arrow"], None, "train")
+    source = ArrowSource(folder)
+    assert bytes(source.encoded(0)) == bytes(source.encoded(1)) == FILES[0]
+    assert source.label(0) is None
+    for i in (2, 3, 4):
+        with pytest.raises(BadImage):
+            source.encoded(i)
+    # seen from another working directory, as `datasets` reads it
+    assert datasets.load_from_disk(str(folder))[0]["image"].size
+
+
+def test_image_column_of_another_name(tmp_path: Path) -> None:
+    hf_dataset(4).rename_column("image", "picture").save_to_disk(str(tmp_path / "x"))
+    assert bytes(ArrowSource(tmp_path / "x").encoded(2)) == FILES[2]
+
+
+def test_image_tree(tmp_path: Path) -> None:
+    root = tree(tmp_path / "t")
+    (root / "cat/deep").mkdir()
+    (root / "cat/deep/x.png").write_bytes(FILES[0])
+    (root / "cat/notes.txt").write_text("no image")
+    (root / "dog/.hidden.jpg").write_bytes(FILES[0])
+    source = FolderSource(root)
+    assert len(source) == 9 and source.class_names == ["cat", "dog"]
+    assert [source.label(i) for i in range(9)] == [0] * 5 + [1] * 4
+    assert source.encoded(0) == FILES[0]
+    (root / "dog/3.JPEG").unlink()
+    with pytest.raises(BadImage, match="No such file"):
+        source.encoded(8)
+    assert FolderSource(root).fingerprint() != source.fingerprint()
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    (flat / "1.jpg").write_bytes(FILES[1])
+    assert (
+        len(FolderSource(flat)) == 1 and FolderSource(flat).class_names is None and FolderSource(flat).label(0) is None
+    )
+
+
+def sizes(path: Path, use_hf: bool, share: float, validation: str | None = "validation") -> tuple[int, int]:
+    splits = open_splits(path, use_hf, "train", validation, share)
+    return len(splits.train_rows), len(splits.validation_rows)
+
+
+def test_guide_mode_1(with_splits: Path, tmp_path: Path) -> None:
+    assert sizes(with_splits, True, 1.0) == (20, 6)
+    assert sizes(with_splits, True, 0.5) == (10, 6)
+    assert sizes(with_splits, True, 0.8, validation=None) == (16, 4)
+    assert sizes(tree(tmp_path / "t", "train", "val", per_class=3), False, 1.0) == (6, 6)
+
+
+def test_guide_mode_2(single: Path, tmp_path: Path) -> None:
+    assert sizes(single, True, 0.8) == (16, 4)
+    splits = open_splits(single, True, "train", "validation", 0.8)
+    assert not set(splits.train_rows) & set(splits.validation_rows)
+    assert sizes(single, True, 1.0) == (20, 0)
+    assert open_splits(single, True, "train", "validation", 1.0).validation is None
+    assert sizes(tree(tmp_path / "a"), False, 0.75) == (6, 2)
+    assert sizes(tree(tmp_path / "b", "train"), False, 0.75) == (6, 2)
+
+
+def test_fingerprint_follows_the_data(single: Path, tmp_path: Path) -> None:
+    assert ArrowSource(single).fingerprint() == ArrowSource(single).fingerprint()
+    hf_dataset(19).save_to_disk(str(tmp_path / "other"))
+    assert ArrowSource(tmp_path / "other").fingerprint() != ArrowSource(single).fingerprint()
+
+
+def break_nothing(path: Path) -> Path:
+    return path / "nothing_here"
+
+
+def break_no_info(path: Path) -> Path:
+    (path / "dataset_info.json").unlink()
+    return path
+
+
+def break_no_state(path: Path) -> Path:
+    (path / "state.json").unlink()
+    return path
+
+
+def break_no_json(path: Path) -> Path:
+    return break_no_state(break_no_info(path))
+
+
+def break_cut(path: Path) -> Path:
+    shard = sorted(path.glob("*.arrow"))[1]
+    shard.write_bytes(shard.read_bytes()[:-3000])
+    return path
+
+
+def break_cut_after_a_batch(path: Path) -> Path:
+    shard = sorted(path.glob("*.arrow"))[1]
+    shard.write_bytes(shard.read_bytes()[:-8])
+    return path
+
+
+def break_empty_shard(path: Path) -> Path:
+    min(path.glob("*.arrow")).write_bytes(b"")
+    return path
+
+
+def break_garbage_shard(path: Path) -> Path:
+    min(path.glob("*.arrow")).write_bytes(bytes(range(256)) * 9)
+    return path
+
+
+def break_lost_shard(path: Path) -> Path:
+    sorted(path.glob("*.arrow"))[2].unlink()
+    return path
+
+
+def break_half_json(path: Path) -> Path:
+    (path / "state.json").write_text('{"_data_files": [')
+    return path
+
+
+def break_no_shards(path: Path) -> Path:
+    (path / "state.json").write_text('{"_data_files": []}')
+    return path
+
+
+def break_only_files(path: Path) -> Path:
+    return tree(path / "tree")
+
+
+def break_empty_folder(path: Path) -> Path:
+    (path / "empty").mkdir()
+    return path / "empty"
+
+
+def break_a_file(path: Path) -> Path:
+    return path / "state.json"
+
+
+def break_one_up(path: Path) -> Path:
+    return path.parent
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (break_nothing, "No dataset at .*data.data_dir.*create_hf_test_data.py"),
+        (break_no_info, "no dataset_info.json.*half-"),
+        (break_no_state, "no state.json.*half-"),
+        (break_no_json, "3 Arrow files but no dataset_info.json.*half-"),
+        (break_cut, "data-00001.*cut short or damaged"),
+        (break_cut_after_a_batch, "data-00001.*cut short or damaged"),
+        (break_empty_shard, "data-00000.*cut short or damaged"),
+        (break_garbage_shard, "data-00000.*cut short or damaged"),
+        (break_lost_shard, "lacks 1 of its 3 Arrow files: data-00002"),
+        (break_half_json, "state.json can't be read"),
+        (break_no_shards, "no Arrow files"),
+        (break_only_files, "use_hf_dataset=false"),
+        (break_empty_folder, "is empty"),
+        (break_a_file, "is a file"),
+        (break_one_up, "data.data_dir=.*single"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_what_is_not_a_dataset_says_so(damage, says: str, single: Path) -> None:
+    with pytest.raises(UserError, match=f"(?s){says}"):
+        open_splits(damage(single), True, "train", "validation", 1.0)
+
+
+def test_missing_folder_names_close_ones(single: Path) -> None:
+    with pytest.raises(UserError, match="Folders in .*: single"):
+        open_splits(single.parent / "singel", True, "train", None, 1.0)
+
+
+def test_missing_split_lists_those_there(with_splits: Path) -> None:
+    with pytest.raises(UserError, match="no split 'training'.*train, validation"):
+        open_splits(with_splits, True, "training", "validation", 1.0)
+
+
+def test_missing_column_lists_those_there(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": ["a"], "label": [0]}).save_to_disk(str(tmp_path / "x"))
+    with pytest.raises(UserError, match="no image column.*text, label"):
+        ArrowSource(tmp_path / "x")
+    datasets.Dataset.from_dict({"image": ["a.jpg"]}).save_to_disk(str(tmp_path / "y"))
+    with pytest.raises(UserError, match="holds string"):
+        ArrowSource(tmp_path / "y")
+
+
+def test_nothing_to_train_on(single: Path, tmp_path: Path) -> None:
+    for share in (0, 1.5, -1):
+        with pytest.raises(UserError, match="data.train_split"):
+            open_splits(single, True, "train", None, share)
+    with pytest.raises(UserError, match="leaves none"):
+        open_splits(single, True, "train", None, 0.01)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="No images"):
+        sources.open_folder(tmp_path / "none", "train")

@@ -1,0 +1,203 @@
+"""LPIPS against the plain formula, its hand-written backward, its files, and what it must never do."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from src.errors import UserError
+from src.losses import lpips_distance
+from src.losses.lpips import LPIPS
+from src.losses.lpips_distance import feature_distance
+
+CHANNELS = (4, 6, 8, 8, 8)
+CONVS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+POOL_BEFORE = (5, 10, 17, 24)
+TAPS = (2, 7, 14, 21, 28)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def plain_distance(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    def unit(z: Tensor) -> Tensor:
+        return z / (z.pow(2).sum(1, keepdim=True).sqrt() + 1e-10)
+
+    return F.conv2d((unit(x) - unit(y)) ** 2, weight[None, :, None, None]).mean((1, 2, 3))
+
+
+def plain_lpips(vgg: dict[str, Tensor], linear: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """From the tensors as they stand in the two files."""
+
+    def maps(z: Tensor) -> list[Tensor]:
+        shift, scale = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]])[:, :, None, None]  # float32
+        z = (z - shift) / scale
+        out = []
+        for n in CONVS:
+            if n in POOL_BEFORE:
+                z = F.max_pool2d(z, kernel_size=2, stride=2)
+            z = F.conv2d(z, vgg[f"features.{n}.weight"].to(z), vgg[f"features.{n}.bias"].to(z), padding=1).relu()
+            if n in TAPS:
+                out.append(z)
+        return out
+
+    pairs = zip(maps(x), maps(y), strict=True)
+    return sum(plain_distance(a, b, linear[f"lin{i}.model.1.weight"].to(a).flatten()) for i, (a, b) in enumerate(pairs))
+
+
+def make_files(folder: Path, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    rng = torch.Generator().manual_seed(seed)
+    vgg, width = {}, 3
+    for n in CONVS:
+        out = CHANNELS[sum(n >= first for first in POOL_BEFORE)]
+        vgg[f"features.{n}.weight"] = torch.randn(out, width, 3, 3, generator=rng) * (2 / (9 * width)) ** 0.5
+        vgg[f"features.{n}.bias"] = torch.randn(out, generator=rng) * 0.1
+        width = out
+    for n in (0, 3, 6):
+        vgg[f"classifier.{n}.weight"] = torch.zeros(2, 2)
+        vgg[f"classifier.{n}.bias"] = torch.zeros(2)
+    linear = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1, generator=rng) for i, c in enumerate(CHANNELS)}
+    torch.save(vgg, folder / "vgg.pth")
+    torch.save(linear, folder / "linear.pth")
+    return vgg, linear
+
+
+def images(count: int = 3, size: int = 48, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(5)
+    x, y = (torch.rand(count, 3, size, size, generator=rng, dtype=torch.float64).mul(2).sub(1) for _ in range(2))
+    return x.to(dtype), (0.6 * x + 0.4 * y).to(dtype)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_equals_the_plain_formula_with_its_gradient(tmp_path: Path, dtype: torch.dtype, bound: float) -> None:
+    vgg, linear = make_files(tmp_path)
+    model = LPIPS(tmp_path / "vgg.pth", tmp_path / "linear.pth", channels=CHANNELS).to(dtype)
+    x, y = images(dtype=dtype)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    distance, wanted = model.distance(ours, model.target(y)), plain_lpips(vgg, linear, theirs, y)
+    assert distance.shape == (3,)
+    torch.testing.assert_close(distance, wanted, rtol=0, atol=bound)
+    (got,), (grad,) = torch.autograd.grad(distance.sum(), ours), torch.autograd.grad(wanted.sum(), theirs)
+    assert grad.abs().max() > 1e-4
+    torch.testing.assert_close(got, grad, rtol=0, atol=bound)
+
+
+def test_symmetric_zero_for_equal_and_differentiable_in_both() -> None:
+    model = LPIPS(None, None, "untrained", CHANNELS)
+    x, y = images()
+    x.requires_grad_(), y.requires_grad_()
+    torch.testing.assert_close(model(x, y), model(y, x))
+    assert model(x, x).tolist() == [0, 0, 0]
+    torch.testing.assert_close(model.distance(x, model.target(y)), model(x, y))
+    assert not any(f.requires_grad for f in model.target(y))
+    gx, gy = torch.autograd.grad(model(x, y).sum(), (x, y))
+    hy, hx = torch.autograd.grad(model(y, x).sum(), (y, x))
+    torch.testing.assert_close(gx, hx)
+    torch.testing.assert_close(gy, hy)
+
+
+@pytest.mark.parametrize("tile", [1, 40, 1 << 18])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_backward_passes_gradcheck(
+    monkeypatch: pytest.MonkeyPatch, tile: int, memory_format: torch.memory_format
+) -> None:
+    monkeypatch.setattr(lpips_distance, "TILE_ON_CPU", tile)
+    torch.manual_seed(0)
+    x, y = (torch.randn(2, 3, 4, 2, dtype=torch.float64).to(memory_format=memory_format) for _ in range(2))
+    x, y, weight = x.requires_grad_(), y.requires_grad_(), torch.rand(3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda a, b: feature_distance(a, b, weight), (x, y))
+    torch.testing.assert_close(feature_distance(x, y, weight), plain_distance(x, y, weight), rtol=0, atol=1e-12)
+
+
+def test_a_pixel_without_features_has_a_finite_gradient() -> None:
+    x, y = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)
+    x[:, :, 1, 2] = 0
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(feature_distance(x, y, torch.ones(3)).sum(), x)
+    assert grad.isfinite().all() and grad[:, :, 1, 2].eq(0).all() and grad.abs().max() < 10
+    (plain,) = torch.autograd.grad(plain_distance(x, y, torch.ones(3)).sum(), x)
+    assert plain.isnan().any(), "the plain form is what this guards against"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near_and_keeps_no_large_float32(dtype: torch.dtype) -> None:
+    model = LPIPS(None, None, "untrained", CHANNELS)
+    x, y = images()
+    x.requires_grad_()
+    exact = model(x, y)
+    (exact_grad,) = torch.autograd.grad(exact.sum(), x)
+    kept: list[Tensor] = []
+    with torch.autocast("cpu", dtype):
+        target = model.target(y)
+        maps = model.features(x)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            rough = model._distance(maps, target)
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, exact, rtol=0.05, atol=0)
+    large = [t for t in kept if t.dtype == torch.float32 and t.ndim > 2 and t.shape[1] > 1 and t.shape[-1] > 1]
+    assert kept and not large
+    (grad,) = torch.autograd.grad(rough.sum(), x)
+    assert F.cosine_similarity(grad.flatten(), exact_grad.flatten(), dim=0) > 0.95
+
+
+def test_a_batch_in_chunks_gives_the_same() -> None:
+    model = LPIPS(None, None, "untrained", CHANNELS)
+    x, y = images(4)
+    whole = model(x, y)
+    torch.testing.assert_close(torch.cat([model(x[:1], y[:1]), model(x[1:], y[1:])]), whole)
+
+
+def test_frozen_whatever_is_asked() -> None:
+    model = LPIPS(None, None, "untrained", CHANNELS)
+    torch.nn.Sequential(model).train()
+    assert not any(m.training for m in model.modules())
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_untrained_is_named_seeded_and_leaves_the_generator_alone(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    a, b, c = (LPIPS(None, None, "untrained", CHANNELS, seed=s) for s in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert a.untrained and "untrained" in caplog.text
+    x, y = images()
+    assert torch.equal(a(x, y), b(x, y)) and not torch.equal(a(x, y), c(x, y))
+    assert all((w >= 0).all() for w in a.linear)
+
+
+def test_pretrained_is_not_untrained(tmp_path: Path) -> None:
+    make_files(tmp_path)
+    assert not LPIPS(tmp_path / "vgg.pth", tmp_path / "linear.pth", channels=CHANNELS).untrained
+
+
+def test_missing_and_wrong_files_are_told(tmp_path: Path) -> None:
+    vgg, linear = make_files(tmp_path)
+    with pytest.raises(UserError, match="nowhere.pth"):
+        LPIPS("nowhere.pth", tmp_path / "linear.pth")
+    with pytest.raises(UserError, match="untrained"):
+        LPIPS(None, None)
+    with pytest.raises(UserError, match="expected 'pretrained' or 'untrained'"):
+        LPIPS(None, None, "random")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="other shape"):
+        LPIPS(tmp_path / "vgg.pth", tmp_path / "linear.pth")
+    torch.save(
+        {k: v for k, v in vgg.items() if k != "features.5.bias"} | {"stray": torch.zeros(1)}, tmp_path / "vgg.pth"
+    )
+    with pytest.raises(UserError, match="convs.2.bias(.|\n)*stray"):
+        LPIPS(tmp_path / "vgg.pth", tmp_path / "linear.pth", channels=CHANNELS)
+    make_files(tmp_path)
+    torch.save({k: v for k, v in linear.items() if "lin3" not in k}, tmp_path / "linear.pth")
+    with pytest.raises(UserError, match="missing"):
+        LPIPS(tmp_path / "vgg.pth", tmp_path / "linear.pth", channels=CHANNELS)
+
+
+def test_wrong_shapes_are_told() -> None:
+    model = LPIPS(None, None, "untrained", CHANNELS)
+    with pytest.raises(ValueError, match="16 px"):
+        model.target(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="one shape"):
+        model(torch.zeros(1, 3, 32, 32), torch.zeros(2, 3, 32, 32))

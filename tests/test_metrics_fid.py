@@ -1,0 +1,259 @@
+"""FID statistics and distance: closed form, torchmetrics, every split the same, files that come and go."""
+
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from src.errors import UserError
+from src.metrics.fid import (
+    FeatureStatistics,
+    Gaussian,
+    few_images_warning,
+    frechet_distance,
+    load_npz,
+    save_npz,
+)
+from src.metrics.image_npz import ImageNpz, ImageNpzWriter
+from src.metrics.inception import InceptionFeatures
+from src.metrics.npz import npz_names
+from src.metrics.reference import image_statistics, load_reference
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def features(count: int, dim: int, seed: int, offset: float = 0.4) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(dim, dim, generator=generator) / dim**0.5
+    return torch.randn(count, dim, generator=generator) @ mix + offset + 0.1 * seed
+
+
+def statistics(rows: Tensor, batch: int = 10**6) -> FeatureStatistics:
+    made = FeatureStatistics(rows.shape[1])
+    for part in rows.split(batch):
+        made.update(part)
+    return made
+
+
+def images(count: int, seed: int = 0, size: int = 16) -> Tensor:
+    return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+
+
+def test_closed_form_of_commuting_gaussians() -> None:
+    # |m|^2 + sum (sqrt(a) - sqrt(b))^2 in a shared eigenbasis
+    basis = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    a, b = torch.linspace(0.1, 3, 12).double(), torch.linspace(2, 0, 12).double()  # b is singular
+    mean = torch.linspace(-1, 1, 12).double()
+    first = Gaussian(torch.zeros(12).double(), basis @ a.diag() @ basis.T)
+    second = Gaussian(mean, basis @ b.diag() @ basis.T)
+    expected = mean.square().sum() + (a.sqrt() - b.sqrt()).square().sum()
+    assert frechet_distance(first, second) == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_closed_form_of_two_dimensional_gaussians_that_do_not_commute() -> None:
+    # 2 x 2: tr sqrt(M) = sqrt(tr M + 2 sqrt(det M)) for M = C_a C_b
+    a = torch.tensor([[2.0, 0.5], [0.5, 1.0]]).double()
+    b = torch.tensor([[1.0, -0.7], [-0.7, 3.0]]).double()
+    product = a @ b
+    root = (product.trace() + 2 * product.det().sqrt()).sqrt()
+    zero = torch.zeros(2).double()
+    expected = (a.trace() + b.trace() - 2 * root).item()
+    assert frechet_distance(Gaussian(zero, a), Gaussian(zero, b)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("count", [60, 400])
+def test_agrees_with_torchmetrics_on_the_same_features(count: int) -> None:
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 64)).double().requires_grad_(False)
+    network.num_features = 64
+    theirs = FrechetInceptionDistance(network, normalize=False, input_img_size=(3, 4, 4)).set_dtype(torch.float64)
+    real, fake = torch.rand(2, count, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    fake = 0.7 * real + 0.5 * fake
+    theirs.update(real, real=True)
+    theirs.update(fake, real=False)
+    ours = frechet_distance(statistics(network(real)), statistics(network(fake)))
+    assert ours == pytest.approx(theirs.compute().item(), rel=1e-3)
+
+
+def test_mean_and_covariance_are_those_of_numpy() -> None:
+    rows = features(50, 8, 1).double()
+    made = statistics(rows, batch=7)
+    assert made.count == 50
+    np.testing.assert_allclose(made.mean.numpy(), rows.numpy().mean(0), rtol=1e-13)
+    np.testing.assert_allclose(made.covariance.numpy(), np.cov(rows.numpy(), rowvar=False), rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("count", [3, 100, 900])  # below and above the 128 dimensions
+@pytest.mark.parametrize("offset", [0.4, 1e4])  # mean far above the deviation, as features of a weak network
+def test_any_split_and_any_merge_give_the_same(count: int, offset: float) -> None:
+    real, fake = features(count, 128, 1, offset), features(count, 128, 2, offset)
+    whole = frechet_distance(statistics(real), statistics(fake))
+    for batch in (1, 7, 64):
+        assert frechet_distance(statistics(real, batch), statistics(fake, batch)) == pytest.approx(whole, rel=1e-8)
+    merged = FeatureStatistics(128)
+    for part in (fake[: count // 3], fake[:0], fake[count // 3 : -1], fake[-1:]):
+        merged.merge(statistics(part, 5))
+    assert merged.count == count
+    assert frechet_distance(statistics(real), merged) == pytest.approx(whole, rel=1e-8)
+
+
+@pytest.mark.parametrize("count", [2, 40, 500])
+def test_a_set_has_no_distance_to_itself(count: int) -> None:
+    rows = features(count, 256, 1)
+    assert 0 <= frechet_distance(statistics(rows), statistics(rows.flip(0), 33)) < 1e-6
+
+
+def test_state_round_trip() -> None:
+    made = statistics(features(20, 8, 1))
+    again = FeatureStatistics.from_state(made.state())
+    made.update(features(5, 8, 2))
+    again.update(features(5, 8, 2))
+    assert again.count == 25 and torch.equal(made.mean, again.mean) and torch.equal(made.covariance, again.covariance)
+
+
+def test_fewer_than_two_images_and_other_networks_are_errors() -> None:
+    one, two = statistics(features(1, 8, 1)), statistics(features(2, 8, 1))
+    with pytest.raises(UserError, match="at least 2 images.*got 1"):
+        frechet_distance(one, two)
+    with pytest.raises(UserError, match="8 and 6 features"):
+        frechet_distance(two, statistics(features(5, 6, 1)))
+
+
+def test_features_that_are_not_finite_give_nan() -> None:
+    broken = features(5, 8, 1)
+    broken[2, 3] = float("inf")
+    assert np.isnan(frechet_distance(statistics(broken), statistics(features(5, 8, 1))))
+
+
+def test_warning_below_the_feature_dimensions() -> None:
+    assert few_images_warning(2048, 2048) is None and few_images_warning(None, 2048) is None
+    assert "1,000 images" in few_images_warning(1000, 2048)
+
+
+def test_npz_round_trip_and_files_of_other_tools(tmp_path: Path) -> None:
+    made = statistics(features(30, 8, 1))
+    save_npz(tmp_path / "deep" / "ours.npz", made, "net")
+    loaded = load_npz(tmp_path / "deep" / "ours.npz")
+    assert (loaded.count, loaded.features) == (30, "net")
+    assert torch.equal(loaded.mean, made.mean) and torch.equal(loaded.covariance, made.covariance)
+    with np.load(tmp_path / "deep" / "ours.npz") as plain:
+        assert plain["mu"].shape == (8,) and plain["sigma"].shape == (8, 8)
+    np.savez(tmp_path / "theirs.npz", mu=plain_mean(made), sigma=made.covariance.numpy().astype(np.float32))
+    theirs = load_npz(tmp_path / "theirs.npz")
+    assert theirs.count is None and theirs.features is None and theirs.mean.dtype == torch.float64
+    assert frechet_distance(theirs, made) < 1e-6
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["ours.npz"]  # nothing left beside it
+
+
+def plain_mean(made: FeatureStatistics) -> np.ndarray:
+    return made.mean.numpy()
+
+
+def test_hostile_and_broken_npz_are_refused(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    objects = np.array([Bomb()], dtype=object)
+    np.savez(tmp_path / "objects.npz", mu=objects, sigma=objects, arr_0=objects, allow_pickle=True)
+    (tmp_path / "pickle.npz").write_bytes(pickle.dumps(Bomb()))
+    good = tmp_path / "good.npz"
+    np.savez(good, mu=np.zeros(400), sigma=np.eye(400))
+    (tmp_path / "short.npz").write_bytes(good.read_bytes()[:3000])
+    damaged = bytearray(good.read_bytes())
+    damaged[5000] ^= 255
+    (tmp_path / "damaged.npz").write_bytes(damaged)
+    np.savez(tmp_path / "nan.npz", mu=np.full(3, np.nan), sigma=np.eye(3))
+    np.savez(tmp_path / "shape.npz", mu=np.zeros(3), sigma=np.eye(4))
+    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
+    np.save(tmp_path / "single.npy", np.zeros(3))
+    for name in ("objects", "pickle", "short", "damaged", "nan", "shape", "other", "missing"):
+        with pytest.raises(UserError, match=f"{name}.npz"):
+            load_npz(tmp_path / f"{name}.npz")
+    for name in ("objects.npz", "pickle.npz", "short.npz", "other.npz", "missing.npz", "single.npy"):
+        with pytest.raises(UserError, match=name):
+            ImageNpz(tmp_path / name)
+    with pytest.raises(UserError, match="single"):
+        load_npz(tmp_path / "single.npy")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_images_are_read_in_batches_and_shared_by_ranks(tmp_path: Path, save) -> None:
+    pixels = images(11, size=5)
+    save(tmp_path / "a.npz", pixels.permute(0, 2, 3, 1).contiguous().numpy())
+    archive = ImageNpz(tmp_path / "a.npz")
+    assert len(archive) == 11 and archive.shape == (11, 5, 5, 3)
+    assert [len(x) for x in archive.batches(4)] == [4, 4, 3]
+    assert torch.equal(torch.cat(list(archive.batches(4))), pixels)
+    shares = [list(archive.batches(4, rank, 2)) for rank in (0, 1)]
+    assert torch.equal(torch.cat([shares[0][0], shares[1][0], shares[0][1]]), pixels)
+
+
+@pytest.mark.parametrize("pixels", [np.zeros((2, 4, 4, 3)), np.zeros((2, 3, 4, 4), np.uint8), np.zeros(4, np.uint8)])
+def test_other_arrays_are_no_images(tmp_path: Path, pixels: np.ndarray) -> None:
+    np.savez(tmp_path / "a.npz", pixels)
+    with pytest.raises(UserError, match="expected uint8"):
+        ImageNpz(tmp_path / "a.npz")
+
+
+def test_a_member_that_ends_early_is_an_error(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive, archive.open("arr_0.npy", "w") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (5, 4, 4, 3)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(bytes(2 * 48 + 5))
+    with pytest.raises(UserError, match="ends after image 2 of 5"):
+        list(ImageNpz(tmp_path / "a.npz").batches(3))
+
+
+def test_the_writer_makes_what_numpy_reads_and_only_when_complete(tmp_path: Path) -> None:
+    pixels, path = images(10, size=6), tmp_path / "new" / "a.npz"
+    with ImageNpzWriter(path, 10, 6, 6) as out:
+        out.write(pixels[:7])
+        assert not path.exists()
+        out.write(pixels[7:])
+    with np.load(path) as plain:
+        assert plain.files == ["arr_0"]
+        assert np.array_equal(plain["arr_0"], pixels.permute(0, 2, 3, 1).numpy())
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="3 images written, 10 announced"), ImageNpzWriter(path, 10, 6, 6) as out:
+        out.write(pixels[:3])
+    with pytest.raises(KeyError), ImageNpzWriter(path, 10, 6, 6) as out:
+        raise KeyError
+    with pytest.raises(ValueError, match="expected uint8 B x 3 x 6 x 6"), ImageNpzWriter(path, 10, 6, 6) as out:
+        out.write(images(2, size=7))
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["a.npz"]
+
+
+def test_a_reference_is_statistics_or_images(tmp_path: Path) -> None:
+    inception = InceptionFeatures(None, "untrained", width=0.05)
+    pixels = images(6)
+    with ImageNpzWriter(tmp_path / "images.npz", 6, 16, 16) as out:
+        out.write(pixels)
+    made = image_statistics(pixels.split(4), inception, batch_size=3)
+    save_npz(tmp_path / "statistics.npz", made, inception.name)
+    assert npz_names(tmp_path / "statistics.npz") == ["mu", "sigma", "features", "count"]
+    for name in ("images", "statistics"):
+        reference = load_reference(tmp_path / f"{name}.npz", inception, batch_size=4)
+        assert reference.count == 6 and frechet_distance(reference, made) < 1e-6
+    with pytest.raises(UserError, match="seed0.*seed1"):
+        load_reference(tmp_path / "statistics.npz", InceptionFeatures(None, "untrained", 1, width=0.05), 4)
+    with pytest.raises(UserError, match="102 features"):
+        load_reference(tmp_path / "statistics.npz", InceptionFeatures(None, "untrained", width=0.1), 4)
+    np.savez(tmp_path / "foreign.npz", mu=made.mean.numpy(), sigma=made.covariance.numpy())
+    with pytest.raises(UserError, match="untrained"):
+        load_reference(tmp_path / "foreign.npz", inception, 4)
+    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
+    with pytest.raises(UserError, match="arr_0"):
+        load_reference(tmp_path / "other.npz", inception, 4)

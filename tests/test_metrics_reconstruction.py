@@ -1,0 +1,181 @@
+"""The protocol by which reconstructions are scored: the same number from any split, from two ranks, and no tricks."""
+
+import logging
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from src.errors import UserError
+from src.images import bytes_to_unit, unit_to_bytes
+from src.metrics.fid import frechet_distance
+from src.metrics.inception import InceptionFeatures
+from src.metrics.quality import psnr, ssim
+from src.metrics.reconstruction import ReconstructionScore
+from src.metrics.reference import image_statistics
+
+WIDTH = 0.03
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def inception() -> InceptionFeatures:
+    return InceptionFeatures(None, "untrained", width=WIDTH)
+
+
+def lpips(x: Tensor, y: Tensor) -> Tensor:
+    """Stands in for LPIPS: asserts the range, gives one value per image."""
+    assert x.min() >= -1 and x.max() <= 1 and x.min() < -0.5 and x.dtype == torch.float32
+    return (x - y).abs().mean(dim=(1, 2, 3))
+
+
+def data(count: int = 24) -> tuple[Tensor, Tensor]:
+    """Originals uint8 and reconstructions in about [-.05, 1.05]."""
+    generator = torch.Generator().manual_seed(0)
+    original = (
+        torch.rand(count, 3, 16, 16, generator=generator) * torch.rand(count, 3, 1, 1, generator=generator)
+    ) * 255
+    original = original.round().to(torch.uint8)
+    return original, bytes_to_unit(original) + 0.1 * torch.rand(original.shape, generator=generator) - 0.05
+
+
+def score_of(inception: InceptionFeatures, batches: list[tuple[Tensor, Tensor]], **options) -> ReconstructionScore:
+    score = ReconstructionScore(inception, inception_batch_size=5, **options)
+    for original, reconstruction in batches:
+        score.update(original, reconstruction)
+    return score
+
+
+def test_all_numbers_are_what_the_parts_give(inception: InceptionFeatures) -> None:
+    original, reconstruction = data()
+    score = ReconstructionScore(inception, 5, lpips)
+    values = score.update(original, reconstruction)
+    decoded = unit_to_bytes(reconstruction)
+    assert torch.equal(values["psnr"], psnr(original, decoded)) and torch.equal(values["ssim"], ssim(original, decoded))
+    assert {name: tuple(value.shape) for name, value in values.items()} == dict.fromkeys(
+        ["psnr", "ssim", "lpips"], (24,)
+    )
+    result = score.reduce().compute()  # without a process group there is nothing to add
+    moments = [image_statistics([images], inception, 24) for images in (original, decoded)]
+    expected = {name: value.double().mean().item() for name, value in values.items()}
+    expected |= {"rfid_untrained": frechet_distance(*moments), "images": 24}
+    assert result == pytest.approx(expected, rel=1e-5) and isinstance(result["images"], int)
+    assert list(result) == ["rfid_untrained", "psnr", "ssim", "lpips", "images"]
+
+
+def test_any_split_gives_the_same(inception: InceptionFeatures) -> None:
+    original, reconstruction = data()
+    whole = score_of(inception, [(original, reconstruction)]).compute()
+    for size in (1, 7):
+        split = list(zip(original.split(size), reconstruction.split(size), strict=True))
+        # the features themselves are float32: a convolution may round otherwise for another batch size
+        assert score_of(inception, split).compute() == pytest.approx(whole, rel=1e-5)
+
+
+def test_perfect_reconstructions_have_no_distance(inception: InceptionFeatures) -> None:
+    original, _ = data()
+    result = score_of(inception, [(original, bytes_to_unit(original))]).compute()
+    assert result["rfid_untrained"] < 1e-6 and result["psnr"] == 100 and result["ssim"] == pytest.approx(1, abs=1e-6)
+    truncated = score_of(inception, [(original, bytes_to_unit(original) + 0.9 / 255)], quantization="truncate")
+    rounded = score_of(inception, [(original, bytes_to_unit(original) + 0.9 / 255)])
+    assert truncated.compute()["psnr"] == 100 and rounded.compute()["psnr"] < 50
+
+
+def test_a_score_is_called_rfid_only_with_real_weights(tmp_path: Path) -> None:
+    inception = InceptionFeatures(None, "untrained", width=WIDTH)
+    assert ReconstructionScore(inception, 5).score_name == "rfid_untrained"
+    inception.untrained = False  # as after loading a file
+    original, reconstruction = data(4)
+    assert "rfid" in score_of(inception, [(original, reconstruction)]).compute()
+
+
+def test_a_reference_takes_the_place_of_the_originals(inception: InceptionFeatures) -> None:
+    original, reconstruction = data()
+    clean = score_of(inception, [(original, reconstruction)])
+    noisy = score_of(inception, [(original, reconstruction * 0.8)], reference=clean.originals)
+    alone = score_of(inception, [(original, reconstruction * 0.8)])
+    assert noisy.originals is None
+    assert noisy.compute() == pytest.approx(alone.compute(), rel=1e-12)
+
+
+def test_scoring_disturbs_nobody(inception: InceptionFeatures) -> None:
+    original, reconstruction = data(4)
+    kept = reconstruction.clone().requires_grad_()
+    before = torch.get_rng_state()
+    values = score_of(inception, []).update(original, kept)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(kept, reconstruction) and not values["ssim"].requires_grad
+
+
+def test_few_images_and_broken_values_are_said(inception: InceptionFeatures, caplog: pytest.LogCaptureFixture) -> None:
+    original, reconstruction = data(4)
+    reconstruction[1, 0, 0, 0] = float("nan")
+    reconstruction[2] = float("inf")
+    with caplog.at_level(logging.WARNING):
+        result = score_of(inception, [(original, reconstruction)]).compute()
+    assert "fewer than its" in caplog.text and "2 of 4 reconstructions" in caplog.text
+    assert all(value == value for value in result.values())
+    for count in (0, 1):
+        with pytest.raises(UserError, match=f"at least 2 images.*got {count}"):
+            score_of(inception, [(original[:count], reconstruction[:count])] * count).compute()
+
+
+def test_misuse_is_an_error(inception: InceptionFeatures) -> None:
+    original, reconstruction = data(4)
+    score = score_of(inception, [(original, reconstruction)])
+    with pytest.raises(ValueError, match="one shape"):
+        score.update(original, reconstruction[:3])
+    score.reduce()
+    with pytest.raises(RuntimeError, match="once"):
+        score.reduce()
+    with pytest.raises(RuntimeError, match="new one"):
+        score.update(original, reconstruction)
+
+
+def test_what_a_score_holds_does_not_grow_with_the_images(inception: InceptionFeatures) -> None:
+    original, reconstruction = data(8)
+    score = score_of(inception, [(original, reconstruction)], lpips=lpips)
+
+    def held() -> int:
+        return len(pickle.dumps({name: value for name, value in vars(score).items() if name != "inception"}))
+
+    before = held()
+    for _ in range(5):
+        score.update(original, reconstruction)
+    assert abs(held() - before) < 100  # bytes; the counters may take a digit more
+
+
+def _rank(rank: int, world_size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+    original, reconstruction = data()
+    network = InceptionFeatures(None, "untrained", width=WIDTH)
+    shares = [(slice(0, 5), slice(5, 19)), (slice(19, 24),)]
+    uneven = score_of(network, [(original[s], reconstruction[s]) for s in shares[rank]], lpips=lpips).reduce()
+    idle = score_of(network, [(original, reconstruction)] * (rank == 1), lpips=lpips).reduce()  # rank 0 has no image
+    torch.save([uneven.compute(), idle.compute(), uneven.originals.state()], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_give_the_number_of_one(inception: InceptionFeatures, tmp_path: Path) -> None:
+    original, reconstruction = data()
+    alone = score_of(inception, [(original, reconstruction)], lpips=lpips)
+    expected = alone.compute()
+    mp.spawn(_rank, (2, str(tmp_path)), nprocs=2)
+    for rank in (0, 1):
+        uneven, idle, state = torch.load(tmp_path / f"{rank}.pt")
+        assert uneven["images"] == idle["images"] == 24 and state["count"] == 24
+        assert idle == pytest.approx(expected, rel=1e-8)
+        assert uneven == pytest.approx(expected, rel=1e-5)  # other batches, so float32 features rounded otherwise
+        torch.testing.assert_close(state["scatter"], alone.originals.state()["scatter"], rtol=1e-4, atol=1e-9)
