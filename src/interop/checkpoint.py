@@ -1,0 +1,74 @@
+"""A trained model out of a training checkpoint, without being told anything about it again."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from src.errors import UserError
+from src.models.checkpoint_format import FORMAT_VERSION
+from src.models.rae import RAE
+from src.models.settings import RAESettings
+from src.weights import freeze, load_strict, read, require
+
+log = logging.getLogger(__name__)
+
+Which = Literal["ema", "online"]
+_PREFIX = {"ema": "ema_decoder.", "online": "rae.decoder."}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A frozen RAE and where it comes from."""
+
+    rae: RAE
+    description: dict[str, Any]
+    """Plain values: source, weights, step, epoch, encoder identity; `config` is the whole configuration of its run."""
+
+
+def load_trained(path: str | Path, which: Which = "ema", changes: Mapping[str, Any] | None = None) -> LoadedModel:
+    """The RAE of a checkpoint that training wrote.
+
+    Args:
+        which: the averaged weights or those of the optimiser.
+        changes: `model:` keys to set otherwise (another place of the encoder, say).
+
+    Raises:
+        UserError: no such file, cut short, code in it, not a checkpoint of this trainer, another encoder than it was
+            trained with.
+    """
+    file = require(path, "Checkpoint", "--checkpoint")
+    content = read(file)
+    if not isinstance(content, Mapping) or content.get("format_version") != FORMAT_VERSION or "config" not in content:
+        raise UserError(
+            f"{file} is no checkpoint of this trainer. Expected a .ckpt from the checkpoints/ folder of a run; a decoder "
+            "of others is given with --decoder (and --encoder, --stats)."
+        )
+    model = content["config"]["model"]
+    settings = {name: model[name] for name in RAESettings.__dataclass_fields__}
+    settings |= {"pretrained_decoder_path": None, "normalization_stat_path": None, **(changes or {})}
+    rae = RAE(**settings)
+    stored, found = content["encoder"], rae.encoder.identity()
+    differing = {key for key in ("class", "config", "weights") if stored[key] != found[key]}
+    if differing:
+        raise UserError(
+            f"{file} was trained with another encoder: {stored} there, {found} here ({', '.join(sorted(differing))} differ). "
+            "Give the encoder that it was trained with."
+        )
+    state = content["state_dict"]
+    prefix = _PREFIX[which]
+    decoder = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    load_strict(rae.decoder, decoder, file)
+    if "rae.latent_mean" in state:
+        rae.set_statistics(state["rae.latent_mean"], state["rae.latent_var"])
+    freeze(rae)
+    description = {
+        "source": str(file),
+        "weights": which,
+        "step": content["global_step"],
+        "epoch": content["epoch"],
+        "encoder": dict(stored),
+        "config": content["config"],
+    }
+    return LoadedModel(rae, description)
