@@ -6,3 +6,6 @@ class UserError(Exception):
 
     Entry points print it without a traceback and exit with status 1.
     """
+
+    reported = False
+    """Whether it has been shown already."""

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,17 @@ def test_lightning_takes_the_epochs_in_turn(folder: Path) -> None:
     without = Model()
     pl.Trainer(max_epochs=1, accelerator="cpu", limit_train_batches=2, **silent).fit(without, module(folder))
     assert without.validated == 0
+    assert not multiprocessing.active_children()  # `teardown` ended the workers
+
+
+def test_closed_loaders_work_again(folder: Path) -> None:
+    data = module(folder, num_workers=2, train_split=0.5)
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        first = list(loader)
+        loader.close()
+        assert_same(first, list(loader))
+    data.teardown()
+    assert not multiprocessing.active_children()
 
 
 def test_any_ranks_and_accumulation_take_the_same_images(folder: Path) -> None:

@@ -68,19 +68,25 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
             raise SystemExit(TERMINATED)
         if batch_idx + 1 >= _batches_per_epoch(trainer, pl_module):
             return  # the end of the epoch saves, once its evaluation is over
-        by_steps = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
-        if by_steps or self._is_time(trainer, pl_module.device):
+        by_steps = bool(self.every_n_steps) and trainer.global_step % self.every_n_steps == 0
+        better = self._is_better(pl_module)
+        if by_steps or better or self._is_time(trainer, pl_module.device):
             self.save(trainer, pl_module)
-        self._follow_best(trainer, pl_module)
+        if better and trainer.is_global_zero:
+            self._name_best(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._epoch_ended = True
+        better = self._is_better(pl_module)
         self.save(trainer, pl_module)
-        self._follow_best(trainer, pl_module)
         epoch = trainer.current_epoch + 1
-        if self.every_n_epochs and epoch % self.every_n_epochs == 0 and trainer.is_global_zero:
-            link_or_copy(self._folder(trainer) / "last.ckpt", self._folder(trainer) / f"epoch_{epoch:03d}.ckpt")
-            self._prune(trainer)
+        if trainer.is_global_zero:
+            if better or self.monitor is None:
+                self._name_best(trainer)
+            whole = trainer.fit_loop.epoch_loop.batch_progress.current.ready >= _batches_per_epoch(trainer, pl_module)
+            if whole and self.every_n_epochs and epoch % self.every_n_epochs == 0:
+                link_or_copy(self._folder(trainer) / "last.ckpt", self._folder(trainer) / f"epoch_{epoch:03d}.ckpt")
+                self._prune(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """The state after the last whole update; on one process only, since others may not answer any more."""
@@ -109,7 +115,7 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        make_canonical(checkpoint["loops"], _batches_per_epoch(trainer, pl_module), self._epoch_ended)
+        make_canonical(checkpoint["loops"], _batches_per_epoch(trainer, pl_module))
 
     def state_dict(self) -> dict[str, Any]:
         return {"monitor": self.monitor, "best": self.best}
@@ -136,23 +142,21 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
             self.best = None
         return monitor
 
-    def _follow_best(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        target = self._folder(trainer) / "best.ckpt"
-        if self.monitor is None:
-            if self._epoch_ended and trainer.is_global_zero:
-                link_or_copy(self._folder(trainer) / "last.ckpt", target)
-            return
+    def _is_better(self, pl_module: Any) -> bool:
+        """Takes note of a score that has not been looked at; True where it is the best so far."""
         step, score = pl_module.scores.get(self.monitor, (-1, float("nan")))
         if step <= self._best_step:
-            return
+            return False
         self._best_step = step
-        if self.best is None or score < self.best:
-            self.best = score
-            self._saved_step = -1  # the checkpoint has to say the new best score
-            self.save(trainer, pl_module)
-            if trainer.is_global_zero:
-                link_or_copy(self._folder(trainer) / "last.ckpt", target)
-                log.info("best.ckpt: %s %.4f at step %d", self.monitor, score, step)
+        if self.best is not None and not score < self.best:
+            return False
+        self.best = score
+        return True
+
+    def _name_best(self, trainer: pl.Trainer) -> None:
+        link_or_copy(self._folder(trainer) / "last.ckpt", self._folder(trainer) / "best.ckpt")
+        if self.monitor is not None:
+            log.info("best.ckpt: %s %.4f at step %d", self.monitor, self.best, self._best_step)
 
     # -- stopping and time
 

@@ -7,18 +7,18 @@ Here a checkpoint says either «in the middle of epoch e, k batches done» or «
 from typing import Any
 
 
-def make_canonical(loops: dict[str, Any], batches_per_epoch: int, epoch_ended: bool) -> None:
+def make_canonical(loops: dict[str, Any], batches_per_epoch: int) -> None:
     """Rewrites `loops["fit_loop"]` of a checkpoint in place.
 
     Args:
-        batches_per_epoch: micro-batches that an epoch uses on this rank.
-        epoch_ended: evaluation at the end of the running epoch is over too.
+        batches_per_epoch: micro-batches that an epoch uses on this rank. With all of them done the epoch counts as done:
+            whoever saves there has evaluated already, or goes without that one evaluation.
     """
     fit = loops["fit_loop"]
     batches, epochs = fit["epoch_loop.batch_progress"], fit["epoch_progress"]
     done = batches["current"]["ready"]
     epoch = epochs["current"]["ready"]  # epochs begun
-    if epoch_ended or done >= batches_per_epoch:
+    if done >= batches_per_epoch:
         _set(batches["current"], 0)
         _set(epochs["current"], epoch)
         _set(epochs["total"], epoch)

@@ -164,7 +164,9 @@ def _image_chunks(folder: Path, column: pa.ChunkedArray, name: str) -> list[tupl
         return [(chunk, None) for chunk in column.chunks]
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         at, path_at = kind.get_field_index("bytes"), kind.get_field_index("path")
-        fields = [chunk.flatten() for chunk in column.chunks]  # carries a missing row over to its fields; copies no bytes
+        fields = [
+            chunk.flatten() for chunk in column.chunks
+        ]  # carries a missing row over to its fields; copies no bytes
         return [(f[at], f[path_at] if path_at >= 0 else None) for f in fields]
     raise UserError(
         f"The column {name!r} of {folder} holds {kind}; expected encoded images (the type datasets.Image, a struct of bytes "

@@ -71,6 +71,7 @@ class RAEDataModule(LightningDataModule):
         self._worker_arguments = (num_workers, prefetch_factor, worker_start)
         self._workers()  # says at once what is wrong with its keys
         self._splits: Splits | None = None
+        self._persistent: list[TrainLoader | EvaluationLoader] = []
 
     # -- what is there
 
@@ -87,6 +88,12 @@ class RAEDataModule(LightningDataModule):
                 self.data_dir, self.use_hf_dataset, self.hf_split, self.hf_validation_split, self.train_split
             )
             log.info("Data: %s", self._splits.description)
+
+    def teardown(self, stage: str | None = None) -> None:
+        """End the worker processes of the loaders given out."""
+        del stage
+        while self._persistent:
+            self._persistent.pop().close()
 
     @property
     def splits(self) -> Splits:
@@ -123,7 +130,9 @@ class RAEDataModule(LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         dataset = TrainDataset(self.splits.train, self.splits.train_rows, self.train_transform)
-        return TrainLoader(dataset, self.order, self._workers(), self.max_bad_share)
+        loader = TrainLoader(dataset, self.order, self._workers(), self.max_bad_share)
+        self._persistent.append(loader)
+        return loader
 
     # -- evaluation
 
@@ -167,7 +176,10 @@ class RAEDataModule(LightningDataModule):
     ) -> EvaluationLoader:
         """Batches of `evaluation_dataset`. persistent: keep the workers between passes."""
         dataset, _ = self.evaluation_dataset(train_fallback, num_images, rank, world)
-        return EvaluationLoader(dataset, batch_size, self._workers(), self.max_bad_share, persistent)
+        loader = EvaluationLoader(dataset, batch_size, self._workers(), self.max_bad_share, persistent)
+        if persistent:
+            self._persistent.append(loader)
+        return loader
 
     # -- inside
 

@@ -88,6 +88,15 @@ class BadImages:
             )
 
 
+def _stop_workers(loader: DataLoader[Sample]) -> None:
+    """End persistent workers now. Left to the garbage collector, which may close their queues first, each of them can
+    take five seconds to be noticed; a new pass starts new ones."""
+    iterator = loader._iterator
+    loader._iterator = None
+    if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+
+
 class _Batches:
     """The batch sampler that a DataLoader iterates over; where it starts is set before each pass."""
 
@@ -130,6 +139,10 @@ class TrainLoader:
     @property
     def dataset(self) -> TrainDataset:
         return self._loader.dataset
+
+    def close(self) -> None:
+        """End the worker processes; the loader stays usable."""
+        _stop_workers(self._loader)
 
     def __len__(self) -> int:
         return self.order.batches
@@ -188,6 +201,10 @@ class EvaluationLoader:
     @property
     def dataset(self) -> EvaluationDataset:
         return self._loader.dataset
+
+    def close(self) -> None:
+        """End the worker processes; the loader stays usable."""
+        _stop_workers(self._loader)
 
     def __len__(self) -> int:
         return len(self._loader)

@@ -11,6 +11,7 @@ _SILENCED = (
     r".*module\(s\) in eval mode at the start of training.*",  # the frozen networks are meant to be
     r".*The number of training batches .* is smaller than the logging interval.*",
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+    r".*You have overridden `transfer_batch_to_device` in `LightningModule`.*",  # on purpose
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*is not currently supported on CUDA-enabled.*pin_memory.*",
     r".*'pin_memory' argument is set as true but no accelerator is found.*",

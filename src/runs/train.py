@@ -3,6 +3,7 @@
 import logging
 import sys
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from src.runs import logs
 from src.runs.folder import run_folder
 from src.runs.launch import Launch
 from src.runs.record import RunRecord
-from src.runs.resume import find_checkpoint
+from src.runs.geometry_check import check_geometry
+from src.runs.resume import announce_resume, find_checkpoint
 from src.runs.summary import summary
 from src.runs.trainer import build_trainer
 
@@ -32,7 +34,8 @@ def run(config: DictConfig) -> float | None:
     try:
         return _run(config)
     except UserError as error:
-        _say(error)
+        if not error.reported:
+            _say(error)
         raise SystemExit(1) from None
     except OmegaConfBaseException as error:
         _say(UserError(f"Configuration: {str(error).strip()}"))
@@ -53,19 +56,31 @@ def _run(config: DictConfig) -> float | None:
         log.info("Resuming from %s", checkpoint)
         record.update({"resumed_from": str(checkpoint)})
     try:
-        result = _train(config, launch, checkpoint, record)
+        result = fit(build_run(config, launch), checkpoint, record)
     except BaseException as error:
         status = {SystemExit: "terminated", KeyboardInterrupt: "interrupted"}.get(type(error), "failed")
         reason = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception_only(error)).strip()
-        if status == "failed" and launch.main:
-            log.error("The run failed: %s", reason)
+        if isinstance(error, UserError) and launch.main:
+            log.error("%s", reason)
+            error.reported = True
         record.finish(status, warnings.messages, error=reason)
         raise
     record.finish("finished", warnings.messages, result=result)
     return result.get("val/loss")
 
 
-def _train(config: DictConfig, launch: Launch, checkpoint: Path | None, record: RunRecord) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Run:
+    """Everything that a configuration stands for, built and not yet started."""
+
+    trainer: pl.Trainer
+    module: pl.LightningModule
+    datamodule: pl.LightningDataModule
+    config: dict[str, Any]
+
+
+def build_run(config: DictConfig, launch: Launch) -> Run:
+    """Cheap mistakes are found first: sizes and data before any weight is read."""
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     pl.seed_everything(config.seed, workers=False, verbose=False)
     datamodule = build(config.data, "data")
@@ -73,21 +88,27 @@ def _train(config: DictConfig, launch: Launch, checkpoint: Path | None, record: 
     loggers = build_all(config.logger, "logger") if launch.main else []
     trainer = build_trainer(plain["trainer"], launch, callbacks, loggers, plain["paths"]["run_dir"])
     datamodule.trainer = trainer
+    check_geometry(plain["model"])
     if trainer.is_global_zero:
         datamodule.prepare_data()
-        for logger in loggers:
-            logger.log_hyperparams(plain)
     module = build(config.model, "model")
     module.run_config = plain
+    for logger in loggers:
+        logger.log_hyperparams(plain)
+    return Run(trainer, module, datamodule, plain)
+
+
+def fit(run: Run, checkpoint: Path | None, record: RunRecord) -> dict[str, Any]:
+    trainer, datamodule = run.trainer, run.datamodule
     record.update({"device": device_name(trainer.strategy.root_device), "processes": trainer.world_size})
-    for callback in callbacks:
+    for callback in trainer.callbacks:
         if isinstance(callback, RunCheckpoint):
             callback.resumed_from = checkpoint
     if checkpoint is not None:
-        _compare_horizon(checkpoint, plain)
-    trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint)
+        announce_resume(checkpoint, run.config)
+    trainer.fit(run.module, datamodule=datamodule, ckpt_path=checkpoint)
     record.update({"data": {"fingerprint": datamodule.fingerprint, "train": datamodule.train_size, "validation": datamodule.val_size}})
-    return summary(trainer, module)
+    return summary(trainer, run.module)
 
 
 def build_all(group: DictConfig | None, key: str) -> list[Any]:
@@ -108,16 +129,6 @@ def build(node: DictConfig, key: str) -> Any:
         if isinstance(cause, ModuleNotFoundError):
             raise UserError(f"{key}: {cause}. Install it, or choose another config for this group.") from cause
         raise
-
-
-def _compare_horizon(checkpoint: Path, plain: dict[str, Any]) -> None:
-    from src.weights import read
-
-    before = read(checkpoint).get("config") or {}
-    old = (before.get("trainer") or {}).get("max_epochs")
-    new = plain["trainer"]["max_epochs"]
-    if old is not None and old != new:
-        log.warning("trainer.max_epochs was %s and is now %s: the cosine ends elsewhere, so the learning rate jumps at this point.", old, new)
 
 
 def _wanted_folder(config: DictConfig) -> str | None:

@@ -39,7 +39,7 @@ def build_trainer(config: dict[str, Any], launch: Launch, callbacks: list[Any], 
             plugins=[AtomicCheckpointIO()],
             default_root_dir=root,
             use_distributed_sampler=False,  # the data module's own order; Lightning's would shuffle evaluation
-            enable_checkpointing=False,
+            enable_checkpointing=any(isinstance(callback, pl.callbacks.Checkpoint) for callback in callbacks),
             enable_progress_bar=False,
             enable_model_summary=False,
         )

@@ -1,0 +1,33 @@
+# Two commands from nothing: `make dummy` sees a decoder learn, `make test` runs the tests.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: help setup dummy test lint types clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+setup: $(STAMP) ## .venv with the pinned requirements; made once, again when they change
+
+$(STAMP): requirements.txt
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}. Use make PYTHON=python3.11 ..."'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+dummy: $(STAMP) ## data, a training run and its figures, without network
+	$(BIN)/python src/train.py experiment=rae_dummy
+
+test: $(STAMP) ## all tests
+	$(BIN)/python -m pytest -n 2
+
+lint: $(STAMP) ## style
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(STAMP) ## types
+	$(BIN)/mypy src
+
+clean: ## the environment and all caches; runs, data and weights stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

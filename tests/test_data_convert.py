@@ -1,0 +1,309 @@
+"""The converter: nothing lost, nothing half done, every bad file listed, killed and resumed."""
+
+import errno
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from src.data import convert as conversion
+from src.data import convert_shard, dummy, image_tree
+from src.data.arrow import ArrowSource
+from src.data.convert import convert
+from src.data.convert_shard import Settings
+from src.errors import UserError
+
+SCRIPT = Path(__file__).parents[1] / "scripts/create_hf_test_data.py"
+COPY = Settings(None, 80.0)
+FILES = [dummy.jpeg(i) for i in range(12)]
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def tree(root: Path, count: int = 12, split: str = "") -> Path:
+    for i in range(count):
+        path = root / split / ("dog", "cat", "émeu")[i % 3] / f"{i:04d}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(FILES[i % 12])
+    return root
+
+
+def run(
+    root: Path, output: Path, settings: Settings = COPY, workers: int = 1, overwrite: bool = False
+) -> conversion.Report:
+    return convert(image_tree.scan(root), output, settings, workers, overwrite)
+
+
+def rows(path: Path) -> dict[str, tuple[bytes, str]]:
+    """path in the row -> (bytes, class name)."""
+    data = datasets.load_from_disk(str(path)).cast_column("image", datasets.Image(decode=False))
+    names = data.features["label"].names
+    return {r["image"]["path"]: (r["image"]["bytes"], names[r["label"]]) for r in data}
+
+
+def expected(root: Path) -> dict[str, tuple[bytes, str]]:
+    files = [p for p in root.rglob("*") if p.is_file()]
+    return {str(p.relative_to(root)): (p.read_bytes(), p.relative_to(root).parts[0]) for p in files}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bytes_and_classes_are_kept(workers: int, tmp_path: Path) -> None:
+    root = tree(tmp_path / "in", 150)
+    report = run(root, tmp_path / "out", workers=workers)
+    assert rows(tmp_path / "out") == expected(root)
+    assert report.images == {"train": 150} and report.classes == 3 and report.bad == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+    assert len(list((tmp_path / "out").glob("data-*.arrow"))) == 3
+    assert (tmp_path / "out/dataset_info.json").is_file()
+    assert not (tmp_path / "out/.conversion").exists()
+    assert len(ArrowSource(tmp_path / "out")) == 150
+
+
+def test_splits_share_their_classes(tmp_path: Path) -> None:
+    root = tree(tmp_path / "in", 9, "train")
+    for name in ("dog", "zebra"):
+        (root / "val" / name).mkdir(parents=True)
+        (root / "val" / name / "1.jpg").write_bytes(FILES[1])
+    report = run(root, tmp_path / "out")
+    loaded = datasets.load_from_disk(str(tmp_path / "out"))
+    assert {k: len(v) for k, v in loaded.items()} == report.images == {"train": 9, "validation": 2}
+    assert loaded["train"].features["label"].names == ["cat", "dog", "zebra", "émeu"]
+    assert [loaded["validation"].features["label"].int2str(i) for i in loaded["validation"]["label"]] == [
+        "dog",
+        "zebra",
+    ]
+
+
+def test_flat_validation_folder_and_flat_tree(tmp_path: Path) -> None:
+    root = tree(tmp_path / "in", 6, "train")
+    (root / "val").mkdir()
+    (root / "val/a.JPEG").write_bytes(FILES[0])
+    run(root, tmp_path / "out")
+    loaded = datasets.load_from_disk(str(tmp_path / "out"))
+    assert loaded["validation"]["label"][0] == -1 and loaded["validation"][0]["image"].size
+    run(root / "val", tmp_path / "flat")
+    assert datasets.load_from_disk(str(tmp_path / "flat")).column_names == ["image"]
+
+
+def bad_tree(root: Path) -> tuple[Path, set[str]]:
+    """Every kind of bad file beside good ones; (root, names of the bad ones)."""
+    good = tree(root, 6)
+    png = encoded(Image.new("RGB", (40, 30), (9, 200, 9)), "PNG")
+    bad = {
+        "truncated.JPEG": FILES[0][: len(FILES[0]) // 2],
+        "truncated.png": png[:60],
+        "text.jpg": b"no image at all",
+        "zero.jpg": b"",
+        "bomb.png": png[:16] + (60000).to_bytes(4, "big") * 2 + png[24:],
+        "page.html.jpg": b"<html>404</html>" * 50,
+        "Thumbs.db": bytes(5000),
+    }
+    kept = {
+        "png_called.JPEG": png,
+        "jpeg_called.png": FILES[1],
+        "noextension": FILES[2],
+        "animated.gif": encoded(
+            Image.new("RGB", (40, 30)), "GIF", save_all=True, append_images=[Image.new("RGB", (40, 30), "red")]
+        ),
+        "sixteen.png": encoded(Image.fromarray(np.full((30, 40), 40000, np.uint16)), "PNG"),
+        "cmyk.jpg": encoded(Image.new("CMYK", (40, 30)), "JPEG"),
+        "alpha.webp": encoded(Image.new("RGBA", (40, 30)), "WEBP"),
+        "odd \udcff name.jpg": FILES[3],
+    }
+    for name, data in (bad | kept).items():
+        (good / "cat" / name).write_bytes(data)
+    (good / "cat/dangling.jpg").symlink_to(root / "nowhere")
+    os.mkfifo(good / "cat/pipe.jpg")
+    (good / "cat/.hidden.jpg").write_bytes(b"x")
+    (good / "beside.jpg").write_bytes(FILES[0])
+    names = {*bad, "dangling.jpg", "pipe.jpg"}
+    if os.geteuid() != 0:  # nothing is unreadable for root
+        (good / "cat/locked.jpg").write_bytes(FILES[0])
+        (good / "cat/locked.jpg").chmod(0)
+        names.add("locked.jpg")
+    return good, names
+
+
+def test_every_kind_of_bad_file_is_listed_and_every_good_one_kept(tmp_path: Path) -> None:
+    root, bad = bad_tree(tmp_path / "in")
+    report = run(root, tmp_path / "out")
+    assert {Path(b["file"]).name for b in report.bad} == bad | {"beside.jpg"}
+    assert all(b["reason"] and "\n" not in b["reason"] for b in report.bad)
+    assert report.images == {"train": 6 + 8}
+    written = json.loads((tmp_path / "out/conversion_report.json").read_text())
+    assert written["bad"] == report.bad and written["images"] == report.images
+    assert all(row["image"].size for row in datasets.load_from_disk(str(tmp_path / "out")))
+
+
+def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Path.read_bytes
+
+    def guarded(path: Path) -> bytes:
+        if path.name == "0003.JPEG":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", guarded)
+    report = run(tree(tmp_path / "in"), tmp_path / "out")
+    assert report.bad == [{"file": "dog/0003.JPEG", "reason": "can't be read: Input/output error"}]
+
+
+def test_resizing(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = Image.fromarray(dummy.picture(np.random.default_rng(1), "disc"))
+    for split in ("train", "val"):
+        (root / split / "a").mkdir(parents=True)
+        for name, image, options in (
+            ("large.jpg", photo.resize((200, 100)), {"exif": exif}),
+            ("small.png", photo.resize((30, 40)), {}),
+            ("exact.jpg", photo.resize((64, 90)), {}),
+            ("exact_turned.jpg", photo.resize((90, 64)), {"exif": exif}),
+        ):
+            image.save(root / split / "a" / name, **options)
+    run(root, tmp_path / "out", Settings(64, 80.0))
+    loaded = datasets.load_from_disk(str(tmp_path / "out")).cast_column("image", datasets.Image(decode=False))
+    stored = {Path(r["image"]["path"]).name: r["image"]["bytes"] for r in loaded["train"]}
+    sizes = {name: Image.open(io.BytesIO(data)).size for name, data in stored.items()}
+    assert sizes == {"large.jpg": (64, 128), "small.png": (64, 85), "exact.jpg": (64, 90), "exact_turned.jpg": (64, 90)}
+    assert stored["exact.jpg"] == (root / "train/a/exact.jpg").read_bytes()
+    assert all(0x0112 not in Image.open(io.BytesIO(data)).getexif() for data in stored.values())
+    for row in loaded["validation"]:  # the reference images of rFID stay as they are
+        assert row["image"]["bytes"] == (root / row["image"]["path"]).read_bytes()
+
+
+def test_existing_output_is_kept_unless_told(tmp_path: Path) -> None:
+    root = tree(tmp_path / "in")
+    run(root, tmp_path / "out")
+    with pytest.raises(UserError, match="--overwrite"):
+        run(root, tmp_path / "out")
+    (root / "cat/new.jpg").write_bytes(FILES[5])
+    run(root, tmp_path / "out", overwrite=True)
+    assert rows(tmp_path / "out") == expected(root)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+    (tmp_path / "empty").mkdir()
+    run(root, tmp_path / "empty")
+    assert rows(tmp_path / "empty") == expected(root)
+
+
+def test_full_disk_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, output = tree(tmp_path / "in", 150), tmp_path / "out"
+    write, calls = convert_shard.write_shard, []
+
+    def filling(path: Path, *rest: object) -> int:
+        calls.append(path)
+        if len(calls) == 3:
+            path.with_name(path.name + ".tmp").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, *rest)
+
+    monkeypatch.setattr(convert_shard, "write_shard", filling)
+    with pytest.raises(UserError, match="(?s)disk is full.*same command"):
+        run(root, output)
+    assert not output.exists()
+    report = run(root, output)
+    assert report.shards_reused == 2 and rows(output) == expected(root)
+
+
+def test_other_settings_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, output = tree(tmp_path / "in", 150), tmp_path / "out"
+    finish = conversion._finish
+    monkeypatch.setattr(conversion, "_finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(root, output)
+    monkeypatch.setattr(conversion, "_finish", finish)
+    assert (tmp_path / "out.partial").is_dir()
+    with pytest.raises(UserError, match="resize_shorter_px: then None, now 64"):
+        run(root, output, Settings(64, 80.0))
+    with pytest.raises(UserError, match="half-|no dataset_info|state.json"):
+        ArrowSource(tmp_path / "out.partial")
+    (root / "cat/new.jpg").write_bytes(FILES[5])
+    with pytest.raises(UserError, match="files: then 150, now 151"):
+        run(root, output)
+    assert run(root, output, overwrite=True).shards_reused == 0
+    assert rows(output) == expected(root)
+
+
+def test_nothing_convertible(tmp_path: Path) -> None:
+    (tmp_path / "in/a").mkdir(parents=True)
+    with pytest.raises(UserError, match="no files"):
+        run(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in/a/x.txt").write_text("text")
+    with pytest.raises(UserError, match=r"None of the 1 files.*a/x\.txt"):
+        run(tmp_path / "in", tmp_path / "out")
+    with pytest.raises(UserError, match="no such folder"):
+        run(tmp_path / "nowhere", tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
+
+
+def script(*args: object, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
+
+
+def test_killed_at_random_moments_and_resumed(tmp_path: Path) -> None:
+    root, output = tree(tmp_path / "in", 400), tmp_path / "out"
+    command = [sys.executable, str(SCRIPT), "--input_dir", str(root), "--output_dir", str(output), "--num_workers", "2"]
+    moments = random.Random(4)
+    for _ in range(5):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(moments.uniform(0.2, 0.8))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if output.exists():
+            break
+    if not output.exists():
+        done = script("--input_dir", root, "--output_dir", output, "--num_workers", "2")
+        assert done.returncode == 0, done.stderr
+    assert rows(output) == expected(root)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_script_reports_and_exit_codes(tmp_path: Path) -> None:
+    root, bad = bad_tree(tmp_path / "in")
+    done = script("--input-dir", root, "--output-dir", tmp_path / "out", "--num_workers", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"{len(bad) + 1} left out" in done.stdout and "truncated.JPEG: " in done.stdout
+    again = script("--input_dir", root, "--output_dir", tmp_path / "out")
+    assert again.returncode == 1 and "--overwrite" in again.stderr and "Traceback" not in again.stderr
+    for wrong in (["--input_dir", root], ["--resize", "x"], ["--num_workers", "0"], ["--resize_shorter", "-3"]):
+        assert script(*wrong).returncode == 2
+
+
+def test_fuzz(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    root = tmp_path / "in"
+    (root / "a").mkdir(parents=True)
+    small = Image.fromarray(dummy.picture(np.random.default_rng(1), "ring")).resize((60, 45))
+    seeds = [encoded(small, kind) for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP")]
+    for i in range(240):
+        data = bytearray(seeds[i % 6])
+        if i >= 12:
+            data = data[: rng.integers(0, len(data) + 1)] if rng.random() < 0.3 else data
+            for _ in range(rng.integers(1, 8)):
+                if data:
+                    data[rng.integers(len(data))] = rng.integers(256)
+        (root / "a" / f"{i:03d}.jpg").write_bytes(data)
+    for settings in (COPY, Settings(48, 80.0)):
+        output = tmp_path / f"out{settings.resize_shorter_px}"
+        report = run(root, output, settings)
+        assert report.images["train"] + len(report.bad) == 240 and 12 <= report.images["train"] < 240
+        loaded = datasets.load_from_disk(str(output)).cast_column("image", datasets.Image(decode=False))
+        decoder = convert_shard.Decoder("apply", 80)
+        for row in loaded:
+            assert decoder.decode(row["image"]["bytes"]).pixels.shape[2] == 3

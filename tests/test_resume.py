@@ -1,0 +1,73 @@
+"""A resumed run is the run that was never interrupted: the same weights, moments, averages and batches, bit for bit."""
+
+import pytest
+import torch
+
+from src.weights import read
+from tests.training import same, train
+
+QUIET = ["~callbacks.rfid", "logger=csv"]
+EVERY_STEP = ["callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.keep_epochs=-1"]
+COMPARED = ("state_dict", "optimizer_states", "global_step", "loops")
+
+
+def last(folder):
+    return folder / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Six updates in two epochs, without interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(folder, *QUIET, *EVERY_STEP)
+    return folder
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
+def test_stopped_after_any_step_and_resumed(whole, tmp_path, stop):
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(first, *QUIET, *EVERY_STEP, f"trainer.max_steps={stop}")
+    assert read(last(first))["global_step"] == stop
+    train(second, *QUIET, *EVERY_STEP, checkpoint=last(first))
+    assert_equal_ends(whole, second)
+
+
+@pytest.mark.parametrize("changes", [["data.num_workers=2"], ["data.batch_size=2", "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=6"]], ids=["workers", "accumulation"])
+def test_resumed_otherwise(whole, tmp_path, changes):
+    """Other workers change nothing; two micro-batches of two differ from one of four by the adaptive weight alone."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(first, *QUIET, *EVERY_STEP, *changes, "trainer.max_steps=2")
+    train(second, *QUIET, *EVERY_STEP, *changes, checkpoint=last(first))
+    if changes == ["data.num_workers=2"]:
+        assert_equal_ends(whole, second)
+    else:
+        reference = tmp_path / "reference"
+        train(reference, *QUIET, *EVERY_STEP, *changes)
+        assert_equal_ends(reference, second)
+
+
+def test_a_finished_run_ends_well_again_and_goes_on_with_more_epochs(whole, tmp_path):
+    run = train(tmp_path / "again", *QUIET, checkpoint=last(whole))
+    assert run.trainer.global_step == 6
+    longer = train(tmp_path / "longer", *QUIET, "trainer.max_epochs=3", checkpoint=last(whole))
+    assert longer.trainer.global_step == 9
+
+
+def test_interrupting_changes_what_a_test_would_see(whole, tmp_path):
+    """The comparison can fail: another seed ends elsewhere."""
+    train(tmp_path / "other", *QUIET, "seed=1")
+    assert not same(read(last(whole))["state_dict"], read(last(tmp_path / "other"))["state_dict"])
+
+
+def test_the_checkpoint_holds_plain_values_only_and_no_frozen_weights(whole):
+    content = torch.load(last(whole), weights_only=True)
+    names = content["state_dict"].keys()
+    assert not [n for n in names if n.startswith(("rae.encoder", "lpips", "discriminator.trunk"))]
+    assert any(n.startswith("rae.decoder.") for n in names) and any(n.startswith("ema_decoder.") for n in names)
+    assert content["format_version"] == 1 and content["config"]["model"]["encoder_cls"] == "Dinov2withNorm"
+
+
+def assert_equal_ends(expected, actual):
+    a, b = read(last(expected)), read(last(actual))
+    for part in COMPARED:
+        assert same(a[part], b[part]), part

@@ -1,0 +1,55 @@
+"""Runs of the training program inside a test: composed as on the command line, built and fitted in this process."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from src.runs.launch import Launch
+from src.runs.record import RunRecord
+from src.runs.train import Run, build_run, fit
+from src.weights import PROJECT_ROOT
+
+# The smallest run that passes through every part: 3 updates an epoch, discriminator and GAN from the second one on.
+SMALL = [
+    "experiment=rae_dummy", "data.image_size=64", "data.batch_size=4", "data.num_workers=0", "trainer.max_epochs=2",
+    "trainer.accelerator=cpu", "trainer.limit_train_batches=3", "trainer.limit_val_batches=1", "trainer.log_every_n_steps=1",
+    "model.disc_upd_start_epoch=0.34", "model.disc_start_epoch=0.34", "model.sample_every=0", "trainer.num_sanity_val_steps=0",
+]  # fmt: skip
+
+
+def composed(overrides: list[str]) -> DictConfig:
+    """The configuration of `python src/train.py OVERRIDES…`."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
+        config = compose("train", overrides=overrides, return_hydra_config=True)
+        HydraConfig.instance().set_config(config)
+    from omegaconf import open_dict
+
+    with open_dict(config):
+        del config["hydra"]
+    return config
+
+
+def train(folder: Path, *overrides: str, checkpoint: Path | None = None, small: bool = True) -> Run:
+    """Fit in `folder`; the run's parts come back for inspection."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = composed([*(SMALL if small else []), *overrides, f"paths.run_dir={folder}"])
+    run = build_run(config, Launch(0, 1, "single"))
+    fit(run, checkpoint, RunRecord(folder, config.experiment_name, main=True))
+    return run
+
+
+def same(a: Any, b: Any) -> bool:
+    """Bit for bit, through nested plain containers."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
