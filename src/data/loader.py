@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch.utils.data import DataLoader
 
 from src.data.dataset import EvaluationDataset, Failure, Sample, TrainDataset, collate
@@ -195,7 +196,12 @@ class EvaluationLoader:
         self.batch_size = batch_size
         self.max_bad_share = max_bad_share
         self._loader: DataLoader[Sample] = DataLoader(
-            dataset, batch_size=batch_size, shuffle=False, collate_fn=collate, **workers.arguments(persistent)
+            dataset,
+            batch_size=batch_size,
+            shuffle=False,
+            collate_fn=collate,
+            generator=torch.Generator(),  # or each pass would take a number from the global one, for seeds nobody uses
+            **workers.arguments(persistent),
         )
 
     @property

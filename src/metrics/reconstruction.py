@@ -71,7 +71,7 @@ class ReconstructionScore:
             )
         original = original.to(reconstruction.device)
         self._broken.update({"not_finite": ~torch.isfinite(reconstruction).flatten(1).all(dim=1)})
-        decoded = unit_to_bytes(reconstruction.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), self.quantization)
+        decoded = self.to_bytes(reconstruction)
         add_features(self.reconstructions, self.inception, decoded, self.inception_batch_size)
         if self.originals is not None:
             add_features(self.originals, self.inception, original, self.inception_batch_size)
@@ -82,6 +82,10 @@ class ReconstructionScore:
                 values["lpips"] = self.lpips(x, y).flatten()
         self._means.update(values)
         return values
+
+    def to_bytes(self, reconstruction: Tensor) -> Tensor:
+        """The 8-bit images that are scored: uint8 of the same shape."""
+        return unit_to_bytes(reconstruction.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), self.quantization)
 
     def reduce(self, group: Any | None = None) -> "ReconstructionScore":
         """Add up the ranks of `group`; on every rank, after its last `update`, also where it had no image."""
@@ -94,16 +98,16 @@ class ReconstructionScore:
                 part.reduce(group)
         return self
 
-    def compute(self) -> dict[str, float | int]:
+    def compute(self, warn_of_few: bool = True) -> dict[str, float | int]:
         """{score name: FID, "psnr": mean dB, "ssim", "lpips" where asked for, "images": int} of what was taken in.
 
         Takes seconds at 2,048 features (on the CPU), so let one rank do it. UserError for fewer than two images;
-        logs a warning for fewer images than features.
+        logs a warning for fewer images than features, unless told not to (again).
         """
         reference = self.originals if self._reference is None else self._reference
         score = frechet_distance(reference, self.reconstructions)
         warning = few_images_warning(self._means.count, self.inception.feature_dim)
-        if warning:
+        if warning and warn_of_few:
             logger.warning("%s", warning)
         broken = round(self._broken.means()["not_finite"] * self._broken.count)
         if broken:

@@ -44,6 +44,7 @@ def run(config: DictConfig) -> float | None:
 
 def _run(config: DictConfig) -> float | None:
     launch = Launch.detect()
+    check_geometry(OmegaConf.to_container(config.model, resolve=True))  # type: ignore[arg-type]
     checkpoint = find_checkpoint(config.ckpt_path, config.paths.log_dir, config.experiment_name)
     folder = run_folder(config.paths.log_dir, _wanted_folder(config), launch)
     config.paths.run_dir = str(folder)
@@ -88,7 +89,6 @@ def build_run(config: DictConfig, launch: Launch) -> Run:
     loggers = build_all(config.logger, "logger") if launch.main else []
     trainer = build_trainer(plain["trainer"], launch, callbacks, loggers, plain["paths"]["run_dir"])
     datamodule.trainer = trainer
-    check_geometry(plain["model"])
     if trainer.is_global_zero:
         datamodule.prepare_data()
     module = build(config.model, "model")

@@ -1,0 +1,54 @@
+"""What becomes of a decoder's positions when it moves to another grid.
+
+The rule: fixed sin-cos positions are computed anew for the new grid; trained ones are resampled bicubically, the row of
+the cls token kept as it is.
+
+Legend: g latents a side, D decoder width. Positions are 1 x (1 + g*g) x D.
+"""
+
+import logging
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from src.errors import UserError
+from src.models.decoder import sincos_positions
+
+log = logging.getLogger(__name__)
+
+_TOLERANCE = 1e-5
+"""Between float32 sines of different programs. One step of training moves a position by about the learning rate, 2e-4."""
+
+
+def grid_of(positions: Tensor, source: str) -> int:
+    """Latents a side of stored positions."""
+    if positions.ndim != 3 or positions.shape[0] != 1 or math.isqrt(positions.shape[1] - 1) ** 2 != positions.shape[1] - 1:
+        raise UserError(f"{source}: decoder_pos_embed is {tuple(positions.shape)}; expected 1 x (1 + a square number) x width.")
+    return math.isqrt(positions.shape[1] - 1)
+
+
+def are_fixed(positions: Tensor) -> bool:
+    """Whether they are the sin-cos ones, in float32 or rounded to half precision once."""
+    fixed = sincos_positions(positions.shape[2], math.isqrt(positions.shape[1] - 1))[None]
+    found = positions.detach().float().cpu()
+    return any(
+        torch.allclose(found, fixed.to(dtype).float(), rtol=0, atol=_TOLERANCE)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    )
+
+
+def fit_positions(positions: Tensor, grid: int, source: str) -> Tensor:
+    """Positions for `grid` x `grid` latents by the rule above; unchanged where they are for that grid already."""
+    before = grid_of(positions, source)
+    if before == grid:
+        return positions
+    width = positions.shape[2]
+    if are_fixed(positions):
+        log.info("%s: positions of a %d x %d grid, computed anew for %d x %d (fixed sin-cos).", source, before, before, grid, grid)
+        return sincos_positions(width, grid)[None]
+    log.warning("%s: TRAINED positions of a %d x %d grid, resampled bicubically to %d x %d; the cls row is kept.", source, before, before, grid, grid)
+    patches = positions[:, 1:].float().transpose(1, 2).unflatten(2, (before, before))  # 1 D g g
+    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :1].float(), patches.flatten(2).transpose(1, 2)], dim=1)

@@ -1,0 +1,45 @@
+"""Tables of parameter names that read in both directions: ours and those of a foreign format."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+
+class NameTable:
+    """Pairs of patterns (ours, theirs). `*` stands for one part of a dotted name, `**` for any number of parts.
+
+    The n-th wildcard of one side is the n-th of the other. Names that no pair matches are the same on both sides.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[str, str]]) -> None:
+        self._forth = [(_expression(a), _template(b)) for a, b in pairs]
+        self._back = [(_expression(b), _template(a)) for a, b in pairs]
+
+    def theirs(self, name: str) -> str:
+        return _apply(self._forth, name)
+
+    def ours(self, name: str) -> str:
+        return _apply(self._back, name)
+
+    def to_theirs(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {self.theirs(name): value for name, value in state.items()}
+
+    def to_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {self.ours(name): value for name, value in state.items()}
+
+
+def _apply(rules: list[tuple[re.Pattern[str], str]], name: str) -> str:
+    for expression, template in rules:
+        if match := expression.fullmatch(name):
+            return match.expand(template)
+    return name
+
+
+def _expression(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.escape(pattern).replace(r"\*\*", "(.+)").replace(r"\*", "([^.]+)"))
+
+
+def _template(pattern: str) -> str:
+    parts = re.split(r"\*\*|\*", pattern)
+    return parts[0] + "".join(rf"\g<{n}>{part}" for n, part in enumerate(parts[1:], 1))
