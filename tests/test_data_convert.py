@@ -61,13 +61,14 @@ def expected(root: Path) -> dict[str, tuple[bytes, str]]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_bytes_and_classes_are_kept(workers: int, tmp_path: Path) -> None:
+def test_bytes_and_classes_are_kept(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "SHARD_IMAGES", (10, 10))
     root = tree(tmp_path / "in", 150)
     report = run(root, tmp_path / "out", workers=workers)
     assert rows(tmp_path / "out") == expected(root)
     assert report.images == {"train": 150} and report.classes == 3 and report.bad == []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
-    assert len(list((tmp_path / "out").glob("data-*.arrow"))) == 3
+    assert len(list((tmp_path / "out").glob("data-*.arrow"))) == 15
     assert (tmp_path / "out/dataset_info.json").is_file()
     assert not (tmp_path / "out/.conversion").exists()
     assert len(ArrowSource(tmp_path / "out")) == 150

@@ -72,6 +72,20 @@ def test_one_pass_equals_two_steps(wh: tuple[int, int], size: int) -> None:
         assert difference(got, published_training(image, size, shorter, u, v)) < ONE_PASS
 
 
+@pytest.mark.parametrize("wh", SIZES, ids=str)
+def test_only_the_neighbourhood_is_needed(wh: tuple[int, int]) -> None:
+    """Cutting the source before the resize changes nothing, borders included."""
+    image = natural(*wh)
+    for u, v in ((0, 0), (0.37, 0.61), (0.999999, 0.999999)):
+        window = crops.random_window(*wh, 256, 384, u, v)
+        x, y = wh[0] / window.frame_width, wh[1] / window.frame_height
+        box = (window.left * x, window.top * y, (window.left + 256) * x, (window.top + 256) * y)
+        box = (*box[:2], min(box[2], wh[0]), min(box[3], wh[1]))
+        whole = np.asarray(image.resize((256, 256), Image.Resampling.BICUBIC, box=box))
+        got = crops.cut(Picture(np.asarray(image), *wh, 1), window)
+        assert np.abs(got.astype(int) - whole.astype(int)).max() <= 1
+
+
 @pytest.mark.parametrize("wh", [(1601, 1203), (1600, 1065), (820, 769)], ids=str)
 def test_scaled_decode_stays_close(wh: tuple[int, int]) -> None:
     out = io.BytesIO()

@@ -37,7 +37,7 @@ class RFIDCallback(pl.Callback):
     """Scores the EMA weights on held-out images; every process takes its share. Arguments: `configs/callbacks/rfid.yaml`.
 
     Logs `rfid/{score,psnr,ssim,lpips,images,seconds}`; with untrained Inception weights the first part of the names is
-    `rfid_untrained`, and for the whole evaluation set at the end `rfid_full`. Takes nothing from training but time.
+    `rfid_untrained`, and for the whole evaluation set at the end `_full` is added to it. Takes nothing from training but time.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class RFIDCallback(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.full_at_end:
             everything = len(trainer.datamodule.evaluation_dataset(self.train_fallback)[0])
-            self._evaluate(trainer, pl_module, "end", everything, self.group.replace("rfid", "rfid_full", 1))
+            self._evaluate(trainer, pl_module, "end", everything, f"{self.group}_full")
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         self._inception = None

@@ -55,7 +55,8 @@ def write_shard(path: Path, rows: Iterable[Row], class_names: Sequence[str] | No
     kinds += [("label", pa.int64())] if class_names else []
     described = {"huggingface": json.dumps({"info": {"features": features(class_names)}})}
     schema = pa.schema(kinds, metadata=described)
-    total, batch = 0, []
+    total = 0
+    batch: list[Row] = []
 
     def flush() -> None:
         images = [{"bytes": row.data, "path": row.path} for row in batch]
@@ -83,7 +84,7 @@ def write_metadata(folder: Path, shards: Sequence[str], class_names: Sequence[st
         digest.update(f"{name}:{(folder / name).stat().st_size}\0".encode())
     info = {"citation": "", "description": "", "features": features(class_names), "homepage": "", "license": ""}
     write_json(folder / "dataset_info.json", info)
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": name} for name in shards],
         "_fingerprint": digest.hexdigest()[:16],
         "_format_columns": None,

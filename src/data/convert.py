@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def convert(
         report = _finish(partial, output, tree, jobs, len(jobs) - len(open_jobs), started)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        why = "The disk is full" if full else f"Can't write ({error.strerror or error})"
+        why = "The disk is full" if full else f"Can't write {error.filename or ''} ({error.strerror or error})"
         raise UserError(
             f"{why}: {partial}. Finished parts are kept; {'make room' if full else 'mend that'} and run the same command "
             f"again, it goes on where it stopped. To give up: rm -r '{partial}'"
@@ -141,20 +142,16 @@ def _run(jobs: list[Job], num_workers: int) -> Iterator[int]:
     workers = min(num_workers, len(jobs))
     with ProcessPoolExecutor(workers, context, _quit_with_parent, (os.getpid(),)) as pool:
         waiting = iter(jobs)
-        running = {pool.submit(convert_shard, job) for job, _ in zip(waiting, range(2 * workers), strict=False)}
+        running = {pool.submit(convert_shard, job) for job in islice(waiting, 2 * workers)}
         try:
             while running:
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
                     yield future.result()
-                    running |= {pool.submit(convert_shard, job) for job in _take(waiting, 1)}
+                    running |= {pool.submit(convert_shard, job) for job in islice(waiting, 1)}
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _take(jobs: Iterator[Job], count: int) -> list[Job]:
-    return [job for job, _ in zip(jobs, range(count), strict=False)]
 
 
 def _quit_with_parent(parent: int) -> None:

@@ -106,7 +106,8 @@ class TrainDataset(Dataset[Sample]):
         return len(self.rows)
 
     def __getitem__(self, item: Item) -> Sample:
-        row, failures, draws = item.row, [], None
+        row, draws = item.row, None
+        failures: list[Failure] = []
         for _ in range(1 + ATTEMPTS):
             index = int(self.rows[row])
             try:
@@ -145,8 +146,9 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
     replacement; epoch int; failures tuple[Failure, ...].
     """
     kept = [s for s in samples if s.image is not None]
+    images = [s.image for s in kept if s.image is not None]
     return {
-        "image": torch.stack([s.image for s in kept]) if kept else torch.empty(0, dtype=torch.uint8),
+        "image": torch.stack(images) if images else torch.empty(0, dtype=torch.uint8),
         "position": torch.tensor([s.item.position for s in kept], dtype=torch.int64),
         "index": torch.tensor([s.item.row for s in kept], dtype=torch.int64),
         "bad": torch.tensor([bool(s.failures) for s in kept], dtype=torch.bool),

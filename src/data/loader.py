@@ -122,6 +122,7 @@ class TrainLoader:
     def __init__(self, dataset: TrainDataset, order: EpochOrder, workers: WorkerOptions, max_bad_share: float) -> None:
         if order.length != len(dataset):
             raise ValueError(f"an order of {order.length} for {len(dataset)} images")
+        self.dataset = dataset
         self.order = order
         self.epoch = 0
         self.start_batch = 0
@@ -136,10 +137,6 @@ class TrainLoader:
     @property
     def sampler(self) -> "TrainLoader":
         return self
-
-    @property
-    def dataset(self) -> TrainDataset:
-        return self._loader.dataset
 
     def close(self) -> None:
         """End the worker processes; the loader stays usable."""
@@ -193,6 +190,7 @@ class EvaluationLoader:
     ) -> None:
         if batch_size < 1:
             raise UserError(f"A batch size of {batch_size} for evaluation: expected at least 1.")
+        self.dataset = dataset
         self.batch_size = batch_size
         self.max_bad_share = max_bad_share
         self._loader: DataLoader[Sample] = DataLoader(
@@ -203,10 +201,6 @@ class EvaluationLoader:
             generator=torch.Generator(),  # or each pass would take a number from the global one, for seeds nobody uses
             **workers.arguments(persistent),
         )
-
-    @property
-    def dataset(self) -> EvaluationDataset:
-        return self._loader.dataset
 
     def close(self) -> None:
         """End the worker processes; the loader stays usable."""

@@ -24,7 +24,8 @@ FOLDER_NAMES = {"train": ("train", "training"), "validation": ("validation", "va
 class Source(Protocol):
     """Rows of encoded images, the same in every process."""
 
-    class_names: Sequence[str] | None
+    @property
+    def class_names(self) -> Sequence[str] | None: ...
 
     def __len__(self) -> int: ...
 

@@ -23,13 +23,13 @@ from torch import Tensor
 
 from src.errors import UserError
 from src.interop.checkpoint import LoadedModel
-from src.models import decoder_files
-from src.models.decoder_files import DIFFUSERS_CLASS, DIFFUSERS_DECODER, DIFFUSERS_WEIGHTS
+from src.models import diffusers_files
+from src.models.decoder_files import STATISTICS, read_record
 from src.models.encoders import FrozenEncoder
 from src.models.positions import are_fixed
 from src.models.rae import RAE
 from src.names import NameTable
-from src.weights import freeze
+from src.weights import freeze, read
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ def write_diffusers(rae: RAE, folder: str | Path, dtype: torch.dtype = torch.flo
     mean, std = _statistics_out(rae)
     state |= {"encoder_mean": rae.image_mean, "encoder_std": rae.image_std, "_latents_mean": mean, "_latents_std": std}
     state = {name: value.detach().float().cpu().contiguous() if name.startswith(("_", "encoder_")) else value.detach().cpu().contiguous() for name, value in state.items()}
-    save_file(state, Path(folder) / DIFFUSERS_WEIGHTS, metadata={"format": "pt"})
+    save_file(state, Path(folder) / diffusers_files.WEIGHTS, metadata={"format": "pt"})
     (Path(folder) / "config.json").write_text(json.dumps(_config_out(rae, family), indent=1) + "\n")
     return _remarks(family, published_names)
 
@@ -160,7 +160,7 @@ def _config_out(rae: RAE, family: Family) -> dict[str, Any]:
     mean, std = _statistics_out(rae)
     config, decoder = rae.encoder.model.config, rae.decoder.config
     return {
-        "_class_name": DIFFUSERS_CLASS,
+        "_class_name": diffusers_files.CLASS,
         "_diffusers_version": VERSION,
         "encoder_type": family.name,
         "encoder_hidden_size": config.hidden_size,
@@ -193,7 +193,7 @@ def _encoder_out(encoder: FrozenEncoder, family: Family, published_names: bool) 
 
 
 def _decoder_out(rae: RAE) -> dict[str, Tensor]:
-    state = DIFFUSERS_DECODER.to_theirs(rae.decoder.state_dict())
+    state = diffusers_files.DECODER.to_theirs(rae.decoder.state_dict())
     del state["decoder_pos_embed"]
     return state
 
@@ -202,7 +202,7 @@ def _statistics_out(rae: RAE) -> tuple[Tensor, Tensor]:
     """mean and std, C x h x w, such that (z - mean) / (std + 1e-5) is the official normalisation; without: 0 and 1."""
     if rae.latent_mean is None or rae.latent_var is None:
         return torch.zeros(1), torch.ones(1)
-    return rae.latent_mean.float().cpu(), decoder_files.std_from_var(rae.latent_var)
+    return rae.latent_mean.float().cpu(), diffusers_files.std_from_var(rae.latent_var)
 
 
 def _remarks(family: Family, published_names: bool) -> list[str]:
@@ -226,15 +226,15 @@ def read_diffusers(folder: str | Path) -> LoadedModel:
         UserError: no such folder, another class, unreadable or incomplete files, options that ours does not have.
     """
     folder = Path(folder)
-    config = decoder_files.read_diffusers_config(folder)
+    config = diffusers_files.read_config(folder)
     family = next((f for f in FAMILIES if f.name == config["encoder_type"]), None)
     if family is None:
         raise UserError(f"{folder}: encoder_type={config['encoder_type']!r}; known: {', '.join(f.name for f in FAMILIES)}.")
-    state = decoder_files.read_diffusers_weights(folder)
+    state = diffusers_files.read_weights(folder)
     with tempfile.TemporaryDirectory(prefix="rae_encoder_") as place:
         source = Path(place)
         _write_encoder(source, family, config, state)
-        (source / "decoder.json").write_text(json.dumps(decoder_files.diffusers_decoder_config(config)))
+        (source / "decoder.json").write_text(json.dumps(diffusers_files.decoder_config(config)))
         rae = RAE(
             encoder_cls=family.encoder_cls,
             encoder_config_path=str(source),
@@ -243,14 +243,15 @@ def read_diffusers(folder: str | Path) -> LoadedModel:
             decoder_patch_size=config["patch_size"],
             encoder_input_size=config["encoder_input_size"],
             pretrained_decoder_path=folder,
-            normalization_stat_path=folder if config["latents_mean"] is not None else None,
             noise_tau=config["noise_tau"],
         )
     rae.encoder.source = str(folder)
     freeze(rae)
-    encoder = decoder_files.read_record(folder).get("encoder") or rae.encoder.identity()
+    if (statistics := _statistics_in(folder, state)) is not None:
+        rae.set_statistics(*statistics)
+    record = read_record(folder)
+    encoder = record.get("encoder") or rae.encoder.identity()
     rae.encoder.untrained = str(encoder["weights"]).startswith("untrained")
-    record = decoder_files.read_record(folder)
     description = {
         "source": str(folder),
         "weights": record.get("weights", "unknown"),
@@ -260,6 +261,18 @@ def read_diffusers(folder: str | Path) -> LoadedModel:
         "config": record.get("config"),
     }
     return LoadedModel(rae, description)
+
+
+def _statistics_in(folder: Path, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """mean and var; the exact ones of `stats.pt` where it lies beside and agrees with the rounded ones in the weights."""
+    found = diffusers_files.statistics(state)
+    if found is None or not (folder / STATISTICS).is_file():
+        return found
+    exact = read(folder / STATISTICS)
+    if not torch.equal(exact["mean"].float(), found[0]) or not torch.equal(diffusers_files.std_from_var(exact["var"]), state["_latents_std"]):
+        log.warning("%s: %s does not belong to the weights beside it; it is ignored.", folder, STATISTICS)
+        return found
+    return exact["mean"], exact["var"]
 
 
 def _write_encoder(place: Path, family: Family, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:

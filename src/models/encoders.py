@@ -35,6 +35,8 @@ from src.weights import PROJECT_ROOT, Weights, freeze
 
 log = logging.getLogger(__name__)
 
+VOLATILE_KEYS = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+"""Of an encoder's config: they change when the same weights are saved again or read by another transformers."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -82,7 +84,8 @@ class FrozenEncoder(nn.Module):
         self.layer_fusion = layer_fusion or ("mean" if layers is None else self.default_fusion)
         check_fusion(self.layer_fusion, FUSIONS, type(self).__name__)
         self.norm_eps: float = config.layer_norm_eps
-        self.config_digest = _digest(json.dumps(config.to_diff_dict(), sort_keys=True, default=str).encode())
+        said = {key: value for key, value in config.to_diff_dict().items() if key not in VOLATILE_KEYS}
+        self.config_digest = _digest(json.dumps(said, sort_keys=True, default=str).encode())
         self.model = freeze(model)
 
     # -- what a family says about its transformers model

@@ -16,8 +16,8 @@ from src.errors import UserError
 from src.geometry import Geometry
 from src.images import bytes_to_unit
 from src.models.decoder import DecoderConfig, ViTDecoder, unpatchify
+from src.models.decoder_files import load_decoder, read_statistics_content
 from src.models.encoders import encoder_class, preprocessing
-from src.weights import load_strict, read, require
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +57,10 @@ class RAE(nn.Module):
             encoder_params: arguments of the encoder class, its weights' place among them.
             decoder_config_path: JSON file or its folder.
             image_size: px; where None it follows from `encoder_input_size`. One of the two must be given.
-            pretrained_decoder_path: a decoder file with the published names; loads strictly.
+            pretrained_decoder_path: a decoder in any form that `src/models/decoder_files.py` reads; loads strictly, at
+                another grid with positions by the rule of `src/models/positions.py`.
             noise_tau: upper end of the latent noise's uniform standard deviation in training. Kept, not applied.
-            normalization_stat_path: file with `mean` and `var`, each C x h x w.
+            normalization_stat_path: file with `mean` and `var`, each C x h x w; or an export or checkpoint that has them.
             decoder_denormalize: the decoder's output is in the encoder's normalised pixel space (RAE: true, RAEv2: false).
 
         Raises:
@@ -88,8 +89,7 @@ class RAE(nn.Module):
         if normalization_stat_path is not None:
             self.set_statistics(*read_statistics(normalization_stat_path, self.latent_shape, self.encoder.identity()))
         if pretrained_decoder_path is not None:
-            file = require(pretrained_decoder_path, "Pretrained decoder", "model.pretrained_decoder_path")
-            load_strict(self.decoder, read(file), file)
+            load_decoder(self.decoder, pretrained_decoder_path, decoder_denormalize, self.encoder.identity())
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -182,8 +182,7 @@ def geometry_of(
 
 def read_statistics(path: str | Path, shape: tuple[int, int, int], identity: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """`mean` and `var` from a statistics file in the official format. An identity stored beside them is compared."""
-    file = require(path, "Latent statistics", "model.normalization_stat_path")
-    content = read(file)
+    content, file = read_statistics_content(path)
     if not isinstance(content, Mapping) or not {"mean", "var"} <= content.keys():
         raise UserError(f"{file}: expected a dictionary with `mean` and `var`, found {_describe(content)}.")
     mean, var = content["mean"], content["var"]
@@ -193,7 +192,8 @@ def read_statistics(path: str | Path, shape: tuple[int, int, int], identity: Map
             raise UserError(f"{file}: `{name}` is {got}; this model's latents are {shape} (C x h x w). Use statistics of this encoder and size.")
     stored = content.get("encoder")
     if stored is not None:
-        differing = [f"{k}: file {stored.get(k)!r}, model {identity[k]!r}" for k in identity if stored.get(k) != identity[k]]
+        compared = identity.keys() - {"source"}  # the same weights may lie elsewhere
+        differing = [f"{k}: file {stored.get(k)!r}, model {identity[k]!r}" for k in sorted(compared) if stored.get(k) != identity[k]]
         if differing:
             raise UserError(f"{file} was made with another encoder ({'; '.join(differing)}). Compute its own with `python src/latent_stats.py`.")
     return mean, var

@@ -1,0 +1,67 @@
+"""Started by tests, alone or under torchrun: trains with SGD and writes down what each rank saw.
+
+    python tests/rank_probe.py OUT_FOLDER OVERRIDES…
+"""
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import pytorch_lightning as pl
+import torch
+
+from src.models import rae_module
+from src.runs.folder import run_folder
+from src.runs.launch import Launch
+from src.runs.record import RunRecord
+from src.runs.train import build_run, fit
+from tests.training import SMALL, composed
+
+GRADIENTS: list[list[torch.Tensor]] = []
+
+
+class RecordingSGD(torch.optim.SGD):
+    """Rather than Adam, which turns rounding into whole steps where a gradient is zero."""
+
+    def step(self, closure=None):
+        GRADIENTS.append([p.grad.detach().clone() for group in self.param_groups for p in group["params"]])
+        self.found_inf = None  # only fused optimisers take it
+        return super().step(closure)
+
+
+class Watch(pl.Callback):
+    def __init__(self) -> None:
+        self.digests: list[str] = []
+        self.positions: list[list[int]] = []
+        self.weights: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        state = pl_module.state_dict()
+        self.digests.append(hashlib.sha256(b"".join(state[k].numpy().tobytes() for k in sorted(state))).hexdigest())
+        self.positions.append(batch["index"].tolist())
+        self.weights.append(float(pl_module.train_terms.get("train/adaptive_weight", 0.0)))
+
+
+def main() -> None:
+    out, overrides = Path(sys.argv[1]), sys.argv[2:]
+    torch.set_num_threads(1)
+    rae_module.adamw = lambda module, settings: RecordingSGD([p for p in module.parameters() if p.requires_grad], lr=settings.lr)
+    config = composed([*SMALL, "~callbacks.rfid", "logger=csv", "callbacks=no_checkpoint", *overrides])
+    launch = Launch.detect()
+    config.paths.run_dir = str(run_folder(config.paths.log_dir, None, launch))
+    run = build_run(config, launch)
+    watch = Watch()
+    run.trainer.callbacks.append(watch)
+    fit(run, None, RunRecord(Path(config.paths.run_dir), "probe", launch.main))
+    content = {
+        "digests": watch.digests, "positions": watch.positions, "weights": watch.weights, "gradients": GRADIENTS,
+        "state": run.module.state_dict(), "scores": run.module.scores, "run_dir": config.paths.run_dir,
+    }  # fmt: skip
+    torch.save(content, out / f"rank{os.environ.get('RANK', '0')}.pt")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Two gloo processes on the CPU stand in for two GPUs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from src.weights import PROJECT_ROOT
+
+STEPS = 10
+# One global batch of 4 either way; GAN phase from the first step.
+COMMON = [
+    "trainer.max_epochs=1", f"trainer.limit_train_batches={STEPS}", "model.disc_upd_start_epoch=0", "model.disc_start_epoch=0",
+    "model.scheduler.type=constant", "model.scheduler.warmup_epochs=0", "model.optimizer.lr=1e-3",
+    "model.disc_scheduler.type=constant", "model.disc_scheduler.warmup_epochs=0", "model.disc_optimizer.lr=1e-3",
+    "trainer.limit_val_batches=1.0", "data.val_batch_size=16",
+]  # fmt: skip
+
+
+def launch(out: Path, processes: int, *overrides: str) -> list[dict]:
+    out.mkdir()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*(torchrun if processes > 1 else [sys.executable]), str(PROJECT_ROOT / "tests/rank_probe.py"), str(out)]
+    command += [*COMMON, f"paths.log_dir={out}", *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    base = tmp_path_factory.mktemp("ranks")
+    return launch(base / "two", 2, "data.batch_size=2"), launch(base / "one", 1, "data.batch_size=4")[0], base
+
+
+def test_ranks_are_bit_equal_after_every_step(results):
+    (first, second), _, _ = results
+    assert len(first["digests"]) == STEPS
+    assert first["digests"] == second["digests"]
+    assert len(set(first["digests"])) == STEPS  # and the weights do move
+
+
+def test_each_rank_has_its_own_share_and_no_image_comes_twice(results):
+    (first, second), one, _ = results
+    for a, b, together in zip(first["positions"], second["positions"], one["positions"], strict=True):
+        assert a + b == together
+    everything = sum(first["positions"] + second["positions"], [])
+    assert len(set(everything)) == len(everything) == 4 * STEPS
+
+
+def test_gradients_and_adaptive_weight_equal_those_of_one_process_with_twice_the_batch(results):
+    (first, _), one, _ = results
+    assert one["weights"][0] > 0
+    assert first["weights"][0] == pytest.approx(one["weights"][0], rel=1e-5)
+    for mine, theirs in zip(first["gradients"][0], one["gradients"][0], strict=True):  # decoder, first step
+        assert (mine - theirs).abs().max() < 1e-5 * max(1.0, float(theirs.abs().max()))
+    for mine, theirs in zip(first["gradients"][1], one["gradients"][1], strict=True):  # discriminator, first step
+        assert (mine - theirs).abs().max() < 1e-5 * max(1.0, float(theirs.abs().max()))
+
+
+def test_weights_after_ten_steps_of_sgd_are_the_same(results):
+    (first, _), one, _ = results
+    for name, value in one["state"].items():
+        assert (first["state"][name] - value).abs().max() < 1e-5, name
+
+
+def test_validation_is_the_same_number_on_one_and_two_processes(results):
+    (first, second), one, _ = results
+    assert first["scores"] == second["scores"]
+    for name, (step, value) in one["scores"].items():
+        assert first["scores"][name][0] == step
+        assert first["scores"][name][1] == pytest.approx(value, rel=1e-4), name
+
+
+def test_one_folder_for_all_ranks(results):
+    (first, second), _, base = results
+    assert first["run_dir"] == second["run_dir"]
+    assert len([p for p in (base / "two" / "runs").glob("*/*") if p.is_dir()]) == 1
+
+
+def test_per_rank_weights_as_published_differ_from_the_global_one(results, tmp_path):
+    (first, _), _, _ = results
+    published = launch(tmp_path / "per_rank", 2, "data.batch_size=2", "model.adaptive_weight=per_rank")
+    assert published[0]["weights"][0] != pytest.approx(published[1]["weights"][0], rel=1e-6)
+    assert published[0]["digests"] == published[1]["digests"]  # the averaged gradient is still one
+    assert published[0]["weights"][0] != pytest.approx(first["weights"][0], rel=1e-6)
