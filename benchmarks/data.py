@@ -6,8 +6,8 @@ Measured is the way from a file's bytes in memory to a uint8 3 x S x S training 
     pillow          decode, resize the whole image to 1.5 * S px, crop, to channels first: the published pipeline
     ours            scaled JPEG decode, one resize of the cropped box
     ours_resized    the same on a set stored with `create_hf_test_data.py --resize_shorter` 1.5 * S
-Every round runs each of them over all images. Times are those of the CPU, not of the wall, so that a busy machine tells the
-same; the figure is the best round, the ratio the median over rounds.
+Every round runs each of them over all images. Times are those of the CPU, not of the wall, so that a busy machine tells
+the same; the figure is the best round, the ratio the median over rounds.
 """
 
 import argparse

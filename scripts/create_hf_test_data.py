@@ -3,9 +3,9 @@
     python scripts/create_hf_test_data.py --input_dir IMAGES --output_dir DATASET
     python scripts/create_hf_test_data.py                 makes data/test_hf (20 pictures)
 
-IMAGES has one folder per class, or `train` and `val` folders with such classes below. The bytes of the files are copied.
-Files that are no whole images are left out, listed at the end and in DATASET/conversion_report.json. A run that was
-interrupted goes on where it stopped when the same command is given again.
+IMAGES has one folder per class, or `train` and `val` folders with such classes below. The bytes of the files are
+copied. Files that are no whole images are left out, listed at the end and in DATASET/conversion_report.json. A run that
+was interrupted goes on where it stopped when the same command is given again.
 """
 
 import argparse
@@ -27,9 +27,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--resize-shorter",
         type=int,
         metavar="PX",
-        help="store training images with the shorter side at PX (384 suits 256 px training): re-encoded as JPEG of quality "
-        "95, EXIF rotation applied, smaller ones enlarged. Loads faster. A validation split is still copied unchanged, so "
-        "that rFID is measured against the original files",
+        help="store training images with the shorter side at PX (384 suits 256 px training): re-encoded as JPEG of
+        quality " "95, EXIF rotation applied, smaller ones enlarged. Loads faster. A validation split is still copied
+        unchanged, so " "that rFID is measured against the original files",
     )
     parser.add_argument(
         "--num_workers",

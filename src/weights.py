@@ -1,7 +1,6 @@
 """Weight files: where they are, how they are read, and how they enter a module. Never online, never by pickle."""
 
 import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -49,11 +48,11 @@ def read(path: str | Path) -> Any:
             f"{path} was refused: it holds Python objects other than tensors and plain containers, or is no weights "
             "file. Loading those could run code. Re-save it as a plain state dict, or download it again."
         ) from error
-    except (EOFError, RuntimeError, ValueError, OSError, zipfile.BadZipFile, Exception) as error:
-        if isinstance(error, (KeyboardInterrupt, MemoryError)):
-            raise
+    except MemoryError:
+        raise
+    except Exception as error:  # what a damaged file raises depends on where it is damaged
         raise UserError(
-            f"{path} ({path.stat().st_size:,} bytes) can't be read as a weights file: {str(error).splitlines()[0]} "
+            f"{path} ({path.stat().st_size:,} bytes) can't be read as a weights file: {_first_line(error)}. "
             "It may be cut short; download or copy it again."
         ) from error
 
@@ -87,6 +86,10 @@ def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: st
 def freeze(module: nn.Module) -> nn.Module:
     """Evaluation mode and no gradient, for networks that are never trained."""
     return module.eval().requires_grad_(False)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _abbreviate(names: list[str], shown: int = 12) -> str:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from src.callbacks.loop_state import make_canonical
 from src.errors import UserError
+from src.models.guard import NonFiniteError
 from src.runs.checkpoint_io import link_or_copy
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """The state after the last whole update; on one process only, since others may not answer any more."""
         unfinished = trainer.global_step == self._saved_step or trainer.world_size > 1 or trainer.sanity_checking
-        if unfinished or isinstance(exception, SystemExit) or not self._at_update_boundary(trainer, pl_module):
+        if unfinished or isinstance(exception, (SystemExit, NonFiniteError)) or not self._at_update_boundary(trainer, pl_module):
             return
         try:
             self.save(trainer, pl_module)

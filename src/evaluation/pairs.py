@@ -39,9 +39,8 @@ class FirstPairs:
         self.count = count
         self._kept: list[Pair] = []
 
-    def observe(self, variant: int, batch: ScoredBatch) -> None:
-        if variant:
-            return
+    def observe(self, variants: Sequence[ScoredBatch]) -> None:
+        batch = variants[0]
         for i, (place, row) in enumerate(zip(batch.places.tolist(), batch.rows.tolist(), strict=True)):
             if place < self.count:
                 self._kept.append(Pair(place, row, 0.0, batch.original[i].cpu(), batch.decoded[i].cpu()))
@@ -58,9 +57,8 @@ class WorstPairs:
         self.count = count
         self._heap: list[tuple[float, int, Pair]] = []  # the best of the worst on top
 
-    def observe(self, variant: int, batch: ScoredBatch) -> None:
-        if variant:
-            return
+    def observe(self, variants: Sequence[ScoredBatch]) -> None:
+        batch = variants[0]
         badness = batch.values["lpips"] if "lpips" in batch.values else -batch.values["psnr"]
         for i, value in enumerate(badness.tolist()):
             if len(self._heap) == self.count and value <= self._heap[0][0]:

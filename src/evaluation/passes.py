@@ -18,7 +18,9 @@ Reconstruct = Callable[[Tensor, Tensor], Iterable[Tensor]]
 class Observer(Protocol):
     """Sees every batch once it is scored."""
 
-    def observe(self, variant: int, batch: "ScoredBatch") -> None: ...
+    def observe(self, variants: "Sequence[ScoredBatch]") -> None:
+        """One entry for each variant, of the same images."""
+        ...
 
 
 class ScoredBatch:
@@ -48,19 +50,19 @@ def score_images(
         images = batch["image"].to(device, non_blocking=True)
         places = batch["position"] * world + rank
         outputs = reconstruct(images, batch["index"])
-        for variant, (score, output) in enumerate(zip(scores, outputs, strict=True)):
+        scored = []
+        for score, output in zip(scores, outputs, strict=True):
             values = score.update(images, output)
             if observers:
-                scored = ScoredBatch(places, batch["index"], images, score.to_bytes(output), values)
-                for observer in observers:
-                    observer.observe(variant, scored)
+                scored.append(ScoredBatch(places, batch["index"], images, score.to_bytes(output), values))
+        for observer in observers:
+            observer.observe(scored)
 
 
-def shared_scores(count: int, first: ReconstructionScore, reference: Any | None, **options: Any) -> list[ReconstructionScore]:
-    """Scores for several reconstructions of the same images: `first` takes the originals' features, the rest share them."""
+def shared_scores(first: ReconstructionScore, count: int) -> list[ReconstructionScore]:
+    """Scores for `count` reconstructions of the same images: `first` takes the originals' features, the rest share them."""
     others = (
-        ReconstructionScore(first.inception, first.inception_batch_size, first.lpips, first.quantization,
-                            reference=reference if first.originals is None else first.originals)
+        ReconstructionScore(first.inception, first.inception_batch_size, first.lpips, first.quantization, first.reference)
         for _ in range(count - 1)
-    )  # fmt: skip
+    )
     return [first, *others]

@@ -1,87 +1,142 @@
-"""Files with one entry per image, written by several processes and put into the order of evaluation at the end.
+"""Files with an entry per image, written by several processes and put into the order of evaluation at the end.
 
-Every process writes its own part beside the target; rank 0 merges the parts, reading as it goes. Memory: one image. The
-parts must lie where rank 0 can read them.
+Every process writes its own part beside the target, where rank 0 must be able to read it; rank 0 merges the parts, reading
+as it goes. Memory: one image.
 
 Legend: B batch, H, W image px.
 """
 
 import csv
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from src.evaluation.passes import ScoredBatch
 from src.metrics.image_npz import ImageNpzWriter
 from src.metrics.npz import atomic_write
 from src.metrics.ranks import is_distributed
 
-FIELDS = ("dataset", "split", "index", "file", "layers", "noise_sigma", "psnr", "ssim", "lpips")
+FIELDS = ("data_dir", "split", "index", "file", "layers", "noise_sigma", "psnr", "ssim", "lpips")
+_PLACE = np.dtype("<i8")
 
 
 class CsvSpool:
-    """One row per image and variant: `FIELDS`."""
+    """One row of `FIELDS` per image and variant."""
 
     def __init__(self, target: Path, rank: int, world: int) -> None:
-        self.target, self.rank, self.world = target, rank, world
+        self.target, self.world, self.rank = target, world, rank
         target.parent.mkdir(parents=True, exist_ok=True)
         self._file = _part(target, rank).open("w", newline="", encoding="utf-8")
-        self._writer = csv.writer(self._file)
-        self._dataset, self._labels, self._names = ("", ""), [("", "")], None
+        self._writer = csv.writer(self._file, lineterminator="\n")
         self._number = -1
 
-    def begin(self, dataset: str, split: str, labels: Sequence[tuple[str, str]], names: Any) -> None:
-        """A data set; `labels` are (layers, sigma) of its variants, `names` gives the file of a row."""
+    def begin(self, data_dir: str, split: str, labels: Sequence[tuple[str, str]], name: Callable[[int], str]) -> None:
+        """A data set follows; `labels` are (layers, sigma) of its variants, `name` gives the file of a row."""
         self._number += 1
-        self._dataset, self._labels, self._names = (dataset, split), list(labels), names
+        self._set, self._labels, self._name = (data_dir, split), labels, name
 
-    def observe(self, variant: int, batch: ScoredBatch) -> None:
-        columns = [batch.values[name].tolist() if name in batch.values else None for name in ("psnr", "ssim", "lpips")]
-        for i, (place, row) in enumerate(zip(batch.places.tolist(), batch.rows.tolist(), strict=True)):
-            values = ["" if column is None else f"{column[i]:.6g}" for column in columns]
-            key = (self._number, place, variant)
-            self._writer.writerow([*key, *self._dataset, row, self._names(row), *self._labels[variant], *values])
+    def observe(self, variants: Sequence[ScoredBatch]) -> None:
+        first = variants[0]
+        columns = [[_column(batch, name) for name in ("psnr", "ssim", "lpips")] for batch in variants]
+        for i, (place, row) in enumerate(zip(first.places.tolist(), first.rows.tolist(), strict=True)):
+            for label, values in zip(self._labels, columns, strict=True):
+                self._writer.writerow(
+                    [self._number, place, *self._set, row, self._name(row), *label, *(column[i] for column in values)]
+                )
 
     def finish(self) -> None:
-        """On all ranks; afterwards the target is there."""
+        """On all ranks; then the target is there."""
+        self._file.close()
+        _wait_for_all()
+        if self.rank == 0:
+            parts = [_part(self.target, rank) for rank in range(self.world)]
+            with atomic_write(self.target) as out:
+                out.write((",".join(FIELDS) + "\n").encode())
+                for _, line in heapq.merge(*map(_keyed_lines, parts), key=lambda entry: entry[0]):
+                    out.write(line)
+            _remove(parts)
+
+    def abandon(self) -> None:
+        """After an error: this rank's part goes."""
+        self._file.close()
+        _remove([_part(self.target, self.rank)])
+
+
+class NpzSpool:
+    """Reconstructions (of the first variant) as `arr_0` of an npz, the format of the ADM evaluation suite."""
+
+    def __init__(self, target: Path, image_size: int, rank: int, world: int) -> None:
+        self.target, self.size, self.rank, self.world = target, image_size, rank, world
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._file = _part(target, rank).open("wb")
+
+    def observe(self, variants: Sequence[ScoredBatch]) -> None:
+        self.write(variants[0].places, variants[0].decoded)
+
+    def write(self, places: Tensor, images: Tensor) -> None:
+        """Places in the whole (B,) and uint8 B x 3 x H x W, in ascending order on each rank."""
+        for place, image in zip(places.tolist(), images.cpu(), strict=True):
+            self._file.write(np.array(place, _PLACE).tobytes())
+            self._file.write(image.contiguous().numpy().tobytes())
+
+    def finish(self) -> int:
+        """On all ranks; then the target is there. The number of images (0 on other ranks than the first)."""
         self._file.close()
         _wait_for_all()
         if self.rank:
-            return
+            return 0
         parts = [_part(self.target, rank) for rank in range(self.world)]
-        with atomic_write(self.target) as out:
-            out.write((",".join(FIELDS) + "\n").encode())
-            for _, line in heapq.merge(*(_sorted_rows(part) for part in parts)):
-                out.write(line)
-        for part in parts:
-            part.unlink()
+        entry = _PLACE.itemsize + 3 * self.size**2
+        count = sum(part.stat().st_size for part in parts) // entry
+        with ImageNpzWriter(self.target, count, self.size, self.size) as out:
+            for _, image in heapq.merge(*(_images(part, self.size, entry) for part in parts), key=lambda pair: pair[0]):
+                out.write(image[None])
+        _remove(parts)
+        return count
 
     def abandon(self) -> None:
-        """After an error: no part stays."""
         self._file.close()
-        _part(self.target, self.rank).unlink(missing_ok=True)
+        _remove([_part(self.target, self.rank)])
 
 
-def _sorted_rows(part: Path) -> Iterator[tuple[tuple[int, int, int], bytes]]:
-    """(key, line without the key). A batch's rows come variant by variant, so they are put in order batch by batch."""
-    pending: list[tuple[tuple[int, int, int], bytes]] = []
+def _column(batch: ScoredBatch, name: str) -> list[str]:
+    return [f"{value:.6g}" for value in batch.values[name].tolist()] if name in batch.values else [""] * len(batch.places)
+
+
+def _keyed_lines(part: Path) -> Iterator[tuple[tuple[int, int], bytes]]:
+    """((data set, place), the line without them): lines of one image stay in their order. A name with a line break in
+    it is quoted over several lines; they are kept together."""
     with part.open("rb") as file:
+        pending = b""
         for line in file:
-            number, place, variant, rest = line.split(b",", 3)
-            key = (int(number), int(place), int(variant))
-            if pending and key[2] == 0 and pending[-1][0][2] != 0:
-                yield from sorted(pending)
-                pending.clear()
-            pending.append((key, rest))
-            if len(pending) > 1 and key[2] == 0 and pending[-2][0][2] == 0 and len(pending) > _LOOK_BACK:
-                yield from pending[:-_LOOK_BACK]
-                del pending[:-_LOOK_BACK]
-    yield from sorted(pending)
+            pending += line
+            if pending.count(b'"') % 2 == 0:
+                number, place, rest = pending.split(b",", 2)
+                yield (int(number), int(place)), rest
+                pending = b""
 
 
-_LOOK_BACK = 0
+def _images(part: Path, size: int, entry: int) -> Iterator[tuple[int, Tensor]]:
+    with part.open("rb") as file:
+        while len(data := file.read(entry)) == entry:
+            place = int(np.frombuffer(data[: _PLACE.itemsize], _PLACE)[0])
+            yield place, torch.frombuffer(bytearray(data[_PLACE.itemsize :]), dtype=torch.uint8).view(3, size, size)
+
+
+def _part(target: Path, rank: int) -> Path:
+    return target.with_name(f".{target.name}.rank{rank}.part")
+
+
+def _remove(files: Sequence[Path]) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
+
+
+def _wait_for_all() -> None:
+    if is_distributed():
+        dist.barrier()

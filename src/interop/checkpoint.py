@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from src.errors import UserError
+from src.interop.identity import require_same_encoder
 from src.models.checkpoint_format import FORMAT_VERSION
 from src.models.rae import RAE
 from src.models.settings import RAESettings
@@ -49,13 +50,8 @@ def load_trained(path: str | Path, which: Which = "ema", changes: Mapping[str, A
     settings = {name: model[name] for name in RAESettings.__dataclass_fields__}
     settings |= {"pretrained_decoder_path": None, "normalization_stat_path": None, **(changes or {})}
     rae = RAE(**settings)
-    stored, found = content["encoder"], rae.encoder.identity()
-    differing = {key for key in ("class", "config", "weights") if stored[key] != found[key]}
-    if differing:
-        raise UserError(
-            f"{file} was trained with another encoder: {stored} there, {found} here ({', '.join(sorted(differing))} differ). "
-            "Give the encoder that it was trained with."
-        )
+    stored = content["encoder"]
+    require_same_encoder(rae.encoder, stored, file)
     state = content["state_dict"]
     prefix = _PREFIX[which]
     decoder = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -55,6 +55,11 @@ class ReconstructionScore:
         self._broken = RunningMeans(["not_finite"])
         self._reduced = False
 
+    @property
+    def reference(self) -> Moments:
+        """What is scored against: the given moments, or the originals' own, which grow with each update."""
+        return self.originals if self._reference is None else self._reference
+
     @torch.no_grad()
     def update(self, original: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         """Originals uint8 B x 3 x H x W and reconstructions float [0, 1] of the same shape, on any device.
@@ -104,8 +109,7 @@ class ReconstructionScore:
         Takes seconds at 2,048 features (on the CPU), so let one rank do it. UserError for fewer than two images;
         logs a warning for fewer images than features, unless told not to (again).
         """
-        reference = self.originals if self._reference is None else self._reference
-        score = frechet_distance(reference, self.reconstructions)
+        score = frechet_distance(self.reference, self.reconstructions)
         warning = few_images_warning(self._means.count, self.inception.feature_dim)
         if warning and warn_of_few:
             logger.warning("%s", warning)

@@ -12,6 +12,10 @@ from torch import Tensor
 from src.errors import UserError
 
 
+BLAME = ("l1", "lpips", "gan", "adaptive_weight", "loss", "gradient", "discriminator loss", "discriminator gradient")
+"""Names in the order in which one makes the next go wrong."""
+
+
 class NonFiniteError(UserError):
     """Losses or gradients became NaN or infinite more often than allowed."""
 
@@ -26,7 +30,7 @@ class FiniteGuard:
         self._restored = 0
 
     def observe(self, step: int, values: Mapping[str, Tensor]) -> Tensor:
-        """1.0 where any of `values` (scalars, in the order of blame) is not finite, else 0.0: float32 on the device."""
+        """1.0 where any of `values` (scalars, named as in BLAME) is not finite, else 0.0: float32 on the device."""
         flags = ~torch.isfinite(torch.stack([value.detach().float() for value in values.values()]))
         bad = flags.any()
         if self._skipped is None:
@@ -58,8 +62,8 @@ class FiniteGuard:
         wrong = {name: int(step) for name, step in self._first.items() if int(step) >= 0}
         if not wrong:
             return
-        culprit, step = min(wrong.items(), key=lambda item: item[1])
-        also = ", ".join(name for name in wrong if name != culprit)
+        (culprit, step), *rest = sorted(wrong.items(), key=lambda item: (item[1], BLAME.index(item[0])))
+        also = ", ".join(name for name, _ in rest)
         raise NonFiniteError(
             f"{culprit} is NaN or infinite at step {step}" + (f" (then: {also})" if also else "") + f"; {skipped} such "
             f"step(s), trainer.max_skipped_steps={self.max_skipped_steps}. The weights were not touched by them and the "

@@ -1,0 +1,100 @@
+"""Mistakes of a user end with one message that says what came, what was expected and what to type; no traceback."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from src.errors import UserError
+from src.weights import PROJECT_ROOT
+from tests.training import train
+
+QUIET = ["~callbacks.rfid", "logger=csv"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.data_dir=data/nowhere"], ["data/nowhere", "create_hf_test_data.py"]),
+        (["data.image_size=100"], ["data.image_size=100", "model.decoder_patch_size=16", "96", "112"]),
+        (["model.encoder_input_size=224"], ["encoder_input_size=224", "56", "null"]),
+        (["model.encoder_params.dinov2_path=configs/encoder/nowhere"], ["configs/encoder/nowhere"]),
+        (["model.encoder_cls=Dino"], ["Dino", "Dinov2withNorm", "MAEwNorm"]),
+        (["model.decoder_config_path=configs/decoder/ViTXXL"], ["ViTXXL", "ViTXL", "ViTB"]),
+        (["model.disc_arch.arch.weights=pretrained"], ["dino_ckpt_path"]),
+        (["model.lpips_arch.weights=pretrained", "model.lpips_arch.vgg_path=nowhere.pth", "model.lpips_arch.linear_path=nowhere.pth"], ["nowhere.pth", "download_weights.py"]),
+        (["model.pretrained_decoder_path=nowhere.pt"], ["nowhere.pt"]),
+        (["model.normalization_stat_path=nowhere.pt"], ["nowhere.pt"]),
+        (["data.batch_size=500"], ["230 training images", "data.batch_size=230"]),
+        (["model.scheduler.final_lr=1.0"], ["final_lr", "exceeds"]),
+        (["trainer.precision=8"], ["trainer.precision=8", "bf16"]),
+        (["trainer.accelerator=gpu"], ["gpu", "trainer=cpu"]),
+        (["trainer.strategy=fsdp"], ["fsdp", "ddp"]),
+        (["trainer.accumulate_grad_batches=0"], ["accumulate_grad_batches=0"]),
+        (["trainer.gradient_clip_val=-1"], ["gradient_clip_val=-1"]),
+        (["+model.foo=1"], ["foo", "Known keys"]),
+        (["+model.disc_weigth=1"], ["disc_weigth", "did you mean disc_weight"]),
+        (["+data.foo=1"], ["foo", "data"]),
+        (["+trainer.foo=1"], ["foo", "trainer"]),
+        (["model.disc_arch.arch.recipe=L_8"], ["L_8", "S_8"]),
+        (["model.disc_loss=wgan"], ["wgan", "hinge"]),
+        (["model.layer_subset.kind=odd"], ["odd", "uniform"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) and "=" in value[0] else "",
+)  # fmt: skip
+def test_one_message(tmp_path, overrides, said):
+    if overrides == ["trainer.accelerator=gpu"] and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(UserError) as caught:
+        train(tmp_path, *QUIET, *overrides)
+    message = str(caught.value)
+    for words in said:
+        assert words in message, message
+
+
+def test_a_checkpoint_of_another_model_names_every_difference(tmp_path):
+    train(tmp_path / "first", *QUIET, "trainer.max_steps=1")
+    checkpoint = tmp_path / "first" / "checkpoints" / "last.ckpt"
+    with pytest.raises(UserError) as caught:
+        train(tmp_path / "second", *QUIET, "data.image_size=128", "model.decoder_denormalize=false", checkpoint=checkpoint)
+    for words in ("data.image_size: checkpoint 64, model 128", "model.decoder_denormalize: checkpoint True, model False", "pretrained_decoder_path"):
+        assert words in str(caught.value)
+
+
+class Malice:
+    def __reduce__(self):
+        return (os.system, ("touch executed",))
+
+
+@pytest.mark.parametrize("key", ["checkpoint", "model.pretrained_decoder_path", "model.normalization_stat_path"])
+def test_code_in_a_file_is_refused_and_not_run(tmp_path, monkeypatch, key):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "malicious.pt"
+    torch.save({"mean": Malice(), "var": Malice(), "state_dict": Malice(), "loops": {}}, file)
+    with pytest.raises(UserError, match=r"refused|no checkpoint"):
+        if key == "checkpoint":
+            train(tmp_path / "run", *QUIET, checkpoint=file)
+        else:
+            train(tmp_path / "run", *QUIET, f"{key}={file}")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_a_checkpoint_cut_short(tmp_path, share):
+    train(tmp_path / "first", *QUIET, "trainer.max_steps=1")
+    whole = (tmp_path / "first" / "checkpoints" / "last.ckpt").read_bytes()
+    cut = tmp_path / "cut.ckpt"
+    cut.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(UserError, match=r"cut\.ckpt"):
+        train(tmp_path / "second", *QUIET, checkpoint=cut)
+
+
+def test_the_program_prints_one_message_and_exits_with_1(tmp_path):
+    command = [sys.executable, "src/train.py", "experiment=rae_dummy", "data.image_size=100", f"paths.log_dir={tmp_path}"]
+    done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "data.image_size=100" in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.count("is not a multiple") == 1
+    assert not list(tmp_path.iterdir())  # nothing is left behind
