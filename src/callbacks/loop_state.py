@@ -28,6 +28,7 @@ def make_canonical(loops: dict[str, Any], batches_per_epoch: int) -> None:
             epochs[part].update(ready=epoch, started=epoch, processed=epoch - 1, completed=epoch - 1)
     _set(batches["total"], batches["total"]["ready"])
     batches["is_last_batch"] = False
+    fit["epoch_loop.state_dict"]["_batches_that_stepped"] = batches["total"]["ready"]
     fit.pop("combined_loader", None)  # where the data goes on follows from the counters
 
 

@@ -1,28 +1,21 @@
-"""Frozen vision encoders: image in, patch tokens out. Sources: recipe sections 1 and 8; RAE (arXiv 2510.11690) section 3,
-RAEv2 (arXiv 2605.18324); the networks are those of transformers.
+"""Frozen vision encoders by family: image in, patch tokens out. The networks are those of transformers.
 
 Legend: B batch, T all tokens, N patch tokens, C channels, H = W encoder input px.
 Images arrive B x 3 x H x W, normalised with the encoder's `image_mean` and `image_std`.
 """
 
-import hashlib
 import json
-import logging
-from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
     DINOv3ViTConfig,
     DINOv3ViTModel,
-    PretrainedConfig,
-    PreTrainedModel,
     SiglipVisionConfig,
     SiglipVisionModel,
     ViTMAEConfig,
@@ -30,166 +23,7 @@ from transformers import (
 )
 
 from src.errors import UserError
-from src.models.layers import FUSIONS, LayerChoice, check_fusion, parse_layers
-from src.weights import PROJECT_ROOT, Weights, freeze
-
-log = logging.getLogger(__name__)
-
-VOLATILE_KEYS = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
-"""Of an encoder's config: they change when the same weights are saved again or read by another transformers."""
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-class FrozenEncoder(nn.Module):
-    """Patch tokens of a frozen transformer, normalised without affine parameters and fused over the chosen blocks.
-
-    One forward pass: each chosen block's tokens are added to one accumulator as they appear, and blocks after the last
-    chosen one are not run. Subclasses name the parts of their transformers model.
-    """
-
-    model_class: ClassVar[type[PreTrainedModel]]
-    config_class: ClassVar[type[PretrainedConfig]]
-    default_fusion: ClassVar[str] = "mean"
-    image_mean: Sequence[float] = IMAGENET_MEAN
-    image_std: Sequence[float] = IMAGENET_STD
-    ignorable: ClassVar[tuple[str, ...]] = ()
-    """Prefixes of names that a checkpoint of this family may hold beyond the vision tower."""
-
-    def __init__(
-        self,
-        source: str,
-        *,
-        layers: LayerChoice = None,
-        layer_fusion: str | None = None,
-        weights: Weights = "pretrained",
-        seed: int = 0,
-    ) -> None:
-        """
-        Args:
-            source: hub id or folder as written by `save_pretrained`; with `weights="untrained"` its config is enough.
-            layers: see `parse_layers`; None is the last block.
-            layer_fusion: `mean`, `mean_plus_spatial_mean` (the spatial mean of the last chosen block's tokens is added to
-                every token) or `sum`; None is the family's default, and plain `mean` where `layers` is None.
-            weights: `untrained` draws them from `seed`, and must be asked for by name.
-        """
-        super().__init__()
-        self.source = source
-        self.untrained = weights == "untrained"
-        model = self._untrained(source, seed) if self.untrained else self._pretrained(source)
-        config = model.config
-        self.hidden_size: int = config.hidden_size
-        self.patch_size: int = config.patch_size
-        self.depth: int = config.num_hidden_layers
-        self.layers = parse_layers(layers, self.depth)
-        self.layer_fusion = layer_fusion or ("mean" if layers is None else self.default_fusion)
-        check_fusion(self.layer_fusion, FUSIONS, type(self).__name__)
-        self.norm_eps: float = config.layer_norm_eps
-        said = {key: value for key, value in config.to_diff_dict().items() if key not in VOLATILE_KEYS}
-        self.config_digest = _digest(json.dumps(said, sort_keys=True, default=str).encode())
-        self.model = freeze(model)
-
-    # -- what a family says about its transformers model
-
-    @abstractmethod
-    def embed(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """B 3 H W -> tokens B T C in front of the first block, and what each block needs besides."""
-
-    @abstractmethod
-    def blocks(self) -> Sequence[Callable[..., Tensor]]: ...
-
-    @property
-    @abstractmethod
-    def prefix_tokens(self) -> int:
-        """CLS, registers: tokens in front of the patches, by the config's own count."""
-
-    def normalize(self, tokens: Tensor) -> Tensor:
-        return F.layer_norm(tokens, (self.hidden_size,), eps=self.norm_eps)
-
-    # -- what the rest of the project calls
-
-    @torch.no_grad()
-    def forward(self, images: Tensor, layers: Sequence[int] | None = None) -> Tensor:
-        """B 3 H W (normalised) -> B N C. `layers`: fuse these blocks instead, as if the encoder had been made with them."""
-        chosen = self.layers if layers is None else tuple(layers)
-        tokens, context = self.embed(images)
-        fused: Tensor | None = None
-        for number, block in enumerate(self.blocks()[: chosen[-1] + 1]):
-            tokens = block(tokens, **context)
-            if number in chosen:
-                latent = self.normalize(tokens[:, self.prefix_tokens :])  # B N C
-                fused = latent if fused is None else fused + latent
-        assert fused is not None
-        if self.layer_fusion != "sum":
-            fused = fused / len(chosen) if len(chosen) > 1 else fused
-        if self.layer_fusion == "mean_plus_spatial_mean":
-            fused = fused + latent.mean(dim=1, keepdim=True)
-        return fused
-
-    def train(self, mode: bool = True) -> "FrozenEncoder":
-        """Frozen stays frozen: evaluation mode whatever is asked for."""
-        return super().train(False)
-
-    def identity(self) -> dict[str, Any]:
-        """What a latent depends on, as plain values: stored in checkpoints and beside latent statistics."""
-        parameters = list(self.model.parameters())
-        sample = b"".join(p.detach().flatten()[:4096].cpu().float().numpy().tobytes() for p in (parameters[0], parameters[-1]))
-        return {
-            "class": type(self).__name__,
-            "source": _portable(self.source),
-            "config": self.config_digest,
-            "weights": "untrained " + _digest(sample) if self.untrained else _digest(sample),
-            "layers": list(self.layers),
-            "layer_fusion": self.layer_fusion,
-        }
-
-    # -- loading
-
-    @classmethod
-    def read_config(cls, source: str) -> PretrainedConfig:
-        """The config alone: sizes are checked before any weight is read."""
-        try:
-            config = cls.config_class.from_pretrained(_local(source))
-        except (OSError, ValueError) as error:
-            raise UserError(_not_found(cls.__name__, source, error)) from error
-        expected = cls.config_class.model_type
-        given = cls.config_class.get_config_dict(_local(source))[0].get("model_type", expected)
-        if given not in (expected, *cls.accepted_types()):
-            raise UserError(
-                f"{source} holds a {given!r} model, but encoder_cls={cls.__name__} wants {expected!r}. "
-                "Set model.encoder_cls to the class of that family."
-            )
-        return config
-
-    @classmethod
-    def accepted_types(cls) -> tuple[str, ...]:
-        return ()
-
-    @classmethod
-    def _untrained(cls, source: str, seed: int) -> PreTrainedModel:
-        config = cls.read_config(source)
-        log.warning("%s from %s is UNTRAINED (seed %d): figures made with it say nothing of the method.", cls.__name__, source, seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return cls.model_class(config)
-
-    @classmethod
-    def _pretrained(cls, source: str) -> PreTrainedModel:
-        config = cls.read_config(source)
-        try:
-            model, info = cls.model_class.from_pretrained(
-                _local(source), config=config, output_loading_info=True, dtype=torch.float32
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(_not_found(cls.__name__, source, error)) from error
-        missing = sorted(info["missing_keys"])
-        unexpected = sorted(k for k in info["unexpected_keys"] if not k.startswith(cls.ignorable or ("\0",)))
-        mismatched = sorted(str(k) for k in info["mismatched_keys"])
-        if missing or unexpected or mismatched:
-            raise UserError(
-                f"{source} does not fit {cls.__name__}: missing {missing or 'none'}, unexpected {unexpected or 'none'}, "
-                f"other shape {mismatched or 'none'}."
-            )
-        return model
+from src.models.frozen_encoder import FrozenEncoder, local_place
 
 
 class Dinov2withNorm(FrozenEncoder):
@@ -302,30 +136,7 @@ def preprocessing(source: str, default: type[FrozenEncoder]) -> tuple[Sequence[f
     """(mean, std) from `preprocessor_config.json` of `source`, or the family's where there is no such file."""
     from transformers.utils import cached_file
 
-    file = cached_file(_local(source), "preprocessor_config.json", _raise_exceptions_for_missing_entries=False,
+    file = cached_file(local_place(source), "preprocessor_config.json", _raise_exceptions_for_missing_entries=False,
                        _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False)
     found = json.loads(Path(file).read_text()) if file else {}
     return found.get("image_mean", default.image_mean), found.get("image_std", default.image_std)
-
-
-def _local(source: str) -> str:
-    """Folders are taken relative to the project root; anything else is a hub id."""
-    candidate = PROJECT_ROOT / source
-    return str(candidate) if candidate.is_dir() else source
-
-
-def _portable(source: str) -> str:
-    path = Path(source)
-    return path.name if path.is_absolute() else source
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _not_found(cls: str, source: str, error: Exception) -> str:
-    return (
-        f"{cls} can't be loaded from {source!r}: {str(error).splitlines()[0]}\n"
-        f"Expected a hub id that is in the local cache or reachable, or a folder written by save_pretrained. "
-        f"`python scripts/download_weights.py --list` shows what each experiment needs; HF_ENDPOINT chooses a mirror."
-    )

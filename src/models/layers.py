@@ -9,6 +9,7 @@ from src.errors import UserError
 Fusion = Literal["mean", "mean_plus_spatial_mean", "sum"]
 FUSIONS: tuple[str, ...] = get_args(Fusion)
 LayerChoice = None | str | int | Sequence[int]
+"""What config keys and options may say; `parse_layers` makes block numbers of it."""
 
 _NAMED = {
     "k1": lambda depth: [depth - 1],
@@ -30,6 +31,8 @@ def parse_layers(layers: LayerChoice, depth: int, key: str = "model.encoder_para
         return (depth - 1,)
     if isinstance(layers, str):
         chosen = _parse_text(layers, depth, key)
+    elif isinstance(layers, float):  # what YAML makes of 5.11; it can't tell 5.10 from 5.1
+        raise UserError(f"{key}={layers} was read as a decimal number. Write a list, [5,11], or quote it: '\"5.11\"'.")
     else:
         chosen = [layers] if isinstance(layers, int) else list(layers)
     if not chosen:

@@ -320,7 +320,7 @@ def _prepare(optimizer: torch.optim.Optimizer, lr: float, found_inf: Tensor | No
 
 def compile_parts(module: nn.Module) -> None:
     """Compile in place what pays: names, and so checkpoints, stay as they are, and the EMA was made before."""
-    parts = [module.rae.encoder.model, *module.rae.decoder.decoder_layers, *module.ema_decoder.decoder_layers]
+    parts = [*module.rae.encoder.blocks(), *module.rae.decoder.decoder_layers, *module.ema_decoder.decoder_layers]
     if module.lpips is not None:
         parts.append(module.lpips.vgg)
     if module.discriminator is not None:

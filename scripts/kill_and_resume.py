@@ -1,0 +1,155 @@
+"""Kill a training run again and again, resume it each time, and compare its end with that of a run left in peace.
+
+    python scripts/kill_and_resume.py --kills 20
+
+A kill (SIGKILL) comes at a random moment, while a checkpoint is being written, or at an epoch's last batch. After each,
+every checkpoint on disk must be readable. At the end weights, averages, optimiser states and counters must equal the
+uninterrupted run's bit for bit. Exit status 0: they do; 1: they don't, or a checkpoint was unreadable.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+ROOT = Path(sys.path[0])
+STEPS_PER_EPOCH, EPOCHS = 8, 3
+MODES = ("random", "writing", "last_batch")
+RUN = [
+    "experiment=rae_dummy", "~callbacks.rfid", "logger=csv", "trainer.accelerator=cpu", "data.image_size=64", "data.batch_size=4",
+    f"trainer.limit_train_batches={STEPS_PER_EPOCH}", f"trainer.max_epochs={EPOCHS}", "trainer.limit_val_batches=1",
+    "model.disc_upd_start_epoch=0.5", "model.disc_start_epoch=1", "model.sample_every=0", "trainer.log_every_n_steps=1",
+    "callbacks.checkpoint.every_n_steps=2",
+]  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--processes", type=int, default=1, help="of the training run (gloo)")
+    parser.add_argument("--folder", type=Path, help="keep the runs here; default: a temporary folder")
+    arguments = parser.parse_args()
+    rng = random.Random(arguments.seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        base = arguments.folder or Path(temporary)
+        start(base / "peace", arguments.processes).wait()
+        expected = newest(base / "peace")
+        for number in range(arguments.kills):
+            mode = MODES[number % len(MODES)]
+            done = kill_once(base / "killed", arguments.processes, mode, rng)
+            bad = unreadable(base / "killed")
+            print(f"kill {number + 1}/{arguments.kills} ({mode}): newest checkpoint at step {step_of(base / 'killed')}", flush=True)
+            if bad:
+                print(f"UNREADABLE: {bad}")
+                return 1
+            if done:
+                print("the run had ended before it could be killed; starting another one")
+                if not equal(expected, newest(base / "killed")):
+                    return 1
+                (base / "killed").rename(base / f"ended-{number}")
+        finish(base / "killed", arguments.processes, rng)
+        return 0 if equal(expected, newest(base / "killed")) else 1
+
+
+def start(log_dir: Path, processes: int, *overrides: str) -> subprocess.Popen:
+    launcher = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    log_dir.mkdir(parents=True, exist_ok=True)
+    output = open(log_dir / "output.txt", "ab")
+    resume = ["ckpt_path=last"] if newest(log_dir) else []
+    return subprocess.Popen(
+        [*launcher, "src/train.py", *RUN, f"paths.log_dir={log_dir}", *resume, *overrides],
+        cwd=ROOT, stdout=output, stderr=output, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def kill_once(log_dir: Path, processes: int, mode: str, rng: random.Random) -> bool:
+    """True where the run came to its end first."""
+    seen = set(log_dir.glob("runs/*/*"))
+    process = start(log_dir, processes, f"data.num_workers={rng.choice([0, 2])}")
+    folder = wait_for(lambda: next(iter(set(log_dir.glob("runs/*/*")) - seen), None), process)
+    moment = None
+    if mode == "random":
+        wait_for(lambda: "step " in text(folder / "run.log"), process)
+        moment = time.monotonic() + rng.uniform(0, 3)
+    wanted_step = STEPS_PER_EPOCH * rng.randint(1, EPOCHS)
+    wait_for(
+        lambda: (moment is not None and time.monotonic() > moment)
+        or (mode == "writing" and (folder / "checkpoints" / ".last.ckpt.writing").exists() and rng.random() < 0.3)
+        or (mode == "last_batch" and any(f"step {s}:" in text(folder / "run.log") for s in range(wanted_step, 99, STEPS_PER_EPOCH))),
+        process,
+    )
+    ended = process.poll() is not None
+    if not ended:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return ended and process.returncode == 0
+
+
+def finish(log_dir: Path, processes: int, rng: random.Random) -> None:
+    code = start(log_dir, processes, f"data.num_workers={rng.choice([0, 2])}").wait()
+    if code:
+        raise SystemExit(f"the last resume failed with status {code}; see {log_dir / 'output.txt'}")
+
+
+def wait_for(condition, process, patience: float = 120.0):
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        if (value := condition()) or process.poll() is not None:
+            return value
+        time.sleep(0.002)
+    raise SystemExit("the run did not get to where it was to be killed")
+
+
+def text(file: Path | None) -> str:
+    return file.read_text() if file and file.exists() else ""
+
+
+def newest(log_dir: Path) -> Path | None:
+    return max(log_dir.glob("runs/*/*/checkpoints/last.ckpt"), key=lambda f: f.stat().st_mtime_ns, default=None)
+
+
+def step_of(log_dir: Path) -> int | None:
+    from src.weights import read
+
+    file = newest(log_dir)
+    return read(file)["global_step"] if file else None
+
+
+def unreadable(log_dir: Path) -> list[str]:
+    from src.errors import UserError
+    from src.weights import read
+
+    bad = []
+    for file in log_dir.glob("runs/*/*/checkpoints/*.ckpt"):
+        try:
+            read(file)
+        except UserError as error:
+            bad.append(str(error))
+    for file in log_dir.glob("runs/*/*/run.json"):
+        json.loads(file.read_text())
+    return bad
+
+
+def equal(expected: Path | None, actual: Path | None) -> bool:
+    from src.weights import read
+    from tests.training import same
+
+    if expected is None or actual is None:
+        print("a run left no checkpoint")
+        return False
+    a, b = read(expected), read(actual)
+    parts = {part: same(a[part], b[part]) for part in ("state_dict", "optimizer_states", "global_step", "loops")}
+    print("the same bit for bit:", ", ".join(f"{part} {'yes' if value else 'NO'}" for part, value in parts.items()))
+    return all(parts.values())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
