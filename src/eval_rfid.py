@@ -13,8 +13,7 @@ import argparse
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from src.evaluation.options import (
@@ -26,11 +25,12 @@ from src.evaluation.options import (
     not_negative,
     option,
 )
+from src.evaluation.terminal import log_to_stderr, progress
 
 EPILOG = r"""
 the published figures of the released DINOv2-B decoder (rFID .57, PSNR 18.9 dB on the 50,000 images of ImageNet val):
 
-    python scripts/download_weights.py inception vgg16 lpips dinov2-base decoder-dinov2-base stats-dinov2-base
+    python scripts/download_weights.py inception vgg16 lpips decoder-dinov2 stats-dinov2 facebook/dinov2-with-registers-base
     python src/eval_rfid.py \
         --decoder weights/decoders/dinov2/wReg_base/ViTXL_n08/model.pt --decoder_config configs/decoder/ViTXL \
         --encoder_cls Dinov2withNorm --encoder facebook/dinov2-with-registers-base \
@@ -153,22 +153,6 @@ def _write_json(path: str, content: dict[str, Any]) -> None:
 
     with atomic_write(resolve(path)) as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())
-
-
-@contextmanager
-def progress(shown: bool) -> Iterator[Callable[[Iterable[Any], int, str], Iterable[Any]]]:
-    """`track(batches, count, name)`: the batches, with a bar on stderr."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
-        yield lambda batches, count, name: bar.track(batches, total=count, description=name)
-
-
-def log_to_stderr(main: bool) -> None:
-    logging.basicConfig(level=logging.WARNING if main else logging.ERROR, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("src").setLevel(logging.INFO if main else logging.ERROR)
 
 
 def _sigma(text: str) -> float:

@@ -17,8 +17,8 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from src.eval_rfid import log_to_stderr, progress
 from src.evaluation.options import add_data_options, add_device_option, add_inception_options, make_parser, option, positive
+from src.evaluation.terminal import log_to_stderr, progress
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,6 +1,5 @@
 """What `src/make_reference.py` does."""
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
 from src.errors import UserError
@@ -9,6 +8,7 @@ from src.evaluation.networks import load_inception
 from src.evaluation.options import INCEPTION_FILE
 from src.evaluation.processes import Place
 from src.evaluation.spool import NpzSpool
+from src.evaluation.terminal import Track
 from src.metrics.fid import save_npz
 from src.metrics.reference import image_statistics
 from src.weights import resolve
@@ -16,7 +16,7 @@ from src.weights import resolve
 TRY_OUT = "For a try-out without the file: --inception_weights untrained (of use with such an evaluation only)."
 
 
-def write_reference(options: Any, place: Place, track: Callable[[Iterable[Any], int, str], Iterable[Any]]) -> tuple[int, str]:
+def write_reference(options: Any, place: Place, track: Track) -> tuple[int, str]:
     """(images, what was written); complete on rank 0. On all ranks.
 
     Raises:

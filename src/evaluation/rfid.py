@@ -68,7 +68,7 @@ class Evaluation:
                 part.to(place.device)
         self.variants = _variants(options, self.model)
         spool = (place.rank, place.world)
-        self.csv = CsvSpool(resolve(options.csv), *spool) if options.csv else None
+        self.csv = CsvSpool(resolve(options.csv), self._lpips_name, *spool) if options.csv else None
         self.npz = NpzSpool(resolve(options.save_npz), self.model.rae.geometry.image_size, *spool) if options.save_npz else None
         self._warned = False
 
@@ -95,6 +95,11 @@ class Evaluation:
             "device": torch.cuda.get_device_name(self.place.device) if self.place.device.type == "cuda" else "cpu",
             "processes": self.place.world,
         }
+
+    @property
+    def _lpips_name(self) -> str | None:
+        """Untrained networks are named as such."""
+        return None if self.lpips is None else "lpips_untrained" if self.lpips.untrained else "lpips"
 
     def open(self, data_dir: str) -> Images:
         return open_images(data_dir, self.options.split, self.trained_on)
@@ -151,7 +156,7 @@ class Evaluation:
         values: dict[str, Any] = score.compute(warn_of_few=not self._warned)
         self._warned = True
         if self.lpips is not None and self.lpips.untrained:
-            values["lpips_untrained"] = values.pop("lpips")
+            values[str(self._lpips_name)] = values.pop("lpips")
         return {**images.description(), "layers": variant.label or None, "noise_sigma": variant.sigma, **values}
 
     def _reconstruct(self, images: Tensor, rows: Tensor) -> Iterator[Tensor]:

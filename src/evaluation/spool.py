@@ -21,14 +21,16 @@ from src.metrics.image_npz import ImageNpzWriter
 from src.metrics.npz import atomic_write
 from src.metrics.ranks import is_distributed
 
-FIELDS = ("data_dir", "split", "index", "file", "layers", "noise_sigma", "psnr", "ssim", "lpips")
+FIELDS = ("data_dir", "split", "index", "file", "layers", "noise_sigma", "psnr", "ssim")
 _PLACE = np.dtype("<i8")
 
 
 class CsvSpool:
-    """One row of `FIELDS` per image and variant."""
+    """One row of `FIELDS` per image and variant; `lpips` names a last column for it (LPIPS may be untrained), None: none."""
 
-    def __init__(self, target: Path, rank: int, world: int) -> None:
+    def __init__(self, target: Path, lpips: str | None, rank: int, world: int) -> None:
+        self.columns = (*FIELDS, *([lpips] if lpips else []))
+        self._values = ("psnr", "ssim", *(["lpips"] if lpips else []))
         self.target, self.world, self.rank = target, world, rank
         target.parent.mkdir(parents=True, exist_ok=True)
         self._file = _part(target, rank).open("w", newline="", encoding="utf-8")
@@ -42,7 +44,7 @@ class CsvSpool:
 
     def observe(self, variants: Sequence[ScoredBatch]) -> None:
         first = variants[0]
-        columns = [[_column(batch, name) for name in ("psnr", "ssim", "lpips")] for batch in variants]
+        columns = [[_column(batch, name) for name in self._values] for batch in variants]
         for i, (place, row) in enumerate(zip(first.places.tolist(), first.rows.tolist(), strict=True)):
             for label, values in zip(self._labels, columns, strict=True):
                 self._writer.writerow(
@@ -56,7 +58,7 @@ class CsvSpool:
         if self.rank == 0:
             parts = [_part(self.target, rank) for rank in range(self.world)]
             with atomic_write(self.target) as out:
-                out.write((",".join(FIELDS) + "\n").encode())
+                out.write((",".join(self.columns) + "\n").encode())
                 for _, line in heapq.merge(*map(_keyed_lines, parts), key=lambda entry: entry[0]):
                     out.write(line)
             _remove(parts)
@@ -105,7 +107,7 @@ class NpzSpool:
 
 
 def _column(batch: ScoredBatch, name: str) -> list[str]:
-    return [f"{value:.6g}" for value in batch.values[name].tolist()] if name in batch.values else [""] * len(batch.places)
+    return [f"{value:.6g}" for value in batch.values[name].tolist()]
 
 
 def _keyed_lines(part: Path) -> Iterator[tuple[tuple[int, int], bytes]]:

@@ -46,6 +46,8 @@ def _run(config: DictConfig) -> float | None:
     launch = Launch.detect()
     check_geometry(OmegaConf.to_container(config.model, resolve=True))  # type: ignore[arg-type]
     checkpoint = find_checkpoint(config.ckpt_path, config.paths.log_dir, config.experiment_name)
+    if config.preflight:
+        return _preflight(config, launch)
     folder = run_folder(config.paths.log_dir, _wanted_folder(config), launch)
     config.paths.run_dir = str(folder)
     warnings = logs.set_up(folder, launch.main)
@@ -70,6 +72,14 @@ def _run(config: DictConfig) -> float | None:
     return result.get("val/loss")
 
 
+def _preflight(config: DictConfig, launch: Launch) -> None:
+    from src.runs.preflight import preflight
+
+    logs.set_up(None, launch.main)
+    run = build_run(config, launch, bare=True)
+    preflight(run)
+
+
 @dataclass(frozen=True)
 class Run:
     """Everything that a configuration stands for, built and not yet started."""
@@ -80,14 +90,14 @@ class Run:
     config: dict[str, Any]
 
 
-def build_run(config: DictConfig, launch: Launch) -> Run:
-    """Cheap mistakes are found first: sizes and data before any weight is read."""
+def build_run(config: DictConfig, launch: Launch, bare: bool = False) -> Run:
+    """Cheap mistakes are found first. `bare`: without loggers and callbacks, so that nothing is written."""
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     pl.seed_everything(config.seed, workers=False, verbose=False)
     datamodule = build(config.data, "data")
-    callbacks = [StartupTable(), *build_all(config.callbacks, "callbacks")]
-    loggers = build_all(config.logger, "logger") if launch.main else []
-    trainer = build_trainer(plain["trainer"], launch, callbacks, loggers, plain["paths"]["run_dir"])
+    callbacks = [] if bare else [StartupTable(), *build_all(config.callbacks, "callbacks")]
+    loggers = build_all(config.logger, "logger") if launch.main and not bare else []
+    trainer = build_trainer(plain["trainer"], launch, callbacks, loggers, plain["paths"]["run_dir"] or plain["paths"]["log_dir"])
     datamodule.trainer = trainer
     if trainer.is_global_zero:
         datamodule.prepare_data()

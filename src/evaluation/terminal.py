@@ -1,0 +1,27 @@
+"""What the evaluation programs show while they run, all of it on stderr. No heavy imports."""
+
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
+"""(batches, their number, a name) -> the same batches."""
+
+
+@contextmanager
+def progress(shown: bool) -> Iterator[Track]:
+    """Passes batches through and shows a bar for them."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+        yield lambda batches, count, name: bar.track(batches, total=count, description=name)
+
+
+def log_to_stderr(main: bool) -> None:
+    """The first process tells everything of ours, others errors only."""
+    logging.basicConfig(level=logging.WARNING if main else logging.ERROR, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("src").setLevel(logging.INFO if main else logging.ERROR)
