@@ -66,7 +66,9 @@ def test_bytes_and_classes_are_kept(workers: int, tmp_path: Path, monkeypatch: p
     root = tree(tmp_path / "in", 150)
     report = run(root, tmp_path / "out", workers=workers)
     assert rows(tmp_path / "out") == expected(root)
-    assert report.images == {"train": 150} and report.classes == 3 and report.bad == []
+    assert report.images == {"train": 150}
+    assert report.classes == 3
+    assert report.bad == []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
     assert len(list((tmp_path / "out").glob("data-*.arrow"))) == 15
     assert (tmp_path / "out/dataset_info.json").is_file()
@@ -95,7 +97,8 @@ def test_flat_validation_folder_and_flat_tree(tmp_path: Path) -> None:
     (root / "val/a.JPEG").write_bytes(FILES[0])
     run(root, tmp_path / "out")
     loaded = datasets.load_from_disk(str(tmp_path / "out"))
-    assert loaded["validation"]["label"][0] == -1 and loaded["validation"][0]["image"].size
+    assert loaded["validation"]["label"][0] == -1
+    assert loaded["validation"][0]["image"].size
     run(root / "val", tmp_path / "flat")
     assert datasets.load_from_disk(str(tmp_path / "flat")).column_names == ["image"]
 
@@ -146,7 +149,8 @@ def test_every_kind_of_bad_file_is_listed_and_every_good_one_kept(tmp_path: Path
     assert all(b["reason"] and "\n" not in b["reason"] for b in report.bad)
     assert report.images == {"train": 6 + 8}
     written = json.loads((tmp_path / "out/conversion_report.json").read_text())
-    assert written["bad"] == report.bad and written["images"] == report.images
+    assert written["bad"] == report.bad
+    assert written["images"] == report.images
     assert all(row["image"].size for row in datasets.load_from_disk(str(tmp_path / "out")))
 
 
@@ -218,7 +222,8 @@ def test_full_disk_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.Monkey
         run(root, output)
     assert not output.exists()
     report = run(root, output)
-    assert report.shards_reused == 2 and rows(output) == expected(root)
+    assert report.shards_reused == 2
+    assert rows(output) == expected(root)
 
 
 def test_other_settings_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,9 +284,12 @@ def test_script_reports_and_exit_codes(tmp_path: Path) -> None:
     root, bad = bad_tree(tmp_path / "in")
     done = script("--input-dir", root, "--output-dir", tmp_path / "out", "--num_workers", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"{len(bad) + 1} left out" in done.stdout and "truncated.JPEG: " in done.stdout
+    assert f"{len(bad) + 1} left out" in done.stdout
+    assert "truncated.JPEG: " in done.stdout
     again = script("--input_dir", root, "--output_dir", tmp_path / "out")
-    assert again.returncode == 1 and "--overwrite" in again.stderr and "Traceback" not in again.stderr
+    assert again.returncode == 1
+    assert "--overwrite" in again.stderr
+    assert "Traceback" not in again.stderr
     for wrong in (["--input_dir", root], ["--resize", "x"], ["--num_workers", "0"], ["--resize_shorter", "-3"]):
         assert script(*wrong).returncode == 2
 
@@ -303,7 +311,8 @@ def test_fuzz(tmp_path: Path) -> None:
     for settings in (COPY, Settings(48, 80.0)):
         output = tmp_path / f"out{settings.resize_shorter_px}"
         report = run(root, output, settings)
-        assert report.images["train"] + len(report.bad) == 240 and 12 <= report.images["train"] < 240
+        assert report.images["train"] + len(report.bad) == 240
+        assert 12 <= report.images["train"] < 240
         loaded = datasets.load_from_disk(str(output)).cast_column("image", datasets.Image(decode=False))
         decoder = convert_shard.Decoder("apply", 80)
         for row in loaded:

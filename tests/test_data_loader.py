@@ -87,7 +87,8 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def assert_same(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> None:
-    assert len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    assert len(a) == len(b)
+    assert all(same(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_batch_contents(folder: Path) -> None:
@@ -96,10 +97,12 @@ def test_batch_contents(folder: Path) -> None:
     assert len(batches) == len(loader) == 10
     for i, batch in enumerate(batches):
         assert set(batch) == {"image", "position", "index", "bad", "epoch"}
-        assert batch["image"].shape == (4, 3, 32, 32) and batch["image"].dtype == torch.uint8
+        assert batch["image"].shape == (4, 3, 32, 32)
+        assert batch["image"].dtype == torch.uint8
         assert batch["image"].is_contiguous()
         assert batch["position"].tolist() == list(range(4 * i, 4 * i + 4))
-        assert not batch["bad"].any() and batch["epoch"] == 0
+        assert not batch["bad"].any()
+        assert batch["epoch"] == 0
     assert sorted(torch.cat([b["index"] for b in batches]).tolist()) == list(range(40))
 
 
@@ -131,7 +134,8 @@ def test_resume_is_the_tail(folder: Path, num_workers: int) -> None:
     resumed.set_epoch(3)  # as Lightning does
     assert resumed.state_dict() == state
     assert_same(list(resumed), batches[4:])
-    assert resumed.start_batch == 0 and len(resumed) == 10
+    assert resumed.start_batch == 0
+    assert len(resumed) == 10
     assert resumed.state_dict() == {"epoch": 4, "start_batch": 0}
     resumed.set_epoch(4)
     assert next(iter(resumed))["position"].tolist() == [0, 1, 2, 3]
@@ -240,7 +244,9 @@ def test_bad_images_are_replaced_and_named_once(num_workers: int, caplog: pytest
         second = list(loader)
     bad = torch.cat([b["bad"] for b in first])
     index = torch.cat([b["index"] for b in first])
-    assert bad.sum() == 5 and not (index % 8 == 0).any() and len(index) == 40
+    assert bad.sum() == 5
+    assert not (index % 8 == 0).any()
+    assert len(index) == 40
     named = [r.getMessage() for r in caplog.records if "Bad image" in r.getMessage()]
     assert sorted(n.split(":")[0] for n in named) == sorted(f"Bad image row {i}" for i in range(0, 40, 8))
     again = with_source(BROKEN, max_bad_share=0.3).train_dataloader()
@@ -260,7 +266,7 @@ def test_too_many_bad_images_stop_the_run(num_workers: int) -> None:
 
 
 def test_one_bad_image_in_a_large_set_does_not_stop() -> None:
-    loader = with_source(([b""] + FILES[1:]) * 5, max_bad_share=0.03).train_dataloader()
+    loader = with_source(([b"", *FILES[1:]]) * 5, max_bad_share=0.03).train_dataloader()
     assert sum(int(b["bad"].sum()) for b in loader) == 5
 
 
@@ -282,19 +288,24 @@ def test_evaluation_shares_over_ranks(folder: Path) -> None:
     data = module(folder, train_split=0.5)
     whole = [i for b in data.evaluation_loader(3, num_images=17) for i in b["index"].tolist()]
     shares = [[i for b in data.evaluation_loader(3, 17, rank, 4) for i in b["index"].tolist()] for rank in range(4)]
-    assert len(whole) == 17 and sorted(i for share in shares for i in share) == sorted(whole)
+    assert len(whole) == 17
+    assert sorted(i for share in shares for i in share) == sorted(whole)
     assert [s for place in zip(*[s[:4] for s in shares], strict=True) for s in place] == whole[:16]
 
 
 def test_fallback_to_training_images(folder: Path) -> None:
     data = module(folder)
-    assert data.val_dataloader() == [] and data.val_size == 0 and data.train_size == 40
+    assert data.val_dataloader() == []
+    assert data.val_size == 0
+    assert data.train_size == 40
     with pytest.raises(UserError, match=r"use_train_dataloader=true"):
         data.evaluation_dataset(fallback_to_train=False)
     dataset, is_train = data.evaluation_dataset(fallback_to_train=True, num_images=10)
-    assert is_train and len(dataset) == 10
+    assert is_train
+    assert len(dataset) == 10
     dataset, is_train = module(folder, train_split=0.9).evaluation_dataset(fallback_to_train=True)
-    assert not is_train and len(dataset) == 4
+    assert not is_train
+    assert len(dataset) == 4
 
 
 def test_evaluation_does_not_depend_on_the_seed(folder: Path) -> None:

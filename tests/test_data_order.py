@@ -80,7 +80,9 @@ def test_split_is_exact_mixed_and_a_function_of_length_and_share() -> None:
     assert sorted([*train, *held]) == list(range(20))
     np.testing.assert_array_equal(split_rows(20, 0.8)[1], held)
     train, held = split_rows(1000, 0.9)
-    assert held.min() < 100 and held.max() > 900 and (np.diff(held) > 1).any()
+    assert held.min() < 100
+    assert held.max() > 900
+    assert (np.diff(held) > 1).any()
     assert len(split_rows(50, 1.0)[1]) == 0
     assert [len(split_rows(100, s)[0]) for s in (0.29, 0.57, 0.07)] == [29, 57, 7]  # products that floats miss
 

@@ -56,7 +56,8 @@ def tree(root: Path, *splits: str, per_class: int = 4) -> Path:
 def test_rows_equal_what_datasets_reads(single: Path) -> None:
     reference = datasets.load_from_disk(str(single)).cast_column("image", datasets.Image(decode=False))
     for source in (ArrowSource(single), pickle.loads(pickle.dumps(ArrowSource(single)))):
-        assert len(source) == 20 and source.class_names == ["cat", "dog"]
+        assert len(source) == 20
+        assert source.class_names == ["cat", "dog"]
         for i in (0, 6, 7, 13, 19):
             assert bytes(source.encoded(i)) == reference[i]["image"]["bytes"]
             assert source.label(i) == reference[i]["label"]
@@ -118,7 +119,8 @@ def test_image_tree(tmp_path: Path) -> None:
     (root / "cat/notes.txt").write_text("no image")
     (root / "dog/.hidden.jpg").write_bytes(FILES[0])
     source = FolderSource(root)
-    assert len(source) == 9 and source.class_names == ["cat", "dog"]
+    assert len(source) == 9
+    assert source.class_names == ["cat", "dog"]
     assert [source.label(i) for i in range(9)] == [0] * 5 + [1] * 4
     assert source.encoded(0) == FILES[0]
     (root / "dog/3.JPEG").unlink()
@@ -128,9 +130,9 @@ def test_image_tree(tmp_path: Path) -> None:
     flat = tmp_path / "flat"
     flat.mkdir()
     (flat / "1.jpg").write_bytes(FILES[1])
-    assert (
-        len(FolderSource(flat)) == 1 and FolderSource(flat).class_names is None and FolderSource(flat).label(0) is None
-    )
+    assert len(FolderSource(flat)) == 1
+    assert FolderSource(flat).class_names is None
+    assert FolderSource(flat).label(0) is None
 
 
 def sizes(path: Path, use_hf: bool, share: float, validation: str | None = "validation") -> tuple[int, int]:

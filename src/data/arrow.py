@@ -11,7 +11,8 @@ import pyarrow as pa
 from src.data.decode import BadImage
 from src.errors import UserError
 
-# The last 8 bytes of a complete Arrow stream: continuation marker and a length of 0 (Arrow columnar format, IPC streaming).
+# The last 8 bytes of a complete Arrow stream: continuation marker and a length of 0 (Arrow columnar format, IPC
+# streaming).
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
@@ -106,8 +107,8 @@ def _require(folder: Path, name: str) -> Path:
     path = folder / name
     if not path.is_file():
         raise UserError(
-            f"{folder} has no {name}: the dataset was half-written or half-copied. Copy it again, or convert it again with "
-            f"`python scripts/create_hf_test_data.py --input_dir IMAGES --output_dir {folder} --overwrite`."
+            f"{folder} has no {name}: the dataset was half-written or half-copied. Copy it again, or convert it again "
+            f"with `python scripts/create_hf_test_data.py --input_dir IMAGES --output_dir {folder} --overwrite`."
         )
     return path
 
@@ -140,8 +141,8 @@ def _map(shard: Path) -> pa.Table:
         return table
     except (pa.ArrowException, OSError) as error:
         raise UserError(
-            f"{shard} ({size:,} bytes) is cut short or damaged: {str(error).splitlines()[0]}. Copy it again, or convert the "
-            "dataset again."
+            f"{shard} ({size:,} bytes) is cut short or damaged: {str(error).splitlines()[0]}. Copy it again, or "
+            "convert the dataset again."
         ) from error
 
 
@@ -169,6 +170,6 @@ def _image_chunks(folder: Path, column: pa.ChunkedArray, name: str) -> list[tupl
         ]  # carries a missing row over to its fields; copies no bytes
         return [(f[at], f[path_at] if path_at >= 0 else None) for f in fields]
     raise UserError(
-        f"The column {name!r} of {folder} holds {kind}; expected encoded images (the type datasets.Image, a struct of bytes "
-        "and path)."
+        f"The column {name!r} of {folder} holds {kind}; expected encoded images (the type datasets.Image, a struct of "
+        "bytes and path)."
     )

@@ -58,8 +58,8 @@ def convert(
     """Convert and put the dataset at `output`. `progress(done, total)` is called with numbers of files.
 
     Raises:
-        UserError: `output` is there (without overwrite), a half-finished conversion had other settings, the disk is full
-            or can't be written, or no file is an image.
+        UserError: `output` is there (without overwrite), a half-finished conversion had other settings, the disk is
+            full or can't be written, or no file is an image.
     """
     started = time.monotonic()
     if output.exists() and not overwrite and not _is_empty_folder(output):
@@ -79,13 +79,13 @@ def convert(
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         why = "The disk is full" if full else f"Can't write {error.filename or ''} ({error.strerror or error})"
         raise UserError(
-            f"{why}: {partial}. Finished parts are kept; {'make room' if full else 'mend that'} and run the same command "
-            f"again, it goes on where it stopped. To give up: rm -r '{partial}'"
+            f"{why}: {partial}. Finished parts are kept; {'make room' if full else 'mend that'} and run the same "
+            f"command again, it goes on where it stopped. To give up: rm -r '{partial}'"
         ) from error
     except BrokenProcessPool as error:
         raise UserError(
-            "A worker process was killed, perhaps for lack of memory. Finished parts are kept; run the same command again "
-            "with a smaller --num_workers."
+            "A worker process was killed, perhaps for lack of memory. Finished parts are kept; run the same command "
+            "again with a smaller --num_workers."
         ) from error
     return report
 
@@ -101,8 +101,8 @@ def _prepare(partial: Path, tree: Tree, settings: Settings, overwrite: bool) -> 
         if found is not None and not overwrite:
             other = ", ".join(f"{k}: then {found.get(k)}, now {wanted[k]}" for k in wanted if found.get(k) != wanted[k])
             raise UserError(
-                f"{partial} holds a half-finished conversion with other settings ({other}). Repeat the command with those "
-                "to go on, or add --overwrite to begin anew."
+                f"{partial} holds a half-finished conversion with other settings ({other}). Repeat the command with "
+                "those to go on, or add --overwrite to begin anew."
             )
         shutil.rmtree(partial)
     noted.parent.mkdir(parents=True)

@@ -4,7 +4,8 @@ Legend: S the side of the square in px, W x H an image or frame in px. Pixels ar
 
 The published transforms resize the whole image and cut a square out of the result. Only the square is needed, so it is
 mapped back to the source and resized alone, in one pass: the same geometry, less arithmetic. Sources: torchvision
-`Resize(int)`, `RandomCrop`, `CenterCrop` (training; recipe section 4); guided-diffusion's centre crop, "ADM" (evaluation).
+`Resize(int)`, `RandomCrop`, `CenterCrop` (training; recipe section 4); guided-diffusion's centre crop, "ADM"
+(evaluation).
 """
 
 import math

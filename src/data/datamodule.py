@@ -157,9 +157,9 @@ class RAEDataModule(LightningDataModule):
         if source is None:
             if not fallback_to_train:
                 raise UserError(
-                    f"{self.data_dir} has no validation split and data.train_split={self.train_split:g} holds nothing out. "
-                    "Set data.train_split=0.95 (say), name a split with data.hf_validation_split, or evaluate on training "
-                    "images with callbacks.rfid.use_train_dataloader=true."
+                    f"{self.data_dir} has no validation split and data.train_split={self.train_split:g} holds nothing "
+                    "out. Set data.train_split=0.95 (say), name a split with data.hf_validation_split, or evaluate on "
+                    "training images with callbacks.rfid.use_train_dataloader=true."
                 )
             source, rows, is_train = splits.train, splits.train_rows, True
         chosen: np.ndarray = rows[evaluation_rows(len(rows), num_images, world, rank)]

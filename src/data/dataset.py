@@ -42,8 +42,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """The training crop. train_crop `random`: shorter side to resize_shorter_px, a random square (RAE); `center`: shorter
-    side to image_size, the middle (RAEv2). resize_shorter_px null: 1.5 times image_size."""
+    """The training crop. train_crop `random`: shorter side to resize_shorter_px, a random square (RAE); `center`:
+    shorter side to image_size, the middle (RAEv2). resize_shorter_px null: 1.5 times image_size."""
 
     image_size: int
     train_crop: TrainCrop
@@ -59,13 +59,13 @@ class TrainTransform:
         if self.train_crop == "center":
             raise UserError(
                 f"data.train_crop=center resizes the shorter side to data.image_size={self.image_size}; "
-                f"data.resize_shorter_px={self.resize_shorter_px} has no effect with it. Set data.resize_shorter_px=null."
-            )
+                f"data.resize_shorter_px={self.resize_shorter_px} has no effect with it. Set
+            data.resize_shorter_px=null." )
         if self.resize_shorter_px < self.image_size:
             raise UserError(
-                f"data.resize_shorter_px={self.resize_shorter_px} leaves no square of data.image_size={self.image_size}: "
-                f"expected at least that, or null for {crops.default_shorter_px(self.image_size)}."
-            )
+                f"data.resize_shorter_px={self.resize_shorter_px} leaves no square of "
+                f"data.image_size={self.image_size}: expected at least that, or null for
+            {crops.default_shorter_px(self.image_size)}." )
 
     @property
     def shorter_px(self) -> int:
@@ -142,8 +142,8 @@ class EvaluationDataset(Dataset[Sample]):
 def collate(samples: list[Sample]) -> dict[str, Any]:
     """Samples -> a batch. Those without an image are left out (B may be 0); their failures travel along.
 
-    image (B, 3, S, S) uint8; position and index (row of the source) (B,) int64; bad (B,) bool, True where the image is a
-    replacement; epoch int; failures tuple[Failure, ...].
+    image (B, 3, S, S) uint8; position and index (row of the source) (B,) int64; bad (B,) bool, True where the image is
+    a replacement; epoch int; failures tuple[Failure, ...].
     """
     kept = [s for s in samples if s.image is not None]
     images = [s.image for s in kept if s.image is not None]

@@ -48,8 +48,9 @@ class Picture(NamedTuple):
 class Decoder:
     """How to decode.
 
-    exif: `apply` turns the image as its EXIF orientation says; `ignore` leaves it as stored, as the published code does.
-    max_megapixels: images whose header announces more are refused before anything is decoded (decompression bombs).
+    exif: `apply` turns the image as its EXIF orientation says; `ignore` leaves it as stored, as the published code
+    does. max_megapixels: images whose header announces more are refused before anything is decoded (decompression
+    bombs).
     """
 
     exif: Exif
@@ -160,14 +161,14 @@ def _read_orientation(segment: bytes) -> int:
         try:
             exif.load(segment)
             return _valid(exif.get(ORIENTATION_TAG, 1))
-        except Exception:  # noqa: BLE001  a damaged EXIF block says nothing about the pixels
+        except Exception:
             return 1
 
 
 def _orientation_of(image: Image.Image) -> int:
     try:
         return _valid(image.getexif().get(ORIENTATION_TAG, 1))
-    except Exception:  # noqa: BLE001  as above
+    except Exception:
         return 1
 
 

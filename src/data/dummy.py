@@ -20,8 +20,8 @@ from src.data.arrow_writer import Row, shard_name, write_metadata, write_shard
 log = logging.getLogger(__name__)
 
 CLASSES = ("disc", "box", "triangle", "ring")
-# Folder under the project root: (number of images, shards). The guide's 16 / 4 split needs 20; two ranks of batch 8 with
-# `limit_train_batches: 0.1` need 160 training images for one step, and held-out ones beside them.
+# Folder under the project root: (number of images, shards). The guide's 16 / 4 split needs 20; two ranks of batch 8
+# with `limit_train_batches: 0.1` need 160 training images for one step, and held-out ones beside them.
 DATASETS = {"data/dummy_dataset_hf": (288, 2), "data/test_hf": (20, 1)}
 SIDES_PX = (160, 400)
 GREY_SHARE = 0.1

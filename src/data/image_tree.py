@@ -32,8 +32,8 @@ class Tree:
 
 
 def scan(root: Path) -> Tree:
-    """Look through `root`: `train` and `val` (validation, test) folders with classes below, classes at once, or one flat
-    folder. Hidden files and folders are passed over. Class numbers follow the sorted names over all splits.
+    """Look through `root`: `train` and `val` (validation, test) folders with classes below, classes at once, or one
+    flat folder. Hidden files and folders are passed over. Class numbers follow the sorted names over all splits.
 
     Raises:
         UserError: no folder, or no file in it.

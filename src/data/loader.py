@@ -84,8 +84,8 @@ class BadImages:
             last = failures[-1]
             raise UserError(
                 f"{self.bad} bad images among the first {self.seen} ({len(self.names)} different ones), more than "
-                f"data.max_bad_share={self.max_share:g} allows. The last: {last.name}: {last.reason}. Mend or remove the "
-                "files (create_hf_test_data.py leaves bad ones out and lists them), or raise data.max_bad_share."
+                f"data.max_bad_share={self.max_share:g} allows. The last: {last.name}: {last.reason}. Mend or remove "
+                "the files (create_hf_test_data.py leaves bad ones out and lists them), or raise data.max_bad_share."
             )
 
 
@@ -114,9 +114,10 @@ class _Batches:
 class TrainLoader:
     """Batches of one rank for training, as `collate` describes them, without `failures`.
 
-    One iteration is the rest of `epoch` from batch `start_batch` on; `len()` counts the whole epoch. Epoch and start are
-    read at the first batch, not at `iter()`: Lightning calls `iter()` before it sets the epoch. `state_dict` names the
-    batch after the one handed out last, and the next epoch after the last one. Lightning calls `loader.sampler.set_epoch`.
+    One iteration is the rest of `epoch` from batch `start_batch` on; `len()` counts the whole epoch. Epoch and start
+    are read at the first batch, not at `iter()`: Lightning calls `iter()` before it sets the epoch. `state_dict` names
+    the batch after the one handed out last, and the next epoch after the last one. Lightning calls
+    `loader.sampler.set_epoch`.
     """
 
     def __init__(self, dataset: TrainDataset, order: EpochOrder, workers: WorkerOptions, max_bad_share: float) -> None:

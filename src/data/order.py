@@ -3,8 +3,8 @@
 Legend: n images, W ranks, b batch per rank, k micro-batches per optimiser step; a global batch is W * b * k images.
 
 Position p is the place of an image in its epoch's order over all ranks. Micro-batch i of rank r takes the positions
-[(i * W + r) * b, (i * W + r) * b + b), so global batch g is always [g * W * b * k, (g + 1) * W * b * k): the same images
-for any W, b, k of equal product. The last, partial global batch is dropped (recipe section 4).
+[(i * W + r) * b, (i * W + r) * b + b), so global batch g is always [g * W * b * k, (g + 1) * W * b * k): the same
+images for any W, b, k of equal product. The last, partial global batch is dropped (recipe section 4).
 """
 
 from collections.abc import Iterator
@@ -93,7 +93,8 @@ def evaluation_rows(length: int, num_images: int | None = None, world: int = 1, 
     """The rows one rank evaluates, int64: the first `num_images` of an order that depends on `length` alone.
 
     The order is mixed, so that the first thousand images of a data set sorted by class show all classes, and a smaller
-    set is the beginning of a larger one. Ranks take every W-th place; no image comes twice, so shares may differ by one.
+    set is the beginning of a larger one. Ranks take every W-th place; no image comes twice, so shares may differ by
+    one.
     """
     order = stream.generator(0, stream.Purpose.EVALUATION_ORDER).permutation(length)
     return order[:num_images][rank::world]

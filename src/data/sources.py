@@ -65,9 +65,9 @@ class FolderSource:
             self._labels = [None] * len(self._files)
         if not self._files:
             raise UserError(
-                f"No images in {root} (data.data_dir): expected files ending in {', '.join(SUFFIXES[:4])} … in one folder "
-                "per class, or `train` and `val` folders with such classes below. For a Hugging Face dataset set "
-                "data.use_hf_dataset=true."
+                f"No images in {root} (data.data_dir): expected files ending in {', '.join(SUFFIXES[:4])} … in one "
+                "folder per class, or `train` and `val` folders with such classes below. For a Hugging Face dataset "
+                "set data.use_hf_dataset=true."
             )
 
     def __len__(self) -> int:
@@ -167,8 +167,8 @@ def _not_a_dataset(data_dir: Path) -> str:
     arrow = [e.name for e in entries if e.name.endswith(".arrow")]
     if arrow:
         return (
-            f"{data_dir} holds {len(arrow)} Arrow files but no dataset_info.json and state.json: it was half-written or "
-            f"half-copied. Copy it again, or convert again with `{CONVERT} {data_dir} --overwrite`."
+            f"{data_dir} holds {len(arrow)} Arrow files but no dataset_info.json and state.json: it was half-written "
+            f"or half-copied. Copy it again, or convert again with `{CONVERT} {data_dir} --overwrite`."
         )
     below = sorted(e.name for e in entries if e.is_dir() and (Path(e.path) / "dataset_info.json").is_file())
     if below:
@@ -182,8 +182,8 @@ def _not_a_dataset(data_dir: Path) -> str:
     if has_images:
         return (
             f"{data_dir} (data.data_dir) holds image files, not a Hugging Face dataset. Convert it with "
-            f"`python scripts/create_hf_test_data.py --input_dir {data_dir} --output_dir {data_dir}_hf`, or read the files "
-            "as they are with data.use_hf_dataset=false."
+            f"`python scripts/create_hf_test_data.py --input_dir {data_dir} --output_dir {data_dir}_hf`, or read the "
+            "files as they are with data.use_hf_dataset=false."
         )
     what = "is empty" if not entries else "holds no dataset_info.json, state.json or dataset_dict.json"
     return (

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from src.errors import UserError
 from src.interop.checkpoint import LoadedModel, load_trained
 from src.interop.diffusers_format import read_diffusers
+from src.interop.folder import read_folder
 from src.models.decoder_files import kind_of
 from src.models.rae import RAE, SOURCE_KEYS
 from src.weights import freeze, read, require
@@ -75,10 +75,11 @@ def _from_decoder(choice: ModelChoice) -> LoadedModel:
     assert choice.decoder is not None
     kind, place = kind_of(choice.decoder, "--decoder")
     if kind is not None:
-        surplus = [name for name in ("encoder", "encoder_cls", "encoder_layers", "stats") if getattr(choice, name) is not None]
+        said = ("encoder_cls", "encoder_layers", "stats", *(("encoder",) if kind == "diffusers" else ()))
+        surplus = [name for name in said if getattr(choice, name) is not None]
         if surplus:
             raise UserError(f"--{', --'.join(surplus)}: the folder {place} says that itself. Drop it.")
-        return read_diffusers(place) if kind == "diffusers" else _read_folder(place)
+        return read_diffusers(place) if kind == "diffusers" else read_folder(place, choice.encoder)
     if choice.encoder_cls is None or choice.encoder is None:
         raise UserError("A decoder file needs its encoder: --encoder_cls Dinov2withNorm --encoder facebook/dinov2-with-registers-base, say.")
     key = "dinov2_path" if choice.encoder_cls == "Dinov2withNorm" else "model_name"
@@ -99,12 +100,6 @@ def _from_decoder(choice: ModelChoice) -> LoadedModel:
     freeze(rae)
     unknown = {"step": None, "epoch": None, "config": None}
     return LoadedModel(rae, {"source": str(place), "weights": "as stored", "encoder": rae.encoder.identity(), **unknown})
-
-
-def _read_folder(place: Path) -> LoadedModel:
-    from src.interop.folder import read_folder
-
-    return read_folder(place)
 
 
 def _model_config(content: Any) -> Mapping[str, Any]:

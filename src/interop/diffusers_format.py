@@ -25,7 +25,7 @@ from src.errors import UserError
 from src.interop.checkpoint import LoadedModel
 from src.models import diffusers_files
 from src.models.decoder_files import STATISTICS, read_record
-from src.models.encoders import FrozenEncoder
+from src.models.frozen_encoder import FrozenEncoder
 from src.models.positions import are_fixed
 from src.models.rae import RAE
 from src.names import NameTable

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from src.errors import UserError
-from src.models.encoders import FrozenEncoder
+from src.models.frozen_encoder import FrozenEncoder
 
 
 def require_same_encoder(encoder: FrozenEncoder, stored: Mapping[str, Any], file: object) -> None:

@@ -11,7 +11,9 @@ from typing import Any, Literal
 import torch
 
 from src import stream
+from src.errors import UserError
 from src.losses.diffaug import UNIFORMS_PER_BATCH, UNIFORMS_PER_SAMPLE, DiffAug, Draws
+from src.models.layers import random_subset
 from src.models.rae import RAE
 from src.models.settings import ModelSettings
 from src.models.training_step import NoiseDraws
@@ -33,6 +35,11 @@ class StepDraws:
         self.subset = settings.layer_subset
         self.latent_shape = rae.latent_shape
         self.layers = rae.encoder.layers
+        if self.subset.kind != "none" and len(self.layers) == 1:
+            raise UserError(
+                f"model.layer_subset.kind={self.subset.kind} needs several blocks to choose from, but the latent is block "
+                f"{self.layers[0]} alone. Set model.encoder_params.layers (k7, k23 or a list), or model.layer_subset.kind=none."
+            )
         self.augment = augment
 
     def generator(
@@ -55,14 +62,11 @@ class StepDraws:
         return self._augment(purpose, int(batch["epoch"]), batch["position"].tolist(), batch_idx, update, device)
 
     def blocks(self, step: int) -> tuple[int, ...] | None:
-        """A random non-empty subset of the encoder's chosen blocks, the same on all ranks."""
-        if self.subset.kind == "none" or len(self.layers) == 1:
+        """The random subset of the encoder's chosen blocks for `step`, the same on all ranks; None: all of them."""
+        if self.subset.kind == "none":
             return None
-        rng = stream.generator(self.seed, Purpose.LAYER_SUBSET, 0, step)
-        while True:
-            kept = rng.random(len(self.layers)) < self.subset.keep_probability
-            if kept.any():
-                return tuple(block for block, keep in zip(self.layers, kept, strict=True) if keep)
+        uniforms = stream.generator(self.seed, Purpose.LAYER_SUBSET, 0, step).random(len(self.layers))
+        return random_subset(self.layers, self.subset.keep_probability, uniforms)
 
     def _augment(
         self, purpose: Purpose, epoch: int, positions: list[int], batch_idx: int, update: int, device: torch.device

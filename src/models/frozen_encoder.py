@@ -128,13 +128,14 @@ class FrozenEncoder(nn.Module):
 
     def identity(self) -> dict[str, Any]:
         """What a latent depends on, as plain values: stored in checkpoints and beside latent statistics."""
-        parameters = list(self.model.parameters())
-        sample = b"".join(p.detach().flatten()[:4096].cpu().float().numpy().tobytes() for p in (parameters[0], parameters[-1]))
+        # The start of each parameter; sorted, since transformers renames and moves parameters between releases.
+        starts = (p.detach().flatten()[:256].float().cpu().numpy().tobytes() for p in self.model.parameters())
+        weights = _digest(b"".join(sorted(starts)))
         return {
             "class": type(self).__name__,
             "source": _portable(self.source),
             "config": self.config_digest,
-            "weights": "untrained " + _digest(sample) if self.untrained else _digest(sample),
+            "weights": "untrained " + weights if self.untrained else weights,
             "layers": list(self.layers),
             "layer_fusion": self.layer_fusion,
         }

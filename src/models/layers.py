@@ -1,8 +1,13 @@
-"""Which blocks of an encoder make the latent, and how they are put together. Source: RAEv2 (arXiv 2605.18324)."""
+"""Which blocks of an encoder make the latent, and how they are put together. Source: RAEv2 (arXiv 2605.18324).
+
+Legend: K number of chosen blocks.
+"""
 
 import re
 from collections.abc import Sequence
 from typing import Literal, get_args
+
+import numpy as np
 
 from src.errors import UserError
 
@@ -32,7 +37,7 @@ def parse_layers(layers: LayerChoice, depth: int, key: str = "model.encoder_para
     if isinstance(layers, str):
         chosen = _parse_text(layers, depth, key)
     elif isinstance(layers, float):  # what YAML makes of 5.11; it can't tell 5.10 from 5.1
-        raise UserError(f"{key}={layers} was read as a decimal number. Write a list, [5,11], or quote it: '\"5.11\"'.")
+        raise UserError(f"{key}={layers} was read as a decimal number. Write a list, [5,11], or quote it twice: {key}='\"5.11\"'.")
     else:
         chosen = [layers] if isinstance(layers, int) else list(layers)
     if not chosen:
@@ -49,6 +54,24 @@ def check_fusion(fusion: str, allowed: Sequence[str], encoder: str) -> None:
         raise UserError(
             f"model.encoder_params.layer_fusion={fusion!r} is unknown to {encoder}: expected {', '.join(allowed)}."
         )
+
+
+def random_subset(layers: Sequence[int], keep_probability: float, uniforms: np.ndarray) -> tuple[int, ...]:
+    """A random non-empty subset of `layers`, each kept with `keep_probability` on condition that one is kept.
+
+    With p that probability, P(S) = p^|S| (1-p)^(K-|S|) / (1 - (1-p)^K): at 0.5 the same for all 2^K - 1 subsets (FuseReg,
+    arXiv 2609.31620). Exact without rejection: `uniforms[0]` chooses the first block that is kept (a geometric law cut off
+    at K), the others decide on the blocks after it.
+
+    Args:
+        layers: K block numbers.
+        uniforms: K numbers in [0, 1).
+    """
+    first_kept = keep_probability * (1 - keep_probability) ** np.arange(len(layers))
+    bounds = np.cumsum(first_kept) / first_kept.sum()
+    first = int(np.searchsorted(bounds[:-1], uniforms[0], side="right"))
+    kept = uniforms[first + 1 :] < keep_probability
+    return (layers[first], *(block for block, keep in zip(layers[first + 1 :], kept, strict=True) if keep))
 
 
 def _parse_text(text: str, depth: int, key: str) -> list[int]:

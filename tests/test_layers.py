@@ -1,0 +1,160 @@
+"""Naming blocks, and drawing random subsets of them."""
+
+from itertools import combinations, product
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from src.errors import UserError
+from src.models.draws import StepDraws
+from src.models.layers import FUSIONS, check_fusion, parse_layers, random_subset
+from src.models.settings import LayerSubset
+
+
+@pytest.mark.parametrize(("layers", "depth", "expected"), [
+    (None, 24, [23]),
+    ("k1", 24, [23]),
+    ("k7", 24, [11, 13, 15, 17, 19, 21, 23]),  # recipe section 8
+    ("k23", 24, list(range(1, 24))),
+    ("k1", 12, [11]),
+    ("k7", 32, [19, 21, 23, 25, 27, 29, 31]),
+    ("k7", 13, [0, 2, 4, 6, 8, 10, 12]),
+    ("k23", 23, list(range(23))),
+    ("11.13.15", 24, [11, 13, 15]),
+    ("3", 12, [3]),
+    (3, 12, [3]),
+    (0, 12, [0]),
+    ([5, 2], 12, [2, 5]),
+    ((5, 2), 12, [2, 5]),
+])  # fmt: skip
+def test_names_and_numbers(layers, depth, expected):
+    assert parse_layers(layers, depth) == tuple(expected)
+
+
+@pytest.mark.parametrize(("layers", "depth", "message"), [
+    ([], 12, r"layers is empty: name at least one block \(0 to 11\), or null for the last one"),
+    ([12], 12, r"this encoder has 12 blocks, numbered 0 to 11; got \[12\]"),
+    ([-1], 12, r"got \[-1\]"),
+    (12, 12, r"got \[12\]"),
+    ("11.24", 24, r"got \[24\]"),
+    ([1.5], 12, r"got \[1.5\]"),
+    ([True], 12, r"got \[True\]"),
+    (["5"], 12, r"got \['5'\]"),
+    ([3, 3], 12, "names a block twice"),
+    ("k7", 12, "k7 needs more than the 12 blocks of this encoder. Names that fit: k1; or list"),
+    ("k23", 12, "needs more than the 12 blocks"),
+    ("k23", 22, "Names that fit: k1, k7;"),
+    ("k5", 24, "expected null, k1, k7, k23, a list like"),
+    ("", 24, "expected null"),
+    ("11,13", 24, "numbers like 5.11"),
+    ("1..2", 24, "expected null"),
+    (5.11, 24, r"was read as a decimal number. Write a list, \[5,11\], or quote it"),
+])  # fmt: skip
+def test_mistakes(layers, depth, message):
+    with pytest.raises(UserError, match=message):
+        parse_layers(layers, depth)
+
+
+def test_the_key_of_the_caller_is_named():
+    with pytest.raises(UserError, match="^--layers=k9|^--layers='k9'"):
+        parse_layers("k9", 24, "--layers")
+
+
+def test_unknown_fusions_fail_with_the_list():
+    check_fusion("sum", FUSIONS, "Some")
+    with pytest.raises(UserError, match="layer_fusion='max' is unknown to Some: expected mean, mean_plus_spatial_mean, sum"):
+        check_fusion("max", FUSIONS, "Some")
+
+
+# -- random subsets
+
+BLOCKS = (4, 7, 9)
+SUBSETS = [subset for size in (1, 2, 3) for subset in combinations(BLOCKS, size)]
+STEPS = 14_000
+
+
+def probability(subset, p, blocks=BLOCKS):
+    """Independent choices with probability p, on condition that something is chosen."""
+    return p ** len(subset) * (1 - p) ** (len(blocks) - len(subset)) / (1 - (1 - p) ** len(blocks))
+
+
+@pytest.mark.parametrize("p", [0.5, 0.2, 0.9, 1.0])
+def test_the_law_is_exact(p):
+    """The draw is constant on boxes of [0, 1)^3; their volumes add up to the probabilities."""
+    first = np.cumsum([p * (1 - p) ** i for i in range(3)]) / (1 - (1 - p) ** 3)
+    edges = [[0.0, *first], [0.0, p, 1.0], [0.0, p, 1.0]]
+    volumes = dict.fromkeys(SUBSETS, 0.0)
+    for box in product(*(list(zip(e[:-1], e[1:], strict=True)) for e in edges)):
+        volume = np.prod([high - low for low, high in box])
+        if volume > 0:
+            volumes[random_subset(BLOCKS, p, np.array([(low + high) / 2 for low, high in box]))] += volume
+    assert volumes == pytest.approx({subset: probability(subset, p) for subset in SUBSETS}, abs=1e-12)
+    assert p != 0.5 or volumes == pytest.approx(dict.fromkeys(SUBSETS, 1 / 7))
+
+
+def test_the_ends_of_the_law():
+    zeros, ones = np.zeros(3), np.full(3, np.nextafter(1, 0))
+    assert random_subset(BLOCKS, 1.0, ones) == BLOCKS
+    assert random_subset(BLOCKS, 1e-12, zeros + 0.999) == (9,)  # rare blocks: one at a time, and no endless loop
+    assert random_subset(BLOCKS, 0.5, ones) == (9,)
+    assert random_subset(BLOCKS, 0.5, zeros) == BLOCKS
+    assert random_subset((3,), 0.5, ones[:1]) == (3,)
+
+
+@pytest.mark.parametrize("p", [0.5, 0.3])
+def test_chi_square_over_many_steps(p):
+    draws = stand_in(p)
+    counts = dict.fromkeys(SUBSETS, 0)
+    for step in range(STEPS):
+        counts[draws.blocks(step)] += 1
+    expected = {subset: STEPS * probability(subset, p) for subset in SUBSETS}
+    chi_square = sum((counts[s] - expected[s]) ** 2 / expected[s] for s in SUBSETS)
+    assert chi_square < 22.46  # 6 degrees of freedom, one in a thousand; the seed is fixed
+    pairs = sum(draws.blocks(step) == draws.blocks(step + 1) for step in range(0, STEPS, 2))
+    same = sum(probability(s, p) ** 2 for s in SUBSETS)
+    assert abs(pairs / (STEPS / 2) - same) < 4 * (same * (1 - same) / (STEPS / 2)) ** 0.5  # steps are independent
+
+
+def test_a_function_of_seed_and_step_alone(monkeypatch):
+    """The same after a resume, on every rank, whatever ran before."""
+    reference = [stand_in(0.5).blocks(step) for step in range(50)]
+    resumed = stand_in(0.5)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    assert [resumed.blocks(step) for step in range(25, 50)] == reference[25:]
+    assert [resumed.blocks(step) for step in reversed(range(50))] == reference[::-1]
+    assert [stand_in(0.5, seed=1).blocks(step) for step in range(50)] != reference
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        batch = {"epoch": 1, "position": torch.tensor([2 * rank, 2 * rank + 1])}  # the ranks' own shares of an epoch
+        for batch_idx in (rank, 7):
+            draws = [stand_in(0.5).generator(batch, batch_idx, step, torch.device("cpu")) for step in range(50)]
+            assert [d.layers for d in draws] == reference
+
+
+def test_none_means_all():
+    assert stand_in(0.5, kind="none").blocks(3) is None
+
+
+def test_a_single_block_has_no_subsets():
+    with pytest.raises(UserError, match=r"layer_subset.kind=uniform needs several blocks .* block 4 alone"):
+        stand_in(0.5, blocks=(4,))
+
+
+@pytest.mark.parametrize(("kind", "keep", "message"), [
+    ("random", 0.5, "expected 'none' or 'uniform'"), ("uniform", 0.0, r"a number in \(0, 1\]"), ("uniform", 1.5, "keep_probability=1.5")
+])  # fmt: skip
+def test_settings_are_checked(kind, keep, message):
+    with pytest.raises(UserError, match=message):
+        LayerSubset(kind, keep)
+
+
+def stand_in(p, kind="uniform", seed=0, blocks=BLOCKS):
+    """StepDraws with the little of settings and model that it looks at."""
+    loop, rae = SimpleNamespace(seed=seed), SimpleNamespace(noise_tau=0.0)
+    settings = SimpleNamespace(loop=loop, rae=rae, layer_subset=LayerSubset(kind, p))
+    model = SimpleNamespace(latent_shape=(8, 2, 2), encoder=SimpleNamespace(layers=blocks))
+    return StepDraws(settings, model, None)

@@ -1,0 +1,208 @@
+"""rFID during training: every option does what it says, and training never notices."""
+
+import csv
+import logging
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from src.callbacks.rfid_callback import RFIDCallback, run_id
+from src.errors import UserError
+from src.metrics.inception import InceptionFeatures
+from src.runs.folder import ENVIRONMENT_KEY
+from src.weights import PROJECT_ROOT, read
+from tests.training import SMALL, same, train
+
+UNTRAINED = ["callbacks.rfid.inception_weights=untrained", "callbacks.rfid.inception_width=0.03"]
+
+
+def rfid(**options: object) -> list[str]:
+    """Overrides: on at the end of epochs with 6 images, nothing saved, unless said otherwise."""
+    values = {"rfid_every_n_steps": 0, "rfid_every_epoch": True, "rfid_num_samples": 6, "rfid_batch_size": 4, "rfid_save_samples": False}
+    values |= options
+    return [*UNTRAINED, "logger=csv", *(f"callbacks.rfid.{name}={value}" for name, value in values.items())]
+
+
+def logged(folder: Path, name: str) -> dict[int, float]:
+    """Step -> value."""
+    with (folder / "csv" / "metrics.csv").open() as file:
+        return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
+
+
+class Watched:
+    """Everything that an evaluation could disturb, compared before and after each of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.evaluations = 0
+        original = RFIDCallback._score
+
+        def score(callback, trainer, pl_module, *arguments):
+            pl_module.ema_decoder.train()  # as if somebody had left it so
+            before = self.state(pl_module)
+            result = original(callback, trainer, pl_module, *arguments)
+            assert same(self.state(pl_module), before)
+            self.evaluations += 1
+            return result
+
+        monkeypatch.setattr(RFIDCallback, "_score", score)
+        outer = RFIDCallback._evaluate
+
+        def evaluate(callback, trainer, pl_module, *arguments):
+            modes = [m.training for m in pl_module.modules()]
+            outer(callback, trainer, pl_module, *arguments)
+            pl_module.ema_decoder.eval()
+            assert [m.training for m in pl_module.modules()] == modes
+
+        monkeypatch.setattr(RFIDCallback, "_evaluate", evaluate)
+
+    def state(self, module) -> dict:
+        backends = torch.backends
+        return {
+            "rng": [torch.get_rng_state(), torch.from_numpy(np.random.get_state()[1].copy()), random.getstate()],
+            "gradients": [None if p.grad is None else p.grad.clone() for p in module.parameters()],
+            "needs": [p.requires_grad for p in module.parameters()],
+            "switches": [backends.cudnn.benchmark, backends.cudnn.deterministic, backends.cudnn.conv.fp32_precision, torch.is_grad_enabled()],
+            "weights": {k: v.clone() for k, v in module.state_dict().items()},
+        }  # fmt: skip
+
+
+def test_training_with_and_without_is_the_same_bit_for_bit(tmp_path, monkeypatch):
+    train(tmp_path / "without", "~callbacks.rfid", "logger=csv")
+    watched = Watched(monkeypatch)
+    train(tmp_path / "with", *rfid(rfid_every_n_steps=1, full_at_end=True, rfid_save_samples=True, rfid_output_dir=tmp_path / "samples"))
+    assert watched.evaluations == 7  # six updates, and all 58 images at the end
+    a, b = (read(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("without", "with"))
+    for part in ("state_dict", "optimizer_states", "loops", "global_step"):
+        assert same(a[part], b[part]), part
+
+
+def test_when_and_what_is_written(tmp_path, caplog):
+    folder = tmp_path / "2026-01-02" / "03-04-05"
+    with caplog.at_level(logging.INFO):
+        run = train(folder, *rfid(rfid_every_n_steps=2, rfid_save_samples=True, save_samples_count=3, rfid_output_dir=tmp_path / "samples"))
+    scores = logged(folder, "rfid_untrained/score")
+    assert sorted(scores) == [2, 3, 4, 6]  # 3 and 6 are the ends of epochs
+    assert set(logged(folder, "rfid_untrained/images").values()) == {6}
+    for name in ("psnr", "ssim", "lpips", "seconds"):
+        assert sorted(logged(folder, f"rfid_untrained/{name}")) == [2, 3, 4, 6]
+    assert not any(name.startswith("rfid/") for name in run.module.scores)  # that name is for the published network
+    samples = tmp_path / "samples" / "2026-01-02_03-04-05"
+    assert sorted(p.name for p in samples.iterdir()) == ["epoch_001", "epoch_002", "step_0000002", "step_0000004"]
+    pairs = [f"{i:05d}_{kind}.png" for i in range(3) for kind in ("original", "reconstruction")]
+    assert sorted(p.name for p in (samples / "epoch_002").iterdir()) == sorted([*pairs, "sheet.png"])
+    lines = [r.getMessage() for r in caplog.records if "rfid_untrained: " in r.getMessage()]
+    assert len(lines) == 4 and all("over 6 images" in line and line.endswith(" s") for line in lines)
+    for once in ("fewer than its", "no CUDA device is visible: rFID runs on"):
+        assert sum(once in r.getMessage() for r in caplog.records) == (1 if not torch.cuda.is_available() or "fewer" in once else 0)
+    checkpoint = read(folder / "checkpoints" / "last.ckpt")
+    state = next(v for k, v in checkpoint["callbacks"].items() if "RunCheckpoint" in k)
+    assert state == {"monitor": "rfid_untrained/score", "best": pytest.approx(min(scores.values()))}
+    assert read(folder / "checkpoints" / "best.ckpt")["global_step"] == min(scores, key=scores.get)
+
+
+def test_steps_count_generator_updates_under_accumulation(tmp_path):
+    train(tmp_path, *rfid(rfid_every_n_steps=2, rfid_every_epoch=False), "data.batch_size=2", "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=6")
+    assert sorted(logged(tmp_path, "rfid_untrained/score")) == [2, 4, 6]
+
+
+def test_off_needs_no_file_and_best_follows_the_validation_loss(tmp_path):
+    run = train(tmp_path, *rfid(rfid_every_epoch=False), "callbacks.rfid.inception_weights=pretrained", "callbacks.rfid.inception_path=nowhere.pth")
+    assert not any("rfid" in name for name in run.module.scores)
+    states = read(tmp_path / "checkpoints" / "best.ckpt")["callbacks"]
+    assert next(v for k, v in states.items() if "RunCheckpoint" in k)["monitor"] == "val/loss"
+
+
+def test_full_at_end_scores_everything_once(tmp_path):
+    run = train(tmp_path, *rfid(rfid_every_epoch=False, full_at_end=True), "trainer.max_epochs=1")
+    assert run.datamodule.val_size == 58
+    assert run.module.scores["rfid_untrained_full/images"] == (3, 58)
+    assert logged(tmp_path, "rfid_untrained_full/score").keys() == {3}
+    assert "rfid_untrained/score" not in run.module.scores  # never in one curve with scores of fewer images
+
+
+def test_a_missing_file_stops_the_start_and_says_what_to_type(tmp_path):
+    with pytest.raises(UserError) as caught:
+        train(tmp_path, *rfid(), "callbacks.rfid.inception_weights=pretrained", "callbacks.rfid.inception_width=1.0", f"callbacks.rfid.inception_path={tmp_path}/no.pth")
+    for words in (
+        str(tmp_path / "no.pth"), "python scripts/download_weights.py inception", "callbacks.rfid.rfid_every_n_steps=0",
+        "callbacks.rfid.rfid_every_epoch=false", "callbacks.rfid.inception_weights=untrained",
+    ):  # fmt: skip
+        assert words in str(caught.value)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_training_images_stand_in_only_where_nothing_is_held_out(tmp_path, caplog):
+    nothing_held_out = ["data.train_split=1.0", "trainer.max_epochs=1"]
+    with pytest.raises(UserError, match="use_train_dataloader=true"):
+        train(tmp_path / "refused", *rfid(use_train_dataloader=False), *nothing_held_out)
+    run = train(tmp_path / "taken", *rfid(use_train_dataloader=True), *nothing_held_out)
+    assert run.module.scores["rfid_untrained/images"] == (3, 6)
+    assert "rFID is measured on training images" in caplog.text
+
+
+def test_quantization(tmp_path):
+    values = [
+        train(tmp_path / kind, *rfid(quantization=kind), "trainer.max_epochs=1").module.scores["rfid_untrained/psnr"][1]
+        for kind in ("round", "truncate")
+    ]
+    assert 0 < abs(values[0] - values[1]) < 0.2
+
+
+def test_originals_go_through_inception_once_only(tmp_path, monkeypatch):
+    seen = []
+    original = InceptionFeatures.forward
+    monkeypatch.setattr(InceptionFeatures, "forward", lambda self, images: (seen.append(len(images)), original(self, images))[1])
+    run = train(tmp_path, *rfid(rfid_every_n_steps=1))
+    assert sum(seen) == 6 * (1 + 6)  # originals, then six reconstructions of them
+    callback = next(c for c in run.trainer.callbacks if isinstance(c, RFIDCallback))
+    assert callback._inception is None and not callback._reals  # given back at the end
+
+
+ARGUMENTS = {
+    "rfid_every_n_steps": 1000, "rfid_every_epoch": True, "rfid_num_samples": 1000, "rfid_batch_size": 64, "rfid_device": "cuda",
+    "rfid_output_dir": "x", "rfid_save_samples": True, "save_samples_count": 64, "use_train_dataloader": True, "full_at_end": False,
+    "quantization": "round", "inception_path": None, "inception_weights": "pretrained", "inception_width": 1.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rfid_every_n_steps", -1), ("rfid_num_samples", 1), ("rfid_batch_size", 0), ("rfid_device", "tpu"), ("rfid_device", "gpu0"),
+     ("save_samples_count", -2), ("quantization", "floor"), ("inception_weights", "random"), ("rfid_num_samples", 2.5)],
+)  # fmt: skip
+def test_values_that_make_no_sense(key, value):
+    with pytest.raises(UserError, match=rf"callbacks\.rfid\.{key}={value}: expected"):
+        RFIDCallback(**(ARGUMENTS | {key: value}))
+
+
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [("/a/logs/runs/2026-01-02/03-04-05-2", "2026-01-02_03-04-05-2"), ("/a/multiruns/2026-01-02/03-04-05/7", "2026-01-02_03-04-05_7"), ("/a/mine", "mine")],
+)
+def test_run_id(folder, expected):
+    assert run_id(Path(folder)) == expected
+
+
+def test_two_processes_give_the_score_of_one(tmp_path):
+    """Training stands still, so that all weights are the same: 7 images, so that the shares differ."""
+    still = ["model.optimizer.lr=1e-12", "model.scheduler.base_lr=1e-12", "model.scheduler.final_lr=0", "trainer.max_epochs=1", "model.disc_weight=0"]
+    found = []
+    for processes, batch in ((1, 4), (2, 2)):
+        folder = tmp_path / str(processes)
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+        options = rfid(rfid_num_samples=7, rfid_save_samples=True, rfid_output_dir=folder / "samples")
+        command = [sys.executable, *launcher, "src/train.py", *SMALL, *options, *still, f"data.batch_size={batch}", f"paths.log_dir={folder}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment.pop(ENVIRONMENT_KEY, None)
+        done = subprocess.run(command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (run,) = (folder / "runs").glob("*/*")
+        found.append({name: logged(run, f"rfid_untrained/{name}")[3] for name in ("score", "psnr", "ssim", "lpips", "images")})
+        assert len(list((folder / "samples").glob("*/epoch_001/*.png"))) == 15
+    assert found[0]["images"] == 7 and found[1] == pytest.approx(found[0], rel=1e-4)
