@@ -27,9 +27,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--resize-shorter",
         type=int,
         metavar="PX",
-        help="store training images with the shorter side at PX (384 suits 256 px training): re-encoded as JPEG of
-        quality " "95, EXIF rotation applied, smaller ones enlarged. Loads faster. A validation split is still copied
-        unchanged, so " "that rFID is measured against the original files",
+        help="store training images with the shorter side at PX (384 suits 256 px training): re-encoded as JPEG of "
+        "quality 95, EXIF rotation applied, smaller ones enlarged. Loads faster. A validation split is still copied "
+        "unchanged, so that rFID is measured against the original files",
     )
     parser.add_argument(
         "--num_workers",

@@ -1,7 +1,7 @@
 """Score reconstructions: rFID, PSNR, SSIM and LPIPS of a trained model, a released decoder or an exported folder.
 
-    python src/eval_rfid.py --checkpoint logs/runs/DATE/TIME/checkpoints/best.ckpt --data_dir /path/to/imagenet_hf
-    torchrun --nproc_per_node=8 src/eval_rfid.py …                       several processes, the same number
+python src/eval_rfid.py --checkpoint logs/runs/DATE/TIME/checkpoints/best.ckpt --data_dir /path/to/imagenet_hf
+torchrun --nproc_per_node=8 src/eval_rfid.py …                       several processes, the same number
 """
 
 import sys
@@ -10,8 +10,6 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import json
-import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -30,7 +28,8 @@ from src.evaluation.terminal import log_to_stderr, progress
 EPILOG = r"""
 the published figures of the released DINOv2-B decoder (rFID .57, PSNR 18.9 dB on the 50,000 images of ImageNet val):
 
-    python scripts/download_weights.py inception vgg16 lpips decoder-dinov2 stats-dinov2 facebook/dinov2-with-registers-base
+    python scripts/download_weights.py inception vgg16 lpips decoder-dinov2 stats-dinov2 \
+        facebook/dinov2-with-registers-base
     python src/eval_rfid.py \
         --decoder weights/decoders/dinov2/wReg_base/ViTXL_n08/model.pt --decoder_config configs/decoder/ViTXL \
         --encoder_cls Dinov2withNorm --encoder facebook/dinov2-with-registers-base \
@@ -50,20 +49,88 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_options(parser, num_samples=10000)
     add_inception_options(parser)
     add_device_option(parser)
-    option(parser, "precision", choices=("32", "16", "bf16"), default="32", help="of encoder and decoder; 16 on a CPU is bf16 (default: %(default)s)")
-    option(parser, "quantization", choices=("round", "truncate"), default="round", help="to 8 bits; truncate is what the official code does (default: %(default)s)")
-    option(parser, "reference", nargs="+", metavar="NPZ", help="score against `mu` and `sigma`, or the images `arr_0`, of a file instead of the originals; one for all data sets or one for each")
-    option(parser, "noise_sigma", nargs="+", type=_sigma, default=[0.0], metavar="S", help="standard deviations of noise on the latents, before their normalisation: a row for each (default: 0)")
-    option(parser, "layers", nargs="+", metavar="BLOCKS", help="blocks of the encoder to decode from, k1, k7, k23 or numbers such as 11.13.15: a row for each (default: the model's own)")
-    option(parser, "vgg_path", metavar="FILE", help="VGG16 for LPIPS (default: the checkpoint's, else weights/vgg16-397923af.pth)")
-    option(parser, "lpips_path", metavar="FILE", help="linear weights of LPIPS (default: the checkpoint's, else weights/lpips_vgg_v0.1.pth)")
+    option(
+        parser,
+        "precision",
+        choices=("32", "16", "bf16"),
+        default="32",
+        help="of encoder and decoder; 16 on a CPU is bf16 (default: %(default)s)",
+    )
+    option(
+        parser,
+        "quantization",
+        choices=("round", "truncate"),
+        default="round",
+        help="to 8 bits; truncate is what the official code does (default: %(default)s)",
+    )
+    option(
+        parser,
+        "reference",
+        nargs="+",
+        metavar="NPZ",
+        help="score against `mu` and `sigma`, or the images `arr_0`, of a file instead of the originals; one for all "
+        "data sets or one for each",
+    )
+    option(
+        parser,
+        "noise_sigma",
+        nargs="+",
+        type=_sigma,
+        default=[0.0],
+        metavar="S",
+        help="standard deviations of noise on the latents, before their normalisation: a row for each (default: 0)",
+    )
+    option(
+        parser,
+        "layers",
+        nargs="+",
+        metavar="BLOCKS",
+        help="blocks of the encoder to decode from, k1, k7, k23 or numbers such as 11.13.15: a row for each "
+        "(default: the model's own)",
+    )
+    option(
+        parser,
+        "vgg_path",
+        metavar="FILE",
+        help="VGG16 for LPIPS (default: the checkpoint's, else weights/vgg16-397923af.pth)",
+    )
+    option(
+        parser,
+        "lpips_path",
+        metavar="FILE",
+        help="linear weights of LPIPS (default: the checkpoint's, else weights/lpips_vgg_v0.1.pth)",
+    )
     output = parser.add_argument_group("output")
-    option(output, "output_dir", metavar="DIR", help="save originals and reconstructions as PNG, and a sheet with their differences")
-    option(output, "save_samples_count", type=not_negative, default=64, metavar="N", help="pairs in --output_dir (default: %(default)s)")
-    option(output, "worst", type=not_negative, default=0, metavar="K", help="sheet of the K worst (by LPIPS, else PSNR) as --output_dir/worst.png")
+    option(
+        output,
+        "output_dir",
+        metavar="DIR",
+        help="save originals and reconstructions as PNG, and a sheet with their differences",
+    )
+    option(
+        output,
+        "save_samples_count",
+        type=not_negative,
+        default=64,
+        metavar="N",
+        help="pairs in --output_dir (default: %(default)s)",
+    )
+    option(
+        output,
+        "worst",
+        type=not_negative,
+        default=0,
+        metavar="K",
+        help="sheet of the K worst (by LPIPS, else PSNR) as --output_dir/worst.png",
+    )
     option(output, "json", metavar="FILE", help="all numbers, and all they depend on")
     option(output, "csv", metavar="FILE", help="PSNR, SSIM and LPIPS of each image")
-    option(output, "save_npz", metavar="FILE", help="reconstructions as `arr_0` (uint8 N x H x W x 3) for the ADM evaluation suite")
+    option(
+        output,
+        "save_npz",
+        metavar="FILE",
+        help="reconstructions as `arr_0` (uint8 N x H x W x 3) for the ADM evaluation suite",
+    )
     return parser
 
 
@@ -90,69 +157,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from src.evaluation.processes import processes
+    from src.evaluation.report import text, write_json
     from src.evaluation.rfid import Evaluation, output_folders, references
 
     results: list[dict[str, Any]] = []
     folders = output_folders(options.output_dir, options.data_dir)
     files = references(options.reference, options.data_dir)
     with processes(options.device) as place, Evaluation(options, place) as evaluation:
-        sets = [evaluation.open(data_dir) for data_dir in options.data_dir]  # before the first long pass, what is wrong is said
+        sets = [
+            evaluation.open(data_dir) for data_dir in options.data_dir
+        ]  # before the first long pass, what is wrong is said
         with progress(place.main) as track:
             for images, reference, folder in zip(sets, files, folders, strict=True):
                 loader = evaluation.loader(images)
                 results += evaluation.score(images, track(loader, len(loader), images.folder.name), reference, folder)
         protocol = evaluation.protocol
     if results:
-        _print(results, options)
+        print(text(results))
+        if options.output_dir:
+            print(f"Sample images saved to: {options.output_dir}")
         if options.json:
-            _write_json(options.json, {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], **protocol, "results": results})
+            command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+            write_json(options.json, {"command": command, **protocol, "results": results})
+        for file in filter(None, (options.json, options.csv, options.save_npz)):
+            print(f"Written: {file}")
     return 0
-
-
-def _print(results: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
-    for data_dir in dict.fromkeys(result["data_dir"] for result in results):
-        own = [result for result in results if result["data_dir"] == data_dir]
-        first = own[0]
-        print(f"Images: {first['images']:,} of {first['available']:,}, {first['split']} of {data_dir}")
-        print(f"{_score_name(first)} Score: {first[_score_key(first)]:.4f}")
-        print(", ".join(f"{name.upper().replace('_', ' ')}: {value:.4f}" for name, value in _quality(first).items()))
-        if len(own) > 1:
-            _print_table(own)
-        print()
-    if options.output_dir:
-        print(f"Sample images saved to: {options.output_dir}")
-    for name in ("json", "csv", "save_npz"):
-        if getattr(options, name):
-            print(f"Written: {getattr(options, name)}")
-
-
-def _print_table(results: Sequence[dict[str, Any]]) -> None:
-    names = [_score_key(results[0]), *_quality(results[0])]
-    rows = [["blocks", "sigma", *names]]
-    rows += [[r["layers"] or "own", f"{r['noise_sigma']:g}", *(f"{r[name]:.4f}" for name in names)] for r in results]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print("  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
-
-
-def _score_key(result: dict[str, Any]) -> str:
-    return "rfid" if "rfid" in result else "rfid_untrained"
-
-
-def _score_name(result: dict[str, Any]) -> str:
-    return "rFID" if "rfid" in result else "rFID (untrained Inception)"
-
-
-def _quality(result: dict[str, Any]) -> dict[str, float]:
-    return {name: result[name] for name in ("psnr", "ssim", "lpips", "lpips_untrained") if name in result}
-
-
-def _write_json(path: str, content: dict[str, Any]) -> None:
-    from src.metrics.npz import atomic_write
-    from src.weights import resolve
-
-    with atomic_write(resolve(path)) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 def _sigma(text: str) -> float:

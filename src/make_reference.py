@@ -3,9 +3,10 @@
     python src/make_reference.py --data_dir /path/to/imagenet_hf --split validation --output val256.npz
     python src/make_reference.py --data_dir /path/to/imagenet_hf --kind images --output val256_images.npz
 
-Images are the centre crops that reconstructions are compared with. Both files go into `eval_rfid.py --reference`, and into
-other tools: the first is what pytorch-fid and the like read, the second what the ADM evaluation suite reads. To pack
-reconstructions for that suite use `eval_rfid.py --save_npz FILE`; a folder of generated images is a data set like any other.
+Images are the centre crops that reconstructions are compared with. Both files go into `eval_rfid.py --reference`, and
+into other tools: the first is what pytorch-fid and the like read, the second what the ADM evaluation suite reads. To
+pack reconstructions for that suite use `eval_rfid.py --save_npz FILE`; a folder of generated images is a data set like
+any other.
 """
 
 import sys
@@ -17,7 +18,14 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from src.evaluation.options import add_data_options, add_device_option, add_inception_options, make_parser, option, positive
+from src.evaluation.options import (
+    add_data_options,
+    add_device_option,
+    add_inception_options,
+    make_parser,
+    option,
+    positive,
+)
 from src.evaluation.terminal import log_to_stderr, progress
 
 
@@ -26,8 +34,21 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_options(parser, num_samples=None)
     add_inception_options(parser)
     add_device_option(parser)
-    option(parser, "image_size", type=positive, default=256, metavar="PX", help="side of the centre crop (default: %(default)s)")
-    option(parser, "kind", choices=("statistics", "images"), default="statistics", help="what to write (default: %(default)s)")
+    option(
+        parser,
+        "image_size",
+        type=positive,
+        default=256,
+        metavar="PX",
+        help="side of the centre crop (default: %(default)s)",
+    )
+    option(
+        parser,
+        "kind",
+        choices=("statistics", "images"),
+        default="statistics",
+        help="what to write (default: %(default)s)",
+    )
     option(parser, "output", required=True, metavar="FILE", help="the npz")
     return parser
 

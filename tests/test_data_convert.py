@@ -218,7 +218,7 @@ def test_full_disk_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.Monkey
         return write(path, *rest)
 
     monkeypatch.setattr(convert_shard, "write_shard", filling)
-    with pytest.raises(UserError, match="(?s)disk is full.*same command"):
+    with pytest.raises(UserError, match=r"(?s)disk is full.*same command"):
         run(root, output)
     assert not output.exists()
     report = run(root, output)
@@ -236,7 +236,7 @@ def test_other_settings_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "out.partial").is_dir()
     with pytest.raises(UserError, match="resize_shorter_px: then None, now 64"):
         run(root, output, Settings(64, 80.0))
-    with pytest.raises(UserError, match="half-|no dataset_info|state.json"):
+    with pytest.raises(UserError, match=r"half-|no dataset_info|state.json"):
         ArrowSource(tmp_path / "out.partial")
     (root / "cat/new.jpg").write_bytes(FILES[5])
     with pytest.raises(UserError, match="files: then 150, now 151"):

@@ -74,8 +74,9 @@ def test_one_pass_equals_two_steps(wh: tuple[int, int], size: int) -> None:
 
 @pytest.mark.parametrize("wh", SIZES, ids=str)
 def test_only_the_neighbourhood_is_needed(wh: tuple[int, int]) -> None:
-    """Cutting the source before the resize changes nothing, borders included."""
-    image = natural(*wh)
+    """Cutting the source before the resize changes nothing, borders included, even in noise (without black and white:
+    Pillow clips between its two passes, whose order may depend on the sizes)."""
+    image = Image.fromarray(np.random.default_rng(0).integers(80, 176, (wh[1], wh[0], 3), dtype=np.uint8))
     for u, v in ((0, 0), (0.37, 0.61), (0.999999, 0.999999)):
         window = crops.random_window(*wh, 256, 384, u, v)
         x, y = wh[0] / window.frame_width, wh[1] / window.frame_height

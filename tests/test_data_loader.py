@@ -1,4 +1,4 @@
-"""Datasets, loaders and the data module: same batches for any workers, exact resume, bad images, both kinds of splits."""
+"""Datasets, loaders and the data module: same batches for any workers, exact resume, bad images, both modes."""
 
 import io
 import logging
@@ -18,7 +18,9 @@ from src import weights
 from src.data import dummy
 from src.data.crops import adm_center_crop
 from src.data.datamodule import RAEDataModule
+from src.data.dataset import Failure
 from src.data.decode import BadImage, Decoder
+from src.data.loader import BadImages
 from src.data.order import evaluation_rows, split_rows
 from src.errors import UserError
 
@@ -265,6 +267,14 @@ def test_too_many_bad_images_stop_the_run(num_workers: int) -> None:
         list(with_source([b""] * 8, max_bad_share=1.0).train_dataloader())
 
 
+def test_an_image_without_a_replacement_stops_whatever_the_share() -> None:
+    counter = BadImages(max_share=1.0, epoch_images=1000)
+    failure = (Failure(3, "row 3", "empty file"),)
+    counter.account(500, failure)
+    with pytest.raises(UserError, match="row 3: empty file"):
+        counter.account(4, failure, stuck=True)
+
+
 def test_one_bad_image_in_a_large_set_does_not_stop() -> None:
     loader = with_source(([b"", *FILES[1:]]) * 5, max_bad_share=0.03).train_dataloader()
     assert sum(int(b["bad"].sum()) for b in loader) == 5
@@ -323,7 +333,7 @@ def test_own_sets_are_made_when_missing(tmp_path: Path, monkeypatch: pytest.Monk
     assert (data.train_size, data.val_size) == (16, 4)
     assert [p.name for p in (tmp_path / "data").iterdir()] == ["test_hf"]
     data.prepare_data()  # there already: nothing to do
-    with pytest.raises(UserError, match="No dataset at .*somewhere"):
+    with pytest.raises(UserError, match=r"No dataset at .*somewhere"):
         module(Path("data/somewhere")).setup()
 
 
@@ -359,7 +369,7 @@ def test_bad_values_name_their_key_at_once(changed: dict[str, Any], says: str) -
 
 
 def test_too_few_images(folder: Path) -> None:
-    with pytest.raises(UserError, match="data.batch_size=40"):
+    with pytest.raises(UserError, match=r"data.batch_size=40"):
         module(folder, batch_size=64).train_dataloader()
 
 

@@ -1,4 +1,4 @@
-"""Rows from Hugging Face datasets and image trees, the guide's two modes, and an error for everything that is not there."""
+"""Rows from Hugging Face datasets and image trees, the guide's two modes, an error for all that is not there."""
 
 import pickle
 from pathlib import Path
@@ -262,18 +262,18 @@ def test_what_is_not_a_dataset_says_so(damage, says: str, single: Path) -> None:
 
 
 def test_missing_folder_names_close_ones(single: Path) -> None:
-    with pytest.raises(UserError, match="Folders in .*: single"):
+    with pytest.raises(UserError, match=r"Folders in .*: single"):
         open_splits(single.parent / "singel", True, "train", None, 1.0)
 
 
 def test_missing_split_lists_those_there(with_splits: Path) -> None:
-    with pytest.raises(UserError, match="no split 'training'.*train, validation"):
+    with pytest.raises(UserError, match=r"no split 'training'.*train, validation"):
         open_splits(with_splits, True, "training", "validation", 1.0)
 
 
 def test_missing_column_lists_those_there(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"text": ["a"], "label": [0]}).save_to_disk(str(tmp_path / "x"))
-    with pytest.raises(UserError, match="no image column.*text, label"):
+    with pytest.raises(UserError, match=r"no image column.*text, label"):
         ArrowSource(tmp_path / "x")
     datasets.Dataset.from_dict({"image": ["a.jpg"]}).save_to_disk(str(tmp_path / "y"))
     with pytest.raises(UserError, match="holds string"):
@@ -282,7 +282,7 @@ def test_missing_column_lists_those_there(tmp_path: Path) -> None:
 
 def test_nothing_to_train_on(single: Path, tmp_path: Path) -> None:
     for share in (0, 1.5, -1):
-        with pytest.raises(UserError, match="data.train_split"):
+        with pytest.raises(UserError, match=r"data.train_split"):
             open_splits(single, True, "train", None, share)
     with pytest.raises(UserError, match="leaves none"):
         open_splits(single, True, "train", None, 0.01)

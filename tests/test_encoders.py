@@ -237,10 +237,10 @@ def test_loading_is_strict(name, tmp_path):
     assert kind(str(tmp_path), weights="untrained").untrained
 
 
-def test_untrained_weights_are_seeded_and_leave_the_generator_alone():
-    place = TINY_ENCODERS["DINOv3wNorm"]["model_name"]
+@pytest.mark.parametrize("name", ENCODERS)
+def test_untrained_weights_are_seeded_and_leave_the_generator_alone(name):
     before = torch.get_rng_state()
-    first, again, other = (ENCODERS["DINOv3wNorm"](place, weights="untrained", seed=s) for s in (1, 1, 2))
+    first, again, other = (ENCODERS[name](**TINY_ENCODERS[name], weights="untrained", seed=s) for s in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
     assert first.identity() == again.identity() != other.identity()
@@ -255,10 +255,11 @@ def test_identity_follows_what_a_latent_depends_on(tmp_path):
     assert str(tmp_path) not in str(one)
     for options in ({"layers": [2, 3]}, {"layers": [1, 3], "layer_fusion": "mean"}):
         assert kind(str(tmp_path / "a"), **options).identity() != one
-    with torch.no_grad():
-        model.norm.bias.add_(1)
-    model.save_pretrained(tmp_path / "c")
-    assert kind(str(tmp_path / "c"), layers=[1, 3]).identity()["weights"] != one["weights"]
+    for name, changed in (("norm.bias", False), ("embeddings.cls_token", True), ("model.layer.2.mlp.up_proj.bias", True)):
+        with torch.no_grad():  # the final norm loses its affine parameters, so they make no difference
+            model.get_parameter(name).add_(1)
+        model.save_pretrained(tmp_path / name)
+        assert (kind(str(tmp_path / name), layers=[1, 3]).identity()["weights"] != one["weights"]) == changed
 
 
 @pytest.mark.parametrize(("options", "message"), [

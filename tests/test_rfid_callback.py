@@ -1,6 +1,7 @@
 """rFID during training: every option does what it says, and training never notices."""
 
 import csv
+import json
 import logging
 import os
 import random
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from src import eval_rfid
 from src.callbacks.rfid_callback import RFIDCallback, run_id
 from src.errors import UserError
 from src.metrics.inception import InceptionFeatures
@@ -24,7 +26,13 @@ UNTRAINED = ["callbacks.rfid.inception_weights=untrained", "callbacks.rfid.incep
 
 def rfid(**options: object) -> list[str]:
     """Overrides: on at the end of epochs with 6 images, nothing saved, unless said otherwise."""
-    values = {"rfid_every_n_steps": 0, "rfid_every_epoch": True, "rfid_num_samples": 6, "rfid_batch_size": 4, "rfid_save_samples": False}
+    values = {
+        "rfid_every_n_steps": 0,
+        "rfid_every_epoch": True,
+        "rfid_num_samples": 6,
+        "rfid_batch_size": 4,
+        "rfid_save_samples": False,
+    }
     values |= options
     return [*UNTRAINED, "logger=csv", *(f"callbacks.rfid.{name}={value}" for name, value in values.items())]
 
@@ -75,7 +83,10 @@ class Watched:
 def test_training_with_and_without_is_the_same_bit_for_bit(tmp_path, monkeypatch):
     train(tmp_path / "without", "~callbacks.rfid", "logger=csv")
     watched = Watched(monkeypatch)
-    train(tmp_path / "with", *rfid(rfid_every_n_steps=1, full_at_end=True, rfid_save_samples=True, rfid_output_dir=tmp_path / "samples"))
+    train(
+        tmp_path / "with",
+        *rfid(rfid_every_n_steps=1, full_at_end=True, rfid_save_samples=True, rfid_output_dir=tmp_path / "samples"),
+    )
     assert watched.evaluations == 7  # six updates, and all 58 images at the end
     a, b = (read(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("without", "with"))
     for part in ("state_dict", "optimizer_states", "loops", "global_step"):
@@ -85,7 +96,12 @@ def test_training_with_and_without_is_the_same_bit_for_bit(tmp_path, monkeypatch
 def test_when_and_what_is_written(tmp_path, caplog):
     folder = tmp_path / "2026-01-02" / "03-04-05"
     with caplog.at_level(logging.INFO):
-        run = train(folder, *rfid(rfid_every_n_steps=2, rfid_save_samples=True, save_samples_count=3, rfid_output_dir=tmp_path / "samples"))
+        run = train(
+            folder,
+            *rfid(
+                rfid_every_n_steps=2, rfid_save_samples=True, save_samples_count=3, rfid_output_dir=tmp_path / "samples"
+            ),
+        )
     scores = logged(folder, "rfid_untrained/score")
     assert sorted(scores) == [2, 3, 4, 6]  # 3 and 6 are the ends of epochs
     assert set(logged(folder, "rfid_untrained/images").values()) == {6}
@@ -99,7 +115,9 @@ def test_when_and_what_is_written(tmp_path, caplog):
     lines = [r.getMessage() for r in caplog.records if "rfid_untrained: " in r.getMessage()]
     assert len(lines) == 4 and all("over 6 images" in line and line.endswith(" s") for line in lines)
     for once in ("fewer than its", "no CUDA device is visible: rFID runs on"):
-        assert sum(once in r.getMessage() for r in caplog.records) == (1 if not torch.cuda.is_available() or "fewer" in once else 0)
+        assert sum(once in r.getMessage() for r in caplog.records) == (
+            1 if not torch.cuda.is_available() or "fewer" in once else 0
+        )
     checkpoint = read(folder / "checkpoints" / "last.ckpt")
     state = next(v for k, v in checkpoint["callbacks"].items() if "RunCheckpoint" in k)
     assert state == {"monitor": "rfid_untrained/score", "best": pytest.approx(min(scores.values()))}
@@ -107,12 +125,23 @@ def test_when_and_what_is_written(tmp_path, caplog):
 
 
 def test_steps_count_generator_updates_under_accumulation(tmp_path):
-    train(tmp_path, *rfid(rfid_every_n_steps=2, rfid_every_epoch=False), "data.batch_size=2", "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=6")
+    train(
+        tmp_path,
+        *rfid(rfid_every_n_steps=2, rfid_every_epoch=False),
+        "data.batch_size=2",
+        "trainer.accumulate_grad_batches=2",
+        "trainer.limit_train_batches=6",
+    )
     assert sorted(logged(tmp_path, "rfid_untrained/score")) == [2, 4, 6]
 
 
 def test_off_needs_no_file_and_best_follows_the_validation_loss(tmp_path):
-    run = train(tmp_path, *rfid(rfid_every_epoch=False), "callbacks.rfid.inception_weights=pretrained", "callbacks.rfid.inception_path=nowhere.pth")
+    run = train(
+        tmp_path,
+        *rfid(rfid_every_epoch=False),
+        "callbacks.rfid.inception_weights=pretrained",
+        "callbacks.rfid.inception_path=nowhere.pth",
+    )
     assert not any("rfid" in name for name in run.module.scores)
     states = read(tmp_path / "checkpoints" / "best.ckpt")["callbacks"]
     assert next(v for k, v in states.items() if "RunCheckpoint" in k)["monitor"] == "val/loss"
@@ -126,9 +155,45 @@ def test_full_at_end_scores_everything_once(tmp_path):
     assert "rfid_untrained/score" not in run.module.scores  # never in one curve with scores of fewer images
 
 
+def test_the_command_line_gives_the_score_of_the_callback(tmp_path, capsys):
+    """EMA weights, the same images, the same protocol."""
+    run = train(
+        tmp_path, *rfid(rfid_every_epoch=False, full_at_end=True), "trainer.max_epochs=1", "model.ema_decay=0.5"
+    )
+    arguments = [
+        "--checkpoint",
+        tmp_path / "checkpoints" / "last.ckpt",
+        "--data_dir",
+        "data/dummy_dataset_hf",
+        "--device",
+        "cpu",
+    ]
+    arguments += [
+        "--inception_weights",
+        "untrained",
+        "--inception_width",
+        0.03,
+        "--num_workers",
+        0,
+        "--json",
+        tmp_path / "a.json",
+    ]
+    assert eval_rfid.main([str(a) for a in arguments]) == 0
+    (result,) = json.loads((tmp_path / "a.json").read_text())["results"]
+    assert (result["split"], result["images"]) == ("held_out", 58)
+    for theirs, ours in (("rfid_untrained", "score"), ("psnr", "psnr"), ("ssim", "ssim"), ("lpips_untrained", "lpips")):
+        assert result[theirs] == pytest.approx(run.module.scores[f"rfid_untrained_full/{ours}"][1], rel=1e-4)
+
+
 def test_a_missing_file_stops_the_start_and_says_what_to_type(tmp_path):
     with pytest.raises(UserError) as caught:
-        train(tmp_path, *rfid(), "callbacks.rfid.inception_weights=pretrained", "callbacks.rfid.inception_width=1.0", f"callbacks.rfid.inception_path={tmp_path}/no.pth")
+        train(
+            tmp_path,
+            *rfid(),
+            "callbacks.rfid.inception_weights=pretrained",
+            "callbacks.rfid.inception_width=1.0",
+            f"callbacks.rfid.inception_path={tmp_path}/no.pth",
+        )
     for words in (
         str(tmp_path / "no.pth"), "python scripts/download_weights.py inception", "callbacks.rfid.rfid_every_n_steps=0",
         "callbacks.rfid.rfid_every_epoch=false", "callbacks.rfid.inception_weights=untrained",
@@ -157,7 +222,9 @@ def test_quantization(tmp_path):
 def test_originals_go_through_inception_once_only(tmp_path, monkeypatch):
     seen = []
     original = InceptionFeatures.forward
-    monkeypatch.setattr(InceptionFeatures, "forward", lambda self, images: (seen.append(len(images)), original(self, images))[1])
+    monkeypatch.setattr(
+        InceptionFeatures, "forward", lambda self, images: (seen.append(len(images)), original(self, images))[1]
+    )
     run = train(tmp_path, *rfid(rfid_every_n_steps=1))
     assert sum(seen) == 6 * (1 + 6)  # originals, then six reconstructions of them
     callback = next(c for c in run.trainer.callbacks if isinstance(c, RFIDCallback))
@@ -183,7 +250,11 @@ def test_values_that_make_no_sense(key, value):
 
 @pytest.mark.parametrize(
     ("folder", "expected"),
-    [("/a/logs/runs/2026-01-02/03-04-05-2", "2026-01-02_03-04-05-2"), ("/a/multiruns/2026-01-02/03-04-05/7", "2026-01-02_03-04-05_7"), ("/a/mine", "mine")],
+    [
+        ("/a/logs/runs/2026-01-02/03-04-05-2", "2026-01-02_03-04-05-2"),
+        ("/a/multiruns/2026-01-02/03-04-05/7", "2026-01-02_03-04-05_7"),
+        ("/a/mine", "mine"),
+    ],
 )
 def test_run_id(folder, expected):
     assert run_id(Path(folder)) == expected
@@ -191,18 +262,39 @@ def test_run_id(folder, expected):
 
 def test_two_processes_give_the_score_of_one(tmp_path):
     """Training stands still, so that all weights are the same: 7 images, so that the shares differ."""
-    still = ["model.optimizer.lr=1e-12", "model.scheduler.base_lr=1e-12", "model.scheduler.final_lr=0", "trainer.max_epochs=1", "model.disc_weight=0"]
-    found = []
-    for processes, batch in ((1, 4), (2, 2)):
-        folder = tmp_path / str(processes)
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-        options = rfid(rfid_num_samples=7, rfid_save_samples=True, rfid_output_dir=folder / "samples")
-        command = [sys.executable, *launcher, "src/train.py", *SMALL, *options, *still, f"data.batch_size={batch}", f"paths.log_dir={folder}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        environment.pop(ENVIRONMENT_KEY, None)
-        done = subprocess.run(command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr[-3000:]
-        (run,) = (folder / "runs").glob("*/*")
-        found.append({name: logged(run, f"rfid_untrained/{name}")[3] for name in ("score", "psnr", "ssim", "lpips", "images")})
-        assert len(list((folder / "samples").glob("*/epoch_001/*.png"))) == 15
-    assert found[0]["images"] == 7 and found[1] == pytest.approx(found[0], rel=1e-4)
+    still = [
+        "model.optimizer.lr=1e-12",
+        "model.scheduler.base_lr=1e-12",
+        "model.scheduler.final_lr=0",
+        "trainer.max_epochs=1",
+        "model.disc_weight=0",
+    ]
+    options = [*rfid(rfid_num_samples=7, rfid_save_samples=True), *still, "trainer.limit_val_batches=0"]
+    one = tmp_path / "one"
+    train(one, *options, f"callbacks.rfid.rfid_output_dir={one}/samples")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "src/train.py",
+        *SMALL,
+        *options,
+    ]
+    command += ["data.batch_size=2", f"callbacks.rfid.rfid_output_dir={tmp_path}/samples", f"paths.log_dir={tmp_path}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment.pop(ENVIRONMENT_KEY, None)
+    done = subprocess.run(command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (two,) = (tmp_path / "runs").glob("*/*")
+    a, b = (
+        {name: logged(run, f"rfid_untrained/{name}")[3] for name in ("score", "psnr", "ssim", "lpips", "images")}
+        for run in (one, two)
+    )
+    assert a["images"] == 7 and b == pytest.approx(a, rel=1e-4)
+    a, b = (
+        {p.name: p.read_bytes() for p in folder.glob("*/epoch_001/*_original.png")}
+        for folder in (one / "samples", tmp_path / "samples")
+    )
+    assert len(a) == 7 and a == b  # the same pictures, whoever made them

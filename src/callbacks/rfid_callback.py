@@ -27,17 +27,18 @@ log = logging.getLogger(__name__)
 
 OFF = "callbacks.rfid.rfid_every_n_steps=0 callbacks.rfid.rfid_every_epoch=false"
 REMEDY = (
-    f"To train without rFID: {OFF}. For a try-out: callbacks.rfid.inception_weights=untrained (the score is then called "
+    f"To train without rFID: {OFF}. For a try-out: callbacks.rfid.inception_weights=untrained (the score is then "
+    "called "
     "rfid_untrained/score)."
 )
 _DATE = re.compile(r"\d{4}-\d\d-\d\d")
 
 
 class RFIDCallback(pl.Callback):
-    """Scores the EMA weights on held-out images; every process takes its share. Arguments: `configs/callbacks/rfid.yaml`.
+    """Scores the EMA weights on held-out images; every process takes its share. Arguments: configs/callbacks/rfid.yaml.
 
     Logs `rfid/{score,psnr,ssim,lpips,images,seconds}`; with untrained Inception weights the first part of the names is
-    `rfid_untrained`, and for the whole evaluation set at the end `_full` is added to it. Takes nothing from training but time.
+    `rfid_untrained`; for the whole evaluation set at the end `_full` is added to it. Training loses nothing but time.
     """
 
     def __init__(
@@ -103,9 +104,14 @@ class RFIDCallback(pl.Callback):
             return
         dataset, training_images = trainer.datamodule.evaluation_dataset(self.train_fallback)
         if len(dataset) < 2:
-            raise UserError(f"rFID needs at least 2 images, the evaluation data has {len(dataset)}. Hold out more (data.train_split), or switch it off: {OFF}.")
+            raise UserError(
+                f"rFID needs at least 2 images, the evaluation data has {len(dataset)}. Hold out more "
+                f"(data.train_split), or switch it off: {OFF}."
+            )
         if training_images:
-            log.warning("rFID is measured on training images: nothing is held out (data.train_split, data.hf_validation_split).")
+            log.warning(
+                "rFID is measured on training images: nothing is held out (data.train_split, data.hf_validation_split)."
+            )
         path, weights, width = self._inception_arguments
         self._inception = load_inception(path, weights, width, "callbacks.rfid.inception_path", REMEDY)
         if self.save_count and trainer.is_global_zero:
@@ -151,7 +157,9 @@ class RFIDCallback(pl.Callback):
         """On all ranks, the same result on all of them."""
         rank, world = trainer.global_rank, trainer.world_size
         reals = self._reals.get(images)
-        score = ReconstructionScore(self._network(pl_module.device), self.batch_size, pl_module.lpips, self.quantization, reals)
+        score = ReconstructionScore(
+            self._network(pl_module.device), self.batch_size, pl_module.lpips, self.quantization, reals
+        )
         pairs = FirstPairs(self.save_count)
         loader = trainer.datamodule.evaluation_loader(self.batch_size, images, rank, world, self.train_fallback)
 
@@ -192,7 +200,9 @@ class RFIDCallback(pl.Callback):
         assert self._inception is not None, "setup has not run"
         device = self.device
         if device.type == "cuda" and not torch.cuda.is_available():
-            log.warning("callbacks.rfid.rfid_device=%s, but no CUDA device is visible: rFID runs on %s.", device, module_device)
+            log.warning(
+                "callbacks.rfid.rfid_device=%s, but no CUDA device is visible: rFID runs on %s.", device, module_device
+            )
             device = self.device = module_device
         if device.type == module_device.type and device.index is None:
             device = module_device

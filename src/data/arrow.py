@@ -1,4 +1,4 @@
-"""One Hugging Face dataset on disk (`state.json`, `dataset_info.json`, Arrow files), memory-mapped with pyarrow alone."""
+"""One Hugging Face dataset on disk (`state.json`, `dataset_info.json`, Arrow files), mapped with pyarrow alone."""
 
 import bisect
 import hashlib

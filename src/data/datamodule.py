@@ -137,7 +137,7 @@ class RAEDataModule(LightningDataModule):
     # -- evaluation
 
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
-        """This rank's share of the held-out images; an empty list (no validation for Lightning) where there are none."""
+        """This rank's share of the held-out images; an empty list (no validation) where there are none."""
         if not self.val_size:
             return []
         world, rank = self._place()

@@ -59,13 +59,15 @@ class TrainTransform:
         if self.train_crop == "center":
             raise UserError(
                 f"data.train_crop=center resizes the shorter side to data.image_size={self.image_size}; "
-                f"data.resize_shorter_px={self.resize_shorter_px} has no effect with it. Set
-            data.resize_shorter_px=null." )
+                f"data.resize_shorter_px={self.resize_shorter_px} has no effect with it. Set "
+                "data.resize_shorter_px=null."
+            )
         if self.resize_shorter_px < self.image_size:
             raise UserError(
                 f"data.resize_shorter_px={self.resize_shorter_px} leaves no square of "
-                f"data.image_size={self.image_size}: expected at least that, or null for
-            {crops.default_shorter_px(self.image_size)}." )
+                f"data.image_size={self.image_size}: expected at least that, or null for "
+                f"{crops.default_shorter_px(self.image_size)}."
+            )
 
     @property
     def shorter_px(self) -> int:
@@ -97,7 +99,7 @@ class EvaluationTransform:
 
 
 class TrainDataset(Dataset[Sample]):
-    """Rows of a source as training crops. A bad image is replaced by another row, drawn from (seed, epoch, position)."""
+    """Rows of a source as training crops. A bad image is replaced by a row drawn from (seed, epoch, position)."""
 
     def __init__(self, source: Source, rows: np.ndarray, transform: TrainTransform) -> None:
         self.source, self.rows, self.transform = source, rows, transform

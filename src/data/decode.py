@@ -161,7 +161,7 @@ def _read_orientation(segment: bytes) -> int:
         try:
             exif.load(segment)
             return _valid(exif.get(ORIENTATION_TAG, 1))
-        except Exception:
+        except Exception:  # a damaged EXIF block says nothing about the pixels
             return 1
 
 

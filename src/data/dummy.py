@@ -28,7 +28,7 @@ GREY_SHARE = 0.1
 
 
 def ensure(data_dir: Path) -> bool:
-    """Make the project's own data set where `data_dir` is the place of one and nothing is there. True if it was made."""
+    """Make the project's own data set where `data_dir` is the place of one and nothing is there. True if made."""
     for place, (count, shards) in DATASETS.items():
         if data_dir.resolve() == (weights.PROJECT_ROOT / place).resolve() and not data_dir.exists():
             log.info("Making %d pictures in %s", count, data_dir)

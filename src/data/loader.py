@@ -1,4 +1,4 @@
-"""The loaders. Training: batches by `EpochOrder`, resumable at any of them. Evaluation: a fixed order, each image once."""
+"""The loaders. Training: batches by `EpochOrder`, resumable at any. Evaluation: a fixed order, each image once."""
 
 import logging
 import multiprocessing

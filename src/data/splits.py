@@ -41,10 +41,11 @@ def open_splits(
         raise UserError(f"data.train_split={train_split} leaves none of the {len(train)} images for training.")
     if _has_split(data_dir, use_hf_dataset, hf_validation_split):
         validation = _open(data_dir, use_hf_dataset, str(hf_validation_split))
-        text = f"{len(rows)} of {len(train)} images of {hf_split!r} for training, {len(validation)} of
-        {hf_validation_split!r}" return Splits(train, rows, validation, np.arange(len(validation)), f"{data_dir}: {text}
-    for evaluation") text = f"{data_dir}: no split {hf_validation_split!r}; {len(rows)} of {len(train)} images for
-    training" if not len(held_out):
+        text = f"{len(rows)} of {len(train)} images of {hf_split!r} for training, {len(validation)} of "
+        text = f"{data_dir}: {text}{hf_validation_split!r} for evaluation"
+        return Splits(train, rows, validation, np.arange(len(validation)), text)
+    text = f"{data_dir}: no split {hf_validation_split!r}; {len(rows)} of {len(train)} images for training"
+    if not len(held_out):
         return Splits(train, rows, None, held_out, f"{text}, none held out (data.train_split={train_split:g})")
     return Splits(train, rows, train, held_out, f"{text}, {len(held_out)} held out for evaluation")
 

@@ -1,6 +1,7 @@
 """Scoring reconstructions: what the training callback and the command line programs share. Protocol: design §6.
 
-Originals are ADM centre crops, reconstructions carry no latent noise unless asked for; both are compared as 8-bit images.
+Originals are ADM centre crops, reconstructions carry no latent noise unless asked for; both are compared as 8-bit
+images.
 
 The published figures of the released DINOv2-B decoder on ImageNet val (rFID .57, PSNR 18.9 dB; recipe §7) come from
 

@@ -37,7 +37,12 @@ class Images:
     """The split's name, `held_out` or `all`."""
 
     def description(self) -> dict[str, Any]:
-        return {"data_dir": str(self.folder), "split": self.split, "available": len(self.rows), "fingerprint": self.source.fingerprint()}
+        return {
+            "data_dir": str(self.folder),
+            "split": self.split,
+            "available": len(self.rows),
+            "fingerprint": self.source.fingerprint(),
+        }
 
 
 def open_images(data_dir: str | Path, split: str | None, trained_on: Mapping[str, Any] | None) -> Images:
@@ -82,22 +87,32 @@ def evaluation_loader(
     rows = images.rows[evaluation_rows(len(images.rows), num_images, world, rank)]
     transform = EvaluationTransform(image_size, Decoder(exif, _MAX_MEGAPIXELS))
     workers = WorkerOptions(min(num_workers, len(rows)), _PREFETCH, device.type == "cuda", "auto")
-    return EvaluationLoader(EvaluationDataset(images.source, rows, transform), batch_size, workers, max_bad_share, persistent=False)
+    return EvaluationLoader(
+        EvaluationDataset(images.source, rows, transform), batch_size, workers, max_bad_share, persistent=False
+    )
 
 
-def _without_validation(folder: Path, source: Source, split: str | None, share: float, trained_on: Mapping[str, Any] | None) -> Images:
+def _without_validation(
+    folder: Path, source: Source, split: str | None, share: float, trained_on: Mapping[str, Any] | None
+) -> Images:
     everything = np.arange(len(source))
     if split == ALL:
         return Images(folder, source, everything, ALL)
     _, held_out = split_rows(len(source), share)
     if split == HELD_OUT and not len(held_out):
-        raise UserError(f"--split held_out: training held nothing out of {folder} (data.train_split={share:g}). Use --split all, or a split's name.")
+        raise UserError(
+            f"--split held_out: training held nothing out of {folder} (data.train_split={share:g}). Use --split all, "
+            "or a split's name."
+        )
     if split is None and (not len(held_out) or _is_other_data(folder, trained_on)):
         if trained_on is not None and folder == resolve(trained_on["data_dir"]):
-            log.warning("%s has no validation split and training held nothing out: the score is one of training images.", folder)
+            log.warning(
+                "%s has no validation split and training held nothing out: the score is one of training images.", folder
+            )
         return Images(folder, source, everything, ALL)
     log.info(
-        "%s has no validation split: the %s of %s images that training held out (data.train_split=%g). --split all takes all.",
+        "%s has no validation split: the %s of %s images that training held out (data.train_split=%g). --split all "
+        "takes all.",
         folder, f"{len(held_out):,}", f"{len(source):,}", share,
     )  # fmt: skip
     return Images(folder, source, held_out, HELD_OUT)

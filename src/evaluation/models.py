@@ -33,10 +33,19 @@ class ModelChoice:
 
     def __post_init__(self) -> None:
         if (self.checkpoint is None) == (self.decoder is None):
-            raise UserError("Give one of --checkpoint (what training wrote) and --decoder (a decoder of others, or an export).")
-        surplus = [name for name in ("encoder_cls", "encoder_layers", "stats") if self.checkpoint is not None and getattr(self, name) is not None]
+            raise UserError(
+                "Give one of --checkpoint (what training wrote) and --decoder (a decoder of others, or an export)."
+            )
+        surplus = [
+            name
+            for name in ("encoder_cls", "encoder_layers", "stats")
+            if self.checkpoint is not None and getattr(self, name) is not None
+        ]
         if surplus:
-            raise UserError(f"--{', --'.join(surplus)}: a checkpoint says that itself. Drop it; --encoder may say where the encoder lies.")
+            raise UserError(
+                f"--{', --'.join(surplus)}: a checkpoint says that itself. Drop it; --encoder may say where the "
+                "encoder lies."
+            )
 
     @classmethod
     def of(cls, arguments: Any) -> Self:
@@ -54,7 +63,8 @@ def open_model(choice: ModelChoice) -> LoadedModel:
     size = loaded.rae.geometry.image_size
     if choice.image_size not in (None, size):
         raise UserError(
-            f"--image_size {choice.image_size}, but the model of {loaded.description['source']} works at {size} px. Drop the option, "
+            f"--image_size {choice.image_size}, but the model of {loaded.description['source']} works at {size} px. "
+            "Drop the option, "
             f"or give a model of {choice.image_size} px."
         )
     return loaded
@@ -81,7 +91,10 @@ def _from_decoder(choice: ModelChoice) -> LoadedModel:
             raise UserError(f"--{', --'.join(surplus)}: the folder {place} says that itself. Drop it.")
         return read_diffusers(place) if kind == "diffusers" else read_folder(place, choice.encoder)
     if choice.encoder_cls is None or choice.encoder is None:
-        raise UserError("A decoder file needs its encoder: --encoder_cls Dinov2withNorm --encoder facebook/dinov2-with-registers-base, say.")
+        raise UserError(
+            "A decoder file needs its encoder: --encoder_cls Dinov2withNorm --encoder "
+            "facebook/dinov2-with-registers-base, say."
+        )
     key = "dinov2_path" if choice.encoder_cls == "Dinov2withNorm" else "model_name"
     params: dict[str, Any] = {key: choice.encoder}
     if choice.encoder_layers is not None:
@@ -99,7 +112,9 @@ def _from_decoder(choice: ModelChoice) -> LoadedModel:
     )
     freeze(rae)
     unknown = {"step": None, "epoch": None, "config": None}
-    return LoadedModel(rae, {"source": str(place), "weights": "as stored", "encoder": rae.encoder.identity(), **unknown})
+    return LoadedModel(
+        rae, {"source": str(place), "weights": "as stored", "encoder": rae.encoder.identity(), **unknown}
+    )
 
 
 def _model_config(content: Any) -> Mapping[str, Any]:

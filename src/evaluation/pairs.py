@@ -92,6 +92,8 @@ def contact_sheet(pairs: Sequence[Pair]) -> Tensor:
     rows: list[Tensor] = []
     for start in range(0, len(pairs), COLUMNS):
         part = pairs[start : start + COLUMNS]
-        originals, decoded = (torch.stack([getattr(pair, name) for pair in part]) for name in ("original", "reconstruction"))
+        originals, decoded = (
+            torch.stack([getattr(pair, name) for pair in part]) for name in ("original", "reconstruction")
+        )
         rows += [originals, decoded, difference(originals, decoded)]
     return sheet(rows)

@@ -26,7 +26,9 @@ class Observer(Protocol):
 class ScoredBatch:
     """What is known of a batch: places in the evaluation order over all ranks, rows of the source, images, values."""
 
-    def __init__(self, places: Tensor, rows: Tensor, original: Tensor, decoded: Tensor, values: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, places: Tensor, rows: Tensor, original: Tensor, decoded: Tensor, values: Mapping[str, Tensor]
+    ) -> None:
         self.places, self.rows = places, rows  # (B,) int64
         self.original, self.decoded = original, decoded  # uint8 B 3 H W
         self.values = values  # psnr, ssim, lpips: each (B,)
@@ -60,9 +62,11 @@ def score_images(
 
 
 def shared_scores(first: ReconstructionScore, count: int) -> list[ReconstructionScore]:
-    """Scores for `count` reconstructions of the same images: `first` takes the originals' features, the rest share them."""
+    """Scores for `count` reconstructions of the same images: the rest share the originals' features of `first`."""
     others = (
-        ReconstructionScore(first.inception, first.inception_batch_size, first.lpips, first.quantization, first.reference)
+        ReconstructionScore(
+            first.inception, first.inception_batch_size, first.lpips, first.quantization, first.reference
+        )
         for _ in range(count - 1)
     )
     return [first, *others]

@@ -64,10 +64,16 @@ def find_device(name: str, local_rank: int = 0) -> torch.device:
         raise UserError(f"--device {name}: expected cpu, cuda or cuda:N.")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
-        raise UserError(f"--device {name}, but no CUDA device is visible. Use --device cpu, or check nvidia-smi and CUDA_VISIBLE_DEVICES.")
+        raise UserError(
+            f"--device {name}, but no CUDA device is visible. Use --device cpu, or check nvidia-smi and "
+            "CUDA_VISIBLE_DEVICES."
+        )
     index = local_rank if device.index is None else device.index
     if index >= count:
-        raise UserError(f"--device {name}: process {local_rank} of this machine wants GPU {index}, there are {count}. Start at most {count}, or use --device cpu.")
+        raise UserError(
+            f"--device {name}: process {local_rank} of this machine wants GPU {index}, there are {count}. Start at "
+            f"most {count}, or use --device cpu."
+        )
     chosen = torch.device("cuda", index)
     torch.cuda.set_device(chosen)
     return chosen

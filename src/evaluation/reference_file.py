@@ -29,7 +29,9 @@ def write_reference(options: Any, place: Place, track: Track) -> tuple[int, str]
     inception = None
     if options.kind == "statistics":
         path = options.inception_path or INCEPTION_FILE
-        inception = load_inception(path, options.inception_weights, options.inception_width, "--inception_path", TRY_OUT).to(place.device)
+        inception = load_inception(
+            path, options.inception_weights, options.inception_width, "--inception_path", TRY_OUT
+        ).to(place.device)
     loader = evaluation_loader(
         images, options.image_size, options.num_samples, options.batch_size, options.num_workers, options.exif,
         options.max_bad_share, place.device, place.rank, place.world,

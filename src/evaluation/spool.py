@@ -1,7 +1,7 @@
 """Files with an entry per image, written by several processes and put into the order of evaluation at the end.
 
-Every process writes its own part beside the target, where rank 0 must be able to read it; rank 0 merges the parts, reading
-as it goes. Memory: one image.
+Every process writes its own part beside the target, where rank 0 must be able to read it; rank 0 merges the parts,
+reading as it goes. Memory: one image.
 
 Legend: B batch, H, W image px.
 """
@@ -26,7 +26,7 @@ _PLACE = np.dtype("<i8")
 
 
 class CsvSpool:
-    """One row of `FIELDS` per image and variant; `lpips` names a last column for it (LPIPS may be untrained), None: none."""
+    """One row of `FIELDS` per image and variant; `lpips` names a last column for it (perhaps untrained), None: none."""
 
     def __init__(self, target: Path, lpips: str | None, rank: int, world: int) -> None:
         self.columns = (*FIELDS, *([lpips] if lpips else []))

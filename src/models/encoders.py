@@ -42,7 +42,7 @@ class Dinov2withNorm(FrozenEncoder):
     def embed(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
         return self.model.embeddings(images), {}
 
-    def blocks(self) -> Sequence[nn.Module]:
+    def blocks(self) -> nn.ModuleList:
         return self.model.encoder.layer
 
     @property
@@ -62,7 +62,7 @@ class DINOv3wNorm(FrozenEncoder):
     def embed(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
         return self.model.embeddings(images), {"position_embeddings": self.model.rope_embeddings(images)}
 
-    def blocks(self) -> Sequence[nn.Module]:
+    def blocks(self) -> nn.ModuleList:
         return self.model.model.layer
 
     @property
@@ -89,7 +89,7 @@ class SigLIP2wNorm(FrozenEncoder):
     def embed(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
         return self.model.embeddings(images, interpolate_pos_encoding=True), {"attention_mask": None}
 
-    def blocks(self) -> Sequence[nn.Module]:
+    def blocks(self) -> nn.ModuleList:
         return self.model.encoder.layers
 
     @property
@@ -113,7 +113,7 @@ class MAEwNorm(FrozenEncoder):
         tokens = torch.cat([cls_token, patches], dim=1)  # B 1+N C
         return tokens + parts.interpolate_pos_encoding(tokens, *images.shape[2:]), {}
 
-    def blocks(self) -> Sequence[nn.Module]:
+    def blocks(self) -> nn.ModuleList:
         return self.model.layers
 
     @property

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -90,7 +90,8 @@ class FrozenEncoder(nn.Module):
         """B 3 H W -> tokens B T C in front of the first block, and what each block needs besides."""
 
     @abstractmethod
-    def blocks(self) -> Sequence[Callable[..., Tensor]]: ...
+    def blocks(self) -> nn.ModuleList:
+        """In their order; each takes tokens and what `embed` gives besides, and returns tokens."""
 
     @property
     @abstractmethod
@@ -128,8 +129,10 @@ class FrozenEncoder(nn.Module):
 
     def identity(self) -> dict[str, Any]:
         """What a latent depends on, as plain values: stored in checkpoints and beside latent statistics."""
-        # The start of each parameter; sorted, since transformers renames and moves parameters between releases.
-        starts = (p.detach().flatten()[:256].float().cpu().numpy().tobytes() for p in self.model.parameters())
+        # The start of each parameter in use: not of the final norm nor of a pooling head. Sorted, since transformers
+        # renames and moves parameters between releases.
+        used = [p for part in (self.model.embeddings, *self.blocks()) for p in part.parameters()]
+        starts = (p.detach().flatten()[:256].float().cpu().numpy().tobytes() for p in used)
         weights = _digest(b"".join(sorted(starts)))
         return {
             "class": type(self).__name__,

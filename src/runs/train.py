@@ -44,6 +44,7 @@ def run(config: DictConfig) -> float | None:
 
 def _run(config: DictConfig) -> float | None:
     launch = Launch.detect()
+    _require_given(config)
     check_geometry(OmegaConf.to_container(config.model, resolve=True))  # type: ignore[arg-type]
     checkpoint = find_checkpoint(config.ckpt_path, config.paths.log_dir, config.experiment_name)
     if config.preflight:
@@ -70,6 +71,16 @@ def _run(config: DictConfig) -> float | None:
         raise
     record.finish("finished", warnings.messages, result=result)
     return result.get("val/loss")
+
+
+def _require_given(config: DictConfig) -> None:
+    """An experiment may leave a place to the user. (`???` can't: it gives way to the null of the model's config.)"""
+    if config.model.pretrained_decoder_path == "required":
+        raise UserError(
+            f"{config.experiment_name} starts from a decoder: add model.pretrained_decoder_path=PATH to the command. PATH is a "
+            "decoder file with the official names (model.pt), a folder that src/export.py wrote, a diffusers AutoencoderRAE "
+            "folder, or a .ckpt of a run."
+        )
 
 
 def _preflight(config: DictConfig, launch: Launch) -> None:

@@ -1,0 +1,244 @@
+"""Latents of several blocks from end to end: RAEv2's experiments, its decoders and statistics, training on random subsets."""
+
+import logging
+from contextlib import contextmanager
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from src.errors import UserError
+from src.interop.diffusers_format import obstacles
+from src.models.decoder import sincos_positions, unpatchify
+from src.models.encoders import ENCODERS
+from src.models.frozen_encoder import FrozenEncoder
+from src.models.rae import read_statistics
+from src.models.rae_module import compile_parts
+from src.runs.launch import Launch
+from src.runs.train import build_run
+from tests.conftest import TINY_ENCODERS, make_rae
+from tests.training import composed, train
+
+DEEP = {"encoder_cls": "DINOv3wNorm", "encoder_params": {"layers": [0, 1, 3]}}
+LARGE = "facebook/dinov3-vitl16-pretrain-lvd1689m"
+
+# The published stage-1 settings of RAEv2 (recipe section 8), and what plain RAE has there.
+RECIPE = {
+    "model.decoder_config_path": "configs/decoder/ViTXL/config.json", "model.decoder_patch_size": 16, "model.noise_tau": 0.8,
+    "model.image_size": 256, "model.ema_decay": 0.9978, "model.optimizer.lr": 2e-4, "model.optimizer.betas": [0.9, 0.95],
+    "model.optimizer.weight_decay": 0.0, "model.scheduler.type": "cosine", "model.scheduler.warmup_epochs": 1,
+    "model.scheduler.decay_end_epoch": 16, "model.scheduler.final_lr": 2e-5, "model.scheduler.warmup_from_zero": True,
+    "model.disc_optimizer.lr": 2e-4, "model.disc_scheduler.final_lr": 2e-5, "model.disc_weight": 0.75, "model.perceptual_weight": 1.0,
+    "model.disc_start_epoch": 8, "model.disc_upd_start_epoch": 6, "model.lpips_start_epoch": 0, "model.max_d_weight": 1e4,
+    "model.disc_updates": 1, "model.disc_loss": "hinge", "model.gen_loss": "hinge", "model.disc_arch.arch.ks": 9,
+    "model.disc_arch.arch.recipe": "S_8", "model.disc_arch.augment.prob": 1.0, "model.disc_arch.augment.cutout": 0.0,
+    "model.sample_every": 2500, "model.layer_subset.kind": "none", "trainer.max_epochs": 16, "trainer.gradient_clip_val": None,
+    "model.encoder_cls": "DINOv3wNorm",
+}  # fmt: skip
+RAEV2 = RECIPE | {
+    "model.decoder_denormalize": False, "data.train_crop": "center", "trainer.precision": "bf16", "model.compile": True,
+    "model.encoder_params.model_name": LARGE, "model.encoder_params.layer_fusion": None,
+}  # fmt: skip
+PLAIN = RECIPE | {
+    "model.decoder_denormalize": True, "data.train_crop": "random", "model.encoder_params.layers": None,
+    "model.encoder_params.model_name": "facebook/dinov3-vitb16-pretrain-lvd1689m", "model.compile": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("experiment", "expected"), [
+    ("raev2_dinov3l_k7", RAEV2 | {"model.encoder_params.layers": "k7"}),
+    ("raev2_dinov3l_k23", RAEV2 | {"model.encoder_params.layers": "k23"}),
+    ("rae_dinov3b", PLAIN),
+], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+def test_the_experiments_are_the_published_recipe(experiment, expected):
+    config = composed([f"experiment={experiment}"])
+    for key, value in expected.items():
+        assert OmegaConf.select(config, key, throw_on_missing=True) == value, key
+
+
+@pytest.mark.parametrize("experiment", ["raev2_dinov3l_k7", "raev2_dinov3l_k23", "rae_dinov3b"])
+def test_dummy_siblings_differ_in_sizes_only(experiment):
+    """Nothing of what makes the latent, the image or the crops; `model=` brings the real networks."""
+    real, dummy = composed([f"experiment={experiment}"]), composed([f"experiment={experiment}_dummy"])
+    for key in ("model.encoder_cls", "model.encoder_params.layers", "model.encoder_params.layer_fusion", "model.decoder_denormalize",
+                "data.train_crop", "model.decoder_patch_size", "trainer.precision"):  # fmt: skip
+        assert OmegaConf.select(dummy, key) == OmegaConf.select(real, key), key
+    swapped = composed([f"experiment={experiment}_dummy", f"model={experiment}"])
+    assert swapped.model.encoder_params == real.model.encoder_params
+
+
+def small(experiment, *more):
+    return [f"experiment={experiment}_dummy", "~callbacks.rfid", "data.image_size=64", "data.batch_size=2", "data.num_workers=0",
+            "trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu",
+            "model.sample_every=0", "logger=csv", *more]  # fmt: skip
+
+
+@pytest.mark.parametrize(("experiment", "blocks"), [
+    ("raev2_dinov3l_k7", [11, 13, 15, 17, 19, 21, 23]), ("raev2_dinov3l_k23", list(range(1, 24))), ("rae_dinov3b", [3])
+])  # fmt: skip
+def test_dummy_siblings_train_through_every_phase(experiment, blocks, tmp_path):
+    run = train(tmp_path, *small(experiment), small=False)
+    encoder = run.module.rae.encoder
+    assert list(encoder.layers) == blocks
+    assert encoder.layer_fusion == ("mean" if experiment == "rae_dinov3b" else "mean_plus_spatial_mean")
+    assert run.trainer.global_step == 4
+    assert {"train/l1", "train/lpips", "train/gan", "disc/loss"} <= run.module.train_terms.keys()
+    assert all(torch.isfinite(value) for value in run.module.train_terms.values())
+
+
+# -- training on random subsets
+
+
+@contextmanager
+def recorded():
+    """What is asked of the encoder: a list of `layers`, None for its own choice."""
+    asked, original = [], FrozenEncoder.forward
+
+    def forward(self, images, layers=None):
+        asked.append(layers)
+        return original(self, images, layers)
+
+    FrozenEncoder.forward = forward
+    try:
+        yield asked
+    finally:
+        FrozenEncoder.forward = original
+
+
+L1_ONLY = ["model.disc_weight=0", "model.perceptual_weight=0"]
+SUBSETS = small("raev2_dinov3l_k7", "model.layer_subset.kind=uniform", *L1_ONLY)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Four updates in two epochs on random subsets: the run, its folder, what the encoder was asked for."""
+    folder = tmp_path_factory.mktemp("whole")
+    with recorded() as asked:
+        run = train(folder, *SUBSETS, small=False)
+    return run, folder, asked
+
+
+def test_training_takes_the_subset_of_each_step_and_evaluation_all(whole):
+    run, _, asked = whole
+    subsets = [run.module.draws.blocks(step) for step in range(4)]
+    assert [layers for layers in asked if layers is not None] == subsets
+    assert len(set(subsets)) > 1
+    assert all(set(subset) <= set(run.module.rae.encoder.layers) for subset in subsets)
+    assert asked.count(None) >= 2  # two validations
+
+
+def test_a_resumed_run_goes_on_with_the_same_subsets(whole, tmp_path):
+    run, folder, asked = whole
+    with recorded() as rest:
+        resumed = train(tmp_path, *SUBSETS, small=False, checkpoint=folder / "checkpoints/epoch_000.ckpt")
+    taken = [layers for layers in rest if layers is not None]
+    assert taken == [layers for layers in asked if layers is not None][2:]
+    assert len(taken) == 2
+    for (name, mine), theirs in zip(resumed.module.rae.decoder.named_parameters(), run.module.rae.decoder.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+def test_accumulated_micro_batches_share_the_subset_of_their_step(tmp_path):
+    options = [*SUBSETS, "trainer.accumulate_grad_batches=2", "trainer.max_epochs=1", "trainer.limit_train_batches=4", "trainer.limit_val_batches=0"]
+    with recorded() as asked:
+        run = train(tmp_path, *options, small=False)
+    first, second = (run.module.draws.blocks(step) for step in range(2))
+    assert [layers for layers in asked if layers is not None] == [first, first, second, second]
+
+
+# -- RAEv2's files
+
+
+def test_a_released_decoder_and_its_statistics_load(tmp_path):
+    """The official names, positions trained (so they come from the file), statistics without an identity."""
+    trained = make_rae(**DEEP, decoder_denormalize=False, train_positions=True)
+    with torch.no_grad():
+        for parameter in trained.decoder.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    torch.save(trained.decoder.state_dict(), tmp_path / "decoder.pt")
+    stats = {"mean": torch.randn(trained.latent_shape), "var": torch.rand(trained.latent_shape) + 0.1}
+    torch.save(stats, tmp_path / "stats.pt")
+    loaded = make_rae(**DEEP, decoder_denormalize=False, pretrained_decoder_path=tmp_path / "decoder.pt", normalization_stat_path=tmp_path / "stats.pt")
+    images = torch.rand(2, 3, 64, 64)
+    trained.set_statistics(stats["mean"], stats["var"])
+    assert torch.equal(loaded(images), trained(images))
+    assert not torch.allclose(loaded.decoder.decoder_pos_embed[0], sincos_positions(loaded.decoder.config.decoder_hidden_size, 4))
+
+
+def test_the_image_is_the_decoders_output():
+    """decoder_denormalize: false leaves the patches as they are (RAEv2), true applies the encoder's std and mean (RAE)."""
+    plain, scaled = (make_rae(**DEEP, decoder_denormalize=flag) for flag in (False, True))
+    latents = torch.randn(1, *plain.latent_shape)
+    pixels = unpatchify(plain.decoder(latents.flatten(2).transpose(1, 2)), 16)
+    assert torch.equal(plain.decode(latents), pixels)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+    assert torch.allclose(scaled.decode(latents), pixels * std + mean, atol=1e-6)
+
+
+def test_statistics_of_another_choice_of_blocks_are_refused(tmp_path):
+    """The width is the same, so the identity beside them tells."""
+    rae = make_rae(**DEEP)
+    file = tmp_path / "stats.pt"
+    content = {"mean": torch.zeros(rae.latent_shape), "var": torch.ones(rae.latent_shape)}
+
+    def of(**changes):
+        params = {**TINY_ENCODERS["DINOv3wNorm"], "weights": "untrained", **DEEP["encoder_params"], **changes}
+        return ENCODERS["DINOv3wNorm"](**params).identity()
+
+    torch.save(content | {"encoder": of()}, file)
+    read_statistics(file, rae.latent_shape, rae.encoder.identity())
+    for other, message in [
+        (of(layers="k1"), r"another encoder \(layer_fusion: .*; layers: file \[3\], model \[0, 1, 3\]\).*src/latent_stats.py"),
+        (of(layers=[0, 3]), r"\(layers: file \[0, 3\], model \[0, 1, 3\]\)"),
+        (of(layer_fusion="sum"), "layer_fusion: file 'sum', model 'mean_plus_spatial_mean'"),
+        (of(seed=1), "weights: file 'untrained"),
+    ]:
+        torch.save(content | {"encoder": other}, file)
+        with pytest.raises(UserError, match=message):
+            make_rae(**DEEP, normalization_stat_path=file)
+
+
+def test_a_checkpoint_of_another_choice_of_blocks_is_refused(whole, tmp_path):
+    with pytest.raises(UserError, match=r"of another model:\n  layers: checkpoint \[11, .*, model \[1, 2, "):
+        train(tmp_path, *SUBSETS, "model.encoder_params.layers=k23", small=False, checkpoint=whole[1] / "checkpoints/last.ckpt")
+
+
+def test_a_format_that_cant_say_it_says_why():
+    reasons = " ".join(obstacles(make_rae("DINOv3wNorm", image_size=256, encoder_params={"layers": [0, 3]}, decoder_denormalize=False)))
+    for part in ("decoder_denormalize=false", "blocks [0, 3]", "no DINOv3wNorm"):
+        assert part in reasons
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["model.encoder_params.layers=[3,24]"], r"24 blocks, numbered 0 to 23; got \[24\]"),
+    (["model.encoder_params.layers=[]"], "layers is empty"),
+    (["model.encoder_params.layers=11.13"], r"decimal number. Write a list"),
+    (["model.encoder_params.layer_fusion=max"], "unknown to DINOv3wNorm"),
+    (["model.encoder_params.layers=k1", "model.layer_subset.kind=uniform"], "needs several blocks to choose from"),
+    (["model.layer_subset.kind=some"], "expected 'none' or 'uniform'"),
+    (["data.train_crop=middle"], "middle"),
+])  # fmt: skip
+def test_mistakes_on_the_command_line(overrides, message, tmp_path):
+    config = composed([*small("raev2_dinov3l_k7"), *overrides, f"paths.run_dir={tmp_path}"])
+    with pytest.raises(UserError, match=message):
+        build_run(config, Launch(0, 1, "single"))
+
+
+def test_numbers_joined_by_dots_on_the_command_line(tmp_path):
+    config = composed([*small("raev2_dinov3l_k7"), "model.encoder_params.layers=11.13.23", f"paths.run_dir={tmp_path}"])
+    assert build_run(config, Launch(0, 1, "single")).module.rae.encoder.layers == (11, 13, 23)
+
+
+def test_compiling_reaches_the_encoders_blocks(tmp_path, monkeypatch):
+    """The encoder is run block by block, so compiling its transformers model as a whole would do nothing."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *_, **__: compiled.append(self))
+    module = build_run(composed([*small("raev2_dinov3l_k7"), f"paths.run_dir={tmp_path}"]), Launch(0, 1, "single")).module
+    compile_parts(module)
+    assert {id(block) for block in module.rae.encoder.blocks()} <= {id(part) for part in compiled}
+
+
+def test_untrained_encoders_say_so(caplog):
+    with caplog.at_level(logging.WARNING):
+        make_rae(**DEEP)
+    assert "DINOv3wNorm from configs/encoder/dinov3_tiny is UNTRAINED" in caplog.text

@@ -1,0 +1,52 @@
+"""Draws depend on (seed, purpose, epoch, position) and on nothing else."""
+
+import itertools
+
+import numpy as np
+import torch
+
+from src import stream
+from src.stream import Purpose
+
+CPU = torch.device("cpu")
+
+
+def test_batches_split_anyhow_hold_the_same_numbers():
+    together = stream.uniforms(7, Purpose.CROP, 3, range(10), 4)
+    apart = torch.cat([stream.uniforms(7, Purpose.CROP, 3, part, 4) for part in (range(0, 1), range(1, 7), range(7, 10))])
+    assert torch.equal(together, apart)
+    noise = stream.normals(7, Purpose.LATENT_NOISE, 3, [5, 6], (2, 3), CPU)
+    assert torch.equal(noise[1:], stream.normals(7, Purpose.LATENT_NOISE, 3, [6], (2, 3), CPU))
+
+
+def test_draws_ignore_and_keep_global_generators():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = stream.normals(0, Purpose.LATENT_NOISE, 0, [1], (4,), CPU)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(2)
+    assert torch.equal(first, stream.normals(0, Purpose.LATENT_NOISE, 0, [1], (4,), CPU))
+
+
+def test_every_key_matters():
+    keys = itertools.product((0, 1), (Purpose.CROP, Purpose.AUGMENT_REAL), (0, 1), (0, 1))
+    first_numbers = {float(stream.generator(s, p, e, i).random()) for s, p, e, i in keys}
+    assert len(first_numbers) == 16
+
+
+def test_the_numbers_look_as_they_should():
+    uniform = stream.uniforms(0, Purpose.CROP, 0, range(2000), 2)
+    assert 0 <= uniform.min() and uniform.max() < 1
+    assert abs(float(uniform.mean()) - 0.5) < 0.02 and abs(float(np.corrcoef(uniform.T.numpy())[0, 1])) < 0.06
+    normal = stream.normals(0, Purpose.LATENT_NOISE, 0, range(50), (64,), CPU)
+    assert abs(float(normal.mean())) < 0.06 and abs(float(normal.std()) - 1) < 0.05
+
+
+def test_an_order_is_a_permutation_and_differs_between_epochs():
+    first, second = stream.permutation(0, 0, 50), stream.permutation(0, 1, 50)
+    assert sorted(first) == list(range(50)) and not np.array_equal(first, second)
+
+
+def test_purposes_keep_their_numbers():
+    """A changed number changes every seeded run that anybody has made."""
+    assert [p.value for p in Purpose][:10] == list(range(10))
