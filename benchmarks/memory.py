@@ -79,11 +79,11 @@ def peak_bytes(arguments: argparse.Namespace, batch: int) -> tuple[int, int]:
                "activation_checkpointing": arguments.activation_checkpointing}  # fmt: skip
     with tempfile.TemporaryDirectory() as arguments.scratch:
         models = build_models(arguments, torch.device("cpu"))
+    images, draws = make_inputs(arguments, models, torch.device("cpu"))
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, LiveBytes() as live:
         for module in (models.rae, models.lpips, models.discriminator):
             make_fake(module, fake, live)
         runner = OurRunner(models, torch.device("cpu"), options)
-        images, draws = make_inputs(arguments, models, torch.device("cpu"))
         dtype = DTYPES[arguments.precision]
         for _ in range(2):  # the second step has its moments already
             live.peak = live.now

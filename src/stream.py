@@ -7,13 +7,14 @@ another number of workers or ranks, takes the same order, crops, noise and augme
 """
 
 from collections.abc import Sequence
-from enum import IntEnum
+from enum import IntEnum, unique
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
+@unique
 class Purpose(IntEnum):
     """One independent stream each. Append only: a changed number changes every seeded run."""
 
@@ -28,7 +29,7 @@ class Purpose(IntEnum):
     DUMMY_DATA = 8
     SPLIT = 9
     EVALUATION_ORDER = 10
-    NOISE_LEVEL = 9
+    NOISE_LEVEL = 11
 
 
 def generator(seed: int, purpose: Purpose, epoch: int = 0, position: int = 0) -> np.random.Generator:

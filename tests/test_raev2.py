@@ -130,7 +130,7 @@ def test_training_takes_the_subset_of_each_step_and_evaluation_all(whole):
 def test_a_resumed_run_goes_on_with_the_same_subsets(whole, tmp_path):
     run, folder, asked = whole
     with recorded() as rest:
-        resumed = train(tmp_path, *SUBSETS, small=False, checkpoint=folder / "checkpoints/epoch_000.ckpt")
+        resumed = train(tmp_path, *SUBSETS, small=False, checkpoint=folder / "checkpoints/epoch_001.ckpt")
     taken = [layers for layers in rest if layers is not None]
     assert taken == [layers for layers in asked if layers is not None][2:]
     assert len(taken) == 2
