@@ -115,7 +115,9 @@ def variants(size: str, images: Any) -> tuple[dict[str, Callable[[], Any]], dict
         chosen = [encoder.normalize(state[:, encoder.prefix_tokens :]) for state in states[depth - 23 :]]
         return torch.stack(chosen).mean(0) + chosen[-1].mean(1, keepdim=True)
 
-    calls: dict[str, Callable[[], Any]] = {name: lambda name=name: encoder(images, name) for name in ("k1", "k7", "k23")}
+    calls: dict[str, Callable[[], Any]] = {
+        name: lambda name=name: encoder(images, name) for name in ("k1", "k7", "k23")
+    }
     calls["stacked23"] = stacked
     return calls, {name: call() for name, call in calls.items()}, sum(p.numel() for p in encoder.parameters())
 
@@ -143,7 +145,11 @@ def _ratio(times: list[float], base: list[float]) -> float:
 
 def _processor() -> str:
     try:
-        return next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
+        return next(
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        )
     except (OSError, StopIteration):
         return platform.processor()
 

@@ -72,7 +72,11 @@ class PlainStep:
             logits_real = self.discriminator(self.augment.apply(images * 2 - 1, real_draws))
             loss_real = 0.5 * F.relu(1 - logits_real).mean()
             loss_real.backward()
-        return {"loss": (loss_fake + loss_real).detach(), "logits_fake": logits_fake.detach().mean(), "logits_real": logits_real.detach().mean()}
+        return {
+            "loss": (loss_fake + loss_real).detach(),
+            "logits_fake": logits_fake.detach().mean(),
+            "logits_real": logits_real.detach().mean(),
+        }
 
     def _encode(self, images: Tensor, noise: NoiseDraws | None) -> Tensor:
         latents = self.rae.encode_raw(images)
@@ -92,5 +96,3 @@ class PlainStep:
 
 def _unit(features: Tensor) -> Tensor:
     return features / (features.square().sum(1, keepdim=True).sqrt() + 1e-10)
-
-

@@ -36,8 +36,10 @@ from src.losses.diffaug import UNIFORMS_PER_BATCH, UNIFORMS_PER_SAMPLE, DiffAug
 from src.losses.gan import discriminator_loss, generator_loss
 from src.losses.lpips import LPIPS
 from src.models.discriminator import DinoDiscriminator
+from src.models.optimisation import adamw
 from src.models.rae import RAE
 from src.models.rae_module import compile_parts
+from src.models.settings import OptimizerSettings
 from src.models.training_step import NoiseDraws, Phase, StepSettings, TrainingStep
 from src.weights import PROJECT_ROOT
 
@@ -95,22 +97,35 @@ class OurRunner:
         self.models = models
         settings = StepSettings(1.0, 0.75, 1e4, "global", options["disc_fake"], options["loss_chunk_size"])
         self.step = TrainingStep(
-            models.rae, models.lpips, models.discriminator, models.augment, discriminator_loss("hinge"), generator_loss("hinge"), settings
+            models.rae,
+            models.lpips,
+            models.discriminator,
+            models.augment,
+            discriminator_loss("hinge"),
+            generator_loss("hinge"),
+            settings,
         )
         models.rae.decoder.activation_checkpointing = options["activation_checkpointing"]
         self.ema = EMA(models.rae.decoder, 0.9978)
         self.optimizers = [
-            torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-            for m in (models.rae.decoder, models.discriminator.heads)
+            adamw(module, OptimizerSettings(2e-4, (0.9, 0.95), 0.0))
+            for module in (models.rae.decoder, models.discriminator.heads)
         ]  # fmt: skip
         if options["compile"]:
             holder = nn.Module()
-            holder.rae, holder.ema_decoder, holder.lpips, holder.discriminator = models.rae, self.ema.average, models.lpips, models.discriminator
+            holder.rae, holder.ema_decoder, holder.lpips, holder.discriminator = (
+                models.rae,
+                self.ema.average,
+                models.lpips,
+                models.discriminator,
+            )
             compile_parts(holder)
 
     def run(self, images: Tensor, draws: Any, phase: Phase) -> None:
         x = bytes_to_unit(images)
-        result = self.step.generator(x, draws.noise, draws.augment[0], phase, backward=lambda output, gradient: output.backward(gradient))
+        result = self.step.generator(
+            x, draws.noise, draws.augment[0], phase, backward=lambda output, gradient: output.backward(gradient)
+        )
         with torch.profiler.record_function("optimizer"):
             self.optimizers[0].step()
             self.optimizers[0].zero_grad(set_to_none=True)
@@ -120,7 +135,9 @@ class OurRunner:
             pairs = (("fake", self.step.fake(result), 1), ("real", unit_to_signed(x), 2))
             for label, pictures, number in pairs:
                 self.models.discriminator.power_iteration()
-                self.step.discriminate(pictures, draws.augment[number], label, backward=lambda loss, weight: loss.backward(weight))
+                self.step.discriminate(
+                    pictures, draws.augment[number], label, backward=lambda loss, weight: loss.backward(weight)
+                )
             with torch.profiler.record_function("optimizer"):
                 self.optimizers[1].step()
                 self.optimizers[1].zero_grad(set_to_none=True)
@@ -162,7 +179,14 @@ def build_models(arguments: argparse.Namespace, device: torch.device) -> Models:
     (scratch / "config.json").write_text(json.dumps(config))
     (scratch / "preprocessor_config.json").write_text((folder / "preprocessor_config.json").read_text())
     torch.manual_seed(0)
-    rae = RAE("Dinov2withNorm", str(scratch), {"dinov2_path": str(scratch), "weights": "untrained"}, f"configs/decoder/{arguments.decoder}", 16, arguments.image_size)
+    rae = RAE(
+        "Dinov2withNorm",
+        str(scratch),
+        {"dinov2_path": str(scratch), "weights": "untrained"},
+        f"configs/decoder/{arguments.decoder}",
+        16,
+        arguments.image_size,
+    )
     small = arguments.encoder == "tiny"
     lpips = LPIPS(None, None, weights="untrained", **({"channels": (4, 8, 8, 16, 16)} if small else {}))
     discriminator = DinoDiscriminator(
@@ -177,15 +201,25 @@ def build_models(arguments: argparse.Namespace, device: torch.device) -> Models:
 def make_inputs(arguments: argparse.Namespace, models: Models, device: torch.device) -> tuple[Tensor, Draws]:
     rng = torch.Generator().manual_seed(1)
     batch = arguments.batch
-    images = torch.randint(0, 256, (batch, 3, arguments.image_size, arguments.image_size), dtype=torch.uint8, generator=rng)
-    noise = NoiseDraws(torch.rand(batch, generator=rng).to(device), torch.randn(batch, *models.rae.latent_shape, generator=rng).to(device))
+    images = torch.randint(
+        0, 256, (batch, 3, arguments.image_size, arguments.image_size), dtype=torch.uint8, generator=rng
+    )
+    noise = NoiseDraws(
+        torch.rand(batch, generator=rng).to(device),
+        torch.randn(batch, *models.rae.latent_shape, generator=rng).to(device),
+    )
     augment = [
-        models.augment.draw(torch.rand(UNIFORMS_PER_BATCH, generator=rng), torch.rand(batch, UNIFORMS_PER_SAMPLE, generator=rng)).to(device) for _ in range(3)
+        models.augment.draw(
+            torch.rand(UNIFORMS_PER_BATCH, generator=rng), torch.rand(batch, UNIFORMS_PER_SAMPLE, generator=rng)
+        ).to(device)
+        for _ in range(3)
     ]
     return images.to(device), Draws(noise, augment)
 
 
-def measure(runners: dict[str, Any], images: Tensor, draws: Draws, phase: Phase, precision: str, repeats: int, warm: int) -> dict[str, Any]:
+def measure(
+    runners: dict[str, Any], images: Tensor, draws: Draws, phase: Phase, precision: str, repeats: int, warm: int
+) -> dict[str, Any]:
     """Seconds per step of each variant, taken in turns, so that a change of the machine's speed meets all alike."""
     device = images.device
     seconds: dict[str, list[float]] = {name: [] for name in runners}
@@ -289,7 +323,9 @@ def main() -> None:
     parser.add_argument("--activation_checkpointing", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--scratch", default="logs/benchmark", help="folder for the untrained encoder's config")
-    parser.add_argument("--memory_only", action="store_true", help="print peaks as JSON; what the program calls itself with")
+    parser.add_argument(
+        "--memory_only", action="store_true", help="print peaks as JSON; what the program calls itself with"
+    )
     parser.add_argument("--out", type=Path, help="JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -298,7 +334,9 @@ def main() -> None:
     images, draws = make_inputs(arguments, models, device)
     options = {key: getattr(arguments, key) for key in ("disc_fake", "loss_chunk_size", "activation_checkpointing")}
     alone = len(arguments.variants) == 1
-    runners = {name: make_runner(name, models if alone else deepcopy(models), device, options) for name in arguments.variants}
+    runners = {
+        name: make_runner(name, models if alone else deepcopy(models), device, options) for name in arguments.variants
+    }
     if arguments.memory_only:
         peaks = {}
         for precision in arguments.precision:
@@ -310,7 +348,12 @@ def main() -> None:
         print(json.dumps(peaks))
         return
     memory = {variant: memory_alone(variant) for variant in arguments.variants}
-    record = {"command": " ".join(["python", *sys.argv]), **surroundings(device), "arguments": {k: str(v) for k, v in vars(arguments).items()}, "results": {}}
+    record = {
+        "command": " ".join(["python", *sys.argv]),
+        **surroundings(device),
+        "arguments": {k: str(v) for k, v in vars(arguments).items()},
+        "results": {},
+    }
     for precision in arguments.precision:
         peak = matmul_peak(device, precision)
         print(f"\n{precision}: a large matrix product runs at {peak:.3g} TFLOP/s here")
@@ -338,13 +381,15 @@ def show(phase: str, found: dict[str, Any], peak: float) -> None:
     for name, row in found.items():
         memory = "" if row["peak_memory_gb"] is None else f", peak {row['peak_memory_gb']:.2f} GB"
         print(f"{phase:7s} {name:9s} {row['seconds']:.3f} s/step, {row['images_per_s']:.3g} images/s{memory}, "
-              f"{row['tflops']:.3g} TFLOP/s ({100 * row['tflops'] / peak:.0f} % of the product's), {row['gflop_per_image']:.0f} GFLOP/image")  # fmt: skip
+              f"{row['tflops']:.3g} TFLOP/s ({100 * row['tflops'] / peak:.0f} % of the product's), "
+              f"{row['gflop_per_image']:.0f} GFLOP/image")  # fmt: skip
         print("        ms: " + ", ".join(f"{part} {ms:.0f}" for part, ms in row["ms"].items()))
     if "plain" in found:
         for name, row in found.items():
             if name != "plain":
                 turns = [a / b for a, b in zip(found["plain"]["seconds_all"], row["seconds_all"], strict=True)]
-                text = f"        {name} / plain: {statistics.median(turns):.2f} x images/s (turn by turn {min(turns):.2f} to {max(turns):.2f})"
+                text = f"        {name} / plain: {statistics.median(turns):.2f} x images/s"
+                text += f" (turn by turn {min(turns):.2f} to {max(turns):.2f})"
                 if row["peak_memory_gb"] is not None:
                     text += f", {row['peak_memory_gb'] / found['plain']['peak_memory_gb']:.2f} x peak memory"
                 print(text)
@@ -355,12 +400,22 @@ def surroundings(device: torch.device) -> dict[str, Any]:
         return subprocess.run(["git", *words], cwd=PROJECT_ROOT, capture_output=True, text=True).stdout.strip()
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": git("rev-parse", "HEAD"), "clean": not git("status", "--porcelain")}
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": git("rev-parse", "HEAD"),
+        "clean": not git("status", "--porcelain"),
+    }
 
 
 def cpu_name() -> str:
     try:
-        return next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+        return next(
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor()
 

@@ -46,7 +46,10 @@ def main() -> int:
             mode = MODES[number % len(MODES)]
             done = kill_once(base / "killed", arguments.processes, mode, rng)
             bad = unreadable(base / "killed")
-            print(f"kill {number + 1}/{arguments.kills} ({mode}): newest checkpoint at step {step_of(base / 'killed')}", flush=True)
+            print(
+                f"kill {number + 1}/{arguments.kills} ({mode}): newest checkpoint at step {step_of(base / 'killed')}",
+                flush=True,
+            )
             if bad:
                 print(f"UNREADABLE: {bad}")
                 return 1
@@ -60,14 +63,19 @@ def main() -> int:
 
 
 def start(log_dir: Path, processes: int, *overrides: str) -> subprocess.Popen:
-    launcher = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = (
+        [sys.executable]
+        if processes == 1
+        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    )
     log_dir.mkdir(parents=True, exist_ok=True)
-    output = open(log_dir / "output.txt", "ab")
     resume = ["ckpt_path=last"] if newest(log_dir) else []
-    return subprocess.Popen(
-        [*launcher, "src/train.py", *RUN, f"paths.log_dir={log_dir}", *resume, *overrides],
-        cwd=ROOT, stdout=output, stderr=output, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    command = [*launcher, "src/train.py", *RUN, f"paths.log_dir={log_dir}", *resume, *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(log_dir / "output.txt", "ab") as output:
+        return subprocess.Popen(
+            command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True, env=environment
+        )
 
 
 def kill_once(log_dir: Path, processes: int, mode: str, rng: random.Random) -> bool:
@@ -81,9 +89,14 @@ def kill_once(log_dir: Path, processes: int, mode: str, rng: random.Random) -> b
         moment = time.monotonic() + rng.uniform(0, 3)
     wanted_step = STEPS_PER_EPOCH * rng.randint(1, EPOCHS)
     wait_for(
-        lambda: (moment is not None and time.monotonic() > moment)
-        or (mode == "writing" and (folder / "checkpoints" / ".last.ckpt.writing").exists() and rng.random() < 0.3)
-        or (mode == "last_batch" and any(f"step {s}:" in text(folder / "run.log") for s in range(wanted_step, 99, STEPS_PER_EPOCH))),
+        lambda: (
+            (moment is not None and time.monotonic() > moment)
+            or (mode == "writing" and (folder / "checkpoints" / ".last.ckpt.writing").exists() and rng.random() < 0.3)
+            or (
+                mode == "last_batch"
+                and any(f"step {s}:" in text(folder / "run.log") for s in range(wanted_step, 99, STEPS_PER_EPOCH))
+            )
+        ),
         process,
     )
     ended = process.poll() is not None

@@ -56,7 +56,8 @@ class Geometry:
                 f"model.encoder_input_size={encoder_input_size} does not fit data.image_size={image_size} with "
                 f"model.decoder_patch_size={decoder_patch}: a grid of {geometry.grid} x {geometry.grid} latents and an "
                 f"encoder patch of {encoder_patch} px need {geometry.encoder_input_size}. Set "
-                f"model.encoder_input_size=null to have it derived, or =" f"{geometry.encoder_input_size}."
+                f"model.encoder_input_size=null to have it derived, or ="
+                f"{geometry.encoder_input_size}."
             )
         if num_tokens is not None and num_tokens != geometry.tokens:
             raise UserError(

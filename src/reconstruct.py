@@ -94,7 +94,7 @@ def _run(options: Any) -> int:
         if place.main:
             _prepare(options.output)
         _wait()
-        with _progress(place.main) as track:
+        with _nothing_left_behind(options.output, place.main), _progress(place.main) as track:
             if store is not None:
                 outcome = decode_latents(loaded, store, products, options.output, options.batch_size, place, track)
             else:
@@ -160,6 +160,17 @@ def _prepare(output: Path) -> None:
         _write_record(output, {"status": "running"})
     except OSError as error:
         raise UserError(f"--output {output} can't be written: {error.strerror or error}. Choose a place with write permission and room.") from error
+
+
+@contextmanager
+def _nothing_left_behind(output: Path, main: bool) -> "Iterator[None]":
+    """After an error a folder in which nothing but the record lies goes again."""
+    try:
+        yield
+    except BaseException:
+        if main and all(path.name == RECORD or path.is_dir() and not any(path.iterdir()) for path in output.iterdir()):
+            shutil.rmtree(output)
+        raise
 
 
 def _write_record(output: Path, content: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Started by tests, alone or under torchrun: trains with SGD and writes down what each rank saw.
 
-    python tests/rank_probe.py OUT_FOLDER OVERRIDES…
+python tests/rank_probe.py OUT_FOLDER OVERRIDES…
 """
 
 import hashlib
@@ -48,7 +48,9 @@ class Watch(pl.Callback):
 def main() -> None:
     out, overrides = Path(sys.argv[1]), sys.argv[2:]
     torch.set_num_threads(1)
-    rae_module.adamw = lambda module, settings: RecordingSGD([p for p in module.parameters() if p.requires_grad], lr=settings.lr)
+    rae_module.adamw = lambda module, settings: RecordingSGD(
+        [p for p in module.parameters() if p.requires_grad], lr=settings.lr
+    )
     config = composed([*SMALL, "~callbacks.rfid", "logger=csv", "callbacks=no_checkpoint", *overrides])
     launch = Launch.detect()
     config.paths.run_dir = str(run_folder(config.paths.log_dir, None, launch))

@@ -128,8 +128,13 @@ def test_dummy_experiments_leave_the_model_to_its_config():
     for name in (n for n in EXPERIMENTS if n.endswith("dummy")):
         text = (PROJECT_ROOT / f"configs/experiment/{name}.yaml").read_text()
         assert not re.search(r"^model:", text, re.MULTILINE), name
-    assert composed(["experiment=rae_dummy", "model=rae"]).model.encoder_params.dinov2_path == "facebook/dinov2-with-registers-base"
-    assert composed(["experiment=rae_siglip_dummy", "model=rae_siglip"]).model.encoder_params.model_name.startswith("google/")
+    assert (
+        composed(["experiment=rae_dummy", "model=rae"]).model.encoder_params.dinov2_path
+        == "facebook/dinov2-with-registers-base"
+    )
+    assert composed(["experiment=rae_siglip_dummy", "model=rae_siglip"]).model.encoder_params.model_name.startswith(
+        "google/"
+    )
 
 
 MY_DATASET = """
@@ -152,7 +157,9 @@ def test_a_data_config_as_the_guide_prints_it(tmp_path):
     assert with_experiment.data.batch_size == 128 and with_experiment.data.train_split == 0.8
 
 
-@pytest.mark.parametrize("override", ["data.batchsize=3", "model.optimiser.lr=1", "trainer.max_epoch=2", "callbacks.rfid.every=1"])
+@pytest.mark.parametrize(
+    "override", ["data.batchsize=3", "model.optimiser.lr=1", "trainer.max_epoch=2", "callbacks.rfid.every=1"]
+)
 def test_misspelt_keys_fail(override):
     with pytest.raises(HydraException, match=r"(?i)key .*not in struct|Could not override"):
         composed(["experiment=rae_dino", override])

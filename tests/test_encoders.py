@@ -30,7 +30,12 @@ from tests.conftest import TINY_ENCODERS
 
 TOLERANCE = 1e-5
 DEPTH = 4
-SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": DEPTH, "num_attention_heads": 2, "initializer_range": 0.2}
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": 2,
+    "initializer_range": 0.2,
+}
 WIDE = SMALL | {"intermediate_size": 48}
 MAE_DECODER = {
     "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2, "decoder_intermediate_size": 32
@@ -76,7 +81,9 @@ def build(name: str, folder: Path) -> tuple[nn.Module, type[FrozenEncoder], torc
 
 
 def tower(model: nn.Module) -> nn.Module:
-    return {"SiglipModel": lambda: model.vision_model, "ViTMAEForPreTraining": lambda: model.vit}.get(type(model).__name__, lambda: model)()
+    return {"SiglipModel": lambda: model.vision_model, "ViTMAEForPreTraining": lambda: model.vit}.get(
+        type(model).__name__, lambda: model
+    )()
 
 
 @torch.no_grad()
@@ -89,7 +96,9 @@ def reference(model: nn.Module, images: torch.Tensor) -> tuple[list[torch.Tensor
         options["interpolate_pos_encoding"] = True
     if isinstance(model, ViTMAEModel):
         model.config.mask_ratio = 0.0
-        options["noise"] = torch.arange((images.shape[-1] // model.config.patch_size) ** 2).float().expand(len(images), -1)
+        options["noise"] = (
+            torch.arange((images.shape[-1] // model.config.patch_size) ** 2).float().expand(len(images), -1)
+        )
     norm = next(getattr(model, name) for name in ("layernorm", "norm", "post_layernorm") if hasattr(model, name))
     norm.weight = norm.bias = None
     output = model(images, **options)
@@ -221,12 +230,14 @@ def test_loading_is_strict(name, tmp_path):
     _, kind, _ = build(name, tmp_path)
     file = tmp_path / "model.safetensors"
     state = load_file(file)
-    block = next(key for key in state if "1" in key and key.endswith("weight") and not key.startswith(("text_model", "decoder")))
+    block = next(
+        key for key in state if "1" in key and key.endswith("weight") and not key.startswith(("text_model", "decoder"))
+    )
     save_file({k: v for k, v in state.items() if k != block}, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match="missing"):
         kind(str(tmp_path))
     save_file(state | {"stowaway": torch.zeros(1)}, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="unexpected.*stowaway"):
+    with pytest.raises(UserError, match=r"unexpected.*stowaway"):
         kind(str(tmp_path))
     save_file(state | {block: torch.zeros(3)}, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=kind.__name__):
@@ -250,12 +261,19 @@ def test_untrained_weights_are_seeded_and_leave_the_generator_alone(name):
 def test_identity_follows_what_a_latent_depends_on(tmp_path):
     model, kind, _ = build("dinov3", tmp_path / "a")
     model.save_pretrained(tmp_path / "b")
-    one, moved = kind(str(tmp_path / "a"), layers=[1, 3]).identity(), kind(str(tmp_path / "b"), layers=[1, 3]).identity()
+    one, moved = (
+        kind(str(tmp_path / "a"), layers=[1, 3]).identity(),
+        kind(str(tmp_path / "b"), layers=[1, 3]).identity(),
+    )
     assert one | {"source": ""} == moved | {"source": ""}
     assert str(tmp_path) not in str(one)
     for options in ({"layers": [2, 3]}, {"layers": [1, 3], "layer_fusion": "mean"}):
         assert kind(str(tmp_path / "a"), **options).identity() != one
-    for name, changed in (("norm.bias", False), ("embeddings.cls_token", True), ("model.layer.2.mlp.up_proj.bias", True)):
+    for name, changed in (
+        ("norm.bias", False),
+        ("embeddings.cls_token", True),
+        ("model.layer.2.mlp.up_proj.bias", True),
+    ):
         with torch.no_grad():  # the final norm loses its affine parameters, so they make no difference
             model.get_parameter(name).add_(1)
         model.save_pretrained(tmp_path / name)
@@ -279,7 +297,9 @@ def test_mistakes_are_named_before_any_weight_is_read(options, message, tmp_path
 def test_a_model_of_another_family_is_refused():
     with pytest.raises(UserError, match="'dinov3_vit' model, but encoder_cls=Dinov2withNorm"):
         ENCODERS["Dinov2withNorm"](TINY_ENCODERS["DINOv3wNorm"]["model_name"])
-    with pytest.raises(UserError, match="encoder_cls='Dinov3' is unknown. Expected one of: Dinov2withNorm, DINOv3wNorm"):
+    with pytest.raises(
+        UserError, match=r"encoder_cls='Dinov3' is unknown. Expected one of: Dinov2withNorm, DINOv3wNorm"
+    ):
         encoder_class("Dinov3")
 
 

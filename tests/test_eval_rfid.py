@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -218,11 +219,11 @@ def test_noise_and_blocks_give_a_row_each(capsys, checkpoint, images, tmp_path):
     assert [table[4 * i]["file"] for i in range(11)] == [table[4 * i + 3]["file"] for i in range(11)]
     packed = np.load(tmp_path / "a.npz")["arr_0"]
     assert packed.shape == (11, 64, 64, 3) and packed.dtype == np.uint8
-    worst = {entry["file"] for entry in rows[0]["worst"]}
+    worst = [entry["file"] for entry in rows[0]["worst"]]
     by_lpips = sorted(
         (r for r in table if (r["layers"], r["noise_sigma"]) == ("k1", "0")), key=lambda r: -float(r["lpips_untrained"])
     )
-    assert worst == {r["file"] for r in by_lpips[:3]} and (tmp_path / "out" / "worst.png").is_file()
+    assert worst == [r["file"] for r in by_lpips[:3]] and (tmp_path / "out" / "worst.png").is_file()
     assert not list(tmp_path.glob(".*part"))
 
 
@@ -521,6 +522,15 @@ def assert_same_scores(folder: Path) -> None:
     mine, theirs = results(folder / "a.json")[0], results(folder / "b.json")[0]
     assert mine["psnr"] == pytest.approx(theirs["psnr"], rel=1e-5)
     assert mine["rfid_untrained"] == pytest.approx(theirs["rfid_untrained"], rel=1e-3)
+
+
+def test_the_encoder_of_a_checkpoint_may_lie_elsewhere(capsys, checkpoint, images, tmp_path):
+    elsewhere = shutil.copytree(PROJECT_ROOT / "configs/encoder/dinov2_tiny", tmp_path / "elsewhere")
+    evaluate(capsys, "--checkpoint", checkpoint, "--json", tmp_path / "a.json", data_dir=images)
+    evaluate(capsys, "--checkpoint", checkpoint, "--encoder", elsewhere, "--json", tmp_path / "b.json", data_dir=images)
+    assert_same_scores(tmp_path)
+    other = PROJECT_ROOT / "configs/encoder/siglip_tiny"
+    assert "siglip" in refused(capsys, "--checkpoint", checkpoint, "--encoder", other, "--data_dir", images, *QUICK)
 
 
 # -- which images

@@ -6,7 +6,14 @@ from src.geometry import Geometry
 
 @pytest.mark.parametrize(
     ("image", "decoder_patch", "encoder_patch", "grid", "encoder_input"),
-    [(128, 16, 14, 8, 112), (224, 16, 14, 14, 196), (256, 16, 14, 16, 224), (512, 16, 14, 32, 448), (378, 14, 14, 27, 378), (256, 16, 16, 16, 256)],
+    [
+        (128, 16, 14, 8, 112),
+        (224, 16, 14, 14, 196),
+        (256, 16, 14, 16, 224),
+        (512, 16, 14, 32, 448),
+        (378, 14, 14, 27, 378),
+        (256, 16, 16, 16, 256),
+    ],
 )
 def test_sizes_follow_from_the_image(image, decoder_patch, encoder_patch, grid, encoder_input):
     geometry = Geometry.of(image, decoder_patch, encoder_patch)

@@ -20,7 +20,7 @@ ALLOWED = {
     "evaluation": {"models", "losses", "metrics", "data", "interop", "callbacks"},
     "latents": {"models", "losses", "metrics", "data", "interop", "evaluation"},
     "reconstruction": {"models", "losses", "metrics", "data", "interop", "evaluation", "latents"},
-    "exporting": {"models", "losses", "metrics", "data", "interop", "evaluation"},
+    "exporting": {"models", "losses", "metrics", "data", "interop", "evaluation", "assets"},  # digests of files
     "runs": {"models", "losses", "metrics", "data", "callbacks", "interop", "evaluation"},
 }
 LIGHTNING_FILES = {"src/models/rae_module.py", "src/data/datamodule.py"}

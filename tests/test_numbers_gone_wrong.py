@@ -34,7 +34,10 @@ def last(folder):
     return read(folder / "checkpoints" / "last.ckpt")
 
 
-@pytest.mark.parametrize(("term", "attribute"), [("lpips", "reconstruction_gradient"), ("l1", "reconstruction_gradient"), ("gan", "gan_gradient")])
+@pytest.mark.parametrize(
+    ("term", "attribute"),
+    [("lpips", "reconstruction_gradient"), ("l1", "reconstruction_gradient"), ("gan", "gan_gradient")],
+)
 def test_training_stops_and_names_the_term_and_the_step(monkeypatch, tmp_path, term, attribute):
     poison(monkeypatch, term, at=[2], attribute=attribute)
     bad_step = 2 if attribute == "reconstruction_gradient" else 3  # the GAN term starts at step 1
@@ -68,7 +71,9 @@ def test_a_skipped_step_touches_neither_weights_nor_moments(monkeypatch, tmp_pat
 
 def test_gradient_overflow_with_finite_losses_is_named(monkeypatch, tmp_path):
     original = TrainingStep.reconstruction_gradient
-    monkeypatch.setattr(TrainingStep, "reconstruction_gradient", lambda self, *a: (lambda t, g: (t, g * math.inf))(*original(self, *a)))
+    monkeypatch.setattr(
+        TrainingStep, "reconstruction_gradient", lambda self, *a: (lambda t, g: (t, g * math.inf))(*original(self, *a))
+    )
     with pytest.raises(NonFiniteError, match="gradient is NaN or infinite at step 0"):
         train(tmp_path, *QUIET, "model.disc_weight=0")
 
@@ -88,6 +93,9 @@ def test_clipping_bounds_the_update(tmp_path):
     """With a bound far below the gradient's norm, Adam's second moments are those of clipped gradients."""
     train(tmp_path / "free", *QUIET, "trainer.max_steps=1", "model.disc_weight=0")
     train(tmp_path / "clipped", *QUIET, "trainer.max_steps=1", "model.disc_weight=0", "trainer.gradient_clip_val=1e-3")
-    moments = [sum(s["exp_avg_sq"].sum() for s in last(tmp_path / n)["optimizer_states"][0]["state"].values()) for n in ("free", "clipped")]
+    moments = [
+        sum(s["exp_avg_sq"].sum() for s in last(tmp_path / n)["optimizer_states"][0]["state"].values())
+        for n in ("free", "clipped")
+    ]
     assert moments[1] == pytest.approx(0.05 * 1e-6, rel=1e-2)  # (1 - beta2) * norm^2
     assert moments[0] > 100 * moments[1]

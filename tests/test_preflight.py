@@ -23,7 +23,15 @@ def test_it_reports_every_stretch_and_writes_nothing(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         run_preflight(tmp_path, "trainer.max_epochs=4", "model.disc_upd_start_epoch=1", "model.disc_start_epoch=2")
     report = next(record.getMessage() for record in caplog.records if "Preflight passed" in record.getMessage())
-    for words in ("L1 + LPIPS  ", "L1 + LPIPS + D  ", "L1 + LPIPS + D + GAN", "3 steps at", "6 steps at", "12 in all", "device-hours"):
+    for words in (
+        "L1 + LPIPS  ",
+        "L1 + LPIPS + D  ",
+        "L1 + LPIPS + D + GAN",
+        "3 steps at",
+        "6 steps at",
+        "12 in all",
+        "device-hours",
+    ):
         assert words in report, report
     assert not list(tmp_path.iterdir())
 
@@ -48,7 +56,11 @@ def test_too_little_disk(tmp_path, monkeypatch):
 
 
 def test_stretches_cut_the_run_where_a_loss_starts():
-    run = build_run(composed([*SMALL, "model.lpips_start_epoch=1", "model.disc_upd_start_epoch=2", "model.disc_start_epoch=3"]), Launch(0, 1, "single"), bare=True)
+    run = build_run(
+        composed([*SMALL, "model.lpips_start_epoch=1", "model.disc_upd_start_epoch=2", "model.disc_start_epoch=3"]),
+        Launch(0, 1, "single"),
+        bare=True,
+    )
     found = stretches(run.module, steps_per_epoch=10, planned=50)
     assert [(s.steps, s.phase) for s in found] == [
         (10, Phase(False, False, False)), (10, Phase(True, False, False)), (10, Phase(True, False, True)), (20, Phase(True, True, True)),

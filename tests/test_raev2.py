@@ -134,12 +134,20 @@ def test_a_resumed_run_goes_on_with_the_same_subsets(whole, tmp_path):
     taken = [layers for layers in rest if layers is not None]
     assert taken == [layers for layers in asked if layers is not None][2:]
     assert len(taken) == 2
-    for (name, mine), theirs in zip(resumed.module.rae.decoder.named_parameters(), run.module.rae.decoder.parameters(), strict=True):
+    for (name, mine), theirs in zip(
+        resumed.module.rae.decoder.named_parameters(), run.module.rae.decoder.parameters(), strict=True
+    ):
         assert torch.equal(mine, theirs), name
 
 
 def test_accumulated_micro_batches_share_the_subset_of_their_step(tmp_path):
-    options = [*SUBSETS, "trainer.accumulate_grad_batches=2", "trainer.max_epochs=1", "trainer.limit_train_batches=4", "trainer.limit_val_batches=0"]
+    options = [
+        *SUBSETS,
+        "trainer.accumulate_grad_batches=2",
+        "trainer.max_epochs=1",
+        "trainer.limit_train_batches=4",
+        "trainer.limit_val_batches=0",
+    ]
     with recorded() as asked:
         run = train(tmp_path, *options, small=False)
     first, second = (run.module.draws.blocks(step) for step in range(2))
@@ -158,11 +166,18 @@ def test_a_released_decoder_and_its_statistics_load(tmp_path):
     torch.save(trained.decoder.state_dict(), tmp_path / "decoder.pt")
     stats = {"mean": torch.randn(trained.latent_shape), "var": torch.rand(trained.latent_shape) + 0.1}
     torch.save(stats, tmp_path / "stats.pt")
-    loaded = make_rae(**DEEP, decoder_denormalize=False, pretrained_decoder_path=tmp_path / "decoder.pt", normalization_stat_path=tmp_path / "stats.pt")
+    loaded = make_rae(
+        **DEEP,
+        decoder_denormalize=False,
+        pretrained_decoder_path=tmp_path / "decoder.pt",
+        normalization_stat_path=tmp_path / "stats.pt",
+    )
     images = torch.rand(2, 3, 64, 64)
     trained.set_statistics(stats["mean"], stats["var"])
     assert torch.equal(loaded(images), trained(images))
-    assert not torch.allclose(loaded.decoder.decoder_pos_embed[0], sincos_positions(loaded.decoder.config.decoder_hidden_size, 4))
+    assert not torch.allclose(
+        loaded.decoder.decoder_pos_embed[0], sincos_positions(loaded.decoder.config.decoder_hidden_size, 4)
+    )
 
 
 def test_the_image_is_the_decoders_output():
@@ -171,7 +186,10 @@ def test_the_image_is_the_decoders_output():
     latents = torch.randn(1, *plain.latent_shape)
     pixels = unpatchify(plain.decoder(latents.flatten(2).transpose(1, 2)), 16)
     assert torch.equal(plain.decode(latents), pixels)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+    mean, std = (
+        torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1),
+        torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1),
+    )
     assert torch.allclose(scaled.decode(latents), pixels * std + mean, atol=1e-6)
 
 
@@ -188,7 +206,10 @@ def test_statistics_of_another_choice_of_blocks_are_refused(tmp_path):
     torch.save(content | {"encoder": of()}, file)
     read_statistics(file, rae.latent_shape, rae.encoder.identity())
     for other, message in [
-        (of(layers="k1"), r"another encoder \(layer_fusion: .*; layers: file \[3\], model \[0, 1, 3\]\).*src/latent_stats.py"),
+        (
+            of(layers="k1"),
+            r"another encoder \(layer_fusion: .*; layers: file \[3\], model \[0, 1, 3\]\).*src/latent_stats.py",
+        ),
         (of(layers=[0, 3]), r"\(layers: file \[0, 3\], model \[0, 1, 3\]\)"),
         (of(layer_fusion="sum"), "layer_fusion: file 'sum', model 'mean_plus_spatial_mean'"),
         (of(seed=1), "weights: file 'untrained"),
@@ -200,11 +221,19 @@ def test_statistics_of_another_choice_of_blocks_are_refused(tmp_path):
 
 def test_a_checkpoint_of_another_choice_of_blocks_is_refused(whole, tmp_path):
     with pytest.raises(UserError, match=r"of another model:\n  layers: checkpoint \[11, .*, model \[1, 2, "):
-        train(tmp_path, *SUBSETS, "model.encoder_params.layers=k23", small=False, checkpoint=whole[1] / "checkpoints/last.ckpt")
+        train(
+            tmp_path,
+            *SUBSETS,
+            "model.encoder_params.layers=k23",
+            small=False,
+            checkpoint=whole[1] / "checkpoints/last.ckpt",
+        )
 
 
 def test_a_format_that_cant_say_it_says_why():
-    reasons = " ".join(obstacles(make_rae("DINOv3wNorm", image_size=256, encoder_params={"layers": [0, 3]}, decoder_denormalize=False)))
+    reasons = " ".join(
+        obstacles(make_rae("DINOv3wNorm", image_size=256, encoder_params={"layers": [0, 3]}, decoder_denormalize=False))
+    )
     for part in ("decoder_denormalize=false", "blocks [0, 3]", "no DINOv3wNorm"):
         assert part in reasons
 
@@ -233,7 +262,9 @@ def test_compiling_reaches_the_encoders_blocks(tmp_path, monkeypatch):
     """The encoder is run block by block, so compiling its transformers model as a whole would do nothing."""
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *_, **__: compiled.append(self))
-    module = build_run(composed([*small("raev2_dinov3l_k7"), f"paths.run_dir={tmp_path}"]), Launch(0, 1, "single")).module
+    module = build_run(
+        composed([*small("raev2_dinov3l_k7"), f"paths.run_dir={tmp_path}"]), Launch(0, 1, "single")
+    ).module
     compile_parts(module)
     assert {id(block) for block in module.rae.encoder.blocks()} <= {id(part) for part in compiled}
 

@@ -32,7 +32,14 @@ def test_stopped_after_any_step_and_resumed(whole, tmp_path, stop):
     assert_equal_ends(whole, second)
 
 
-@pytest.mark.parametrize("changes", [["data.num_workers=2"], ["data.batch_size=2", "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=6"]], ids=["workers", "accumulation"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["data.num_workers=2"],
+        ["data.batch_size=2", "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=6"],
+    ],
+    ids=["workers", "accumulation"],
+)
 def test_resumed_otherwise(whole, tmp_path, changes):
     """Other workers change nothing; two micro-batches of two differ from one of four by the adaptive weight alone."""
     first, second = tmp_path / "first", tmp_path / "second"

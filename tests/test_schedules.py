@@ -14,7 +14,16 @@ def make(kind="cosine", base=2e-4, final=2e-5, warmup=10, decay=110, from_zero=T
 
 @pytest.mark.parametrize(
     ("step", "expected"),
-    [(0, 2e-5), (4, 1e-4), (9, 2e-4), (10, 2e-4), (60, 1.1e-4), (35, 2e-5 + 1.8e-4 * 0.5 * (1 + math.cos(math.pi / 4))), (110, 2e-5), (10**6, 2e-5)],
+    [
+        (0, 2e-5),
+        (4, 1e-4),
+        (9, 2e-4),
+        (10, 2e-4),
+        (60, 1.1e-4),
+        (35, 2e-5 + 1.8e-4 * 0.5 * (1 + math.cos(math.pi / 4))),
+        (110, 2e-5),
+        (10**6, 2e-5),
+    ],
 )
 def test_cosine(step, expected):
     assert make().lr(step) == pytest.approx(expected, rel=1e-12)

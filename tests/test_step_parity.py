@@ -29,21 +29,36 @@ def make_pair(train_positions=False, statistics=False, augment_prob=1.0, **setti
     torch.nn.init.normal_(rae.decoder.trainable_cls_token, generator=torch.Generator().manual_seed(5))
     if statistics:
         rng = torch.Generator().manual_seed(3)
-        rae.set_statistics(torch.randn(rae.latent_shape, generator=rng), torch.rand(rae.latent_shape, generator=rng) + 0.1)
+        rae.set_statistics(
+            torch.randn(rae.latent_shape, generator=rng), torch.rand(rae.latent_shape, generator=rng) + 0.1
+        )
     lpips = LPIPS(None, None, weights="untrained", channels=(4, 8, 8, 16, 16))
-    disc = DinoDiscriminator(None, ks=5, key_depths=(1, 3), norm_type="bn", using_spec_norm=True, recipe="tiny", weights="untrained")
+    disc = DinoDiscriminator(
+        None, ks=5, key_depths=(1, 3), norm_type="bn", using_spec_norm=True, recipe="tiny", weights="untrained"
+    )
     augment = DiffAug(prob=augment_prob, cutout=0.3)
     weights = {"perceptual_weight": 0.7, "disc_weight": 0.75, "max_d_weight": 1e4}
     plain = PlainStep(deepcopy(rae), lpips, deepcopy(disc), augment, **weights)
     fixed = {"adaptive_weight": "global", "disc_fake": "fresh", "loss_chunk_size": None}
     ours = TrainingStep(
-        rae, lpips, disc, augment, discriminator_loss("hinge"), generator_loss("hinge"), StepSettings(**{**weights, **fixed, **settings})
+        rae,
+        lpips,
+        disc,
+        augment,
+        discriminator_loss("hinge"),
+        generator_loss("hinge"),
+        StepSettings(**{**weights, **fixed, **settings}),
     )
     rng = torch.Generator().manual_seed(7)
     draws = SimpleNamespace(
         images=torch.randint(0, 256, (BATCH, 3, 64, 64), generator=rng).float() / 255,
         noise=NoiseDraws(torch.rand(BATCH, generator=rng), torch.randn(BATCH, *rae.latent_shape, generator=rng)),
-        augment=[augment.draw(torch.rand(UNIFORMS_PER_BATCH, generator=rng), torch.rand(BATCH, UNIFORMS_PER_SAMPLE, generator=rng)) for _ in range(3)],
+        augment=[
+            augment.draw(
+                torch.rand(UNIFORMS_PER_BATCH, generator=rng), torch.rand(BATCH, UNIFORMS_PER_SAMPLE, generator=rng)
+            )
+            for _ in range(3)
+        ],
     )
     return plain, ours, draws
 
@@ -51,7 +66,9 @@ def make_pair(train_positions=False, statistics=False, augment_prob=1.0, **setti
 def run_generator(plain, ours, draws, phase, noise=True):
     noise_draws = draws.noise if noise else None
     expected = plain.generator(draws.images, noise_draws, draws.augment[0], phase)
-    result = ours.generator(draws.images, noise_draws, draws.augment[0], phase, backward=lambda output, gradient: output.backward(gradient))
+    result = ours.generator(
+        draws.images, noise_draws, draws.augment[0], phase, backward=lambda output, gradient: output.backward(gradient)
+    )
     return expected, result
 
 
@@ -62,14 +79,18 @@ def assert_gradients_equal(ours, plain):
         assert (mine.grad is None) == (theirs.grad is None), name
         if mine.grad is not None:
             difference, largest = (mine.grad - theirs.grad).abs().max(), theirs.grad.abs().max()
-            assert 0 < largest, name
+            assert largest > 0, name
             assert difference < TOLERANCE, f"{name}: {difference}"
-            assert difference < 1e-3 * largest or name.endswith(("key.bias", "first.bias", "second.bias")), f"{name}: {difference} of {largest}"
+            assert difference < 1e-3 * largest or name.endswith(("key.bias", "first.bias", "second.bias")), (
+                f"{name}: {difference} of {largest}"
+            )
             compared += 1
     assert compared
 
 
-@pytest.mark.parametrize("phase", [Phase(False, False, False), Phase(True, False, False), FULL], ids=["l1", "lpips", "gan"])
+@pytest.mark.parametrize(
+    "phase", [Phase(False, False, False), Phase(True, False, False), FULL], ids=["l1", "lpips", "gan"]
+)
 @pytest.mark.parametrize("options", [
     {}, {"train_positions": True}, {"statistics": True}, {"augment_prob": 0.0}, {"loss_chunk_size": 2}, {"loss_chunk_size": 1},
 ], ids=str)  # fmt: skip
@@ -140,7 +161,9 @@ def test_several_steps_end_at_the_same_weights_and_averages():
     sides = []
     for step in (plain, ours):
         decoder, heads = step.rae.decoder, step.discriminator.heads
-        optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=1e-3) for m in (decoder, heads)]
+        optimizers = [
+            torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=1e-3) for m in (decoder, heads)
+        ]
         sides.append((EMA(decoder, 0.9), optimizers))
     for _ in range(4):
         _, result = run_generator(plain, ours, draws, FULL)
@@ -153,7 +176,11 @@ def test_several_steps_end_at_the_same_weights_and_averages():
         for _, (_, optimizer) in sides:
             optimizer.step()
             optimizer.zero_grad()
-    pairs = [(ours.rae.decoder, plain.rae.decoder), (ours.discriminator.heads, plain.discriminator.heads), (sides[1][0].average, sides[0][0].average)]
+    pairs = [
+        (ours.rae.decoder, plain.rae.decoder),
+        (ours.discriminator.heads, plain.discriminator.heads),
+        (sides[1][0].average, sides[0][0].average),
+    ]
     for mine, theirs in pairs:
         for (name, a), b in zip(mine.named_parameters(), theirs.parameters(), strict=True):
             assert (a - b).abs().max() < TOLERANCE, name
@@ -169,7 +196,10 @@ def test_reuse_judges_the_generators_own_images():
 
 def discriminate(ours, result, draws):
     terms = {}
-    for images, augment, label in ((ours.fake(result), draws.augment[1], "fake"), (unit_to_signed(draws.images), draws.augment[2], "real")):
+    for images, augment, label in (
+        (ours.fake(result), draws.augment[1], "fake"),
+        (unit_to_signed(draws.images), draws.augment[2], "real"),
+    ):
         ours.discriminator.power_iteration()
         values = ours.discriminate(images, augment, label, backward=lambda loss, weight: loss.backward(weight))
         for name, value in values.items():

@@ -58,8 +58,14 @@ def test_a_checkpoint_of_another_model_names_every_difference(tmp_path):
     train(tmp_path / "first", *QUIET, "trainer.max_steps=1")
     checkpoint = tmp_path / "first" / "checkpoints" / "last.ckpt"
     with pytest.raises(UserError) as caught:
-        train(tmp_path / "second", *QUIET, "data.image_size=128", "model.decoder_denormalize=false", checkpoint=checkpoint)
-    for words in ("data.image_size: checkpoint 64, model 128", "model.decoder_denormalize: checkpoint True, model False", "pretrained_decoder_path"):
+        train(
+            tmp_path / "second", *QUIET, "data.image_size=128", "model.decoder_denormalize=false", checkpoint=checkpoint
+        )
+    for words in (
+        "data.image_size: checkpoint 64, model 128",
+        "model.decoder_denormalize: checkpoint True, model False",
+        "pretrained_decoder_path",
+    ):
         assert words in str(caught.value)
 
 
@@ -92,7 +98,13 @@ def test_a_checkpoint_cut_short(tmp_path, share):
 
 
 def test_the_program_prints_one_message_and_exits_with_1(tmp_path):
-    command = [sys.executable, "src/train.py", "experiment=rae_dummy", "data.image_size=100", f"paths.log_dir={tmp_path}"]
+    command = [
+        sys.executable,
+        "src/train.py",
+        "experiment=rae_dummy",
+        "data.image_size=100",
+        f"paths.log_dir={tmp_path}",
+    ]
     done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "data.image_size=100" in done.stderr and "Traceback" not in done.stderr

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
-import torch.distributed as dist
 
+from src.callbacks.agreement import Agreement
 from src.callbacks.loop_state import make_canonical
 from src.errors import UserError
 from src.models.guard import NonFiniteError
@@ -29,7 +28,11 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
 
     def __init__(self, every_n_steps: int, every_n_minutes: float, every_n_epochs: int, keep_epochs: int) -> None:
         """0 switches a rule off; `keep_epochs` newest epoch_XXX.ckpt stay, -1 keeps all."""
-        for key, value in (("every_n_steps", every_n_steps), ("every_n_minutes", every_n_minutes), ("every_n_epochs", every_n_epochs)):
+        for key, value in (
+            ("every_n_steps", every_n_steps),
+            ("every_n_minutes", every_n_minutes),
+            ("every_n_epochs", every_n_epochs),
+        ):
             if value < 0:
                 raise UserError(f"callbacks.checkpoint.{key}={value}: expected 0 (off) or more.")
         self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
@@ -43,13 +46,18 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         self._saved_at = time.monotonic()
         self._epoch_ended = False
         self._signalled = False
+        self._agreement = Agreement()
         self._previous_handler: Any = None
 
     # -- when
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
-        self._previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)  # instead of Lightning's, which exits with 0
+        self._previous_handler = signal.signal(
+            signal.SIGTERM, self._on_sigterm
+        )  # instead of Lightning's, which exits with 0
+        # Its own question whether another rank was signalled makes the host wait for the device at every batch.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         self.monitor = self._choose_monitor(trainer)
         if self.resumed_from is not None and self.best is not None and trainer.is_global_zero:
             old = self.resumed_from.with_name("best.ckpt")
@@ -63,15 +71,18 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % pl_module.settings.loop.accumulate_grad_batches:
             return
-        if self._stop_wanted(trainer, pl_module.device):
+        late = bool(self.every_n_minutes) and time.monotonic() - self._saved_at > 60 * self.every_n_minutes
+        stop, late = self._agreement.exchange([self._signalled, late], trainer.world_size, pl_module.device)
+        if stop:
             self.save(trainer, pl_module)
-            log.warning("SIGTERM: saved %s at step %d. Go on with ckpt_path=last.", self._folder(trainer) / "last.ckpt", trainer.global_step)
+            where = self._folder(trainer) / "last.ckpt"
+            log.warning("SIGTERM: saved %s at step %d. Go on with ckpt_path=last.", where, trainer.global_step)
             raise SystemExit(TERMINATED)
         if batch_idx + 1 >= _batches_per_epoch(trainer, pl_module):
             return  # the end of the epoch saves, once its evaluation is over
         by_steps = bool(self.every_n_steps) and trainer.global_step % self.every_n_steps == 0
         better = self._is_better(pl_module)
-        if by_steps or better or self._is_time(trainer, pl_module.device):
+        if by_steps or better or late:
             self.save(trainer, pl_module)
         if better and trainer.is_global_zero:
             self._name_best(trainer)
@@ -92,11 +103,17 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """The state after the last whole update; on one process only, since others may not answer any more."""
         unfinished = trainer.global_step == self._saved_step or trainer.world_size > 1 or trainer.sanity_checking
-        if unfinished or isinstance(exception, (SystemExit, NonFiniteError)) or not self._at_update_boundary(trainer, pl_module):
+        if (
+            unfinished
+            or isinstance(exception, (SystemExit, NonFiniteError))
+            or not self._at_update_boundary(trainer, pl_module)
+        ):
             return
         try:
             self.save(trainer, pl_module)
-            log.warning("Saved %s at step %d before giving up.", self._folder(trainer) / "last.ckpt", trainer.global_step)
+            log.warning(
+                "Saved %s at step %d before giving up.", self._folder(trainer) / "last.ckpt", trainer.global_step
+            )
         except Exception as error:  # the first exception is the one to show
             log.warning("No checkpoint could be saved: %s", error)
 
@@ -164,24 +181,12 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
     def _on_sigterm(self, signum: int, frame: Any) -> None:
         self._signalled = True
 
-    def _stop_wanted(self, trainer: pl.Trainer, device: torch.device) -> bool:
-        return self._agreed(self._signalled, trainer, device)
-
-    def _is_time(self, trainer: pl.Trainer, device: torch.device) -> bool:
-        late = bool(self.every_n_minutes) and time.monotonic() - self._saved_at > 60 * self.every_n_minutes
-        return self._agreed(late, trainer, device)
-
-    def _agreed(self, wish: bool, trainer: pl.Trainer, device: torch.device) -> bool:
-        """True on all ranks where one of them wishes it: saving is a matter of all."""
-        if trainer.world_size == 1:
-            return wish
-        flag = torch.tensor(float(wish), device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
-
     def _at_update_boundary(self, trainer: pl.Trainer, pl_module: Any) -> bool:
         progress = trainer.fit_loop.epoch_loop.batch_progress.current
-        return progress.ready == progress.processed and progress.ready % pl_module.settings.loop.accumulate_grad_batches == 0
+        return (
+            progress.ready == progress.processed
+            and progress.ready % pl_module.settings.loop.accumulate_grad_batches == 0
+        )
 
     # -- files
 

@@ -24,10 +24,15 @@ class TrainingProgress(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero and sys.stderr.isatty():
-            self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[figures]}"),
-                transient=True,
-            )  # fmt: skip
+            figures = TextColumn("{task.fields[figures]}")
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                figures,
+            )
+            self._bar = Progress(*columns, transient=True)
             self._bar.start()
             self._task = self._bar.add_task("epoch", total=pl_module.steps_per_epoch, figures="")
 
@@ -48,12 +53,18 @@ class TrainingProgress(pl.Callback):
                 **({"figures": self._line(trainer)} if due else {}),
             )  # fmt: skip
         elif due and trainer.is_global_zero:
-            log.info("epoch %d/%s step %d: %s", trainer.current_epoch + 1, trainer.max_epochs, step, self._line(trainer))
+            log.info(
+                "epoch %d/%s step %d: %s", trainer.current_epoch + 1, trainer.max_epochs, step, self._line(trainer)
+            )
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero and not trainer.sanity_checking:
             values = {name: value for name, (_, value) in pl_module.scores.items() if name.startswith("val/")}
-            log.info("step %d, validation: %s", trainer.global_step, ", ".join(f"{name[4:]} {value:.4g}" for name, value in values.items()))
+            log.info(
+                "step %d, validation: %s",
+                trainer.global_step,
+                ", ".join(f"{name[4:]} {value:.4g}" for name, value in values.items()),
+            )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._stop()
@@ -71,7 +82,11 @@ class TrainingProgress(pl.Callback):
         pl_module.write_metrics({**self.latest, **rates, **skipped})
 
     def _line(self, trainer: pl.Trainer) -> str:
-        shown = {name.removeprefix("train/"): value for name, value in self.latest.items() if name.startswith(("train/", "disc/loss"))}
+        shown = {
+            name.removeprefix("train/"): value
+            for name, value in self.latest.items()
+            if name.startswith(("train/", "disc/loss"))
+        }
         text = " ".join(f"{name} {value:.4g}" for name, value in shown.items())
         figures = next((c.figures for c in trainer.callbacks if isinstance(c, Throughput)), {})
         if figures:

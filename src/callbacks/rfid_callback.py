@@ -1,7 +1,6 @@
 """Reconstruction FID while training. Protocol: design §6; the pass itself is that of `src/evaluation`."""
 
 import logging
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from src.images import Quantization
 from src.metrics.fid import FeatureStatistics
 from src.metrics.inception import InceptionFeatures
 from src.metrics.reconstruction import ReconstructionScore
+from src.runs.folder import run_id
 from src.weights import Weights, resolve
 
 log = logging.getLogger(__name__)
@@ -28,10 +28,8 @@ log = logging.getLogger(__name__)
 OFF = "callbacks.rfid.rfid_every_n_steps=0 callbacks.rfid.rfid_every_epoch=false"
 REMEDY = (
     f"To train without rFID: {OFF}. For a try-out: callbacks.rfid.inception_weights=untrained (the score is then "
-    "called "
-    "rfid_untrained/score)."
+    "called rfid_untrained/score)."
 )
-_DATE = re.compile(r"\d{4}-\d\d-\d\d")
 
 
 class RFIDCallback(pl.Callback):
@@ -212,13 +210,6 @@ class RFIDCallback(pl.Callback):
 
     def _folder(self, trainer: pl.Trainer) -> Path:
         return resolve(self.output_dir) / run_id(Path(trainer.default_root_dir))
-
-
-def run_id(folder: Path) -> str:
-    """DATE_TIME of logs/runs/DATE/TIME (with what lies below, in a multirun); the name of any other folder."""
-    parts = folder.resolve().parts
-    dates = [i for i, part in enumerate(parts) if _DATE.fullmatch(part)]
-    return "_".join(parts[dates[-1] :]) if dates else parts[-1]
 
 
 def _parse_device(name: str) -> torch.device:

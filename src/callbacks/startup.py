@@ -22,27 +22,28 @@ class StartupTable(pl.Callback):
 
 
 def describe(trainer: pl.Trainer, pl_module: Any) -> list[tuple[str, str]]:
-    rae, loop, data = pl_module.rae, pl_module.settings.loop, trainer.datamodule
-    geometry, starts = rae.geometry, pl_module.settings.starts.steps(pl_module.steps_per_epoch)
-    batch = data.batch_size * trainer.world_size * loop.accumulate_grad_batches
-    frozen = {"encoder": rae.encoder, "LPIPS": pl_module.lpips, "DINO trunk": getattr(pl_module.discriminator, "trunk", None)}
-    trained = {"decoder": rae.decoder, "discriminator heads": getattr(pl_module.discriminator, "heads", None)}
+    """(name, text) rows about a run that is about to start."""
+    rae, data = pl_module.rae, trainer.datamodule
+    discriminator = pl_module.discriminator
+    frozen = {"encoder": rae.encoder, "LPIPS": pl_module.lpips, "DINO trunk": getattr(discriminator, "trunk", None)}
+    trained = {"decoder": rae.decoder, "discriminator heads": getattr(discriminator, "heads", None)}
     return [
         ("device", f"{trainer.world_size} x {device_name(pl_module.device)}"),
         ("precision", str(trainer.precision)),
         ("data", f"{data.train_size:,} training images, {data.val_size:,} held out; {data.data_dir}"),
-        ("global batch", f"{data.batch_size} x {trainer.world_size} process(es) x {loop.accumulate_grad_batches} micro-batch(es) = {batch}" + _distance(batch)),
-        ("geometry", f"{geometry.image_size} px image -> {geometry.encoder_input_size} px encoder -> {geometry.grid} x {geometry.grid} latents of "
-                     f"{rae.latent_shape[0]} -> patches of {geometry.decoder_patch} px"),
-        ("encoder", f"{pl_module.settings.rae.encoder_cls} {rae.encoder.source}, blocks {list(rae.encoder.layers)}" + _untrained(rae.encoder)),
+        ("global batch", _batch(trainer, pl_module)),
+        ("geometry", _geometry(rae)),
+        (
+            "encoder",
+            f"{type(rae.encoder).__name__} {rae.encoder.source}, blocks {list(rae.encoder.layers)}{_untrained(rae.encoder)}",
+        ),
         ("trained", _sizes(trained)),
         ("frozen", _sizes(frozen)),
-        ("steps", f"{pl_module.steps_per_epoch:,} an epoch, {trainer.max_epochs} epoch(s)" + (f", at most {trainer.max_steps:,}" if trainer.max_steps > 0 else "")),
-        ("starts", ", ".join(f"{label} at step {starts[name]:,}" for name, label in (("lpips", "LPIPS"), ("disc", "discriminator"), ("gan", "GAN term"))
-                             if (pl_module.lpips if name == "lpips" else pl_module.discriminator) is not None) or "L1 only"),
-        ("seed", str(loop.seed)),
+        ("steps", _steps(trainer, pl_module)),
+        ("starts", _starts(pl_module)),
+        ("seed", str(pl_module.settings.loop.seed)),
         ("folder", trainer.default_root_dir),
-    ]  # fmt: skip
+    ]
 
 
 def warn(trainer: pl.Trainer, pl_module: Any) -> None:
@@ -55,7 +56,11 @@ def warn(trainer: pl.Trainer, pl_module: Any) -> None:
         )  # fmt: skip
     untrained = [
         name
-        for name, part in (("encoder", pl_module.rae.encoder), ("LPIPS", pl_module.lpips), ("discriminator trunk", pl_module.discriminator))
+        for name, part in (
+            ("encoder", pl_module.rae.encoder),
+            ("LPIPS", pl_module.lpips),
+            ("discriminator trunk", pl_module.discriminator),
+        )
         if part is not None and part.untrained
     ]
     if untrained:
@@ -68,8 +73,40 @@ def device_name(device: torch.device) -> str:
     return f"CPU ({torch.get_num_threads()} threads)"
 
 
-def _distance(batch: int) -> str:
-    return " (as published)" if batch == PUBLISHED_BATCH else f" ({batch / PUBLISHED_BATCH:g} of the published {PUBLISHED_BATCH})"
+def _batch(trainer: pl.Trainer, pl_module: Any) -> str:
+    each, accumulate = trainer.datamodule.batch_size, pl_module.settings.loop.accumulate_grad_batches
+    batch = each * trainer.world_size * accumulate
+    distance = (
+        "as published"
+        if batch == PUBLISHED_BATCH
+        else f"{batch / PUBLISHED_BATCH:g} of the published {PUBLISHED_BATCH}"
+    )
+    return f"{each} x {trainer.world_size} process(es) x {accumulate} micro-batch(es) = {batch} ({distance})"
+
+
+def _geometry(rae: Any) -> str:
+    sizes = rae.geometry
+    return (
+        f"{sizes.image_size} px image -> {sizes.encoder_input_size} px encoder -> {sizes.grid} x {sizes.grid} latents of "
+        f"{rae.latent_shape[0]} -> patches of {sizes.decoder_patch} px"
+    )
+
+
+def _steps(trainer: pl.Trainer, pl_module: Any) -> str:
+    limit = f", at most {trainer.max_steps:,}" if trainer.max_steps > 0 else ""
+    return f"{pl_module.steps_per_epoch:,} an epoch, {trainer.max_epochs} epoch(s){limit}"
+
+
+def _starts(pl_module: Any) -> str:
+    steps = pl_module.settings.starts.steps(pl_module.steps_per_epoch)
+    parts = {
+        "LPIPS": (pl_module.lpips, steps["lpips"]),
+        "discriminator": (pl_module.discriminator, steps["disc"]),
+        "GAN term": (pl_module.discriminator, steps["gan"]),
+    }
+    return (
+        ", ".join(f"{name} at step {step:,}" for name, (part, step) in parts.items() if part is not None) or "L1 only"
+    )
 
 
 def _sizes(parts: dict[str, nn.Module | None]) -> str:

@@ -32,7 +32,9 @@ class Throughput(pl.Callback):
     @property
     def mean_images_per_s(self) -> float:
         """Over the whole run, the first interval left out where there are others."""
-        return self._total_images / self._total_seconds if self._total_seconds else self.figures.get("images_per_s", 0.0)
+        return (
+            self._total_images / self._total_seconds if self._total_seconds else self.figures.get("images_per_s", 0.0)
+        )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._first_step = trainer.global_step
@@ -80,7 +82,9 @@ class Throughput(pl.Callback):
             self._total_images += self._images
             self._total_seconds += seconds
             self._warn_of_data()
-        pl_module.write_metrics({f"perf/{name}": value for name, value in self.figures.items() if name != "seconds_left"})
+        pl_module.write_metrics(
+            {f"perf/{name}": value for name, value in self.figures.items() if name != "seconds_left"}
+        )
         self._reset()
 
     def _warn_of_data(self) -> None:
@@ -100,7 +104,11 @@ class Throughput(pl.Callback):
 
 def _total_steps(trainer: pl.Trainer, pl_module: Any) -> int:
     by_epochs = (trainer.max_epochs or 0) * pl_module.steps_per_epoch
-    return min(by_epochs, trainer.max_steps) if trainer.max_steps > 0 and by_epochs > 0 else max(by_epochs, trainer.max_steps)
+    return (
+        min(by_epochs, trainer.max_steps)
+        if trainer.max_steps > 0 and by_epochs > 0
+        else max(by_epochs, trainer.max_steps)
+    )
 
 
 def peak_memory_gb(device: torch.device) -> float:

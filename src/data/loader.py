@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -53,8 +54,15 @@ class WorkerOptions:
                 "prefetch_factor": self.prefetch_factor,
                 "persistent_workers": persistent,
                 "multiprocessing_context": start,
+                "worker_init_fn": ignore_sigterm,
             }
         return arguments
+
+
+def ignore_sigterm(worker: int) -> None:
+    """A scheduler signals a whole process group; the training process then still needs its next batch to stop cleanly."""
+    del worker
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @dataclass

@@ -5,6 +5,7 @@ from typing import Any
 
 from src.interop.checkpoint import LoadedModel
 
+_SCORE_NAMES = ("rfid", "rfid_untrained", "psnr", "ssim", "lpips", "lpips_untrained")
 _USE = {
     "official": """`model.pt` is a state dict with the parameter names of the official RAE code. In this trainer:
 
@@ -81,8 +82,9 @@ def _scores(facts: Mapping[str, Any]) -> str:
     result, data = run.get("result") or {}, run.get("data") or {}
     held_out = data.get("validation")
     for name, value in sorted(result.items()):
-        if name.startswith("val/"):
-            rows.append((name, _number(value), f"{held_out} held-out images, EMA weights, no latent noise, 8-bit images"))
+        if name in ("val/psnr", "val/ssim", "val/lpips"):
+            untrained = " (UNTRAINED features)" if name == "val/lpips" and any(part.startswith("LPIPS") for part in facts["untrained"]) else ""
+            rows.append((name + untrained, _number(value), f"{held_out} held-out images, EMA weights, no latent noise"))
         elif name.startswith("rfid") and name.split("/")[1] not in ("images", "seconds"):
             count = result.get(f"{name.split('/')[0]}/images")
             rows.append((name, _number(value), f"{count:,.0f} images, during training" if count else "during training"))
@@ -95,22 +97,15 @@ def _scores(facts: Mapping[str, Any]) -> str:
 
 
 def _score_entry(entry: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """From a JSON of src/eval_rfid.py: numbers are scores wherever they lie, the rest is how they were made."""
-    scores: dict[str, float] = {}
-    protocol: dict[str, Any] = {}
-
-    def walk(node: Mapping[str, Any]) -> None:
-        for key, value in node.items():
-            if isinstance(value, Mapping):
-                walk(value)
-            elif isinstance(value, float) and key.split("_")[0].split("/")[0] in ("rfid", "fid", "psnr", "ssim", "lpips"):
-                scores[key] = value
-            elif isinstance(value, str | int | bool) and len(str(value)) < 80:
-                protocol[key] = value
-
-    walk(entry)
-    text = ", ".join(f"{key} {value}" for key, value in protocol.items())
-    return [(name, _number(value), text) for name, value in scores.items()]
+    """(name, value, protocol) from what src/eval_rfid.py writes with --json."""
+    shared = ", ".join(f"{name} {entry[name]}" for name in ("features", "quantization", "exif", "precision") if entry.get(name))
+    rows = []
+    for result in entry["results"]:
+        text = f"{result['images']:,} images, {result.get('split')} of `{result.get('data_dir')}`, {shared}"
+        if result.get("layers") or result.get("noise_sigma"):
+            text += f", blocks {result.get('layers') or 'as trained'}, latent noise {result.get('noise_sigma')}"
+        rows += [(name, _number(result[name]), text) for name in _SCORE_NAMES if name in result]
+    return rows
 
 
 def _training(facts: Mapping[str, Any]) -> str:

@@ -103,6 +103,6 @@ def _scores(path: str | Path) -> dict[str, Any]:
         raise UserError(f"--scores {path}: no such file. Expected the JSON that src/eval_rfid.py wrote.") from error
     except (OSError, ValueError) as error:
         raise UserError(f"--scores {path} is no readable JSON: {error}. Expected the one that src/eval_rfid.py wrote.") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"--scores {path} holds a {type(content).__name__}; expected the JSON object that src/eval_rfid.py wrote.")
+    if not isinstance(content, Mapping) or not isinstance(content.get("results"), list):
+        raise UserError(f"--scores {path} has no `results`; expected what `src/eval_rfid.py --json` wrote.")
     return {"file": file.name, **content}

@@ -199,9 +199,9 @@ def _decoder_out(rae: RAE) -> dict[str, Tensor]:
 
 
 def _statistics_out(rae: RAE) -> tuple[Tensor, Tensor]:
-    """mean and std, C x h x w, such that (z - mean) / (std + 1e-5) is the official normalisation; without: 0 and 1."""
+    """mean and std, C x h x w, such that (z - mean) / (std + 1e-5) is the official normalisation."""
     if rae.latent_mean is None or rae.latent_var is None:
-        return torch.zeros(1), torch.ones(1)
+        return diffusers_files.no_statistics()
     return rae.latent_mean.float().cpu(), diffusers_files.std_from_var(rae.latent_var)
 
 
@@ -248,7 +248,7 @@ def read_diffusers(folder: str | Path) -> LoadedModel:
     rae.encoder.source = str(folder)
     freeze(rae)
     if (statistics := _statistics_in(folder, state)) is not None:
-        rae.set_statistics(*statistics)
+        rae.set_statistics(*(values.expand(rae.latent_shape).clone() for values in statistics))
     record = read_record(folder)
     encoder = record.get("encoder") or rae.encoder.identity()
     rae.encoder.untrained = str(encoder["weights"]).startswith("untrained")
@@ -265,7 +265,7 @@ def read_diffusers(folder: str | Path) -> LoadedModel:
 
 def _statistics_in(folder: Path, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
     """mean and var; the exact ones of `stats.pt` where it lies beside and agrees with the rounded ones in the weights."""
-    found = diffusers_files.statistics(state)
+    found = diffusers_files.statistics(state, folder)
     if found is None or not (folder / STATISTICS).is_file():
         return found
     exact = read(folder / STATISTICS)

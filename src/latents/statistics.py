@@ -68,7 +68,7 @@ def latent_statistics(
         "encoder": pass_over["encoder"],
         "image_size": rae.geometry.image_size,
         "images": total.count,
-        "data": images.description(),
+        "data": images.description() | {"data_dir": images.folder.name},
     }
 
 

@@ -29,11 +29,30 @@ class DecoderConfig:
 
     # Published files are ViT-MAE configs. What they say besides is either fixed by the recipe (checked) or about
     # other networks (ignored); latent width, patch and image size come from the model's geometry.
-    _FIXED = {"hidden_act": "gelu", "qkv_bias": True, "num_channels": 3, "hidden_dropout_prob": 0.0,
-              "attention_probs_dropout_prob": 0.0}
-    _IGNORED = {"_name_or_path", "architectures", "hidden_size", "image_size", "initializer_range", "intermediate_size",
-                "mask_ratio", "model_type", "norm_pix_loss", "num_attention_heads", "num_hidden_layers", "patch_size",
-                "torch_dtype", "dtype", "transformers_version"}
+    _FIXED = {
+        "hidden_act": "gelu",
+        "qkv_bias": True,
+        "num_channels": 3,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    _IGNORED = {
+        "_name_or_path",
+        "architectures",
+        "hidden_size",
+        "image_size",
+        "initializer_range",
+        "intermediate_size",
+        "mask_ratio",
+        "model_type",
+        "norm_pix_loss",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "patch_size",
+        "torch_dtype",
+        "dtype",
+        "transformers_version",
+    }
 
     @classmethod
     def read(cls, path: str | Path) -> "DecoderConfig":
@@ -42,7 +61,9 @@ class DecoderConfig:
         file = file / "config.json" if file.is_dir() else file
         if not file.is_file():
             known = sorted(p.parent.name for p in resolve("configs/decoder").glob("*/config.json"))
-            raise UserError(f"model.decoder_config_path={path}: no such file or folder. Known: {', '.join(known)} under configs/decoder.")
+            raise UserError(
+                f"model.decoder_config_path={path}: no such file or folder. Known: {', '.join(known)} under configs/decoder."
+            )
         try:
             content = json.loads(file.read_text())
         except ValueError as error:
@@ -50,13 +71,17 @@ class DecoderConfig:
         wanted = {f.name for f in fields(cls)}
         missing, unknown = wanted - content.keys(), content.keys() - wanted - cls._FIXED.keys() - cls._IGNORED
         if missing or unknown:
-            raise UserError(f"{file}: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; expected {sorted(wanted)}.")
+            raise UserError(
+                f"{file}: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; expected {sorted(wanted)}."
+            )
         for key, value in cls._FIXED.items():
             if content.get(key, value) != value:
                 raise UserError(f"{file}: {key}={content[key]!r} is not supported; the recipe has {value!r}.")
         config = cls(**{name: content[name] for name in wanted})
         if config.decoder_hidden_size % config.decoder_num_attention_heads or config.decoder_hidden_size % 4:
-            raise UserError(f"{file}: decoder_hidden_size={config.decoder_hidden_size} must be a multiple of 4 and of the heads.")
+            raise UserError(
+                f"{file}: decoder_hidden_size={config.decoder_hidden_size} must be a multiple of 4 and of the heads."
+            )
         return config
 
 

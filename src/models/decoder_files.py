@@ -144,7 +144,7 @@ def read_statistics_content(path: str | Path) -> tuple[Any, Path]:
     if (place / STATISTICS).is_file():
         return read(place / STATISTICS), place / STATISTICS
     state = diffusers_files.read_weights(place) if kind == "diffusers" else {}
-    found = diffusers_files.statistics(state)
+    found = diffusers_files.statistics(state, place)
     _require_statistics(found, place)
     assert found is not None
     return {"mean": found[0], "var": found[1]}, place

@@ -111,16 +111,25 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return {name: value for shard in shards for name, value in read(folder / shard).items()}
 
 
-def statistics(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
-    """mean and var, each C x h x w; None where the folder has none."""
+def no_statistics() -> tuple[Tensor, Tensor]:
+    """mean and std for a model without: std + 1e-5 is 1, where diffusers' own default of 1 would divide by 1.00001."""
+    return torch.zeros(1), torch.full((1,), 1 - STD_EPS)
+
+
+def statistics(state: Mapping[str, Tensor], source: object) -> tuple[Tensor, Tensor] | None:
+    """mean and var, each C x h x w; None where the folder has none (a mean of 0, and a std of 1 up to STD_EPS).
+
+    Raises:
+        UserError: one number for all latents, which ours does not have.
+    """
     mean, std = state.get("_latents_mean"), state.get("_latents_std")
-    if mean is None or std is None or mean.ndim != 3:
+    if mean is None or std is None:
         return None
+    if mean.numel() == 1 and std.numel() == 1:
+        if abs(mean.item()) < STD_EPS and abs(std.item() - 1) < 2 * STD_EPS:
+            return None
+        raise UserError(f"{source}: one mean ({mean.item():g}) and std ({std.item():g}) for all latents; expected C x h x w numbers.")
     return mean.float(), var_from_std(std)
-
-
-def has_statistics(config: Mapping[str, Any]) -> bool:
-    return config["latents_mean"] is not None
 
 
 def torch_dtype(name: str) -> torch.dtype:

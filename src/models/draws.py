@@ -42,9 +42,7 @@ class StepDraws:
             )
         self.augment = augment
 
-    def generator(
-        self, batch: Mapping[str, Any], batch_idx: int, step: int, device: torch.device
-    ) -> GeneratorDraws:
+    def generator(self, batch: Mapping[str, Any], batch_idx: int, step: int, device: torch.device) -> GeneratorDraws:
         """`batch_idx`: number of the micro-batch in its epoch; `step`: of the generator update."""
         epoch, positions = int(batch["epoch"]), batch["position"].tolist()
         noise = None
@@ -56,7 +54,12 @@ class StepDraws:
         return GeneratorDraws(noise, augment, self.blocks(step))
 
     def discriminator(
-        self, label: Literal["fake", "real"], batch: Mapping[str, Any], batch_idx: int, update: int, device: torch.device
+        self,
+        label: Literal["fake", "real"],
+        batch: Mapping[str, Any],
+        batch_idx: int,
+        update: int,
+        device: torch.device,
     ) -> Draws | None:
         purpose = Purpose.AUGMENT_FAKE if label == "fake" else Purpose.AUGMENT_REAL
         return self._augment(purpose, int(batch["epoch"]), batch["position"].tolist(), batch_idx, update, device)

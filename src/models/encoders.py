@@ -136,7 +136,12 @@ def preprocessing(source: str, default: type[FrozenEncoder]) -> tuple[Sequence[f
     """(mean, std) from `preprocessor_config.json` of `source`, or the family's where there is no such file."""
     from transformers.utils import cached_file
 
-    file = cached_file(local_place(source), "preprocessor_config.json", _raise_exceptions_for_missing_entries=False,
-                       _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False)
+    file = cached_file(
+        local_place(source),
+        "preprocessor_config.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
     found = json.loads(Path(file).read_text()) if file else {}
     return found.get("image_mean", default.image_mean), found.get("image_std", default.image_std)

@@ -35,6 +35,8 @@ class FrozenEncoder(nn.Module):
     blocks after the last chosen one are not run. Subclasses name the parts of their transformers model.
     """
 
+    model: Any
+    """The transformers model; its parts are named differently in each family."""
     model_class: ClassVar[type[PreTrainedModel]]
     config_class: ClassVar[type[PretrainedConfig]]
     default_fusion: ClassVar[str] = "mean"
@@ -167,7 +169,12 @@ class FrozenEncoder(nn.Module):
 
     @classmethod
     def _untrained(cls, config: PretrainedConfig, source: str, seed: int) -> PreTrainedModel:
-        log.warning("%s from %s is UNTRAINED (seed %d): figures made with it say nothing of the method.", cls.__name__, source, seed)
+        log.warning(
+            "%s from %s is UNTRAINED (seed %d): figures made with it say nothing of the method.",
+            cls.__name__,
+            source,
+            seed,
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return cls.model_class(config)
@@ -175,11 +182,12 @@ class FrozenEncoder(nn.Module):
     @classmethod
     def _pretrained(cls, config: PretrainedConfig, source: str) -> PreTrainedModel:
         try:
-            model, info = cls.model_class.from_pretrained(
+            loaded: Any = cls.model_class.from_pretrained(
                 local_place(source), config=config, output_loading_info=True, dtype=torch.float32
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(_not_found(cls.__name__, source, error)) from error
+        model, info = loaded
         missing = sorted(info["missing_keys"])
         unexpected = sorted(k for k in info["unexpected_keys"] if not k.startswith(cls.ignorable or ("\0",)))
         mismatched = sorted(str(k) for k in info["mismatched_keys"])

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from src.errors import UserError
 
-
 BLAME = ("l1", "lpips", "gan", "adaptive_weight", "loss", "gradient", "discriminator loss", "discriminator gradient")
 """Names in the order in which one makes the next go wrong."""
 

@@ -37,7 +37,9 @@ def parse_layers(layers: LayerChoice, depth: int, key: str = "model.encoder_para
     if isinstance(layers, str):
         chosen = _parse_text(layers, depth, key)
     elif isinstance(layers, float):  # what YAML makes of 5.11; it can't tell 5.10 from 5.1
-        raise UserError(f"{key}={layers} was read as a decimal number. Write a list, [5,11], or quote it twice: {key}='\"5.11\"'.")
+        raise UserError(
+            f"{key}={layers} was read as a decimal number. Write a list, [5,11], or quote it twice: {key}='\"5.11\"'."
+        )
     else:
         chosen = [layers] if isinstance(layers, int) else list(layers)
     if not chosen:

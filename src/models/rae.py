@@ -180,7 +180,9 @@ def geometry_of(
     return Geometry.of(image_size, decoder_patch_size, patch, encoder_input_size, encoder_params.get("num_tokens"))
 
 
-def read_statistics(path: str | Path, shape: tuple[int, int, int], identity: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def read_statistics(
+    path: str | Path, shape: tuple[int, int, int], identity: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
     """`mean` and `var` from a statistics file in the official format. An identity stored beside them is compared."""
     content, file = read_statistics_content(path)
     if not isinstance(content, Mapping) or not {"mean", "var"} <= content.keys():
@@ -189,13 +191,21 @@ def read_statistics(path: str | Path, shape: tuple[int, int, int], identity: Map
     for name, tensor in (("mean", mean), ("var", var)):
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
             got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise UserError(f"{file}: `{name}` is {got}; this model's latents are {shape} (C x h x w). Use statistics of this encoder and size.")
+            raise UserError(
+                f"{file}: `{name}` is {got}; this model's latents are {shape} (C x h x w). Use statistics of this encoder and size."
+            )
     stored = content.get("encoder")
     if stored is not None:
         compared = identity.keys() - {"source"}  # the same weights may lie elsewhere
-        differing = [f"{k}: file {stored.get(k)!r}, model {identity[k]!r}" for k in sorted(compared) if stored.get(k) != identity[k]]
+        differing = [
+            f"{k}: file {stored.get(k)!r}, model {identity[k]!r}"
+            for k in sorted(compared)
+            if stored.get(k) != identity[k]
+        ]
         if differing:
-            raise UserError(f"{file} was made with another encoder ({'; '.join(differing)}). Compute its own with `python src/latent_stats.py`.")
+            raise UserError(
+                f"{file} was made with another encoder ({'; '.join(differing)}). Compute its own with `python src/latent_stats.py`."
+            )
     return mean, var
 
 
@@ -203,7 +213,9 @@ def _source(params: Mapping[str, Any]) -> str:
     for key in SOURCE_KEYS:
         if key in params:
             return str(params[key])
-    raise UserError(f"model.encoder_params has none of {', '.join(SOURCE_KEYS)}: it must say where the encoder comes from.")
+    raise UserError(
+        f"model.encoder_params has none of {', '.join(SOURCE_KEYS)}: it must say where the encoder comes from."
+    )
 
 
 def _build(kind: type, params: Mapping[str, Any]) -> nn.Module:

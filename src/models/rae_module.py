@@ -74,8 +74,7 @@ class RAEModule(pl.LightningModule):
         self.scores_at_start: dict[str, float] = {}
         """Of the validation before training, where there is one (`trainer.num_sanity_val_steps=-1`)."""
         self._ddp_params_and_buffers_to_ignore = [
-            name for name, _ in [*self.named_parameters(), *self.named_buffers()]
-            if not name.startswith("rae.decoder.")
+            name for name, _ in [*self.named_parameters(), *self.named_buffers()] if not name.startswith("rae.decoder.")
         ]  # read by DistributedDataParallel: it exchanges the decoder's gradients and nothing else
 
     # -- where training stands
@@ -132,7 +131,11 @@ class RAEModule(pl.LightningModule):
                 gradient_weight=1 / accumulate,
                 layers=draws.layers,
             )
-        self._collect({f"train/{name}": value for name, value in result.terms.items()}, 1 / accumulate, batch_idx % accumulate == 0)
+        self._collect(
+            {f"train/{name}": value for name, value in result.terms.items()},
+            1 / accumulate,
+            batch_idx % accumulate == 0,
+        )
         if phase.disc:
             self._micro_batches.append((batch, images, result))
         if last:
@@ -170,7 +173,9 @@ class RAEModule(pl.LightningModule):
                 for number, ((batch, _, _), (real, fake)) in enumerate(zip(micro_batches, pairs, strict=True)):
                     draws = self.draws.discriminator(label, batch, first + number, update, self.device)
                     values = self.step.discriminate(
-                        fake if label == "fake" else real, draws, label,
+                        fake if label == "fake" else real,
+                        draws,
+                        label,
                         backward=lambda loss, weight: loss.backward(weight),
                         loss_scale=scale,
                         gradient_weight=1 / len(micro_batches),

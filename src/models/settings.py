@@ -71,7 +71,9 @@ class LayerSubset:
         if self.kind not in ("none", "uniform"):
             raise UserError(f"model.layer_subset.kind={self.kind!r}: expected 'none' or 'uniform'.")
         if not 0 < self.keep_probability <= 1:
-            raise UserError(f"model.layer_subset.keep_probability={self.keep_probability}: expected a number in (0, 1].")
+            raise UserError(
+                f"model.layer_subset.keep_probability={self.keep_probability}: expected a number in (0, 1]."
+            )
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,9 @@ class LoopSettings:
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"model.ema_decay={self.ema_decay}: expected a number in [0, 1).")
         if self.gradient_clip_val is not None and self.gradient_clip_val <= 0:
-            raise UserError(f"trainer.gradient_clip_val={self.gradient_clip_val}: expected a positive norm, or null for no clipping.")
+            raise UserError(
+                f"trainer.gradient_clip_val={self.gradient_clip_val}: expected a positive norm, or null for no clipping."
+            )
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,12 @@ class ModelSettings:
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> Self:
-        groups: dict[str, type] = {"rae": RAESettings, "step": StepSettings, "starts": StartEpochs, "loop": LoopSettings}
+        groups: dict[str, type] = {
+            "rae": RAESettings,
+            "step": StepSettings,
+            "starts": StartEpochs,
+            "loop": LoopSettings,
+        }
         nodes: dict[str, type] = {
             "optimizer": OptimizerSettings,
             "scheduler": SchedulerSettings,

@@ -209,7 +209,9 @@ class TrainingStep:
     def fake(self, result: GeneratorResult) -> Tensor:
         """What D judges: B 3 H W in [-1, 1], clamped and on the 8-bit grid."""
         with record_function("disc_decode"):
-            images = result.reconstruction if self.settings.disc_fake == "reuse" else self.rae.decode_raw(result.latents)
+            images = (
+                result.reconstruction if self.settings.disc_fake == "reuse" else self.rae.decode_raw(result.latents)
+            )
         return images.float().clamp(0, 1).mul_(255).round_().div_(127.5).sub_(1)
 
     def discriminate(

@@ -4,6 +4,7 @@ Legend: S the side of the square that the model takes, px. Pixels are uint8 H x 
 """
 
 import glob
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,12 +25,14 @@ _DATASET_MARKS = ("dataset_dict.json", "dataset_info.json", "state.json")
 
 
 class FileSource:
-    """A list of image files."""
+    """A list of image files. Below a `root`, the folders right under it are the classes; a file in none has no label."""
 
-    class_names = None
-
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], root: Path | None = None) -> None:
         self.files = list(files)
+        below = [file.relative_to(root).parts if root is not None else () for file in self.files]
+        names = sorted({parts[0] for parts in below if len(parts) > 1})
+        self.class_names: list[str] | None = names or None
+        self._labels = [names.index(parts[0]) if len(parts) > 1 else None for parts in below]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -40,15 +43,13 @@ class FileSource:
         except OSError as error:
             raise BadImage(f"can't be read: {error.strerror or error}") from error
 
-    def label(self, index: int) -> None:
-        return None
+    def label(self, index: int) -> int | None:
+        return self._labels[index]
 
     def name(self, index: int) -> str:
         return str(self.files[index])
 
     def fingerprint(self) -> str:
-        import hashlib
-
         return hashlib.sha256(b"\0".join(os.fsencode(file) for file in self.files)).hexdigest()[:16]
 
 
@@ -82,7 +83,8 @@ def open_inputs(paths: Sequence[str], split: str | None, limit: int | None = Non
         raise UserError("--split goes with one data set; for files, folders and globs drop it.")
     files = list(dict.fromkeys(file for path in paths for file in _expand(path)))[:limit]
     names = _names(files)
-    return Inputs(FileSource(files), np.arange(len(files)), " ".join(paths), lambda row: names[row])
+    root = first if len(paths) == 1 and first.is_dir() else None
+    return Inputs(FileSource(files, root), np.arange(len(files)), " ".join(paths), lambda row: names[row])
 
 
 @dataclass(frozen=True)

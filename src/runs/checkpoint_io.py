@@ -21,11 +21,14 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         write_atomically(checkpoint, Path(path))
 
-    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         content = read(path)
         if not isinstance(content, dict) or "state_dict" not in content or "loops" not in content:
             raise UserError(
-                f"{path} is no checkpoint of a training run. Weights of others go into model.pretrained_decoder_path, not ckpt_path."
+                f"{path} is no checkpoint of a training run. Weights of others go into model.pretrained_decoder_path, not "
+                "ckpt_path."
             )
         return content
 
@@ -46,7 +49,9 @@ def write_atomically(content: Any, target: Path) -> None:
         _sync_folder(target.parent)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise UserError(f"The checkpoint {target} can't be written: {error}. The previous one is untouched; make room and use ckpt_path=last.") from error
+        raise UserError(
+            f"The checkpoint {target} can't be written: {error}. The previous one is untouched; make room and use ckpt_path=last."
+        ) from error
 
 
 def link_or_copy(source: Path, target: Path) -> None:

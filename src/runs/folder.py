@@ -1,6 +1,7 @@
 """The folder of a run: made once for all processes of a launch, and never one that exists."""
 
 import os
+import re
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -12,6 +13,7 @@ from src.weights import resolve
 ENVIRONMENT_KEY = "RAE_RUN_DIR"
 """Tells the processes that Lightning starts from the first one which folder that one made."""
 _WAIT = timedelta(minutes=10)
+_DATE = re.compile(r"\d{4}-\d\d-\d\d")
 
 
 def run_folder(log_dir: str, wanted: str | None, launch: Launch) -> Path:
@@ -49,7 +51,9 @@ def _create(log_dir: str, wanted: str | None) -> Path:
             except FileExistsError:
                 number += 1
     except OSError as error:
-        raise UserError(f"The run's folder can't be made: {error}. Set paths.log_dir to a place that can be written.") from error
+        raise UserError(
+            f"The run's folder can't be made: {error}. Set paths.log_dir to a place that can be written."
+        ) from error
 
 
 def _shared_by_store(log_dir: str, wanted: str | None, launch: Launch) -> Path:
@@ -66,7 +70,11 @@ def _shared_by_store(log_dir: str, wanted: str | None, launch: Launch) -> Path:
 def _shared_by_file(log_dir: str, wanted: str | None, launch: Launch) -> Path:
     """SLURM: through a file named after the job step, which no other launch shares."""
     env = os.environ
-    note = resolve(log_dir) / "runs" / f".slurm-{env['SLURM_JOB_ID']}-{env.get('SLURM_STEP_ID', '0')}-{env.get('SLURM_RESTART_COUNT', '0')}"
+    note = (
+        resolve(log_dir)
+        / "runs"
+        / f".slurm-{env['SLURM_JOB_ID']}-{env.get('SLURM_STEP_ID', '0')}-{env.get('SLURM_RESTART_COUNT', '0')}"
+    )
     if launch.main:
         folder = _create(log_dir, wanted)
         beside = note.with_name(note.name + ".tmp")
@@ -76,6 +84,15 @@ def _shared_by_file(log_dir: str, wanted: str | None, launch: Launch) -> Path:
     deadline = time.monotonic() + _WAIT.total_seconds()
     while not note.exists():
         if time.monotonic() > deadline:
-            raise UserError(f"The first process did not leave {note} within {_WAIT}: is {log_dir} on a file system that all nodes share?")
+            raise UserError(
+                f"The first process did not leave {note} within {_WAIT}: is {log_dir} on a file system that all nodes share?"
+            )
         time.sleep(0.2)
     return Path(note.read_text())
+
+
+def run_id(folder: Path) -> str:
+    """DATE_TIME of logs/runs/DATE/TIME (with what lies below, in a multirun); the name of any other folder."""
+    parts = folder.resolve().parts
+    dates = [i for i, part in enumerate(parts) if _DATE.fullmatch(part)]
+    return "_".join(parts[dates[-1] :]) if dates else parts[-1]

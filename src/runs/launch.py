@@ -18,7 +18,11 @@ class Launch:
         env = os.environ
         if "TORCHELASTIC_RUN_ID" in env or ("RANK" in env and "WORLD_SIZE" in env and "LOCAL_RANK" in env):
             return cls(int(env["RANK"]), int(env["WORLD_SIZE"]), "torchrun")
-        if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1 and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        if (
+            "SLURM_PROCID" in env
+            and int(env.get("SLURM_NTASKS", "1")) > 1
+            and env.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+        ):
             return cls(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), "slurm")
         if "LOCAL_RANK" in env:
             return cls(int(env.get("NODE_RANK", "0")) or int(env["LOCAL_RANK"]), 0, "child")

@@ -113,7 +113,9 @@ def stretches(module: Any, steps_per_epoch: int, planned: int) -> list[Stretch]:
             gan=adversarial and first >= starts["gan"],
             disc=adversarial and first >= starts["disc"],
         )
-        name = " + ".join(["L1", *(["LPIPS"] if phase.lpips else []), *(["D"] if phase.disc else []), *(["GAN"] if phase.gan else [])])
+        name = " + ".join(
+            ["L1", *(["LPIPS"] if phase.lpips else []), *(["D"] if phase.disc else []), *(["GAN"] if phase.gan else [])]
+        )
         found.append(Stretch(name, end - first, phase))
     return found
 
@@ -131,7 +133,13 @@ def check_disk(config: Mapping[str, Any], module: Any) -> None:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    log.info("Checkpoints: %.1f GB each, up to %.1f GB in all; %.1f GB free at %s", size / 1e9, files * size / 1e9, free / 1e9, folder)
+    log.info(
+        "Checkpoints: %.1f GB each, up to %.1f GB in all; %.1f GB free at %s",
+        size / 1e9,
+        files * size / 1e9,
+        free / 1e9,
+        folder,
+    )
     if free < files * size:
         raise UserError(
             f"Preflight: {files} checkpoints of {size / 1e9:.1f} GB need {files * size / 1e9:.1f} GB, but {folder} has "
@@ -157,7 +165,11 @@ def report(trainer: pl.Trainer, module: Any, run: Any, watch: Stopwatch, planned
             f"{stretch.steps:,} steps at {each:.3g} s ({batch / each:.4g} images/s, peak {watch.memory[stretch.name]:.1f} GB): "
             f"{duration(each * stretch.steps)}, {each * stretch.steps * trainer.world_size / 3600:.3g} device-hours",
         ))  # fmt: skip
-    rows.append(("in all", f"{duration(total)}, {total * trainer.world_size / 3600:.3g} device-hours, evaluation not counted"))
+    rows.append(
+        ("in all", f"{duration(total)}, {total * trainer.world_size / 3600:.3g} device-hours, evaluation not counted")
+    )
     width = max(len(name) for name, _ in rows)
-    log.info("Preflight passed; nothing was saved.\n%s", "\n".join(f"  {name:<{width}}  {value}" for name, value in rows))
+    log.info(
+        "Preflight passed; nothing was saved.\n%s", "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+    )
     warn(trainer, module)

@@ -13,7 +13,17 @@ from typing import Any
 
 from src.weights import PROJECT_ROOT
 
-_PACKAGES = ("torch", "pytorch-lightning", "hydra-core", "transformers", "datasets", "numpy", "pillow", "simplejpeg", "torchmetrics")
+_PACKAGES = (
+    "torch",
+    "pytorch-lightning",
+    "hydra-core",
+    "transformers",
+    "datasets",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+    "torchmetrics",
+)
 
 
 class RunRecord:
@@ -42,14 +52,18 @@ class RunRecord:
 
     def finish(self, status: str, warnings: list[str], **result: Any) -> None:
         """`status`: finished, failed, terminated or interrupted."""
-        self.update({"status": status, "ended": datetime.now().isoformat(timespec="seconds"), "warnings": warnings, **result})
+        self.update(
+            {"status": status, "ended": datetime.now().isoformat(timespec="seconds"), "warnings": warnings, **result}
+        )
 
 
 def git_state() -> dict[str, Any] | None:
     """Commit and whether the tree was clean; None outside a checkout."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        return subprocess.run(
+            ["git", *words], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
 
     try:
         return {"commit": git("rev-parse", "HEAD"), "clean": not git("status", "--porcelain")}

@@ -19,10 +19,19 @@ def summary(trainer: pl.Trainer, module: Any) -> dict[str, Any]:
     if progress is not None:
         result |= progress.latest
     result |= {name: value for name, (_, value) in module.scores.items()}
-    rows = [(name, f"{result[name]:.4f}") for name in sorted(result) if name.startswith(("train/l", "train/gan", "disc/loss", "val/", "rfid"))]
+    rows = [
+        (name, f"{result[name]:.4f}")
+        for name in sorted(result)
+        if name.startswith(("train/l", "train/gan", "disc/loss", "val/", "rfid"))
+    ]
     if "val/psnr" in module.scores_at_start and "val/psnr" in result:
         result["psnr_before"] = module.scores_at_start["val/psnr"]
-        rows.append(("PSNR before -> after", f"{result['psnr_before']:.2f} -> {result['val/psnr']:.2f} dB (EMA, held-out images)"))
+        rows.append(
+            (
+                "PSNR before -> after",
+                f"{result['psnr_before']:.2f} -> {result['val/psnr']:.2f} dB (EMA, held-out images)",
+            )
+        )
     if throughput is not None and throughput.mean_images_per_s:
         result["images_per_s"] = throughput.mean_images_per_s
         rows.append(("images/s", f"{result['images_per_s']:.1f}"))
@@ -31,7 +40,11 @@ def summary(trainer: pl.Trainer, module: Any) -> dict[str, Any]:
         rows.append(("originals above reconstructions", str(samples.last_file)))
     if trainer.is_global_zero:
         width = max(len(name) for name, _ in rows) if rows else 0
-        log.info("Done after %s steps:\n%s", f"{trainer.global_step:,}", "\n".join(f"  {name:<{width}}  {value}" for name, value in rows))
+        log.info(
+            "Done after %s steps:\n%s",
+            f"{trainer.global_step:,}",
+            "\n".join(f"  {name:<{width}}  {value}" for name, value in rows),
+        )
     return result
 
 

@@ -19,9 +19,9 @@ from src.callbacks.startup import StartupTable, device_name
 from src.errors import UserError
 from src.runs import logs
 from src.runs.folder import run_folder
+from src.runs.geometry_check import check_geometry
 from src.runs.launch import Launch
 from src.runs.record import RunRecord
-from src.runs.geometry_check import check_geometry
 from src.runs.resume import announce_resume, find_checkpoint
 from src.runs.summary import summary
 from src.runs.trainer import build_trainer
@@ -108,7 +108,9 @@ def build_run(config: DictConfig, launch: Launch, bare: bool = False) -> Run:
     datamodule = build(config.data, "data")
     callbacks = [] if bare else [StartupTable(), *build_all(config.callbacks, "callbacks")]
     loggers = build_all(config.logger, "logger") if launch.main and not bare else []
-    trainer = build_trainer(plain["trainer"], launch, callbacks, loggers, plain["paths"]["run_dir"] or plain["paths"]["log_dir"])
+    trainer = build_trainer(
+        plain["trainer"], launch, callbacks, loggers, plain["paths"]["run_dir"] or plain["paths"]["log_dir"]
+    )
     datamodule.trainer = trainer
     if trainer.is_global_zero:
         datamodule.prepare_data()
@@ -127,8 +129,19 @@ def fit(run: Run, checkpoint: Path | None, record: RunRecord) -> dict[str, Any]:
             callback.resumed_from = checkpoint
     if checkpoint is not None:
         announce_resume(checkpoint, run.config)
-    trainer.fit(run.module, datamodule=datamodule, ckpt_path=checkpoint)
-    record.update({"data": {"fingerprint": datamodule.fingerprint, "train": datamodule.train_size, "validation": datamodule.val_size}})
+    try:
+        trainer.fit(run.module, datamodule=datamodule, ckpt_path=checkpoint)
+    finally:  # Lightning leaves this out on the way of an exception, and loading processes would outlive their use
+        datamodule.teardown("fit")
+    record.update(
+        {
+            "data": {
+                "fingerprint": datamodule.fingerprint,
+                "train": datamodule.train_size,
+                "validation": datamodule.val_size,
+            }
+        }
+    )
     return summary(trainer, run.module)
 
 
@@ -146,7 +159,9 @@ def build(node: DictConfig, key: str) -> Any:
         if isinstance(cause, UserError):
             raise cause from None
         if isinstance(cause, TypeError) and "argument" in str(cause):
-            raise UserError(f"{key}: {cause}. The keys that {node._target_} takes are in configs/{key.split('.')[0]}/.") from cause
+            raise UserError(
+                f"{key}: {cause}. The keys that {node._target_} takes are in configs/{key.split('.')[0]}/."
+            ) from cause
         if isinstance(cause, ModuleNotFoundError):
             raise UserError(f"{key}: {cause}. Install it, or choose another config for this group.") from cause
         raise

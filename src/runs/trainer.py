@@ -23,7 +23,9 @@ _PRECISION = {
 }  # fmt: skip
 
 
-def build_trainer(config: dict[str, Any], launch: Launch, callbacks: list[Any], loggers: list[Any], root: str) -> pl.Trainer:
+def build_trainer(
+    config: dict[str, Any], launch: Launch, callbacks: list[Any], loggers: list[Any], root: str
+) -> pl.Trainer:
     settings = {key: value for key, value in config.items() if key not in (*TAKEN_OVER, "_target_")}
     on_gpu = _uses_gpu(settings["accelerator"])
     distributed = _is_ddp(settings["strategy"]) or launch.world > 1
@@ -63,7 +65,10 @@ def precision(wanted: Any, on_gpu: bool) -> str:
 def _uses_gpu(accelerator: str) -> bool:
     available = torch.cuda.is_available()
     if accelerator in ("gpu", "cuda") and not available:
-        raise UserError(f"trainer.accelerator={accelerator}, but no CUDA device is visible. Use trainer=cpu, or check CUDA_VISIBLE_DEVICES and nvidia-smi.")
+        raise UserError(
+            f"trainer.accelerator={accelerator}, but no CUDA device is visible. Use trainer=cpu, or check "
+            "CUDA_VISIBLE_DEVICES and nvidia-smi."
+        )
     if accelerator not in ("auto", "gpu", "cuda", "cpu"):
         raise UserError(f"trainer.accelerator={accelerator}: expected auto, gpu or cpu.")
     return available and accelerator != "cpu"
@@ -84,7 +89,9 @@ def _devices(wanted: Any, on_gpu: bool, distributed: bool, launch: Launch) -> An
     if launch.kind == "torchrun":
         started = int(os.environ.get("LOCAL_WORLD_SIZE", launch.world))
         if wanted not in ("auto", started, str(started)):
-            log.warning("trainer.devices=%s is ignored: torchrun started %d process(es) on this machine.", wanted, started)
+            log.warning(
+                "trainer.devices=%s is ignored: torchrun started %d process(es) on this machine.", wanted, started
+            )
         return started
     if wanted != "auto":
         return wanted

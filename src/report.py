@@ -1,0 +1,69 @@
+"""One HTML page of a training run: curves, pictures, scores, warnings, configuration and environment.
+
+    python src/report.py logs/runs/DATE/TIME                              RUN_DIR/report.html
+    python src/report.py logs/runs/DATE/TIME --out report.html
+    python src/report.py logs/runs/DATE/TIME1 logs/runs/DATE/TIME2        overlaid, side by side: RUN_DIR1/comparison.html
+
+The page holds all it shows (about 5 MB, and the pictures) and opens without a network; it follows the light or dark
+mode of the system and prints. Nothing but the files of the run is read: TensorBoard events or csv/metrics.csv,
+run.json, .hydra/config.yaml, run.log, samples/ and the sheets of rFID evaluations. A run that is still going, or that
+broke, makes a page too; what is missing or damaged is told there.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root instead of src/
+
+EPILOG = """exit codes: 0 the page is written; 1 a folder is no run's, or the page can't be written; 2 wrong options"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    from src.evaluation.options import make_parser, option
+
+    parser = make_parser(__doc__)
+    parser.epilog = EPILOG
+    parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="folder of a run, logs/runs/DATE/TIME")
+    option(
+        parser,
+        "out",
+        metavar="FILE",
+        help="the page (default: report.html in the run's folder, comparison.html in the first one's for several)",
+    )
+    arguments = parser.parse_args(argv)
+
+    from src.errors import UserError
+
+    try:
+        written = write(arguments.run_dirs, arguments.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{written}  {written.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def write(run_dirs: Sequence[str | Path], out: str | Path | None) -> Path:
+    """The page's file. Raises UserError."""
+    from src.errors import UserError
+    from src.metrics.npz import atomic_write
+    from src.reporting.page import page
+    from src.reporting.reading import read_runs
+    from src.weights import resolve
+
+    runs = read_runs(run_dirs)
+    target = resolve(out) if out else runs[0].folder / ("report.html" if len(runs) == 1 else "comparison.html")
+    if target.is_dir():
+        raise UserError(f"--out {target} is a folder: name a file in it, such as {target / 'report.html'}.")
+    content = page(runs).encode("utf-8", errors="replace")
+    try:
+        with atomic_write(target) as file:
+            file.write(content)
+    except OSError as error:
+        raise UserError(f"{target} can't be written: {error}. Name another place with --out FILE.") from error
+    return target
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Which curves a report shows, and the curves as plotly figures without colours of a theme (page.js adds those)."""
+
+import html
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import plotly.graph_objects as go
+
+from src.reporting.facts import starts
+from src.reporting.reading import Run
+from src.reporting.series import Series, smooth, thin
+
+PALETTE = ("#3b8bd4", "#e67e33", "#35a06c", "#b264c8", "#d6504c", "#94862f", "#22a5b0", "#d1699c")
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+_MAX_OTHERS = 24
+_UNSHOWN = ("/images", "/seconds")  # of evaluations: they stand beside the scores
+
+
+@dataclass(frozen=True)
+class Chart:
+    key: str
+    title: str
+    about: str
+    tags: tuple[tuple[str, str], ...]
+    """(logged name, name in the legend)."""
+    better: str = ""
+    """`low` or `high`: the best value is marked."""
+    format: str = ""
+    logarithmic: bool = False
+    """Whether a logarithmic axis is offered."""
+
+
+CHARTS = (
+    Chart("loss", "Loss", "Of the generator in training, and L1 with weighted LPIPS on held-out images (EMA weights).",
+          (("train/loss", "training"), ("val/loss", "held out")), logarithmic=True),
+    Chart("rfid", "rFID", "Fréchet distance of reconstructions and originals (EMA weights); lower is better.",
+          (("rfid/score", "during training"), ("rfid_full/score", "all images")), "low", logarithmic=True),
+    Chart("rfid_untrained", "FID distance by an UNTRAINED Inception network", "Moves like rFID, but is no rFID and compares with nothing published.",
+          (("rfid_untrained/score", "during training"), ("rfid_untrained_full/score", "all images")), "low", logarithmic=True),
+    Chart("psnr", "PSNR (dB)", "Of reconstructions by the EMA weights; higher is better.",
+          (("val/psnr", "held out"), ("rfid/psnr", "with rFID"), ("rfid_untrained/psnr", "with FID distance"),
+           ("rfid_full/psnr", "all images"), ("rfid_untrained_full/psnr", "all images")), "high"),
+    Chart("l1", "L1", "Mean absolute difference of images in [0, 1].", (("train/l1", "training"), ("val/l1", "held out")), logarithmic=True),
+    Chart("lpips", "LPIPS", "Perceptual distance; lower is better.",
+          (("train/lpips", "training"), ("val/lpips", "held out"), ("rfid/lpips", "with rFID"), ("rfid_untrained/lpips", "with FID distance"),
+           ("rfid_full/lpips", "all images"), ("rfid_untrained_full/lpips", "all images")), logarithmic=True),
+    Chart("ssim", "SSIM", "Structural similarity; higher is better.",
+          (("val/ssim", "held out"), ("rfid/ssim", "with rFID"), ("rfid_untrained/ssim", "with FID distance"),
+           ("rfid_full/ssim", "all images"), ("rfid_untrained_full/ssim", "all images")), "high"),
+    Chart("gan", "GAN term", "The generator's adversarial loss before weighting.", (("train/gan", "GAN term"),)),
+    Chart("weight", "Adaptive weight", "Ratio of gradient norms that scales the GAN term.", (("train/adaptive_weight", "adaptive weight"),), logarithmic=True),
+    Chart("disc", "Discriminator loss", "0 is a perfect discriminator, 1 (hinge) one that guesses.", (("disc/loss", "loss"),)),
+    Chart("accuracy", "Discriminator accuracy", "Share of images told right; one half is guessing.", (("disc/accuracy", "accuracy"),), format=".0%"),
+    Chart("logits", "Discriminator logits", "Mean output for originals and reconstructions.", (("disc/logits_real", "originals"), ("disc/logits_fake", "reconstructions"))),
+    Chart("grad", "Gradient norm", "Of the decoder, before clipping.", (("train/grad_norm", "gradient norm"),), logarithmic=True),
+    Chart("lr", "Learning rate", "", (("lr/generator", "generator"), ("lr/discriminator", "discriminator")), format="~e", logarithmic=True),
+    Chart("speed", "Throughput (images/s)", "All processes together; evaluation and pictures not counted.", (("perf/images_per_s", "images/s"),)),
+    Chart("wait", "Waiting for data", "Share of the time; above a fifth, the data path is the bottleneck.", (("perf/data_wait", "waiting"),), format=".0%"),
+    Chart("memory", "Peak memory (GB)", "Of the first process's device; on a CPU, of the process.", (("perf/memory_gb", "memory"),)),
+)  # fmt: skip
+
+
+def charts(runs: Sequence[Run]) -> list[Chart]:
+    """Those with data in any run; names that nobody foresaw get a chart each. More than 24 of them are noted."""
+    logged = sorted({name for run in runs for name in run.series})
+    known = {tag for chart in CHARTS for tag, _ in chart.tags}
+    others = [name for name in logged if name not in known and not name.endswith(_UNSHOWN)]
+    if len(others) > _MAX_OTHERS:
+        runs[0].notes.append(f"{len(others) - _MAX_OTHERS} more logged figures are not drawn: {', '.join(others[_MAX_OTHERS:])}.")
+    found = [chart for chart in CHARTS if any(tag in logged for tag, _ in chart.tags)]
+    return found + [Chart(f"other-{i}", name, "", ((name, name),)) for i, name in enumerate(others[:_MAX_OTHERS])]
+
+
+def draw(chart: Chart, runs: Sequence[Run]) -> str:
+    """JSON of {data, layout}, safe inside a <script>."""
+    figure = go.Figure()
+    several = len(runs) > 1
+    present = [tag for tag, _ in chart.tags if any(tag in run.series for run in runs)]
+    for r, run in enumerate(runs):
+        for tag, name in chart.tags:
+            if tag not in run.series:
+                continue
+            t = present.index(tag)
+            color = PALETTE[(r if several else t) % len(PALETTE)]
+            label = f"{run.label} {name}" if several and len(present) > 1 else run.label if several else name
+            for trace in _traces(run.series[tag], label, color, _DASHES[t % len(_DASHES)] if several else "solid", f"{r}-{t}"):
+                figure.add_trace(trace)
+            if chart.better and (best := run.series[tag].best(chart.better)):
+                figure.add_trace(_mark(best, label, color, f"{r}-{t}"))
+    figure.update_layout(
+        template="none", height=300, margin={"l": 56, "r": 16, "t": 10, "b": 40}, hovermode="x unified",
+        showlegend=several or len(present) > 1, legend={"orientation": "h", "y": -0.22, "yanchor": "top", "x": 0},
+        xaxis={"title": {"text": "step", "standoff": 6}, "zeroline": False}, yaxis={"zeroline": False, "tickformat": chart.format or None},
+    )  # fmt: skip
+    if not several:
+        _mark_starts(figure, runs[0], present)
+    return in_script(figure.to_json())
+
+
+def in_script(text: str) -> str:
+    """JSON that can stand in a <script>: no character there ends it."""
+    json.loads(text)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _traces(series: Series, label: str, color: str, dash: str, group: str) -> Iterator[go.Scatter]:
+    """The curve; of many points a running mean, the points themselves pale behind it."""
+    mean = smooth(series)
+    common = {"legendgroup": group, "name": html.escape(label)}
+    few = len(series) <= 40
+    if mean is not None:
+        raw = thin(series)
+        yield go.Scatter(
+            **common, **_points(raw), mode="lines", line={"color": color, "width": 1}, opacity=0.28, showlegend=False, hoverinfo="skip"
+        )  # fmt: skip
+    shown = thin(mean or series)
+    yield go.Scatter(
+        **common, **_points(shown), mode="lines+markers" if few else "lines", line={"color": color, "width": 2, "dash": dash},
+        marker={"size": 5}, hovertemplate="%{y:.5~g}",
+    )  # fmt: skip
+
+
+def _points(series: Series) -> dict[str, list[float | None]]:
+    """Six significant digits; plotly leaves gaps for None."""
+    finite = dict(series.finite)
+    return {"x": list(series.steps), "y": [float(f"{finite[s]:.6g}") if s in finite else None for s in series.steps]}
+
+
+def _mark(best: tuple[int, float], label: str, color: str, group: str) -> go.Scatter:
+    return go.Scatter(
+        x=[best[0]], y=[best[1]], mode="markers", name=html.escape(f"best {label}"), legendgroup=group, showlegend=False, hoverinfo="skip",
+        marker={"symbol": "star", "size": 12, "color": color},
+    )  # fmt: skip
+
+
+def _mark_starts(figure: go.Figure, run: Run, present: Sequence[str]) -> None:
+    """A dotted line where a loss begins."""
+    last = max((run.series[tag].steps[-1] for tag in present), default=0)
+    for name, step in starts(run).items():
+        if 0 < step <= last:
+            figure.add_vline(x=step, line={"dash": "dot", "width": 1, "color": "#8a8f98"})
+            figure.add_annotation(
+                x=step, y=1, yref="paper", text=name, showarrow=False, xanchor="right", yanchor="top", textangle=-90, font={"size": 10, "color": "#8a8f98"}
+            )  # fmt: skip

@@ -1,0 +1,200 @@
+"""src/export.py: three formats out of a checkpoint, their cards, and what is refused before anything is lost."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+from src.errors import UserError
+from src.export import main
+from src.exporting.hub import push
+from src.exporting.provenance import file_hashes
+from src.interop.checkpoint import load_trained
+from src.interop.diffusers_format import read_diffusers
+from src.interop.folder import read_folder
+from src.models.rae import RAE
+from src.weights import PROJECT_ROOT
+from tests.tiny_models import checkpoint, equal_decoders, tiny_rae
+
+
+def run(*words) -> int:
+    return main([str(word) for word in words])
+
+
+def test_help_is_quick_and_names_the_formats():
+    done = subprocess.run([sys.executable, PROJECT_ROOT / "src/export.py", "--help"], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0 and "--published" in done.stdout and "--published-names" in done.stdout
+    assert subprocess.run([sys.executable, PROJECT_ROOT / "src/export.py"], capture_output=True, timeout=30).returncode == 2
+
+
+def test_every_format_gives_the_checkpoint_back(tmp_path, capsys):
+    file = checkpoint(tmp_path, image_size=256, statistics=True)
+    rae = load_trained(file).rae
+    images = torch.rand(1, 3, 256, 256)
+    for words, read in (
+        (("--format", "folder"), read_folder),
+        (("--format", "folder", "--with_encoder"), read_folder),
+        (("--format", "diffusers"), read_diffusers),
+    ):
+        out = tmp_path / "_".join(words)
+        assert run("--checkpoint", file, *words, "--output", out) == 0
+        back = read(out)
+        assert equal_decoders(rae, back.rae) and torch.equal(back.rae(images), rae(images))
+        assert back.description["encoder"] == load_trained(file).description["encoder"]
+        assert back.description["step"] == 12 and back.rae.encoder.untrained
+    assert run("--checkpoint", file, "--format", "official", "--output", tmp_path / "o") == 0
+    source = rae.encoder.source
+    again = RAE("Dinov2withNorm", source, {"dinov2_path": source, "weights": "untrained"}, tmp_path / "decoder.json", 16, 256,
+                pretrained_decoder_path=tmp_path / "o/model.pt", normalization_stat_path=tmp_path / "o/stats.pt")  # fmt: skip
+    assert torch.equal(again(images), rae(images))
+    assert "UNTRAINED: encoder" in capsys.readouterr().out
+
+
+def test_an_export_is_exported_again(tmp_path):
+    file = checkpoint(tmp_path, image_size=256, statistics=True)
+    assert run("--checkpoint", file, "--format", "diffusers", "--output", tmp_path / "a") == 0
+    assert run("--decoder", tmp_path / "a", "--format", "folder", "--output", tmp_path / "b") == 1  # its encoder lies nowhere
+    assert run("--decoder", tmp_path / "a", "--format", "folder", "--with_encoder", "--output", tmp_path / "b") == 0
+    assert run("--decoder", tmp_path / "b", "--format", "diffusers", "--output", tmp_path / "c") == 0
+    a, c = (file_hashes(tmp_path / name) for name in "ac")
+    same = "diffusion_pytorch_model.safetensors", "config.json"
+    assert {name: a[name] for name in same} == {name: c[name] for name in same}
+    assert "rae_tiny" in (tmp_path / "c/README.md").read_text()
+
+
+def test_online_weights_and_half_precision(tmp_path):
+    file = checkpoint(tmp_path)
+    assert run("--checkpoint", file, "--weights", "online", "--dtype", "bf16", "--format", "official", "--output", tmp_path / "o") == 0
+    content = torch.load(tmp_path / "o/model.pt", weights_only=True)
+    online = load_trained(file, "online").rae.decoder.state_dict()
+    assert all(torch.equal(content[name], online[name].bfloat16()) for name in online)
+    assert "online, bf16" in (tmp_path / "o/README.md").read_text()
+
+
+def test_the_card_says_what_people_need(tmp_path):
+    file = checkpoint(tmp_path)
+    scores = {"quantization": "round", "exif": "apply", "features": "inception", "model": {"weights": "ema"},
+              "results": [{"data_dir": "/data/private/in1k", "split": "validation", "images": 50000, "rfid": 0.5678, "psnr": 19.1, "ssim": 0.5}]}  # fmt: skip
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    assert run("--checkpoint", file, "--format", "official", "--output", tmp_path / "o", "--scores", tmp_path / "scores.json") == 0
+    card = (tmp_path / "o/README.md").read_text()
+    for text in ("Dinov2withNorm", "64 x 4 x 4", "1,234 training images", "c0ffee", "| rfid | 0.5678 | 50,000 images", "18.2500", "56 held-out images",
+                 "1,000 images", "| global batch | 64", "UNTRAINED: encoder", file_hashes(tmp_path / "o")["model.pt"]):  # fmt: skip
+        assert text in card, text
+    record = (tmp_path / "o/rae_export.json").read_text()
+    assert "/private" not in card + record and str(tmp_path) not in card + record
+    assert json.loads(record)["files"]["model.pt"] == file_hashes(tmp_path / "o")["model.pt"]
+
+
+def test_existing_output_is_safe(tmp_path, capsys):
+    file = checkpoint(tmp_path)
+    words = ("--checkpoint", file, "--format", "official", "--output", tmp_path / "o")
+    assert run(*words) == 0 and run(*words) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    (tmp_path / "o/note.txt").write_text("of the export")
+    assert run(*words, "--overwrite") == 0 and not (tmp_path / "o/note.txt").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("precious")
+    assert run(*words[:-1], tmp_path / "mine", "--overwrite") == 1
+    assert (tmp_path / "mine/thesis.txt").exists() and "no earlier export" in capsys.readouterr().err
+
+
+def test_a_failing_export_leaves_the_earlier_one(tmp_path, capsys):
+    file = checkpoint(tmp_path)
+    assert run("--checkpoint", file, "--format", "folder", "--output", tmp_path / "o") == 0
+    before = file_hashes(tmp_path / "o")
+    assert run("--checkpoint", file, "--format", "diffusers", "--output", tmp_path / "o", "--overwrite") == 1  # 4 x 4
+    assert file_hashes(tmp_path / "o") == before and not list(tmp_path.glob(".o.*"))
+    assert "grid is 4 x 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("make,reason", [
+    (lambda p: p / "missing.ckpt", "not found"),
+    (lambda p: _file(p, b"no checkpoint"), "refused|can't be read"),
+    (lambda p: _saved(p, {"state_dict": {}}), "no checkpoint of this trainer"),
+    (lambda p: _file(p, b"x", "unwritable") / "o", "can't be read|not found|Not a directory"),
+])  # fmt: skip
+def test_bad_checkpoints(tmp_path, capsys, make, reason):
+    import re
+
+    assert run("--checkpoint", make(tmp_path), "--format", "official", "--output", tmp_path / "o") == 1
+    assert re.search(reason, capsys.readouterr().err) and not (tmp_path / "o").exists()
+
+
+def test_output_below_a_file_or_where_nobody_may_write(tmp_path, capsys):
+    file = checkpoint(tmp_path)
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file/o", Path("/proc/o")):
+        assert run("--checkpoint", file, "--format", "official", "--output", place) == 1
+        assert "can't be written" in capsys.readouterr().err
+
+
+# -- the hub
+
+
+class Hub:
+    def __init__(self, error=None):
+        self.error, self.calls = error, []
+
+    def create_repo(self, repo_id, private, exist_ok):
+        self.calls.append(("create", repo_id, private, exist_ok))
+        if self.error:
+            raise self.error
+
+    def upload_folder(self, repo_id, folder_path, commit_message):
+        self.calls.append(("upload", repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+
+
+def test_push_sends_the_whole_folder(tmp_path):
+    (tmp_path / "README.md").write_text("card")
+    (tmp_path / "model.pt").write_text("weights")
+    hub = Hub()
+    push(tmp_path, "me/model", True, hub)
+    assert hub.calls == [("create", "me/model", True, True), ("upload", "me/model", ["README.md", "model.pt"])]
+
+
+def http_error(status):
+    error = HfHubHTTPError.__new__(HfHubHTTPError)
+    Exception.__init__(error, f"HTTP {status}")
+    error.response = SimpleNamespace(status_code=status)
+    return error
+
+
+@pytest.mark.parametrize("error,text", [
+    (LocalTokenNotFoundError("none"), "HF_TOKEN"), (http_error(401), "HF_TOKEN"), (http_error(403), "write permission"),
+    (http_error(500), "push again later"), (ConnectionError("no route"), "can't be reached"),
+])  # fmt: skip
+def test_push_errors_say_what_to_do(tmp_path, error, text):
+    with pytest.raises(UserError, match=text):
+        push(tmp_path, "me/model", False, Hub(error))
+
+
+def test_push_wants_a_name_before_any_work(tmp_path, capsys):
+    assert run("--checkpoint", tmp_path / "x", "--format", "official", "--output", tmp_path / "o", "--push", "nonsense") == 1
+    assert "NAME/MODEL" in capsys.readouterr().err
+
+
+def _file(folder, data, name="file.ckpt"):
+    (folder / name).write_bytes(data)
+    return folder / name
+
+
+def _saved(folder, content):
+    torch.save(content, folder / "file.ckpt")
+    return folder / "file.ckpt"
+
+
+def test_released_decoder_file_with_its_encoder(tmp_path):
+    rae = tiny_rae(tmp_path)
+    torch.save(rae.decoder.state_dict(), tmp_path / "model.pt")
+    # an encoder folder with weights, as the hub has them
+    rae.encoder.model.save_pretrained(tmp_path / "encoder")
+    words = ("--decoder", tmp_path / "model.pt", "--encoder_cls", "Dinov2withNorm", "--encoder", tmp_path / "encoder", "--decoder_config", tmp_path / "decoder.json",
+             "--image_size", 64, "--format", "folder", "--with_encoder", "--output", tmp_path / "o")  # fmt: skip
+    assert run(*words) == 0
+    assert equal_decoders(read_folder(tmp_path / "o").rae, rae)

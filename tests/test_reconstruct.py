@@ -1,0 +1,179 @@
+"""src/reconstruct.py: what goes in, what comes out, and that stored latents give the same pictures."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from src.data.decode import Decoder
+from src.errors import UserError
+from src.images import unit_to_bytes
+from src.interop.checkpoint import load_trained
+from src.latents.store import LatentStore, LatentWriter, write_index
+from src.metrics.quality import psnr
+from src.reconstruct import main
+from src.reconstruction.inputs import FitTransform, open_inputs
+from tests.tiny_models import checkpoint, photos, two_processes
+
+
+def run(*words) -> int:
+    return main([str(word) for word in (*words, "--device", "cpu", "--num_workers", 0)])
+
+
+def picture(path):
+    return torch.from_numpy(np.asarray(Image.open(path)).copy()).permute(2, 0, 1)
+
+
+def test_pictures_scores_and_npz_agree(tmp_path, capsys):
+    file, folder, out = checkpoint(tmp_path), photos(tmp_path / "photos"), tmp_path / "out"
+    assert run("--checkpoint", file, "--input", folder, "--output", out, "--batch_size", 4, "--write", "images", "sheet", "scores", "npz") == 0
+    rae, inputs = load_trained(file).rae, open_inputs([str(folder)], None)
+    crop = FitTransform(64, "crop", Decoder("apply", 80))
+    rows = list(csv.DictReader((out / "scores.csv").open()))
+    npz, originals = (np.load(out / name)["arr_0"] for name in ("reconstructions.npz", "originals.npz"))
+    assert len(rows) == len(npz) == 6
+    for i, row in enumerate(rows):
+        original = torch.from_numpy(crop(inputs.source.encoded(i)).copy()).permute(2, 0, 1)
+        found = picture(out / "reconstructions" / f"{inputs.output_name(i)}.png")
+        expected = unit_to_bytes(rae(original[None]))[0]
+        assert (found.int() - expected.int()).abs().max() <= 1  # another batch size may round the other way
+        assert torch.equal(found, torch.from_numpy(npz[i]).permute(2, 0, 1)) and torch.equal(original, torch.from_numpy(originals[i]).permute(2, 0, 1))
+        assert float(row["psnr"]) == pytest.approx(psnr(original[None], found[None]).item(), abs=1e-3)
+        assert row["file"] == inputs.source.name(i)
+    assert Image.open(out / "sheet.png").size == (6 * 66 - 2, 3 * 66 - 2)
+    record = json.loads((out / "reconstruct.json").read_text())
+    assert record["status"] == "finished" and record["images"] == 6 and record["untrained_encoder"]
+    assert "UNTRAINED" in capsys.readouterr().out
+
+
+def test_two_processes_write_the_same(tmp_path):
+    file, folder = checkpoint(tmp_path), photos(tmp_path / "photos", 5)
+    words = ("--checkpoint", file, "--input", folder, "--batch_size", 1, "--write", "images", "sheet", "scores", "npz", "--latents", "raw")
+    two_processes("src/reconstruct.py", *words, "--device", "cpu", "--num_workers", 0, "--output", tmp_path / "two")
+    assert run(*words, "--output", tmp_path / "one") == 0
+    names = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file() and path.suffix in (".png", ".csv", ".npz")]
+    assert len(names) == 5 + 4
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    latents = [{int(r): z for _, rows, zs in LatentStore.open(tmp_path / n / "latents").batches(3) for r, z in zip(rows, zs, strict=True)} for n in ("one", "two")]
+    assert latents[0].keys() == latents[1].keys() == set(range(5))
+    assert all(torch.equal(latents[0][row], latents[1][row]) for row in range(5))
+
+
+@pytest.mark.parametrize("scale", ["raw", "normalized"])
+def test_stored_latents_decode_to_the_same_pictures(tmp_path, scale):
+    file, folder = checkpoint(tmp_path, statistics=True), photos(tmp_path / "photos", 5)
+    words = ("--checkpoint", file, "--batch_size", 2)
+    assert run(*words, "--input", folder, "--latents", scale, "--write", "images", "npz", "--output", tmp_path / "a") == 0
+    assert run(*words, "--from_latents", tmp_path / "a/latents", "--write", "images", "sheet", "npz", "--output", tmp_path / "b") == 0
+    a, b = (np.load(tmp_path / n / "reconstructions.npz")["arr_0"].astype(int) for n in "ab")
+    assert np.abs(a - b).max() <= 1
+    assert (tmp_path / "b/reconstructions/0000000.png").is_file() and not (tmp_path / "b/originals.npz").exists()
+    index = json.loads((tmp_path / "a/latents/index.json").read_text())
+    assert index["scale"] == scale and index["shape"] == [64, 4, 4] and index["count"] == 5 and index["class_names"] == ["cats", "dogs"]
+    shard = load_file(tmp_path / "a/latents" / index["shards"][0]["file"])
+    assert shard["labels"].tolist() == [0, 0, 1, 1, 1] and shard["rows"].tolist() == [0, 1, 2, 3, 4]
+    assert (shard["latents"].mean().abs() < 5) and ((index["statistics"] is None) == (scale == "raw"))
+
+
+def test_latents_alone_decode_nothing(tmp_path):
+    file, folder = checkpoint(tmp_path), photos(tmp_path / "photos", 3)
+    assert run("--checkpoint", file, "--input", folder, "--latents", "raw", "--latents_dtype", "bf16", "--output", tmp_path / "a") == 0
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["latents", "reconstruct.json"]
+    assert load_file(next((tmp_path / "a/latents").glob("*.safetensors")))["latents"].dtype == torch.bfloat16
+
+
+def test_shards_have_their_size_and_any_batch_reads_them(tmp_path):
+    z = torch.randn(11, 2, 3, 3)
+    writer = LatentWriter(tmp_path, (2, 3, 3), torch.float32, 4 * 2 * 9 * 4, rank=0)
+    for start in range(0, 11, 3):
+        part = z[start : start + 3]
+        writer.write(part, torch.arange(start, start + len(part)), torch.full((len(part),), -1))
+    shards = writer.close()
+    assert [shard["count"] for shard in shards] == [4, 4, 3]
+    write_index(tmp_path, shards, {"scale": "raw", "shape": [2, 3, 3]})
+    for batch, world in ((1, 1), (3, 1), (5, 2), (100, 3)):
+        parts = [entry for rank in range(world) for entry in LatentStore.open(tmp_path).batches(batch, rank, world)]
+        places, rows, latents = (torch.cat([part[i] for part in parts]) for i in range(3))
+        order = places.argsort()
+        assert places[order].tolist() == list(range(11)) and torch.equal(rows, places) and torch.equal(latents[order], z)
+
+
+def test_images_of_any_size_and_kind(tmp_path):
+    decoder = Decoder("apply", 80)
+    image = np.zeros((20, 80, 3), np.uint8)
+    image[:, :40] = 255
+    Image.fromarray(image).save(tmp_path / "wide.png")
+    data = (tmp_path / "wide.png").read_bytes()
+    crop, pad, resize = (FitTransform(64, fit, decoder)(data) for fit in ("crop", "pad", "resize"))
+    assert crop.shape == pad.shape == resize.shape == (64, 64, 3)
+    assert (pad[0] == pad[32]).all() and pad[:, :30].min() == 255 and pad[:, 34:].max() == 0
+    assert resize[:, :28].min() == 255 and abs(int((crop[:, :, 0] > 127).sum()) - 64 * 32) <= 64
+
+
+def test_inputs(tmp_path):
+    folder = photos(tmp_path / "photos", 4)
+    (folder / "cats/1.jpg").write_bytes((folder / "cats/1.png").read_bytes())
+    (folder / "notes.txt").write_text("no image")
+    names = [open_inputs([str(folder)], None).output_name(i) for i in range(5)]
+    assert sorted(names) == ["cats/1.jpg", "cats/1.png", "cats/3.png", "dogs/0.png", "dogs/2.png"] or len(set(names)) == 5
+    assert len(open_inputs([str(folder / "*/*.png")], None).rows) == 4
+    assert len(open_inputs([str(folder / "cats"), str(folder / "cats/1.png")], None).rows) == 3
+    assert len(open_inputs([str(folder)], None, limit=2).rows) == 2
+    with pytest.raises(UserError, match="no such file"):
+        open_inputs([str(tmp_path / "nothing*")], None)
+
+
+def test_images_that_can_not_be_decoded_are_counted(tmp_path, capsys):
+    file, folder = checkpoint(tmp_path), photos(tmp_path / "photos", 3)
+    (folder / "cats/broken.jpg").write_bytes(b"no image")
+    assert run("--checkpoint", file, "--input", folder, "--output", tmp_path / "a") == 0
+    assert "1 left out" in capsys.readouterr().out
+    assert run("--checkpoint", file, "--input", folder / "cats/broken.jpg", "--output", tmp_path / "b") == 1
+    assert "can be decoded" in capsys.readouterr().err
+
+
+def test_bad_input(tmp_path, capsys):
+    file, folder = checkpoint(tmp_path), photos(tmp_path / "photos", 2)
+    (tmp_path / "empty").mkdir()
+    for number, (words, text) in enumerate((
+        (("--input", tmp_path / "empty"), "No images"),
+        (("--input", folder, "--latents", "normalized"), "no latent statistics"),
+        (("--from_latents", folder), "no index.json"),
+        (("--input", folder, "--split", "test"), "test"),
+    )):  # fmt: skip
+        assert run("--checkpoint", file, *words, "--output", tmp_path / f"out{number}") == 1
+        assert text in capsys.readouterr().err and not (tmp_path / f"out{number}").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("precious")
+    for extra in ((), ("--overwrite",)):
+        assert run("--checkpoint", file, "--input", folder, "--output", tmp_path / "mine", *extra) == 1
+        assert "--overwrite" in capsys.readouterr().err and (tmp_path / "mine/thesis.txt").exists()
+    assert run("--checkpoint", file, "--input", folder, "--output", "/proc/x") == 1
+    assert "can't be written" in capsys.readouterr().err
+    for words in ((), ("--input", folder, "--from_latents", folder), ("--from_latents", folder, "--write", "scores")):
+        with pytest.raises(SystemExit) as stop:
+            run("--checkpoint", file, *words, "--output", tmp_path / "x")
+        assert stop.value.code == 2
+
+
+def test_latents_of_another_model_or_cut_short(tmp_path, capsys):
+    file, folder = checkpoint(tmp_path, statistics=True), photos(tmp_path / "photos", 3)
+    assert run("--checkpoint", file, "--input", folder, "--latents", "normalized", "--output", tmp_path / "a") == 0
+    store = tmp_path / "a/latents"
+    for number, (options, text) in enumerate((({"image_size": 96}, "takes"), ({"encoder": {"layer_norm_eps": 1e-5}}, "another encoder"), ({}, "statistics"))):
+        other = tmp_path / f"other{number}"
+        other.mkdir()
+        assert run("--checkpoint", checkpoint(other, **options), "--from_latents", store, "--output", tmp_path / f"b{number}") == 1
+        assert text in capsys.readouterr().err
+    shard = next(store.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert run("--checkpoint", file, "--from_latents", store, "--output", tmp_path / "c") == 1
+    assert "cut short" in capsys.readouterr().err
+    shard.unlink()
+    assert run("--checkpoint", file, "--from_latents", store, "--output", tmp_path / "d") == 1
+    assert "lacks 1 of 1" in capsys.readouterr().err

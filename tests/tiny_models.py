@@ -1,0 +1,116 @@
+"""Tiny models for the tests of exports, statistics and reconstruction."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from src.interop.checkpoint import LoadedModel
+from src.models.checkpoint_format import FORMAT_VERSION
+from src.models.rae import RAE
+from src.weights import PROJECT_ROOT, freeze
+
+WIDTH = 64
+_ENCODERS = {
+    "dinov2": ("Dinov2withNorm", "dinov2_path", {"model_type": "dinov2_with_registers", "image_size": 518, "patch_size": 14}),
+    "mae": ("MAEwNorm", "model_name", {"model_type": "vit_mae", "image_size": 224, "patch_size": 16, "intermediate_size": 3072}),
+    "siglip2": ("SigLIP2wNorm", "model_name", {"model_type": "siglip_vision_model", "image_size": 256, "patch_size": 16, "intermediate_size": 3072}),
+    "dinov3": ("DINOv3wNorm", "model_name", {"model_type": "dinov3_vit", "image_size": 64, "patch_size": 16, "intermediate_size": 128, "num_register_tokens": 4}),
+}  # fmt: skip
+DECODER = {
+    "decoder_hidden_size": 32, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 4, "decoder_intermediate_size": 64,
+    "layer_norm_eps": 1e-12,
+}  # fmt: skip
+
+
+def tiny_rae(folder: Path, family: str = "dinov2", image_size: int = 64, statistics: bool = False, encoder: dict | None = None, **options) -> RAE:
+    """Random weights everywhere, biases and norms too. `encoder` changes its config."""
+    cls, key, config = _ENCODERS[family]
+    config = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 1, **config, **(encoder or {})}
+    place = folder / f"encoder_{family}"
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "config.json").write_text(json.dumps(config))
+    (folder / "decoder.json").write_text(json.dumps(DECODER))
+    params = {key: str(place), "weights": "untrained", **options.pop("encoder_params", {})}
+    rae = RAE(cls, str(place), params, folder / "decoder.json", 16, image_size, **options)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in rae.decoder.named_parameters():
+        if name != "decoder_pos_embed":
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    if statistics:
+        rae.set_statistics(torch.randn(rae.latent_shape, generator=generator), 0.01 + torch.rand(rae.latent_shape, generator=generator))
+    freeze(rae)
+    return rae
+
+
+def loaded(rae: RAE, **description) -> LoadedModel:
+    encoder = rae.encoder.identity()
+    params = {"dinov2_path" if type(rae.encoder).__name__ == "Dinov2withNorm" else "model_name": rae.encoder.source, "weights": "untrained"}
+    values = {"source": "somewhere.ckpt", "weights": "ema", "step": 7, "epoch": 1, "encoder": encoder, "config": None, "encoder_params": params}
+    return LoadedModel(rae, values | description)
+
+
+def equal_decoders(a: RAE, b: RAE) -> bool:
+    ours, theirs = a.decoder.state_dict(), b.decoder.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def checkpoint(folder: Path, statistics: bool = False, **options) -> Path:
+    """A run folder with run.json and a .ckpt as training writes it (without optimisers and losses)."""
+    rae = tiny_rae(folder, statistics=statistics, **options)
+    settings = {
+        "encoder_cls": type(rae.encoder).__name__, "encoder_config_path": rae.encoder.source, "encoder_params": {"dinov2_path": rae.encoder.source, "weights": "untrained"},
+        "encoder_input_size": None, "image_size": rae.geometry.image_size, "decoder_config_path": str(folder / "decoder.json"), "decoder_patch_size": 16,
+        "decoder_denormalize": True, "pretrained_decoder_path": None, "normalization_stat_path": None, "noise_tau": 0.8, "train_positions": False,
+        "activation_checkpointing": False,
+    }  # fmt: skip
+    extra = {"optimizer": {"lr": 2e-4}, "ema_decay": 0.9978, "perceptual_weight": 1.0, "disc_weight": 0.75, "disc_start_epoch": 8,
+             "lpips_arch": {"vgg_path": None, "linear_path": None, "weights": "untrained", "channels": [4, 8, 8, 16, 16]}}  # fmt: skip
+    config = {"model": settings | extra, "data": {"data_dir": "/private/place/imagenet_hf", "batch_size": 8, "hf_split": "train", "train_split": 1.0},
+              "trainer": {"accumulate_grad_batches": 4, "precision": 16}}  # fmt: skip
+    online = {name: value + 1 if value.is_floating_point() else value for name, value in rae.decoder.state_dict().items()}
+    state = {f"ema_decoder.{name}": value for name, value in rae.decoder.state_dict().items()} | {f"rae.decoder.{name}": value for name, value in online.items()}
+    if statistics:
+        state |= {"rae.latent_mean": rae.latent_mean, "rae.latent_var": rae.latent_var}
+    sizes = {f"decoder config: {name}": value for name, value in DECODER.items()}
+    content = {"format_version": FORMAT_VERSION, "config": config, "encoder": rae.encoder.identity(), "global_step": 12, "epoch": 3, "state_dict": state,
+               "architecture": {"model.decoder_denormalize": True, **sizes}}  # fmt: skip
+    file = folder / "run/checkpoints/last.ckpt"
+    file.parent.mkdir(parents=True)
+    torch.save(content, file)
+    record = {"experiment_name": "rae_tiny", "status": "finished", "started": "then", "ended": "now", "git": {"commit": "c0ffee", "clean": True}, "processes": 2,
+              "device": "CPU", "data": {"train": 1234, "validation": 56, "fingerprint": "f00d"}, "result": {"val/psnr": 18.25, "rfid/score": 0.57, "rfid/images": 1000}}  # fmt: skip
+    (folder / "run/run.json").write_text(json.dumps(record))
+    return file
+
+
+def photos(folder: Path, count: int = 6) -> Path:
+    """PNG files of several sizes in two class folders."""
+    generator = np.random.default_rng(0)
+    for i in range(count):
+        place = folder / ("cats" if i % 2 else "dogs")
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 256, (70 + 10 * i, 90 + 5 * i, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f"{i}.png")
+    return folder
+
+
+def two_processes(*words) -> None:
+    """A program as torchrun starts it, without the time that torchrun takes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen([sys.executable, *map(str, words)], cwd=PROJECT_ROOT, env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank},
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]  # fmt: skip
+    ends = [(process.communicate(timeout=120), process.returncode) for process in started]
+    assert all(code == 0 for _, code in ends), ends
