@@ -18,6 +18,7 @@ import time
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from src.losses.gan import discriminator_loss, generator_loss
 from src.losses.lpips import LPIPS
 from src.models.discriminator import DinoDiscriminator
 from src.models.optimisation import adamw
+from src.models.precision import cast_frozen
 from src.models.rae import RAE
 from src.models.rae_module import compile_parts
 from src.models.settings import OptimizerSettings
@@ -111,6 +113,9 @@ class OurRunner:
             adamw(module, OptimizerSettings(2e-4, (0.9, 0.95), 0.0))
             for module in (models.rae.decoder, models.discriminator.heads)
         ]  # fmt: skip
+        if options["dtype"] is not None:
+            cast_frozen(models.rae.encoder, options["dtype"])
+            cast_frozen(models.discriminator.trunk, options["dtype"])
         if options["compile"]:
             holder = nn.Module()
             holder.rae, holder.ema_decoder, holder.lpips, holder.discriminator = (
@@ -245,9 +250,9 @@ def measure(
     return found
 
 
-def memory_alone(variant: str) -> dict[str, float | None]:
-    """Peak of each precision and phase in a process of its own, where no other variant's state lies beside."""
-    command = [sys.executable, *sys.argv, "--variants", variant, "--memory_only"]
+def memory_alone(variant: str, precision: str) -> dict[str, float | None]:
+    """Peak of each phase in a process of its own, where no other variant's state lies beside."""
+    command = [sys.executable, *sys.argv, "--variants", variant, "--precision", precision, "--memory_only"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -333,21 +338,23 @@ def main() -> None:
     models = build_models(arguments, device)
     images, draws = make_inputs(arguments, models, device)
     options = {key: getattr(arguments, key) for key in ("disc_fake", "loss_chunk_size", "activation_checkpointing")}
-    alone = len(arguments.variants) == 1
-    runners = {
-        name: make_runner(name, models if alone else deepcopy(models), device, options) for name in arguments.variants
-    }
     if arguments.memory_only:
         peaks = {}
-        for precision in arguments.precision:
-            for phase in arguments.phases:
-                with autocast(device, precision):
-                    step = lambda phase=phase: runners[arguments.variants[0]].run(images, draws, PHASES[phase])  # noqa: E731
-                    step()
-                    peaks[f"{precision}/{phase}"] = peak_memory(step, device)
+        (precision,) = arguments.precision
+        options["dtype"] = DTYPES[precision]
+        runners = {name: make_runner(name, models, device, options) for name in arguments.variants}
+        for phase in arguments.phases:
+            with autocast(device, precision):
+                step = partial(runners[arguments.variants[0]].run, images, draws, PHASES[phase])
+                step()
+                peaks[phase] = peak_memory(step, device)
         print(json.dumps(peaks))
         return
-    memory = {variant: memory_alone(variant) for variant in arguments.variants}
+    memory = {
+        (variant, precision): memory_alone(variant, precision)
+        for variant in arguments.variants
+        for precision in arguments.precision
+    }
     record = {
         "command": " ".join(["python", *sys.argv]),
         **surroundings(device),
@@ -355,12 +362,14 @@ def main() -> None:
         "results": {},
     }
     for precision in arguments.precision:
+        options["dtype"] = DTYPES[precision]
+        runners = {name: make_runner(name, deepcopy(models), device, options) for name in arguments.variants}
         peak = matmul_peak(device, precision)
         print(f"\n{precision}: a large matrix product runs at {peak:.3g} TFLOP/s here")
         for phase in arguments.phases:
             found = measure(runners, images, draws, PHASES[phase], precision, arguments.repeats, arguments.warm)
             for variant, row in found.items():
-                row["peak_memory_gb"] = memory[variant][f"{precision}/{phase}"]
+                row["peak_memory_gb"] = memory[variant, precision][phase]
             record["results"][f"{precision}/{phase}"] = {**found, "matmul_tflops": peak}
             show(phase, found, peak)
     if arguments.out:

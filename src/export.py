@@ -24,12 +24,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__)
     add_model_options(parser)
     out = parser.add_argument_group("export")
-    option(out, "format", choices=("official", "diffusers", "folder"), required=True, help="official: model.pt; diffusers: AutoencoderRAE with its encoder; folder: ours")
+    option(
+        out,
+        "format",
+        choices=("official", "diffusers", "folder"),
+        required=True,
+        help="official: model.pt; diffusers: AutoencoderRAE with its encoder; folder: ours",
+    )
     option(out, "output", type=Path, required=True, metavar="DIR", help="a new folder")
-    option(out, "dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights; statistics stay fp32 (default: %(default)s)")
+    option(
+        out,
+        "dtype",
+        choices=("fp32", "bf16", "fp16"),
+        default="fp32",
+        help="of the weights; statistics stay fp32 (default: %(default)s)",
+    )
     option(out, "overwrite", action="store_true", help="replace an earlier export in --output")
     option(out, "with_encoder", action="store_true", help="folder: put the encoder in (diffusers always does)")
-    option(out, "published_names", action="store_true", help="diffusers: name the encoder's parameters as transformers 4 does, instead of as the installed one")
+    option(
+        out,
+        "published_names",
+        action="store_true",
+        help="diffusers: name the encoder's parameters as transformers 4 does, instead of as the installed one",
+    )
     option(out, "scores", nargs="+", default=[], metavar="JSON", help="results of src/eval_rfid.py for the model card")
     option(out, "push", metavar="NAME/MODEL", help="send the export to the Hugging Face hub")
     option(out, "private", action="store_true", help="with --push: a private repository")
@@ -47,9 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_repo_id(arguments.push)
         check_output(arguments.output, arguments.overwrite)
         loaded = open_model(ModelChoice.of(arguments))
-        options = ExportOptions(arguments.format, arguments.dtype, arguments.with_encoder, arguments.published_names, arguments.overwrite)
+        options = ExportOptions(
+            arguments.format, arguments.dtype, arguments.with_encoder, arguments.published_names, arguments.overwrite
+        )
         remarks = export(loaded, arguments.output, options, arguments.scores)
-        print(f"{arguments.format} export of {loaded.description['source']} ({loaded.description['weights']}, {arguments.dtype}):")
+        print(
+            f"{arguments.format} export of {loaded.description['source']} ({loaded.description['weights']}, "
+            f"{arguments.dtype}):"
+        )
         for file in sorted(path for path in arguments.output.rglob("*") if path.is_file()):
             print(f"  {file}  {file.stat().st_size:,} bytes")
         for remark in remarks:

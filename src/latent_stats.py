@@ -24,18 +24,54 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     parser = make_parser(__doc__)
     model = parser.add_argument_group("encoder (one of)")
-    option(model, "config", nargs="+", metavar="KEY=VALUE", help="overrides as for src/train.py, experiment=NAME first; data.data_dir and its split count too")
+    option(
+        model,
+        "config",
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="overrides as for src/train.py, experiment=NAME first; data.data_dir and its split count too",
+    )
     option(model, "checkpoint", metavar="FILE", help=".ckpt that training wrote")
     option(model, "decoder", metavar="DIR", help="exported folder (ours or diffusers)")
     option(model, "encoder", metavar="PATH", help="with --checkpoint: where the same encoder lies on this machine")
     data = parser.add_argument_group("images")
-    option(data, "data_dir", metavar="DIR", help="Hugging Face dataset on disk or a tree of image files (default: data.data_dir of --config or of the checkpoint)")
-    option(data, "split", metavar="NAME", default="all", help="a split by its name, or `all` of the training split (default)")
+    option(
+        data,
+        "data_dir",
+        metavar="DIR",
+        help=(
+            "Hugging Face dataset on disk or a tree of image files (default: data.data_dir of --config or of the "
+            "checkpoint)"
+        ),
+    )
+    option(
+        data,
+        "split",
+        metavar="NAME",
+        default="all",
+        help="a split by its name, or `all` of the training split (default)",
+    )
     option(data, "num_samples", type=positive, metavar="N", help="only the first N images (default: all)")
-    option(data, "batch_size", type=positive, default=64, metavar="N", help="images at once and process; the result does not depend on it (default: %(default)s)")
-    option(data, "num_workers", type=not_negative, default=4, metavar="N", help="loading processes (default: %(default)s)")
+    option(
+        data,
+        "batch_size",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="images at once and process; the result does not depend on it (default: %(default)s)",
+    )
+    option(
+        data, "num_workers", type=not_negative, default=4, metavar="N", help="loading processes (default: %(default)s)"
+    )
     option(data, "exif", choices=("apply", "ignore"), default="apply", help="as in training (default: %(default)s)")
-    option(data, "max_bad_share", type=float, default=0.01, metavar="SHARE", help="stop when more of the images can't be decoded (default: %(default)s)")
+    option(
+        data,
+        "max_bad_share",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="stop when more of the images can't be decoded (default: %(default)s)",
+    )
     option(parser, "output", type=Path, required=True, metavar="FILE", help="the statistics, .pt")
     option(parser, "overwrite", action="store_true", help="replace an existing --output")
     add_device_option(parser)
@@ -73,14 +109,19 @@ def _run(arguments: Any) -> int:
             _make_room(output)
         loading = {name: getattr(arguments, name) for name in ("batch_size", "num_workers", "exif", "max_bad_share")}
         with _bar(place.main) as progress:
-            content = latent_statistics(rae.to(place.device), images, arguments.num_samples, loading, place, output, progress)
+            content = latent_statistics(
+                rae.to(place.device), images, arguments.num_samples, loading, place, output, progress
+            )
         if not place.main:
             return 0
         save_atomically(content, output)
         partial_file(output).unlink(missing_ok=True)
     shape = " x ".join(map(str, content["mean"].shape))
     print(f"{output}: mean and var, each {shape}, of {content['images']:,} images of {images.folder} ({images.split})")
-    print(f"mean {content['mean'].mean():.4f} on average, std {content['var'].sqrt().mean():.4f} (from {content['var'].min().sqrt():.4f} to {content['var'].max().sqrt():.4f})")
+    print(
+        f"mean {content['mean'].mean():.4f} on average, std {content['var'].sqrt().mean():.4f} (from "
+        f"{content['var'].min().sqrt():.4f} to {content['var'].max().sqrt():.4f})"
+    )
     if rae.encoder.untrained:
         print("UNTRAINED encoder: these statistics say nothing of the method.")
     return 0

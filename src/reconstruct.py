@@ -32,24 +32,79 @@ def build_parser() -> Any:
     parser = make_parser(__doc__)
     add_model_options(parser)
     data = parser.add_argument_group("images (one of --input and --from_latents)")
-    option(data, "input", nargs="+", metavar="PATH", help="image files, folders, patterns in quotes, or one data set on disk")
+    option(
+        data,
+        "input",
+        nargs="+",
+        metavar="PATH",
+        help="image files, folders, patterns in quotes, or one data set on disk",
+    )
     option(data, "from_latents", metavar="DIR", help="decode latents that --latents stored")
     option(data, "split", metavar="NAME", help="of a data set (default: all of its training split)")
     option(data, "num_samples", type=positive, metavar="N", help="only the first N images (default: all)")
-    option(data, "fit", choices=("crop", "pad", "resize"), default="crop", help="how an image becomes a square (default: %(default)s)")
-    option(data, "exif", choices=("apply", "ignore"), default="apply", help="turn images as their EXIF says (default: %(default)s)")
-    option(data, "batch_size", type=positive, default=32, metavar="N", help="images at once and process (default: %(default)s)")
-    option(data, "num_workers", type=not_negative, default=4, metavar="N", help="loading processes (default: %(default)s)")
+    option(
+        data,
+        "fit",
+        choices=("crop", "pad", "resize"),
+        default="crop",
+        help="how an image becomes a square (default: %(default)s)",
+    )
+    option(
+        data,
+        "exif",
+        choices=("apply", "ignore"),
+        default="apply",
+        help="turn images as their EXIF says (default: %(default)s)",
+    )
+    option(
+        data,
+        "batch_size",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="images at once and process (default: %(default)s)",
+    )
+    option(
+        data, "num_workers", type=not_negative, default=4, metavar="N", help="loading processes (default: %(default)s)"
+    )
     out = parser.add_argument_group("output")
     option(out, "output", type=Path, required=True, metavar="DIR", help="a new folder")
     option(out, "overwrite", action="store_true", help="replace what an earlier call left in --output")
-    option(out, "write", nargs="+", choices=PRODUCTS, metavar="WHAT", help="images: PNG files; sheet: originals, reconstructions, differences; scores: PSNR, SSIM and LPIPS of each image as CSV; npz: reconstructions and originals for FID programs (default: images sheet scores, nothing with --latents)")
+    option(
+        out,
+        "write",
+        nargs="+",
+        choices=PRODUCTS,
+        metavar="WHAT",
+        help=(
+            "images: PNG files; sheet: originals, reconstructions, differences; scores: PSNR, SSIM and LPIPS of each "
+            "image as CSV; npz: reconstructions and originals for FID programs (default: images sheet scores, nothing "
+            "with --latents)"
+        ),
+    )
     option(out, "sheet_images", type=positive, default=32, metavar="N", help="on the sheet (default: %(default)s)")
-    option(out, "latents", choices=("raw", "normalized"), help="store latents as the encoder gives them, or normalised by the model's statistics")
+    option(
+        out,
+        "latents",
+        choices=("raw", "normalized"),
+        help="store latents as the encoder gives them, or normalised by the model's statistics",
+    )
     option(out, "latents_dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(default: %(default)s)")
-    option(out, "shard_mb", type=positive, default=512, metavar="MB", help="of a file of latents (default: %(default)s)")
-    option(out, "vgg_path", metavar="FILE", help="VGG16 for LPIPS (default: the checkpoint's, else weights/vgg16-397923af.pth)")
-    option(out, "lpips_path", metavar="FILE", help="linear weights of LPIPS (default: the checkpoint's, else weights/lpips_vgg_v0.1.pth)")
+    option(
+        out, "shard_mb", type=positive, default=512, metavar="MB", help="of a file of latents (default: %(default)s)"
+    )
+    option(
+        out,
+        "vgg_path",
+        metavar="FILE",
+        help="VGG16 for LPIPS (default: the checkpoint's, else weights/vgg16-397923af.pth)",
+    )
+    option(
+        out,
+        "lpips_path",
+        metavar="FILE",
+        help="linear weights of LPIPS (default: the checkpoint's, else weights/lpips_vgg_v0.1.pth)",
+    )
     add_device_option(parser)
     return parser
 
@@ -103,7 +158,18 @@ def _run(options: Any) -> int:
                 lpips = _lpips(options, loaded) if products.decode else None
                 if lpips is not None:
                     lpips.to(place.device)
-                outcome = reconstruct(loaded, inputs, transform, lpips, products, options.output, options.batch_size, options.num_workers, place, track)
+                outcome = reconstruct(
+                    loaded,
+                    inputs,
+                    transform,
+                    lpips,
+                    products,
+                    options.output,
+                    options.batch_size,
+                    options.num_workers,
+                    place,
+                    track,
+                )
     if place.main:
         _finish(options, loaded, outcome, len(inputs.rows) if inputs is not None else len(store))
     return 0
@@ -113,7 +179,9 @@ def _products(options: Any) -> Any:
     from src.models.diffusers_files import torch_dtype
     from src.reconstruction.run import Products
 
-    wanted = options.write or ([] if options.latents else ["images", "sheet", *([] if options.from_latents else ["scores"])])
+    wanted = options.write or (
+        [] if options.latents else ["images", "sheet", *([] if options.from_latents else ["scores"])]
+    )
     return Products(
         images="images" in wanted,
         sheet_images=options.sheet_images if "sheet" in wanted else 0,
@@ -144,9 +212,15 @@ def _check_output(output: Path, overwrite: bool) -> None:
     if not output.exists() or not any(output.iterdir()):
         return
     if not overwrite:
-        raise UserError(f"--output {output} exists and is not empty. Add --overwrite to replace what an earlier call left there, or choose another folder.")
+        raise UserError(
+            f"--output {output} exists and is not empty. Add --overwrite to replace what an earlier call left "
+            "there, or choose another folder."
+        )
     if not (output / RECORD).is_file():
-        raise UserError(f"--output {output} holds no {RECORD}: it was not written by this program, so --overwrite does not delete it. Choose another folder.")
+        raise UserError(
+            f"--output {output} holds no {RECORD}: it was not written by this program, so --overwrite does not "
+            "delete it. Choose another folder."
+        )
 
 
 def _prepare(output: Path) -> None:
@@ -159,7 +233,10 @@ def _prepare(output: Path) -> None:
         output.mkdir(parents=True)
         _write_record(output, {"status": "running"})
     except OSError as error:
-        raise UserError(f"--output {output} can't be written: {error.strerror or error}. Choose a place with write permission and room.") from error
+        raise UserError(
+            f"--output {output} can't be written: {error.strerror or error}. Choose a place with write permission "
+            "and room."
+        ) from error
 
 
 @contextmanager
@@ -168,25 +245,44 @@ def _nothing_left_behind(output: Path, main: bool) -> "Iterator[None]":
     try:
         yield
     except BaseException:
-        if main and all(path.name == RECORD or path.is_dir() and not any(path.iterdir()) for path in output.iterdir()):
+        if main and all(
+            path.name == RECORD or (path.is_dir() and not any(path.iterdir())) for path in output.iterdir()
+        ):
             shutil.rmtree(output)
         raise
 
 
 def _write_record(output: Path, content: dict[str, Any]) -> None:
-    (output / RECORD).write_text(json.dumps({"command": [Path(sys.argv[0]).name, *sys.argv[1:]], **content}, indent=2) + "\n")
+    (output / RECORD).write_text(
+        json.dumps({"command": [Path(sys.argv[0]).name, *sys.argv[1:]], **content}, indent=2) + "\n"
+    )
 
 
 def _finish(options: Any, loaded: Any, outcome: Any, given: int) -> None:
     model = {name: value for name, value in loaded.description.items() if name != "config"}
     untrained = loaded.rae.encoder.untrained
-    content = {"status": "finished", "model": model, "untrained_encoder": untrained, "images": outcome.images, "left_out": given - outcome.images, **outcome.means}
+    content = {
+        "status": "finished",
+        "model": model,
+        "untrained_encoder": untrained,
+        "images": outcome.images,
+        "left_out": given - outcome.images,
+        **outcome.means,
+    }
     _write_record(options.output, content)
     left_out = f", {given - outcome.images:,} left out (not decodable)" if given > outcome.images else ""
     print(f"{outcome.images:,} images through {model['source']} ({model['weights']}){left_out}")
     if outcome.means:
-        names = {"psnr": "PSNR {:.2f} dB", "ssim": "SSIM {:.4f}", "lpips": "LPIPS {:.4f}", "lpips_untrained": "LPIPS {:.4f} with UNTRAINED features"}
-        print(", ".join(names[name].format(value) for name, value in outcome.means.items()) + " (means of per-image values)")
+        names = {
+            "psnr": "PSNR {:.2f} dB",
+            "ssim": "SSIM {:.4f}",
+            "lpips": "LPIPS {:.4f}",
+            "lpips_untrained": "LPIPS {:.4f} with UNTRAINED features",
+        }
+        print(
+            ", ".join(names[name].format(value) for name, value in outcome.means.items())
+            + " (means of per-image values)"
+        )
     if untrained:
         print("UNTRAINED encoder: these figures say nothing of the method.")
     for path in outcome.written:

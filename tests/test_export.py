@@ -113,7 +113,7 @@ def test_a_failing_export_leaves_the_earlier_one(tmp_path, capsys):
     assert "grid is 4 x 4" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("make,reason", [
+@pytest.mark.parametrize(("make", "reason"), [
     (lambda p: p / "missing.ckpt", "not found"),
     (lambda p: _file(p, b"no checkpoint"), "refused|can't be read"),
     (lambda p: _saved(p, {"state_dict": {}}), "no checkpoint of this trainer"),
@@ -165,7 +165,7 @@ def http_error(status):
     return error
 
 
-@pytest.mark.parametrize("error,text", [
+@pytest.mark.parametrize(("error", "text"), [
     (LocalTokenNotFoundError("none"), "HF_TOKEN"), (http_error(401), "HF_TOKEN"), (http_error(403), "write permission"),
     (http_error(500), "push again later"), (ConnectionError("no route"), "can't be reached"),
 ])  # fmt: skip

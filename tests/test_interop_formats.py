@@ -175,7 +175,7 @@ def test_folder_refuses_another_encoder(tmp_path):
     (tmp_path / "other").mkdir()
     config = json.loads((tmp_path / "encoder_dinov2/config.json").read_text()) | {"layer_norm_eps": 1e-5}
     (tmp_path / "other/config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="another encoder.*config"):
+    with pytest.raises(UserError, match=r"another encoder.*config"):
         read_folder(out, encoder=str(tmp_path / "other"))
 
 
@@ -269,7 +269,7 @@ def test_trained_positions_are_refused_for_diffusers(tmp_path):
         write_diffusers(rae, tmp_path)
 
 
-@pytest.mark.parametrize("key,value", [("scaling_factor", 0.5), ("_class_name", "AutoencoderKL"), ("unknown_key", 1), ("encoder_type", "clip")])
+@pytest.mark.parametrize(("key", "value"), [("scaling_factor", 0.5), ("_class_name", "AutoencoderKL"), ("unknown_key", 1), ("encoder_type", "clip")])
 def test_other_diffusers_configs_are_refused(tmp_path, key, value):
     rae = tiny_rae(tmp_path, image_size=256)
     write_diffusers(rae, tmp_path)
@@ -295,7 +295,7 @@ def test_wrong_kinds_of_files(tmp_path):
         read_decoder(tmp_path / "list.pt")
     with pytest.raises(UserError, match="dinov2_with_registers"):
         kind_of(tmp_path / "encoder_dinov2", "--decoder")
-    with pytest.raises(UserError, match="no config.json of either kind"):
+    with pytest.raises(UserError, match=r"no config\.json of either kind"):
         kind_of(tmp_path, "--decoder")
     with pytest.raises(UserError, match="not found"):
         kind_of(tmp_path / "nothing.pt", "--decoder")

@@ -27,13 +27,23 @@ sqrt(var + 1e-5) - 1e-5, so that both give the same numbers.""",
 }
 
 
-def model_card(loaded: LoadedModel, fmt: str, dtype: str, facts: Mapping[str, Any], remarks: Sequence[str], hashes: Mapping[str, str]) -> str:
+def model_card(
+    loaded: LoadedModel,
+    fmt: str,
+    dtype: str,
+    facts: Mapping[str, Any],
+    remarks: Sequence[str],
+    hashes: Mapping[str, str],
+) -> str:
     """Markdown. `facts` as `provenance` makes them; `hashes` sha256 by file name."""
     name = ((facts.get("run") or {}).get("experiment_name")) or "rae"
     parts = [
         _front_matter(fmt),
         f"# Representation autoencoder `{name}`",
-        "A frozen image encoder and a ViT decoder that turns its patch tokens back into the image (RAE stage 1, arXiv 2510.11690).",
+        (
+            "A frozen image encoder and a ViT decoder that turns its patch tokens back into the image (RAE stage 1, "
+            "arXiv 2510.11690)."
+        ),
         _warning(facts["untrained"]),
         "## Model\n\n" + _table(_model_rows(loaded, dtype, facts)),
         "## Use\n\n" + _USE[fmt] + "".join(f"\n\n{remark}" for remark in remarks),
@@ -54,7 +64,8 @@ def _front_matter(fmt: str) -> str:
 def _warning(untrained: Sequence[str]) -> str:
     if not untrained:
         return ""
-    return f"> **UNTRAINED: {', '.join(untrained)}.** Random weights, asked for by name. Figures made with this model say nothing of the method."
+    consequence = "Random weights, asked for by name. Figures made with this model say nothing of the method."
+    return f"> **UNTRAINED: {', '.join(untrained)}.** {consequence}"
 
 
 def _model_rows(loaded: LoadedModel, dtype: str, facts: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -63,13 +74,14 @@ def _model_rows(loaded: LoadedModel, dtype: str, facts: Mapping[str, Any]) -> li
     channels, grid, _ = rae.latent_shape
     parameters = sum(p.numel() for p in rae.decoder.parameters()) / 1e6
     layers = encoder.get("layers")
+    normalised = "as the encoder gives them" if rae.latent_mean is None else "normalised by per-element statistics"
     return [
         ("encoder", f"{encoder['class']} from `{encoder['source']}`, blocks {layers} ({encoder.get('layer_fusion')})"),
         ("encoder weights", f"digest {encoder['weights']}, config {encoder['config']}"),
         ("decoder", f"ViT, width {decoder.decoder_hidden_size}, {decoder.decoder_num_hidden_layers} blocks, "
          f"{decoder.decoder_num_attention_heads} heads, MLP {decoder.decoder_intermediate_size}; {parameters:.1f} M parameters"),
         ("image", f"{geometry.image_size} px, float in [0, 1]; encoder input {geometry.encoder_input_size} px"),
-        ("latents", f"{channels} x {grid} x {grid}; {'normalised by per-element statistics' if rae.latent_mean is not None else 'as the encoder gives them'}"),
+        ("latents", f"{channels} x {grid} x {grid}; {normalised}"),
         ("decoder output", "times the encoder's std plus its mean" if rae.decoder_denormalize else "the image itself"),
         ("latent noise in training", f"tau {rae.noise_tau:g}"),
         ("weights", f"{facts['weights']}, {dtype}"),
@@ -83,7 +95,11 @@ def _scores(facts: Mapping[str, Any]) -> str:
     held_out = data.get("validation")
     for name, value in sorted(result.items()):
         if name in ("val/psnr", "val/ssim", "val/lpips"):
-            untrained = " (UNTRAINED features)" if name == "val/lpips" and any(part.startswith("LPIPS") for part in facts["untrained"]) else ""
+            untrained = (
+                " (UNTRAINED features)"
+                if name == "val/lpips" and any(part.startswith("LPIPS") for part in facts["untrained"])
+                else ""
+            )
             rows.append((name + untrained, _number(value), f"{held_out} held-out images, EMA weights, no latent noise"))
         elif name.startswith("rfid") and name.split("/")[1] not in ("images", "seconds"):
             count = result.get(f"{name.split('/')[0]}/images")
@@ -98,7 +114,9 @@ def _scores(facts: Mapping[str, Any]) -> str:
 
 def _score_entry(entry: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(name, value, protocol) from what src/eval_rfid.py writes with --json."""
-    shared = ", ".join(f"{name} {entry[name]}" for name in ("features", "quantization", "exif", "precision") if entry.get(name))
+    shared = ", ".join(
+        f"{name} {entry[name]}" for name in ("features", "quantization", "exif", "precision") if entry.get(name)
+    )
     rows = []
     for result in entry["results"]:
         text = f"{result['images']:,} images, {result.get('split')} of `{result.get('data_dir')}`, {shared}"
@@ -116,10 +134,28 @@ def _training(facts: Mapping[str, Any]) -> str:
         name = (config.get("data") or {}).get("data_dir", "unknown")
         rows.append(("data", f"`{name}`, {data.get('train'):,} training images, fingerprint {data.get('fingerprint')}"))
     if config:
-        batch = config["data"]["batch_size"] * config["trainer"]["accumulate_grad_batches"] * (run.get("processes") or 1)
+        batch = (
+            config["data"]["batch_size"] * config["trainer"]["accumulate_grad_batches"] * (run.get("processes") or 1)
+        )
         rows.append(("global batch", f"{batch} ({run.get('processes') or '?'} processes)"))
-        rows.append(("optimiser", f"AdamW, lr {model['optimizer']['lr']}, EMA {model['ema_decay']}, precision {config['trainer']['precision']}"))
-        rows.append(("losses", f"L1 + {model['perceptual_weight']} LPIPS; GAN weight {model['disc_weight']} from epoch {model['disc_start_epoch']}"))
+        rows.append(
+            (
+                "optimiser",
+                (
+                    f"AdamW, lr {model['optimizer']['lr']}, EMA {model['ema_decay']}, precision "
+                    f"{config['trainer']['precision']}"
+                ),
+            )
+        )
+        rows.append(
+            (
+                "losses",
+                (
+                    f"L1 + {model['perceptual_weight']} LPIPS; GAN weight {model['disc_weight']} from epoch "
+                    f"{model['disc_start_epoch']}"
+                ),
+            )
+        )
     if run:
         rows.append(("commit", _commit(run.get("git"))))
         rows.append(("device", str(run.get("device"))))

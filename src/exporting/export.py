@@ -35,7 +35,9 @@ class ExportOptions:
     overwrite: bool
 
 
-def export(loaded: LoadedModel, output: Path, options: ExportOptions, score_files: Sequence[str | Path] = ()) -> list[str]:
+def export(
+    loaded: LoadedModel, output: Path, options: ExportOptions, score_files: Sequence[str | Path] = ()
+) -> list[str]:
     """Write the export, its statistics, record and model card; returns what its user should know.
 
     Raises:
@@ -75,7 +77,10 @@ def new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(output)
         os.replace(beside, output)
     except OSError as error:
-        raise UserError(f"--output {output} can't be written: {error.strerror or error}. Choose a place with write permission and room.") from error
+        raise UserError(
+            f"--output {output} can't be written: {error.strerror or error}. Choose a place with write permission "
+            "and room."
+        ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -87,6 +92,12 @@ def check_output(output: Path, overwrite: bool) -> None:
     if not output.exists() or not any(output.iterdir()):
         return
     if not overwrite:
-        raise UserError(f"--output {output} exists and is not empty. Add --overwrite to replace an earlier export, or choose another folder.")
+        raise UserError(
+            f"--output {output} exists and is not empty. Add --overwrite to replace an earlier export, or choose "
+            "another folder."
+        )
     if not (output / RECORD).is_file():
-        raise UserError(f"--output {output} holds no {RECORD}: it is no earlier export, so --overwrite does not delete it. Choose another folder.")
+        raise UserError(
+            f"--output {output} holds no {RECORD}: it is no earlier export, so --overwrite does not delete it. "
+            "Choose another folder."
+        )

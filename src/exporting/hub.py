@@ -31,10 +31,19 @@ def push(folder: Path, repo_id: str, private: bool, api: Any | None = None) -> s
         if status == 401:
             raise UserError(_no_token(repo_id)) from error
         if status == 403:
-            raise UserError(f"--push {repo_id}: the token may not write there (HTTP 403). Use a token with write permission, or a name of your own account.") from error
-        raise UserError(f"--push {repo_id}: the hub answered {str(error).splitlines()[0]}. The export itself is in {folder}; push again later.") from error
+            raise UserError(
+                f"--push {repo_id}: the token may not write there (HTTP 403). Use a token with write permission, "
+                "or a name of your own account."
+            ) from error
+        raise UserError(
+            f"--push {repo_id}: the hub answered {str(error).splitlines()[0]}. The export itself is in {folder}; "
+            "push again later."
+        ) from error
     except (OSError, ValueError) as error:  # no connection, offline mode
-        raise UserError(f"--push {repo_id}: the hub can't be reached ({str(error).splitlines()[0]}). The export itself is in {folder}.") from error
+        raise UserError(
+            f"--push {repo_id}: the hub can't be reached ({str(error).splitlines()[0]}). The export itself is in "
+            f"{folder}."
+        ) from error
     return f"{repo_id}"
 
 

@@ -19,7 +19,20 @@ from src.weights import resolve
 log = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "transformers", "safetensors")
-_OF_RUN = ("experiment_name", "started", "ended", "status", "git", "packages", "device", "processes", "data", "resumed_from", "warnings", "result")
+_OF_RUN = (
+    "experiment_name",
+    "started",
+    "ended",
+    "status",
+    "git",
+    "packages",
+    "device",
+    "processes",
+    "data",
+    "resumed_from",
+    "warnings",
+    "result",
+)
 
 
 def provenance(loaded: LoadedModel, score_files: Sequence[str | Path] = ()) -> dict[str, Any]:
@@ -102,7 +115,9 @@ def _scores(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"--scores {path}: no such file. Expected the JSON that src/eval_rfid.py wrote.") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"--scores {path} is no readable JSON: {error}. Expected the one that src/eval_rfid.py wrote.") from error
+        raise UserError(
+            f"--scores {path} is no readable JSON: {error}. Expected the one that src/eval_rfid.py wrote."
+        ) from error
     if not isinstance(content, Mapping) or not isinstance(content.get("results"), list):
         raise UserError(f"--scores {path} has no `results`; expected what `src/eval_rfid.py --json` wrote.")
     return {"file": file.name, **content}

@@ -43,7 +43,8 @@ def load_trained(path: str | Path, which: Which = "ema", changes: Mapping[str, A
     content = read(file)
     if not isinstance(content, Mapping) or content.get("format_version") != FORMAT_VERSION or "config" not in content:
         raise UserError(
-            f"{file} is no checkpoint of this trainer. Expected a .ckpt from the checkpoints/ folder of a run; a decoder "
+            f"{file} is no checkpoint of this trainer. Expected a .ckpt from the checkpoints/ folder of a run; a "
+            "decoder "
             "of others is given with --decoder (and --encoder, --stats)."
         )
     model = content["config"]["model"]

@@ -13,7 +13,6 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,80 +22,19 @@ from torch import Tensor
 
 from src.errors import UserError
 from src.interop.checkpoint import LoadedModel
+from src.interop.diffusers_encoders import FAMILIES, HEAD_WIDTH, Family
 from src.models import diffusers_files
 from src.models.decoder_files import STATISTICS, read_record
 from src.models.frozen_encoder import FrozenEncoder
 from src.models.positions import are_fixed
 from src.models.rae import RAE
-from src.names import NameTable
 from src.weights import freeze, read
 
 log = logging.getLogger(__name__)
 
 GRID = 16
 """The only one at which diffusers' positions are those of the recipe (recipe section 1)."""
-HEAD_WIDTH = 64
 VERSION = "0.42.1"
-
-
-@dataclass(frozen=True)
-class Family:
-    """One kind of encoder as diffusers builds it: everything but width, patch and depth is fixed there."""
-
-    name: str
-    encoder_cls: str
-    source_key: str
-    """The argument of our class that names the folder."""
-    fixed: Mapping[str, Any]
-    """Values of the transformers config."""
-    names: NameTable
-    """transformers 5 (what our encoder has) to the names of the hub's files (transformers 4)."""
-    unused_norm: str
-    """The final LayerNorm, whose affine parameters diffusers takes away and the recipe never uses."""
-
-
-def _attention(ours: str, theirs: str) -> list[tuple[str, str]]:
-    parts = {"q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value", "o_proj": "output.dense"}
-    return [(f"{ours}.*.attention.{a}.*", f"{theirs}.*.attention.{b}.*") for a, b in parts.items()]
-
-
-FAMILIES = (
-    Family(
-        "dinov2",
-        "Dinov2withNorm",
-        "dinov2_path",
-        {"image_size": 518, "mlp_ratio": 4, "num_register_tokens": 4, "layer_norm_eps": 1e-6, "use_swiglu_ffn": False,
-         "hidden_act": "gelu", "qkv_bias": True, "num_channels": 3},
-        NameTable(_attention("encoder.layer", "encoder.layer")),
-        "layernorm",
-    ),
-    Family(
-        "mae",
-        "MAEwNorm",
-        "model_name",
-        {"image_size": 224, "intermediate_size": 3072, "layer_norm_eps": 1e-12, "hidden_act": "gelu", "qkv_bias": True,
-         "num_channels": 3},
-        NameTable(
-            [
-                *_attention("layers", "encoder.layer"),
-                ("layers.*.mlp.fc1.*", "encoder.layer.*.intermediate.dense.*"),
-                ("layers.*.mlp.fc2.*", "encoder.layer.*.output.dense.*"),
-                ("layers.*.layernorm_before.*", "encoder.layer.*.layernorm_before.*"),
-                ("layers.*.layernorm_after.*", "encoder.layer.*.layernorm_after.*"),
-            ]
-        ),
-        "layernorm",
-    ),
-    Family(
-        "siglip2",
-        "SigLIP2wNorm",
-        "model_name",
-        {"image_size": 256, "intermediate_size": 3072, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh",
-         "num_channels": 3},
-        NameTable([("**", "vision_model.**")]),
-        "vision_model.post_layernorm",
-    ),
-)  # fmt: skip
 
 
 # -- writing
@@ -108,7 +46,10 @@ def obstacles(rae: RAE) -> list[str]:
     family = next((f for f in FAMILIES if f.encoder_cls == type(encoder).__name__), None)
     found = []
     if grid != GRID:
-        found.append(f"its grid is {grid} x {grid}; diffusers {VERSION} computes other positions than the decoder was trained with at all but 16 x 16")
+        found.append(
+            f"its grid is {grid} x {grid}; diffusers {VERSION} computes other positions than the decoder was "
+            "trained with at all but 16 x 16"
+        )
     elif not are_fixed(rae.decoder.decoder_pos_embed):
         found.append("its positions were trained; diffusers does not store positions and would use others")
     if rae.decoder.config.layer_norm_eps != 1e-12:
@@ -121,16 +62,28 @@ def obstacles(rae: RAE) -> list[str]:
         return [*found, f"diffusers has no {type(encoder).__name__}, only {', '.join(f.name for f in FAMILIES)}"]
     config = encoder.model.config
     if config.num_attention_heads * HEAD_WIDTH != config.hidden_size:
-        found.append(f"its attention heads are {config.hidden_size / config.num_attention_heads:g} wide; diffusers fixes {HEAD_WIDTH}")
-    differing = [f"{key}={getattr(config, key)} (diffusers: {value})" for key, value in family.fixed.items() if getattr(config, key) != value]
+        found.append(
+            f"its attention heads are {config.hidden_size / config.num_attention_heads:g} wide; diffusers fixes "
+            f"{HEAD_WIDTH}"
+        )
+    differing = [
+        f"{key}={getattr(config, key)} (diffusers: {value})"
+        for key, value in family.fixed.items()
+        if getattr(config, key) != value
+    ]
     if differing:
-        found.append(f"diffusers builds the {family.name} encoder with fixed sizes, and this one differs in {', '.join(differing)}")
+        found.append(
+            f"diffusers builds the {family.name} encoder with fixed sizes, and this one differs in "
+            f"{', '.join(differing)}"
+        )
     if family.name == "siglip2" and not any(name.startswith("head.") for name in encoder.model.state_dict()):
         found.append("its SigLIP tower has no pooling head, which diffusers' has")
     return found
 
 
-def write_diffusers(rae: RAE, folder: str | Path, dtype: torch.dtype = torch.float32, published_names: bool = False) -> list[str]:
+def write_diffusers(
+    rae: RAE, folder: str | Path, dtype: torch.dtype = torch.float32, published_names: bool = False
+) -> list[str]:
     """Write `config.json` and the weights into an existing folder; returns remarks for whoever uses it.
 
     Args:
@@ -142,14 +95,25 @@ def write_diffusers(rae: RAE, folder: str | Path, dtype: torch.dtype = torch.flo
         UserError: with every reason why diffusers can't express the model.
     """
     if reasons := obstacles(rae):
-        raise UserError("diffusers' AutoencoderRAE can't hold this model:\n" + "\n".join(f"  - {reason}" for reason in reasons) + "\nExport with --format official or --format folder.")
+        raise UserError(
+            "diffusers' AutoencoderRAE can't hold this model:\n"
+            + "\n".join(f"  - {reason}" for reason in reasons)
+            + "\nExport with --format official or --format folder."
+        )
     family = next(f for f in FAMILIES if f.encoder_cls == type(rae.encoder).__name__)
     published_names = published_names or family.name == "siglip2"
-    state = {"encoder." + name: value.to(dtype) for name, value in _encoder_out(rae.encoder, family, published_names).items()}
+    state = {
+        "encoder." + name: value.to(dtype) for name, value in _encoder_out(rae.encoder, family, published_names).items()
+    }
     state |= {"decoder." + name: value.to(dtype) for name, value in _decoder_out(rae).items()}
     mean, std = _statistics_out(rae)
     state |= {"encoder_mean": rae.image_mean, "encoder_std": rae.image_std, "_latents_mean": mean, "_latents_std": std}
-    state = {name: value.detach().float().cpu().contiguous() if name.startswith(("_", "encoder_")) else value.detach().cpu().contiguous() for name, value in state.items()}
+    state = {
+        name: value.detach().float().cpu().contiguous()
+        if name.startswith(("_", "encoder_"))
+        else value.detach().cpu().contiguous()
+        for name, value in state.items()
+    }
     save_file(state, Path(folder) / diffusers_files.WEIGHTS, metadata={"format": "pt"})
     (Path(folder) / "config.json").write_text(json.dumps(_config_out(rae, family), indent=1) + "\n")
     return _remarks(family, published_names)
@@ -208,7 +172,8 @@ def _statistics_out(rae: RAE) -> tuple[Tensor, Tensor]:
 def _remarks(family: Family, published_names: bool) -> list[str]:
     if family.name == "siglip2":
         return [
-            f"diffusers {VERSION} can't load SigLIP2 with transformers 5 (SiglipVisionModel lost `vision_model`). The files are right: "
+            f"diffusers {VERSION} can't load SigLIP2 with transformers 5 (SiglipVisionModel lost `vision_model`). "
+            "The files are right: "
             "they load with transformers 4, or with a diffusers that has caught up."
         ]
     names = "transformers 4 and the hub's files" if published_names else "the installed transformers"
@@ -229,7 +194,9 @@ def read_diffusers(folder: str | Path) -> LoadedModel:
     config = diffusers_files.read_config(folder)
     family = next((f for f in FAMILIES if f.name == config["encoder_type"]), None)
     if family is None:
-        raise UserError(f"{folder}: encoder_type={config['encoder_type']!r}; known: {', '.join(f.name for f in FAMILIES)}.")
+        raise UserError(
+            f"{folder}: encoder_type={config['encoder_type']!r}; known: {', '.join(f.name for f in FAMILIES)}."
+        )
     state = diffusers_files.read_weights(folder)
     with tempfile.TemporaryDirectory(prefix="rae_encoder_") as place:
         source = Path(place)
@@ -269,7 +236,9 @@ def _statistics_in(folder: Path, state: Mapping[str, Tensor]) -> tuple[Tensor, T
     if found is None or not (folder / STATISTICS).is_file():
         return found
     exact = read(folder / STATISTICS)
-    if not torch.equal(exact["mean"].float(), found[0]) or not torch.equal(diffusers_files.std_from_var(exact["var"]), state["_latents_std"]):
+    if not torch.equal(exact["mean"].float(), found[0]) or not torch.equal(
+        diffusers_files.std_from_var(exact["var"]), state["_latents_std"]
+    ):
         log.warning("%s: %s does not belong to the weights beside it; it is ignored.", folder, STATISTICS)
         return found
     return exact["mean"], exact["var"]
@@ -280,12 +249,13 @@ def _write_encoder(place: Path, family: Family, config: Mapping[str, Any], state
     width = config["encoder_hidden_size"]
     names = family.names
     found = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
-    found = {names.theirs(names.ours(name)): value for name, value in found.items()}  # to the hub's, from either spelling
+    found = {
+        names.theirs(names.ours(name)): value for name, value in found.items()
+    }  # to the hub's, from either spelling
     found[family.unused_norm + ".weight"], found[family.unused_norm + ".bias"] = torch.ones(width), torch.zeros(width)
     save_file(found, place / "model.safetensors", metadata={"format": "pt"})
-    model_type = {"dinov2": "dinov2_with_registers", "mae": "vit_mae", "siglip2": "siglip_vision_model"}[family.name]
     transformers = {
-        "model_type": model_type,
+        "model_type": family.model_type,
         "hidden_size": width,
         "patch_size": config["encoder_patch_size"],
         "num_hidden_layers": config["encoder_num_hidden_layers"],

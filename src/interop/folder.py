@@ -30,7 +30,9 @@ ENCODER = "encoder"
 _STATISTICS = ("latent_mean", "latent_var")
 
 
-def write_folder(loaded: LoadedModel, folder: str | Path, dtype: torch.dtype = torch.float32, with_encoder: bool = False) -> list[str]:
+def write_folder(
+    loaded: LoadedModel, folder: str | Path, dtype: torch.dtype = torch.float32, with_encoder: bool = False
+) -> list[str]:
     """Write into an existing folder; returns remarks for whoever uses it.
 
     Args:
@@ -55,7 +57,10 @@ def write_folder(loaded: LoadedModel, folder: str | Path, dtype: torch.dtype = t
         "image_mean": rae.image_mean.flatten().tolist(),
         "image_std": rae.image_std.flatten().tolist(),
     }
-    state = {f"decoder.{name}": value.detach().to(dtype).cpu().contiguous().clone() for name, value in rae.decoder.state_dict().items()}
+    state = {
+        f"decoder.{name}": value.detach().to(dtype).cpu().contiguous().clone()
+        for name, value in rae.decoder.state_dict().items()
+    }
     if rae.latent_mean is not None and rae.latent_var is not None:
         state |= {"latent_mean": rae.latent_mean.cpu().clone(), "latent_var": rae.latent_var.cpu().clone()}
     save_file(state, folder / FOLDER_WEIGHTS, metadata={"format": "pt"})
@@ -65,7 +70,9 @@ def write_folder(loaded: LoadedModel, folder: str | Path, dtype: torch.dtype = t
     if with_encoder:
         return []
     source = next(params[key] for key in SOURCE_KEYS if key in params)
-    return [f"The encoder is not in this folder: it is loaded from {source}, and compared with the one of the training."]
+    return [
+        f"The encoder is not in this folder: it is loaded from {source}, and compared with the one of the training."
+    ]
 
 
 def read_folder(folder: str | Path, encoder: str | None = None) -> LoadedModel:
@@ -133,13 +140,22 @@ def _encoder_params(loaded: LoadedModel, with_encoder: bool) -> dict[str, Any]:
     encoder = loaded.rae.encoder
     config = (loaded.description.get("config") or {}).get("model") or {}
     params: dict[str, Any] = dict(config.get("encoder_params") or loaded.description.get("encoder_params") or {})
-    key = next((key for key in SOURCE_KEYS if key in params), "dinov2_path" if type(encoder).__name__ == "Dinov2withNorm" else "model_name")
-    params |= {key: None if with_encoder else encoder.source, "layers": list(encoder.layers), "layer_fusion": encoder.layer_fusion}
+    key = next(
+        (key for key in SOURCE_KEYS if key in params),
+        "dinov2_path" if type(encoder).__name__ == "Dinov2withNorm" else "model_name",
+    )
+    params |= {
+        key: None if with_encoder else encoder.source,
+        "layers": list(encoder.layers),
+        "layer_fusion": encoder.layer_fusion,
+    }
     if with_encoder:
         params.pop("weights", None)
         params.pop("seed", None)
     elif Path(encoder.source).is_dir() and Path(encoder.source, "diffusion_pytorch_model.safetensors").is_file():
-        raise UserError("This model's encoder comes out of a diffusers folder and lies nowhere else: export with --with_encoder.")
+        raise UserError(
+            "This model's encoder comes out of a diffusers folder and lies nowhere else: export with --with_encoder."
+        )
     return params
 
 
@@ -155,9 +171,13 @@ def _was_rounded(config: Mapping[str, Any], source: str, inside: Path) -> bool:
     if source != str(inside):
         return False
     dtype = json.loads((inside / "config.json").read_text()).get("dtype")
-    rounded = dtype not in (None, "float32") or any(v.dtype != torch.float32 for v in read(inside / FOLDER_WEIGHTS).values())
+    rounded = dtype not in (None, "float32") or any(
+        v.dtype != torch.float32 for v in read(inside / FOLDER_WEIGHTS).values()
+    )
     if rounded:
-        log.info("%s: the encoder is stored in half precision; it is not compared with the one of the training.", inside)
+        log.info(
+            "%s: the encoder is stored in half precision; it is not compared with the one of the training.", inside
+        )
     return rounded
 
 

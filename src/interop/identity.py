@@ -10,10 +10,13 @@ from src.models.frozen_encoder import FrozenEncoder
 def require_same_encoder(encoder: FrozenEncoder, stored: Mapping[str, Any], file: object) -> None:
     """`stored` is the identity kept with the model in `file`; where the weights lie may differ. UserError otherwise."""
     found = encoder.identity()
-    differing = sorted(key for key in ("class", "config", "weights", "layers", "layer_fusion") if stored[key] != found[key])
+    differing = sorted(
+        key for key in ("class", "config", "weights", "layers", "layer_fusion") if stored[key] != found[key]
+    )
     if differing:
         raise UserError(
-            f"{file} was trained with another encoder: {dict(stored)} there, {found} here ({', '.join(differing)} differ). "
+            f"{file} was trained with another encoder: {dict(stored)} there, {found} here ({', '.join(differing)} "
+            "differ). "
             "Give the encoder that it was trained with."
         )
 

@@ -25,11 +25,19 @@ def write_official(rae: RAE, folder: str | Path, dtype: torch.dtype = torch.floa
 
     Positions are stored, as the official code expects, so any grid works there.
     """
-    state = {name: value.detach().to(dtype).cpu().contiguous().clone() for name, value in rae.decoder.state_dict().items()}
+    state = {
+        name: value.detach().to(dtype).cpu().contiguous().clone() for name, value in rae.decoder.state_dict().items()
+    }
     save_atomically(state, Path(folder) / DECODER)
-    remarks = [f"The official code builds the decoder for its own grid: use it at {rae.geometry.image_size} px with patches of {rae.geometry.decoder_patch} px."]
+    remarks = [
+        f"The official code builds the decoder for its own grid: use it at {rae.geometry.image_size} px with "
+        f"patches of {rae.geometry.decoder_patch} px."
+    ]
     if not rae.decoder_denormalize:
-        remarks.append("The decoder's output is the image itself (RAEv2); the first RAE code would multiply it by the encoder's std and add its mean.")
+        remarks.append(
+            "The decoder's output is the image itself (RAEv2); the first RAE code would multiply it by the "
+            "encoder's std and add its mean."
+        )
     return remarks
 
 

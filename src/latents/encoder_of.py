@@ -32,13 +32,19 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
     except (HydraException, OmegaConfBaseException) as error:
         known = ", ".join(sorted(path.stem for path in Path(PROJECT_ROOT, "configs", "experiment").glob("*.yaml")))
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--config {' '.join(overrides)}: {reason} Expected overrides as for src/train.py; experiments: {known}.") from error
+        raise UserError(
+            f"--config {' '.join(overrides)}: {reason} Expected overrides as for src/train.py; experiments: {known}."
+        ) from error
 
 
 def encoder_of(config: dict[str, Any]) -> RAE:
     """A frozen RAE with the encoder and the sizes of a configuration. Its decoder is a stand-in."""
     settings = {name: config["model"][name] for name in RAESettings.__dataclass_fields__}
-    settings |= {"decoder_config_path": _SMALL_DECODER, "pretrained_decoder_path": None, "normalization_stat_path": None}
+    settings |= {
+        "decoder_config_path": _SMALL_DECODER,
+        "pretrained_decoder_path": None,
+        "normalization_stat_path": None,
+    }
     rae = RAE(**settings)
     freeze(rae)
     return rae

@@ -77,10 +77,14 @@ def partial_file(output: Path) -> Path:
 
 
 @torch.no_grad()
-def _piece(rae: RAE, piece: Images, loading: Mapping[str, Any], place: Place, progress: Callable[[int], None]) -> LatentSums:
+def _piece(
+    rae: RAE, piece: Images, loading: Mapping[str, Any], place: Place, progress: Callable[[int], None]
+) -> LatentSums:
     sums = LatentSums(rae.latent_shape, place.device)
     if len(piece.rows) > place.rank:  # else this process has no share of it
-        loader = evaluation_loader(piece, rae.geometry.image_size, None, device=place.device, rank=place.rank, world=place.world, **loading)
+        loader = evaluation_loader(
+            piece, rae.geometry.image_size, None, device=place.device, rank=place.rank, world=place.world, **loading
+        )
         seen = 0
         with full_float32(place.device):
             for batch in loader:
@@ -104,4 +108,3 @@ def _resume(partial: Path, pass_over: Mapping[str, Any], rae: RAE, place: Place)
         return nothing
     log.warning("Continuing an earlier pass at image %s.", f"{state['done']:,}")
     return LatentSums.from_state(state, place.device), int(state["done"])
-

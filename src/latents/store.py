@@ -31,7 +31,9 @@ INDEX = "index.json"
 class LatentWriter:
     """Shards of one process. A shard appears whole or not at all; `close` writes what is left."""
 
-    def __init__(self, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype, shard_bytes: int, rank: int) -> None:
+    def __init__(
+        self, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype, shard_bytes: int, rank: int
+    ) -> None:
         self.folder, self.dtype, self.rank = folder, dtype, rank
         self.shards: list[dict[str, Any]] = []
         """{file, count} of what was written, for the index."""
@@ -67,7 +69,13 @@ class LatentWriter:
 
 def write_index(folder: Path, shards: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
     """`facts`: scale, shape, dtype, image_size, encoder, statistics and whatever else the latents depend on."""
-    content = {"format": FORMAT, "version": VERSION, "count": sum(s["count"] for s in shards), **facts, "shards": list(shards)}
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "count": sum(s["count"] for s in shards),
+        **facts,
+        "shards": list(shards),
+    }
     beside = folder / f".{INDEX}.part"
     beside.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(beside, folder / INDEX)
@@ -91,14 +99,20 @@ class LatentStore:
         try:
             index = json.loads((folder / INDEX).read_text())
         except FileNotFoundError as error:
-            raise UserError(f"{folder} has no {INDEX}: expected a folder that `src/reconstruct.py --latents` wrote (it is there once that has finished).") from error
+            raise UserError(
+                f"{folder} has no {INDEX}: expected a folder that `src/reconstruct.py --latents` wrote (it is "
+                "there once that has finished)."
+            ) from error
         except (OSError, ValueError) as error:
             raise UserError(f"{folder / INDEX} can't be read: {error}") from error
         if not isinstance(index, dict) or index.get("format") != FORMAT or index.get("version") != VERSION:
             raise UserError(f"{folder / INDEX} is no index of {FORMAT} version {VERSION}.")
         missing = [s["file"] for s in index["shards"] if not (folder / s["file"]).is_file()]
         if missing:
-            raise UserError(f"{folder} lacks {len(missing)} of {len(index['shards'])} shards: {', '.join(missing[:4])}. Copy them again.")
+            raise UserError(
+                f"{folder} lacks {len(missing)} of {len(index['shards'])} shards: {', '.join(missing[:4])}. Copy "
+                "them again."
+            )
         return cls(folder, index)
 
     def __len__(self) -> int:
@@ -130,7 +144,10 @@ class LatentStore:
                 latents = tensors.get_slice("latents")[start:stop].float()
                 rows = tensors.get_slice("rows")[start:stop]
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} ({file.stat().st_size:,} bytes) can't be read: {error}. It may be cut short; copy it again, or write the latents again.") from error
+            raise UserError(
+                f"{file} ({file.stat().st_size:,} bytes) can't be read: {error}. It may be cut short; copy it "
+                "again, or write the latents again."
+            ) from error
         if tuple(latents.shape) != (stop - start, *self.shape):
             raise UserError(f"{file}: latents {tuple(latents.shape)}, the index says {self.shape}.")
         return rows, latents

@@ -23,7 +23,7 @@ def describe(module: "RAEModule") -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "config": module.run_config,
-        "encoder": module.rae.encoder.identity(),
+        "encoder": module.encoder_identity,
         "architecture": architecture(module),
     }
 
@@ -53,7 +53,7 @@ def verify(module: "RAEModule", checkpoint: Mapping[str, Any]) -> None:
         )
     pairs = [
         (name, checkpoint[part].get(name), own[name])
-        for part, own in (("architecture", architecture(module)), ("encoder", module.rae.encoder.identity()))
+        for part, own in (("architecture", architecture(module)), ("encoder", module.encoder_identity))
         for name in own
     ]
     differing = [f"  {name}: checkpoint {theirs!r}, model {ours!r}" for name, theirs, ours in pairs if theirs != ours]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from src.errors import UserError
 from src.models import diffusers_files
-from src.models.decoder import DecoderConfig, ViTDecoder, sincos_positions
+from src.models.decoder import ViTDecoder, sincos_positions
 from src.models.positions import fit_positions
 from src.weights import load_strict, read, require, resolve
 
@@ -61,7 +61,10 @@ def kind_of(path: str | Path, key: str) -> tuple[Kind | None, Path]:
         UserError: nothing there, or a folder of another kind. `key` is the config key or option that named it.
     """
     place = resolve(path)
-    if place.name in (FOLDER_WEIGHTS, diffusers_files.WEIGHTS, "config.json") and (place.parent / "config.json").is_file():
+    if (
+        place.name in (FOLDER_WEIGHTS, diffusers_files.WEIGHTS, "config.json")
+        and (place.parent / "config.json").is_file()
+    ):
         place = place.parent
     if not place.is_dir():
         return None, require(path, "Decoder, export or checkpoint", key)
@@ -73,11 +76,14 @@ def kind_of(path: str | Path, key: str) -> tuple[Kind | None, Path]:
         return "diffusers", place
     if config.get("format") == FOLDER_FORMAT:
         if config.get("format_version") != FOLDER_VERSION:
-            raise UserError(f"{place}: format_version is {config.get('format_version')}, this program reads {FOLDER_VERSION}.")
+            raise UserError(
+                f"{place}: format_version is {config.get('format_version')}, this program reads {FOLDER_VERSION}."
+            )
         return "folder", place
     found = config.get("_class_name") or config.get("model_type") or "no config.json of either kind"
     raise UserError(
-        f"{key}={path} is a folder with {found}. Expected a decoder file (.pt, .ckpt, .safetensors), a folder written by "
+        f"{key}={path} is a folder with {found}. Expected a decoder file (.pt, .ckpt, .safetensors), a folder "
+        "written by "
         f"`src/export.py --format folder`, or a diffusers {diffusers_files.CLASS} folder."
     )
 
@@ -98,7 +104,11 @@ def read_decoder(path: str | Path, key: str = "model.pretrained_decoder_path") -
         return DecoderFile(place, "folder", state, config["decoder"], denormalize, config["encoder"])
     content = read(place)
     if isinstance(content, Mapping) and "format_version" in content and "state_dict" in content:
-        sizes = {k.removeprefix("decoder config: "): v for k, v in content["architecture"].items() if k.startswith("decoder config: ")}
+        sizes = {
+            k.removeprefix("decoder config: "): v
+            for k, v in content["architecture"].items()
+            if k.startswith("decoder config: ")
+        }
         state = _below(content["state_dict"], "ema_decoder.")
         denormalize = content["architecture"]["model.decoder_denormalize"]
         return DecoderFile(place, "checkpoint", state, sizes, denormalize, content["encoder"])
@@ -114,14 +124,27 @@ def load_decoder(decoder: ViTDecoder, path: str | Path, denormalize: bool, encod
     """
     file = read_decoder(path)
     own = vars(decoder.config)
-    differing = [f"{k}: file {file.config[k]!r}, model {own[k]!r}" for k in own if file.config and file.config[k] != own[k]]
+    differing = [
+        f"{k}: file {file.config[k]!r}, model {own[k]!r}" for k in own if file.config and file.config[k] != own[k]
+    ]
     if file.denormalize not in (None, denormalize):
         differing.append(f"decoder_denormalize: file {file.denormalize}, model {denormalize}")
     if differing:
-        raise UserError(f"{file.path} holds another decoder ({'; '.join(differing)}). Set model.decoder_config_path and the keys named here to match.")
-    differing = [k for k in ("class", "config", "weights", "layers") if file.encoder and file.encoder.get(k) != encoder.get(k)]
+        raise UserError(
+            f"{file.path} holds another decoder ({'; '.join(differing)}). Set model.decoder_config_path and the "
+            "keys named here to match."
+        )
+    differing = [
+        k for k in ("class", "config", "weights", "layers") if file.encoder and file.encoder.get(k) != encoder.get(k)
+    ]
     if differing:
-        log.warning("%s was trained with another encoder (%s): %s there, %s here.", file.path, ", ".join(differing), file.encoder, dict(encoder))
+        log.warning(
+            "%s was trained with another encoder (%s): %s there, %s here.",
+            file.path,
+            ", ".join(differing),
+            file.encoder,
+            dict(encoder),
+        )
     state = file.state
     if _POSITIONS in state:
         state = state | {_POSITIONS: fit_positions(state[_POSITIONS], decoder.grid, str(file.path))}
@@ -137,7 +160,11 @@ def read_statistics_content(path: str | Path) -> tuple[Any, Path]:
         content = read(file)
         if isinstance(content, Mapping) and "format_version" in content and "state_dict" in content:
             state = content["state_dict"]
-            content = {"mean": state.get("rae.latent_mean"), "var": state.get("rae.latent_var"), "encoder": content["encoder"]}
+            content = {
+                "mean": state.get("rae.latent_mean"),
+                "var": state.get("rae.latent_var"),
+                "encoder": content["encoder"],
+            }
             _require_statistics(content["mean"], file)
         return content, file
     kind, place = kind_of(path, "model.normalization_stat_path")
@@ -157,7 +184,9 @@ def read_folder_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: config.json can't be read: {error}") from error
     if missing := {"model", "decoder", "encoder"} - config.keys():
-        raise UserError(f"{folder}/config.json lacks {sorted(missing)}: it is damaged or not from `src/export.py --format folder`.")
+        raise UserError(
+            f"{folder}/config.json lacks {sorted(missing)}: it is damaged or not from `src/export.py --format folder`."
+        )
     return config
 
 
@@ -180,7 +209,9 @@ def _from_diffusers(folder: Path) -> DecoderFile:
 def _official(content: Any, file: Path) -> dict[str, Tensor]:
     """The state dict of an official decoder file, or the averaged decoder of an official training checkpoint."""
     if isinstance(content, Mapping) and {"mean", "var"} <= content.keys():
-        raise UserError(f"{file} holds latent statistics, not a decoder: it belongs to model.normalization_stat_path (--stats).")
+        raise UserError(
+            f"{file} holds latent statistics, not a decoder: it belongs to model.normalization_stat_path (--stats)."
+        )
     if isinstance(content, Mapping) and isinstance(content.get("ema"), Mapping):
         log.info("%s is an official training checkpoint: its EMA decoder is taken.", file)
         state = {_unwrapped(name): value for name, value in content["ema"].items()}
@@ -206,4 +237,7 @@ def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _require_statistics(found: Any, place: Path) -> None:
     if found is None:
-        raise UserError(f"{place} has no latent statistics. Set model.normalization_stat_path to a file that `python src/latent_stats.py` wrote, or to null.")
+        raise UserError(
+            f"{place} has no latent statistics. Set model.normalization_stat_path to a file that `python "
+            "src/latent_stats.py` wrote, or to null."
+        )

@@ -78,7 +78,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     missing, unknown = _REQUIRED - config.keys(), config.keys() - _REQUIRED - _DEFAULTS.keys()
     if missing or unknown:
         raise UserError(f"{file}: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}.")
-    for key, default in (("encoder_norm_mean", None), ("encoder_norm_std", None)):
+    for key in ("encoder_norm_mean", "encoder_norm_std"):
         config[key] = config[key] or _DEFAULTS[key]
     for key, value in _FIXED.items():
         if config[key] != value:
@@ -128,7 +128,10 @@ def statistics(state: Mapping[str, Tensor], source: object) -> tuple[Tensor, Ten
     if mean.numel() == 1 and std.numel() == 1:
         if abs(mean.item()) < STD_EPS and abs(std.item() - 1) < 2 * STD_EPS:
             return None
-        raise UserError(f"{source}: one mean ({mean.item():g}) and std ({std.item():g}) for all latents; expected C x h x w numbers.")
+        raise UserError(
+            f"{source}: one mean ({mean.item():g}) and std ({std.item():g}) for all latents; expected C x h x w "
+            "numbers."
+        )
     return mean.float(), var_from_std(std)
 
 

@@ -24,8 +24,14 @@ _TOLERANCE = 1e-5
 
 def grid_of(positions: Tensor, source: str) -> int:
     """Latents a side of stored positions."""
-    if positions.ndim != 3 or positions.shape[0] != 1 or math.isqrt(positions.shape[1] - 1) ** 2 != positions.shape[1] - 1:
-        raise UserError(f"{source}: decoder_pos_embed is {tuple(positions.shape)}; expected 1 x (1 + a square number) x width.")
+    if (
+        positions.ndim != 3
+        or positions.shape[0] != 1
+        or math.isqrt(positions.shape[1] - 1) ** 2 != positions.shape[1] - 1
+    ):
+        raise UserError(
+            f"{source}: decoder_pos_embed is {tuple(positions.shape)}; expected 1 x (1 + a square number) x width."
+        )
     return math.isqrt(positions.shape[1] - 1)
 
 
@@ -46,9 +52,23 @@ def fit_positions(positions: Tensor, grid: int, source: str) -> Tensor:
         return positions
     width = positions.shape[2]
     if are_fixed(positions):
-        log.info("%s: positions of a %d x %d grid, computed anew for %d x %d (fixed sin-cos).", source, before, before, grid, grid)
+        log.info(
+            "%s: positions of a %d x %d grid, computed anew for %d x %d (fixed sin-cos).",
+            source,
+            before,
+            before,
+            grid,
+            grid,
+        )
         return sincos_positions(width, grid)[None]
-    log.warning("%s: TRAINED positions of a %d x %d grid, resampled bicubically to %d x %d; the cls row is kept.", source, before, before, grid, grid)
+    log.warning(
+        "%s: TRAINED positions of a %d x %d grid, resampled bicubically to %d x %d; the cls row is kept.",
+        source,
+        before,
+        before,
+        grid,
+        grid,
+    )
     patches = positions[:, 1:].float().transpose(1, 2).unflatten(2, (before, before))  # 1 D g g
     patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
     return torch.cat([positions[:, :1].float(), patches.flatten(2).transpose(1, 2)], dim=1)

@@ -27,6 +27,7 @@ from src.models.discriminator import DinoDiscriminator
 from src.models.draws import StepDraws
 from src.models.guard import FiniteGuard
 from src.models.optimisation import adamw, average_gradients, gradient_norm, mean_over_ranks, scale_gradients
+from src.models.precision import cast_frozen
 from src.models.rae import RAE
 from src.models.settings import ModelSettings
 from src.models.training_step import GeneratorResult, Phase, TrainingStep
@@ -46,6 +47,7 @@ class RAEModule(pl.LightningModule):
         self.run_config: dict[str, Any] = {}
         """The whole configuration of the run as plain values, for checkpoints; set by whoever builds the run."""
         self.rae = RAE(**vars(settings.rae))
+        self.encoder_identity = self.rae.encoder.identity()  # of the weights as loaded, before any cast
         self.ema = EMA(self.rae.decoder, settings.loop.ema_decay)
         self.ema_decoder = self.ema.average
         self.lpips = LPIPS(**settings.lpips_arch) if settings.step.perceptual_weight > 0 else None
@@ -276,8 +278,16 @@ class RAEModule(pl.LightningModule):
         self.disc_scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         if self._restored_scaler and half:
             self.disc_scaler.load_state_dict(self._restored_scaler)
+        self._cast_frozen()
         if self.settings.loop.compile:
             compile_parts(self)
+
+    def _cast_frozen(self) -> None:
+        """What runs under the trainer's autocast only. LPIPS is also used in evaluation, in float32."""
+        dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(self.trainer.precision))
+        for network in (self.rae.encoder, getattr(self.discriminator, "trunk", None)):
+            if dtype is not None and network is not None:
+                cast_frozen(network, dtype)
 
     def on_train_start(self) -> None:
         loop = self.trainer.fit_loop  # says where a resumed run stands; the loader starts there

@@ -121,13 +121,19 @@ def _is_dataset(folder: Path) -> bool:
 def _expand(text: str) -> list[Path]:
     path = Path(text).expanduser()
     if path.is_dir():
-        found = sorted(Path(here, name) for here, _, names in os.walk(path, followlinks=True) for name in names if _is_image(name))
+        found = sorted(
+            Path(here, name) for here, _, names in os.walk(path, followlinks=True) for name in names if _is_image(name)
+        )
         if not found:
-            raise UserError(f"No images in {path}: expected files ending in {', '.join(SUFFIXES[:4])} … or a data set on disk.")
+            raise UserError(
+                f"No images in {path}: expected files ending in {', '.join(SUFFIXES[:4])} … or a data set on disk."
+            )
         return found
     if path.is_file():
         return [path]
-    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file() and _is_image(name))
+    found = sorted(
+        Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file() and _is_image(name)
+    )
     if not found:
         raise UserError(f"--input {text}: no such file or folder, and no image matches it as a pattern.")
     return found
@@ -142,4 +148,11 @@ def _names(files: Sequence[Path]) -> list[str]:
     absolute = [file.absolute() for file in files]
     root = Path(os.path.commonpath([file.parent for file in absolute]))
     short = [file.relative_to(root).with_suffix("").as_posix() for file in absolute]
-    return [file.relative_to(root).as_posix() if short.count(name) > 1 else name for name, file in zip(short, absolute, strict=True)] if len(set(short)) < len(short) else short
+    return (
+        [
+            file.relative_to(root).as_posix() if short.count(name) > 1 else name
+            for name, file in zip(short, absolute, strict=True)
+        ]
+        if len(set(short)) < len(short)
+        else short
+    )

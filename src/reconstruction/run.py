@@ -5,7 +5,7 @@ Legend: B batch, C latent channels, h = w latent grid, H = W image px.
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,15 +84,24 @@ def reconstruct(
     """
     rae = loaded.rae
     if products.latents == "normalized" and rae.latent_mean is None:
-        raise UserError("--latents normalized: the model has no latent statistics. Use --latents raw, or give statistics (--stats, or an export that has them).")
+        raise UserError(
+            "--latents normalized: the model has no latent statistics. Use --latents raw, or give statistics "
+            "(--stats, or an export that has them)."
+        )
     rows = inputs.rows[place.rank :: place.world]
     workers = WorkerOptions(min(num_workers, len(rows)), _PREFETCH, place.device.type == "cuda", "auto")
-    loader = EvaluationLoader(EvaluationDataset(inputs.source, rows, transform), batch_size, workers, _BAD_SHARE, persistent=False)
+    loader = EvaluationLoader(
+        EvaluationDataset(inputs.source, rows, transform), batch_size, workers, _BAD_SHARE, persistent=False
+    )
     size = rae.geometry.image_size
     observers = _Observers(products, output, size, inputs.output_name, place, compared=True, lpips=lpips_name(lpips))
     if observers.csv is not None:
         observers.csv.begin(inputs.place, "", [("", "0")], inputs.source.name)
-    writer = LatentWriter(output / LATENTS, rae.latent_shape, products.latents_dtype, products.shard_bytes, place.rank) if products.latents else None
+    writer = (
+        LatentWriter(output / LATENTS, rae.latent_shape, products.latents_dtype, products.shard_bytes, place.rank)
+        if products.latents
+        else None
+    )
     means = RunningMeans(["psnr", "ssim"] + ["lpips"] * (lpips is not None))
     count = 0
     with observers, torch.no_grad(), full_float32(place.device):
@@ -102,9 +111,13 @@ def reconstruct(
             count += len(images)
             if writer is not None:
                 labels = torch.tensor([_label(inputs, row) for row in batch["index"].tolist()])
-                writer.write(rae.normalize(latents) if products.latents == "normalized" else latents, batch["index"], labels)
+                writer.write(
+                    rae.normalize(latents) if products.latents == "normalized" else latents, batch["index"], labels
+                )
             if products.decode:
-                scored = _score(images, rae.decode_raw(latents), batch["position"] * place.world + place.rank, batch["index"], lpips)
+                scored = _score(
+                    images, rae.decode_raw(latents), batch["position"] * place.world + place.rank, batch["index"], lpips
+                )
                 means.update(scored.values)
                 observers.observe(scored)
     total = sum(gather_on_main(count))
@@ -115,7 +128,12 @@ def reconstruct(
     if not place.main:
         return Outcome()
     if writer is not None:
-        facts = {**_latent_facts(loaded, products), "data": inputs.place, "fit": transform.fit, "class_names": _class_names(inputs)}
+        facts = {
+            **_latent_facts(loaded, products),
+            "data": inputs.place,
+            "fit": transform.fit,
+            "class_names": _class_names(inputs),
+        }
         write_index(output / LATENTS, [shard for part in shards for shard in part], facts)
     values = means.means() if products.decode else {}
     if lpips is not None and lpips.untrained and values:
@@ -123,7 +141,15 @@ def reconstruct(
     return Outcome(total, values, _written(products, output, observers))
 
 
-def decode_latents(loaded: LoadedModel, store: LatentStore, products: Products, output: Path, batch_size: int, place: Place, track: Track) -> Outcome:
+def decode_latents(
+    loaded: LoadedModel,
+    store: LatentStore,
+    products: Products,
+    output: Path,
+    batch_size: int,
+    place: Place,
+    track: Track,
+) -> Outcome:
     """Stored latents through the decoder; there are no originals, so no scores.
 
     Raises:
@@ -135,7 +161,9 @@ def decode_latents(loaded: LoadedModel, store: LatentStore, products: Products, 
     count = 0
     batches = sum(-(-shard["count"] // batch_size) for shard in store.index["shards"])
     with observers, torch.no_grad(), full_float32(place.device):
-        for places, rows, latents in track(store.batches(batch_size, place.rank, place.world), -(-batches // place.world)):
+        for places, rows, latents in track(
+            store.batches(batch_size, place.rank, place.world), -(-batches // place.world)
+        ):
             latents = latents.to(place.device)
             decoded = unit_to_bytes(rae.decode(latents) if store.scale == "normalized" else rae.decode_raw(latents))
             count += len(rows)
@@ -147,14 +175,25 @@ def decode_latents(loaded: LoadedModel, store: LatentStore, products: Products, 
 class _Observers:
     """Everything that sees decoded images; completes its files at the end of the block, or drops them after an error."""
 
-    def __init__(self, products: Products, output: Path, size: int, name: Callable[[int], str], place: Place, compared: bool, lpips: str | None = None) -> None:
+    def __init__(
+        self,
+        products: Products,
+        output: Path,
+        size: int,
+        name: Callable[[int], str],
+        place: Place,
+        compared: bool,
+        lpips: str | None = None,
+    ) -> None:
         """`compared`: there are originals beside the decoded images. `lpips`: name of its column."""
         self.compared = compared
         self.pairs = FirstPairs(products.sheet_images) if products.sheet_images else None
         self.png = PngWriter(output / RECONSTRUCTIONS, name) if products.images else None
         self.csv = CsvSpool(output / SCORES, lpips, place.rank, place.world) if products.scores else None
         self.npz = NpzSpool(output / NPZ, size, place.rank, place.world) if products.npz else None
-        self.originals = NpzSpool(output / ORIGINALS_NPZ, size, place.rank, place.world) if products.npz and compared else None
+        self.originals = (
+            NpzSpool(output / ORIGINALS_NPZ, size, place.rank, place.world) if products.npz and compared else None
+        )
         self.sheet: list[Any] = []
 
     def observe(self, batch: ScoredBatch) -> None:
@@ -190,7 +229,9 @@ def _score(images: Tensor, output: Tensor, places: Tensor, rows: Tensor, lpips: 
 
 def _written(products: Products, output: Path, observers: _Observers) -> list[Path]:
     if observers.sheet:
-        save_png(contact_sheet(observers.sheet) if observers.compared else _plain_sheet(observers.sheet), output / SHEET)
+        save_png(
+            contact_sheet(observers.sheet) if observers.compared else _plain_sheet(observers.sheet), output / SHEET
+        )
     names = [(products.images, RECONSTRUCTIONS), (products.sheet_images, SHEET), (products.scores, SCORES), (products.npz, NPZ),
              (observers.originals is not None, ORIGINALS_NPZ), (products.latents, LATENTS)]  # fmt: skip
     return [output / name for wanted, name in names if wanted]
@@ -235,10 +276,20 @@ def statistics_digest(rae: RAE) -> str | None:
 def _check_store(store: LatentStore, loaded: LoadedModel) -> None:
     rae, own = loaded.rae, loaded.description["encoder"]
     if store.shape != rae.latent_shape:
-        raise UserError(f"{store.folder} holds latents of {store.shape}, the model of {loaded.description['source']} takes {rae.latent_shape} (C x h x w).")
+        raise UserError(
+            f"{store.folder} holds latents of {store.shape}, the model of {loaded.description['source']} takes "
+            f"{rae.latent_shape} (C x h x w)."
+        )
     theirs: Mapping[str, Any] = store.index["encoder"]
-    differing = [key for key in ("class", "config", "weights", "layers", "layer_fusion") if theirs.get(key) != own.get(key)]
+    differing = [
+        key for key in ("class", "config", "weights", "layers", "layer_fusion") if theirs.get(key) != own.get(key)
+    ]
     if differing:
-        raise UserError(f"{store.folder} was made with another encoder ({', '.join(differing)} differ): {theirs} there, {own} here.")
+        raise UserError(
+            f"{store.folder} was made with another encoder ({', '.join(differing)} differ): {theirs} there, {own} here."
+        )
     if store.scale == "normalized" and store.index["statistics"] != statistics_digest(rae):
-        raise UserError(f"{store.folder} was normalised with statistics {store.index['statistics']}, the model has {statistics_digest(rae)}. Use the model that wrote the latents.")
+        raise UserError(
+            f"{store.folder} was normalised with statistics {store.index['statistics']}, the model has "
+            f"{statistics_digest(rae)}. Use the model that wrote the latents."
+        )

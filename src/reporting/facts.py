@@ -39,9 +39,15 @@ def facts(run: Run) -> list[Fact]:
 
 def untrained(run: Run) -> list[str]:
     """Parts whose weights were never trained: as the run said itself, and as its configuration says."""
-    said = [part for text in warnings(run) for match in _UNTRAINED.finditer(text + " ") for part in match[1].split(", ")]
+    said = [
+        part for text in warnings(run) for match in _UNTRAINED.finditer(text + " ") for part in match[1].split(", ")
+    ]
     if not said:
-        said = [f"{key} ({value})" for key, value in flat(run.config).items() if key.endswith("weights") and value == "untrained"]
+        said = [
+            f"{key} ({value})"
+            for key, value in flat(run.config).items()
+            if key.endswith("weights") and value == "untrained"
+        ]
     elif any(name.startswith("rfid_untrained") for name in run.series):
         said.append("Inception network")
     return list(dict.fromkeys(said))
@@ -51,7 +57,9 @@ def warnings(run: Run) -> list[str]:
     """Of run.json, then those of run.log that it lacks; each once."""
     listed = run.record.get("warnings")
     found = [str(text) for text in listed] if isinstance(listed, list) else []
-    return list(dict.fromkeys([*found, *(text for text in run.log_warnings if not any(text in known for known in found))]))
+    return list(
+        dict.fromkeys([*found, *(text for text in run.log_warnings if not any(text in known for known in found))])
+    )
 
 
 def starts(run: Run) -> dict[str, int]:
@@ -80,18 +88,30 @@ def number(value: Any) -> str:
 
 
 def _steps(run: Run) -> Fact | None:
-    step = run.result.get("step") or max((series.steps[-1] for series in run.series.values() if series.steps), default=None)
+    step = run.result.get("step") or max(
+        (series.steps[-1] for series in run.series.values() if series.steps), default=None
+    )
     if step is None:
         return None
     epochs, wanted = run.result.get("epochs"), _part(run.config, "trainer", "max_epochs")
-    detail = f"epoch {number(epochs)} of {number(wanted)}" if epochs and wanted else f"of {number(wanted)} epochs" if wanted else ""
+    detail = (
+        f"epoch {number(epochs)} of {number(wanted)}"
+        if epochs and wanted
+        else f"of {number(wanted)} epochs"
+        if wanted
+        else ""
+    )
     return Fact("steps", number(step), detail)
 
 
 def _scores(run: Run) -> Iterator[Fact]:
     parts = untrained(run)
-    for group, name in (("rfid_full", "rFID, all images"), ("rfid", "best rFID"), ("rfid_untrained_full", "FID distance, all images"),
-                        ("rfid_untrained", "best FID distance")):  # fmt: skip
+    for group, name in (
+        ("rfid_full", "rFID, all images"),
+        ("rfid", "best rFID"),
+        ("rfid_untrained_full", "FID distance, all images"),
+        ("rfid_untrained", "best FID distance"),
+    ):
         if (series := run.series.get(f"{group}/score")) and (best := series.best("low")):
             images = run.series[f"{group}/images"].at(best[0]) if f"{group}/images" in run.series else None
             doubt = "untrained Inception: no rFID" if "untrained" in group else ""
@@ -146,7 +166,9 @@ def _time(run: Run) -> Fact | None:
         return Fact("duration", duration((ended - started).total_seconds()), f"ended {ended:%Y-%m-%d %H:%M}")
     if run.last_event is not None:
         last = datetime.fromtimestamp(run.last_event)
-        return Fact("duration so far", duration((last - started).total_seconds()), f"last written {last:%Y-%m-%d %H:%M}")
+        return Fact(
+            "duration so far", duration((last - started).total_seconds()), f"last written {last:%Y-%m-%d %H:%M}"
+        )
     return Fact("started", f"{started:%Y-%m-%d %H:%M}")
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 
 from src.reporting.facts import starts
-from src.reporting.reading import Run
+from src.reporting.reading import Run, labels
 from src.reporting.series import Series, smooth, thin
 
 PALETTE = ("#3b8bd4", "#e67e33", "#35a06c", "#b264c8", "#d6504c", "#94862f", "#22a5b0", "#d1699c")
@@ -32,33 +32,138 @@ class Chart:
 
 
 CHARTS = (
-    Chart("loss", "Loss", "Of the generator in training, and L1 with weighted LPIPS on held-out images (EMA weights).",
-          (("train/loss", "training"), ("val/loss", "held out")), logarithmic=True),
-    Chart("rfid", "rFID", "Fréchet distance of reconstructions and originals (EMA weights); lower is better.",
-          (("rfid/score", "during training"), ("rfid_full/score", "all images")), "low", logarithmic=True),
-    Chart("rfid_untrained", "FID distance by an UNTRAINED Inception network", "Moves like rFID, but is no rFID and compares with nothing published.",
-          (("rfid_untrained/score", "during training"), ("rfid_untrained_full/score", "all images")), "low", logarithmic=True),
-    Chart("psnr", "PSNR (dB)", "Of reconstructions by the EMA weights; higher is better.",
-          (("val/psnr", "held out"), ("rfid/psnr", "with rFID"), ("rfid_untrained/psnr", "with FID distance"),
-           ("rfid_full/psnr", "all images"), ("rfid_untrained_full/psnr", "all images")), "high"),
-    Chart("l1", "L1", "Mean absolute difference of images in [0, 1].", (("train/l1", "training"), ("val/l1", "held out")), logarithmic=True),
-    Chart("lpips", "LPIPS", "Perceptual distance; lower is better.",
-          (("train/lpips", "training"), ("val/lpips", "held out"), ("rfid/lpips", "with rFID"), ("rfid_untrained/lpips", "with FID distance"),
-           ("rfid_full/lpips", "all images"), ("rfid_untrained_full/lpips", "all images")), logarithmic=True),
-    Chart("ssim", "SSIM", "Structural similarity; higher is better.",
-          (("val/ssim", "held out"), ("rfid/ssim", "with rFID"), ("rfid_untrained/ssim", "with FID distance"),
-           ("rfid_full/ssim", "all images"), ("rfid_untrained_full/ssim", "all images")), "high"),
+    Chart(
+        "loss",
+        "Loss",
+        "Of the generator in training, and L1 with weighted LPIPS on held-out images (EMA weights).",
+        (("train/loss", "training"), ("val/loss", "held out")),
+        logarithmic=True,
+    ),
+    Chart(
+        "rfid",
+        "rFID",
+        "Fréchet distance of reconstructions and originals (EMA weights); lower is better.",
+        (("rfid/score", "during training"), ("rfid_full/score", "all images")),
+        "low",
+        logarithmic=True,
+    ),
+    Chart(
+        "rfid_untrained",
+        "FID distance by an UNTRAINED Inception network",
+        "Moves like rFID, but is no rFID and compares with nothing published.",
+        (("rfid_untrained/score", "during training"), ("rfid_untrained_full/score", "all images")),
+        "low",
+        logarithmic=True,
+    ),
+    Chart(
+        "psnr",
+        "PSNR (dB)",
+        "Of reconstructions by the EMA weights; higher is better.",
+        (
+            ("val/psnr", "held out"),
+            ("rfid/psnr", "with rFID"),
+            ("rfid_untrained/psnr", "with FID distance"),
+            ("rfid_full/psnr", "all images"),
+            ("rfid_untrained_full/psnr", "all images"),
+        ),
+        "high",
+    ),
+    Chart(
+        "l1",
+        "L1",
+        "Mean absolute difference of images in [0, 1].",
+        (("train/l1", "training"), ("val/l1", "held out")),
+        logarithmic=True,
+    ),
+    Chart(
+        "lpips",
+        "LPIPS",
+        "Perceptual distance; lower is better.",
+        (
+            ("train/lpips", "training"),
+            ("val/lpips", "held out"),
+            ("rfid/lpips", "with rFID"),
+            ("rfid_untrained/lpips", "with FID distance"),
+            ("rfid_full/lpips", "all images"),
+            ("rfid_untrained_full/lpips", "all images"),
+        ),
+        logarithmic=True,
+    ),
+    Chart(
+        "ssim",
+        "SSIM",
+        "Structural similarity; higher is better.",
+        (
+            ("val/ssim", "held out"),
+            ("rfid/ssim", "with rFID"),
+            ("rfid_untrained/ssim", "with FID distance"),
+            ("rfid_full/ssim", "all images"),
+            ("rfid_untrained_full/ssim", "all images"),
+        ),
+        "high",
+    ),
     Chart("gan", "GAN term", "The generator's adversarial loss before weighting.", (("train/gan", "GAN term"),)),
-    Chart("weight", "Adaptive weight", "Ratio of gradient norms that scales the GAN term.", (("train/adaptive_weight", "adaptive weight"),), logarithmic=True),
-    Chart("disc", "Discriminator loss", "0 is a perfect discriminator, 1 (hinge) one that guesses.", (("disc/loss", "loss"),)),
-    Chart("accuracy", "Discriminator accuracy", "Share of images told right; one half is guessing.", (("disc/accuracy", "accuracy"),), format=".0%"),
-    Chart("logits", "Discriminator logits", "Mean output for originals and reconstructions.", (("disc/logits_real", "originals"), ("disc/logits_fake", "reconstructions"))),
-    Chart("grad", "Gradient norm", "Of the decoder, before clipping.", (("train/grad_norm", "gradient norm"),), logarithmic=True),
-    Chart("lr", "Learning rate", "", (("lr/generator", "generator"), ("lr/discriminator", "discriminator")), format="~e", logarithmic=True),
-    Chart("speed", "Throughput (images/s)", "All processes together; evaluation and pictures not counted.", (("perf/images_per_s", "images/s"),)),
-    Chart("wait", "Waiting for data", "Share of the time; above a fifth, the data path is the bottleneck.", (("perf/data_wait", "waiting"),), format=".0%"),
-    Chart("memory", "Peak memory (GB)", "Of the first process's device; on a CPU, of the process.", (("perf/memory_gb", "memory"),)),
-)  # fmt: skip
+    Chart(
+        "weight",
+        "Adaptive weight",
+        "Ratio of gradient norms that scales the GAN term.",
+        (("train/adaptive_weight", "adaptive weight"),),
+        logarithmic=True,
+    ),
+    Chart(
+        "disc",
+        "Discriminator loss",
+        "0 is a perfect discriminator, 1 (hinge) one that guesses.",
+        (("disc/loss", "loss"),),
+    ),
+    Chart(
+        "accuracy",
+        "Discriminator accuracy",
+        "Share of images told right; one half is guessing.",
+        (("disc/accuracy", "accuracy"),),
+        format=".3~p",
+    ),
+    Chart(
+        "logits",
+        "Discriminator logits",
+        "Mean output for originals and reconstructions.",
+        (("disc/logits_real", "originals"), ("disc/logits_fake", "reconstructions")),
+    ),
+    Chart(
+        "grad",
+        "Gradient norm",
+        "Of the decoder, before clipping.",
+        (("train/grad_norm", "gradient norm"),),
+        logarithmic=True,
+    ),
+    Chart(
+        "lr",
+        "Learning rate",
+        "",
+        (("lr/generator", "generator"), ("lr/discriminator", "discriminator")),
+        format="~e",
+        logarithmic=True,
+    ),
+    Chart(
+        "speed",
+        "Throughput (images/s)",
+        "All processes together; evaluation and pictures not counted.",
+        (("perf/images_per_s", "images/s"),),
+    ),
+    Chart(
+        "wait",
+        "Waiting for data",
+        "Share of the time; above a fifth, the data path is the bottleneck.",
+        (("perf/data_wait", "waiting"),),
+        format=".3~p",
+    ),
+    Chart(
+        "memory",
+        "Peak memory (GB)",
+        "Of the first process's device; on a CPU, of the process.",
+        (("perf/memory_gb", "memory"),),
+    ),
+)
 
 
 def charts(runs: Sequence[Run]) -> list[Chart]:
@@ -67,7 +172,9 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
     known = {tag for chart in CHARTS for tag, _ in chart.tags}
     others = [name for name in logged if name not in known and not name.endswith(_UNSHOWN)]
     if len(others) > _MAX_OTHERS:
-        runs[0].notes.append(f"{len(others) - _MAX_OTHERS} more logged figures are not drawn: {', '.join(others[_MAX_OTHERS:])}.")
+        runs[0].notes.append(
+            f"{len(others) - _MAX_OTHERS} more logged figures are not drawn: {', '.join(others[_MAX_OTHERS:])}."
+        )
     found = [chart for chart in CHARTS if any(tag in logged for tag, _ in chart.tags)]
     return found + [Chart(f"other-{i}", name, "", ((name, name),)) for i, name in enumerate(others[:_MAX_OTHERS])]
 
@@ -76,6 +183,7 @@ def draw(chart: Chart, runs: Sequence[Run]) -> str:
     """JSON of {data, layout}, safe inside a <script>."""
     figure = go.Figure()
     several = len(runs) > 1
+    short = labels([run.folder for run in runs], depth=1)  # legends have little room
     present = [tag for tag, _ in chart.tags if any(tag in run.series for run in runs)]
     for r, run in enumerate(runs):
         for tag, name in chart.tags:
@@ -83,16 +191,23 @@ def draw(chart: Chart, runs: Sequence[Run]) -> str:
                 continue
             t = present.index(tag)
             color = PALETTE[(r if several else t) % len(PALETTE)]
-            label = f"{run.label} {name}" if several and len(present) > 1 else run.label if several else name
-            for trace in _traces(run.series[tag], label, color, _DASHES[t % len(_DASHES)] if several else "solid", f"{r}-{t}"):
+            label = f"{short[r]} {name}" if several and len(present) > 1 else short[r] if several else name
+            for trace in _traces(
+                run.series[tag], label, color, _DASHES[t % len(_DASHES)] if several else "solid", f"{r}-{t}"
+            ):
                 figure.add_trace(trace)
             if chart.better and (best := run.series[tag].best(chart.better)):
                 figure.add_trace(_mark(best, label, color, f"{r}-{t}"))
     figure.update_layout(
-        template="none", height=300, margin={"l": 56, "r": 16, "t": 10, "b": 40}, hovermode="x unified",
-        showlegend=several or len(present) > 1, legend={"orientation": "h", "y": -0.22, "yanchor": "top", "x": 0},
-        xaxis={"title": {"text": "step", "standoff": 6}, "zeroline": False}, yaxis={"zeroline": False, "tickformat": chart.format or None},
-    )  # fmt: skip
+        template="none",
+        height=300,
+        margin={"l": 56, "r": 16, "t": 10, "b": 40},
+        hovermode="x unified",
+        showlegend=several or len(present) > 1,
+        legend={"orientation": "h", "y": -0.22, "yanchor": "top", "x": 0},
+        xaxis={"title": {"text": "step", "standoff": 6}, "zeroline": False},
+        yaxis={"zeroline": False, "tickformat": chart.format or None},
+    )
     if not several:
         _mark_starts(figure, runs[0], present)
     return in_script(figure.to_json())
@@ -112,13 +227,23 @@ def _traces(series: Series, label: str, color: str, dash: str, group: str) -> It
     if mean is not None:
         raw = thin(series)
         yield go.Scatter(
-            **common, **_points(raw), mode="lines", line={"color": color, "width": 1}, opacity=0.28, showlegend=False, hoverinfo="skip"
-        )  # fmt: skip
+            **common,
+            **_points(raw),
+            mode="lines",
+            line={"color": color, "width": 1},
+            opacity=0.28,
+            showlegend=False,
+            hoverinfo="skip",
+        )
     shown = thin(mean or series)
     yield go.Scatter(
-        **common, **_points(shown), mode="lines+markers" if few else "lines", line={"color": color, "width": 2, "dash": dash},
-        marker={"size": 5}, hovertemplate="%{y:.5~g}",
-    )  # fmt: skip
+        **common,
+        **_points(shown),
+        mode="lines+markers" if few else "lines",
+        line={"color": color, "width": 2, "dash": dash},
+        marker={"size": 5},
+        hovertemplate="%{y:.5~g}",
+    )
 
 
 def _points(series: Series) -> dict[str, list[float | None]]:
@@ -129,9 +254,15 @@ def _points(series: Series) -> dict[str, list[float | None]]:
 
 def _mark(best: tuple[int, float], label: str, color: str, group: str) -> go.Scatter:
     return go.Scatter(
-        x=[best[0]], y=[best[1]], mode="markers", name=html.escape(f"best {label}"), legendgroup=group, showlegend=False, hoverinfo="skip",
+        x=[best[0]],
+        y=[best[1]],
+        mode="markers",
+        name=html.escape(f"best {label}"),
+        legendgroup=group,
+        showlegend=False,
+        hoverinfo="skip",
         marker={"symbol": "star", "size": 12, "color": color},
-    )  # fmt: skip
+    )
 
 
 def _mark_starts(figure: go.Figure, run: Run, present: Sequence[str]) -> None:
@@ -141,5 +272,13 @@ def _mark_starts(figure: go.Figure, run: Run, present: Sequence[str]) -> None:
         if 0 < step <= last:
             figure.add_vline(x=step, line={"dash": "dot", "width": 1, "color": "#8a8f98"})
             figure.add_annotation(
-                x=step, y=1, yref="paper", text=name, showarrow=False, xanchor="right", yanchor="top", textangle=-90, font={"size": 10, "color": "#8a8f98"}
-            )  # fmt: skip
+                x=step,
+                y=1,
+                yref="paper",
+                text=name,
+                showarrow=False,
+                xanchor="right",
+                yanchor="top",
+                textangle=-90,
+                font={"size": 10, "color": "#8a8f98"},
+            )

@@ -27,7 +27,9 @@ def joined(parts: Iterable[str | None]) -> Html:
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], **attributes: str | None) -> Html:
     """The first cell of a row is its heading. Scrolls sideways where it has to."""
     top = element("thead", element("tr", *(element("th", cell, scope="col") for cell in head))) if any(head) else None
-    body = (element("tr", element("th", row[0], scope="row"), *(element("td", cell) for cell in row[1:])) for row in rows)
+    body = (
+        element("tr", element("th", row[0], scope="row"), *(element("td", cell) for cell in row[1:])) for row in rows
+    )
     return element("div", element("table", top, element("tbody", *body), **attributes), cls="scroll")
 
 

@@ -6,6 +6,9 @@
   const color = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 
   const theme = () => ({
+    "modebar.bgcolor": "rgba(0,0,0,0)",
+    "modebar.color": color("line"),
+    "modebar.activecolor": color("link"),
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     "font.color": color("ink"),

@@ -17,7 +17,10 @@ MAX_SAMPLES, MAX_RFID_SHEETS = 12, 4
 """Pictures of a run where it is alone; several runs share them."""
 
 # Nothing is fetched, whatever a run's files say.
-_POLICY = "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+_POLICY = (
+    "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "base-uri 'none'; form-action 'none'"
+)
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -27,15 +30,25 @@ def page(runs: Sequence[Run]) -> str:
     rfid = [rfid_sheets(run, _share(MAX_RFID_SHEETS, runs)) for run in runs]
     sections = {
         "Curves": curves(found),
-        "Samples": pictures("samples", "Samples", "Originals above reconstructions by the EMA weights, always of the same images.", runs, sheets),
+        "Samples": pictures(
+            "samples",
+            "Samples",
+            "Originals above reconstructions by the EMA weights, always of the same images.",
+            runs,
+            sheets,
+        ),
         "rFID sheets": pictures(
-            "rfid-sheets", "Sheets of the rFID evaluations", "Rows of originals, their reconstructions, and the differences times 4.", runs, rfid
+            "rfid-sheets",
+            "Sheets of the rFID evaluations",
+            "Rows of originals, their reconstructions, and the differences times 4.",
+            runs,
+            rfid,
         ),
         "Warnings": all_warnings(runs),
         "Result": result(runs),
         "Configuration": configuration(runs),
         "Environment": environment(runs),
-    }  # fmt: skip
+    }
     title = ", ".join(f"{run.name} {run.label}" for run in runs)
     figures = ",".join(f"{json.dumps(chart.key)}:{draw(chart, runs)}" for chart in found)
     return "<!DOCTYPE html>\n" + element(
@@ -52,13 +65,15 @@ def page(runs: Sequence[Run]) -> str:
             "body",
             _top(runs, [name for name, section in sections.items() if section]),
             element("main", summary(runs), *sections.values()),
-            element("footer", "Made by src/report.py from the files in ", ", ".join(str(run.folder) for run in runs), "."),
+            element(
+                "footer", "Made by src/report.py from the files in ", ", ".join(str(run.folder) for run in runs), "."
+            ),
             element("script", Html(in_script("{" + figures + "}")), type="application/json", id="figures"),
             element("script", Html(get_plotlyjs())) if found else None,
             element("script", Html(_beside("page.js"))),
         ),
         lang="en",
-    )  # fmt: skip
+    )
 
 
 def _top(runs: Sequence[Run], names: Sequence[str]) -> Html:
@@ -68,9 +83,14 @@ def _top(runs: Sequence[Run], names: Sequence[str]) -> Html:
 
 
 _ids = {
-    "Curves": "curves", "Samples": "samples", "rFID sheets": "rfid-sheets", "Warnings": "warnings", "Result": "result",
-    "Configuration": "config", "Environment": "environment",
-}  # fmt: skip
+    "Curves": "curves",
+    "Samples": "samples",
+    "rFID sheets": "rfid-sheets",
+    "Warnings": "warnings",
+    "Result": "result",
+    "Configuration": "config",
+    "Environment": "environment",
+}
 
 
 def _share(most: int, runs: Sequence[Run]) -> int:

@@ -34,7 +34,11 @@ class Picture:
 
 def samples(run: Run, limit: int) -> list[Picture]:
     """RUN/samples/step_XXXXXXX.png: originals above their reconstructions."""
-    found = [(int(match[1]), file) for file in (run.folder / "samples").glob("*.png") if (match := _STEP.fullmatch(file.stem))]
+    found = [
+        (int(match[1]), file)
+        for file in (run.folder / "samples").glob("*.png")
+        if (match := _STEP.fullmatch(file.stem))
+    ]
     return _embed(run, [(step, f"step {step:,}", file) for step, file in sorted(found)], limit)
 
 

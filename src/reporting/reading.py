@@ -58,9 +58,8 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     return [_read(place, label) for place, label in zip(places, labels(places), strict=True)]
 
 
-def labels(places: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths, of two parts (DATE/TIME) or more, that differ."""
-    depth = 2
+def labels(places: Sequence[Path], depth: int = 2) -> list[str]:
+    """The shortest ends of the paths that differ, of `depth` parts (2: DATE/TIME) or more."""
     while True:
         found = ["/".join(place.parts[-depth:]).lstrip("/") or str(place) for place in places]
         if len(set(found)) == len(found) or depth > max(len(place.parts) for place in places):
@@ -73,7 +72,9 @@ def _place(folder: str | Path) -> Path:
     if not place.is_dir():
         raise UserError(f"No such folder: {folder}. Give the folder of a run, such as logs/runs/DATE/TIME.")
     if not _leaves(place):
-        below = sorted({file.parent for file in place.glob("*/run.json")} | {f.parent for f in place.glob("*/*/run.json")})
+        below = sorted(
+            {file.parent for file in place.glob("*/run.json")} | {f.parent for f in place.glob("*/*/run.json")}
+        )
         hint = f" Runs below it: {', '.join(str(run) for run in below[-3:])}." if below else ""
         raise UserError(
             f"{folder} is no run's folder: it has neither {RECORD}, {CONFIG}, {LOG}, TensorBoard events, csv/metrics.csv "
@@ -152,7 +153,9 @@ def _read_figures(run: Run) -> None:
     for name, series in run.series.items():
         if lost := len(series) - len(series.finite):
             first = next(s for s in series.steps if s not in {step for step, _ in series.finite})
-            run.notes.append(f"{name} is no finite number at {lost:,} of {len(series):,} steps, first at step {first:,}.")
+            run.notes.append(
+                f"{name} is no finite number at {lost:,} of {len(series):,} steps, first at step {first:,}."
+            )
 
 
 def _text(path: Path) -> str | None:

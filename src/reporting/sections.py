@@ -24,7 +24,15 @@ def curves(found: Sequence[Chart]) -> Html:
             element(
                 "figcaption",
                 element("h3", chart.title),
-                element("button", "log", type="button", cls="log", data_plot=chart.key, aria_pressed="false", title="logarithmic axis")
+                element(
+                    "button",
+                    "log",
+                    type="button",
+                    cls="log",
+                    data_plot=chart.key,
+                    aria_pressed="false",
+                    title="logarithmic axis",
+                )
                 if chart.logarithmic
                 else None,
                 element("p", chart.about) if chart.about else None,
@@ -33,13 +41,18 @@ def curves(found: Sequence[Chart]) -> Html:
             cls="card chart",
         )
         for chart in found
-    ]  # fmt: skip
-    about = "Bold: a running mean over a fortieth of the points where there are 120 or more, the points pale behind it. A star is the best value. Drag to zoom, double-click to return."
+    ]
+    about = (
+        "Bold: a running mean over a fortieth of the points where there are 120 or more, the points pale behind it. "
+        "A star is the best value. Drag to zoom, double-click to return."
+    )
     return _section(
         "curves",
         "Curves",
         element("p", about, cls="about"),
-        element("noscript", element("p", "The curves are drawn by JavaScript, which is switched off here.", cls="alarm")),
+        element(
+            "noscript", element("p", "The curves are drawn by JavaScript, which is switched off here.", cls="alarm")
+        ),
         element("div", *cards, cls="charts"),
     )
 
@@ -63,9 +76,13 @@ def pictures(key: str, title: str, about: str, runs: Sequence[Run], found: Seque
 def _picture(picture: Picture) -> Html:
     image = element("img", src=picture.uri, alt=picture.caption, width=str(picture.width), height=str(picture.height))
     return element(
-        "figure", image, element("figcaption", picture.caption), cls="sheet",
-        data_step="end" if picture.step is None else str(picture.step), data_caption=picture.caption,
-    )  # fmt: skip
+        "figure",
+        image,
+        element("figcaption", picture.caption),
+        cls="sheet",
+        data_step="end" if picture.step is None else str(picture.step),
+        data_caption=picture.caption,
+    )
 
 
 def all_warnings(runs: Sequence[Run]) -> Html:
@@ -101,7 +118,9 @@ def configuration(runs: Sequence[Run]) -> Html:
             parts.append(element("p", "Overrides: ", *(joined([element("code", text), " "]) for text in run.overrides)))
         if run.config_text:
             shown = {"open": ""} if len(runs) == 1 else {}
-            parts.append(element("details", element("summary", "Whole configuration"), element("pre", run.config_text), **shown))
+            parts.append(
+                element("details", element("summary", "Whole configuration"), element("pre", run.config_text), **shown)
+            )
         else:
             parts.append(element("p", "Not there.", cls="none"))
     return _section("config", "Configuration", *parts)
@@ -122,13 +141,20 @@ def _environment(run: Run) -> dict[str, str]:
     if "git" in record:
         git = record["git"]
         known["git commit"] = (
-            joined([element("code", str(git.get("commit"))), "" if git.get("clean") else element("small", "with uncommitted changes", cls="doubt")])
+            joined(
+                [
+                    element("code", str(git.get("commit"))),
+                    "" if git.get("clean") else element("small", "with uncommitted changes", cls="doubt"),
+                ]
+            )
             if isinstance(git, Mapping)
             else "none: not run from a checkout"
-        )  # fmt: skip
+        )
     for key in ("started", "ended", "resumed_from", "device", "processes", "python"):
         if record.get(key) is not None:
-            known[key.replace("_", " ")] = str(record[key]).replace("T", " ") if key in ("started", "ended") else str(record[key])
+            known[key.replace("_", " ")] = (
+                str(record[key]).replace("T", " ") if key in ("started", "ended") else str(record[key])
+            )
     for group in ("packages", "data"):
         if isinstance(values := record.get(group), Mapping):
             before = "data: " if group == "data" else ""

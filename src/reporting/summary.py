@@ -36,8 +36,12 @@ def _card(run: Run, place: int, several: bool) -> Html:
         "unknown": "unknown: run.json says nothing of it",
     }.get(state, state)
     title = element(
-        "header", dot(place) if several else None, element("h2", run.name), element("span", run.label, cls="path"), element("span", said, cls=f"badge {kind}")
-    )  # fmt: skip
+        "header",
+        dot(place) if several else None,
+        element("h2", run.name),
+        element("span", run.label, cls="path"),
+        element("span", said, cls=f"badge {kind}"),
+    )
     error = run.record.get("error")
     return element(
         "article",
@@ -55,8 +59,12 @@ def _untrained(run: Run) -> Html | None:
     if not parts:
         return None
     return element(
-        "p", element("strong", "UNTRAINED: "), ", ".join(parts), ". The figures of this run say nothing of the method.", cls="alarm"
-    )  # fmt: skip
+        "p",
+        element("strong", "UNTRAINED: "),
+        ", ".join(parts),
+        ". The figures of this run say nothing of the method.",
+        cls="alarm",
+    )
 
 
 def _tile(fact: Fact) -> Html:
@@ -78,7 +86,7 @@ def _notes(run: Run) -> Html | None:
 
 def _comparison(runs: Sequence[Run]) -> Html:
     by_run = [{fact.name: fact for fact in facts(run)} for run in runs]
-    names = list(dict.fromkeys(name for known in by_run for name in known))
+    names = list(dict.fromkeys(name for known in sorted(by_run, key=len, reverse=True) for name in known))
     rows: list[list[str]] = [["experiment", *(run.name for run in runs)], ["status", *(status(run) for run in runs)]]
     rows += [[name, *(_cell(known.get(name)) for known in by_run)] for name in names]
     rows.append(["untrained", *(", ".join(untrained(run)) or "nothing" for run in runs)])

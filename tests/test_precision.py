@@ -1,0 +1,39 @@
+"""Frozen networks kept in half precision give what autocast gives."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+
+from src.models.discriminator import DinoDiscriminator
+from src.models.precision import cast_frozen
+from tests.conftest import TINY_ENCODERS, make_rae
+
+
+@pytest.mark.parametrize("encoder", TINY_ENCODERS)
+def test_encoders_under_autocast_are_unchanged_to_the_bit(encoder):
+    before = make_rae(encoder)
+    after = deepcopy(before)
+    cast_frozen(after.encoder, torch.bfloat16)
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(before.encode(images), after.encode(images))
+    assert sum(p.nbytes for p in after.encoder.parameters()) < 0.6 * sum(p.nbytes for p in before.encoder.parameters())
+
+
+def test_the_discriminators_trunk_and_its_gradient_to_the_image():
+    before = DinoDiscriminator(None, ks=5, key_depths=(1, 3), norm_type="bn", using_spec_norm=True, recipe="tiny", weights="untrained")
+    after = deepcopy(before)
+    cast_frozen(after.trunk, torch.bfloat16)
+    found = []
+    for discriminator in (before, after):
+        images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            discriminator(images).sum().backward()
+        found.append(images.grad)
+    assert torch.equal(*found)
+
+
+def test_trained_networks_are_refused():
+    with pytest.raises(ValueError, match="frozen"):
+        cast_frozen(make_rae().decoder, torch.bfloat16)
