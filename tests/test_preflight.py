@@ -42,6 +42,7 @@ def test_it_reports_every_stretch_and_writes_nothing(tmp_path, caplog):
         (["data.data_dir=data/nowhere"], "data/nowhere"),
         (["data.batch_size=1000"], "training images"),
         (["model.disc_arch.arch.weights=pretrained"], "dino_ckpt_path"),
+        (["callbacks.rfid.rfid_every_epoch=true", "callbacks.rfid.inception_weights=pretrained"], "inception"),
     ],
 )
 def test_it_finds_what_would_stop_training(tmp_path, overrides, said):

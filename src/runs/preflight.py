@@ -12,9 +12,11 @@ import pytorch_lightning as pl
 import torch
 
 from src.callbacks.progress import duration
+from src.callbacks.rfid_callback import REMEDY
 from src.callbacks.startup import describe, warn
 from src.callbacks.throughput import peak_memory_gb
 from src.errors import UserError
+from src.evaluation.networks import load_inception
 from src.models.training_step import Phase
 from src.weights import resolve
 
@@ -73,6 +75,7 @@ def preflight(run: Any) -> None:
     """Check and time; the report goes to the log. `run` is a `src.runs.train.Run` without loggers and callbacks."""
     trainer, module, config = run.trainer, run.module, run.config
     check_disk(config, module)
+    check_inception(config)
     trainer.strategy.barrier()
     run.datamodule.setup("fit")
     steps_per_epoch = epoch_steps(run)
@@ -147,6 +150,16 @@ def check_disk(config: Mapping[str, Any], module: Any) -> None:
         )
     if not os.access(folder, os.W_OK):
         raise UserError(f"Preflight: {folder} can't be written. Set paths.log_dir to another place.")
+
+
+def check_inception(config: Mapping[str, Any]) -> None:
+    """Raises UserError where rFID is on and its network's weights are missing."""
+    node = (config.get("callbacks") or {}).get("rfid")
+    if not node or "_target_" not in node:
+        return
+    if node["rfid_every_n_steps"] or node["rfid_every_epoch"] or node["full_at_end"]:
+        key = "callbacks.rfid.inception_path"
+        load_inception(node["inception_path"], node["inception_weights"], node["inception_width"], key, REMEDY)
 
 
 def report(trainer: pl.Trainer, module: Any, run: Any, watch: Stopwatch, planned: int) -> None:
