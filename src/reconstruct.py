@@ -271,7 +271,7 @@ def _finish(options: Any, loaded: Any, outcome: Any, given: int) -> None:
     }
     _write_record(options.output, content)
     left_out = f", {given - outcome.images:,} left out (not decodable)" if given > outcome.images else ""
-    print(f"{outcome.images:,} images through {model['source']} ({model['weights']}){left_out}")
+    print(f"{outcome.images:,} {'image' if outcome.images == 1 else 'images'} through {model['source']} ({model['weights']}){left_out}")
     if outcome.means:
         names = {
             "psnr": "PSNR {:.2f} dB",

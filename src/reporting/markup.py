@@ -3,6 +3,8 @@
 import html
 from collections.abc import Iterable, Sequence
 
+_VOID = ("img",)  # has neither content nor an end tag
+
 
 class Html(str):
     """Text that is markup already."""
@@ -16,7 +18,7 @@ def element(tag: str, *content: str | None, **attributes: str | None) -> Html:
         for name, value in attributes.items()
         if value is not None
     )
-    return Html(f"<{tag}{given}>{inside}</{tag}>")
+    return Html(f"<{tag}{given}>" if tag in _VOID else f"<{tag}{given}>{inside}</{tag}>")
 
 
 def joined(parts: Iterable[str | None]) -> Html:

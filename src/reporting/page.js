@@ -30,7 +30,15 @@
   }
   const recolor = () => frames.forEach(([, frame]) => { Plotly.relayout(frame, theme()); });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolor);
-  matchMedia("print").addEventListener("change", () => { recolor(); frames.forEach(([, frame]) => Plotly.Plots.resize(frame)); });
+
+  // On paper: light colours whatever the screen has, and two curves beside each other on a page.
+  const paper = (on) => {
+    document.documentElement.classList.toggle("paper", on);
+    const size = on ? { autosize: false, width: 330, height: 250 } : { autosize: true, width: null, height: 300 };
+    for (const [, frame] of frames) Plotly.relayout(frame, { ...theme(), ...size, "font.size": on ? 10 : 12 });
+  };
+  addEventListener("beforeprint", () => paper(true));
+  addEventListener("afterprint", () => paper(false));
 
   for (const button of document.querySelectorAll("button.log")) {
     button.addEventListener("click", () => {

@@ -1,6 +1,7 @@
 """A run from the files in its folder. What is missing or broken becomes a note; only a folder of no run is an error."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -151,10 +152,9 @@ def _read_figures(run: Run) -> None:
     if not run.series:
         run.notes.append("No curves: neither TensorBoard events nor csv/metrics.csv have any figures (yet).")
     for name, series in run.series.items():
-        if lost := len(series) - len(series.finite):
-            first = next(s for s in series.steps if s not in {step for step, _ in series.finite})
+        if lost := [step for step, value in zip(series.steps, series.values, strict=True) if not math.isfinite(value)]:
             run.notes.append(
-                f"{name} is no finite number at {lost:,} of {len(series):,} steps, first at step {first:,}."
+                f"{name} is no finite number at {len(lost):,} of {len(series):,} steps, first at step {lost[0]:,}."
             )
 
 

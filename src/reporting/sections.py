@@ -70,7 +70,12 @@ def pictures(key: str, title: str, about: str, runs: Sequence[Run], found: Seque
         )
         for i, (run, own) in enumerate(zip(runs, found, strict=True))
     ]
-    return _section(key, title, element("p", about, cls="about"), element("div", *columns, cls="columns viewer"))
+    return _section(
+        key,
+        title,
+        element("p", about, cls="about"),
+        element("div", *columns, cls="columns viewer" if len(runs) > 1 else "columns one viewer"),
+    )
 
 
 def _picture(picture: Picture) -> Html:

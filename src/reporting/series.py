@@ -83,8 +83,9 @@ def smooth(series: Series) -> Series | None:
     counts = np.concatenate([[0], np.cumsum(finite)])
     half = max(2, len(values) // 80)
     places = np.arange(len(values))
-    reach = np.minimum(half, np.minimum(places, len(values) - 1 - places))  # symmetric: no bend at the ends
-    low, high = places - reach, places + reach + 1
+    # Symmetric as far as the ends allow, so that slopes stay; there a quarter of the reach, so that noise doesn't return.
+    reach = np.maximum(np.minimum(half, np.minimum(places, len(values) - 1 - places)), half // 4)
+    low, high = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(values))
     number = counts[high] - counts[low]
     with np.errstate(invalid="ignore", divide="ignore"):
         means = np.where(number > 0, (sums[high] - sums[low]) / number, np.nan)

@@ -81,7 +81,7 @@ def _tile(fact: Fact) -> Html:
 def _notes(run: Run) -> Html | None:
     if not run.notes:
         return None
-    return element("div", element("strong", "Not everything could be read"), items(run.notes), cls="notes")
+    return element("div", element("strong", "Notes on the files of this run"), items(run.notes), cls="notes")
 
 
 def _comparison(runs: Sequence[Run]) -> Html:
@@ -89,7 +89,7 @@ def _comparison(runs: Sequence[Run]) -> Html:
     names = list(dict.fromkeys(name for known in sorted(by_run, key=len, reverse=True) for name in known))
     rows: list[list[str]] = [["experiment", *(run.name for run in runs)], ["status", *(status(run) for run in runs)]]
     rows += [[name, *(_cell(known.get(name)) for known in by_run)] for name in names]
-    rows.append(["untrained", *(", ".join(untrained(run)) or "nothing" for run in runs)])
+    rows.append(["untrained", *(", ".join(untrained(run)) or ("nothing" if run.record and run.config else "unknown") for run in runs)])
     return table(["", *(joined([dot(i), run.label]) for i, run in enumerate(runs))], rows, cls="wide")
 
 

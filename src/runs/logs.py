@@ -54,6 +54,7 @@ def set_up(folder: Path | None, main: bool) -> WarningCollector:
         root.addHandler(file)
     for name in _QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # reports unused weights, which our strict load looks at
     _quiet_lightning()
     logging.captureWarnings(True)
     for message in _SILENCED:
