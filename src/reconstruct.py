@@ -271,7 +271,8 @@ def _finish(options: Any, loaded: Any, outcome: Any, given: int) -> None:
     }
     _write_record(options.output, content)
     left_out = f", {given - outcome.images:,} left out (not decodable)" if given > outcome.images else ""
-    print(f"{outcome.images:,} {'image' if outcome.images == 1 else 'images'} through {model['source']} ({model['weights']}){left_out}")
+    images = "1 image" if outcome.images == 1 else f"{outcome.images:,} images"
+    print(f"{images} through {model['source']} ({model['weights']}){left_out}")
     if outcome.means:
         names = {
             "psnr": "PSNR {:.2f} dB",

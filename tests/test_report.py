@@ -15,9 +15,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from src.errors import UserError
 from src.report import main, write
+from src.reporting.charts import CHARTS, charts
 from src.reporting.events import read_csv, read_events
 from src.reporting.facts import duration, flat, number
-from src.reporting.figures import CHARTS, charts
+from src.reporting.figures import in_script
 from src.reporting.markup import element
 from src.reporting.page import page
 from src.reporting.pictures import MAX_BYTES, encode, evenly
@@ -229,6 +230,9 @@ def test_nothing_of_a_file_becomes_markup(tmp_path):
         assert not any("onerror" in attributes for _, attributes in tags.seen)
         assert not any(tag in ("img", "i") and attributes.get("src", "data:").startswith("x") for tag, attributes in tags.seen)
         drawn(text)
+    legend = [trace["name"] for trace in drawn(text)["loss"]["data"]]  # plotly reads tags in names, too
+    assert "a&amp;b&lt;i&gt; training" in legend
+    assert in_script('"</script>&"') == '"\\u003c/script\\u003e\\u0026"'
 
 
 def test_plain_text_is_escaped_by_the_builder():

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from plotly.offline import get_plotlyjs
 
-from src.reporting.figures import charts, draw, in_script
+from src.reporting.charts import charts
+from src.reporting.figures import draw, in_script
 from src.reporting.markup import Html, element, joined
 from src.reporting.pictures import rfid_sheets, samples
 from src.reporting.reading import Run

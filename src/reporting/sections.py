@@ -4,8 +4,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from src.reporting.charts import Chart
 from src.reporting.facts import flat, number, warnings
-from src.reporting.figures import Chart
 from src.reporting.markup import Html, element, items, joined, table
 from src.reporting.pictures import Picture
 from src.reporting.reading import Run
@@ -107,7 +107,8 @@ def result(runs: Sequence[Run]) -> Html:
     """The last values of all figures, as the runs recorded them."""
     if not any(run.result for run in runs):
         return _section("result", "Result", element("p", "No run has recorded a result (yet).", cls="none"))
-    names = list(dict.fromkeys(name for run in runs for name in run.result))
+    fullest = sorted((run.result for run in runs), key=len, reverse=True)
+    names = list(dict.fromkeys(name for known in fullest for name in known))
     rows = [[name, *(number(run.result[name]) if name in run.result else "–" for run in runs)] for name in names]
     about = element("p", "Last values, as run.json has them; the best ones are at the top of the page.", cls="about")
     return _section("result", "Result", about, table(_heads(runs, "figure"), rows))

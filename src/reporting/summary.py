@@ -89,8 +89,17 @@ def _comparison(runs: Sequence[Run]) -> Html:
     names = list(dict.fromkeys(name for known in sorted(by_run, key=len, reverse=True) for name in known))
     rows: list[list[str]] = [["experiment", *(run.name for run in runs)], ["status", *(status(run) for run in runs)]]
     rows += [[name, *(_cell(known.get(name)) for known in by_run)] for name in names]
-    rows.append(["untrained", *(", ".join(untrained(run)) or ("nothing" if run.record and run.config else "unknown") for run in runs)])
+    rows.append(
+        [
+            "untrained",
+            *(", ".join(untrained(run)) or ("nothing" if run.record and run.config else "unknown") for run in runs),
+        ]
+    )
     return table(["", *(joined([dot(i), run.label]) for i, run in enumerate(runs))], rows, cls="wide")
+
+
+def _untrained_words(run: Run) -> str:
+    return ", ".join(untrained(run)) or ("nothing" if run.record and run.config else "unknown")
 
 
 def _cell(fact: Fact | None) -> str:

@@ -1,0 +1,90 @@
+"""The worked examples of CONTRIBUTING.md, applied to a copy of the project and checked there as the page says."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from src.weights import PROJECT_ROOT
+
+PAGE = (PROJECT_ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+
+
+def hunks(diff: str) -> tuple[str, list[tuple[str, str]]]:
+    """The file of a diff, and its (old text, new text) pairs."""
+    head, *parts = re.split(r"^@@\n", diff, flags=re.MULTILINE)
+    target = head.split("+++ ")[1].strip()
+    pairs = []
+    for part in parts:
+        lines = part.splitlines()
+        old = "\n".join(line[1:] for line in lines if not line.startswith("+"))
+        new = "\n".join(line[1:] for line in lines if not line.startswith("-"))
+        pairs.append((old, new))
+    return target, pairs
+
+
+@pytest.mark.parametrize("diff", blocks("diff"), ids=lambda diff: hunks(diff)[0])
+def test_each_diff_fits_the_code_as_it_is(diff):
+    target, pairs = hunks(diff)
+    text = (PROJECT_ROOT / target).read_text(encoding="utf-8")
+    for old, _ in pairs:
+        assert text.count(old) == 1, f"{target} has {text.count(old)} times:\n{old}"
+
+
+def test_the_examples_do_what_they_say(tmp_path):
+    """One process for all of them: importing transformers takes longer than the checks."""
+    for folder in ("src", "configs"):
+        shutil.copytree(PROJECT_ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "tests").mkdir()
+    for diff in blocks("diff"):
+        target, pairs = hunks(diff)
+        text = (tmp_path / target).read_text(encoding="utf-8")
+        for old, new in pairs:
+            text = text.replace(old, new)
+        (tmp_path / target).write_text(text, encoding="utf-8")
+    checks = []
+    for block in [*blocks("python"), *blocks("yaml")]:
+        file = tmp_path / block.split("\n", 1)[0].removeprefix("# ").strip()
+        file.write_text(block, encoding="utf-8")
+        checks += [str(file)] if file.suffix == ".py" else []
+    (tmp_path / "tests/test_compose.py").write_text(COMPOSE)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *checks, "tests/test_compose.py"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\b4 passed", done.stdout), done.stdout
+
+
+# The model config and the names of the losses, as a run would take them; and that it is the copy that is tested.
+COMPOSE = '''
+from hydra import compose, initialize_config_dir
+
+import src.losses.gan
+from src.losses.gan import discriminator_loss, generator_loss
+from src.models.encoders import encoder_class
+from src.models.settings import ModelSettings
+from src.weights import PROJECT_ROOT
+
+
+def test_the_configuration_reaches_the_new_parts():
+    assert PROJECT_ROOT.joinpath("configs/model/rae_vit.yaml").is_file()
+    overrides = ["model=rae_vit", "model.disc_loss=least_squares", "model.gen_loss=least_squares"]
+    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
+        config = compose("train", overrides=overrides)
+    from omegaconf import OmegaConf
+
+    model = OmegaConf.to_container(config.model, resolve=True)
+    model.pop("_target_")
+    settings = ModelSettings.parse({**model, "lpips_arch": {}})
+    assert encoder_class(settings.rae.encoder_cls).__name__ == "ViTwNorm"
+    assert discriminator_loss(settings.loop.disc_loss).name == generator_loss(settings.loop.gen_loss).name == "least_squares"
+'''
