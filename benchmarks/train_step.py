@@ -237,15 +237,13 @@ def measure(
                 seconds[name].append(clock(device) - began)
     found = {}
     for name, runner in runners.items():
-        with autocast(device, precision):
-            with FlopCounterMode(display=False) as flops:
-                runner.run(images, draws, phase)
+        with autocast(device, precision), FlopCounterMode(display=False) as flops:
             parts = part_times(lambda runner=runner: runner.run(images, draws, phase), device)
         median = statistics.median(seconds[name])
+        total = flops.get_total_flops()
         found[name] = {
             "seconds": median, "seconds_all": seconds[name], "images_per_s": len(images) / median,
-            "tflops": flops.get_total_flops() / median / 1e12, "gflop_per_image": flops.get_total_flops() / len(images) / 1e9,
-            "peak_memory_gb": None, "ms": parts,
+            "tflops": total / median / 1e12, "gflop_per_image": total / len(images) / 1e9, "ms": parts,
         }  # fmt: skip
     return found
 
@@ -350,11 +348,7 @@ def main() -> None:
                 peaks[phase] = peak_memory(step, device)
         print(json.dumps(peaks))
         return
-    memory = {
-        (variant, precision): memory_alone(variant, precision)
-        for variant in arguments.variants
-        for precision in arguments.precision
-    }
+    memory = {(v, p): memory_alone(v, p) for v in arguments.variants for p in arguments.precision}
     record = {
         "command": " ".join(["python", *sys.argv]),
         **surroundings(device),

@@ -19,7 +19,11 @@ SHOWN_BAD = 20
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="exit codes: 0 done; 1 something is wrong with what was given; 2 wrong options; 130 interrupted",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--input_dir", "--input-dir", type=Path, help="folder of images")
     parser.add_argument("--output_dir", "--output-dir", type=Path, help="where the dataset goes")
     parser.add_argument(

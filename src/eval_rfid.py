@@ -44,7 +44,7 @@ A DDP run of N processes, or another batch size, gives the same number up to flo
 
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
-    parser.epilog = EPILOG
+    parser.epilog = f"{EPILOG}\n{parser.epilog}"
     add_model_options(parser)
     add_data_options(parser, num_samples=10000)
     add_inception_options(parser)

@@ -65,7 +65,7 @@ def test_the_examples_do_what_they_say(tmp_path):
 
 
 # The model config and the names of the losses, as a run would take them; and that it is the copy that is tested.
-COMPOSE = '''
+COMPOSE = """
 from hydra import compose, initialize_config_dir
 
 import src.losses.gan
@@ -87,4 +87,4 @@ def test_the_configuration_reaches_the_new_parts():
     settings = ModelSettings.parse({**model, "lpips_arch": {}})
     assert encoder_class(settings.rae.encoder_cls).__name__ == "ViTwNorm"
     assert discriminator_loss(settings.loop.disc_loss).name == generator_loss(settings.loop.gen_loss).name == "least_squares"
-'''
+"""

@@ -4,11 +4,15 @@ import argparse
 from typing import Any
 
 INCEPTION_FILE = "weights/pt_inception-2015-12-05-6726825d.pth"
+EXIT_CODES = "exit codes: 0 done; 1 something is wrong with what was given; 2 wrong options; 130 interrupted"
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=description,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
 
 

@@ -1,0 +1,362 @@
+"""The documents: every command is one that works, every file, key and message that they name exists.
+
+Training commands are composed, other programs parse their options, small tools are looked up; the README's first ten minutes
+are run on a tiny model. Nothing is downloaded.
+"""
+
+import argparse
+import ast
+import importlib
+import importlib.util
+import re
+import shlex
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from src.weights import PROJECT_ROOT
+from tests.training import composed, train
+
+PAGES = [
+    PROJECT_ROOT / "README.md",
+    PROJECT_ROOT / "README.zh-CN.md",
+    PROJECT_ROOT / "CONTRIBUTING.md",
+    PROJECT_ROOT / "CHANGELOG.md",
+]
+PAGES += sorted((PROJECT_ROOT / "docs").glob("*.md"))
+PAIRS = [("README.md", "README.zh-CN.md"), ("docs/guide.md", "docs/guide.zh-CN.md")]
+HYDRA_FLAGS = {"-m", "--multirun", "--cfg", "job", "--help", "--resolve", "--hydra-help"}
+# Commands whose programs are not ours, by how they begin; what they name of ours is looked at below.
+OTHERS = (
+    "make",
+    "pip",
+    "conda",
+    "tensorboard",
+    "sbatch",
+    "pre-commit",
+    "source",
+    "python3 -m venv",
+    "python -m pip",
+    "python -m pytest",
+    "python -c",
+    "nvidia-smi",
+)
+
+
+def text(page: Path | str) -> str:
+    return (PROJECT_ROOT / page).read_text(encoding="utf-8")
+
+
+def without_code(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", text(page), flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path | str) -> list[str]:
+    """Command lines of the ```bash blocks, continuation lines joined, comments dropped; then those between backticks."""
+    found = []
+    for block in re.findall(r"^```bash\n(.*?)^```", text(page), re.MULTILINE | re.DOTALL):
+        found += [
+            line.strip()
+            for line in block.replace("\\\n", " ").splitlines()
+            if line.strip() and not line.startswith("#")
+        ]
+    inline = re.findall(
+        r"`((?:python|torchrun|make|pip|conda|tensorboard) [^`]+)`",
+        re.sub(r"^```.*?^```", "", text(page), flags=re.M | re.S),
+    )
+    return [" ".join(shlex.split(part, posix=False)) for line in found + inline for part in line.split(" && ")]
+
+
+def unique_commands() -> list[str]:
+    found = dict.fromkeys(command for page in PAGES for command in commands(page))
+    return [command for command in found if "…" not in command]
+
+
+def words(command: str) -> list[str]:
+    """Without variables in front; an interpreter of the environment is `python`."""
+    parts = shlex.split(command)
+    while re.fullmatch(r"[A-Z_]+=.*", parts[0]):
+        parts.pop(0)
+    parts[0] = parts[0].removeprefix(".venv/bin/")
+    return parts
+
+
+def script(parts: list[str]) -> tuple[str, list[str]] | None:
+    """(file, arguments) of a program of ours, started by python or torchrun."""
+    if parts[0] not in ("python", "torchrun"):
+        return None
+    place = next((i for i, word in enumerate(parts) if word.endswith(".py")), None)
+    return None if place is None or "-m" in parts[1:place] else (parts[place], parts[place + 1 :])
+
+
+# -- commands
+
+
+class Parsed(Exception):
+    """The options were understood."""
+
+
+@cache
+def module(file: str):
+    kept = list(sys.path)
+    try:
+        return importlib.import_module(file.removesuffix(".py").replace("/", "."))
+    finally:
+        sys.path[:] = kept
+
+
+def parse(file: str, arguments: list[str], monkeypatch) -> None:
+    """Stops where the program would start to work. A wrong option ends in SystemExit."""
+    original = argparse.ArgumentParser.parse_args
+
+    def parse_args(self, args=None, namespace=None):
+        original(self, arguments if args is None else args, namespace)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    with pytest.raises(Parsed):
+        main = module(file).main
+        main(arguments) if main.__code__.co_argcount else main()
+
+
+def compose_training(arguments: list[str]) -> None:
+    overrides = [word for word in arguments if word not in HYDRA_FLAGS]
+    if "-m" in arguments:  # the first value of each sweep, and the launcher where it is installed
+        installed = importlib.util.find_spec("hydra_plugins") and importlib.util.find_spec(
+            "hydra_plugins.hydra_submitit_launcher"
+        )
+        launcher = [word for word in overrides if word.startswith("hydra")]
+        assert installed or all(
+            (PROJECT_ROOT / "configs/hydra/launcher" / f"{w.split('=')[1]}.yaml").is_file()
+            for w in launcher
+            if w.startswith("hydra/launcher=")
+        )
+        overrides = [word.split(",")[0] for word in overrides if installed or not word.startswith("hydra")]
+    config = composed(overrides)
+    config.paths.run_dir = "somewhere"
+    OmegaConf.to_container(config, resolve=True)
+
+
+def test_there_is_something_to_test():
+    assert len(unique_commands()) > 80
+    assert sum(script(words(c)) is not None for c in unique_commands()) > 60
+
+
+@pytest.mark.parametrize("command", unique_commands())
+def test_command(command, monkeypatch):
+    found = script(words(re.sub(r"(experiment[= ])NAME", r"\1rae_dino", command)))
+    if found is None:
+        assert command.startswith(OTHERS) or command.startswith(".venv/bin/python -m pip"), (
+            f"teach tests/test_docs.py this command: {command}"
+        )
+        check_other(words(command))
+        return
+    file, arguments = found
+    assert (PROJECT_ROOT / file).is_file(), file
+    if file == "src/train.py":
+        compose_training(arguments)
+    elif arguments != ["--help"]:
+        parse(file, arguments, monkeypatch)
+
+
+def check_other(parts: list[str]) -> None:
+    """What a command of others says about files of ours."""
+    if parts[0] == "make":
+        assert re.search(rf"^{parts[1]}:.*##", text("Makefile"), re.MULTILINE), parts
+    for word in parts[1:]:
+        if re.fullmatch(r"[\w/.-]+\.(txt|ya?ml|sh|py)", word) and not word.startswith("/"):
+            assert (PROJECT_ROOT / word).is_file(), word
+        if extra := re.fullmatch(r"\.\[(\w+)\]", word):
+            assert re.search(rf"^{extra[1]} = \[", text("pyproject.toml"), re.MULTILINE)
+        if pinned := re.fullmatch(r"(\w+)==([\d.]+)", word):
+            assert word in text("requirements.txt").splitlines(), pinned[0]
+    if parts[0] == "sbatch":
+        place = next(i for i, word in enumerate(parts) if word.endswith(".sh"))
+        composed(parts[place + 1 :])
+    if parts[:2] == ["python", "-c"]:
+        compile(parts[2], "documented", "exec")
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair[0])
+def test_both_languages_have_the_same_commands_and_the_same_names(pair):
+    english, chinese = pair
+    assert commands(english) == commands(chinese)
+    names = [sorted(set(re.findall(r"`([a-z][\w./-]*[/._][\w./-]*)`", text(page)))) for page in pair]
+    assert names[0] == names[1]
+    headings = [len(re.findall(r"^#+ ", without_code(PROJECT_ROOT / page), re.MULTILINE)) for page in pair]
+    assert headings[0] == headings[1]
+    rows = [len(re.findall(r"^\|", text(page), re.MULTILINE)) for page in pair]
+    assert rows[0] == rows[1]
+
+
+def test_the_first_ten_minutes_of_the_readme(tmp_path, monkeypatch, capsys):
+    """Its commands in their order: a run with another learning rate, resumed, reported on, scored, used and exported."""
+    section = text("README.md").split("## The first ten minutes")[1].split("\n## ")[0]
+    lines = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1].replace("\\\n", " ").splitlines()
+    runs = [script(words(line)) for line in lines]
+    assert [file for file, _ in runs] == ["src/train.py"] * 2 + [
+        "src/report.py",
+        "src/eval_rfid.py",
+        "src/reconstruct.py",
+        "src/export.py",
+    ]
+    own = [
+        [w for w in arguments if not w.startswith(("ckpt_path", "trainer.max_epochs", "experiment"))]
+        for _, arguments in runs[:2]
+    ]
+    assert own[0] == own[1] == ["model.optimizer.lr=5e-4"]
+    first = train(tmp_path / "first", "~callbacks.rfid", *own[0], "trainer.max_epochs=1")
+    assert first.module.settings.optimizer.lr == 5e-4
+    folder = tmp_path / "run"
+    train(
+        folder, "~callbacks.rfid", *own[1], "trainer.max_epochs=2", checkpoint=tmp_path / "first/checkpoints/last.ckpt"
+    )
+    for file, arguments in runs[2:]:
+        here = [word.replace("logs/runs/DATE/TIME", str(folder)) for word in arguments]
+        here = [str(tmp_path / word) if word in ("reconstructed", "exports/dummy") else word for word in here]
+        here += ["--num_samples", "8", "--batch_size", "8", "--num_workers", "0"] if file == "src/eval_rfid.py" else []
+        here += ["--num_workers", "0"] if file == "src/reconstruct.py" else []
+        assert module(file).main(here) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "Score: " in said and "UNTRAINED" in said
+    assert (folder / "report.html").is_file() and (tmp_path / "reconstructed/reconstruct.json").is_file()
+    assert (tmp_path / "exports/dummy/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "file", sorted({script(words(c))[0] for c in unique_commands() if script(words(c))} - {"src/train.py"})
+)
+def test_help_says_what_it_does_with_an_example(file, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [file, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        main = module(file).main
+        main(["--help"]) if main.__code__.co_argcount else main()
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert f"{file} " in said, "an example to copy"
+    assert file.startswith("benchmarks/") or re.search(r"exit (codes|status)", said, re.IGNORECASE)
+
+
+def test_the_help_of_training_names_real_keys_and_experiments():
+    help_text = yaml.safe_load(text("configs/hydra/default.yaml"))["help"]
+    everything = "\n".join(help_text.values())
+    overrides = re.findall(r"^  ([a-z][\w./]*=[^\s]+)", everything, re.MULTILINE)
+    assert len(overrides) > 12
+    composed(["experiment=rae_dino", *overrides])
+    for command in re.findall(
+        r"^  (?:python|torchrun) .*?src/train\.py (.*?)(?:   .*)?$", help_text["template"], re.MULTILINE
+    ):
+        if "NAME" not in command:
+            composed(shlex.split(command))
+    for code in ("0  ", "1  ", "143"):
+        assert code in everything
+    assert "-sc install=bash" in everything
+
+
+# -- what the pages name
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them."""
+    found = set()
+    for heading in re.findall(r"^#+ (.+)$", without_code(page), re.MULTILINE):
+        found.add(re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-"))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT_ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page)):
+        if target.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = target.partition("#")
+        place = (page.parent / path).resolve() if path else page
+        assert place.exists(), f"{page.name}: {target}"
+        assert place.is_relative_to(PROJECT_ROOT)
+        assert not anchor or anchor in anchors(place), f"{page.name}: no heading #{anchor} in {place.name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT_ROOT)))
+def test_files_that_are_named_exist(page):
+    for name in re.findall(r"`((?:src|configs|scripts|docs|tests|benchmarks)/[\w./-]+)`", text(page)):
+        if not any(mark in name for mark in ("NAME", "my_dataset", "rae_vit")):
+            assert (PROJECT_ROOT / name).exists(), f"{page.name}: {name}"
+
+
+@cache
+def whole_config():
+    return composed(["experiment=rae_dino", "logger=many"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT_ROOT)))
+def test_keys_that_are_named_exist(page):
+    for key in re.findall(r"`((?:data|model|trainer|callbacks|paths|logger|seed)\.[a-z_.]+)(?:=[^`]*)?`", text(page)):
+        if key.startswith("model.encoder_params.") or key in (
+            "model.pt",
+            "model.safetensors",
+        ):  # differ from family to family; a file
+            continue
+        missing = object()
+        assert OmegaConf.select(whole_config(), key.rstrip("."), default=missing) is not missing, f"{page.name}: {key}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT_ROOT)))
+def test_options_that_are_named_exist(page):
+    known = "\n".join(
+        f.read_text(encoding="utf-8")
+        for f in [
+            *(PROJECT_ROOT / "src").rglob("*.py"),
+            *(PROJECT_ROOT / "scripts").glob("*.py"),
+            *(PROJECT_ROOT / "benchmarks").glob("*.py"),
+        ]
+    )
+    for name in set(re.findall(r"`--([a-z][\w-]*)", text(page))) - {"help", "cfg", "no-index"}:
+        assert re.search(rf"[\"'](?:--)?{name.replace('-', '[_-]')}[\"']", known), f"{page.name}: --{name}"
+
+
+def test_every_experiment_stands_in_the_readme():
+    rows = "\n".join(line for line in text("README.md").splitlines() if line.startswith("|"))
+    for file in (PROJECT_ROOT / "configs/experiment").glob("*.yaml"):
+        assert f"`{file.stem}`" in rows, file.stem
+
+
+def test_every_download_stands_in_the_page_on_weights():
+    from src.assets.table import FILES
+
+    for asset in FILES:
+        assert f"`{asset.name}`" in text("docs/weights.md"), asset.name
+
+
+@cache
+def messages() -> list[str]:
+    """All texts in the code, what is filled in later as `…`."""
+    found = []
+    for file in [*(PROJECT_ROOT / "src").rglob("*.py"), *(PROJECT_ROOT / "scripts").glob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(re.sub(r"%[.\d]*[sdgf]|%%", "…", node.value))
+            elif isinstance(node, ast.JoinedStr):
+                found.append("".join(p.value if isinstance(p, ast.Constant) else "…" for p in node.values))
+    return found
+
+
+def test_messages_of_the_page_on_trouble_are_those_of_the_code():
+    looked_at = 0
+    for line in text("docs/troubleshooting.md").splitlines():
+        if not line.startswith("**`") or "(Hydra)" in line or "(PyTorch)" in line:
+            continue
+        for message in re.findall(r"`([^`]+)`", line.split("**")[1]):
+            parts = [part for part in message.split("…") if part.strip(" .:,()")]
+            assert any(all(part.strip() in said for part in parts) for said in messages()), message
+            looked_at += 1
+    assert looked_at > 30
+
+
+def test_the_hook_and_the_requirements_name_one_ruff():
+    (wanted,) = (line for line in text("requirements.txt").splitlines() if line.startswith("ruff=="))
+    hooks = yaml.safe_load(text(".pre-commit-config.yaml"))["repos"][0]["hooks"]
+    assert {d for hook in hooks for d in hook["additional_dependencies"]} == {wanted}
