@@ -217,13 +217,13 @@ def test_the_first_ten_minutes_of_the_readme(tmp_path, monkeypatch, capsys):
     )
     for file, arguments in runs[2:]:
         here = [word.replace("logs/runs/DATE/TIME", str(folder)) for word in arguments]
-        here = [str(tmp_path / word) if word in ("reconstructed", "exports/dummy") else word for word in here]
+        here = [str(tmp_path / word) if word in ("outputs/reconstructed", "exports/dummy") else word for word in here]
         here += ["--num_samples", "8", "--batch_size", "8", "--num_workers", "0"] if file == "src/eval_rfid.py" else []
         here += ["--num_workers", "0"] if file == "src/reconstruct.py" else []
         assert module(file).main(here) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     assert "Score: " in said and "UNTRAINED" in said
-    assert (folder / "report.html").is_file() and (tmp_path / "reconstructed/reconstruct.json").is_file()
+    assert (folder / "report.html").is_file() and (tmp_path / "outputs/reconstructed/reconstruct.json").is_file()
     assert (tmp_path / "exports/dummy/model.safetensors").is_file()
 
 
