@@ -47,6 +47,10 @@ OTHERS = (
 )
 
 
+# The shortest runs still validate, so that there is a best.ckpt.
+OFTEN = ["~callbacks.rfid", "trainer.check_val_every_n_epoch=1"]
+
+
 def text(page: Path | str) -> str:
     return (PROJECT_ROOT / page).read_text(encoding="utf-8")
 
@@ -209,12 +213,10 @@ def test_the_first_ten_minutes_of_the_readme(tmp_path, monkeypatch, capsys):
         for _, arguments in runs[:2]
     ]
     assert own[0] == own[1] == ["model.optimizer.lr=5e-4"]
-    first = train(tmp_path / "first", "~callbacks.rfid", *own[0], "trainer.max_epochs=1")
+    first = train(tmp_path / "first", *OFTEN, *own[0], "trainer.max_epochs=1")
     assert first.module.settings.optimizer.lr == 5e-4
     folder = tmp_path / "run"
-    train(
-        folder, "~callbacks.rfid", *own[1], "trainer.max_epochs=2", checkpoint=tmp_path / "first/checkpoints/last.ckpt"
-    )
+    train(folder, *OFTEN, *own[1], "trainer.max_epochs=2", checkpoint=tmp_path / "first/checkpoints/last.ckpt")
     for file, arguments in runs[2:]:
         here = [word.replace("logs/runs/DATE/TIME", str(folder)) for word in arguments]
         here = [str(tmp_path / word) if word in ("outputs/reconstructed", "exports/dummy") else word for word in here]
@@ -238,7 +240,7 @@ def test_help_says_what_it_does_with_an_example(file, monkeypatch, capsys):
     assert ended.value.code == 0
     said = capsys.readouterr().out
     assert f"{file} " in said, "an example to copy"
-    assert file.startswith("benchmarks/") or re.search(r"exit (codes|status)", said, re.IGNORECASE)
+    assert file.startswith(("benchmarks/", "docs/")) or re.search(r"exit (codes|status)", said, re.IGNORECASE)
 
 
 def test_the_help_of_training_names_real_keys_and_experiments():
@@ -360,3 +362,14 @@ def test_the_hook_and_the_requirements_name_one_ruff():
     (wanted,) = (line for line in text("requirements.txt").splitlines() if line.startswith("ruff=="))
     hooks = yaml.safe_load(text(".pre-commit-config.yaml"))["repos"][0]["hooks"]
     assert {d for hook in hooks for d in hook["additional_dependencies"]} == {wanted}
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
+def test_the_table_of_speeds_is_that_of_the_result_files(page):
+    sys.path.insert(0, str(PROJECT_ROOT / "docs"))
+    try:
+        import benchmark_table
+    finally:
+        sys.path.pop(0)
+    assert benchmark_table.BEGIN in text(page)
+    assert benchmark_table.replaced(page, text(page)) == text(page), "python docs/benchmark_table.py --write"

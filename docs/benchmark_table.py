@@ -1,0 +1,110 @@
+"""The table of measured speed in the two READMEs, made from benchmarks/results/*.json. No figure is typed by hand.
+
+    python docs/benchmark_table.py             print it
+    python docs/benchmark_table.py --write     put it between the markers of README.md and README.zh-CN.md
+
+A test holds the pages against the files.
+"""
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- benchmark table -->", "<!-- /benchmark table -->"
+HEADS = {
+    "README.md": ("what", "where", "images/s", "against", "peak memory", "file"),
+    "README.zh-CN.md": ("内容", "硬件", "图像/秒", "对比", "显存/内存峰值", "文件"),
+}
+NOTHING = {
+    "README.md": "Nothing is measured yet.",
+    "README.zh-CN.md": "尚无测量结果。",
+}
+NAMES = {"ours": "step", "compiled": "step, compiled"}
+Row = tuple[str, ...]
+
+
+def rows() -> list[Row]:
+    """A row of texts for each measurement of ours that stands beside another one."""
+    found: list[Row] = []
+    for file in sorted(RESULTS.glob("*.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        link = f"[{file.name}](benchmarks/results/{file.name})"
+        for row in _rows(content):
+            found.append((*row, link))
+    return found
+
+
+def table(page: str) -> str:
+    body = rows()
+    if not body:
+        return NOTHING[page]
+    lines = [HEADS[page], ("---",) * len(HEADS[page]), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def replaced(page: str, text: str) -> str:
+    """`text` of a page with the table as it should be."""
+    return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{table(page)}\n{END}", text, flags=re.DOTALL)
+
+
+def _rows(content: dict[str, Any]) -> Iterator[Row]:
+    results = content["results"]
+    if any("/" in name for name in results):
+        yield from _steps(content)
+    elif "pillow" in results:
+        yield from _data(content)
+
+
+def _steps(content: dict[str, Any]) -> Iterator[Row]:
+    """Of benchmarks/train_step.py: ours against the published order of work, phase by phase."""
+    said = content["arguments"]
+    sizes = f"{said['encoder']} + {said['decoder']}, {said['image_size']} px, batch {said['batch']}"
+    count = content["threads"]
+    threads = f", {count} thread{'s' * (count > 1)}" if said["device"] == "cpu" else ""
+    for name, measured in content["results"].items():
+        precision, phase = name.split("/")
+        plain = measured.get("plain")
+        for variant, label in NAMES.items():
+            if variant not in measured:
+                continue
+            own = measured[variant]
+            against = memory = ""
+            if plain:
+                turns = [a / b for a, b in zip(plain["seconds_all"], own["seconds_all"], strict=True)]
+                against = f"{statistics.median(turns):.2f} x plain"
+            if own["peak_memory_gb"] is not None:
+                memory = f"{own['peak_memory_gb']:.2f} GB"
+                memory += f" ({own['peak_memory_gb'] / plain['peak_memory_gb']:.2f} x)" if plain else ""
+            what = f"{label}: {phase}, {precision}; {sizes}"
+            yield what, f"{content['device']}{threads}", f"{own['images_per_s']:.3g}", against, memory
+
+
+def _data(content: dict[str, Any]) -> Iterator[Row]:
+    """Of benchmarks/data.py: one core."""
+    what = f"{content['size']} px, {content['files']} images"
+    for name, measured in content["results"].items():
+        if name != "pillow":
+            against = f"{measured['ratio']:.2f} x pillow"
+            yield f"data path: {name}; {what}", content["hardware"], f"{measured['images_per_s']:.0f}", against, ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="into the READMEs")
+    options = parser.parse_args()
+    if not options.write:
+        print(table("README.md"))
+        return
+    for page in HEADS:
+        file = ROOT / page
+        file.write_text(replaced(page, file.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
