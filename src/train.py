@@ -1,5 +1,6 @@
 """Train the decoder of a representation autoencoder (RAE, stage 1)."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -17,4 +18,6 @@ def main(config: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
+    if {"--help", "-h", "--cfg", "-c", "--info"} & set(sys.argv):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… --help | head` ends quietly
     main()

@@ -27,9 +27,14 @@ def run(*words) -> int:
 
 
 def test_help_is_quick_and_names_the_formats():
-    done = subprocess.run([sys.executable, PROJECT_ROOT / "src/export.py", "--help"], capture_output=True, text=True, timeout=30)
+    done = subprocess.run(
+        [sys.executable, PROJECT_ROOT / "src/export.py", "--help"], capture_output=True, text=True, timeout=30
+    )
     assert done.returncode == 0 and "--published" in done.stdout and "--published-names" in done.stdout
-    assert subprocess.run([sys.executable, PROJECT_ROOT / "src/export.py"], capture_output=True, timeout=30).returncode == 2
+    assert (
+        subprocess.run([sys.executable, PROJECT_ROOT / "src/export.py"], capture_output=True, timeout=30).returncode
+        == 2
+    )
 
 
 def test_every_format_gives_the_checkpoint_back(tmp_path, capsys):
@@ -58,7 +63,9 @@ def test_every_format_gives_the_checkpoint_back(tmp_path, capsys):
 def test_an_export_is_exported_again(tmp_path):
     file = checkpoint(tmp_path, image_size=256, statistics=True)
     assert run("--checkpoint", file, "--format", "diffusers", "--output", tmp_path / "a") == 0
-    assert run("--decoder", tmp_path / "a", "--format", "folder", "--output", tmp_path / "b") == 1  # its encoder lies nowhere
+    assert (
+        run("--decoder", tmp_path / "a", "--format", "folder", "--output", tmp_path / "b") == 1
+    )  # its encoder lies nowhere
     assert run("--decoder", tmp_path / "a", "--format", "folder", "--with_encoder", "--output", tmp_path / "b") == 0
     assert run("--decoder", tmp_path / "b", "--format", "diffusers", "--output", tmp_path / "c") == 0
     a, c = (file_hashes(tmp_path / name) for name in "ac")
@@ -69,7 +76,21 @@ def test_an_export_is_exported_again(tmp_path):
 
 def test_online_weights_and_half_precision(tmp_path):
     file = checkpoint(tmp_path)
-    assert run("--checkpoint", file, "--weights", "online", "--dtype", "bf16", "--format", "official", "--output", tmp_path / "o") == 0
+    assert (
+        run(
+            "--checkpoint",
+            file,
+            "--weights",
+            "online",
+            "--dtype",
+            "bf16",
+            "--format",
+            "official",
+            "--output",
+            tmp_path / "o",
+        )
+        == 0
+    )
     content = torch.load(tmp_path / "o/model.pt", weights_only=True)
     online = load_trained(file, "online").rae.decoder.state_dict()
     assert all(torch.equal(content[name], online[name].bfloat16()) for name in online)
@@ -81,7 +102,19 @@ def test_the_card_says_what_people_need(tmp_path):
     scores = {"quantization": "round", "exif": "apply", "features": "inception", "model": {"weights": "ema"},
               "results": [{"data_dir": "/data/private/in1k", "split": "validation", "images": 50000, "rfid": 0.5678, "psnr": 19.1, "ssim": 0.5}]}  # fmt: skip
     (tmp_path / "scores.json").write_text(json.dumps(scores))
-    assert run("--checkpoint", file, "--format", "official", "--output", tmp_path / "o", "--scores", tmp_path / "scores.json") == 0
+    assert (
+        run(
+            "--checkpoint",
+            file,
+            "--format",
+            "official",
+            "--output",
+            tmp_path / "o",
+            "--scores",
+            tmp_path / "scores.json",
+        )
+        == 0
+    )
     card = (tmp_path / "o/README.md").read_text()
     for text in ("Dinov2withNorm", "64 x 4 x 4", "1,234 training images", "c0ffee", "| rfid | 0.5678 | 50,000 images", "18.2500", "56 held-out images",
                  "1,000 images", "| global batch | 64", "UNTRAINED: encoder", file_hashes(tmp_path / "o")["model.pt"]):  # fmt: skip
@@ -175,7 +208,10 @@ def test_push_errors_say_what_to_do(tmp_path, error, text):
 
 
 def test_push_wants_a_name_before_any_work(tmp_path, capsys):
-    assert run("--checkpoint", tmp_path / "x", "--format", "official", "--output", tmp_path / "o", "--push", "nonsense") == 1
+    assert (
+        run("--checkpoint", tmp_path / "x", "--format", "official", "--output", tmp_path / "o", "--push", "nonsense")
+        == 1
+    )
     assert "NAME/MODEL" in capsys.readouterr().err
 
 

@@ -37,7 +37,10 @@ def test_a_name_table_reads_in_both_directions():
     assert NameTable([("a.*", "b.*")]).theirs("other.name") == "other.name"
 
 
-@pytest.mark.parametrize(("size", "width", "depth", "mlp", "heads"), [("ViTB", 768, 12, 3072, 12), ("ViTL", 1024, 24, 4096, 16), ("ViTXL", 1152, 28, 4096, 16)])
+@pytest.mark.parametrize(
+    ("size", "width", "depth", "mlp", "heads"),
+    [("ViTB", 768, 12, 3072, 12), ("ViTL", 1024, 24, 4096, 16), ("ViTXL", 1152, 28, 4096, 16)],
+)
 def test_official_names_and_shapes(size, width, depth, mlp, heads):
     with torch.device("meta"):
         config = DecoderConfig.read(f"configs/decoder/{size}")
@@ -81,7 +84,10 @@ def test_half_precision_files_load_and_keep_their_fixed_positions(tmp_path, dtyp
 def test_an_official_training_checkpoint_gives_its_average(tmp_path):
     rae = tiny_rae(tmp_path)
     state = {f"module._orig_mod.decoder.{name}": value for name, value in rae.decoder.state_dict().items()}
-    torch.save({"model": {}, "ema": {**state, "module._orig_mod.encoder.x": torch.zeros(1)}, "step": 3}, tmp_path / "ep-last.pt")
+    torch.save(
+        {"model": {}, "ema": {**state, "module._orig_mod.encoder.x": torch.zeros(1)}, "step": 3},
+        tmp_path / "ep-last.pt",
+    )
     assert equal_decoders(rae, again(rae, tmp_path, tmp_path / "ep-last.pt"))
 
 
@@ -124,7 +130,9 @@ def test_resampling_follows_rows_and_columns():
     positions[0, 1:, 1] = torch.arange(4).repeat(4)  # column
     found = fit_positions(positions, 8, "a file")[0, 1:].reshape(8, 8, 4)
     assert (found[6, :, 0] > found[1, :, 0]).all() and (found[:, 6, 1] > found[:, 1, 1]).all()
-    assert (found[:, 1:, 0] - found[:, :-1, 0]).abs().max() < 1e-5 and (found[1:, :, 1] - found[:-1, :, 1]).abs().max() < 1e-5
+    assert (found[:, 1:, 0] - found[:, :-1, 0]).abs().max() < 1e-5 and (
+        found[1:, :, 1] - found[:-1, :, 1]
+    ).abs().max() < 1e-5
 
 
 # -- our folder
@@ -152,7 +160,11 @@ def test_folder_keeps_layers_denormalisation_and_trained_positions(tmp_path):
     out.mkdir()
     write_folder(loaded(rae), out, with_encoder=True)
     back = read_folder(out).rae
-    assert back.encoder.layers == (0, 1) and back.encoder.layer_fusion == rae.encoder.layer_fusion and not back.decoder_denormalize
+    assert (
+        back.encoder.layers == (0, 1)
+        and back.encoder.layer_fusion == rae.encoder.layer_fusion
+        and not back.decoder_denormalize
+    )
     images = torch.rand(1, 3, 64, 64)
     assert torch.equal(back(images), rae(images))
 
@@ -269,7 +281,10 @@ def test_trained_positions_are_refused_for_diffusers(tmp_path):
         write_diffusers(rae, tmp_path)
 
 
-@pytest.mark.parametrize(("key", "value"), [("scaling_factor", 0.5), ("_class_name", "AutoencoderKL"), ("unknown_key", 1), ("encoder_type", "clip")])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("scaling_factor", 0.5), ("_class_name", "AutoencoderKL"), ("unknown_key", 1), ("encoder_type", "clip")],
+)
 def test_other_diffusers_configs_are_refused(tmp_path, key, value):
     rae = tiny_rae(tmp_path, image_size=256)
     write_diffusers(rae, tmp_path)
@@ -303,7 +318,10 @@ def test_wrong_kinds_of_files(tmp_path):
 
 def test_truncated_weights_say_so(tmp_path):
     rae = tiny_rae(tmp_path, image_size=256)
-    for name, write, read in (("a", lambda p: write_folder(loaded(rae), p), read_folder), ("b", lambda p: write_diffusers(rae, p), read_diffusers)):
+    for name, write, read in (
+        ("a", lambda p: write_folder(loaded(rae), p), read_folder),
+        ("b", lambda p: write_diffusers(rae, p), read_diffusers),
+    ):
         out = tmp_path / name
         out.mkdir()
         write(out)
@@ -319,7 +337,9 @@ def test_statistics_of_another_encoder_or_size(tmp_path):
     write_statistics(rae.latent_mean, rae.latent_var, other, tmp_path / "stats.pt")
     with pytest.raises(UserError, match="another encoder"):
         again(rae, tmp_path, statistics=tmp_path / "stats.pt")
-    write_statistics(rae.latent_mean, rae.latent_var, rae.encoder.identity() | {"source": "elsewhere"}, tmp_path / "stats.pt")
+    write_statistics(
+        rae.latent_mean, rae.latent_var, rae.encoder.identity() | {"source": "elsewhere"}, tmp_path / "stats.pt"
+    )
     assert again(rae, tmp_path, statistics=tmp_path / "stats.pt").latent_shape == (WIDTH, 4, 4)
     with pytest.raises(UserError, match="this model's latents are"):
         again(rae, tmp_path, statistics=tmp_path / "stats.pt", image_size=96)

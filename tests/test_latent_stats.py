@@ -27,7 +27,9 @@ def stacked(rae, folder):
     """All raw latents, float64, by the evaluation crop, one image at a time."""
     inputs = open_inputs([str(folder)], None)
     crop = FitTransform(rae.geometry.image_size, "crop", Decoder("apply", 80))
-    images = [torch.from_numpy(crop(inputs.source.encoded(i)).copy()).permute(2, 0, 1) for i in range(len(inputs.source))]
+    images = [
+        torch.from_numpy(crop(inputs.source.encoded(i)).copy()).permute(2, 0, 1) for i in range(len(inputs.source))
+    ]
     return np.stack([rae.encode_raw(image[None])[0].double().numpy() for image in images])
 
 
@@ -68,7 +70,9 @@ def test_two_processes_give_the_same(tmp_path):
 def test_an_interrupted_pass_goes_on(tmp_path):
     rae, images = tiny_rae(tmp_path), open_images(photos(tmp_path / "photos", 9), "all", None)
     output = tmp_path / "s.pt"
-    once = latent_statistics(rae, images, None, LOADING, Place(torch.device("cpu")), output, lambda *_: None, piece_images=4)
+    once = latent_statistics(
+        rae, images, None, LOADING, Place(torch.device("cpu")), output, lambda *_: None, piece_images=4
+    )
     partial_file(output).unlink()  # the caller's task, once it has written the output
     seen = []
 
@@ -79,7 +83,9 @@ def test_an_interrupted_pass_goes_on(tmp_path):
         if done > 4:
             raise Stop
 
-    work = partial(latent_statistics, rae, images, None, place=Place(torch.device("cpu")), output=output, piece_images=4)
+    work = partial(
+        latent_statistics, rae, images, None, place=Place(torch.device("cpu")), output=output, piece_images=4
+    )
     with pytest.raises(Stop):
         work(loading=LOADING, progress=stop)
     assert partial_file(output).is_file()
@@ -92,7 +98,15 @@ def test_an_interrupted_pass_goes_on(tmp_path):
 def test_sums_of_another_pass_are_not_used(tmp_path, caplog):
     rae, images = tiny_rae(tmp_path), open_images(photos(tmp_path / "photos", 9), "all", None)
     output = tmp_path / "s.pt"
-    work = partial(latent_statistics, rae, loading=LOADING, place=Place(torch.device("cpu")), output=output, progress=lambda *_: None, piece_images=4)
+    work = partial(
+        latent_statistics,
+        rae,
+        loading=LOADING,
+        place=Place(torch.device("cpu")),
+        output=output,
+        progress=lambda *_: None,
+        piece_images=4,
+    )
     work(images, None)
     assert work(images, 6)["images"] == 6
     assert "starting afresh" in caplog.text
@@ -104,14 +118,27 @@ def test_the_file_is_taken_and_normalises(tmp_path):
     file, folder = checkpoint(tmp_path), photos(tmp_path / "photos", 30)
     assert run("--checkpoint", file, "--data_dir", folder, "--output", tmp_path / "s.pt") == 0
     source = tiny_rae(tmp_path).encoder.source
-    rae = RAE("Dinov2withNorm", source, {"dinov2_path": source, "weights": "untrained"}, tmp_path / "decoder.json", 16, 64, normalization_stat_path=tmp_path / "s.pt")
+    rae = RAE(
+        "Dinov2withNorm",
+        source,
+        {"dinov2_path": source, "weights": "untrained"},
+        tmp_path / "decoder.json",
+        16,
+        64,
+        normalization_stat_path=tmp_path / "s.pt",
+    )
     z = torch.from_numpy(stacked(rae, folder)).float()
     normal = rae.normalize(z)
     assert normal.mean(0).abs().max() < 1e-3 and (normal.var(0, correction=0) - 1).abs().max() < 0.02
 
 
 def test_from_a_configuration(tmp_path, capsys):
-    words = ("--config", "experiment=rae_dummy", f"data.data_dir={photos(tmp_path / 'photos', 4)}", "data.use_hf_dataset=false")
+    words = (
+        "--config",
+        "experiment=rae_dummy",
+        f"data.data_dir={photos(tmp_path / 'photos', 4)}",
+        "data.use_hf_dataset=false",
+    )
     assert run(*words, "--output", tmp_path / "s.pt") == 0
     assert "192 x 8 x 8" in capsys.readouterr().out
     assert run("--config", "experiment=no_such", "--output", tmp_path / "t.pt") == 1

@@ -20,7 +20,16 @@ ALLOWED = {
     "evaluation": {"models", "losses", "metrics", "data", "interop", "callbacks"},
     "latents": {"models", "losses", "metrics", "data", "interop", "evaluation"},
     "reconstruction": {"models", "losses", "metrics", "data", "interop", "evaluation", "latents"},
-    "exporting": {"models", "losses", "metrics", "data", "interop", "evaluation", "assets", "runs"},  # digests; the git state
+    "exporting": {
+        "models",
+        "losses",
+        "metrics",
+        "data",
+        "interop",
+        "evaluation",
+        "assets",
+        "runs",
+    },  # digests; the git state
     "reporting": {"runs"},
     "runs": {"models", "losses", "metrics", "data", "callbacks", "interop", "evaluation"},
 }

@@ -22,7 +22,9 @@ def test_encoders_under_autocast_are_unchanged_to_the_bit(encoder):
 
 
 def test_the_discriminators_trunk_and_its_gradient_to_the_image():
-    before = DinoDiscriminator(None, ks=5, key_depths=(1, 3), norm_type="bn", using_spec_norm=True, recipe="tiny", weights="untrained")
+    before = DinoDiscriminator(
+        None, ks=5, key_depths=(1, 3), norm_type="bn", using_spec_norm=True, recipe="tiny", weights="untrained"
+    )
     after = deepcopy(before)
     cast_frozen(after.trunk, torch.bfloat16)
     found = []

@@ -30,7 +30,24 @@ def picture(path):
 
 def test_pictures_scores_and_npz_agree(tmp_path, capsys):
     file, folder, out = checkpoint(tmp_path), photos(tmp_path / "photos"), tmp_path / "out"
-    assert run("--checkpoint", file, "--input", folder, "--output", out, "--batch_size", 4, "--write", "images", "sheet", "scores", "npz") == 0
+    assert (
+        run(
+            "--checkpoint",
+            file,
+            "--input",
+            folder,
+            "--output",
+            out,
+            "--batch_size",
+            4,
+            "--write",
+            "images",
+            "sheet",
+            "scores",
+            "npz",
+        )
+        == 0
+    )
     rae, inputs = load_trained(file).rae, open_inputs([str(folder)], None)
     crop = FitTransform(64, "crop", Decoder("apply", 80))
     rows = list(csv.DictReader((out / "scores.csv").open()))
@@ -41,7 +58,9 @@ def test_pictures_scores_and_npz_agree(tmp_path, capsys):
         found = picture(out / "reconstructions" / f"{inputs.output_name(i)}.png")
         expected = unit_to_bytes(rae(original[None]))[0]
         assert (found.int() - expected.int()).abs().max() <= 1  # another batch size may round the other way
-        assert torch.equal(found, torch.from_numpy(npz[i]).permute(2, 0, 1)) and torch.equal(original, torch.from_numpy(originals[i]).permute(2, 0, 1))
+        assert torch.equal(found, torch.from_numpy(npz[i]).permute(2, 0, 1)) and torch.equal(
+            original, torch.from_numpy(originals[i]).permute(2, 0, 1)
+        )
         assert float(row["psnr"]) == pytest.approx(psnr(original[None], found[None]).item(), abs=1e-3)
         assert row["file"] == inputs.source.name(i)
     assert Image.open(out / "sheet.png").size == (6 * 66 - 2, 3 * 66 - 2)
@@ -52,14 +71,39 @@ def test_pictures_scores_and_npz_agree(tmp_path, capsys):
 
 def test_two_processes_write_the_same(tmp_path):
     file, folder = checkpoint(tmp_path), photos(tmp_path / "photos", 5)
-    words = ("--checkpoint", file, "--input", folder, "--batch_size", 1, "--write", "images", "sheet", "scores", "npz", "--latents", "raw")
+    words = (
+        "--checkpoint",
+        file,
+        "--input",
+        folder,
+        "--batch_size",
+        1,
+        "--write",
+        "images",
+        "sheet",
+        "scores",
+        "npz",
+        "--latents",
+        "raw",
+    )
     two_processes("src/reconstruct.py", *words, "--device", "cpu", "--num_workers", 0, "--output", tmp_path / "two")
     assert run(*words, "--output", tmp_path / "one") == 0
-    names = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file() and path.suffix in (".png", ".csv", ".npz")]
+    names = [
+        path.relative_to(tmp_path / "one")
+        for path in (tmp_path / "one").rglob("*")
+        if path.is_file() and path.suffix in (".png", ".csv", ".npz")
+    ]
     assert len(names) == 5 + 4
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
-    latents = [{int(r): z for _, rows, zs in LatentStore.open(tmp_path / n / "latents").batches(3) for r, z in zip(rows, zs, strict=True)} for n in ("one", "two")]
+    latents = [
+        {
+            int(r): z
+            for _, rows, zs in LatentStore.open(tmp_path / n / "latents").batches(3)
+            for r, z in zip(rows, zs, strict=True)
+        }
+        for n in ("one", "two")
+    ]
     assert latents[0].keys() == latents[1].keys() == set(range(5))
     assert all(torch.equal(latents[0][row], latents[1][row]) for row in range(5))
 
@@ -68,13 +112,33 @@ def test_two_processes_write_the_same(tmp_path):
 def test_stored_latents_decode_to_the_same_pictures(tmp_path, scale):
     file, folder = checkpoint(tmp_path, statistics=True), photos(tmp_path / "photos", 5)
     words = ("--checkpoint", file, "--batch_size", 2)
-    assert run(*words, "--input", folder, "--latents", scale, "--write", "images", "npz", "--output", tmp_path / "a") == 0
-    assert run(*words, "--from_latents", tmp_path / "a/latents", "--write", "images", "sheet", "npz", "--output", tmp_path / "b") == 0
+    assert (
+        run(*words, "--input", folder, "--latents", scale, "--write", "images", "npz", "--output", tmp_path / "a") == 0
+    )
+    assert (
+        run(
+            *words,
+            "--from_latents",
+            tmp_path / "a/latents",
+            "--write",
+            "images",
+            "sheet",
+            "npz",
+            "--output",
+            tmp_path / "b",
+        )
+        == 0
+    )
     a, b = (np.load(tmp_path / n / "reconstructions.npz")["arr_0"].astype(int) for n in "ab")
     assert np.abs(a - b).max() <= 1
     assert (tmp_path / "b/reconstructions/0000000.png").is_file() and not (tmp_path / "b/originals.npz").exists()
     index = json.loads((tmp_path / "a/latents/index.json").read_text())
-    assert index["scale"] == scale and index["shape"] == [64, 4, 4] and index["count"] == 5 and index["class_names"] == ["cats", "dogs"]
+    assert (
+        index["scale"] == scale
+        and index["shape"] == [64, 4, 4]
+        and index["count"] == 5
+        and index["class_names"] == ["cats", "dogs"]
+    )
     shard = load_file(tmp_path / "a/latents" / index["shards"][0]["file"])
     assert shard["labels"].tolist() == [0, 0, 1, 1, 1] and shard["rows"].tolist() == [0, 1, 2, 3, 4]
     assert (shard["latents"].mean().abs() < 5) and ((index["statistics"] is None) == (scale == "raw"))
@@ -82,7 +146,21 @@ def test_stored_latents_decode_to_the_same_pictures(tmp_path, scale):
 
 def test_latents_alone_decode_nothing(tmp_path):
     file, folder = checkpoint(tmp_path), photos(tmp_path / "photos", 3)
-    assert run("--checkpoint", file, "--input", folder, "--latents", "raw", "--latents_dtype", "bf16", "--output", tmp_path / "a") == 0
+    assert (
+        run(
+            "--checkpoint",
+            file,
+            "--input",
+            folder,
+            "--latents",
+            "raw",
+            "--latents_dtype",
+            "bf16",
+            "--output",
+            tmp_path / "a",
+        )
+        == 0
+    )
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["latents", "reconstruct.json"]
     assert load_file(next((tmp_path / "a/latents").glob("*.safetensors")))["latents"].dtype == torch.bfloat16
 
@@ -100,7 +178,9 @@ def test_shards_have_their_size_and_any_batch_reads_them(tmp_path):
         parts = [entry for rank in range(world) for entry in LatentStore.open(tmp_path).batches(batch, rank, world)]
         places, rows, latents = (torch.cat([part[i] for part in parts]) for i in range(3))
         order = places.argsort()
-        assert places[order].tolist() == list(range(11)) and torch.equal(rows, places) and torch.equal(latents[order], z)
+        assert (
+            places[order].tolist() == list(range(11)) and torch.equal(rows, places) and torch.equal(latents[order], z)
+        )
 
 
 def test_images_of_any_size_and_kind(tmp_path):
@@ -120,7 +200,9 @@ def test_inputs(tmp_path):
     (folder / "cats/1.jpg").write_bytes((folder / "cats/1.png").read_bytes())
     (folder / "notes.txt").write_text("no image")
     names = [open_inputs([str(folder)], None).output_name(i) for i in range(5)]
-    assert sorted(names) == ["cats/1.jpg", "cats/1.png", "cats/3.png", "dogs/0.png", "dogs/2.png"] or len(set(names)) == 5
+    assert (
+        sorted(names) == ["cats/1.jpg", "cats/1.png", "cats/3.png", "dogs/0.png", "dogs/2.png"] or len(set(names)) == 5
+    )
     assert len(open_inputs([str(folder / "*/*.png")], None).rows) == 4
     assert len(open_inputs([str(folder / "cats"), str(folder / "cats/1.png")], None).rows) == 3
     assert len(open_inputs([str(folder)], None, limit=2).rows) == 2
@@ -165,10 +247,22 @@ def test_latents_of_another_model_or_cut_short(tmp_path, capsys):
     file, folder = checkpoint(tmp_path, statistics=True), photos(tmp_path / "photos", 3)
     assert run("--checkpoint", file, "--input", folder, "--latents", "normalized", "--output", tmp_path / "a") == 0
     store = tmp_path / "a/latents"
-    for number, (options, text) in enumerate((({"image_size": 96}, "takes"), ({"encoder": {"layer_norm_eps": 1e-5}}, "another encoder"), ({}, "statistics"))):
+    for number, (options, text) in enumerate(
+        (({"image_size": 96}, "takes"), ({"encoder": {"layer_norm_eps": 1e-5}}, "another encoder"), ({}, "statistics"))
+    ):
         other = tmp_path / f"other{number}"
         other.mkdir()
-        assert run("--checkpoint", checkpoint(other, **options), "--from_latents", store, "--output", tmp_path / f"b{number}") == 1
+        assert (
+            run(
+                "--checkpoint",
+                checkpoint(other, **options),
+                "--from_latents",
+                store,
+                "--output",
+                tmp_path / f"b{number}",
+            )
+            == 1
+        )
         assert text in capsys.readouterr().err
     shard = next(store.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-100])

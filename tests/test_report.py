@@ -28,8 +28,14 @@ from src.weights import PROJECT_ROOT
 
 STEPS = (10, 20, 30)
 FIGURES = {
-    "train/loss": (0.9, 0.5, 0.4), "val/loss": (0.8, 0.45, 0.5), "val/psnr": (12.0, 17.25, 16.0), "lr/generator": (1e-4, 2e-4, 1e-4),
-    "perf/images_per_s": (100.0, 120.0, 110.0), "rfid/score": (30.0, 11.5, 12.5), "rfid/images": (1000.0, 1000.0, 1000.0), "hp_metric": (-1.0, -1.0, -1.0),
+    "train/loss": (0.9, 0.5, 0.4),
+    "val/loss": (0.8, 0.45, 0.5),
+    "val/psnr": (12.0, 17.25, 16.0),
+    "lr/generator": (1e-4, 2e-4, 1e-4),
+    "perf/images_per_s": (100.0, 120.0, 110.0),
+    "rfid/score": (30.0, 11.5, 12.5),
+    "rfid/images": (1000.0, 1000.0, 1000.0),
+    "hp_metric": (-1.0, -1.0, -1.0),
 }
 CONFIG = "experiment_name: tiny\nseed: 3\ntrainer:\n  max_epochs: 3\n  precision: 32\n  limit_val_batches: 1.0\nmodel:\n  optimizer:\n    lr: 0.0002\n"
 LOG = (
@@ -113,7 +119,14 @@ def text(run) -> str:
 
 
 def test_best_scores_stand_with_their_step_and_number_of_images(text):
-    for expected in (">11.5<", "step 20 · 1,000 images", "under 2,048 images", "17.25 dB", "step 20 · 58 held-out images", "epoch 3 of 3"):
+    for expected in (
+        ">11.5<",
+        "step 20 · 1,000 images",
+        "under 2,048 images",
+        "17.25 dB",
+        "step 20 · 58 held-out images",
+        "epoch 3 of 3",
+    ):
         assert expected in text
 
 
@@ -131,7 +144,10 @@ def test_curves_have_the_values_of_the_events(text):
     assert {"loss", "rfid", "psnr", "lr", "speed"} == found.keys()  # neither images, hp_metric nor empty charts
     training, held_out = found["loss"]["data"]
     assert training["x"] == [10, 20, 30] and training["y"] == [0.9, 0.5, 0.4] and held_out["y"] == [0.8, 0.45, 0.5]
-    assert [note["text"] for note in found["loss"]["layout"]["annotations"]] == ["discriminator", "GAN term"]  # not the one at step 0
+    assert [note["text"] for note in found["loss"]["layout"]["annotations"]] == [
+        "discriminator",
+        "GAN term",
+    ]  # not the one at step 0
     star = found["rfid"]["data"][1]
     assert (star["x"], star["y"], star["marker"]["symbol"]) == ([20], [11.5], "star")
 
@@ -142,9 +158,19 @@ def test_untrained_parts_are_said_loudly(tmp_path, text):
     figures = {"rfid_untrained/score": (3.0, 2.0, 1.0), "val/lpips": (1.0, 0.9, 0.8)}
     page_text = made(make_run(tmp_path / "r", figures, warnings=said))
     assert "<strong>UNTRAINED: </strong>encoder, LPIPS, Inception network." in page_text
-    assert "untrained Inception: no rFID" in page_text and "untrained network: no LPIPS" in page_text and "best rFID" not in page_text
+    assert (
+        "untrained Inception: no rFID" in page_text
+        and "untrained network: no LPIPS" in page_text
+        and "best rFID" not in page_text
+    )
     # a run that still goes on has recorded no warnings, and its log may not be there: the configuration tells
-    going = make_run(tmp_path / "s", config="model:\n  encoder_params:\n    weights: untrained\n", log="", warnings=None, status="running")
+    going = make_run(
+        tmp_path / "s",
+        config="model:\n  encoder_params:\n    weights: untrained\n",
+        log="",
+        warnings=None,
+        status="running",
+    )
     assert "model.encoder_params.weights (untrained)" in made(going)
 
 
@@ -228,7 +254,9 @@ def test_nothing_of_a_file_becomes_markup(tmp_path):
         assert tags.open == []
         assert sum(tag == "script" for tag, _ in tags.seen) == 3  # figures, plotly.js, page.js
         assert not any("onerror" in attributes for _, attributes in tags.seen)
-        assert not any(tag in ("img", "i") and attributes.get("src", "data:").startswith("x") for tag, attributes in tags.seen)
+        assert not any(
+            tag in ("img", "i") and attributes.get("src", "data:").startswith("x") for tag, attributes in tags.seen
+        )
         drawn(text)
     legend = [trace["name"] for trace in drawn(text)["loss"]["data"]]  # plotly reads tags in names, too
     assert "a&amp;b&lt;i&gt; training" in legend
@@ -236,7 +264,10 @@ def test_nothing_of_a_file_becomes_markup(tmp_path):
 
 
 def test_plain_text_is_escaped_by_the_builder():
-    assert element("p", "<b>", element("i", "&"), None, title='"x"') == '<p title="&quot;x&quot;">&lt;b&gt;<i>&amp;</i></p>'
+    assert (
+        element("p", "<b>", element("i", "&"), None, title='"x"')
+        == '<p title="&quot;x&quot;">&lt;b&gt;<i>&amp;</i></p>'
+    )
 
 
 # -- broken and missing files
@@ -268,7 +299,20 @@ def test_damaged_files_become_notes(tmp_path, name, content, note):
 
 @pytest.mark.parametrize("value", [None, 3, "x", [], {"a": [1]}, float("nan")])
 def test_record_of_other_types_is_survived(tmp_path, value):
-    keys = ("status", "warnings", "result", "git", "command", "packages", "data", "device", "processes", "started", "ended", "experiment_name")
+    keys = (
+        "status",
+        "warnings",
+        "result",
+        "git",
+        "command",
+        "packages",
+        "data",
+        "device",
+        "processes",
+        "started",
+        "ended",
+        "experiment_name",
+    )
     folder = make_run(tmp_path / "r", config="trainer: 3\ncallbacks:\n  rfid: 1\n", **dict.fromkeys(keys, value))
     Tags(made(folder))
 
@@ -292,7 +336,9 @@ def test_events_that_break_off_keep_what_was_before(tmp_path):
 def test_csv_stands_in_for_events(tmp_path):
     folder = make_run(tmp_path / "r", {})
     (folder / "csv").mkdir()
-    (folder / "csv" / "metrics.csv").write_text("epoch,step,train/loss,val/psnr\n0,10,0.5,\n0,20,nan,17.0\n0,,1,1\n0,30,junk,18\n0,40")
+    (folder / "csv" / "metrics.csv").write_text(
+        "epoch,step,train/loss,val/psnr\n0,10,0.5,\n0,20,nan,17.0\n0,,1,1\n0,30,junk,18\n0,40"
+    )
     scalars, problem = read_csv(folder / "csv" / "metrics.csv")
     assert scalars["val/psnr"] == [(20, 17.0), (30, 18.0)] and "2 entries" in problem and "epoch" not in scalars
     text = made(folder)
@@ -326,12 +372,16 @@ def test_thinning_keeps_ends_and_extremes():
 def test_running_mean():
     steps = tuple(range(400))
     straight = smooth(Series(steps, tuple(2.0 * s for s in steps)))
-    assert straight.values[5:-5] == pytest.approx([2.0 * s for s in steps][5:-5])  # no lag, and hardly a bend at the ends
+    assert straight.values[5:-5] == pytest.approx(
+        [2.0 * s for s in steps][5:-5]
+    )  # no lag, and hardly a bend at the ends
     assert straight.values == pytest.approx([2.0 * s for s in steps], abs=2.0)
     noise = torch.randn(4000, generator=torch.Generator().manual_seed(0)).tolist()
     assert max(map(abs, smooth(Series(tuple(range(4000)), tuple(noise))).values)) < 1.0  # the very last point too
     constant = smooth(Series(steps, tuple(math.nan if s % 3 == 0 else 5.0 for s in steps)))
-    assert [v for v in constant.values if not math.isnan(v)] == pytest.approx([5.0] * (400 - sum(map(math.isnan, constant.values))))
+    assert [v for v in constant.values if not math.isnan(v)] == pytest.approx(
+        [5.0] * (400 - sum(map(math.isnan, constant.values)))
+    )
     assert smooth(Series((1, 2), (1.0, 2.0))) is None
 
 
@@ -339,16 +389,28 @@ def test_join_and_best():
     series = join([[(1, 1.0), (5, 2.0), (9, 3.0)], [(5, 7.0)], []])
     assert series == Series((1, 5), (1.0, 7.0))
     values = Series((1, 2, 3, 4), (2.0, math.nan, 1.0, 1.0))
-    assert values.best("low") == (3, 1.0) and values.best("high") == (1, 2.0) and Series((1,), (math.nan,)).best("low") is None
+    assert (
+        values.best("low") == (3, 1.0)
+        and values.best("high") == (1, 2.0)
+        and Series((1,), (math.nan,)).best("low") is None
+    )
 
 
 def test_pictures_are_chosen_evenly_and_bounded(tmp_path):
-    assert evenly(list(range(100)), 12)[:2] == [0, 9] and evenly(list(range(100)), 12)[-1] == 99 and len(evenly(list(range(100)), 12)) == 12
+    assert (
+        evenly(list(range(100)), 12)[:2] == [0, 9]
+        and evenly(list(range(100)), 12)[-1] == 99
+        and len(evenly(list(range(100)), 12)) == 12
+    )
     assert evenly([1, 2], 12) == [1, 2]
     noise = torch.randint(0, 256, (900, 1000, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     Image.fromarray(noise.numpy()).save(tmp_path / "big.png")
     uri, size, remark = encode(tmp_path / "big.png")
-    assert uri.startswith("data:image/jpeg;base64,") and len(uri) < MAX_BYTES * 1.4 and f"{size[0]} x {size[1]} px of 1000 x 900" in remark
+    assert (
+        uri.startswith("data:image/jpeg;base64,")
+        and len(uri) < MAX_BYTES * 1.4
+        and f"{size[0]} x {size[1]} px of 1000 x 900" in remark
+    )
 
 
 def test_rfid_sheets_are_found_in_order(tmp_path):
@@ -357,12 +419,24 @@ def test_rfid_sheets_are_found_in_order(tmp_path):
     for name in ("end", "epoch_001", "step_0000005", "step_0000015"):
         (tmp_path / "sheets" / "2026-01-02_03-04-05" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "sheets" / "2026-01-02_03-04-05" / name / "sheet.png")
-    assert re.findall(r'data-caption="(.*?)"', made(folder)) == ["step 5", "end of epoch 1", "step 15", "end of training"]
+    assert re.findall(r'data-caption="(.*?)"', made(folder)) == [
+        "step 5",
+        "end of epoch 1",
+        "step 15",
+        "end of training",
+    ]
 
 
 def test_words_for_numbers():
     assert [duration(s) for s in (12, 90, 9000, 200000)] == ["12 s", "2 min", "2 h 30 min", "2 d 8 h"]
-    assert [number(v) for v in (1234567, 0.123456, 2.0, "x", math.nan, 12345.67)] == ["1,234,567", "0.1235", "2", "x", "nan", "12,346"]
+    assert [number(v) for v in (1234567, 0.123456, 2.0, "x", math.nan, 12345.67)] == [
+        "1,234,567",
+        "0.1235",
+        "2",
+        "x",
+        "nan",
+        "12,346",
+    ]
     assert flat({"a": {"b": 1, "c": {}}, "d": None}) == {"a.b": 1, "a.c": {}, "d": None}
 
 
@@ -372,7 +446,9 @@ def test_words_for_numbers():
 def test_program_writes_and_refuses(tmp_path, capsys):
     folder = make_run(tmp_path / "runs" / "a")
     assert main([str(folder)]) == 0 and (folder / "report.html").is_file()
-    assert main([str(folder), "--out", str(tmp_path / "new" / "x.html")]) == 0 and (tmp_path / "new" / "x.html").is_file()
+    assert (
+        main([str(folder), "--out", str(tmp_path / "new" / "x.html")]) == 0 and (tmp_path / "new" / "x.html").is_file()
+    )
     assert "x.html" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
     for arguments, message in (
@@ -389,5 +465,7 @@ def test_program_writes_and_refuses(tmp_path, capsys):
 
 
 def test_help_tells_examples_and_exit_codes():
-    done = subprocess.run([sys.executable, "src/report.py", "--help"], cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "src/report.py", "--help"], cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0 and "exit codes" in done.stdout and "python src/report.py logs/runs" in done.stdout

@@ -78,3 +78,23 @@ def assert_equal_ends(expected, actual):
     a, b = read(last(expected)), read(last(actual))
     for part in COMPARED:
         assert same(a[part], b[part]), part
+
+
+def test_a_resume_says_what_makes_it_another_run(whole, tmp_path, caplog):
+    changes = ["model.optimizer.lr=5e-4", "data.batch_size=2", "data.num_workers=1", "trainer.limit_train_batches=3"]
+    train(tmp_path / "changed", *QUIET, *changes, "trainer.max_epochs=3", checkpoint=last(whole))
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    for words in (
+        "max_epochs was 2 and is now 3",
+        "model.optimizer.lr was 0.001 and is now 0.0005",
+        "global batch was 4 and is now 2",
+    ):
+        assert words in said
+    assert "num_workers was" not in said and "data.batch_size was" not in said
+
+
+def test_an_unchanged_resume_is_silent(tmp_path, caplog):
+    train(tmp_path / "first", *QUIET, "trainer.max_steps=2")
+    caplog.clear()
+    train(tmp_path / "second", *QUIET, checkpoint=last(tmp_path / "first"))
+    assert not [r.getMessage() for r in caplog.records if " is now " in r.getMessage()]

@@ -17,7 +17,16 @@ SINGLE = Launch(0, 1, "single")
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
-    for name in (ENVIRONMENT_KEY, "RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_JOB_NAME"):
+    for name in (
+        ENVIRONMENT_KEY,
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "TORCHELASTIC_RUN_ID",
+        "SLURM_PROCID",
+        "SLURM_NTASKS",
+        "SLURM_JOB_NAME",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -37,7 +46,9 @@ def test_runs_that_start_in_the_same_second(tmp_path, monkeypatch):
 def test_many_at_once_get_one_each(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "datetime", FixedClock)
     found = []
-    threads = [threading.Thread(target=lambda: found.append(run_folder(str(tmp_path), None, SINGLE))) for _ in range(16)]
+    threads = [
+        threading.Thread(target=lambda: found.append(run_folder(str(tmp_path), None, SINGLE))) for _ in range(16)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -60,7 +71,12 @@ def test_slurm_tasks_meet_at_a_file_of_their_job_step(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_STEP_ID", "0")
     found = {}
-    others = [threading.Thread(target=lambda r=rank: found.update({r: run_folder(str(tmp_path), None, Launch(r, 3, "slurm"))})) for rank in (1, 2)]
+    others = [
+        threading.Thread(
+            target=lambda r=rank: found.update({r: run_folder(str(tmp_path), None, Launch(r, 3, "slurm"))})
+        )
+        for rank in (1, 2)
+    ]
     for thread in others:
         thread.start()
     found[0] = run_folder(str(tmp_path), None, Launch(0, 3, "slurm"))

@@ -100,6 +100,13 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
                 link_or_copy(self._folder(trainer) / "last.ckpt", self._folder(trainer) / f"epoch_{epoch:03d}.ckpt")
                 self._prune(trainer)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """A run too short for an evaluation still has a best.ckpt."""
+        last, best = (self._folder(trainer) / name for name in ("last.ckpt", "best.ckpt"))
+        if trainer.is_global_zero and last.exists() and not best.exists():
+            link_or_copy(last, best)
+            log.info("Nothing was evaluated: best.ckpt is the last checkpoint.")
+
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """The state after the last whole update; on one process only, since others may not answer any more."""
         unfinished = trainer.global_step == self._saved_step or trainer.world_size > 1 or trainer.sanity_checking

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,5 +37,8 @@ def progress(shown: bool) -> Iterator[Track]:
 
 def log_to_stderr(main: bool) -> None:
     """The first process tells everything of ours, others errors only."""
+    warnings.filterwarnings(
+        "ignore", message=".*This DataLoader will create .* worker processes.*"
+    )  # the user's choice
     logging.basicConfig(level=logging.WARNING if main else logging.ERROR, format="%(message)s", stream=sys.stderr)
     logging.getLogger("src").setLevel(logging.INFO if main else logging.ERROR)

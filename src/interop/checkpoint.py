@@ -11,7 +11,7 @@ from src.interop.identity import require_same_encoder
 from src.models.checkpoint_format import FORMAT_VERSION
 from src.models.rae import RAE
 from src.models.settings import RAESettings
-from src.weights import freeze, load_strict, read, require
+from src.weights import freeze, load_strict, read, resolve
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +39,12 @@ def load_trained(path: str | Path, which: Which = "ema", changes: Mapping[str, A
         UserError: no such file, cut short, code in it, not a checkpoint of this trainer, another encoder than it was
             trained with.
     """
-    file = require(path, "Checkpoint", "--checkpoint")
+    file = _existing(path)
     content = read(file)
     if not isinstance(content, Mapping) or content.get("format_version") != FORMAT_VERSION or "config" not in content:
         raise UserError(
             f"{file} is no checkpoint of this trainer. Expected a .ckpt from the checkpoints/ folder of a run; a "
-            "decoder "
-            "of others is given with --decoder (and --encoder, --stats)."
+            "decoder of others is given with --decoder (and --encoder, --stats)."
         )
     model = content["config"]["model"]
     settings = {name: model[name] for name in RAESettings.__dataclass_fields__}
@@ -69,3 +68,12 @@ def load_trained(path: str | Path, which: Which = "ema", changes: Mapping[str, A
         "config": content["config"],
     }
     return LoadedModel(rae, description)
+
+
+def _existing(path: str | Path) -> Path:
+    file = resolve(path)
+    if file.is_file():
+        return file
+    beside = sorted(other.name for other in file.parent.glob("*.ckpt")) if file.parent.is_dir() else []
+    hint = f"That folder has {', '.join(beside)}." if beside else "Checkpoints lie in logs/runs/DATE/TIME/checkpoints."
+    raise UserError(f"Checkpoint not found: {file} (from --checkpoint). {hint}")

@@ -23,6 +23,7 @@ def describe(module: "RAEModule") -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "config": module.run_config,
+        "processes": module.trainer.world_size,
         "encoder": module.encoder_identity,
         "architecture": architecture(module),
     }

@@ -16,6 +16,7 @@ _SILENCED = (
     r".*is not currently supported on CUDA-enabled.*pin_memory.*",
     r".*'pin_memory' argument is set as true but no accelerator is found.*",
     r".*Grad strides do not match bucket view strides.*",
+    r".*This DataLoader will create .* worker processes.*",  # num_workers is the user's choice
     r".*`broadcast_buffers` is deprecated.*",  # its successor is not in the oldest torch that we support
     r".*barrier\(\): using the device under current context.*",
     r".*The `srun` command is available on your system but is not used.*",

@@ -11,8 +11,20 @@ from src.weights import read, resolve
 
 log = logging.getLogger(__name__)
 
-_FREE = {"num_workers", "prefetch_factor", "pin_memory", "worker_start", "max_bad_share"}
-"""Keys of `data:` that don't touch the stream of batches."""
+_FREE = {
+    *(
+        f"data.{key}"
+        for key in ("num_workers", "prefetch_factor", "pin_memory", "worker_start", "max_bad_share", "val_batch_size")
+    ),
+    *(f"data.{key}" for key in ("batch_size", "accumulate")),  # the global batch is compared instead
+    *(
+        f"model.{key}"
+        for key in ("compile", "sample_every", "log_every_n_steps", "activation_checkpointing", "loss_chunk_size")
+    ),
+    *(f"model.{key}" for key in ("accumulate_grad_batches", "max_skipped_steps", "scheduler.decay_end_epoch")),
+    "model.disc_scheduler.decay_end_epoch",  # follows max_epochs, which is announced by itself
+}
+"""Keys that touch neither the stream of batches nor what an update does with it."""
 
 
 def find_checkpoint(ckpt_path: str | None, log_dir: str, experiment: str) -> Path | None:
@@ -40,7 +52,7 @@ def find_checkpoint(ckpt_path: str | None, log_dir: str, experiment: str) -> Pat
     return max(found, key=lambda file: file.stat().st_mtime_ns)
 
 
-def announce_resume(checkpoint: Path, config: Mapping[str, Any]) -> None:
+def announce_resume(checkpoint: Path, config: Mapping[str, Any], processes: int) -> None:
     """Say where a resumed run stands, and every change that makes it another run than the one it continues."""
     content = read(checkpoint)
     if not isinstance(content, Mapping):
@@ -58,12 +70,30 @@ def announce_resume(checkpoint: Path, config: Mapping[str, Any]) -> None:
     done = content.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {}).get("current", {}).get("completed", 0)
     if old == epochs and done >= epochs:
         log.warning("That run is finished (%s epochs); nothing is left to do. Raise trainer.max_epochs to go on.", done)
-    for key, value in before.get("data", {}).items():
-        now = config["data"].get(key)
-        if now != value and key not in _FREE:
-            log.warning(
-                "data.%s was %s and is now %s: batches will differ from those of an uninterrupted run.", key, value, now
-            )
+    batches = [_global_batch(c, n) for c, n in ((before, content.get("processes")), (config, processes))]
+    if batches[0] != batches[1]:
+        log.warning("The global batch was %s and is now %s: steps and epochs no longer match the run before.", *batches)
+    for group in ("data", "model"):
+        was, now = _flat(before.get(group), group), _flat(config[group], group)
+        for key in sorted(was.keys() | now.keys()):
+            if key not in _FREE and was.get(key) != now.get(key):
+                log.warning(
+                    "%s was %s and is now %s: this is no longer the run before.", key, was.get(key), now.get(key)
+                )
+
+
+def _global_batch(config: Mapping[str, Any], processes: int | None) -> int | None:
+    data = config.get("data") or {}
+    if processes is None or "batch_size" not in data:
+        return None
+    return data["batch_size"] * data["accumulate"] * processes
+
+
+def _flat(node: Any, key: str) -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    if not isinstance(node, Mapping):
+        return {key: node}
+    return {name: value for part, inner in node.items() for name, value in _flat(inner, f"{key}.{part}").items()}
 
 
 def _experiment(run: Path) -> str | None:

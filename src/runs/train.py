@@ -44,6 +44,7 @@ def run(config: DictConfig) -> float | None:
 
 def _run(config: DictConfig) -> float | None:
     launch = Launch.detect()
+    logs.set_up(None, launch.main)
     _require_given(config)
     check_geometry(OmegaConf.to_container(config.model, resolve=True))  # type: ignore[arg-type]
     checkpoint = find_checkpoint(config.ckpt_path, config.paths.log_dir, config.experiment_name)
@@ -128,7 +129,7 @@ def fit(run: Run, checkpoint: Path | None, record: RunRecord) -> dict[str, Any]:
         if isinstance(callback, RunCheckpoint):
             callback.resumed_from = checkpoint
     if checkpoint is not None:
-        announce_resume(checkpoint, run.config)
+        announce_resume(checkpoint, run.config, trainer.world_size)
     try:
         trainer.fit(run.module, datamodule=datamodule, ckpt_path=checkpoint)
     finally:  # Lightning leaves this out on the way of an exception, and loading processes would outlive their use
