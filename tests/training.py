@@ -18,7 +18,7 @@ from src.weights import PROJECT_ROOT
 SMALL = [
     "experiment=rae_dummy", "data.image_size=64", "data.batch_size=4", "data.num_workers=0", "trainer.max_epochs=2",
     "trainer.accelerator=cpu", "trainer.limit_train_batches=3", "trainer.limit_val_batches=1", "trainer.log_every_n_steps=1",
-    "model.disc_upd_start_epoch=0.34", "model.disc_start_epoch=0.34", "model.sample_every=0", "trainer.num_sanity_val_steps=0",
+    "model.disc_upd_start_epoch=0.34", "model.disc_start_epoch=0.34", "model.sample_every=0", "trainer.num_sanity_val_steps=0", "trainer.check_val_every_n_epoch=1",
 ]  # fmt: skip
 
 
