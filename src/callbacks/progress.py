@@ -50,7 +50,7 @@ class TrainingProgress(pl.Callback):
             self._bar.update(
                 self._task, completed=(batch_idx + 1) // loop.accumulate_grad_batches,
                 description=f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}",
-                **({"figures": self._line(trainer)} if due else {}),
+                **({"figures": self._short(trainer)} if due else {}),
             )  # fmt: skip
         elif due and trainer.is_global_zero:
             log.info(
@@ -95,6 +95,12 @@ class TrainingProgress(pl.Callback):
                 f"{figures['memory_gb']:.1f} GB, {duration(figures['seconds_left'])} left"
             )
         return text
+
+    def _short(self, trainer: pl.Trainer) -> str:
+        """What fits beside a bar."""
+        figures = next((c.figures for c in trainer.callbacks if isinstance(c, Throughput)), {})
+        speed = f", {figures['images_per_s']:.4g} images/s, {duration(figures['seconds_left'])} left" if figures else ""
+        return f"loss {self.latest['train/loss']:.4g}{speed}"
 
     def _stop(self) -> None:
         if self._bar is not None:

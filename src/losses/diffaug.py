@@ -107,7 +107,7 @@ class _Translate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        dy, dx = ctx.saved_tensors
+        dy, dx = ctx.saved_tensors  # type: ignore[attr-defined]
         return _translate(grad, -dy, -dx), None, None
 
 

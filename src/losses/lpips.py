@@ -36,6 +36,9 @@ class LPIPS(nn.Module):
         UserError: a file is missing or does not fit, or `weights` is neither `pretrained` nor `untrained`.
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(
         self,
         vgg_path: str | Path | None,
@@ -112,5 +115,7 @@ def linear_from_file(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _initialise(vgg: VGG16) -> None:
     # He initialisation keeps the scale through 13 ReLUs; PyTorch's default lets the signal drown in the biases.
     for conv in vgg.convs:
+        assert isinstance(conv, nn.Conv2d)
+        assert conv.bias is not None
         nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
         nn.init.zeros_(conv.bias)

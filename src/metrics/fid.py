@@ -175,7 +175,7 @@ def save_npz(path: str | Path, moments: Moments, features: str) -> None:
     if moments.count is not None:
         arrays["count"] = np.array(moments.count)
     with atomic_write(path) as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes every name for its flag
 
 
 def load_npz(path: str | Path) -> Gaussian:

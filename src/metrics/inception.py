@@ -59,7 +59,8 @@ class InceptionFeatures(nn.Module):
         else:
             self.name = "inception-2015-12-05"
             _load(network, weights_path, key)
-        self.network = freeze(network).fuse().to(memory_format=torch.channels_last)
+        freeze(network)
+        self.network = network.fuse().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
     def device(self) -> torch.device:

@@ -113,8 +113,8 @@ class Heads(nn.Module):
         layers = zip(maps, self.first(), self.first_norm(), self.second(), self.second_norm(), self.last(), strict=True)
         logits = []
         for x, first, first_norm, second, second_norm, last in layers:
-            x = _normalise(_convolve(x, *first), *first_norm, self.norm_type)  # B C L
-            y = _normalise(_convolve(x, *second), *second_norm, self.norm_type)
+            x = _normalise(_convolve(x, *first), first_norm, self.norm_type)  # B C L
+            y = _normalise(_convolve(x, *second), second_norm, self.norm_type)
             logits.append(_convolve((x + y) * 0.5**0.5, *last).flatten(1))  # B L
         return torch.cat(logits, dim=1)
 
@@ -131,7 +131,7 @@ class Convolutions(nn.Module):
         drawn = [nn.Conv1d(width_in, width_out, ks) for _ in range(count)]  # for PyTorch's initialisation
         weight = torch.stack([conv.weight.detach() for conv in drawn])  # S O I ks
         self.weights = SpectralWeights(weight) if spectral else PlainWeights(weight)
-        self.bias = nn.Parameter(torch.stack([conv.bias.detach() for conv in drawn]))
+        self.bias = nn.Parameter(torch.stack([conv.bias.detach() for conv in drawn if conv.bias is not None]))
 
     def forward(self) -> list[tuple[Tensor, Tensor]]:
         return list(zip(self.weights(), self.bias.unbind(0), strict=True))
@@ -156,8 +156,9 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # B C L -> B 
     return F.conv1d(x, weight, bias)
 
 
-def _normalise(x: Tensor, weight: Tensor, bias: Tensor, norm_type: str) -> Tensor:  # B C L
+def _normalise(x: Tensor, affine: tuple[Tensor, Tensor], norm_type: str) -> Tensor:  # B C L
     """Per sample: each channel over L (`bn`), or each group of channels with L (`gn`); then LeakyReLU."""
+    weight, bias = affine
     if norm_type == "gn":
         x = F.group_norm(x, GROUPS, weight, bias, NORM_EPS)
     else:

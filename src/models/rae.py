@@ -18,6 +18,7 @@ from src.images import bytes_to_unit
 from src.models.decoder import DecoderConfig, ViTDecoder, unpatchify
 from src.models.decoder_files import load_decoder, read_statistics_content
 from src.models.encoders import encoder_class, preprocessing
+from src.models.frozen_encoder import FrozenEncoder
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,10 @@ class RAE(nn.Module):
     No noise is added unless a call asks for it, whatever the train/eval mode; `decode` does not clamp.
     """
 
+    encoder: FrozenEncoder
+    decoder: ViTDecoder
+    image_mean: Tensor
+    image_std: Tensor
     latent_mean: Tensor | None
     latent_var: Tensor | None
 
@@ -218,7 +223,7 @@ def _source(params: Mapping[str, Any]) -> str:
     )
 
 
-def _build(kind: type, params: Mapping[str, Any]) -> nn.Module:
+def _build(kind: type[FrozenEncoder], params: Mapping[str, Any]) -> FrozenEncoder:
     try:
         return kind(**params)
     except TypeError as error:
