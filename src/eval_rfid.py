@@ -10,7 +10,6 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from src.evaluation.options import (
     not_negative,
     option,
 )
-from src.evaluation.terminal import log_to_stderr, progress
+from src.evaluation.terminal import progress, run_program
 
 EPILOG = r"""
 the published figures of the released DINOv2-B decoder (rFID .57, PSNR 18.9 dB on the 50,000 images of ImageNet val):
@@ -141,18 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--worst needs --output_dir: the sheet goes there")
     if options.save_npz and len(options.data_dir) > 1:
         parser.error("--save_npz takes the images of one data set, --data_dir names several")
-    from src.errors import UserError
-
-    rank = int(os.environ.get("RANK", "0"))
-    log_to_stderr(rank == 0)
-    try:
-        return _run(options)
-    except UserError as error:
-        print(f"Error{f' (process {rank})' if rank else ''}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return run_program(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> int:

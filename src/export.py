@@ -9,10 +9,10 @@ Every export is a folder with a model card, the latent statistics (`stats.pt`) a
 are read back by `model.pretrained_decoder_path`, `model.normalization_stat_path`, and `--decoder` of the other programs.
 """
 
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root instead of src/
 
@@ -52,35 +52,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     option(out, "private", action="store_true", help="with --push: a private repository")
     arguments = parser.parse_args(argv)
 
-    from src.errors import UserError
+    from src.evaluation.terminal import run_program
 
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    try:
-        from src.evaluation.models import ModelChoice, open_model
-        from src.exporting.export import ExportOptions, check_output, export
-        from src.exporting.hub import check_repo_id, push
+    return run_program(lambda: _run(arguments))
 
-        if arguments.push:
-            check_repo_id(arguments.push)
-        check_output(arguments.output, arguments.overwrite)
-        loaded = open_model(ModelChoice.of(arguments))
-        options = ExportOptions(
-            arguments.format, arguments.dtype, arguments.with_encoder, arguments.published_names, arguments.overwrite
-        )
-        remarks = export(loaded, arguments.output, options, arguments.scores)
-        print(
-            f"{arguments.format} export of {loaded.description['source']} ({loaded.description['weights']}, "
-            f"{arguments.dtype}):"
-        )
-        for file in sorted(path for path in arguments.output.rglob("*") if path.is_file()):
-            print(f"  {file}  {file.stat().st_size:,} bytes")
-        for remark in remarks:
-            print(f"Note: {remark}")
-        if arguments.push:
-            print(f"Pushed to {push(arguments.output, arguments.push, arguments.private)}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+
+def _run(arguments: Any) -> int:
+    from src.evaluation.models import ModelChoice, open_model
+    from src.exporting.export import ExportOptions, check_output, export
+    from src.exporting.hub import check_repo_id, push
+
+    if arguments.push:
+        check_repo_id(arguments.push)
+    check_output(arguments.output, arguments.overwrite)
+    loaded = open_model(ModelChoice.of(arguments))
+    options = ExportOptions(
+        arguments.format, arguments.dtype, arguments.with_encoder, arguments.published_names, arguments.overwrite
+    )
+    remarks = export(loaded, arguments.output, options, arguments.scores)
+    print(
+        f"{arguments.format} export of {loaded.description['source']} ({loaded.description['weights']}, "
+        f"{arguments.dtype}):"
+    )
+    for file in sorted(path for path in arguments.output.rglob("*") if path.is_file()):
+        print(f"  {file}  {file.stat().st_size:,} bytes")
+    for remark in remarks:
+        print(f"Note: {remark}")
+    if arguments.push:
+        print(f"Pushed to {push(arguments.output, arguments.push, arguments.private)}")
     return 0
 
 

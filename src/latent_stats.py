@@ -8,7 +8,6 @@ are kept in float64 and saved every 16,384 images, so the same command continues
 official one (`mean`, `var`, each C x h x w) and says besides which encoder it is of.
 """
 
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -79,14 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sum(value is not None for value in (arguments.config, arguments.checkpoint, arguments.decoder)) != 1:
         parser.error("give one of --config, --checkpoint and --decoder")
 
-    from src.errors import UserError
+    from src.evaluation.terminal import run_program
 
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    try:
-        return _run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_program(lambda: _run(arguments))
 
 
 def _run(arguments: Any) -> int:

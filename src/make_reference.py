@@ -15,7 +15,6 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import os
 from collections.abc import Sequence
 
 from src.evaluation.options import (
@@ -26,7 +25,7 @@ from src.evaluation.options import (
     option,
     positive,
 )
-from src.evaluation.terminal import log_to_stderr, progress
+from src.evaluation.terminal import progress, run_program
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,17 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if len(options.data_dir) > 1:
         parser.error("one reference is made of one data set; --data_dir names several")
-    from src.errors import UserError
+    return run_program(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
     from src.evaluation.processes import processes
     from src.evaluation.reference_file import write_reference
 
-    log_to_stderr(int(os.environ.get("RANK", "0")) == 0)
-    try:
-        with processes(options.device) as place, progress(place.main) as track:
-            count, description = write_reference(options, place, track)
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
+    with processes(options.device) as place, progress(place.main) as track:
+        count, description = write_reference(options, place, track)
     if place.main:
         print(f"{options.output}: {description} of {count:,} images")
     return 0

@@ -11,7 +11,6 @@ rest filled with the edge's colours, which count in the scores) or `resize` (pro
 """
 
 import json
-import logging
 import os
 import shutil
 import sys
@@ -117,17 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("give one of --input and --from_latents")
     if options.from_latents is not None and (options.latents or "scores" in (options.write or ())):
         parser.error("--from_latents has no originals: neither --latents nor --write scores goes with it")
-    from src.errors import UserError
+    from src.evaluation.terminal import run_program
 
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    try:
-        return _run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return run_program(lambda: _run(options))
 
 
 def _run(options: Any) -> int:

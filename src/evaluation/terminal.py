@@ -1,6 +1,7 @@
-"""What the evaluation programs show while they run, all of it on stderr. No heavy imports."""
+"""How the command line programs run and what they show meanwhile, all of it on stderr. No heavy imports."""
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -42,3 +43,19 @@ def log_to_stderr(main: bool) -> None:
     )  # the user's choice
     logging.basicConfig(level=logging.WARNING if main else logging.ERROR, format="%(message)s", stream=sys.stderr)
     logging.getLogger("src").setLevel(logging.INFO if main else logging.ERROR)
+
+
+def run_program(body: Callable[[], int]) -> int:
+    """The exit status of a command line program: `body`'s own, 1 and one message for the user's mistakes, 130 for Ctrl-C."""
+    from src.errors import UserError
+
+    rank = int(os.environ.get("RANK", "0"))
+    log_to_stderr(rank == 0)
+    try:
+        return body()
+    except UserError as error:
+        print(f"Error{f' (process {rank})' if rank else ''}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
