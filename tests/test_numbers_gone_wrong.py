@@ -1,10 +1,12 @@
 """NaN and infinity: which term, at which step, how often, and what is left of the weights."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from src.callbacks.checkpoint import RunCheckpoint
 from src.models.guard import FiniteGuard, NonFiniteError
 from src.models.training_step import TrainingStep
 from src.weights import read
@@ -87,6 +89,25 @@ def test_the_guard_remembers_the_first_step_and_reports_no_good_ones():
     assert guard.observe(2, {"l1": bad, "gan": bad}) == 1
     with pytest.raises(NonFiniteError, match="gan is NaN or infinite at step 1"):
         guard.check()
+
+
+def test_both_networks_going_wrong_is_one_step():
+    guard, bad = FiniteGuard(max_skipped_steps=2), torch.tensor(math.nan)
+    for step in (4, 5):
+        guard.observe(step, {"l1": bad})
+        guard.observe(step, {"discriminator loss": bad})
+    assert guard.skipped == 2
+    guard.check()
+
+
+def test_a_score_that_is_not_a_number_is_never_the_best():
+    checkpoint = RunCheckpoint(every_n_steps=0, every_n_minutes=0, every_n_epochs=0, keep_epochs=0)
+    checkpoint.monitor = "val/loss"
+    found = []
+    for step, score in enumerate((math.nan, 3.0, math.nan, math.inf, 2.0, 2.5), 1):
+        found.append(checkpoint._is_better(SimpleNamespace(scores={"val/loss": (step, score)})))
+    assert found == [False, True, False, False, True, False]
+    assert checkpoint.best == 2.0
 
 
 def test_clipping_bounds_the_update(tmp_path):

@@ -4,6 +4,7 @@ One file is written at a time; `best` and `epoch_XXX` are further names (hard li
 """
 
 import logging
+import math
 import signal
 import time
 from collections.abc import Mapping
@@ -173,7 +174,7 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         if step <= self._best_step:
             return False
         self._best_step = step
-        if self.best is not None and not score < self.best:
+        if not math.isfinite(score) or (self.best is not None and score >= self.best):
             return False
         self.best = score
         return True

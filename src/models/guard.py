@@ -25,6 +25,7 @@ class FiniteGuard:
     def __init__(self, max_skipped_steps: int) -> None:
         self.max_skipped_steps = max_skipped_steps
         self._skipped: Tensor | None = None  # int64 scalar on the device
+        self._last = torch.empty(0)  # the latest step that went wrong
         self._first: dict[str, Tensor] = {}  # step at which a name first went wrong, -1: never
         self._restored = 0
 
@@ -34,7 +35,9 @@ class FiniteGuard:
         bad = flags.any()
         if self._skipped is None:
             self._skipped = torch.full((), self._restored, dtype=torch.int64, device=bad.device)
-        self._skipped += bad
+            self._last = torch.full_like(self._skipped, -1)
+        self._skipped += bad & (self._last != step)  # both networks may go wrong in one step
+        self._last = torch.where(bad, step, self._last)
         for name, flag in zip(values, flags.unbind(), strict=True):
             first = self._first.setdefault(name, torch.full((), -1, dtype=torch.int64, device=bad.device))
             first.copy_(torch.where((first < 0) & flag, step, first))
