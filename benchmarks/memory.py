@@ -1,10 +1,12 @@
-"""Memory of a training step at any batch size, worked out on a CPU without computing anything.
+"""Memory of a training step on a GPU at any batch size, worked out on a CPU without computing anything.
 
     python benchmarks/memory.py --decoder ViTB --batch 1 4 16 --activation_checkpointing --loss_chunk_size 4
+    python benchmarks/memory.py --decoder ViTXL --batch 64 --variants plain ours --fit 80 140
 
 The step of `benchmarks/train_step.py` runs on fake tensors (shapes and types, no numbers), all networks at their real size,
 and the bytes of all live tensors are added up at each operation. That is what a GPU's allocator would hand out, without its
-rounding, the CUDA context (about 0.5 GB) and the workspaces of cuBLAS and cuDNN: add 1 to 1.5 GB.
+rounding, the CUDA context (about 0.5 GB) and the workspaces of cuBLAS and cuDNN: add 1 to 1.5 GB. Autocast takes the types
+that it takes on a GPU. `--fit` says the largest batch for so much memory (memory is a constant and a share per image).
 """
 
 import argparse
@@ -19,12 +21,21 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from benchmarks.train_step import DTYPES, PHASES, OurRunner, build_models, make_inputs
+from benchmarks.runners import DTYPES, PHASES, build_models, make_inputs, make_runner
+from src.models.precision import cast_frozen
 
 GIB = 2**30
+OVERHEAD = 1.5
+"""GiB besides tensors, taken off by `--fit`."""
+IN_FLOAT32_ON_A_GPU = {
+    "layer_norm", "group_norm", "softmax", "log_softmax", "norm", "vector_norm", "sum", "prod", "cumsum",
+    "pow", "__pow__", "__rpow__", "exp", "log", "rsqrt", "reciprocal", "l1_loss", "mse_loss",
+}  # fmt: skip
+"""From the table of operations in torch's page on autocast; a CPU's autocast leaves these in half precision."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -58,6 +69,22 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
+class GpuAutocast(TorchFunctionMode):
+    """Inside a CPU's autocast, the operations that a GPU's autocast runs in float32 do so too."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in IN_FLOAT32_ON_A_GPU and torch.is_autocast_enabled("cpu"):
+            args = [_widened(value) for value in args]
+            kwargs = {name: _widened(value) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _widened(value: Any) -> Any:
+    half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if half else value
+
+
 def make_fake(root: nn.Module, fake: FakeTensorMode, live: LiveBytes) -> None:
     """Put fake tensors of the same shapes in the place of parameters and buffers."""
     for module in root.modules():
@@ -72,22 +99,25 @@ def make_fake(root: nn.Module, fake: FakeTensorMode, live: LiveBytes) -> None:
                 live.add(module._buffers[name])
 
 
-def peak_bytes(arguments: argparse.Namespace, batch: int) -> tuple[int, int]:
+def peak_bytes(arguments: argparse.Namespace, variant: str, batch: int) -> tuple[int, int]:
     """(bytes between steps: weights, averages, moments; peak within a step)."""
     arguments.batch = batch
-    options = {"disc_fake": "fresh", "compile": False, "loss_chunk_size": arguments.loss_chunk_size,
+    device, dtype = torch.device("cpu"), DTYPES[arguments.precision]
+    options = {"disc_fake": "fresh", "loss_chunk_size": arguments.loss_chunk_size, "dtype": None,
                "activation_checkpointing": arguments.activation_checkpointing}  # fmt: skip
     with tempfile.TemporaryDirectory() as arguments.scratch:
-        models = build_models(arguments, torch.device("cpu"))
-    images, draws = make_inputs(arguments, models, torch.device("cpu"))
+        models = build_models(arguments)
+    if dtype is not None and variant != "plain":  # as the runner does, but fake weights can't be cast in place
+        cast_frozen(models.rae.encoder, dtype)
+        cast_frozen(models.discriminator.trunk, dtype)
+    images, draws = make_inputs(arguments, models, device)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, LiveBytes() as live:
         for module in (models.rae, models.lpips, models.discriminator):
             make_fake(module, fake, live)
-        runner = OurRunner(models, torch.device("cpu"), options)
-        dtype = DTYPES[arguments.precision]
+        runner = make_runner(variant, models, device, options)
         for _ in range(2):  # the second step has its moments already
             live.peak = live.now
-            with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            with torch.autocast("cpu", dtype or torch.bfloat16, dtype is not None, cache_enabled=False), GpuAutocast():
                 runner.run(images, draws, PHASES[arguments.phase])
         return live.now, live.peak
 
@@ -99,15 +129,28 @@ def main() -> None:
     parser.add_argument("--disc", default="S_8")
     parser.add_argument("--image_size", type=int, default=256, metavar="PX")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16], metavar="N")
+    parser.add_argument("--variants", nargs="+", choices=["plain", "ours"], default=["ours"])
     parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16")
     parser.add_argument("--phase", choices=sorted(PHASES), default="gan")
     parser.add_argument("--activation_checkpointing", action="store_true")
     parser.add_argument("--loss_chunk_size", type=int, metavar="N")
+    parser.add_argument("--fit", type=int, nargs="+", default=[], metavar="GIB", help="memory to fill")
     arguments = parser.parse_args()
     batches = arguments.batch
-    for batch in batches:
-        held, peak = peak_bytes(arguments, batch)
-        print(f"batch {batch}: {peak / GIB:.2f} GiB at the peak, {held / GIB:.2f} GiB of it between steps")
+    for variant in arguments.variants:
+        for batch in batches:
+            held, peak = peak_bytes(arguments, variant, batch)
+            print(f"{variant}, batch {batch}: {peak / GIB:.2f} GiB at the peak, {held / GIB:.2f} GiB between steps")
+        if arguments.fit:
+            print_fit(arguments, variant, batch, peak)
+
+
+def print_fit(arguments: argparse.Namespace, variant: str, batch: int, peak: int) -> None:
+    other = max(1, batch // 2) if batch > 1 else 2
+    share = (peak - peak_bytes(arguments, variant, other)[1]) / (batch - other)  # bytes per image
+    for gib in arguments.fit:
+        largest = int(((gib - OVERHEAD) * GIB - (peak - share * batch)) / share)
+        print(f"{variant}: {gib} GiB hold batches up to about {largest} ({share / GIB:.3f} GiB an image)")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 Kept for two purposes: the yardstick of `benchmarks/train_step.py`, and the oracle that the step of
 `src/models/training_step.py` is held against. Nothing in it is clever: every loss is differentiated through the whole
-chain, the encoder runs once for the generator and once for the discriminator.
+chain, the encoder runs once for the generator and once for the discriminator, attention is three projections and a
+softmax, and each layer keeps what autograd wants to keep.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +17,7 @@ from torch.profiler import record_function
 
 from src.losses.diffaug import DiffAug, Draws
 from src.losses.lpips import LPIPS
+from src.models import decoder, dino
 from src.models.discriminator import DinoDiscriminator
 from src.models.rae import RAE
 from src.models.training_step import NoiseDraws, Phase
@@ -31,6 +35,15 @@ class PlainStep:
 
     def generator(self, images: Tensor, noise: NoiseDraws | None, augment: Draws, phase: Phase) -> dict[str, Tensor]:
         """Images in [0, 1]. Gradients of the total loss go into the decoder; returns the terms."""
+        with published_layers():
+            return self._generator(images, noise, augment, phase)
+
+    def discriminate(self, images: Tensor, fake_draws: Draws, real_draws: Draws) -> dict[str, Tensor]:
+        """Images in [0, 1]. Gradients of D's hinge loss go into its heads."""
+        with published_layers():
+            return self._discriminate(images, fake_draws, real_draws)
+
+    def _generator(self, images: Tensor, noise: NoiseDraws | None, augment: Draws, phase: Phase) -> dict[str, Tensor]:
         with record_function("encode"):
             latents = self._encode(images, noise)
         with record_function("decode"):
@@ -56,8 +69,7 @@ class PlainStep:
             terms["loss"].backward()
         return {name: value.detach() for name, value in terms.items()}
 
-    def discriminate(self, images: Tensor, fake_draws: Draws, real_draws: Draws) -> dict[str, Tensor]:
-        """Images in [0, 1]. Gradients of D's hinge loss go into its heads."""
+    def _discriminate(self, images: Tensor, fake_draws: Draws, real_draws: Draws) -> dict[str, Tensor]:
         self.discriminator.zero_grad()  # the generator's backward pass left some there
         with torch.no_grad(), record_function("disc_decode"):
             fake = self.rae.decode(self._encode(images, None)) * 2 - 1
@@ -96,3 +108,43 @@ class PlainStep:
 
 def _unit(features: Tensor) -> Tensor:
     return features / (features.square().sum(1, keepdim=True).sqrt() + 1e-10)
+
+
+@contextmanager
+def published_layers() -> Iterator[None]:
+    """Inside, the blocks of decoder and DINO trunk work as the official ones do."""
+    plain = (
+        (decoder.SelfAttention, "forward", _decoder_attention),
+        (decoder.Block, "forward", _decoder_block),
+        (dino.Block, "_attention", _dino_attention),
+    )
+    ours = [(owner, name, getattr(owner, name)) for owner, name, _ in plain]
+    try:
+        for owner, name, function in plain:
+            setattr(owner, name, function)
+        yield
+    finally:
+        for owner, name, function in ours:
+            setattr(owner, name, function)
+
+
+def _decoder_attention(self: decoder.SelfAttention, x: Tensor) -> Tensor:
+    query, key, value = (
+        layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in self.attention.values()
+    )  # B A N D/A
+    return self.output["dense"](_softmax_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+def _decoder_block(self: decoder.Block, x: Tensor) -> Tensor:
+    x = x + self.attention(self.layernorm_before(x))
+    return x + self.output["dense"](F.gelu(self.intermediate["dense"](self.layernorm_after(x))))
+
+
+def _dino_attention(self: dino.Block, x: Tensor) -> Tensor:
+    qkv = self.attn["qkv"](x).unflatten(2, (3, self.heads, -1))  # B 1+L 3 heads C/heads
+    mixed = _softmax_attention(*qkv.permute(2, 0, 3, 1, 4))
+    return self.attn["proj"](mixed.transpose(1, 2).flatten(2))
+
+
+def _softmax_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return (query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5).softmax(dim=-1) @ value

@@ -3,21 +3,22 @@
     python benchmarks/train_step.py --decoder ViTB --batch 4 --precision fp32 bf16 --out benchmarks/results/cpu.json
     python benchmarks/train_step.py --device cuda --decoder ViTXL --batch 64 --precision bf16 --variants plain ours compiled
 
-`plain` is `benchmarks/plain_step.py` with the optimiser, the average and the attention that the official code uses:
-eager attention in decoder and DINO trunk, two encoder passes, every loss through the whole chain. `ours` is the step
-that trains. All weights are untrained; shapes are the real ones. Phases: warmup (L1 + LPIPS), disc (D updates too), gan.
+`plain` is `benchmarks/plain_step.py` with the optimiser and the average that the official code uses: eager attention in
+decoder and DINO trunk, two encoder passes, every loss through the whole chain. `ours` is the step
+that trains. All weights are untrained; shapes are the real ones. Not in it: loader, copies to the device, random draws and the
+exchange between processes. Phases: warmup (L1 + LPIPS), disc (D updates too), gan.
 """
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,207 +26,47 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from benchmarks.plain_step import PlainStep
-from src.ema import EMA
-from src.images import bytes_to_unit, unit_to_signed
-from src.losses.diffaug import UNIFORMS_PER_BATCH, UNIFORMS_PER_SAMPLE, DiffAug
-from src.losses.gan import discriminator_loss, generator_loss
-from src.losses.lpips import LPIPS
-from src.models.discriminator import DinoDiscriminator
-from src.models.optimisation import adamw
-from src.models.precision import cast_frozen
-from src.models.rae import RAE
-from src.models.rae_module import compile_parts
-from src.models.settings import OptimizerSettings
-from src.models.training_step import NoiseDraws, Phase, StepSettings, TrainingStep
+from benchmarks.runners import (
+    DTYPES,
+    ENCODERS,
+    PHASES,
+    VARIANTS,
+    Draws,
+    build_models,
+    copy_to,
+    make_inputs,
+    make_runner,
+)
+from src.models.training_step import Phase
 from src.weights import PROJECT_ROOT
 
-PHASES = {"warmup": Phase(True, False, False), "disc": Phase(True, False, True), "gan": Phase(True, True, True)}
 PARTS = ("encode", "decode", "lpips", "gan", "adaptive_weight", "backward", "disc_decode", "disc", "optimizer", "ema")
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-ENCODERS = {
-    "dinov2_b": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
-    "tiny": {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 3},
+
+
+def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(*shapes: Any, **_: Any) -> int:
+    return sdpa_backward_flop_count(*shapes[:4])
+
+
+ATTENTION_ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
-
-
-@dataclass
-class Models:
-    rae: RAE
-    lpips: LPIPS
-    discriminator: DinoDiscriminator
-    augment: DiffAug
-
-
-class PlainRunner:
-    """The published step with its surroundings: two float copies of the images, unfused optimisers, a loop for the average."""
-
-    def __init__(self, models: Models, device: torch.device) -> None:
-        self.device = device
-        self.models = models
-        self.step = PlainStep(models.rae, models.lpips, models.discriminator, models.augment, 1.0, 0.75, 1e4)
-        self.average = deepcopy(models.rae.decoder).requires_grad_(False)
-        self.optimizers = [
-            torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0)
-            for module in (models.rae.decoder, models.discriminator.heads)
-        ]  # fmt: skip
-
-    def run(self, images: Tensor, draws: Any, phase: Phase) -> None:
-        x = bytes_to_unit(images)
-        with published_attention():
-            self.step.generator(x, draws.noise, draws.augment[0], phase)
-            with torch.profiler.record_function("optimizer"):
-                self.optimizers[0].step()
-                self.optimizers[0].zero_grad()
-            with torch.no_grad(), torch.profiler.record_function("ema"):
-                for kept, new in zip(self.average.parameters(), self.models.rae.decoder.parameters(), strict=True):
-                    kept.mul_(0.9978).add_(new, alpha=1 - 0.9978)
-            if phase.disc:
-                self.step.discriminate(x, draws.augment[1], draws.augment[2])
-                with torch.profiler.record_function("optimizer"):
-                    self.optimizers[1].step()
-            self.optimizers[1].zero_grad()
-
-
-class OurRunner:
-    """The step as `src/models/rae_module.py` runs it, without Lightning around it."""
-
-    def __init__(self, models: Models, device: torch.device, options: dict[str, Any]) -> None:
-        self.models = models
-        settings = StepSettings(1.0, 0.75, 1e4, "global", options["disc_fake"], options["loss_chunk_size"])
-        self.step = TrainingStep(
-            models.rae,
-            models.lpips,
-            models.discriminator,
-            models.augment,
-            discriminator_loss("hinge"),
-            generator_loss("hinge"),
-            settings,
-        )
-        models.rae.decoder.activation_checkpointing = options["activation_checkpointing"]
-        self.ema = EMA(models.rae.decoder, 0.9978)
-        self.optimizers = [
-            adamw(module, OptimizerSettings(2e-4, (0.9, 0.95), 0.0))
-            for module in (models.rae.decoder, models.discriminator.heads)
-        ]  # fmt: skip
-        if options["dtype"] is not None:
-            cast_frozen(models.rae.encoder, options["dtype"])
-            cast_frozen(models.discriminator.trunk, options["dtype"])
-        if options["compile"]:
-            holder = nn.Module()
-            holder.rae, holder.ema_decoder, holder.lpips, holder.discriminator = (
-                models.rae,
-                self.ema.average,
-                models.lpips,
-                models.discriminator,
-            )
-            compile_parts(holder)
-
-    def run(self, images: Tensor, draws: Any, phase: Phase) -> None:
-        x = bytes_to_unit(images)
-        result = self.step.generator(
-            x, draws.noise, draws.augment[0], phase, backward=lambda output, gradient: output.backward(gradient)
-        )
-        with torch.profiler.record_function("optimizer"):
-            self.optimizers[0].step()
-            self.optimizers[0].zero_grad(set_to_none=True)
-        with torch.profiler.record_function("ema"):
-            self.ema.update()
-        if phase.disc:
-            pairs = (("fake", self.step.fake(result), 1), ("real", unit_to_signed(x), 2))
-            for label, pictures, number in pairs:
-                self.models.discriminator.power_iteration()
-                self.step.discriminate(
-                    pictures, draws.augment[number], label, backward=lambda loss, weight: loss.backward(weight)
-                )
-            with torch.profiler.record_function("optimizer"):
-                self.optimizers[1].step()
-                self.optimizers[1].zero_grad(set_to_none=True)
-
-
-@contextmanager
-def published_attention():
-    """Softmax attention in separate operations, as the official decoder and DINO trunk compute it."""
-    import src.models.decoder as decoder
-    import src.models.dino as dino
-
-    class Eager:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(F, name)
-
-        @staticmethod
-        def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
-            return scores.softmax(dim=-1) @ value
-
-    decoder.F, dino.F = Eager(), Eager()  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        decoder.F, dino.F = F, F
-
-
-@dataclass
-class Draws:
-    noise: NoiseDraws
-    augment: list[Any]
-
-
-def build_models(arguments: argparse.Namespace, device: torch.device) -> Models:
-    folder = PROJECT_ROOT / "configs/encoder/dinov2_tiny"
-    config = {**json.loads((folder / "config.json").read_text()), **ENCODERS[arguments.encoder], "image_size": 518}
-    scratch = Path(arguments.scratch) / "encoder"
-    scratch.mkdir(parents=True, exist_ok=True)
-    (scratch / "config.json").write_text(json.dumps(config))
-    (scratch / "preprocessor_config.json").write_text((folder / "preprocessor_config.json").read_text())
-    torch.manual_seed(0)
-    rae = RAE(
-        "Dinov2withNorm",
-        str(scratch),
-        {"dinov2_path": str(scratch), "weights": "untrained"},
-        f"configs/decoder/{arguments.decoder}",
-        16,
-        arguments.image_size,
-    )
-    small = arguments.encoder == "tiny"
-    lpips = LPIPS(None, None, weights="untrained", **({"channels": (4, 8, 8, 16, 16)} if small else {}))
-    discriminator = DinoDiscriminator(
-        None, ks=5 if small else 9, key_depths=(1, 3) if small else (2, 5, 8, 11), norm_type="bn", using_spec_norm=True,
-        recipe="tiny" if small else arguments.disc, weights="untrained",
-    )  # fmt: skip
-    for module in (rae, lpips, discriminator):
-        module.to(device)
-    return Models(rae, lpips, discriminator, DiffAug(prob=1.0, cutout=0.0))
-
-
-def make_inputs(arguments: argparse.Namespace, models: Models, device: torch.device) -> tuple[Tensor, Draws]:
-    rng = torch.Generator().manual_seed(1)
-    batch = arguments.batch
-    images = torch.randint(
-        0, 256, (batch, 3, arguments.image_size, arguments.image_size), dtype=torch.uint8, generator=rng
-    )
-    noise = NoiseDraws(
-        torch.rand(batch, generator=rng).to(device),
-        torch.randn(batch, *models.rae.latent_shape, generator=rng).to(device),
-    )
-    augment = [
-        models.augment.draw(
-            torch.rand(UNIFORMS_PER_BATCH, generator=rng), torch.rand(batch, UNIFORMS_PER_SAMPLE, generator=rng)
-        ).to(device)
-        for _ in range(3)
-    ]
-    return images.to(device), Draws(noise, augment)
+"""What torch's counter knows of a GPU's fused attention only."""
 
 
 def measure(
     runners: dict[str, Any], images: Tensor, draws: Draws, phase: Phase, precision: str, repeats: int, warm: int
 ) -> dict[str, Any]:
-    """Seconds per step of each variant, taken in turns, so that a change of the machine's speed meets all alike."""
+    """Seconds per step of each of `runners`, taken in turns: a change of the machine's speed meets all alike."""
     device = images.device
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     for turn in range(warm + repeats):
@@ -237,7 +78,7 @@ def measure(
                 seconds[name].append(clock(device) - began)
     found = {}
     for name, runner in runners.items():
-        with autocast(device, precision), FlopCounterMode(display=False) as flops:
+        with autocast(device, precision), FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as flops:
             parts = part_times(lambda runner=runner: runner.run(images, draws, phase), device)
         median = statistics.median(seconds[name])
         total = flops.get_total_flops()
@@ -248,10 +89,16 @@ def measure(
     return found
 
 
+def turns(variants: Sequence[str], device: torch.device) -> list[list[str]]:
+    """Which variants are measured together. A GPU keeps its speed, and its memory is for one step at a time."""
+    return [[name] for name in variants] if device.type == "cuda" else [list(variants)]
+
+
 def memory_alone(variant: str, precision: str) -> dict[str, float | None]:
-    """Peak of each phase in a process of its own, where no other variant's state lies beside."""
+    """Peak of each phase in a process of its own, where no other variant's state lies beside; infinite where
+    it did not fit, None where the system does not say."""
     command = [sys.executable, *sys.argv, "--variants", variant, "--precision", precision, "--memory_only"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -284,12 +131,13 @@ def peak_memory(run: Any, device: torch.device) -> float | None:
 def part_times(run: Any, device: torch.device) -> dict[str, float]:
     """ms of each part of one step, from the labels in the code."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with profile(activities=activities) as recorded:
+    # A part's kernels are found through the thread that launched them, so the backward pass has to stay in this one.
+    with torch.autograd.set_multithreading_enabled(False), profile(activities=activities) as recorded:
         run()
         clock(device)
     found = {}
     for event in recorded.key_averages():
-        if event.key in PARTS:
+        if event.key in PARTS and event.device_type == DeviceType.CPU:
             on_device = device.type == "cuda"
             found[event.key] = (event.device_time_total if on_device else event.cpu_time_total) / 1e3
     return {part: round(found[part], 2) for part in PARTS if part in found}
@@ -318,7 +166,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--precision", nargs="+", choices=DTYPES, default=["fp32"])
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
-    parser.add_argument("--variants", nargs="+", choices=["plain", "ours", "compiled"], default=["plain", "ours"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["plain", "ours"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warm", type=int, default=1)
     parser.add_argument("--disc_fake", choices=["fresh", "reuse"], default="fresh")
@@ -333,17 +181,19 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
-    models = build_models(arguments, device)
+    models = build_models(arguments)
     images, draws = make_inputs(arguments, models, device)
     options = {key: getattr(arguments, key) for key in ("disc_fake", "loss_chunk_size", "activation_checkpointing")}
     if arguments.memory_only:
         peaks = {}
         (precision,) = arguments.precision
         options["dtype"] = DTYPES[precision]
-        runners = {name: make_runner(name, models, device, options) for name in arguments.variants}
+        (variant,) = arguments.variants
+        runner = make_runner(variant, copy_to(models, device), device, options)
         for phase in arguments.phases:
-            with autocast(device, precision):
-                step = partial(runners[arguments.variants[0]].run, images, draws, PHASES[phase])
+            step = partial(runner.run, images, draws, PHASES[phase])
+            peaks[phase] = math.inf
+            with autocast(device, precision), suppress(torch.OutOfMemoryError):
                 step()
                 peaks[phase] = peak_memory(step, device)
         print(json.dumps(peaks))
@@ -357,27 +207,30 @@ def main() -> None:
     }
     for precision in arguments.precision:
         options["dtype"] = DTYPES[precision]
-        runners = {name: make_runner(name, deepcopy(models), device, options) for name in arguments.variants}
         peak = matmul_peak(device, precision)
         print(f"\n{precision}: a large matrix product runs at {peak:.3g} TFLOP/s here")
-        for phase in arguments.phases:
-            found = measure(runners, images, draws, PHASES[phase], precision, arguments.repeats, arguments.warm)
-            for variant, row in found.items():
+        found: dict[str, dict[str, Any]] = {phase: {} for phase in arguments.phases}
+        for names in turns(arguments.variants, device):
+            runners = {name: make_runner(name, copy_to(models, device), device, options) for name in names}
+            for phase in arguments.phases:
+                fitting = {
+                    name: runner for name, runner in runners.items() if memory[name, precision][phase] != math.inf
+                }
+                found[phase] |= measure(
+                    fitting, images, draws, PHASES[phase], precision, arguments.repeats, arguments.warm
+                )
+            del runners, fitting
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        for phase, rows in found.items():
+            for variant, row in rows.items():
                 row["peak_memory_gb"] = memory[variant, precision][phase]
-            record["results"][f"{precision}/{phase}"] = {**found, "matmul_tflops": peak}
-            show(phase, found, peak)
+            record["results"][f"{precision}/{phase}"] = {**rows, "matmul_tflops": peak}
+            show(phase, rows, peak)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")
         print(f"\nwritten to {arguments.out}")
-
-
-def make_runner(name: str, models: Models, device: torch.device, options: dict[str, Any]) -> Any:
-    if name == "plain":
-        for conv in models.lpips.vgg.convs:
-            conv.weight.data = conv.weight.data.contiguous()
-        return PlainRunner(models, device)
-    return OurRunner(models, device, {**options, "compile": name == "compiled"})
 
 
 def show(phase: str, found: dict[str, Any], peak: float) -> None:

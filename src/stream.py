@@ -6,7 +6,7 @@ another number of workers or ranks, takes the same order, crops, noise and augme
 `position` is the place of an image in its epoch's order over all ranks; `step` counts micro-batches the same way.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import IntEnum, unique
 
 import numpy as np
@@ -37,6 +37,18 @@ def generator(seed: int, purpose: Purpose, epoch: int = 0, position: int = 0) ->
     return np.random.Generator(np.random.Philox(key=[seed, int(purpose)], counter=[0, 0, position, epoch]))
 
 
+def generators(seed: int, purpose: Purpose, epoch: int, positions: Sequence[int]) -> Iterator[np.random.Generator]:
+    """`generator` for each of `positions`, one object moved from place to place at a tenth of the cost: draw from each
+    before asking for the next."""
+    numbers = generator(seed, purpose, epoch)
+    start = numbers.bit_generator.state
+    counter = start["state"]["counter"]
+    for position in positions:
+        counter[2] = position
+        numbers.bit_generator.state = start
+        yield numbers
+
+
 def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
     """The order of `length` images in `epoch`: int64, shape (length,)."""
     return generator(seed, Purpose.ORDER, epoch).permutation(length)
@@ -44,8 +56,10 @@ def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
 
 def uniforms(seed: int, purpose: Purpose, epoch: int, positions: Sequence[int], count: int) -> Tensor:
     """`count` numbers U[0, 1) for each position: float32 on the CPU, shape (len(positions), count)."""
-    rows = [generator(seed, purpose, epoch, int(p)).random(count, dtype=np.float32) for p in positions]
-    return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, count)
+    out = np.empty((len(positions), count), dtype=np.float32)
+    for row, numbers in zip(out, generators(seed, purpose, epoch, positions), strict=True):
+        numbers.random(dtype=np.float32, out=row)
+    return torch.from_numpy(out)
 
 
 def normals(
@@ -57,7 +71,7 @@ def normals(
     """
     out = torch.empty(len(positions), *shape, device=device)
     rng = torch.Generator(device)
-    for row, position in zip(out, positions, strict=True):
-        key = generator(seed, purpose, epoch, int(position)).integers(0, 2**63 - 1)
+    for row, numbers in zip(out, generators(seed, purpose, epoch, positions), strict=True):
+        key = numbers.integers(0, 2**63 - 1)
         torch.randn(tuple(shape), generator=rng.manual_seed(int(key)), device=device, out=row)
     return out

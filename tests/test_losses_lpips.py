@@ -113,6 +113,20 @@ def test_backward_passes_gradcheck(
     torch.testing.assert_close(feature_distance(x, y, weight), plain_distance(x, y, weight), rtol=0, atol=1e-12)
 
 
+def test_fused_kernels_give_the_same_numbers_for_any_batch() -> None:
+    torch.manual_seed(0)
+    weight = torch.rand(16)
+    for batch in (3, 2):
+        x, y = (torch.randn(batch, 16, 6, 6).to(memory_format=torch.channels_last) for _ in range(2))
+        x.data[:, :, 1, 2] = 0
+        x.requires_grad_()
+        tiled, fused = feature_distance(x, y, weight), feature_distance(x, y, weight, fused=True)
+        torch.testing.assert_close(fused, tiled, rtol=1e-5, atol=0)
+        (wanted,), (got,) = (torch.autograd.grad(d.sum(), x) for d in (tiled, fused))
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
+        assert got.stride() == wanted.stride() and wanted.abs().max() > 1e-3
+
+
 def test_a_pixel_without_features_has_a_finite_gradient() -> None:
     x, y = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)
     x[:, :, 1, 2] = 0

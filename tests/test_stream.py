@@ -19,6 +19,14 @@ def test_batches_split_anyhow_hold_the_same_numbers():
     assert torch.equal(noise[1:], stream.normals(7, Purpose.LATENT_NOISE, 3, [6], (2, 3), CPU))
 
 
+def test_the_moved_generator_is_a_new_one_at_each_place():
+    places = [4, 0, 2**62 + 7, 4]
+    for numbers, place in zip(stream.generators(7, Purpose.CROP, 3, places), places, strict=True):
+        fresh = stream.generator(7, Purpose.CROP, 3, place)
+        assert numbers.integers(0, 2**63 - 1) == fresh.integers(0, 2**63 - 1)
+        assert numbers.random(3, dtype=np.float32).tolist() == fresh.random(3, dtype=np.float32).tolist()
+
+
 def test_draws_ignore_and_keep_global_generators():
     torch.manual_seed(1)
     before = torch.get_rng_state()

@@ -18,6 +18,7 @@ from src.callbacks.loop_state import make_canonical
 from src.errors import UserError
 from src.models.guard import NonFiniteError
 from src.runs.checkpoint_io import link_or_copy
+from src.runs.launch import Launch
 
 log = logging.getLogger(__name__)
 
@@ -73,12 +74,14 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         if (batch_idx + 1) % pl_module.settings.loop.accumulate_grad_batches:
             return
         late = bool(self.every_n_minutes) and time.monotonic() - self._saved_at > 60 * self.every_n_minutes
-        stop, late = self._agreement.exchange([self._signalled, late], trainer.world_size, pl_module.device)
+        stop, late = self._agreement.exchange([self._signalled, late], trainer.world_size)
         if stop:
             self.save(trainer, pl_module)
             where = self._folder(trainer) / "last.ckpt"
             log.warning("SIGTERM: saved %s at step %d. Go on with ckpt_path=last.", where, trainer.global_step)
-            raise SystemExit(TERMINATED)
+            raise SystemExit(
+                TERMINATED if Launch.detect().kind != "child" else 0
+            )  # Lightning kills all if a child fails
         if batch_idx + 1 >= _batches_per_epoch(trainer, pl_module):
             return  # the end of the epoch saves, once its evaluation is over
         by_steps = bool(self.every_n_steps) and trainer.global_step % self.every_n_steps == 0

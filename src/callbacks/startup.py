@@ -28,7 +28,7 @@ def describe(trainer: pl.Trainer, pl_module: Any) -> list[tuple[str, str]]:
     frozen = {"encoder": rae.encoder, "LPIPS": pl_module.lpips, "DINO trunk": getattr(discriminator, "trunk", None)}
     trained = {"decoder": rae.decoder, "discriminator heads": getattr(discriminator, "heads", None)}
     return [
-        ("device", f"{trainer.world_size} x {device_name(pl_module.device)}"),
+        ("device", f"{trainer.world_size} x {device_name(trainer.strategy.root_device)}"),
         ("precision", str(trainer.precision)),
         ("data", f"{data.train_size:,} training images, {data.val_size:,} held out; {data.data_dir}"),
         ("global batch", _batch(trainer, pl_module)),

@@ -51,6 +51,8 @@ class LPIPS(nn.Module):
         if weights not in ("pretrained", "untrained"):
             raise UserError(f"weights={weights!r} of LPIPS: expected 'pretrained' or 'untrained'.")
         self.untrained = weights == "untrained"
+        self.fused = False
+        """True: `distance` uses kernels that torch.compile makes."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.vgg = VGG16(channels)
@@ -76,7 +78,7 @@ class LPIPS(nn.Module):
 
     def distance(self, x: Tensor, target: Sequence[Tensor]) -> Tensor:
         """Distance of images x to the features that `target` gave: (B,). No gradient to the target."""
-        return self._distance(self.features(x), target)
+        return self._distance(self.features(x), target, self.fused)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Distance of each pair: (B,). Differentiable in both."""
@@ -90,9 +92,9 @@ class LPIPS(nn.Module):
             raise ValueError(f"LPIPS takes B x 3 x H x W of at least {MIN_SIZE} px a side, got {tuple(images.shape)}")
         return self.vgg((images - self.shift) / self.scale)
 
-    def _distance(self, maps_x: Sequence[Tensor], maps_y: Sequence[Tensor]) -> Tensor:
+    def _distance(self, maps_x: Sequence[Tensor], maps_y: Sequence[Tensor], fused: bool = False) -> Tensor:
         layers = zip(maps_x, maps_y, self.linear, strict=True)
-        return torch.stack([feature_distance(x, y, weight) for x, y, weight in layers]).sum(0)
+        return torch.stack([feature_distance(x, y, weight, fused) for x, y, weight in layers]).sum(0)
 
     def _load(self, vgg_path: str | Path | None, linear_path: str | Path | None) -> None:
         if vgg_path is None or linear_path is None:

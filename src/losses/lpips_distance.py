@@ -6,10 +6,14 @@ Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual M
 
 Autograd would keep the normalised maps, their difference and its square, in float32 under autocast: the largest tensors
 of the whole training step. Here the backward is written out. It keeps x and y as they came (which the ReLU in front
-keeps anyway) and one norm per pixel; float32 exists for one tile of samples and pixels at a time.
+keeps anyway) and one norm per pixel; float32 exists for one tile of samples and pixels at a time. Compiled, the whole map
+is one tile: a fused kernel writes no float32 map at all.
 
 Legend: B batch, C channels, h w feature grid, P = h w pixels.
 """
+
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,50 +28,70 @@ TILE_ON_DEVICE = 1 << 24
 Tile = tuple[slice, slice, slice]
 
 
-def feature_distance(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+def feature_distance(x: Tensor, y: Tensor, weight: Tensor, fused: bool = False) -> Tensor:
     """Distance per sample: x, y B x C x h x w in any float dtype, weight (C,) >= 0 -> (B,), float32 or wider.
 
     Differentiable in x and in y, not in weight. Where a pixel's features are all zero the gradient is 0: the plain
-    formula has none there, and a ReLU in front would stop it.
+    formula has none there, and a ReLU in front would stop it. `fused`: by kernels that torch.compile makes at first use.
     """
-    return _FeatureDistance.apply(x, y, weight)
+    return _FeatureDistance.apply(x, y, weight, fused)
 
 
 class _FeatureDistance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, y: Tensor, weight: Tensor, fused: bool) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
         weight = weight.detach().to(dtype)[:, None]
         flat_x, flat_y = x.flatten(2), y.flatten(2)  # B C P: views, whatever the memory format
-        norm_x = x.new_empty(len(x), 1, flat_x.shape[2], dtype=dtype)
-        norm_y = torch.empty_like(norm_x)
-        distance = x.new_zeros(len(x), dtype=dtype)
-        for tile in _tiles(flat_x):
-            xs, ys = flat_x[tile].to(dtype), flat_y[tile].to(dtype)
-            norm_x[tile] = torch.linalg.vector_norm(xs, dim=1, keepdim=True)
-            norm_y[tile] = torch.linalg.vector_norm(ys, dim=1, keepdim=True)
-            error = _error(xs, norm_x[tile], ys, norm_y[tile])
-            distance[tile[0]] += (error.square_() * weight).sum((1, 2))
+        if fused:
+            distance, norm_x, norm_y = _compiled(_measure)(_any_batch(flat_x), _any_batch(flat_y), weight)
+        else:
+            norm_x = x.new_empty(len(x), 1, flat_x.shape[2], dtype=dtype)
+            norm_y = torch.empty_like(norm_x)
+            distance = x.new_zeros(len(x), dtype=dtype)
+            for tile in _tiles(flat_x):
+                part, norm_x[tile], norm_y[tile] = _measure(flat_x[tile], flat_y[tile], weight)
+                distance[tile[0]] += part
         ctx.save_for_backward(x, y, weight, norm_x, norm_y)
+        ctx.fused = fused
         return distance / flat_x.shape[2]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, y, weight, norm_x, norm_y = ctx.saved_tensors
-        dtype = norm_x.dtype
-        flat_x, flat_y = x.flatten(2), y.flatten(2)
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_y = torch.empty_like(y) if ctx.needs_input_grad[1] else None
-        scale = (grad.to(dtype) * (2 / flat_x.shape[2]))[:, None, None] * weight  # B C 1
-        for tile in _tiles(flat_x):
-            xs, ys = flat_x[tile].to(dtype), flat_y[tile].to(dtype)
-            pull = _error(xs, norm_x[tile], ys, norm_y[tile]).mul_(scale[tile[0]])  # d distance / d (x / |x|)
-            if grad_x is not None:
-                grad_x.flatten(2)[tile] = _through_norm(pull, xs, norm_x[tile])
-            if grad_y is not None:
-                grad_y.flatten(2)[tile] = _through_norm(pull.neg_(), ys, norm_y[tile])
-        return grad_x, grad_y, None
+        scale = (grad.to(norm_x.dtype) * (2 / norm_x.shape[2]))[:, None, None] * weight  # B C 1
+        grad_x = _gradient(x, y, norm_x, norm_y, scale, ctx.fused) if ctx.needs_input_grad[0] else None
+        grad_y = _gradient(y, x, norm_y, norm_x, scale, ctx.fused) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_y, None, None
+
+
+def _gradient(x: Tensor, y: Tensor, norm_x: Tensor, norm_y: Tensor, scale: Tensor, fused: bool) -> Tensor:
+    """To x; the distance is the same with x and y exchanged. In the dtype and the memory format of x."""
+    flat_x, flat_y = x.flatten(2), y.flatten(2)
+    if fused:
+        flat = _compiled(_pull_back)(*(_any_batch(t) for t in (flat_x, flat_y, norm_x, norm_y, scale)))
+        return flat.view_as(x)
+    result = torch.empty_like(x)
+    flat = result.flatten(2)
+    for tile in _tiles(flat_x):
+        flat[tile] = _pull_back(flat_x[tile], flat_y[tile], norm_x[tile], norm_y[tile], scale[tile[0]])
+    return result
+
+
+def _measure(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x, y B x C x P, weight C x 1 -> sum over pixels of the weighted squared error (B,), norms B x 1 x P of both."""
+    x, y = x.to(weight.dtype), y.to(weight.dtype)
+    norm_x = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    norm_y = torch.linalg.vector_norm(y, dim=1, keepdim=True)
+    return (_error(x, norm_x, y, norm_y).square_() * weight).sum((1, 2)), norm_x, norm_y
+
+
+def _pull_back(x: Tensor, y: Tensor, norm_x: Tensor, norm_y: Tensor, scale: Tensor) -> Tensor:
+    """Gradient to x, B x C x P in the dtype of x; scale B x C x 1."""
+    wide_x, wide_y = x.to(scale.dtype), y.to(scale.dtype)
+    pull = _error(wide_x, norm_x, wide_y, norm_y).mul_(scale)  # d distance / d (x / |x|)
+    return _through_norm(pull, wide_x, norm_x).to(x.dtype)
 
 
 def _error(x: Tensor, norm_x: Tensor, y: Tensor, norm_y: Tensor) -> Tensor:
@@ -94,3 +118,14 @@ def _tiles(flat: Tensor) -> list[Tile]:
         for b in range(0, batch, samples)
         for p in range(0, pixels, run)
     ]
+
+
+@cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A kernel for each number of channels and pixels, whatever the batch."""
+    return torch.compile(function, dynamic=False)
+
+
+def _any_batch(tensor: Tensor) -> Tensor:
+    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return tensor

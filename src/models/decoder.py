@@ -93,9 +93,11 @@ class SelfAttention(nn.Module):
         self.output = nn.ModuleDict({"dense": nn.Linear(width, width)})
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = (
-            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in self.attention.values()
-        )  # B A N D/A
+        # One product for all three: under autocast each alone would cast x anew and keep its copy.
+        layers = self.attention.values()
+        weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+        mixed = F.linear(x, weight, bias).unflatten(-1, (3, self.heads, -1))  # B N 3 A D/A
+        query, key, value = mixed.permute(2, 0, 3, 1, 4)  # B A N D/A
         mixed = F.scaled_dot_product_attention(query, key, value)
         return self.output["dense"](mixed.transpose(1, 2).flatten(2))  # B N D
 
@@ -114,7 +116,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.layernorm_before(x))
-        return x + self.output["dense"](F.gelu(self.intermediate["dense"](self.layernorm_after(x))))
+        hidden = self.intermediate["dense"](self.layernorm_after(x))  # B N 4D
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a compiler finds this by itself
+            # The GELU is computed again in the backward pass: of all that a block keeps, its result is the largest and
+            # the cheapest to have again (the matrix product behind it is not repeated).
+            return x + checkpoint(self._contract, hidden, use_reentrant=False, preserve_rng_state=False)
+        return x + self._contract(hidden)
+
+    def _contract(self, hidden: Tensor) -> Tensor:
+        return self.output["dense"](F.gelu(hidden))
 
 
 class ViTDecoder(nn.Module):

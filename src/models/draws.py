@@ -16,7 +16,7 @@ from src.losses.diffaug import UNIFORMS_PER_BATCH, UNIFORMS_PER_SAMPLE, DiffAug,
 from src.models.layers import random_subset
 from src.models.rae import RAE
 from src.models.settings import ModelSettings
-from src.models.training_step import NoiseDraws
+from src.models.training_step import NoiseDraws, Phase
 from src.stream import Purpose
 
 
@@ -42,7 +42,9 @@ class StepDraws:
             )
         self.augment = augment
 
-    def generator(self, batch: Mapping[str, Any], batch_idx: int, step: int, device: torch.device) -> GeneratorDraws:
+    def generator(
+        self, batch: Mapping[str, Any], batch_idx: int, step: int, device: torch.device, phase: Phase
+    ) -> GeneratorDraws:
         """`batch_idx`: number of the micro-batch in its epoch; `step`: of the generator update."""
         epoch, positions = int(batch["epoch"]), batch["position"].tolist()
         noise = None
@@ -50,7 +52,9 @@ class StepDraws:
             sigma = self.tau * stream.uniforms(self.seed, Purpose.NOISE_LEVEL, epoch, positions, 1)[:, 0]
             normal = stream.normals(self.seed, Purpose.LATENT_NOISE, epoch, positions, self.latent_shape, device)
             noise = NoiseDraws(sigma.to(device, non_blocking=True), normal)
-        augment = self._augment(Purpose.AUGMENT_GENERATOR, epoch, positions, batch_idx, 0, device)
+        augment = None
+        if phase.gan:
+            augment = self._augment(Purpose.AUGMENT_GENERATOR, epoch, positions, batch_idx, 0, device)
         return GeneratorDraws(noise, augment, self.blocks(step))
 
     def discriminator(

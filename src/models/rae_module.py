@@ -35,6 +35,8 @@ from src.weights import check_fit
 
 FROZEN = ("rae.encoder.", "lpips.", "discriminator.trunk.")
 """Prefixes of what is never trained: in no checkpoint, no EMA, no gradient exchange."""
+FORWARD_TERMS = ("l1", "lpips", "gan")
+"""Terms that no gradient enters."""
 
 
 class RAEModule(pl.LightningModule):
@@ -70,7 +72,7 @@ class RAEModule(pl.LightningModule):
         self.disc_scaler = torch.amp.GradScaler("cuda", enabled=False)
         self.train_terms: dict[str, Tensor] = {}
         """Scalars of the latest step by their logged names, still on the device."""
-        self._micro_batches: list[tuple[Mapping[str, Any], Tensor, GeneratorResult]] = []
+        self._micro_batches: list[tuple[Mapping[str, Any], GeneratorResult]] = []
         self.scores: dict[str, tuple[int, float]] = {}
         """Latest evaluation results by their logged names: (generator step, value)."""
         self.scores_at_start: dict[str, float] = {}
@@ -120,7 +122,7 @@ class RAEModule(pl.LightningModule):
         phase = self.phase(step)
         last = batch_idx % accumulate == accumulate - 1
         images = bytes_to_unit(batch["image"])
-        draws = self.draws.generator(batch, batch_idx, step, images.device)
+        draws = self.draws.generator(batch, batch_idx, step, images.device, phase)
         with nullcontext() if last else self._without_gradient_exchange():
             result = self.step.generator(
                 images,
@@ -139,7 +141,7 @@ class RAEModule(pl.LightningModule):
             batch_idx % accumulate == 0,
         )
         if phase.disc:
-            self._micro_batches.append((batch, images, result))
+            self._micro_batches.append((batch, result))
         if last:
             self._update_generator(step, result.terms)
             if phase.disc:
@@ -150,8 +152,11 @@ class RAEModule(pl.LightningModule):
         parameters = [p for p in self.rae.decoder.parameters() if p.requires_grad]
         norm = gradient_norm(parameters) / self._loss_scale()
         self.train_terms["train/grad_norm"] = norm
-        scaled = self._generator_scaler() is not None  # then it is the scaler's task to skip overflowing gradients
-        found = self.guard.observe(step, {**terms, **({} if scaled else {"gradient": norm})})
+        scaled = self._generator_scaler() is not None
+        if scaled:  # then it is the scaler's task to skip gradients that overflow, and what is made of them
+            found = self.guard.observe(step, {name: terms[name] for name in terms if name in FORWARD_TERMS})
+        else:
+            found = self.guard.observe(step, {**terms, "gradient": norm})
         if self.settings.loop.gradient_clip_val is not None:
             scale_gradients(parameters, (self.settings.loop.gradient_clip_val / (norm + 1e-6)).clamp(max=1.0))
         with record_function("optimizer"):
@@ -165,17 +170,17 @@ class RAEModule(pl.LightningModule):
         assert self.discriminator is not None
         optimizer = self._lightning_optimizers()[1].optimizer  # Lightning counts the steps of the other one only
         micro_batches, self._micro_batches = self._micro_batches, []
-        scale = self.disc_scaler.scale(torch.ones((), device=self.device))
         first = batch_idx + 1 - len(micro_batches)
-        pairs = [(unit_to_signed(images), self.step.fake(result)) for _, images, result in micro_batches]
+        fakes = [self.step.fake(result) for _, result in micro_batches]
         for update in range(self.settings.loop.disc_updates):
+            scale = self.disc_scaler.scale(torch.ones((), device=self.device))
             terms: dict[str, Tensor] = {}
             for label in ("fake", "real"):  # the published order; the power iteration comes before each
                 self.discriminator.power_iteration()
-                for number, ((batch, _, _), (real, fake)) in enumerate(zip(micro_batches, pairs, strict=True)):
+                for number, ((batch, _), fake) in enumerate(zip(micro_batches, fakes, strict=True)):
                     draws = self.draws.discriminator(label, batch, first + number, update, self.device)
                     values = self.step.discriminate(
-                        fake if label == "fake" else real,
+                        fake if label == "fake" else unit_to_signed(bytes_to_unit(batch["image"])),
                         draws,
                         label,
                         backward=lambda loss, weight: loss.backward(weight),
@@ -299,8 +304,10 @@ class RAEModule(pl.LightningModule):
                 torch.distributed.broadcast(tensor, src=0)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Images only, as bytes and without waiting; positions are for the host."""
-        return {**batch, "image": batch["image"].to(device, non_blocking=True)}
+        """Images only, as bytes and without waiting. All else is for the host and leaves as arrays: tensors DDP would move
+        to the GPU, and reading them back would wait for all that the GPU still has to do."""
+        host = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in batch.items()}
+        return {**host, "image": batch["image"].to(device, non_blocking=True)}
 
     # -- checkpoints
 
@@ -335,9 +342,12 @@ def _prepare(optimizer: torch.optim.Optimizer, lr: float, found_inf: Tensor | No
 
 def compile_parts(module: nn.Module) -> None:
     """Compile in place what pays: names, and so checkpoints, stay as they are, and the EMA was made before."""
+    # DDP's graphs would be cut where its gradient buckets end; block by block, exchange and backward overlap as it is.
+    torch._dynamo.config.optimize_ddp = False
     parts = [*module.rae.encoder.blocks(), *module.rae.decoder.decoder_layers, *module.ema_decoder.decoder_layers]
     if module.lpips is not None:
         parts.append(module.lpips.vgg)
+        module.lpips.fused = True
     if module.discriminator is not None:
         parts.append(module.discriminator.trunk)
     for part in parts:

@@ -1,6 +1,7 @@
 """A training run from its configuration to its record."""
 
 import logging
+import signal
 import sys
 import traceback
 from dataclasses import dataclass
@@ -60,8 +61,10 @@ def _run(config: DictConfig) -> float | None:
     if checkpoint is not None:
         log.info("Resuming from %s", checkpoint)
         record.update({"resumed_from": str(checkpoint)})
+    built = None
     try:
-        result = fit(build_run(config, launch), checkpoint, record)
+        built = build_run(config, launch)
+        result = fit(built, checkpoint, record)
     except BaseException as error:
         status = {SystemExit: "terminated", KeyboardInterrupt: "interrupted"}.get(type(error), "failed")
         reason = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception_only(error)).strip()
@@ -69,6 +72,8 @@ def _run(config: DictConfig) -> float | None:
             log.error("%s", reason)
             error.reported = True
         record.finish(status, warnings.messages, error=reason)
+        if built is not None and status == "failed":
+            end_children(built.trainer)
         raise
     record.finish("finished", warnings.messages, result=result)
     return result.get("val/loss")
@@ -144,6 +149,14 @@ def fit(run: Run, checkpoint: Path | None, record: RunRecord) -> dict[str, Any]:
         }
     )
     return summary(trainer, run.module)
+
+
+def end_children(trainer: pl.Trainer) -> None:
+    """Of a run that failed here: the processes that Lightning started would wait for this one and hold their GPUs. The
+    last thing to do, since Lightning ends this process too when it sees one of them fail."""
+    kill = getattr(trainer.strategy.launcher, "kill", None)
+    if kill is not None:
+        kill(signal.SIGKILL)
 
 
 def build_all(group: DictConfig | None, key: str) -> list[Any]:

@@ -1,6 +1,7 @@
 """From the node `trainer:` to a Lightning Trainer: devices, strategy and precision as people write them."""
 
 import logging
+import time
 from typing import Any
 
 import pytorch_lightning as pl
@@ -33,6 +34,7 @@ def build_trainer(
     settings["devices"] = _devices(settings["devices"], on_gpu, distributed, launch)
     settings["strategy"] = _strategy(settings["strategy"], distributed)
     settings["precision"] = precision(settings["precision"], on_gpu)
+    _set_float32_products(settings.pop("float32_matmul_precision"), on_gpu, settings["precision"])
     try:
         return pl.Trainer(
             **settings,
@@ -58,8 +60,41 @@ def precision(wanted: Any, on_gpu: bool) -> str:
         raise UserError(f"trainer.precision={wanted}: expected 32, 16 or bf16.")
     if name == "16-mixed" and not on_gpu:
         log.info("trainer.precision=16: a CPU has no fp16 training, so it runs in bf16.")
-        return "bf16-mixed"
+        name = "bf16-mixed"
+    if name == "bf16-mixed" and not on_gpu and (ratio := bf16_slowdown_on_cpu()) > 1.2:
+        log.warning(
+            "This CPU takes %.3g times as long for a bf16 matrix product as for a float32 one: it has no instructions for "
+            "it. trainer.precision=32 is faster here and more exact.",
+            ratio,
+        )
     return name
+
+
+def bf16_slowdown_on_cpu(size: int = 256) -> float:
+    """Time of a bf16 matrix product over that of a float32 one, measured in some tens of milliseconds."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        a = torch.ones(size, size, dtype=dtype)
+        taken = []
+        for _ in range(4):
+            began = time.perf_counter()
+            a @ a
+            taken.append(time.perf_counter() - began)
+        return min(taken)
+
+    return seconds(torch.bfloat16) / seconds(torch.float32)
+
+
+def _set_float32_products(wanted: Any, on_gpu: bool, precision_name: str) -> None:
+    if wanted not in ("highest", "high"):
+        raise UserError(f"trainer.float32_matmul_precision={wanted}: expected highest (float32) or high (TF32).")
+    if not on_gpu:
+        return
+    torch.set_float32_matmul_precision(wanted)
+    if wanted == "highest" and precision_name == "32-true":
+        log.info(
+            "Float32 throughout. On a GPU trainer.float32_matmul_precision=high (TF32) or trainer.precision=bf16 is faster."
+        )
 
 
 def _uses_gpu(accelerator: str) -> bool:

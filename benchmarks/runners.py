@@ -1,0 +1,202 @@
+"""What the benchmarks run: the published step and ours, on the same untrained networks at their real sizes."""
+
+import argparse
+import json
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.plain_step import PlainStep
+from src.ema import EMA
+from src.images import bytes_to_unit, unit_to_signed
+from src.losses.diffaug import UNIFORMS_PER_BATCH, UNIFORMS_PER_SAMPLE, DiffAug
+from src.losses.gan import discriminator_loss, generator_loss
+from src.losses.lpips import LPIPS
+from src.models.discriminator import DinoDiscriminator
+from src.models.guard import FiniteGuard
+from src.models.optimisation import adamw, gradient_norm
+from src.models.precision import cast_frozen
+from src.models.rae import RAE
+from src.models.rae_module import compile_parts
+from src.models.settings import OptimizerSettings
+from src.models.training_step import NoiseDraws, Phase, StepSettings, TrainingStep
+from src.weights import PROJECT_ROOT
+
+PHASES = {"warmup": Phase(True, False, False), "disc": Phase(True, False, True), "gan": Phase(True, True, True)}
+DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+ENCODERS = {
+    "dinov2_b": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "tiny": {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 3},
+}
+VARIANTS = ("plain", "ours", "compiled")
+
+
+@dataclass
+class Models:
+    rae: RAE
+    lpips: LPIPS
+    discriminator: DinoDiscriminator
+    augment: DiffAug
+
+
+class PlainRunner:
+    """The published step with its surroundings: float images, fused AdamW, a loop over the tensors of the average."""
+
+    def __init__(self, models: Models, device: torch.device) -> None:
+        self.device = device
+        self.models = models
+        self.step = PlainStep(models.rae, models.lpips, models.discriminator, models.augment, 1.0, 0.75, 1e4)
+        self.average = deepcopy(models.rae.decoder).requires_grad_(False)
+        self.optimizers = [
+            torch.optim.AdamW(
+                [p for p in module.parameters() if p.requires_grad], 2e-4, (0.9, 0.95), weight_decay=0.0, fused=True
+            )
+            for module in (models.rae.decoder, models.discriminator.heads)
+        ]  # fmt: skip
+
+    def run(self, images: Tensor, draws: Any, phase: Phase) -> None:
+        x = bytes_to_unit(images)
+        self.step.generator(x, draws.noise, draws.augment[0], phase)
+        with torch.profiler.record_function("optimizer"):
+            self.optimizers[0].step()
+            self.optimizers[0].zero_grad()
+        with torch.no_grad(), torch.profiler.record_function("ema"):
+            for kept, new in zip(self.average.parameters(), self.models.rae.decoder.parameters(), strict=True):
+                kept.mul_(0.9978).add_(new, alpha=1 - 0.9978)
+        if phase.disc:
+            self.step.discriminate(x, draws.augment[1], draws.augment[2])
+            with torch.profiler.record_function("optimizer"):
+                self.optimizers[1].step()
+        self.optimizers[1].zero_grad()
+
+
+class OurRunner:
+    """The step as `src/models/rae_module.py` runs it, without Lightning, loader and random draws around it."""
+
+    def __init__(self, models: Models, device: torch.device, options: dict[str, Any]) -> None:
+        self.models = models
+        settings = StepSettings(1.0, 0.75, 1e4, "global", options["disc_fake"], options["loss_chunk_size"])
+        self.step = TrainingStep(
+            models.rae,
+            models.lpips,
+            models.discriminator,
+            models.augment,
+            discriminator_loss("hinge"),
+            generator_loss("hinge"),
+            settings,
+        )
+        models.rae.decoder.activation_checkpointing = options["activation_checkpointing"]
+        self.ema = EMA(models.rae.decoder, 0.9978)
+        self.optimizers = [
+            adamw(module, OptimizerSettings(2e-4, (0.9, 0.95), 0.0))
+            for module in (models.rae.decoder, models.discriminator.heads)
+        ]  # fmt: skip
+        self.guard, self.steps = FiniteGuard(0), 0
+        if options["dtype"] is not None:
+            cast_frozen(models.rae.encoder, options["dtype"])
+            cast_frozen(models.discriminator.trunk, options["dtype"])
+        if options["compile"]:
+            holder = nn.Module()
+            holder.rae, holder.ema_decoder, holder.lpips, holder.discriminator = (
+                models.rae,
+                self.ema.average,
+                models.lpips,
+                models.discriminator,
+            )
+            compile_parts(holder)
+
+    def run(self, images: Tensor, draws: Any, phase: Phase) -> None:
+        x = bytes_to_unit(images)
+        result = self.step.generator(
+            x, draws.noise, draws.augment[0], phase, backward=lambda output, gradient: output.backward(gradient)
+        )
+        self.update(0, self.models.rae.decoder, result.terms)
+        with torch.profiler.record_function("ema"):
+            self.ema.update()
+        if phase.disc:
+            pairs = (("fake", self.step.fake(result), 1), ("real", unit_to_signed(x), 2))
+            for label, pictures, number in pairs:
+                self.models.discriminator.power_iteration()
+                terms = self.step.discriminate(
+                    pictures, draws.augment[number], label, backward=lambda loss, weight: loss.backward(weight)
+                )
+            self.update(1, self.models.discriminator.heads, terms)
+        self.steps += 1
+
+    def update(self, which: int, module: nn.Module, terms: dict[str, Tensor]) -> None:
+        with torch.profiler.record_function("optimizer"):
+            norm = gradient_norm([p for p in module.parameters() if p.requires_grad])
+            self.optimizers[which].found_inf = self.guard.observe(self.steps, {**terms, "gradient": norm})
+            self.optimizers[which].step()
+            self.optimizers[which].zero_grad(set_to_none=True)
+
+
+@dataclass
+class Draws:
+    noise: NoiseDraws
+    augment: list[Any]
+
+
+def build_models(arguments: argparse.Namespace) -> Models:
+    """On the CPU."""
+    folder = PROJECT_ROOT / "configs/encoder/dinov2_tiny"
+    config = {**json.loads((folder / "config.json").read_text()), **ENCODERS[arguments.encoder], "image_size": 518}
+    scratch = Path(arguments.scratch) / "encoder"
+    scratch.mkdir(parents=True, exist_ok=True)
+    (scratch / "config.json").write_text(json.dumps(config))
+    (scratch / "preprocessor_config.json").write_text((folder / "preprocessor_config.json").read_text())
+    torch.manual_seed(0)
+    rae = RAE(
+        "Dinov2withNorm",
+        str(scratch),
+        {"dinov2_path": str(scratch), "weights": "untrained"},
+        f"configs/decoder/{arguments.decoder}",
+        16,
+        arguments.image_size,
+    )
+    small = arguments.encoder == "tiny"
+    lpips = LPIPS(None, None, weights="untrained", **({"channels": (4, 8, 8, 16, 16)} if small else {}))
+    discriminator = DinoDiscriminator(
+        None, ks=5 if small else 9, key_depths=(1, 3) if small else (2, 5, 8, 11), norm_type="bn", using_spec_norm=True,
+        recipe="tiny" if small else arguments.disc, weights="untrained",
+    )  # fmt: skip
+    return Models(rae, lpips, discriminator, DiffAug(prob=1.0, cutout=0.0))
+
+
+def copy_to(models: Models, device: torch.device) -> Models:
+    copy = deepcopy(models)
+    for module in (copy.rae, copy.lpips, copy.discriminator):
+        module.to(device)
+    return copy
+
+
+def make_inputs(arguments: argparse.Namespace, models: Models, device: torch.device) -> tuple[Tensor, Draws]:
+    rng = torch.Generator().manual_seed(1)
+    batch = arguments.batch
+    images = torch.randint(
+        0, 256, (batch, 3, arguments.image_size, arguments.image_size), dtype=torch.uint8, generator=rng
+    )
+    noise = NoiseDraws(
+        torch.rand(batch, generator=rng).to(device),
+        torch.randn(batch, *models.rae.latent_shape, generator=rng).to(device),
+    )
+    augment = [
+        models.augment.draw(
+            torch.rand(UNIFORMS_PER_BATCH, generator=rng), torch.rand(batch, UNIFORMS_PER_SAMPLE, generator=rng)
+        ).to(device)
+        for _ in range(3)
+    ]
+    return images.to(device), Draws(noise, augment)
+
+
+def make_runner(name: str, models: Models, device: torch.device, options: dict[str, Any]) -> Any:
+    """One of VARIANTS. `options`: disc_fake, loss_chunk_size, activation_checkpointing, and the dtype of autocast."""
+    if name == "plain":
+        for conv in models.lpips.vgg.convs:
+            conv.weight.data = conv.weight.data.contiguous()
+        return PlainRunner(models, device)
+    return OurRunner(models, device, {**options, "compile": name == "compiled"})

@@ -1,0 +1,79 @@
+"""The benchmark programs run, on tiny networks. How fast anything is, no test asks."""
+
+import argparse
+import json
+import sys
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import memory, train_step
+from benchmarks.plain_step import published_layers
+from src.models import decoder
+from src.models.decoder import DecoderConfig
+
+TINY = ["--encoder", "tiny", "--decoder", "tiny", "--image_size", "64"]
+
+
+def test_the_step_is_timed_and_its_memory_measured(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "result.json"
+    options = ["--batch", "2", "--repeats", "1", "--phases", "gan", "--scratch", str(tmp_path), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [train_step.__file__, *TINY, *options])
+    train_step.main()
+    rows = json.loads(out.read_text())["results"]["fp32/gan"]
+    for name in ("plain", "ours"):
+        assert rows[name]["seconds"] > 0 and rows[name]["peak_memory_gb"] > 0
+        assert {"encode", "decode", "lpips", "gan", "backward", "disc", "optimizer", "ema"} <= rows[name]["ms"].keys()
+    assert rows["ours"]["gflop_per_image"] < rows["plain"]["gflop_per_image"]
+    assert "ours / plain" in capsys.readouterr().out
+
+
+def test_memory_is_worked_out_and_nothing_in_the_step_waits_for_a_value():
+    """On fake tensors there are no numbers: a step that reads one (`item`, `if tensor`, boolean indexing) fails here."""
+    options = argparse.Namespace(
+        encoder="tiny", decoder="tiny", disc="S_8", image_size=64, precision="bf16", phase="gan",
+        activation_checkpointing=False, loss_chunk_size=None,
+    )  # fmt: skip
+    (held, plain), (_, ours), (_, twice) = (
+        memory.peak_bytes(options, variant, batch) for variant, batch in (("plain", 8), ("ours", 8), ("ours", 16))
+    )
+    assert held < ours < plain and ours < twice < 2 * ours
+
+
+def test_largest_batch(monkeypatch, capsys):
+    arguments = argparse.Namespace(fit=[12])
+    monkeypatch.setattr(memory, "peak_bytes", lambda _, variant, batch: (0, (2 + batch) * memory.GIB))
+    memory.print_fit(arguments, "ours", 4, 6 * memory.GIB)
+    assert "12 GiB hold batches up to about 8 (1.000 GiB an image)" in capsys.readouterr().out
+
+
+def test_a_block_keeps_less_than_the_plain_one_and_gives_the_same():
+    """The GELU's result, B N 4D, is not kept, and no matrix product is done twice for it."""
+    torch.manual_seed(0)
+    block = decoder.Block(DecoderConfig(32, 1, 2, 128, 1e-12))
+    x = torch.randn(2, 5, 32, requires_grad=True)
+
+    def run() -> tuple[list[torch.Tensor], int, int]:
+        block.zero_grad()
+        x.grad = None
+        kept: dict[int, int] = {}
+        with (
+            FlopCounterMode(display=False) as flops,
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda t: (kept.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}), t)[1],
+                lambda t: t,
+            ),
+        ):
+            y = block(x)
+            y.square().sum().backward()
+        results = [y.detach(), x.grad, *(p.grad for p in block.parameters())]
+        return [t.clone() for t in results], sum(kept.values()), flops.get_total_flops()
+
+    ours, kept, flops = run()
+    with published_layers():
+        theirs, kept_plain, flops_plain = run()
+    for mine, plain in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-5)
+    assert kept <= kept_plain - 2 * 5 * 128 * 4
+    attention = 6 * (2 * 2 * 2 * 5 * 5 * 16)  # products over B, heads, N, N, D/A; the counter does not see them in ours
+    assert flops == flops_plain - attention
