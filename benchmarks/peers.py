@@ -1,0 +1,365 @@
+"""The training steps of the official code and of RAEv2, their own code, beside ours: in one process, in turns.
+
+    python benchmarks/peers.py --rae ../RAE --raev2 ../RAEv2 --decoder ViTB --batch 4
+    python benchmarks/peers.py --rae ../RAE --raev2 ../RAEv2 --device cuda --decoder ViTXL --batch 64 --precision bf16
+
+`--rae` and `--raev2` are checkouts of github.com/bytetriper/RAE and github.com/nanovisionx/RAEv2; nothing of them is part of
+this project. Of the first, the body of the training loop in `train_stage1.py` is run as it stands, of the second the function
+`train_one_epoch`, both on one batch at a time and under DistributedDataParallel with one process, as their programs do.
+`raev2_compile` is RAEv2 with `--compile`. Networks have the same sizes in all (untrained); RAEv2's DINOv2, which comes from
+torch.hub, is stood in for by transformers' with the same work. What neither step needs (evaluation, wandb) is left out.
+"""
+
+import argparse
+import ast
+import importlib
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import types
+from collections import defaultdict
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+from benchmarks.runners import DTYPES, ENCODERS, PHASES, build_models, copy_to, make_inputs, make_runner
+from benchmarks.train_step import autocast, clock, memory_alone, peak_memory, surroundings, turns
+from src.losses.vgg import CHANNELS, CONVS_PER_STAGE
+from src.models.dino import RECIPES, DinoTrunk
+
+VARIANTS = ("official", "raev2", "raev2_compile", "plain", "ours", "compiled")
+PACKAGES = ("stage1", "disc", "utils", "eval", "configs", "encoders", "train_stage1")
+"""Names that both repositories give to modules of their own."""
+NEVER = 10**12
+PERCEPTUAL_WEIGHT, DISC_WEIGHT, MAX_D_WEIGHT, EMA_DECAY = 1.0, 0.75, 1e4, 0.9978
+ADAM = {"lr": 2e-4, "betas": [0.9, 0.95], "weight_decay": 0.0}
+COSINE = {"type": "cosine", "warmup_epochs": 1, "decay_end_epoch": 16, "base_lr": 2e-4, "final_lr": 2e-5}
+
+
+class Repository:
+    """A checkout whose modules are importable inside `with`, and put away again afterwards."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root / "src"
+        self.modules: dict[str, types.ModuleType] = {}
+
+    def __enter__(self) -> "Repository":
+        sys.path.insert(0, str(self.root))
+        sys.modules.update(self.modules)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        sys.path.remove(str(self.root))
+        own = [name for name in sys.modules if name.split(".")[0] in PACKAGES]
+        self.modules = {name: sys.modules.pop(name) for name in own}
+
+
+class Official:
+    def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
+        self.repository = Repository(arguments.rae)
+        encoder, decoder, dino = files(arguments, arguments.rae)
+        lpips_file(self.repository.root / "disc/.caches/vgg.pth")
+        with self.repository:
+            stand_in("eval", evaluate_reconstruction_distributed=None)
+            program = importlib.import_module("train_stage1")
+            rae = program.RAE(
+                "Dinov2withNorm", str(encoder), 224, {"dinov2_path": str(encoder)}, str(decoder), 16, noise_tau=0.8
+            ).to(device)
+            average, model = prepare(rae, device)
+            arch = {"dino_ckpt_path": str(dino), "ks": 9, "recipe": arguments.disc}
+            discriminator, augment = program.build_discriminator({"arch": arch}, device)
+            training = {"optimizer": ADAM, "scheduler": COSINE}
+            heads = [p for p in discriminator.parameters() if p.requires_grad]
+            optimizers = [program.build_optimizer(p, training)[0] for p in (rae.decoder.parameters(), heads)]
+            schedulers = [program.build_scheduler(optimizer, 2502, training)[0] for optimizer in optimizers]
+            disc_loss, gen_loss = program.select_gan_losses("hinge", "vanilla")
+            self.names = vars(program) | {
+                "rae": rae, "ddp_model": model, "ema_model": average, "discriminator": discriminator.train(),
+                "ddp_disc": wrap(discriminator, device), "disc_aug": augment, "disc_loss_fn": disc_loss, "gen_loss_fn": gen_loss,
+                "lpips": program.LPIPS().to(device).eval(), "optimizer": optimizers[0], "disc_optimizer": optimizers[1],
+                "scheduler": schedulers[0], "disc_scheduler": schedulers[1], "scaler": None, "device": device, "rank": 0,
+                "autocast": partial(torch.autocast, device.type), "autocast_kwargs": their_autocast(arguments.precision),
+                "disc_weight": DISC_WEIGHT, "perceptual_weight": PERCEPTUAL_WEIGHT, "max_d_weight": MAX_D_WEIGHT,
+                "clip_grad": None, "ema_decay": EMA_DECAY, "disc_updates": 1, "lpips_start_step": 0, "log_interval": 0,
+                "sample_every": NEVER, "do_eval": False, "num_batches": 0, "last_layer": rae.decoder.decoder_pred.weight,
+                "epoch_metrics": defaultdict(lambda: torch.zeros(1, device=device)),
+            }  # fmt: skip
+        main = next(
+            node
+            for node in ast.parse((self.repository.root / "train_stage1.py").read_text()).body
+            if isinstance(node, ast.FunctionDef) and node.name == "main"
+        )
+        loop = next(n for n in ast.walk(main) if isinstance(n, ast.For) and ast.unparse(n.iter) == "enumerate(loader)")
+        self.code = compile(ast.Module([loop], []), "the official training loop", "exec")
+
+    def run(self, images: Tensor, phase: str) -> None:
+        start = 0 if phase == "gan" else NEVER
+        self.names |= {"loader": [(images.float() / 255, None)], "gan_start_step": start, "disc_update_step": start}
+        self.names["global_step"] = 1
+        exec(self.code, self.names)
+
+
+class RAEv2:
+    def __init__(self, arguments: argparse.Namespace, device: torch.device, compiled: bool) -> None:
+        self.repository = Repository(arguments.raev2)
+        encoder, decoder, dino = files(arguments, arguments.raev2)
+        lpips_file(self.repository.root / "stage1/disc/.caches/vgg.pth")
+        with self.repository:
+            stand_in("eval", evaluate_reconstruction_distributed=None)
+            stand_in("encoders.vision_encoder", create_encoder=None)
+            package = stand_in("stage1")  # its own __init__ reads other autoencoders, which need more libraries
+            package.__path__ = [str(self.repository.root / "stage1")]
+            model, discs, configs, optim, self.engine = (
+                importlib.import_module(n)
+                for n in ("stage1.rae", "stage1.disc", "configs", "utils.optim_utils", "stage1.engine")
+            )
+            model.create_encoder = lambda *_, **__: HubDinov2(encoder)
+            self.engine.autocast = partial(torch.autocast, device.type)
+            rae = model.RAE("dinov2", arguments.image_size, str(decoder), 16, None, 0.8, None).to(device)
+            self.average, self.model = prepare(rae, device)
+            if compiled:
+                self.model = torch.compile(self.model)
+            arch = configs.DiscriminatorArchConfig(dino_ckpt_path=str(dino), recipe=arguments.disc)
+            discriminator, self.augment = discs.build_discriminator(arch, device, configs.DiscAugmentConfig())
+            self.discriminator = wrap(discriminator.train(), device)
+            self.lpips = discs.LPIPS().to(device).eval()
+            heads = [p for p in discriminator.parameters() if p.requires_grad]
+            adam = configs.OptimizerConfig(**ADAM)
+            self.optimizers = [optim.build_optimizer(p, adam)[0] for p in (rae.decoder.parameters(), heads)]
+        self.device, self.autocast = device, their_autocast(arguments.precision)
+        loss = SimpleNamespace(
+            disc_loss="hinge", gen_loss="vanilla", disc_weight=DISC_WEIGHT, perceptual_weight=PERCEPTUAL_WEIGHT, disc_start=1,
+            disc_upd_start=1, lpips_start=0, max_d_weight=MAX_D_WEIGHT, disc_updates=1,
+        )  # fmt: skip
+        training = SimpleNamespace(
+            virtual_epoch_steps=10, checkpoint_interval=0, clip_grad=None, ema_decay=EMA_DECAY, log_interval=0,
+            sample_every=NEVER,
+        )  # fmt: skip
+        self.config = SimpleNamespace(gan=SimpleNamespace(loss=loss), training=training, eval=None)
+
+    def run(self, images: Tensor, phase: str) -> None:
+        step = 11 if phase == "gan" else 1  # adversarial from its epoch 1 of ten steps on
+        bar = SimpleNamespace(update=lambda _: None)
+        with self.repository:  # torch.compile looks modules up by name
+            self.engine.train_one_epoch(
+                self.model, self.average, self.discriminator, self.augment, self.lpips, [(images.float() / 255, None)],
+                *self.optimizers, None, None, self.autocast, self.device, 1, step, len(images), self.config,
+                SimpleNamespace(wandb=False), None, 1, 1, "", "", bar,
+            )  # fmt: skip
+
+
+class Ours:
+    def __init__(self, name: str, arguments: argparse.Namespace, device: torch.device) -> None:
+        models = build_models(arguments)
+        _, self.draws = make_inputs(arguments, models, device)
+        options = {"disc_fake": "fresh", "loss_chunk_size": None, "activation_checkpointing": False}
+        options["dtype"] = DTYPES[arguments.precision]
+        self.runner = make_runner(name, copy_to(models, device), device, options)
+        self.autocast = partial(autocast, device, arguments.precision)
+
+    def run(self, images: Tensor, phase: str) -> None:
+        with self.autocast():
+            self.runner.run(images, self.draws, PHASES[phase])
+
+
+class HubDinov2(nn.Module):
+    """In place of RAEv2's encoder: images in [0, 255] -> patch tokens without affine norm."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.model = Dinov2WithRegistersModel.from_pretrained(folder).requires_grad_(False)
+        self.model.layernorm = nn.LayerNorm(self.model.config.hidden_size, elementwise_affine=False)
+        self.patch_size, self.hidden_size = self.model.config.patch_size, self.model.config.hidden_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.interpolate(images / 255 - 0.45, 224, mode="bicubic")
+        return self.model(x).last_hidden_state[:, 5:]
+
+
+def prepare(rae: nn.Module, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """(average, model to train), in the order of both programs."""
+    rae.encoder.eval(), rae.decoder.train()
+    average = deepcopy(rae).eval().requires_grad_(False)
+    rae.encoder.requires_grad_(False), rae.decoder.requires_grad_(True)
+    return average, wrap(rae, device)
+
+
+def wrap(module: nn.Module, device: torch.device) -> nn.Module:
+    devices = [0] if device.type == "cuda" else None
+    return DistributedDataParallel(module, devices, broadcast_buffers=False, find_unused_parameters=False)
+
+
+def their_autocast(precision: str) -> dict[str, Any]:
+    dtype = DTYPES[precision]
+    return {"enabled": False} if dtype is None else {"enabled": True, "dtype": dtype}
+
+
+def stand_in(name: str, **content: Any) -> types.ModuleType:
+    """A module of our own under `name`, and empty packages above it."""
+    for end in range(1, name.count(".") + 1):
+        package = ".".join(name.split(".")[:end])
+        sys.modules.setdefault(package, types.ModuleType(package))
+    sys.modules[name] = types.ModuleType(name)
+    vars(sys.modules[name]).update(content)
+    return sys.modules[name]
+
+
+def stand_in_for_missing() -> None:
+    """torchvision and wandb, where they are not installed: of the first both use VGG16, untrained."""
+    transformers.utils.is_torchvision_available()  # asked before, and remembered
+    if importlib.util.find_spec("torchvision") is None:
+        top = stand_in("torchvision")
+        top.models = stand_in("torchvision.models", vgg16=vgg16)
+        top.utils = stand_in("torchvision.utils", make_grid=None)
+        top.transforms = stand_in("torchvision.transforms")
+        top.datasets = stand_in("torchvision.datasets", ImageFolder=None)
+    if importlib.util.find_spec("wandb") is None:
+        stand_in("wandb")
+
+
+def vgg16(**_: Any) -> SimpleNamespace:
+    layers: list[nn.Module] = []
+    width = 3
+    for channels, depth in zip(CHANNELS, CONVS_PER_STAGE, strict=True):
+        for _number in range(depth):
+            layers += [nn.Conv2d(width, channels, 3, padding=1), nn.ReLU(inplace=True)]
+            width = channels
+        layers.append(nn.MaxPool2d(2, 2))
+    return SimpleNamespace(features=nn.Sequential(*layers))
+
+
+def lpips_file(path: Path) -> None:
+    """Untrained linear weights, where a checkout has none yet: else it would download them."""
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        weights = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate(CHANNELS)}
+        torch.save(weights, path)
+
+
+def files(arguments: argparse.Namespace, repository: Path) -> tuple[Path, Path, Path]:
+    """Untrained encoder, decoder config and DINO trunk as both programs want them on disk."""
+    scratch = Path(arguments.scratch).resolve()
+    encoder, decoder, dino = scratch / "dinov2", scratch / arguments.decoder, scratch / f"dino_{arguments.disc}.pth"
+    if not encoder.exists():
+        sizes = {**ENCODERS["dinov2_b"], "patch_size": 14, "image_size": 518}
+        Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes)).save_pretrained(encoder)
+        statistics_of_imagenet = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+        content = {"image_processor_type": "BitImageProcessor", **statistics_of_imagenet}
+        (encoder / "preprocessor_config.json").write_text(json.dumps(content))
+    decoder.mkdir(parents=True, exist_ok=True)
+    config = json.loads((repository / "configs/decoder" / arguments.decoder / "config.json").read_text())
+    (decoder / "config.json").write_text(json.dumps({**config, "patch_size": 16}))  # transformers 5 refuses their text
+    trunk = DinoTrunk(RECIPES[arguments.disc], None, "untrained").state_dict()
+    width = RECIPES[arguments.disc].width
+    torch.save({**trunk, "norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}, dino)
+    return encoder, decoder, dino
+
+
+def make(name: str, arguments: argparse.Namespace, device: torch.device) -> Any:
+    torch.manual_seed(0)
+    if name == "official":
+        return Official(arguments, device)
+    if name.startswith("raev2"):
+        return RAEv2(arguments, device, compiled=name.endswith("compile"))
+    return Ours(name, arguments, device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rae", type=Path, required=True, help="checkout of the official code")
+    parser.add_argument("--raev2", type=Path, required=True, help="checkout of RAEv2")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--decoder", default="ViTB", help="a folder of configs/decoder, here and there")
+    parser.add_argument("--disc", default="S_8", help="DINO trunk of the discriminator")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--precision", choices=DTYPES, default="fp32")
+    parser.add_argument("--phases", nargs="+", choices=["warmup", "gan"], default=["warmup", "gan"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--warm", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--scratch", default="logs/benchmark", help="folder for untrained files")
+    parser.add_argument("--memory_only", action="store_true", help="print peaks; what the program calls itself with")
+    parser.add_argument("--out", type=Path, help="JSON")
+    arguments = parser.parse_args()
+    arguments.encoder, arguments.image_size = "dinov2_b", 256
+    torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    stand_in_for_missing()
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(20000 + os.getpid() % 20000))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1)
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (arguments.batch, 3, 256, 256), dtype=torch.uint8, generator=generator).to(device)
+    if arguments.memory_only:
+        runner = make(arguments.variants[0], arguments, device)
+        print(json.dumps({phase: peak(runner, images, phase, device) for phase in arguments.phases}))
+        return
+    memory = {name: memory_alone(name, arguments.precision) for name in arguments.variants}
+    seconds: dict[str, dict[str, list[float]]] = {phase: {} for phase in arguments.phases}
+    for names in turns(arguments.variants, device):
+        runners = {name: make(name, arguments, device) for name in names}
+        for phase in arguments.phases:
+            seconds[phase] |= timed(runners, images, phase, device, arguments)
+        del runners
+    write(arguments, device, seconds, memory)
+    dist.destroy_process_group()
+
+
+def peak(runner: Any, images: Tensor, phase: str, device: torch.device) -> float | None:
+    runner.run(images, phase)
+    return peak_memory(partial(runner.run, images, phase), device)
+
+
+def timed(
+    runners: dict[str, Any], images: Tensor, phase: str, device: torch.device, arguments: argparse.Namespace
+) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {name: [] for name in runners}
+    for turn in range(arguments.warm + arguments.repeats):
+        for name, runner in runners.items():
+            began = clock(device)
+            runner.run(images, phase)
+            if turn >= arguments.warm:
+                found[name].append(clock(device) - began)
+    return found
+
+
+def times_as_fast(row: dict[str, Any], other: dict[str, Any]) -> float:
+    return statistics.median(a / b for a, b in zip(other["seconds_all"], row["seconds_all"], strict=True))
+
+
+def write(arguments: argparse.Namespace, device: torch.device, seconds: Any, memory: Any) -> None:
+    results: dict[str, dict[str, Any]] = {}
+    for phase, found in seconds.items():
+        results[f"{arguments.precision}/{phase}"] = rows = {
+            name: {
+                "seconds": statistics.median(times), "seconds_all": times, "peak_memory_gb": memory[name][phase],
+                "images_per_s": arguments.batch / statistics.median(times),
+            }
+            for name, times in found.items()
+        }  # fmt: skip
+        for name, row in rows.items():
+            against = ", ".join(f"{times_as_fast(row, rows[other]):.2f} x {other}" for other in rows if other != name)
+            print(f"{phase} {name}: {row['seconds']:.2f} s, {row['peak_memory_gb']} GB; {against}")
+    record = {"command": " ".join(["python", *sys.argv]), **surroundings(device)}
+    record |= {"arguments": {k: str(v) for k, v in vars(arguments).items()}, "results": results}
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
