@@ -1,7 +1,7 @@
 """Memory of a training step on a GPU at any batch size, worked out on a CPU without computing anything.
 
     python benchmarks/memory.py --decoder ViTB --batch 1 4 16 --activation_checkpointing --loss_chunk_size 4
-    python benchmarks/memory.py --decoder ViTXL --batch 64 --variants plain ours --fit 80 140
+    python benchmarks/memory.py --decoder ViTXL --batch 64 --phases warmup gan --variants plain ours --fit 80 140
 
 The step of `benchmarks/train_step.py` runs on fake tensors (shapes and types, no numbers), all networks at their real size,
 and the bytes of all live tensors are added up at each operation. That is what a GPU's allocator would hand out, without its
@@ -10,11 +10,13 @@ that it takes on a GPU. `--fit` says the largest batch for so much memory (memor
 """
 
 import argparse
+import json
 import sys
 import tempfile
 import weakref
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -26,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from benchmarks.runners import DTYPES, PHASES, build_models, make_inputs, make_runner
+from src.losses import lpips_distance
 from src.models.precision import cast_frozen
 
 GIB = 2**30
@@ -111,7 +114,8 @@ def peak_bytes(arguments: argparse.Namespace, variant: str, batch: int) -> tuple
         cast_frozen(models.rae.encoder, dtype)
         cast_frozen(models.discriminator.trunk, dtype)
     images, draws = make_inputs(arguments, models, device)
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, LiveBytes() as live:
+    tiles = patch.object(lpips_distance, "TILE_ON_CPU", lpips_distance.TILE_ON_DEVICE)
+    with tiles, FakeTensorMode(allow_non_fake_inputs=True) as fake, LiveBytes() as live:
         for module in (models.rae, models.lpips, models.discriminator):
             make_fake(module, fake, live)
         runner = make_runner(variant, models, device, options)
@@ -131,26 +135,44 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16], metavar="N")
     parser.add_argument("--variants", nargs="+", choices=["plain", "ours"], default=["ours"])
     parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16")
-    parser.add_argument("--phase", choices=sorted(PHASES), default="gan")
+    parser.add_argument("--phases", nargs="+", choices=sorted(PHASES), default=["gan"])
     parser.add_argument("--activation_checkpointing", action="store_true")
     parser.add_argument("--loss_chunk_size", type=int, metavar="N")
     parser.add_argument("--fit", type=int, nargs="+", default=[], metavar="GIB", help="memory to fill")
+    parser.add_argument("--out", type=Path, help="JSON, of the last batch size")
     arguments = parser.parse_args()
     batches = arguments.batch
-    for variant in arguments.variants:
-        for batch in batches:
-            held, peak = peak_bytes(arguments, variant, batch)
-            print(f"{variant}, batch {batch}: {peak / GIB:.2f} GiB at the peak, {held / GIB:.2f} GiB between steps")
-        if arguments.fit:
-            print_fit(arguments, variant, batch, peak)
+    results: dict[str, dict[str, dict[str, float]]] = {phase: {} for phase in arguments.phases}
+    for phase in arguments.phases:
+        arguments.phase = phase
+        for variant in arguments.variants:
+            for batch in batches:
+                held, peak = peak_bytes(arguments, variant, batch)
+                print(
+                    f"{phase}, {variant}, batch {batch}: {peak / GIB:.2f} GiB at the peak, {held / GIB:.2f} GiB between steps",
+                    flush=True,
+                )
+            found = {"peak_gib": peak / GIB, "between_steps_gib": held / GIB}  # of the last batch size
+            results[phase][variant] = found | largest_batches(arguments, variant, batch, peak)
+    if arguments.out:
+        said = {k: str(v) for k, v in vars(arguments).items() if k not in ("scratch", "batch", "phase")}
+        record = {"command": " ".join(["python", *sys.argv]), "torch": torch.__version__}
+        record |= {"computed": "from the sizes of tensors", "batch": batches[-1]}
+        arguments.out.write_text(json.dumps(record | {"arguments": said, "results": results}, indent=1) + "\n")
 
 
-def print_fit(arguments: argparse.Namespace, variant: str, batch: int, peak: int) -> None:
+def largest_batches(arguments: argparse.Namespace, variant: str, batch: int, peak: int) -> dict[str, float]:
+    """The largest batch for each of `--fit`, by the memory of two batch sizes."""
+    if not arguments.fit:
+        return {}
     other = max(1, batch // 2) if batch > 1 else 2
     share = (peak - peak_bytes(arguments, variant, other)[1]) / (batch - other)  # bytes per image
+    found = {"gib_per_image": share / GIB}
     for gib in arguments.fit:
         largest = int(((gib - OVERHEAD) * GIB - (peak - share * batch)) / share)
-        print(f"{variant}: {gib} GiB hold batches up to about {largest} ({share / GIB:.3f} GiB an image)")
+        found[f"batch_in_{gib}_gib"] = largest
+        print(f"{arguments.phase}, {variant}: {gib} GiB hold batches up to about {largest}")
+    return found
 
 
 if __name__ == "__main__":

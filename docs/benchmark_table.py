@@ -25,6 +25,7 @@ NOTHING = {
     "README.md": "Nothing is measured yet.",
     "README.zh-CN.md": "尚无测量结果。",
 }
+PEERS = {"official": "official RAE", "raev2": "RAEv2", "raev2_compile": "RAEv2 --compile"}
 NAMES = {"ours": "step", "compiled": "step, compiled"}
 Row = tuple[str, ...]
 
@@ -55,7 +56,9 @@ def replaced(page: str, text: str) -> str:
 
 def _rows(content: dict[str, Any]) -> Iterator[Row]:
     results = content["results"]
-    if any("/" in name for name in results):
+    if "computed" in content:
+        yield from _computed(content)
+    elif any("/" in name for name in results):
         yield from _steps(content)
     elif "pillow" in results:
         yield from _data(content)
@@ -69,6 +72,9 @@ def _steps(content: dict[str, Any]) -> Iterator[Row]:
     threads = f", {count} thread{'s' * (count > 1)}" if said["device"] == "cpu" else ""
     for name, measured in content["results"].items():
         precision, phase = name.split("/")
+        if "official" in measured:
+            yield from _beside_peers(measured, phase, precision, sizes, f"{content['device']}{threads}")
+            continue
         plain = measured.get("plain")
         for variant, label in NAMES.items():
             if variant not in measured:
@@ -76,13 +82,41 @@ def _steps(content: dict[str, Any]) -> Iterator[Row]:
             own = measured[variant]
             against = memory = ""
             if plain:
-                turns = [a / b for a, b in zip(plain["seconds_all"], own["seconds_all"], strict=True)]
-                against = f"{statistics.median(turns):.2f} x plain"
+                against = f"{_ratio(plain, own):.2f} x plain"
             if own["peak_memory_gb"] is not None:
                 memory = f"{own['peak_memory_gb']:.2f} GB"
                 memory += f" ({own['peak_memory_gb'] / plain['peak_memory_gb']:.2f} x)" if plain else ""
             what = f"{label}: {phase}, {precision}; {sizes}"
             yield what, f"{content['device']}{threads}", f"{own['images_per_s']:.3g}", against, memory
+
+
+def _beside_peers(measured: dict[str, Any], phase: str, precision: str, sizes: str, where: str) -> Iterator[Row]:
+    """Of benchmarks/peers.py: ours against other people's own code."""
+    for variant, label in NAMES.items():
+        own = measured.get(variant)
+        if own is None:
+            continue
+        against = [f"{_ratio(measured[peer], own):.2f} x {words}" for peer, words in PEERS.items() if peer in measured]
+        memory = (
+            f"{own['peak_memory_gb']:.2f} GB ({own['peak_memory_gb'] / measured['official']['peak_memory_gb']:.2f} x)"
+        )
+        yield f"{label}: {phase}, {precision}; {sizes}", where, f"{own['images_per_s']:.3g}", ", ".join(against), memory
+
+
+def _computed(content: dict[str, Any]) -> Iterator[Row]:
+    """Of benchmarks/memory.py."""
+    said = content["arguments"]
+    sizes = f"{said['encoder']} + {said['decoder']}, {said['image_size']} px, batch {content['batch']}"
+    for phase, measured in content["results"].items():
+        own, plain = measured["ours"], measured["plain"]
+        memory = f"{own['peak_gib']:.1f} GiB ({own['peak_gib'] / plain['peak_gib']:.2f} x)"
+        what = f"step: {phase}, {said['precision']}; {sizes}"
+        yield what, "a GPU's tensors, computed without one", "", "memory of plain", memory
+
+
+def _ratio(other: dict[str, Any], own: dict[str, Any]) -> float:
+    """How many times as fast, turn by turn."""
+    return statistics.median(a / b for a, b in zip(other["seconds_all"], own["seconds_all"], strict=True))
 
 
 def _data(content: dict[str, Any]) -> Iterator[Row]:

@@ -52,7 +52,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="leave out larger images, by their header alone (default: %(default)s)",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace an existing DATASET, once the new one is complete"
+        "--overwrite",
+        action="store_true",
+        help="replace an existing dataset at DATASET, once the new one is complete; a folder that is no dataset, or "
+        "that shares files with IMAGES, is never replaced",
     )
     parser.add_argument("--dummy", action="store_true", help="make data/dummy_dataset_hf as well (288 pictures)")
     return parser
@@ -85,11 +88,16 @@ def make_own(with_dummy: bool, overwrite: bool) -> int:
 
     from src import weights
     from src.data import dummy
+    from src.data.convert import check_output
 
     for place in ["data/test_hf"] + (["data/dummy_dataset_hf"] if with_dummy else []):
         folder = weights.PROJECT_ROOT / place
         if overwrite and folder.exists():
-            shutil.rmtree(folder)
+            check_output(folder, overwrite)
+            if folder.is_symlink():
+                folder.unlink()
+            else:
+                shutil.rmtree(folder)
         made = dummy.ensure(folder)
         print(f"{place}: {dummy.DATASETS[place][0]} pictures {'made' if made else 'are there already'}")
     return 0

@@ -105,7 +105,7 @@ def _wanted(args: argparse.Namespace) -> "list[Need]":
     for experiment in args.experiment:
         if args.weights_dir:
             overrides = [*overrides, f"paths.weights_dir='{weights_dir}'"]
-        config = _compose(experiment, overrides)
+        config = _without_what_the_user_brings(_compose(experiment, overrides), experiment)
         configured = ROOT / Path(config.get("paths", {}).get("weights_dir") or "weights").expanduser()
         wanted += needs(config, configured, ROOT)
     once: dict[tuple[object, Path | None], Need] = {}
@@ -147,6 +147,18 @@ def _compose(experiment: str, overrides: list[str]) -> dict[str, Any]:
         return node
 
     return plain(OmegaConf.to_container(config, resolve=False), "")
+
+
+def _without_what_the_user_brings(config: dict[str, Any], experiment: str) -> dict[str, Any]:
+    """`required` is no file: it stands where an experiment leaves its decoder to the user, and training refuses it."""
+    model = config.get("model") or {}
+    if model.get("pretrained_decoder_path") != "required":
+        return config
+    print(
+        f"left out: the decoder that {experiment} starts from. Add model.pretrained_decoder_path=PATH to look for it, or the "
+        "name of a released one (such as decoder-dinov2) to get it"
+    )
+    return {**config, "model": {**model, "pretrained_decoder_path": None}}
 
 
 def _list(wanted: "list[Need]", mirrors: Sequence[str]) -> int:

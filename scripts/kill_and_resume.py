@@ -91,7 +91,11 @@ def kill_once(log_dir: Path, processes: int, mode: str, rng: random.Random) -> b
     wait_for(
         lambda: (
             (moment is not None and time.monotonic() > moment)
-            or (mode == "writing" and (folder / "checkpoints" / ".last.ckpt.writing").exists() and rng.random() < 0.3)
+            or (
+                mode == "writing"
+                and (folder / "checkpoints" / ".last.ckpt.next.writing").exists()
+                and rng.random() < 0.3
+            )
             or (
                 mode == "last_batch"
                 and any(f"step {s}:" in text(folder / "run.log") for s in range(wanted_step, 99, STEPS_PER_EPOCH))

@@ -32,8 +32,3 @@ def unit_to_bytes(images: Tensor, quantization: Quantization = "round") -> Tenso
 def unit_to_signed(images: Tensor) -> Tensor:
     """[0, 1] -> [-1, 1]."""
     return images * 2 - 1
-
-
-def signed_to_unit(images: Tensor) -> Tensor:
-    """[-1, 1] -> [0, 1]."""
-    return (images + 1) / 2

@@ -3,13 +3,14 @@
 Legend: R rows, N images in a row. Images are uint8 N x 3 x H x W.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
+
+from src.files import replacing
 
 GAP_PX = 2
 WHITE = 255
@@ -35,7 +36,5 @@ def difference(a: Tensor, b: Tensor, gain: float = 4.0) -> Tensor:
 
 def save_png(image: Tensor, path: Path) -> None:
     """uint8 3 x H x W -> PNG; a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.writing")
-    Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()).save(beside, format="PNG")
-    os.replace(beside, path)
+    with replacing(path) as file:
+        Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()).save(file, format="PNG")

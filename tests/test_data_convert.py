@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from src import weights
 from src.data import convert as conversion
 from src.data import convert_shard, dummy, image_tree
 from src.data.arrow import ArrowSource
@@ -206,6 +207,136 @@ def test_existing_output_is_kept_unless_told(tmp_path: Path) -> None:
     assert rows(tmp_path / "empty") == expected(root)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("mark", ["", "state.json"])
+def test_the_images_are_never_replaced(overwrite: bool, mark: str, tmp_path: Path) -> None:
+    root, elsewhere = tree(tmp_path / "home/in"), tree(tmp_path / "elsewhere")
+    (root / "linked").symlink_to(elsewhere / "dog")
+    (tmp_path / "link").symlink_to(root)
+    for folder in (root, root.parent, elsewhere) if mark else ():
+        (folder / mark).write_text("{}")  # what looks like a dataset may hold the images all the same
+    before = contents(tmp_path)
+    for output, how in (
+        (root, "is the folder of images"),
+        (tmp_path / "link", "is the folder of images"),
+        (root.parent, "holds the folder of images"),
+        (root / "cat", "lies in the folder of images"),
+        (root / "new/hf", "lies in the folder of images"),
+        (tmp_path / "link/new", "lies in the folder of images"),
+        (elsewhere, "holds the folder of images"),
+    ):
+        with pytest.raises(UserError, match=rf"--output_dir .*{how} .*Choose a folder apart from it"):
+            run(root, output, overwrite=overwrite)
+    with pytest.raises(UserError, match="holds the folder of images"):  # OUTPUT.partial is written and deleted, too
+        run(tree(tmp_path / "x.partial/in"), tmp_path / "x", overwrite=overwrite)
+    assert before.items() <= contents(tmp_path).items()
+    assert len(contents(tmp_path)) == len(before) + 12
+
+
+def test_only_a_dataset_is_replaced(tmp_path: Path) -> None:
+    root = tree(tmp_path / "in")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("a file")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"mine is not empty .*no dataset.*--overwrite does not delete it"):
+            run(root, mine, overwrite=overwrite)
+        with pytest.raises(UserError, match="is a file; give a folder"):
+            run(root, tmp_path / "file", overwrite=overwrite)
+    assert contents(mine) == {"thesis.txt": b"years of work"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "in", "mine"]
+    for mark in ("conversion_report.json", "dataset_dict.json", "dataset_info.json", "state.json"):
+        output = tmp_path / mark.partition(".")[0]
+        output.mkdir()
+        (output / mark).write_text("{}")
+        run(root, output, overwrite=True)
+        assert rows(output) == expected(root)
+
+
+def test_what_others_called_old_or_partial_is_kept(tmp_path: Path) -> None:
+    root, output = tree(tmp_path / "in"), tmp_path / "out"
+    run(root, output)
+    for name in ("out.old", "out.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"out\.partial is in the way.*Move it away"):
+        run(root, output, overwrite=True)
+    (tmp_path / "out.partial").rename(tmp_path / "moved")
+    (tmp_path / "out.partial/.conversion").mkdir(parents=True)  # killed in its first moment
+    (tmp_path / "out.partial/.conversion/.settings.json.1.writing").write_text("{")
+    run(root, output, overwrite=True)
+    assert rows(output) == expected(root)
+    assert contents(tmp_path / "out.old") == contents(tmp_path / "moved") == {"mine.txt": b"mine"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "moved", "out", "out.old"]
+
+
+def test_the_old_dataset_comes_back_where_the_new_one_gets_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, output = tree(tmp_path / "in"), tmp_path / "out"
+    run(root, output)
+    before, replace = contents(output), os.replace
+
+    def refusing(source: Path, target: Path) -> None:
+        if target == output:
+            assert (source / "state.json").is_file()  # the new one is complete before the old one moves
+            raise OSError(errno.EIO, "Input/output error")
+        replace(source, target)
+
+    (root / "cat/new.jpg").write_bytes(FILES[5])
+    monkeypatch.setattr(os, "replace", refusing)
+    with pytest.raises(UserError, match="Input/output error"):
+        run(root, output, overwrite=True)
+    assert contents(output) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out", "out.partial"]
+    monkeypatch.setattr(os, "replace", replace)
+    assert run(root, output, overwrite=True).shards_reused == 1
+    assert rows(output) == expected(root)
+
+
+def test_what_appears_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, output = tree(tmp_path / "in"), tmp_path / "out"
+    finish = conversion._finish
+
+    def slow(*arguments: object) -> conversion.Report:
+        output.mkdir()
+        (output / "mine.txt").write_text("mine")
+        return finish(*arguments)
+
+    monkeypatch.setattr(conversion, "_finish", slow)
+    with pytest.raises(UserError, match="no dataset"):
+        run(root, output)
+    assert contents(output) == {"mine.txt": b"mine"}
+    monkeypatch.setattr(conversion, "_finish", finish)
+    output.rename(tmp_path / "moved")
+    assert run(root, output).shards_reused == 1
+
+
+def test_the_own_sets_replace_datasets_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))  # which the script changes
+    from scripts.create_hf_test_data import make_own
+
+    monkeypatch.setattr(weights, "PROJECT_ROOT", tmp_path)
+    (tmp_path / "data/test_hf").mkdir(parents=True)
+    (tmp_path / "data/test_hf/mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="no dataset"):
+        make_own(False, overwrite=True)
+    (tmp_path / "data/test_hf").rename(tmp_path / "mine")
+    run(tree(tmp_path / "in"), tmp_path / "elsewhere")
+    (tmp_path / "data/test_hf").symlink_to(tmp_path / "elsewhere")
+    make_own(False, overwrite=True)  # in place of the link, not of what it leads to
+    assert len(ArrowSource(tmp_path / "data/test_hf")) == 20
+    assert len(ArrowSource(tmp_path / "elsewhere")) == 12
+    (tmp_path / "data/test_hf/state.json").write_text("{")
+    make_own(False, overwrite=True)
+    assert len(ArrowSource(tmp_path / "data/test_hf")) == 20
+
+
 def test_full_disk_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, output = tree(tmp_path / "in", 150), tmp_path / "out"
     write, calls = convert_shard.write_shard, []
@@ -213,7 +344,7 @@ def test_full_disk_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.Monkey
     def filling(path: Path, *rest: object) -> int:
         calls.append(path)
         if len(calls) == 3:
-            path.with_name(path.name + ".tmp").write_bytes(b"half")
+            path.with_name(f".{path.name}.1.writing").write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(path, *rest)
 
@@ -223,6 +354,7 @@ def test_full_disk_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not output.exists()
     report = run(root, output)
     assert report.shards_reused == 2
+    assert not list(output.rglob("*.writing"))
     assert rows(output) == expected(root)
 
 

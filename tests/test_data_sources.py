@@ -1,6 +1,7 @@
 """Rows from Hugging Face datasets and image trees, the guide's two modes, an error for all that is not there."""
 
 import pickle
+import re
 from pathlib import Path
 
 import datasets
@@ -14,6 +15,7 @@ from src.data.decode import BadImage
 from src.data.sources import FolderSource
 from src.data.splits import open_splits
 from src.errors import UserError
+from src.evaluation.images import open_images
 
 FILES = [dummy.jpeg(i) for i in range(20)]
 
@@ -157,6 +159,45 @@ def test_guide_mode_2(single: Path, tmp_path: Path) -> None:
     assert sizes(tree(tmp_path / "b", "train"), False, 0.75) == (6, 2)
 
 
+@pytest.mark.parametrize(
+    ("train", "validation", "named"),
+    [
+        ("train_small", "val", "validation"),
+        ("train_small", "validation", "val"),
+        ("train_small", "held_back", "held_back"),
+        ("training", "val", "val"),
+        ("train", "held_back", "held_back"),
+    ],
+)
+def test_folders_of_an_image_tree_by_the_names_given(train: str, validation: str, named: str, tmp_path: Path) -> None:
+    root = tree(tmp_path / "t", train, per_class=5)
+    tree(root, validation, per_class=2)
+    tree(root, "test", per_class=1)
+    splits = open_splits(root, False, train, named, 1.0)
+    assert (len(splits.train_rows), len(splits.validation_rows)) == (10, 4)
+    assert splits.train.class_names == splits.validation.class_names == ["cat", "dog"]
+    trained_on = {"data_dir": str(root), "hf_split": train, "hf_validation_split": named, "train_split": 1.0}
+    for split in (None, validation, named):
+        assert len(open_images(root, split, trained_on).rows) == 4
+    assert open_images(root, None, trained_on).split == named
+    assert len(open_images(root, "all", trained_on).rows) == len(open_images(root, train, trained_on).rows) == 10
+    # nobody knows what the model was trained on: a split that is asked for is taken by its folder
+    assert [len(open_images(root, name, None).rows) for name in (train, validation, "test")] == [10, 4, 2]
+    with pytest.raises(UserError, match="no split 'nothing'"):
+        open_images(root, "nothing", trained_on)
+
+
+def test_other_data_has_other_folders(tmp_path: Path) -> None:
+    trained_on = {"data_dir": "gone", "hf_split": "train_small", "hf_validation_split": "val_small", "train_split": 0.5}
+    usual = tree(tree(tmp_path / "usual", "train", per_class=5), "val", per_class=2)
+    assert len(open_images(usual, None, trained_on).rows) == 4
+    assert len(open_images(usual, "all", trained_on).rows) == 10
+    classes = tree(tmp_path / "classes")  # one of them happens to be called like a split
+    tree(classes / "val")
+    assert open_splits(classes, False, "train", "validation", 1.0).validation is None
+    assert len(open_images(classes, "all", None).rows) == 16
+
+
 def test_fingerprint_follows_the_data(single: Path, tmp_path: Path) -> None:
     assert ArrowSource(single).fingerprint() == ArrowSource(single).fingerprint()
     hf_dataset(19).save_to_disk(str(tmp_path / "other"))
@@ -222,6 +263,18 @@ def break_only_files(path: Path) -> Path:
     return tree(path / "tree")
 
 
+def break_parquet(path: Path) -> Path:
+    (path / "hub/data").mkdir(parents=True)
+    (path / "hub/data/train-00000-of-00001.parquet").touch()
+    return path / "hub"
+
+
+def break_something_else(path: Path) -> Path:
+    (path / "other/deep").mkdir(parents=True)
+    (path / "other/deep/notes.txt").touch()
+    return path / "other"
+
+
 def break_empty_folder(path: Path) -> Path:
     (path / "empty").mkdir()
     return path / "empty"
@@ -249,8 +302,10 @@ def break_one_up(path: Path) -> Path:
         (break_lost_shard, "lacks 1 of its 3 Arrow files: data-00002"),
         (break_half_json, "state.json can't be read"),
         (break_no_shards, "no Arrow files"),
-        (break_only_files, "use_hf_dataset=false"),
-        (break_empty_folder, "is empty"),
+        (break_only_files, "--output_dir .*tree_hf`.*use_hf_dataset=false"),
+        (break_parquet, "holds Parquet files.*load_dataset.*hub.*save_to_disk.*hub_hf.*data.data_dir=.*hub_hf"),
+        (break_something_else, "no Hugging Face dataset.*--output_dir .*other_hf` and set data.data_dir=.*other_hf"),
+        (break_empty_folder, "is empty.*--output_dir .*empty`"),
         (break_a_file, "is a file"),
         (break_one_up, "data.data_dir=.*single"),
     ],
@@ -259,6 +314,32 @@ def break_one_up(path: Path) -> Path:
 def test_what_is_not_a_dataset_says_so(damage, says: str, single: Path) -> None:
     with pytest.raises(UserError, match=f"(?s){says}"):
         open_splits(damage(single), True, "train", "validation", 1.0)
+
+
+def test_the_advice_replaces_nothing(single: Path) -> None:
+    """What lies at data.data_dir may be the only copy, and no dataset as yet."""
+    for damage in (break_no_json, break_only_files, break_parquet, break_something_else, break_empty_folder):
+        folder = damage(single)
+        with pytest.raises(UserError) as error:
+            open_splits(folder, True, "train", None, 1.0)
+        assert "--overwrite" not in str(error.value)
+
+
+def test_the_route_from_parquet_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = tmp_path / "imagenet"
+    (hub / "data").mkdir(parents=True)
+    hf_dataset(20).to_parquet(hub / "data/train-00000-of-00001.parquet")
+    hf_dataset(6).to_parquet(hub / "data/validation-00000-of-00001.parquet")
+    with pytest.raises(UserError) as error:
+        open_splits(hub, True, "train", "validation", 1.0)
+    command = re.search(r'`python -c "(.*?)"`', str(error.value))
+    assert command is not None
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    exec(command[1], {})
+    splits = open_splits(tmp_path / "imagenet_hf", True, "train", "validation", 1.0)
+    assert (len(splits.train_rows), len(splits.validation_rows)) == (20, 6)
+    assert [bytes(splits.train.encoded(i)) for i in range(20)] == FILES
+    assert splits.train.class_names == ["cat", "dog"]
 
 
 def test_missing_folder_names_close_ones(single: Path) -> None:

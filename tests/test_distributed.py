@@ -52,6 +52,13 @@ def test_each_rank_has_its_own_share_and_no_image_comes_twice(results):
     assert len(set(everything)) == len(everything) == 4 * STEPS
 
 
+def test_fewer_held_out_images_than_ranks(tmp_path):
+    """One validation image on two ranks: the one that has none takes part all the same, or the other would wait for ever."""
+    held_out = ["data.hf_validation_split=null", "data.train_split=0.996", "trainer.limit_train_batches=1"]
+    (first, second) = launch(tmp_path / "ranks", 2, "data.batch_size=2", *held_out)
+    assert first["digests"] == second["digests"]
+
+
 def test_gradients_and_adaptive_weight_equal_those_of_one_process_with_twice_the_batch(results):
     (first, _), one, _ = results
     assert one["weights"][0] > 0

@@ -8,17 +8,24 @@ import argparse
 import ast
 import importlib
 import importlib.util
+import os
 import re
 import shlex
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from omegaconf import OmegaConf
 
-from src.weights import PROJECT_ROOT
+from src.interop.official import write_official
+from src.runs.folder import run_folder
+from src.runs.launch import Launch
+from src.weights import PROJECT_ROOT, read
+from tests.tiny_models import tiny_rae
 from tests.training import composed, train
 
 PAGES = [
@@ -183,6 +190,70 @@ def check_other(parts: list[str]) -> None:
         composed(parts[place + 1 :])
     if parts[:2] == ["python", "-c"]:
         compile(parts[2], "documented", "exec")
+
+
+def slurm_script(folder: Path, *arguments: str) -> list[str]:
+    """What docs/examples/slurm.sh gives to `src/train.py` when it is submitted in `folder` as job 7."""
+    srun = folder / "bin/srun"
+    srun.parent.mkdir(exist_ok=True)
+    srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    srun.chmod(0o755)
+    done = subprocess.run(
+        ["bash", PROJECT_ROOT / "docs/examples/slurm.sh", *arguments],
+        cwd=folder, env={"PATH": f"{srun.parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_NNODES": "2"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    return lines[lines.index("src/train.py") + 1 :]
+
+
+def test_a_requeued_slurm_job_goes_on_with_its_own_run(tmp_path):
+    asked = ["experiment=rae_dummy", "ckpt_path=another.ckpt"]  # a first checkpoint gives way to the job's own
+    first = slurm_script(tmp_path, *asked)
+    assert first == [*asked, "trainer.strategy=ddp", "trainer.num_nodes=2", "paths.run_dir=logs/runs/slurm/7"]
+    own = tmp_path / "logs/runs/slurm/7/checkpoints/last.ckpt"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    again = composed(slurm_script(tmp_path, *asked))
+    assert (again.paths.run_dir, again.ckpt_path) == ("logs/runs/slurm/7", "logs/runs/slurm/7/checkpoints/last.ckpt")
+    assert again.trainer.num_nodes == 2
+
+
+def test_a_run_resumes_in_its_own_folder(tmp_path, monkeypatch):
+    """As that job does: the folder is there already, and the checkpoint that it goes on from is the one that it replaces."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    last = tmp_path / "job/checkpoints/last.ckpt"
+    for start in (0, 1):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
+        folder = run_folder(str(tmp_path / "logs"), str(tmp_path / "job"), Launch(0, 2, "slurm"))
+        steps = 2 * (start + 1)
+        run = train(folder, *OFTEN, f"trainer.max_steps={steps}", checkpoint=last if last.exists() else None)
+        assert run.trainer.global_step == steps
+        assert read(last)["global_step"] == steps
+    assert (last.parent / "best.ckpt").is_file() and not list(last.parent.glob(".*"))
+
+
+def test_a_released_decoder_in_python(tmp_path):
+    """The example of the guides, with a tiny encoder and decoder at the places that it names."""
+    blocks = [
+        [b for b in re.findall(r"^```python\n(.*?)^```", text(page), re.M | re.S) if "RAE(" in b] for page in PAIRS[1]
+    ]
+    assert blocks[0] == blocks[1] and len(blocks[0]) == 1
+    rae = tiny_rae(tmp_path, image_size=256)
+    rae.encoder.model.save_pretrained(tmp_path / "encoder")
+    write_official(rae, tmp_path)
+    example = blocks[0][0]
+    for documented, here in (
+        ("facebook/dinov2-with-registers-base", tmp_path / "encoder"),
+        ("configs/decoder/ViTXL", tmp_path / "decoder.json"),
+        ("weights/decoders/dinov2/wReg_base/ViTXL_n08/model.pt", tmp_path / "model.pt"),
+    ):
+        assert f'"{documented}"' in example
+        example = example.replace(f'"{documented}"', repr(str(here)))
+    images = torch.rand(1, 3, 256, 256)
+    names = {"images": images}
+    exec(example, names)
+    assert torch.equal(names["images"], rae(images).clamp(0, 1))
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair[0])

@@ -598,6 +598,18 @@ def test_script_explains_a_gated_encoder(server: Server, tmp_path: Path) -> None
     assert "gated, and no token" in done.stderr and f"https://huggingface.co/{repo}" in done.stderr
 
 
+def test_script_leaves_out_a_decoder_that_the_user_has_yet_to_name(tmp_path: Path) -> None:
+    """`required` of rae_finetune is a word to the user, not the path of a missing file."""
+    where = ["--experiment", "rae_finetune", "--weights_dir", str(tmp_path)]
+    for action in ("--list", "--check"):
+        unnamed = _script(*where, action, HF_HUB_OFFLINE="1")
+        assert unnamed.returncode == 0, unnamed.stderr
+        assert "left out: the decoder" in unnamed.stdout and "model.pretrained_decoder_path=PATH" in unnamed.stdout
+        assert "/required" not in unnamed.stdout and "vgg16" in unnamed.stdout
+    named = _script(*where, "--list", f"model.pretrained_decoder_path={tmp_path / 'mine.pt'}", HF_HUB_OFFLINE="1")
+    assert "left out" not in named.stdout and str(tmp_path / "mine.pt") in named.stdout
+
+
 def test_script_usage_errors() -> None:
     assert _script().returncode == 2
     nowhere = _script("--experiment", "no_such_experiment")

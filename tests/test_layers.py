@@ -11,6 +11,9 @@ from src.errors import UserError
 from src.models.draws import StepDraws
 from src.models.layers import FUSIONS, check_fusion, parse_layers, random_subset
 from src.models.settings import LayerSubset
+from src.models.training_step import Phase
+
+NOTHING_ON = Phase(lpips=False, gan=False, disc=False)
 
 
 @pytest.mark.parametrize(("layers", "depth", "expected"), [
@@ -133,7 +136,9 @@ def test_a_function_of_seed_and_step_alone(monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
         batch = {"epoch": 1, "position": torch.tensor([2 * rank, 2 * rank + 1])}  # the ranks' own shares of an epoch
         for batch_idx in (rank, 7):
-            draws = [stand_in(0.5).generator(batch, batch_idx, step, torch.device("cpu")) for step in range(50)]
+            draws = [
+                stand_in(0.5).generator(batch, batch_idx, step, torch.device("cpu"), NOTHING_ON) for step in range(50)
+            ]
             assert [d.layers for d in draws] == reference
 
 

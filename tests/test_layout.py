@@ -34,7 +34,7 @@ ALLOWED = {
     "runs": {"models", "losses", "metrics", "data", "callbacks", "interop", "evaluation"},
 }
 LIGHTNING_FILES = {"src/models/rae_module.py", "src/data/datamodule.py"}
-SMALL = {"errors", "geometry", "images", "ema", "schedules", "weights", "stream", "sheets"}
+SMALL = {"errors", "files", "geometry", "images", "ema", "schedules", "weights", "stream", "sheets"}
 
 
 def imports(file: Path) -> set[str]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from src.errors import UserError
-from src.losses.gan import adaptive_weight, discriminator_loss, generator_loss, logit_statistics
+from src.losses.gan import adaptive_weight, discriminator_loss, generator_loss
 
 REAL = torch.tensor([[2.0, 0.5], [-1.0, 0.0]])
 FAKE = torch.tensor([[-2.0, -0.5], [1.0, 0.0]])
@@ -48,13 +48,6 @@ def test_unknown_names_list_the_choices() -> None:
         discriminator_loss("hing")
     with pytest.raises(UserError, match=r"gen_loss=x.*vanilla \(= hinge\)"):
         generator_loss("x")
-
-
-def test_statistics() -> None:
-    stats = logit_statistics(REAL, FAKE)
-    assert stats["accuracy"].item() == pytest.approx(0.5)  # two of four real above 0, two of four fake below
-    assert stats["logits_real"].item() == pytest.approx(0.375)
-    assert stats["logits_fake"].item() == pytest.approx(-0.375)
 
 
 @pytest.mark.parametrize(("r", "g", "w"), [(1.0, 2.0, 0.5), (1.0, 0.0, 1e4), (0.0, 1.0, 0.0), (1e-3, 1e-6, 500.0)])

@@ -1,9 +1,13 @@
 """A resumed run is the run that was never interrupted: the same weights, moments, averages and batches, bit for bit."""
 
+import shutil
+
 import pytest
 import torch
 
-from src.weights import read
+from src.errors import UserError
+from src.models.rae_module import RAEModule
+from src.weights import PROJECT_ROOT, read
 from tests.training import same, train
 
 QUIET = ["~callbacks.rfid", "logger=csv"]
@@ -51,6 +55,39 @@ def test_resumed_otherwise(whole, tmp_path, changes):
         reference = tmp_path / "reference"
         train(reference, *QUIET, *EVERY_STEP, *changes)
         assert_equal_ends(reference, second)
+
+
+def test_resumed_with_another_number_of_micro_batches(whole, tmp_path):
+    """The global batch is the same, so the images are those that would have come, each once."""
+    halves = ["data.batch_size=2", "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=6"]
+    train(tmp_path / "first", *QUIET, *EVERY_STEP, *halves, "trainer.max_steps=2")
+    seen = []
+    original = RAEModule.training_step
+
+    def training_step(self, batch, batch_idx):
+        seen.extend(batch["position"].tolist())
+        return original(self, batch, batch_idx)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RAEModule, "training_step", training_step)
+        run = train(tmp_path / "second", *QUIET, *EVERY_STEP, checkpoint=last(tmp_path / "first"))
+    assert run.trainer.global_step == 6
+    assert seen == [*range(8, 12), *range(12)]  # the third update of the first epoch, and the second epoch
+
+
+def test_a_checkpoint_behind_the_end_of_a_shorter_epoch_is_refused(tmp_path):
+    train(tmp_path / "first", *QUIET, *EVERY_STEP, "trainer.max_steps=2")
+    with pytest.raises(UserError, match=r"stands behind micro-batch 2.*now has 1"):
+        train(tmp_path / "second", *QUIET, "trainer.limit_train_batches=1", checkpoint=last(tmp_path / "first"))
+
+
+def test_the_same_encoder_may_lie_elsewhere(whole, tmp_path):
+    shutil.copytree(PROJECT_ROOT / "configs/encoder/dinov2_tiny", tmp_path / "moved")
+    run = train(
+        tmp_path / "run", *QUIET, f"model.encoder_config_path={tmp_path / 'moved'}", "trainer.max_epochs=3",
+        checkpoint=last(whole),
+    )  # fmt: skip
+    assert run.trainer.global_step == 9
 
 
 def test_a_finished_run_ends_well_again_and_goes_on_with_more_epochs(whole, tmp_path):

@@ -87,6 +87,13 @@ def test_slurm_tasks_meet_at_a_file_of_their_job_step(tmp_path, monkeypatch):
     assert run_folder(str(tmp_path), None, Launch(0, 3, "slurm")) != found[0]
 
 
+def test_slurm_with_a_chosen_folder_where_nothing_was_logged_before(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    wanted = str(tmp_path / "mine")
+    folders = [run_folder(str(tmp_path / "logs"), wanted, Launch(rank, 2, "slurm")) for rank in (0, 1)]
+    assert folders == [tmp_path / "mine"] * 2
+
+
 def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"paths\.log_dir"):

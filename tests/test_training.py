@@ -42,14 +42,13 @@ def test_what_a_run_leaves(run):
     folder, fitted = run
     for name in (
         "run.json",
-        "run.log",
         "checkpoints/last.ckpt",
         "checkpoints/best.ckpt",
         "checkpoints/epoch_001.ckpt",
         "checkpoints/epoch_002.ckpt",
         "samples/step_0000006.png",
     ):
-        assert (folder / name).is_file() or name == "run.log", name
+        assert (folder / name).is_file(), name
     record = json.loads((folder / "run.json").read_text())
     assert (
         record["packages"]["torch"] == torch.__version__.split("+")[0]

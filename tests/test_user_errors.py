@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from src.errors import UserError
+from src.runs.train import refuse_unknown
 from src.weights import PROJECT_ROOT
-from tests.training import train
+from tests.training import composed, train
 
 QUIET = ["~callbacks.rfid", "logger=csv"]
 
@@ -32,7 +33,7 @@ QUIET = ["~callbacks.rfid", "logger=csv"]
         (["trainer.precision=8"], ["trainer.precision=8", "bf16"]),
         (["trainer.accelerator=gpu"], ["gpu", "trainer=cpu"]),
         (["trainer.strategy=fsdp"], ["fsdp", "ddp"]),
-        (["trainer.accumulate_grad_batches=0"], ["accumulate_grad_batches=0"]),
+        (["trainer.accumulate_grad_batches=0"], ["trainer.accumulate_grad_batches", "0", "at least 1"]),
         (["trainer.gradient_clip_val=-1"], ["gradient_clip_val=-1"]),
         (["+model.foo=1"], ["foo", "Known keys"]),
         (["+model.disc_weigth=1"], ["disc_weigth", "did you mean disc_weight"]),
@@ -41,6 +42,19 @@ QUIET = ["~callbacks.rfid", "logger=csv"]
         (["model.disc_arch.arch.recipe=L_8"], ["L_8", "S_8"]),
         (["model.disc_loss=wgan"], ["wgan", "hinge"]),
         (["model.layer_subset.kind=odd"], ["odd", "uniform"]),
+        (["model.disc_fake=resue"], ["model.disc_fake='resue'", "fresh or reuse"]),
+        (["model.adaptive_weight=foo"], ["'foo'", "global or per_rank"]),
+        (["model.noise_tau=-1"], ["model.noise_tau=-1", "at least 0"]),
+        (["model.perceptual_weight=high"], ["perceptual_weight='high'", "a number"]),
+        (["model.loss_chunk_size=0"], ["loss_chunk_size=0", "at least 1"]),
+        (["model.train_positions=1"], ["train_positions=1", "true or false"]),
+        (["data.image_size=64px"], ["data.image_size=64px", "whole number"]),
+        (["data.num_workers=a"], ["data.num_workers=a", "whole number"]),
+        (["trainer.float32_matmul_precision=low"], ["low", "highest", "high"]),
+        (["trainer.accumulate_grad_batches=4"], ["3 micro-batch(es)", "an update takes 4", "nothing would be trained"]),
+        (["model.encoder_config_path=/data/nowhere/dinov2"], ["no folder /data/nowhere/dinov2", "save_pretrained"]),
+        (["model.encoder_config_path=a:b", "model.encoder_params.dinov2_path=configs/encoder/dinov2_tiny"], ["model.encoder_config_path=a:b"]),
+        (["data.data_dir=data/nowhere", "model.encoder_config_path=/data/nowhere/dinov2"], ["data/nowhere", "create_hf_test_data.py"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) and "=" in value[0] else "",
 )  # fmt: skip
@@ -52,6 +66,25 @@ def test_one_message(tmp_path, overrides, said):
     message = str(caught.value)
     for words in said:
         assert words in message, message
+
+
+@pytest.mark.parametrize(
+    ("added", "said"),
+    [
+        ("+batch_size=64", "batch_size"),
+        ("+callbacks.rfd.rfid_every_n_steps=5", "rfd (did you mean rfid?)"),
+        ("+trainr.devices=1", "trainr (did you mean trainer?)"),
+    ],
+)
+def test_keys_that_hydra_lets_pass(added, said):
+    with pytest.raises(UserError) as caught:
+        refuse_unknown(composed(["experiment=rae_dummy", added]))
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("callbacks", ["default", "no_checkpoint", "watch"])
+def test_known_keys_pass(callbacks):
+    refuse_unknown(composed(["experiment=rae_dummy", f"callbacks={callbacks}"]))
 
 
 def test_a_checkpoint_of_another_model_names_every_difference(tmp_path):

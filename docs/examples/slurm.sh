@@ -14,7 +14,11 @@
 # SIGTERM three minutes before the time limit: the run saves checkpoints/last.ckpt and ends with exit code 143.
 set -euo pipefail
 
+# A folder of the job's own. A requeued job keeps its number, so it goes on with its own run and never with another job's.
+folder="logs/runs/slurm/$SLURM_JOB_ID"
 resume=()
-if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then resume=(ckpt_path=last); fi
+if [ -f "$folder/checkpoints/last.ckpt" ]; then resume=("ckpt_path=$folder/checkpoints/last.ckpt"); fi
 
-srun --kill-on-bad-exit=1 .venv/bin/python src/train.py "$@" trainer.strategy=ddp trainer.num_nodes="$SLURM_NNODES" "${resume[@]}"
+# ${resume[@]+…}: before version 4.4, bash takes an empty array for an unset variable.
+srun --kill-on-bad-exit=1 .venv/bin/python src/train.py "$@" trainer.strategy=ddp trainer.num_nodes="$SLURM_NNODES" \
+    paths.run_dir="$folder" ${resume[@]+"${resume[@]}"}

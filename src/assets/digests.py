@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from src.assets.table import Digest
+from src.files import write_text
 
 RECORD = "SHA256SUMS"  # beside the files, in the format of coreutils: `sha256sum -c SHA256SUMS` reads it too
 _BLOCK_BYTES = 4 * 2**20
@@ -61,9 +62,7 @@ def record(path: Path, sha256: str) -> None:
     """Note the sha256 of a downloaded file in the record beside it."""
     known = read_record(path.parent) | {path.name: sha256}
     lines = [f"{digest}  {name}\n" for name, digest in sorted(known.items())]
-    temporary = path.parent / f".{RECORD}.partial"
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(path.parent / RECORD)
+    write_text(path.parent / RECORD, "".join(lines))
 
 
 def verify_blob(path: Path) -> Verdict:

@@ -14,10 +14,11 @@ from typing import Any
 import pytorch_lightning as pl
 
 from src.callbacks.agreement import Agreement
-from src.callbacks.loop_state import make_canonical
+from src.callbacks.loop_state import make_canonical, rescale
+from src.callbacks.throughput import training_paused
 from src.errors import UserError
+from src.files import link_or_copy
 from src.models.guard import NonFiniteError
-from src.runs.checkpoint_io import link_or_copy
 from src.runs.launch import Launch
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
                 raise UserError(f"callbacks.checkpoint.{key}={value}: expected 0 (off) or more.")
         self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
         self.every_n_epochs, self.keep_epochs = every_n_epochs, keep_epochs
+        # Asked for now: once Lightning has started its children, its first process looks like one of them.
+        self._is_child = Launch.detect().kind == "child"
         self.monitor: str | None = None
         """Logged name that best.ckpt follows, lower is better; None: it is the last one."""
         self.best: float | None = None
@@ -74,15 +77,14 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         if (batch_idx + 1) % pl_module.settings.loop.accumulate_grad_batches:
             return
         late = bool(self.every_n_minutes) and time.monotonic() - self._saved_at > 60 * self.every_n_minutes
-        stop, late = self._agreement.exchange([self._signalled, late], trainer.world_size)
+        stop, heard_late = self._agreement.exchange([self._signalled, late], trainer.world_size)
+        late = heard_late and trainer.global_step > self._saved_step + 1  # or it is the wish that has just been granted
         if stop:
             self.save(trainer, pl_module)
             where = self._folder(trainer) / "last.ckpt"
-            log.warning("SIGTERM: saved %s at step %d. Go on with ckpt_path=last.", where, trainer.global_step)
-            raise SystemExit(
-                TERMINATED if Launch.detect().kind != "child" else 0
-            )  # Lightning kills all if a child fails
-        if batch_idx + 1 >= _batches_per_epoch(trainer, pl_module):
+            log.warning("SIGTERM: saved %s at step %d. Go on with ckpt_path=%s", where, trainer.global_step, where)
+            raise SystemExit(0 if self._is_child else TERMINATED)  # Lightning kills all processes where a child fails
+        if batch_idx + 1 >= _batches_per_epoch(pl_module):
             return  # the end of the epoch saves, once its evaluation is over
         by_steps = bool(self.every_n_steps) and trainer.global_step % self.every_n_steps == 0
         better = self._is_better(pl_module)
@@ -99,7 +101,7 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         if trainer.is_global_zero:
             if better or self.monitor is None:
                 self._name_best(trainer)
-            whole = trainer.fit_loop.epoch_loop.batch_progress.current.ready >= _batches_per_epoch(trainer, pl_module)
+            whole = trainer.fit_loop.epoch_loop.batch_progress.current.ready >= _batches_per_epoch(pl_module)
             if whole and self.every_n_epochs and epoch % self.every_n_epochs == 0:
                 link_or_copy(self._folder(trainer) / "last.ckpt", self._folder(trainer) / f"epoch_{epoch:03d}.ckpt")
                 self._prune(trainer)
@@ -140,11 +142,16 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         if trainer.global_step == self._saved_step and not self._epoch_ended:
             return
         pl_module.check_numbers()
-        trainer.save_checkpoint(self._folder(trainer) / "last.ckpt", weights_only=False)
+        with training_paused(trainer):
+            trainer.save_checkpoint(self._folder(trainer) / "last.ckpt", weights_only=False)
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        make_canonical(checkpoint["loops"], _batches_per_epoch(trainer, pl_module))
+        make_canonical(checkpoint["loops"], _batches_per_epoch(pl_module))
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        was = checkpoint["config"]["model"]["accumulate_grad_batches"]
+        rescale(checkpoint["loops"], was, pl_module.settings.loop.accumulate_grad_batches)
 
     def state_dict(self) -> dict[str, Any]:
         return {"monitor": self.monitor, "best": self.best}
@@ -211,5 +218,5 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
                 file.unlink()
 
 
-def _batches_per_epoch(trainer: pl.Trainer, pl_module: Any) -> int:
+def _batches_per_epoch(pl_module: Any) -> int:
     return pl_module.steps_per_epoch * pl_module.settings.loop.accumulate_grad_batches

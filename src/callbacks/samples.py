@@ -8,6 +8,7 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
+from src.callbacks.throughput import training_paused
 from src.images import unit_to_bytes
 from src.sheets import save_png, sheet
 
@@ -25,7 +26,8 @@ class SampleImages(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step, every = trainer.global_step, pl_module.settings.loop.sample_every
         if every and step % every == 0 and step != self._drawn_at:
-            self.draw(trainer, pl_module)
+            with training_paused(trainer):
+                self.draw(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self._drawn_at != trainer.global_step:

@@ -54,6 +54,17 @@ def warn(trainer: pl.Trainer, pl_module: Any) -> None:
             "and model.disc_upd_start_epoch, or set model.disc_weight=0 to do without the discriminator.",
             starts.disc_start_epoch, epochs,
         )  # fmt: skip
+    if pl_module.discriminator is not None and starts.disc_start_epoch < starts.disc_upd_start_epoch:
+        log.warning(
+            "The GAN term starts at epoch %g, the discriminator's updates only at epoch %g: until then the decoder follows a "
+            "discriminator that has learnt nothing. Set model.disc_upd_start_epoch to %g or less.",
+            starts.disc_start_epoch, starts.disc_upd_start_epoch, starts.disc_start_epoch,
+        )  # fmt: skip
+    if trainer.strategy.root_device.type == "cpu" and not pl_module.rae.encoder.untrained:
+        log.warning(
+            "No GPU is used (torch is built for CUDA %s). trainer=gpu makes that an error.",
+            torch.version.cuda or "none",
+        )
     untrained = [
         name
         for name, part in (

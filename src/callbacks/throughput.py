@@ -2,6 +2,8 @@
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -17,7 +19,7 @@ _SETTLED_STEPS = 20  # before that, start-up and compilation would be called a b
 class Throughput(pl.Callback):
     """Measures between two log entries; writes `perf/…` and keeps the latest figures in `figures`.
 
-    Clocks of the host only: nothing waits for the device. Evaluation and pictures are left out of the time.
+    Clocks of the host only: nothing waits for the device. Evaluation, pictures and saving are left out of the time.
     """
 
     def __init__(self) -> None:
@@ -100,6 +102,19 @@ class Throughput(pl.Callback):
         self._started = self._mark = time.perf_counter()
         self._waited = self._paused = 0.0
         self._images = self._steps = 0
+
+
+@contextmanager
+def training_paused(trainer: pl.Trainer) -> Iterator[None]:
+    """The time in here is not training's."""
+    clocks = [callback for callback in trainer.callbacks if isinstance(callback, Throughput)]
+    for clock in clocks:
+        clock.pause()
+    try:
+        yield
+    finally:
+        for clock in clocks:
+            clock.go_on()
 
 
 def _total_steps(trainer: pl.Trainer, pl_module: Any) -> int:

@@ -108,7 +108,7 @@ def _require(folder: Path, name: str) -> Path:
     if not path.is_file():
         raise UserError(
             f"{folder} has no {name}: the dataset was half-written or half-copied. Copy it again, or convert it again "
-            f"with `python scripts/create_hf_test_data.py --input_dir IMAGES --output_dir {folder} --overwrite`."
+            f"into another folder with `python scripts/create_hf_test_data.py --input_dir IMAGES --output_dir {folder}_new`."
         )
     return path
 

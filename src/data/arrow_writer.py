@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
+
+from src.files import replacing, write_text
 
 ROWS_PER_BATCH = 100
 UNKNOWN_LABEL = -1  # what `datasets.ClassLabel` takes for "no class"
@@ -30,23 +30,8 @@ def shard_name(index: int, count: int) -> str:
     return f"data-{index:05d}-of-{count:05d}.arrow"
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears under its name complete and on the disk, or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_json(path: Path, value: Any) -> None:
-    with replacing(path) as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False).encode("utf-8", "surrogateescape"))
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def write_shard(path: Path, rows: Iterable[Row], class_names: Sequence[str] | None) -> int:

@@ -2,7 +2,8 @@
 
 Work goes on in `OUTPUT.partial`. One shard is one unit of work: its Arrow file appears whole under its name, then a
 journal entry beside it says that it is done. A later run with the same settings and files takes finished shards as they
-are. The dataset gets its name by one rename at the very end.
+are. The dataset gets its name by one rename at the very end. Nothing is replaced but an empty folder and, where told so,
+a dataset: never the images, and never what somebody else put in the way.
 """
 
 import errno
@@ -12,11 +13,13 @@ import logging
 import multiprocessing
 import os
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,6 +28,7 @@ from typing import Any
 from src.data.arrow_writer import shard_name, write_json, write_metadata
 from src.data.convert_shard import Job, Settings, convert_shard, printable
 from src.data.image_tree import Tree
+from src.data.sources import MARKS
 from src.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -58,14 +62,15 @@ def convert(
     """Convert and put the dataset at `output`. `progress(done, total)` is called with numbers of files.
 
     Raises:
-        UserError: `output` is there (without overwrite), a half-finished conversion had other settings, the disk is
-            full or can't be written, or no file is an image.
+        UserError: `output` is there (without overwrite), is no dataset or shares a folder with the images, a
+            half-finished conversion had other settings, the disk is full or can't be written, or no file is an image.
     """
     started = time.monotonic()
-    if output.exists() and not overwrite and not _is_empty_folder(output):
-        raise UserError(f"{output} is there already. Choose another --output_dir, or replace it with --overwrite.")
+    output = output.resolve()  # of a link: the folder behind it, which is what would be replaced
     partial = output.with_name(output.name + ".partial")
     try:
+        _check_apart(tree, output, partial)
+        check_output(output, overwrite)
         _prepare(partial, tree, settings, overwrite)
         jobs = _jobs(partial, tree, settings)
         open_jobs = [job for job in jobs if not Path(job.journal).is_file()]
@@ -74,7 +79,9 @@ def convert(
         for finished in _run(open_jobs, num_workers):
             done += finished
             progress(done, total)
-        report = _finish(partial, output, tree, jobs, len(jobs) - len(open_jobs), started)
+        report = _finish(partial, tree, jobs, len(jobs) - len(open_jobs), started)
+        check_output(output, overwrite)  # again: hours may have passed
+        _put_in_place(partial, output)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         why = "The disk is full" if full else f"Can't write {error.filename or ''} ({error.strerror or error})"
@@ -90,6 +97,39 @@ def convert(
     return report
 
 
+def check_output(output: Path, overwrite: bool) -> None:
+    """
+    Raises:
+        UserError: something is at `output` that is not to be replaced; anything but a dataset never is, because nobody
+            knows what would be lost.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output_dir {output} is a file; give a folder.")
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not any((output / mark).is_file() for mark in (REPORT, *MARKS)):
+        raise UserError(
+            f"--output_dir {output} is not empty and holds none of {', '.join((REPORT, *MARKS))}: it is no dataset, "
+            "so --overwrite does not delete it. Choose another folder."
+        )
+    if not overwrite:
+        raise UserError(f"{output} is there already. Choose another --output_dir, or replace it with --overwrite.")
+
+
+def _check_apart(tree: Tree, output: Path, partial: Path) -> None:
+    """The images are neither replaced nor mixed with what is written, those behind linked folders included."""
+    root = tree.root.resolve()
+    folders = {os.path.dirname(file.path) for files in tree.splits.values() for file in files}
+    for images in [root, *((root / folder).resolve() for folder in sorted(folders))]:
+        for place in (output, partial):
+            if place.is_relative_to(images) or images.is_relative_to(place):
+                how = "is" if place == images else "lies in" if place.is_relative_to(images) else "holds"
+                raise UserError(
+                    f"--output_dir {output}: {place} {how} the folder of images {images} (--input_dir {tree.root}), "
+                    f"which must stay as it is. Choose a folder apart from it, such as {root}_hf."
+                )
+
+
 def _prepare(partial: Path, tree: Tree, settings: Settings, overwrite: bool) -> None:
     """Start or go on in `partial`."""
     wanted = asdict(settings) | {"input_dir": str(tree.root), "files": tree.count, "digest": _digest(tree)}
@@ -98,6 +138,11 @@ def _prepare(partial: Path, tree: Tree, settings: Settings, overwrite: bool) -> 
         found = json.loads(noted.read_text()) if noted.is_file() else None
         if found == wanted:
             return
+        if found is None and not _is_barely_begun(partial):
+            raise UserError(
+                f"{partial} is in the way: a conversion works there, but this holds no {JOURNAL}/{noted.name}, so no "
+                "conversion made it and none deletes it. Move it away, or choose another --output_dir."
+            )
         if found is not None and not overwrite:
             other = ", ".join(f"{k}: then {found.get(k)}, now {wanted[k]}" for k in wanted if found.get(k) != wanted[k])
             raise UserError(
@@ -107,6 +152,15 @@ def _prepare(partial: Path, tree: Tree, settings: Settings, overwrite: bool) -> 
         shutil.rmtree(partial)
     noted.parent.mkdir(parents=True)
     write_json(noted, wanted)
+
+
+def _is_barely_begun(partial: Path) -> bool:
+    """Killed before its settings were written: nothing but the journal's folder in it."""
+    journal = partial / JOURNAL
+    return partial.is_dir() and all(
+        path == journal or (path.parent == journal and path.name.startswith(".settings.json."))
+        for path in partial.rglob("*")
+    )
 
 
 def _digest(tree: Tree) -> str:
@@ -165,8 +219,8 @@ def _quit_with_parent(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _finish(partial: Path, output: Path, tree: Tree, jobs: list[Job], reused: int, started: float) -> Report:
-    """Metadata, report, and the rename that makes it a dataset."""
+def _finish(partial: Path, tree: Tree, jobs: list[Job], reused: int, started: float) -> Report:
+    """Metadata and report: a complete dataset but for its name."""
     bad = [{"file": printable(path), "reason": reason} for path, reason in tree.outside]
     images: dict[str, int] = {}
     for split in tree.splits:
@@ -178,6 +232,8 @@ def _finish(partial: Path, output: Path, tree: Tree, jobs: list[Job], reused: in
         first = "; ".join(f"{b['file']}: {b['reason']}" for b in bad[:3])
         shutil.rmtree(partial)
         raise UserError(f"None of the {tree.count} files in {tree.root} is a readable image ({first} …).")
+    for left in partial.rglob(".*.writing"):  # of processes that were killed
+        left.unlink()
     report = Report(images, len(tree.class_names), bad, reused, round(time.monotonic() - started, 1))
     for split in tree.splits:
         folder = partial / split if tree.has_splits else partial
@@ -186,19 +242,24 @@ def _finish(partial: Path, output: Path, tree: Tree, jobs: list[Job], reused: in
     if tree.has_splits:
         write_json(partial / "dataset_dict.json", {"splits": list(tree.splits)})
     write_json(partial / REPORT, {"input_dir": str(tree.root)} | asdict(report))
-    _put_in_place(partial, output)
     return report
 
 
 def _put_in_place(partial: Path, output: Path) -> None:
-    old = output.with_name(output.name + ".old")
-    if output.exists() and not _is_empty_folder(output):
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(output, old)
-    os.replace(partial, output)
+    """What is at `output` goes once the new one has its name, and comes back where that fails."""
+    if not output.exists():
+        os.replace(partial, output)
+    else:
+        aside = Path(tempfile.mkdtemp(prefix=f"{output.name}.old-", dir=output.parent))  # a name that nobody uses
+        old = aside / output.name
+        try:
+            os.rename(output, old)
+            os.replace(partial, output)
+        except BaseException:
+            if old.exists() and not output.exists():
+                os.rename(old, output)
+            with suppress(OSError):
+                aside.rmdir()
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
     shutil.rmtree(output / JOURNAL, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())

@@ -25,9 +25,6 @@ class RAEDataModule(LightningDataModule):
     Ranks come from the trainer once it is attached, else there is one. Batches: `src.data.dataset.collate`.
     """
 
-    # A rank may have no share of a tiny validation set; Lightning refuses that unless told otherwise.
-    allow_zero_length_dataloader_with_multiple_devices = True
-
     def __init__(
         self,
         data_dir: str,
@@ -51,10 +48,16 @@ class RAEDataModule(LightningDataModule):
         worker_start: WorkerStart,
     ) -> None:
         super().__init__()
-        if image_size < 1:
-            raise UserError(f"data.image_size={image_size}: expected a positive number of pixels.")
-        if batch_size < 1 or (val_batch_size is not None and val_batch_size < 1):
-            raise UserError(f"data.batch_size={batch_size}, data.val_batch_size={val_batch_size}: expected at least 1.")
+        for key, value, least in (
+            ("image_size", image_size, 1),
+            ("batch_size", batch_size, 1),
+            ("val_batch_size", batch_size if val_batch_size is None else val_batch_size, 1),
+            ("resize_shorter_px", image_size if resize_shorter_px is None else resize_shorter_px, 1),
+            ("num_workers", num_workers, 0),
+            ("prefetch_factor", prefetch_factor, 1),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UserError(f"data.{key}={value}: expected a whole number of at least {least}.")
         if not 0 <= max_bad_share <= 1:
             raise UserError(f"data.max_bad_share={max_bad_share}: expected a share from 0 to 1.")
         if pin_memory not in ("auto", True, False):
@@ -176,7 +179,8 @@ class RAEDataModule(LightningDataModule):
     ) -> EvaluationLoader:
         """Batches of `evaluation_dataset`. persistent: keep the workers between passes."""
         dataset, _ = self.evaluation_dataset(train_fallback, num_images, rank, world)
-        loader = EvaluationLoader(dataset, batch_size, self._workers(), self.max_bad_share, persistent)
+        largest_share = len(self.evaluation_dataset(train_fallback, num_images, 0, world)[0])
+        loader = EvaluationLoader(dataset, batch_size, self._workers(), self.max_bad_share, persistent, largest_share)
         if persistent:
             self._persistent.append(loader)
         return loader

@@ -196,11 +196,15 @@ class EvaluationLoader:
         workers: WorkerOptions,
         max_bad_share: float,
         persistent: bool,
+        largest_share: int | None = None,
     ) -> None:
+        """`largest_share`: images of the rank that has most, for `len`: of a rank whose loader says 0, Lightning leaves out
+        the whole evaluation, and the others would wait for it. None: this one's own."""
         if batch_size < 1:
             raise UserError(f"A batch size of {batch_size} for evaluation: expected at least 1.")
         self.dataset = dataset
         self.batch_size = batch_size
+        self._largest_share = len(dataset) if largest_share is None else largest_share
         self.max_bad_share = max_bad_share
         self._loader: DataLoader[Sample] = DataLoader(
             dataset,
@@ -216,7 +220,8 @@ class EvaluationLoader:
         _stop_workers(self._loader)
 
     def __len__(self) -> int:
-        return len(self._loader)
+        """Batches of the rank that has most; this one may end earlier."""
+        return -(-self._largest_share // self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         bad_images = BadImages(self.max_bad_share, len(self.dataset))

@@ -15,6 +15,8 @@ from src.data.arrow import ArrowSource, read_json
 from src.data.decode import BadImage
 from src.errors import UserError
 
+# One of these lies in every Hugging Face dataset on disk.
+MARKS = ("dataset_dict.json", "dataset_info.json", "state.json")
 CONVERT = "python scripts/create_hf_test_data.py --input_dir IMAGES --output_dir"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
 # Folder names that mean a split in an image tree, by the name of the split they stand for.
@@ -142,6 +144,24 @@ def find_folder(data_dir: Path, split: str) -> Path | None:
     return None
 
 
+def split_names(data_dir: Path, use_hf_dataset: bool, train: str, validation: str | None) -> list[str]:
+    """The splits that are there, those to train on first in an image tree; empty where the set has none.
+
+    Folders of an image tree are splits beside one to train on, `train` or the usual one: without it, `val` may be a
+    class like any other.
+    """
+    if use_hf_dataset:
+        return hf_splits(data_dir) or []
+    if find_folder(data_dir, train) is None and find_folder(data_dir, "train") is None:
+        return []
+    found: dict[Path, str] = {}
+    for name in (train, "train", validation, "validation", "test"):
+        folder = find_folder(data_dir, name) if name else None
+        if name and folder is not None:
+            found.setdefault(folder, name)
+    return list(found.values())
+
+
 def _require_folder(data_dir: Path) -> None:
     if data_dir.is_dir():
         return
@@ -164,11 +184,12 @@ def _require_folder(data_dir: Path) -> None:
 
 def _not_a_dataset(data_dir: Path) -> str:
     entries = list(_entries(data_dir))
+    beside = f"{data_dir}_hf"
     arrow = [e.name for e in entries if e.name.endswith(".arrow")]
     if arrow:
         return (
             f"{data_dir} holds {len(arrow)} Arrow files but no dataset_info.json and state.json: it was half-written "
-            f"or half-copied. Copy it again, or convert again with `{CONVERT} {data_dir} --overwrite`."
+            f"or half-copied. Copy it again, or move it away and convert again with `{CONVERT} {data_dir}`."
         )
     below = sorted(e.name for e in entries if e.is_dir() and (Path(e.path) / "dataset_info.json").is_file())
     if below:
@@ -176,18 +197,24 @@ def _not_a_dataset(data_dir: Path) -> str:
             f"{data_dir} is no dataset itself, but these folders in it are: {', '.join(below[:8])}. "
             f"Set data.data_dir={data_dir / below[0]}."
         )
-    has_images = any(_is_image(e.name) for e in entries if e.is_file()) or any(
-        _image_files(Path(e.path), data_dir, limit=1) for e in entries if e.is_dir()
-    )
-    if has_images:
+    if not entries:
+        return f"{data_dir} (data.data_dir) is empty: no Hugging Face dataset. Make one with `{CONVERT} {data_dir}`."
+    kind = _kind_of_files(data_dir)
+    if kind == "image":
         return (
             f"{data_dir} (data.data_dir) holds image files, not a Hugging Face dataset. Convert it with "
-            f"`python scripts/create_hf_test_data.py --input_dir {data_dir} --output_dir {data_dir}_hf`, or read the "
+            f"`python scripts/create_hf_test_data.py --input_dir {data_dir} --output_dir {beside}`, or read the "
             "files as they are with data.use_hf_dataset=false."
         )
-    what = "is empty" if not entries else "holds no dataset_info.json, state.json or dataset_dict.json"
+    if kind == "Parquet":
+        route = f"import datasets; datasets.load_dataset({str(data_dir)!r}).save_to_disk({beside!r})"
+        return (
+            f"{data_dir} (data.data_dir) holds Parquet files, not a Hugging Face dataset on disk. Make one beside it "
+            f'with `python -c "{route}"` and set data.data_dir={beside}.'
+        )
     return (
-        f"{data_dir} (data.data_dir) {what}: no Hugging Face dataset. Make one with `{CONVERT} {data_dir} --overwrite`."
+        f"{data_dir} (data.data_dir) holds none of {', '.join(MARKS)}: no Hugging Face dataset. Make one beside it with "
+        f"`{CONVERT} {beside}` and set data.data_dir={beside}."
     )
 
 
@@ -203,11 +230,20 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
-def _image_files(folder: Path, root: Path, limit: int | None = None) -> list[str]:
+def _image_files(folder: Path, root: Path) -> list[str]:
     found: list[str] = []
     for here, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [os.path.relpath(os.path.join(here, name), root) for name in sorted(files) if _is_image(name)]
-        if limit is not None and len(found) >= limit:
-            break
     return found
+
+
+def _kind_of_files(root: Path) -> str | None:
+    """`image` or `Parquet`, by the first folder that has either: a look through all of ImageNet would take minutes."""
+    for _, folders, files in os.walk(root, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if any(name.endswith(".parquet") for name in files):
+            return "Parquet"
+        if any(_is_image(name) for name in files):
+            return "image"
+    return None

@@ -28,7 +28,7 @@ def open_splits(
 ) -> Splits:
     """Mode 1: the validation split exists; training takes `train_split` of the training split, evaluation all of it.
     Mode 2: it does not; `train_split` of the training split is for training and the rest is held out. With
-    use_hf_dataset false the splits are the folders `train` and `val` (or `validation`) of an image tree.
+    use_hf_dataset false the splits are the folders of an image tree that are called so (`val` is a validation folder).
 
     Raises:
         UserError: nothing there, or nothing left to train on.
@@ -39,7 +39,7 @@ def open_splits(
     rows, held_out = split_rows(len(train), train_split)
     if not len(rows):
         raise UserError(f"data.train_split={train_split} leaves none of the {len(train)} images for training.")
-    if _has_split(data_dir, use_hf_dataset, hf_validation_split):
+    if hf_validation_split in sources.split_names(data_dir, use_hf_dataset, hf_split, hf_validation_split):
         validation = _open(data_dir, use_hf_dataset, str(hf_validation_split))
         text = f"{len(rows)} of {len(train)} images of {hf_split!r} for training, {len(validation)} of "
         text = f"{data_dir}: {text}{hf_validation_split!r} for evaluation"
@@ -52,11 +52,3 @@ def open_splits(
 
 def _open(data_dir: Path, use_hf_dataset: bool, split: str) -> Source:
     return sources.open_hf(data_dir, split) if use_hf_dataset else sources.open_folder(data_dir, split)
-
-
-def _has_split(data_dir: Path, use_hf_dataset: bool, split: str | None) -> bool:
-    if not split:
-        return False
-    if use_hf_dataset:
-        return split in (sources.hf_splits(data_dir) or ())
-    return sources.find_folder(data_dir, split) is not None and sources.find_folder(data_dir, "train") is not None

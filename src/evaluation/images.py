@@ -57,14 +57,14 @@ def open_images(data_dir: str | Path, split: str | None, trained_on: Mapping[str
     folder = resolve(data_dir)
     dummy.ensure(folder)
     hugging_face = _is_hugging_face(folder)
-    names = _split_names(folder, hugging_face)
+    train = str((trained_on or {}).get("hf_split") or "train")
+    own = (trained_on or {}).get("hf_validation_split")
+    names = sources.split_names(folder, hugging_face, train, own)
     if split not in (None, ALL, HELD_OUT):
         return _named(folder, hugging_face, names, str(split))
-    own = (trained_on or {}).get("hf_validation_split")
     validation = next((name for name in dict.fromkeys((own, *VALIDATION_NAMES)) if name in names), None)
     if split is None and validation is not None:
         return _named(folder, hugging_face, names, validation)
-    train = str((trained_on or {}).get("hf_split") or "train")
     name = train if not names or train in names else names[0]
     source = _open(folder, hugging_face, name)
     share = float((trained_on or {}).get("train_split") or 1.0)
@@ -127,22 +127,12 @@ def _is_other_data(folder: Path, trained_on: Mapping[str, Any] | None) -> bool:
 
 
 def _is_hugging_face(folder: Path) -> bool:
-    marks = ("dataset_dict.json", "dataset_info.json", "state.json")
-    return folder.is_dir() and (any((folder / mark).is_file() for mark in marks) or any(folder.glob("*.arrow")))
-
-
-def _split_names(folder: Path, hugging_face: bool) -> list[str]:
-    """Empty where the set has no splits."""
-    if hugging_face:
-        return sources.hf_splits(folder) or []
-    if sources.find_folder(folder, "train") is None:  # as in training: without one, `val` may be a class like any other
-        return []
-    return [name for name in ("train", "validation", "test") if sources.find_folder(folder, name) is not None]
+    return folder.is_dir() and (any((folder / mark).is_file() for mark in sources.MARKS) or any(folder.glob("*.arrow")))
 
 
 def _named(folder: Path, hugging_face: bool, names: list[str], split: str) -> Images:
-    aliases = next((a for a in sources.FOLDER_NAMES.values() if split in a), (split,)) if not hugging_face else (split,)
-    if not any(name in names for name in (split, *aliases)):
+    asked_for = not hugging_face and sources.find_folder(folder, split) is not None  # a folder called so is meant
+    if split not in names and not asked_for:
         there = f"it has {', '.join(names)}" if names else "it has none"
         raise UserError(f"{folder} has no split {split!r}: {there}. Use one of these, or --split {ALL} or {HELD_OUT}.")
     source = _open(folder, hugging_face, split)

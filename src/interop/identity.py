@@ -4,15 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from src.errors import UserError
-from src.models.frozen_encoder import FrozenEncoder
+from src.models.frozen_encoder import FrozenEncoder, identity_differences
 
 
 def require_same_encoder(encoder: FrozenEncoder, stored: Mapping[str, Any], file: object) -> None:
     """`stored` is the identity kept with the model in `file`; where the weights lie may differ. UserError otherwise."""
     found = encoder.identity()
-    differing = sorted(
-        key for key in ("class", "config", "weights", "layers", "layer_fusion") if stored[key] != found[key]
-    )
+    differing = identity_differences(stored, found)
     if differing:
         raise UserError(
             f"{file} was trained with another encoder: {dict(stored)} there, {found} here ({', '.join(differing)} "

@@ -6,7 +6,6 @@ Their parameter names are those of our decoder, so the table between the two is 
 Legend: C latent channels, h = w latent grid.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from src.files import replacing
 from src.models.decoder_files import STATISTICS
 from src.models.rae import RAE
 
@@ -55,12 +55,5 @@ def write_own_statistics(rae: RAE, folder: str | Path, encoder: Mapping[str, Any
 
 def save_atomically(content: Any, path: Path) -> None:
     """torch.save; a reader never sees half a file."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with beside.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path) as file:
+        torch.save(content, file)

@@ -10,7 +10,6 @@ Legend: B batch, n latents of a shard, C latent channels, h = w latent grid.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,11 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from src.errors import UserError
+from src.files import replacing, write_text
 
 Scale = Literal["raw", "normalized"]
 FORMAT, VERSION = "rae-latents", 1
@@ -58,10 +58,9 @@ class LatentWriter:
     def _flush(self, count: int) -> None:
         latents, rows, labels = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
         file = self.folder / f"latents-{self.rank:03d}-{len(self.shards):05d}.safetensors"
-        beside = file.with_name(f".{file.name}.part")
         tensors = {"latents": latents[:count], "rows": rows[:count], "labels": labels[:count]}
-        save_file({name: value.contiguous() for name, value in tensors.items()}, beside)
-        os.replace(beside, file)
+        with replacing(file) as out:
+            out.write(save({name: value.contiguous() for name, value in tensors.items()}))
         self.shards.append({"file": file.name, "count": count})
         self._waiting = [(latents[count:], rows[count:], labels[count:])] if len(rows) > count else []
         self._count -= count
@@ -76,9 +75,7 @@ def write_index(folder: Path, shards: Sequence[Mapping[str, Any]], facts: Mappin
         **facts,
         "shards": list(shards),
     }
-    beside = folder / f".{INDEX}.part"
-    beside.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(beside, folder / INDEX)
+    write_text(folder / INDEX, json.dumps(content, indent=2) + "\n")
 
 
 @dataclass(frozen=True)

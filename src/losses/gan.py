@@ -71,16 +71,6 @@ def generator_loss(name: str) -> GeneratorLoss:
 
 
 @torch.no_grad()
-def logit_statistics(logits_real: Tensor, logits_fake: Tensor) -> dict[str, Tensor]:
-    """What the log shows of a D step: `accuracy` is the share of logits on their right side of 0 (0.5 is a coin)."""
-    right = (logits_real > 0).float().mean() + (logits_fake < 0).float().mean()
-    return {
-        "accuracy": 0.5 * right,
-        "logits_real": logits_real.float().mean(),
-        "logits_fake": logits_fake.float().mean(),
-    }
-
-
 @torch.no_grad()
 def adaptive_weight(norm_r: Tensor, norm_g: Tensor, max_weight: float) -> Tensor:
     """w = |dR/dW| / (|dG/dW| + 1e-6), at most `max_weight`. Esser et al., arXiv 2012.09841, equation 7.

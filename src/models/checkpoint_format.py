@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from src.errors import UserError
+from src.models.frozen_encoder import identity_differences
 
 if TYPE_CHECKING:
     from src.models.rae_module import RAEModule
@@ -52,12 +53,16 @@ def verify(module: "RAEModule", checkpoint: Mapping[str, Any]) -> None:
             f"The checkpoint's format_version is {version}, this program reads {FORMAT_VERSION}. It is either not a "
             "checkpoint of this trainer (weights of others go into model.pretrained_decoder_path) or of another release."
         )
-    pairs = [
-        (name, checkpoint[part].get(name), own[name])
-        for part, own in (("architecture", architecture(module)), ("encoder", module.encoder_identity))
-        for name in own
+    sizes, encoder = architecture(module), module.encoder_identity
+    names = {
+        "architecture": [name for name in sizes if checkpoint["architecture"].get(name) != sizes[name]],
+        "encoder": identity_differences(checkpoint["encoder"], encoder),
+    }
+    differing = [
+        f"  {name}: checkpoint {checkpoint[part].get(name)!r}, model {own[name]!r}"
+        for part, own in (("architecture", sizes), ("encoder", encoder))
+        for name in names[part]
     ]
-    differing = [f"  {name}: checkpoint {theirs!r}, model {ours!r}" for name, theirs, ours in pairs if theirs != ours]
     if differing:
         raise UserError(
             "The checkpoint is of another model:\n" + "\n".join(differing) + "\nResume with the experiment and the "

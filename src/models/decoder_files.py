@@ -23,6 +23,7 @@ from torch import Tensor
 from src.errors import UserError
 from src.models import diffusers_files
 from src.models.decoder import ViTDecoder, sincos_positions
+from src.models.frozen_encoder import identity_differences
 from src.models.positions import fit_positions
 from src.weights import load_strict, read, require, resolve
 
@@ -134,9 +135,7 @@ def load_decoder(decoder: ViTDecoder, path: str | Path, denormalize: bool, encod
             f"{file.path} holds another decoder ({'; '.join(differing)}). Set model.decoder_config_path and the "
             "keys named here to match."
         )
-    differing = [
-        k for k in ("class", "config", "weights", "layers") if file.encoder and file.encoder.get(k) != encoder.get(k)
-    ]
+    differing = identity_differences(file.encoder, encoder) if file.encoder else []
     if differing:
         log.warning(
             "%s was trained with another encoder (%s): %s there, %s here.",

@@ -5,6 +5,7 @@ Images arrive B x 3 x H x W, normalised with the encoder's `image_mean` and `ima
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from transformers import (
 
 from src.errors import UserError
 from src.models.frozen_encoder import FrozenEncoder, local_place
+
+log = logging.getLogger(__name__)
 
 
 class Dinov2withNorm(FrozenEncoder):
@@ -136,12 +139,20 @@ def preprocessing(source: str, default: type[FrozenEncoder]) -> tuple[Sequence[f
     """(mean, std) from `preprocessor_config.json` of `source`, or the family's where there is no such file."""
     from transformers.utils import cached_file
 
-    file = cached_file(
-        local_place(source),
-        "preprocessor_config.json",
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
+    try:
+        file = cached_file(
+            local_place(source),
+            "preprocessor_config.json",
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.encoder_config_path={source}: {str(error).splitlines()[0]}. Expected a hub id, or a folder with "
+            "preprocessor_config.json."
+        ) from error
+    if not file:
+        log.info("%s has no preprocessor_config.json: mean and std are those of its family.", source)
     found = json.loads(Path(file).read_text()) if file else {}
     return found.get("image_mean", default.image_mean), found.get("image_std", default.image_std)

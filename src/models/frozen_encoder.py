@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -150,6 +150,11 @@ class FrozenEncoder(nn.Module):
     @classmethod
     def read_config(cls, source: str) -> PretrainedConfig:
         """The config alone: sizes are checked before any weight is read."""
+        if _is_path(source) and not Path(local_place(source)).is_dir():
+            raise UserError(
+                f"{cls.__name__}: there is no folder {source}. model.encoder_params says where the encoder lies: a folder "
+                "written by save_pretrained, or a hub id like facebook/dinov2-with-registers-base."
+            )
         try:
             config = cls.config_class.from_pretrained(local_place(source))
         except (OSError, ValueError) as error:
@@ -199,10 +204,20 @@ class FrozenEncoder(nn.Module):
         return model
 
 
+def identity_differences(stored: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """Names of what differs between two identities; where the same weights lie (`source`) makes no difference."""
+    return sorted(name for name in own if name != "source" and stored.get(name) != own[name])
+
+
 def local_place(source: str) -> str:
     """Folders are taken relative to the project root; anything else is a hub id."""
-    candidate = PROJECT_ROOT / source
+    candidate = PROJECT_ROOT / Path(source).expanduser()
     return str(candidate) if candidate.is_dir() else source
+
+
+def _is_path(source: str) -> bool:
+    """A hub id has one slash at most and starts with neither a dot nor a tilde."""
+    return source.startswith(("/", ".", "~")) or source.count("/") > 1
 
 
 def _portable(source: str) -> str:

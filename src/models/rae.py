@@ -18,7 +18,7 @@ from src.images import bytes_to_unit
 from src.models.decoder import DecoderConfig, ViTDecoder, unpatchify
 from src.models.decoder_files import load_decoder, read_statistics_content
 from src.models.encoders import encoder_class, preprocessing
-from src.models.frozen_encoder import FrozenEncoder
+from src.models.frozen_encoder import FrozenEncoder, identity_differences
 
 log = logging.getLogger(__name__)
 
@@ -201,11 +201,8 @@ def read_statistics(
             )
     stored = content.get("encoder")
     if stored is not None:
-        compared = identity.keys() - {"source"}  # the same weights may lie elsewhere
         differing = [
-            f"{k}: file {stored.get(k)!r}, model {identity[k]!r}"
-            for k in sorted(compared)
-            if stored.get(k) != identity[k]
+            f"{k}: file {stored.get(k)!r}, model {identity[k]!r}" for k in identity_differences(stored, identity)
         ]
         if differing:
             raise UserError(

@@ -99,12 +99,16 @@ class RAEModule(pl.LightningModule):
 
     def learning_rates(self, step: int) -> dict[str, float]:
         """Of the updates in `step`. The discriminator's schedule counts its own updates."""
-        first = self.settings.starts.steps(self.steps_per_epoch)["disc"]
-        updates = max(step - first, 0) * self.settings.loop.disc_updates
         return {
             "generator": self.settings.scheduler.at(self.steps_per_epoch).lr(step),
-            "discriminator": self.settings.disc_scheduler.at(self.steps_per_epoch).lr(updates),
+            "discriminator": self._discriminator_lr(step, 0),
         }
+
+    def _discriminator_lr(self, step: int, update: int) -> float:
+        """`update`: of the discriminator, from 0 in each `step`."""
+        first = self.settings.starts.steps(self.steps_per_epoch)["disc"]
+        done = max(step - first, 0) * self.settings.loop.disc_updates + update
+        return self.settings.disc_scheduler.at(self.steps_per_epoch).lr(done)
 
     # -- training
 
@@ -201,10 +205,7 @@ class RAEModule(pl.LightningModule):
         scaled = self.disc_scaler.is_enabled()
         norm = {} if scaled else {"discriminator gradient": gradient_norm(parameters)}
         found = self.guard.observe(step, {"discriminator loss": terms["loss"], **norm})
-        schedule = self.settings.disc_scheduler.at(self.steps_per_epoch)
-        first = self.settings.starts.steps(self.steps_per_epoch)["disc"]
-        lr = schedule.lr((step - first) * self.settings.loop.disc_updates + update)
-        _prepare(optimizer, lr, None if scaled else found)
+        _prepare(optimizer, self._discriminator_lr(step, update), None if scaled else found)
         self.disc_scaler.step(optimizer)
         self.disc_scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -295,7 +296,14 @@ class RAEModule(pl.LightningModule):
                 cast_frozen(network, dtype)
 
     def on_train_start(self) -> None:
+        require_updates(int(self.trainer.num_training_batches), self.settings.loop.accumulate_grad_batches)
         loop = self.trainer.fit_loop  # says where a resumed run stands; the loader starts there
+        done, whole = loop.epoch_loop.batch_progress.current.ready, int(self.trainer.num_training_batches)
+        if done > whole:
+            raise UserError(
+                f"The checkpoint stands behind micro-batch {done} of its epoch, but an epoch now has {whole}: the global "
+                "batch has grown. Resume with the data.batch_size x processes x trainer.accumulate_grad_batches of that run."
+            )
         self.trainer.train_dataloader.resume_at(
             loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.ready
         )
@@ -338,6 +346,15 @@ def _prepare(optimizer: torch.optim.Optimizer, lr: float, found_inf: Tensor | No
         group["lr"] = lr
     if found_inf is not None:
         optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+
+
+def require_updates(micro_batches: int, accumulate: int) -> None:
+    """Raises UserError where an epoch has no whole update."""
+    if micro_batches < accumulate:
+        raise UserError(
+            f"An epoch has {micro_batches} micro-batch(es) and an update takes {accumulate} (trainer.accumulate_grad_batches): "
+            "nothing would be trained. Lower that, or data.batch_size, or raise trainer.limit_train_batches."
+        )
 
 
 def compile_parts(module: nn.Module) -> None:

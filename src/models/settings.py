@@ -3,13 +3,21 @@
 import difflib
 from collections.abc import Mapping, Set
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, Literal, Self, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from src.errors import UserError
 from src.models.training_step import StepSettings
 from src.schedules import Schedule
 
 T = TypeVar("T")
+
+LEAST = {
+    **dict.fromkeys(("noise_tau", "perceptual_weight", "disc_weight", "max_d_weight"), 0),
+    **dict.fromkeys(("lpips_start_epoch", "disc_upd_start_epoch", "disc_start_epoch"), 0),
+    "loss_chunk_size": 1,
+}
+"""Smallest allowed values of keys of `model:`; null passes where the key may be null."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +188,10 @@ class ModelSettings:
         flat: dict[str, dict[str, Any]] = {group: {} for group in groups}
         for key, group in owner.items():
             flat[group][key] = config[key]
+        for key, least in LEAST.items():
+            value = config[key]
+            if isinstance(value, (int, float)) and value < least:
+                raise UserError(f"model.{key}={value}: expected at least {least}.")
         return cls(
             **{group: typed(kind, flat[group], "model") for group, kind in groups.items()},
             **{node: typed(kind, config[node], f"model.{node}") for node, kind in nodes.items()},
@@ -191,7 +203,32 @@ def typed(cls: type[T], values: Mapping[str, Any], key: str) -> T:
     """A settings object from a config node; missing and unknown keys are one error that lists both."""
     names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     check_keys(values, names, {f.name for f in fields(cls) if f.default is MISSING}, key)  # type: ignore[arg-type]
+    hints = get_type_hints(cls)
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            raise UserError(f"{key}.{name}={value!r}: expected {_in_words(hints[name])}.")
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a config's value is of a field's type; types other than plain ones are left to their owners."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, one) for one in get_args(kind))
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind) if kind in (bool, str, NoneType) else True
+
+
+def _in_words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(map(str, get_args(kind)))
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(_in_words(one) for one in get_args(kind))
+    return {float: "a number", int: "a whole number", bool: "true or false", str: "text", NoneType: "null"}[kind]
 
 
 def check_keys(values: Mapping[str, Any], known: Set[str], required: Set[str], key: str) -> None:

@@ -27,6 +27,7 @@ from src.losses.lpips import LPIPS
 from src.metrics.means import RunningMeans
 from src.metrics.precision import full_float32
 from src.metrics.quality import psnr, ssim
+from src.models.frozen_encoder import identity_differences
 from src.models.rae import RAE
 from src.reconstruction.inputs import FitTransform, Inputs
 from src.reconstruction.writers import PngWriter
@@ -281,9 +282,7 @@ def _check_store(store: LatentStore, loaded: LoadedModel) -> None:
             f"{rae.latent_shape} (C x h x w)."
         )
     theirs: Mapping[str, Any] = store.index["encoder"]
-    differing = [
-        key for key in ("class", "config", "weights", "layers", "layer_fusion") if theirs.get(key) != own.get(key)
-    ]
+    differing = identity_differences(theirs, own)
     if differing:
         raise UserError(
             f"{store.folder} was made with another encoder ({', '.join(differing)} differ): {theirs} there, {own} here."

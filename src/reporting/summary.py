@@ -98,10 +98,6 @@ def _comparison(runs: Sequence[Run]) -> Html:
     return table(["", *(joined([dot(i), run.label]) for i, run in enumerate(runs))], rows, cls="wide")
 
 
-def _untrained_words(run: Run) -> str:
-    return ", ".join(untrained(run)) or ("nothing" if run.record and run.config else "unknown")
-
-
 def _cell(fact: Fact | None) -> str:
     if fact is None:
         return "–"

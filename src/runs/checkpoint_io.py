@@ -1,8 +1,5 @@
 """Checkpoint files: written beside their target and put in its place, read without running code."""
 
-import logging
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +7,8 @@ import torch
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from src.errors import UserError
+from src.files import replacing
 from src.weights import read
-
-log = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -37,37 +33,13 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 def write_atomically(content: Any, target: Path) -> None:
-    """torch.save into `target` by way of a file beside it, flushed to the disk before it takes the name."""
-    beside = target.with_name(f".{target.name}.writing")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """torch.save; a crash while writing leaves the previous file as it was."""
     try:
-        with open(beside, "wb") as file:
+        with replacing(
+            target, tag="next"
+        ) as file:  # one name for all: several GB that a killed run leaves are used again
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, target)
-        _sync_folder(target.parent)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise UserError(
             f"The checkpoint {target} can't be written: {error}. The previous one is untouched; make room and use ckpt_path=last."
         ) from error
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for `source`, replacing `target` at once; a copy where the file system has no hard links."""
-    beside = target.with_name(f".{target.name}.writing")
-    beside.unlink(missing_ok=True)
-    try:
-        os.link(source, beside)
-    except OSError:
-        shutil.copyfile(source, beside)
-    os.replace(beside, target)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

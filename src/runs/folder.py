@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from src.errors import UserError
+from src.files import write_text
 from src.runs.launch import Launch
 from src.weights import resolve
 
@@ -77,9 +78,7 @@ def _shared_by_file(log_dir: str, wanted: str | None, launch: Launch) -> Path:
     )
     if launch.main:
         folder = _create(log_dir, wanted)
-        beside = note.with_name(note.name + ".tmp")
-        beside.write_text(str(folder))
-        os.replace(beside, note)
+        write_text(note, str(folder))
         return folder
     deadline = time.monotonic() + _WAIT.total_seconds()
     while not note.exists():

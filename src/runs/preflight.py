@@ -17,6 +17,7 @@ from src.callbacks.startup import describe, warn
 from src.callbacks.throughput import peak_memory_gb
 from src.errors import UserError
 from src.evaluation.networks import load_inception
+from src.models.rae_module import require_updates
 from src.models.training_step import Phase
 from src.weights import resolve
 
@@ -101,6 +102,7 @@ def epoch_steps(run: Any) -> int:
     limit = run.config["trainer"]["limit_train_batches"]
     batches = run.datamodule.order.batches
     used = min(limit, batches) if isinstance(limit, int) else int(batches * limit)
+    require_updates(used, run.module.settings.loop.accumulate_grad_batches)
     return used // run.module.settings.loop.accumulate_grad_batches
 
 

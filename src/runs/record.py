@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from src.files import write_text
 from src.weights import PROJECT_ROOT
 
 _PACKAGES = (
@@ -46,9 +46,7 @@ class RunRecord:
         self.content.update(values)
         if not self._main:
             return
-        beside = self.file.with_suffix(".tmp")
-        beside.write_text(json.dumps(self.content, indent=2, default=str) + "\n")
-        os.replace(beside, self.file)
+        write_text(self.file, json.dumps(self.content, indent=2, default=str) + "\n")
 
     def finish(self, status: str, warnings: list[str], **result: Any) -> None:
         """`status`: finished, failed, terminated or interrupted."""

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from src.callbacks.checkpoint import RunCheckpoint
 from src.callbacks.startup import StartupTable, device_name
 from src.errors import UserError
+from src.models.settings import check_keys
 from src.runs import logs
 from src.runs.folder import run_folder
 from src.runs.geometry_check import check_geometry
@@ -28,6 +29,13 @@ from src.runs.summary import summary
 from src.runs.trainer import build_trainer
 
 log = logging.getLogger(__name__)
+
+KNOWN_KEYS = frozenset(
+    ("data", "model", "callbacks", "logger", "trainer", "paths", "experiment_name", "seed", "ckpt_path", "preflight")
+)
+"""Of `configs/train.yaml`."""
+KNOWN_CALLBACKS = frozenset(("rfid", "checkpoint", "throughput", "samples", "progress"))
+"""Those whose settings may stay where the callback itself is left out."""
 
 
 def run(config: DictConfig) -> float | None:
@@ -46,6 +54,7 @@ def run(config: DictConfig) -> float | None:
 def _run(config: DictConfig) -> float | None:
     launch = Launch.detect()
     logs.set_up(None, launch.main)
+    refuse_unknown(config)
     _require_given(config)
     check_geometry(OmegaConf.to_container(config.model, resolve=True))  # type: ignore[arg-type]
     checkpoint = find_checkpoint(config.ckpt_path, config.paths.log_dir, config.experiment_name)
@@ -77,6 +86,16 @@ def _run(config: DictConfig) -> float | None:
         raise
     record.finish("finished", warnings.messages, result=result)
     return result.get("val/loss")
+
+
+def refuse_unknown(config: DictConfig) -> None:
+    """Hydra checks what is overridden; what an experiment file or a `+` adds at the top or as a callback, nobody else does."""
+    check_keys(config, KNOWN_KEYS, set(), "configuration")
+    check_keys(config.callbacks or {}, KNOWN_CALLBACKS | _with_target(config.callbacks), set(), "callbacks")
+
+
+def _with_target(group: DictConfig | None) -> set[str]:
+    return {str(name) for name, node in (group or {}).items() if node and "_target_" in node}
 
 
 def _require_given(config: DictConfig) -> None:
@@ -120,6 +139,8 @@ def build_run(config: DictConfig, launch: Launch, bare: bool = False) -> Run:
     datamodule.trainer = trainer
     if trainer.is_global_zero:
         datamodule.prepare_data()
+        datamodule.setup()
+        _ = datamodule.order  # too few images are noticed before large weights are read
     module = build(config.model, "model")
     module.run_config = plain
     for logger in loggers:
@@ -133,7 +154,7 @@ def fit(run: Run, checkpoint: Path | None, record: RunRecord) -> dict[str, Any]:
     for callback in trainer.callbacks:
         if isinstance(callback, RunCheckpoint):
             callback.resumed_from = checkpoint
-    if checkpoint is not None:
+    if checkpoint is not None and trainer.is_global_zero:
         announce_resume(checkpoint, run.config, trainer.world_size)
     try:
         trainer.fit(run.module, datamodule=datamodule, ckpt_path=checkpoint)

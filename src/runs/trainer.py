@@ -32,7 +32,7 @@ def build_trainer(
     distributed = _is_ddp(settings["strategy"]) or launch.world > 1
     settings["accelerator"] = "gpu" if on_gpu else "cpu"
     settings["devices"] = _devices(settings["devices"], on_gpu, distributed, launch)
-    settings["strategy"] = _strategy(settings["strategy"], distributed)
+    settings["strategy"] = _strategy(distributed)
     settings["precision"] = precision(settings["precision"], on_gpu)
     _set_float32_products(settings.pop("float32_matmul_precision"), on_gpu, settings["precision"])
     try:
@@ -135,7 +135,7 @@ def _devices(wanted: Any, on_gpu: bool, distributed: bool, launch: Launch) -> An
     return (torch.cuda.device_count() if on_gpu else 1) if distributed else 1
 
 
-def _strategy(wanted: str, distributed: bool) -> str | Strategy:
+def _strategy(distributed: bool) -> str | Strategy:
     if not distributed:
         return "auto"
     # Every trained parameter gets a gradient in the one backward pass, so nothing has to search for unused ones; there
