@@ -37,6 +37,7 @@ the published figures of the released DINOv2-B decoder (rFID .57, PSNR 18.9 dB o
         --exif ignore --quantization truncate
 
 with our own defaults (EXIF rotation applied, 8-bit values rounded) the numbers differ a little; compare like with like.
+A checkpoint is scored as its training scored it: --exif and --quantization are those of its configuration.
 A DDP run of N processes, or another batch size, gives the same number up to float32 rounding of the features.
 """
 
@@ -53,14 +54,14 @@ def build_parser() -> argparse.ArgumentParser:
         "precision",
         choices=("32", "16", "bf16"),
         default="32",
-        help="of encoder and decoder; 16 on a CPU is bf16 (default: %(default)s)",
+        help="of encoder and decoder, whatever training used; 16 on a CPU is bf16 (default: %(default)s)",
     )
     option(
         parser,
         "quantization",
         choices=("round", "truncate"),
-        default="round",
-        help="to 8 bits; truncate is what the official code does (default: %(default)s)",
+        help="to 8 bits; truncate is what the official code does (default: the checkpoint's "
+        "callbacks.rfid.quantization, else round)",
     )
     option(
         parser,
@@ -68,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="NPZ",
         help="score against `mu` and `sigma`, or the images `arr_0`, of a file instead of the originals; one for all "
-        "data sets or one for each",
+        "data sets or one for each. Another image size is refused, another preparation is warned of",
     )
     option(
         parser,
@@ -152,11 +153,11 @@ def _run(options: argparse.Namespace) -> int:
     folders = output_folders(options.output_dir, options.data_dir)
     files = references(options.reference, options.data_dir)
     with processes(options.device) as place, Evaluation(options, place) as evaluation:
-        sets = [
-            evaluation.open(data_dir) for data_dir in options.data_dir
-        ]  # before the first long pass, what is wrong is said
+        # before the first long pass, what is wrong is said
+        sets = [evaluation.open(data_dir) for data_dir in options.data_dir]
+        moments = [evaluation.reference(images, file) for images, file in zip(sets, files, strict=True)]
         with progress(place.main) as track:
-            for images, reference, folder in zip(sets, files, folders, strict=True):
+            for images, reference, folder in zip(sets, moments, folders, strict=True):
                 loader = evaluation.loader(images)
                 results += evaluation.score(images, track(loader, len(loader), images.folder.name), reference, folder)
         protocol = evaluation.protocol

@@ -2,11 +2,12 @@
 
     python src/make_reference.py --data_dir /path/to/imagenet_hf --split validation --output val256.npz
     python src/make_reference.py --data_dir /path/to/imagenet_hf --kind images --output val256_images.npz
+    python src/make_reference.py --checkpoint best.ckpt --data_dir /path/to/photos --output held_out256.npz
 
 Images are the centre crops that reconstructions are compared with. Both files go into `eval_rfid.py --reference`, and
 into other tools: the first is what pytorch-fid and the like read, the second what the ADM evaluation suite reads. To
 pack reconstructions for that suite use `eval_rfid.py --save_npz FILE`; a folder of generated images is a data set like
-any other.
+any other. Both files say how their images were prepared, and `eval_rfid.py` compares that with its own.
 """
 
 import sys
@@ -35,11 +36,17 @@ def build_parser() -> argparse.ArgumentParser:
     add_device_option(parser)
     option(
         parser,
+        "checkpoint",
+        metavar="FILE",
+        help="take the images, the size and --exif that `eval_rfid.py --checkpoint FILE` takes: without a validation "
+        "split those that its training held out",
+    )
+    option(
+        parser,
         "image_size",
         type=positive,
-        default=256,
         metavar="PX",
-        help="side of the centre crop (default: %(default)s)",
+        help="side of the centre crop (default: the checkpoint's, else 256)",
     )
     option(
         parser,

@@ -15,6 +15,7 @@ from PIL import Image
 
 from src import eval_rfid
 from src.data.crops import adm_center_crop
+from src.data.decode import ORIENTATION_TAG
 from src.evaluation import report
 from src.evaluation.images import open_images
 from src.images import unit_to_bytes
@@ -54,8 +55,10 @@ def write_images(folder: Path, count: int, side: int = 80, seed: int = 0) -> Pat
     return folder
 
 
-def write_checkpoint(path: Path, data_dir: Path, train_split: float = 1.0, model: dict = LAYERED) -> Path:
-    """As training writes it; online and averaged weights differ."""
+def write_checkpoint(
+    path: Path, data_dir: Path, train_split: float = 1.0, model: dict = LAYERED, **config: dict
+) -> Path:
+    """As training writes it; online and averaged weights differ. `config`: more keys of its nodes."""
     rae = make_rae(**model)
     settings = dict.fromkeys(RAESettings.__dataclass_fields__) | {
         "encoder_cls": "Dinov2withNorm", "encoder_config_path": "configs/encoder/dinov2_tiny", "image_size": 64,
@@ -69,9 +72,11 @@ def write_checkpoint(path: Path, data_dir: Path, train_split: float = 1.0, model
         "hf_split": "train",
         "hf_validation_split": "validation",
         "train_split": train_split,
+        **config.pop("data", {}),
     }
     content = {
-        "format_version": FORMAT_VERSION, "config": {"model": {**settings, "lpips_arch": LPIPS}, "data": data, "callbacks": {}},
+        "format_version": FORMAT_VERSION,
+        "config": {"model": {**settings, "lpips_arch": LPIPS}, "data": data, "callbacks": {}, **config},
         "encoder": rae.encoder.identity(), "state_dict": state, "global_step": 7, "epoch": 1,
     }  # fmt: skip
     torch.save(content, path)
@@ -269,6 +274,52 @@ def test_several_data_sets_in_one_call(capsys, checkpoint, images, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["faces", "pictures"]
     with (tmp_path / "a.csv").open() as file:
         assert [row["data_dir"] for row in csv.DictReader(file)] == [str(images)] * 11 + [str(more)] * 5
+
+
+def test_a_checkpoint_is_scored_as_its_training_scored_it(capsys, caplog, checkpoint, tmp_path):
+    """EXIF, quantization and the largest size by its configuration, unless the command line says otherwise."""
+    pictures = write_images(tmp_path / "pictures", 6)
+    for file in pictures.rglob("*.png"):
+        exif = Image.Exif()
+        exif[ORIENTATION_TAG] = 6
+        Image.open(file).save(file.with_suffix(".jpg"), exif=exif)
+        file.unlink()
+    Image.new("RGB", (400, 400)).save(pictures / "class0" / "large.png")
+    training = {"exif": "ignore", "max_megapixels": 0.1}, {"rfid": {"quantization": "truncate"}}
+    other = write_checkpoint(tmp_path / "other.ckpt", pictures, data=training[0], callbacks=training[1])
+
+    def run(file: Path, *more: object) -> tuple[dict, dict]:
+        arguments = ["--checkpoint", file, "--max_bad_share", 1, "--json", tmp_path / "a.json", *more]
+        evaluate(capsys, *arguments, data_dir=pictures)
+        content = json.loads((tmp_path / "a.json").read_text())
+        return content, content["results"][0]
+
+    with caplog.at_level("INFO", "src"):
+        plain, plain_result = run(checkpoint)
+        assert "--exif apply (by default)" in caplog.text
+        followed, result = run(other)
+        assert "--exif ignore (as in training, data.exif)" in caplog.text
+        assert "--quantization truncate (as in training, callbacks.rfid.quantization)" in caplog.text
+        said, _ = run(other, "--exif", "apply", "--quantization", "round")
+        assert "the training of this checkpoint used data.exif=ignore" in caplog.text
+    names = ("exif", "quantization", "max_megapixels")
+    assert [plain[name] for name in names] == ["apply", "round", 80]
+    assert [followed[name] for name in names] == ["ignore", "truncate", 0.1]
+    assert [said[name] for name in names] == ["apply", "round", 0.1]
+    assert (plain_result["images"], result["images"]) == (7, 6)
+    for exif in ("apply", "ignore"):
+        for quantization in ("round", "truncate"):
+            psnr = run(other, "--exif", exif, "--quantization", quantization)[1]["psnr"]
+            same = psnr == pytest.approx(result["psnr"], rel=1e-6)
+            assert same == ((exif, quantization) == ("ignore", "truncate"))
+
+
+def test_the_precision_of_training_is_told_not_followed(capsys, caplog, images, tmp_path):
+    half = write_checkpoint(tmp_path / "half.ckpt", images, trainer={"precision": "bf16-mixed"})
+    with caplog.at_level("INFO", "src"):
+        evaluate(capsys, "--checkpoint", half, "--json", tmp_path / "a.json", data_dir=images)
+    assert "trainer.precision=bf16-mixed" in caplog.text
+    assert json.loads((tmp_path / "a.json").read_text())["precision"] == "32"
 
 
 def torchrun(*arguments: object) -> str:
@@ -469,6 +520,8 @@ def test_help_is_quick_and_has_the_published_command():
         text=True,
     )
     assert done.returncode == 0 and "--exif ignore --quantization truncate" in done.stdout
+    told = " ".join(done.stdout.split())
+    assert "checkpoint's data.exif, else apply" in told and "callbacks.rfid.quantization, else round" in told
     assert "torch" not in done.stderr
 
 

@@ -1,7 +1,9 @@
 """FID statistics and distance: closed form, torchmetrics, every split the same, files that come and go."""
 
+import logging
 import pickle
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +22,8 @@ from src.metrics.fid import (
 )
 from src.metrics.image_npz import ImageNpz, ImageNpzWriter
 from src.metrics.inception import InceptionFeatures
-from src.metrics.npz import npz_names
-from src.metrics.reference import image_statistics, load_reference
+from src.metrics.npz import append_arrays, npz_names
+from src.metrics.reference import Preparation, image_statistics, load_reference
 
 
 @pytest.fixture(autouse=True)
@@ -244,16 +246,110 @@ def test_a_reference_is_statistics_or_images(tmp_path: Path) -> None:
     made = image_statistics(pixels.split(4), inception, batch_size=3)
     save_npz(tmp_path / "statistics.npz", made, inception.name)
     assert npz_names(tmp_path / "statistics.npz") == ["mu", "sigma", "features", "count"]
+    wanted = Preparation(image_size=16)
     for name in ("images", "statistics"):
-        reference = load_reference(tmp_path / f"{name}.npz", inception, batch_size=4)
+        reference = load_reference(tmp_path / f"{name}.npz", inception, 4, wanted)
         assert reference.count == 6 and frechet_distance(reference, made) < 1e-6
     with pytest.raises(UserError, match="seed0.*seed1"):
-        load_reference(tmp_path / "statistics.npz", InceptionFeatures(None, "untrained", 1, width=0.05), 4)
+        load_reference(tmp_path / "statistics.npz", InceptionFeatures(None, "untrained", 1, width=0.05), 4, wanted)
     with pytest.raises(UserError, match="102 features"):
-        load_reference(tmp_path / "statistics.npz", InceptionFeatures(None, "untrained", width=0.1), 4)
+        load_reference(tmp_path / "statistics.npz", InceptionFeatures(None, "untrained", width=0.1), 4, wanted)
     np.savez(tmp_path / "foreign.npz", mu=made.mean.numpy(), sigma=made.covariance.numpy())
     with pytest.raises(UserError, match="untrained"):
-        load_reference(tmp_path / "foreign.npz", inception, 4)
+        load_reference(tmp_path / "foreign.npz", inception, 4, wanted)
     np.savez(tmp_path / "other.npz", weights=np.zeros(3))
     with pytest.raises(UserError, match="arr_0"):
-        load_reference(tmp_path / "other.npz", inception, 4)
+        load_reference(tmp_path / "other.npz", inception, 4, wanted)
+
+
+PREPARED = Preparation(16, "apply", "validation", "0123456789abcdef", 6, 6)
+
+
+def write_both_kinds(folder: Path, inception: InceptionFeatures, prepared: Preparation | None, size: int = 16) -> None:
+    """`statistics.npz` and `images.npz` of the same 6 images, which say of themselves what `prepared` says."""
+    pixels = images(6, size=size)
+    facts = {} if prepared is None else prepared.facts()
+    save_npz(folder / "statistics.npz", image_statistics([pixels], inception, 6), inception.name, facts)
+    with ImageNpzWriter(folder / "images.npz", 6, size, size) as out:
+        out.write(pixels)
+    append_arrays(folder / "images.npz", facts)
+
+
+def test_a_reference_says_how_it_was_prepared_and_others_read_it_as_ever(tmp_path: Path) -> None:
+    inception = InceptionFeatures(None, "untrained", width=0.05)
+    write_both_kinds(tmp_path, inception, PREPARED)
+    for name in ("statistics", "images"):
+        assert Preparation.of_file(tmp_path / f"{name}.npz") == PREPARED
+    with np.load(tmp_path / "images.npz") as plain:
+        assert plain["arr_0"].shape == (6, 16, 16, 3) and plain["image_size"] == 16 and plain["exif"] == "apply"
+    with np.load(tmp_path / "statistics.npz") as plain:
+        assert plain.files[:2] == ["mu", "sigma"] and plain["split"] == "validation"
+    assert torch.equal(torch.cat(list(ImageNpz(tmp_path / "images.npz").batches(4))), images(6))
+    assert load_npz(tmp_path / "statistics.npz").count == 6
+    odd = {"image_size": np.zeros(2), "exif": np.arange(3), "split": np.array(7), "count": np.arange(3)}
+    np.savez(tmp_path / "odd.npz", mu=np.zeros(3), sigma=np.eye(3), **odd)
+    assert Preparation.of_file(tmp_path / "odd.npz") == Preparation()
+    assert load_npz(tmp_path / "odd.npz").count is None
+
+
+@pytest.mark.parametrize("name", ["statistics", "images"])
+def test_a_reference_of_another_size_is_refused_with_both_sizes(tmp_path: Path, name: str) -> None:
+    inception = InceptionFeatures(None, "untrained", width=0.05)
+    write_both_kinds(tmp_path, inception, PREPARED)
+    with pytest.raises(UserError, match=r"16 x 16 px.*32 x 32 px.*Type this"):
+        load_reference(tmp_path / f"{name}.npz", inception, 4, Preparation(image_size=32), "Type this.")
+
+
+def test_images_that_are_no_squares_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", np.zeros((3, 16, 24, 3), np.uint8))
+    with pytest.raises(UserError, match="16 x 24 px"):
+        load_reference(
+            tmp_path / "a.npz", InceptionFeatures(None, "untrained", width=0.05), 4, Preparation(image_size=16)
+        )
+
+
+def test_statistics_beside_images_have_their_size(tmp_path: Path, caplog) -> None:
+    """The ADM suite's reference files hold both."""
+    inception = InceptionFeatures(None, "untrained", width=0.05)
+    write_both_kinds(tmp_path, inception, None)
+    with np.load(tmp_path / "statistics.npz") as a, np.load(tmp_path / "images.npz") as b:
+        np.savez(tmp_path / "both.npz", **a, **b)
+    load_reference(tmp_path / "both.npz", inception, 4, Preparation(image_size=16))
+    assert "does not say" not in caplog.text
+    with pytest.raises(UserError, match="16 x 16 px.*8 x 8 px"):
+        load_reference(tmp_path / "both.npz", inception, 4, Preparation(image_size=8))
+
+
+@pytest.mark.parametrize("name", ["statistics", "images"])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, []),
+        ({"split": "val"}, []),  # another name of the same images
+        ({"exif": "ignore"}, ["EXIF orientation apply, here ignore"]),
+        ({"fingerprint": "f" * 16}, ["0123456789abcdef", "f" * 16]),
+        ({"split": "all", "available": 9}, ["'validation', here 'all'"]),
+        ({"available": 9}, ["6 images to choose from, here 9"]),
+        ({"selected": 4}, ["6 images, here 4"]),
+    ],
+)
+def test_a_reference_prepared_otherwise_is_warned_of(tmp_path: Path, caplog, name, changes, words) -> None:
+    inception = InceptionFeatures(None, "untrained", width=0.05)
+    write_both_kinds(tmp_path, inception, PREPARED)
+    caplog.clear()
+    load_reference(tmp_path / f"{name}.npz", inception, 4, replace(PREPARED, **changes), "Type this.")
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(warnings) == bool(words)
+    for word in [*words, "Type this."] if words else []:
+        assert word in warnings[0]
+
+
+def test_files_of_others_are_read_with_a_warning_where_they_are_silent(tmp_path: Path, caplog) -> None:
+    inception = InceptionFeatures(None, "untrained", width=0.05)
+    write_both_kinds(tmp_path, inception, None)
+    load_reference(tmp_path / "images.npz", inception, 4, PREPARED)
+    assert "does not say" not in caplog.text  # the images themselves do
+    load_reference(tmp_path / "statistics.npz", inception, 4, PREPARED)
+    assert "statistics.npz does not say of which size" in caplog.text and "16 px" in caplog.text
+    load_reference(tmp_path / "statistics.npz", inception, 4, replace(PREPARED, selected=5))
+    assert "6 images, here 5" in caplog.text  # `count` is as good

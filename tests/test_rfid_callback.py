@@ -155,10 +155,15 @@ def test_full_at_end_scores_everything_once(tmp_path):
     assert "rfid_untrained/score" not in run.module.scores  # never in one curve with scores of fewer images
 
 
-def test_the_command_line_gives_the_score_of_the_callback(tmp_path, capsys):
-    """EMA weights, the same images, the same protocol."""
+@pytest.mark.parametrize("protocol", [[], ["callbacks.rfid.quantization=truncate", "data.exif=ignore"]])
+def test_the_command_line_gives_the_score_of_the_callback(tmp_path, capsys, protocol):
+    """EMA weights, the same images, the same protocol: that of the run, without a word on the command line."""
     run = train(
-        tmp_path, *rfid(rfid_every_epoch=False, full_at_end=True), "trainer.max_epochs=1", "model.ema_decay=0.5"
+        tmp_path,
+        *rfid(rfid_every_epoch=False, full_at_end=True),
+        "trainer.max_epochs=1",
+        "model.ema_decay=0.5",
+        *protocol,
     )
     arguments = [
         "--checkpoint",
@@ -181,6 +186,8 @@ def test_the_command_line_gives_the_score_of_the_callback(tmp_path, capsys):
     assert eval_rfid.main([str(a) for a in arguments]) == 0
     (result,) = json.loads((tmp_path / "a.json").read_text())["results"]
     assert (result["split"], result["images"]) == ("held_out", 58)
+    used = json.loads((tmp_path / "a.json").read_text())
+    assert (used["exif"], used["quantization"]) == (("ignore", "truncate") if protocol else ("apply", "round"))
     for theirs, ours in (("rfid_untrained", "score"), ("psnr", "psnr"), ("ssim", "ssim"), ("lpips_untrained", "lpips")):
         assert result[theirs] == pytest.approx(run.module.scores[f"rfid_untrained_full/{ours}"][1], rel=1e-4)
 

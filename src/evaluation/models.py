@@ -10,7 +10,7 @@ from src.interop.diffusers_format import read_diffusers
 from src.interop.folder import read_folder
 from src.models.decoder_files import kind_of
 from src.models.rae import RAE, SOURCE_KEYS
-from src.weights import freeze, read, require
+from src.weights import freeze, read, require, resolve
 
 DEFAULT_IMAGE_PX = 256
 
@@ -115,6 +115,23 @@ def _from_decoder(choice: ModelChoice) -> LoadedModel:
     return LoadedModel(
         rae, {"source": str(place), "weights": "as stored", "encoder": rae.encoder.identity(), **unknown}
     )
+
+
+def run_config(checkpoint: str) -> Mapping[str, Any]:
+    """The configuration of the run that wrote `checkpoint`. UserError where there is none."""
+    file = resolve(checkpoint)
+    if not file.is_file():
+        raise UserError(
+            f"Checkpoint not found: {file} (from --checkpoint). Checkpoints lie in logs/runs/DATE/TIME/checkpoints."
+        )
+    content = read(file)
+    if not _model_config(content):
+        raise UserError(
+            f"{file} is no checkpoint of this trainer. Expected a .ckpt from the checkpoints/ folder of a run. Without "
+            "one drop --checkpoint and say --split, --image_size and --exif."
+        )
+    config: Mapping[str, Any] = content["config"]
+    return config
 
 
 def _model_config(content: Any) -> Mapping[str, Any]:

@@ -126,8 +126,8 @@ def add_data_options(parser: argparse.ArgumentParser, num_samples: int | None) -
         data,
         "exif",
         choices=("apply", "ignore"),
-        default="apply",
-        help="turn images as their EXIF says, or take them as stored like published references (default: %(default)s)",
+        help="turn images as their EXIF says, or take them as stored like published references (default: the "
+        "checkpoint's data.exif, else apply)",
     )
     option(
         data,

@@ -1,17 +1,23 @@
 """What `src/make_reference.py` does."""
 
+import logging
+import shlex
+from collections.abc import Mapping
 from typing import Any
 
 from src.errors import UserError
-from src.evaluation.images import evaluation_loader, open_images
+from src.evaluation.images import ALL, HELD_OUT, Images, open_images
+from src.evaluation.models import DEFAULT_IMAGE_PX, run_config
 from src.evaluation.networks import load_inception
-from src.evaluation.options import INCEPTION_FILE
 from src.evaluation.processes import Place
+from src.evaluation.protocol import ImageProtocol, inception_path
 from src.evaluation.spool import NpzSpool
 from src.evaluation.terminal import Track
 from src.metrics.fid import save_npz
-from src.metrics.reference import image_statistics
+from src.metrics.reference import Preparation, image_statistics
 from src.weights import resolve
+
+log = logging.getLogger(__name__)
 
 TRY_OUT = "For a try-out without the file: --inception_weights untrained (of use with such an evaluation only)."
 
@@ -20,33 +26,81 @@ def write_reference(options: Any, place: Place, track: Track) -> tuple[int, str]
     """(images, what was written); complete on rank 0. On all ranks.
 
     Raises:
-        UserError: no data, no Inception weights, fewer than two images.
+        UserError: no data, no Inception weights, fewer than two images, another image size than the checkpoint's.
     """
     target = resolve(options.output)
     if target.suffix != ".npz":
         raise UserError(f"--output {options.output}: expected a name that ends in .npz.")
-    images = open_images(options.data_dir[0], options.split, None)
+    config = run_config(options.checkpoint) if options.checkpoint else {}
+    images = _open(options, config)
+    protocol = ImageProtocol.choose(_image_size(options, config), options.exif, config)
+    prepared = protocol.preparation(images, options.num_samples)
     inception = None
     if options.kind == "statistics":
-        path = options.inception_path or INCEPTION_FILE
+        path = inception_path(options.inception_path, config)
         inception = load_inception(
             path, options.inception_weights, options.inception_width, "--inception_path", TRY_OUT
         ).to(place.device)
-    loader = evaluation_loader(
-        images, options.image_size, options.num_samples, options.batch_size, options.num_workers, options.exif,
-        options.max_bad_share, place.device, place.rank, place.world,
-    )  # fmt: skip
+    loader = protocol.loader(images, options, place)
     batches = track(loader, len(loader), images.folder.name)
+    made_of = f"{images.split} of {images.folder}, {prepared.image_size} px, EXIF {prepared.exif}"
     if inception is not None:
         statistics = image_statistics((batch["image"] for batch in batches), inception, options.batch_size).reduce()
         if place.main:
-            save_npz(target, statistics, inception.name)
-        return statistics.count, f"mu and sigma ({inception.name})"
-    spool = NpzSpool(target, options.image_size, place.rank, place.world)
+            save_npz(target, statistics, inception.name, prepared.facts())
+        return statistics.count, f"mu and sigma ({inception.name}; {made_of})"
+    spool = NpzSpool(target, protocol.image_size, place.rank, place.world)
     try:
         for batch in batches:
             spool.write(batch["position"] * place.world + place.rank, batch["image"])
-        return spool.finish(), f"arr_0, {options.image_size} px"
+        return spool.finish(prepared.facts()), f"arr_0 ({made_of})"
     except BaseException:
         spool.abandon()
         raise
+
+
+def command_for(options: Any, images: Images, prepared: Preparation) -> str:
+    """The command that makes the reference which an evaluation with `options` wants. Its output is a new name: the file
+    at hand may be somebody else's."""
+    parts: list[Any] = ["python", "src/make_reference.py"]
+    if options.checkpoint:
+        parts += ["--checkpoint", options.checkpoint]
+    parts += ["--data_dir", images.folder, "--split", images.split, "--image_size", prepared.image_size]
+    parts += ["--exif", prepared.exif]
+    if prepared.selected != prepared.available:
+        parts += ["--num_samples", prepared.selected]
+    if options.inception_path:
+        parts += ["--inception_path", options.inception_path]
+    if options.inception_weights != "pretrained":
+        parts += ["--inception_weights", options.inception_weights, "--inception_width", options.inception_width]
+    if options.device != "cuda":
+        parts += ["--device", options.device]
+    parts += ["--output", f"reference_{images.folder.name}_{images.split}_{prepared.image_size}px.npz"]
+    return shlex.join(map(str, parts))
+
+
+def _open(options: Any, config: Mapping[str, Any]) -> Images:
+    if options.split == HELD_OUT and not options.checkpoint:
+        raise UserError(
+            "--split held_out: only a checkpoint says what its training held out. Add --checkpoint FILE, or use "
+            "--split all."
+        )
+    images = open_images(options.data_dir[0], options.split, config.get("data"))
+    if options.split is None and images.split == ALL and not options.checkpoint:
+        log.warning(
+            "%s has no validation split: the reference is made of all its %s images, while `eval_rfid.py --checkpoint "
+            "FILE` scores those that training held out, if it held any out. Give the same --checkpoint FILE here to "
+            "make it of them, or --split all if all is what you want.",
+            images.folder, f"{len(images.rows):,}",
+        )  # fmt: skip
+    return images
+
+
+def _image_size(options: Any, config: Mapping[str, Any]) -> int:
+    trained: int | None = (config.get("model") or {}).get("image_size")
+    if None not in (trained, options.image_size) and trained != options.image_size:
+        raise UserError(
+            f"--image_size {options.image_size}, but the model of {options.checkpoint} works at {trained} px. Drop the "
+            "option, or the checkpoint."
+        )
+    return options.image_size or trained or DEFAULT_IMAGE_PX

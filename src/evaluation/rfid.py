@@ -11,16 +11,19 @@ from typing import Any
 
 import torch
 
+from src.data.loader import EvaluationLoader
 from src.errors import UserError
-from src.evaluation.images import Images, evaluation_loader, open_images
+from src.evaluation.images import Images, open_images
 from src.evaluation.models import ModelChoice, open_model
 from src.evaluation.networks import load_inception, load_lpips
-from src.evaluation.options import INCEPTION_FILE
 from src.evaluation.pairs import FirstPairs, Pair, WorstPairs, contact_sheet, save_pairs
 from src.evaluation.passes import Observer, score_images, shared_scores
 from src.evaluation.processes import Place
+from src.evaluation.protocol import ImageProtocol, choose_quantization, compare_precision, inception_path
+from src.evaluation.reference_file import command_for
 from src.evaluation.spool import CsvSpool, NpzSpool
 from src.evaluation.variants import Reconstructions, Variant, variants_of
+from src.metrics.fid import Moments
 from src.metrics.reconstruction import ReconstructionScore
 from src.metrics.reference import load_reference
 from src.sheets import save_png
@@ -43,11 +46,10 @@ class Evaluation:
         self.model = open_model(ModelChoice.of(options))
         config = self.model.description["config"] or {}
         self.trained_on: Mapping[str, Any] | None = config.get("data")
-        path = (
-            options.inception_path
-            or ((config.get("callbacks") or {}).get("rfid") or {}).get("inception_path")
-            or INCEPTION_FILE
-        )
+        self.image_protocol = ImageProtocol.choose(self.model.rae.geometry.image_size, options.exif, config)
+        self.quantization = choose_quantization(options.quantization, config)
+        compare_precision(options.precision, config)
+        path = inception_path(options.inception_path, config)
         self.inception = load_inception(
             path, options.inception_weights, options.inception_width, "--inception_path", TRY_OUT
         )
@@ -83,8 +85,9 @@ class Evaluation:
             "untrained_encoder": rae.encoder.untrained,
             "image_size": rae.geometry.image_size,
             "features": self.inception.name,
-            "quantization": options.quantization,
-            "exif": options.exif,
+            "quantization": self.quantization,
+            "exif": self.image_protocol.decoder.exif,
+            "max_megapixels": self.image_protocol.decoder.max_megapixels,
             "precision": options.precision,
             "device": torch.cuda.get_device_name(self.place.device) if self.place.device.type == "cuda" else "cpu",
             "processes": self.place.world,
@@ -98,21 +101,26 @@ class Evaluation:
     def open(self, data_dir: str) -> Images:
         return open_images(data_dir, self.options.split, self.trained_on)
 
-    def loader(self, images: Images) -> Any:
-        o, size, place = self.options, self.model.rae.geometry.image_size, self.place
-        return evaluation_loader(
-            images, size, o.num_samples, o.batch_size, o.num_workers, o.exif, o.max_bad_share, place.device, place.rank,
-            place.world,
-        )  # fmt: skip
+    def loader(self, images: Images) -> EvaluationLoader:
+        return self.image_protocol.loader(images, self.options, self.place)
+
+    def reference(self, images: Images, file: str | None) -> Moments | None:
+        """What an npz holds, once it is known to fit `images`; None: the originals are the reference. On all ranks."""
+        if file is None:
+            return None
+        wanted = self.image_protocol.preparation(images, self.options.num_samples)
+        remedy = f"One for these images: `{command_for(self.options, images, wanted)}`; give its output as --reference."
+        place, size = self.place, self.options.batch_size
+        return load_reference(resolve(file), self.inception, size, wanted, remedy, place.rank, place.world)
 
     def score(
-        self, images: Images, batches: Iterable[Mapping[str, Any]], reference: str | None, output: Path | None
+        self, images: Images, batches: Iterable[Mapping[str, Any]], reference: Moments | None, output: Path | None
     ) -> list[dict[str, Any]]:
         """Scores of each variant on rank 0, an empty list on the others. On all ranks.
 
         Args:
             batches: `loader(images)`, perhaps with a progress bar around it.
-            reference: npz to score against instead of the originals.
+            reference: what to score against instead of the originals.
             output: folder for pairs and sheets; None: no pictures.
         """
         started = time.perf_counter()
@@ -128,7 +136,8 @@ class Evaluation:
         if self.csv is not None:
             labels = [(v.label, f"{v.sigma:g}") for v in self.reconstruct.variants]
             self.csv.begin(str(images.folder), images.split, labels, images.source.name)
-        scores = shared_scores(self._first_score(reference), len(self.reconstruct.variants))
+        first = ReconstructionScore(self.inception, self.options.batch_size, self.lpips, self.quantization, reference)
+        scores = shared_scores(first, len(self.reconstruct.variants))
         place = self.place
         score_images(batches, self.reconstruct, scores, place.device, place.rank, place.world, observers)
         for score in scores:
@@ -146,13 +155,6 @@ class Evaluation:
         seconds = round(time.perf_counter() - started, 3)
         extra = {"worst": [{"index": p.row, "file": images.source.name(p.row)} for p in found]} if found else {}
         return [{**result, "seconds": seconds, **extra} for result in results]
-
-    def _first_score(self, reference: str | None) -> ReconstructionScore:
-        size = self.options.batch_size
-        moments = None
-        if reference is not None:
-            moments = load_reference(resolve(reference), self.inception, size, self.place.rank, self.place.world)
-        return ReconstructionScore(self.inception, size, self.lpips, self.options.quantization, moments)
 
     def _result(self, images: Images, variant: Variant, score: ReconstructionScore) -> dict[str, Any]:
         values: dict[str, Any] = score.compute(warn_of_few=not self._warned)

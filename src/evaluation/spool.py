@@ -8,7 +8,8 @@ Legend: B batch, H, W image px.
 
 import csv
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from src.evaluation.passes import ScoredBatch
 from src.metrics.image_npz import ImageNpzWriter
-from src.metrics.npz import atomic_write
+from src.metrics.npz import append_arrays, atomic_write
 from src.metrics.ranks import is_distributed
 
 FIELDS = ("data_dir", "split", "index", "file", "layers", "noise_sigma", "psnr", "ssim")
@@ -86,8 +87,9 @@ class NpzSpool:
             self._file.write(np.array(place, _PLACE).tobytes())
             self._file.write(image.contiguous().numpy().tobytes())
 
-    def finish(self) -> int:
-        """On all ranks; then the target is there. The number of images (0 on other ranks than the first)."""
+    def finish(self, facts: Mapping[str, str | int] | None = None) -> int:
+        """On all ranks; then the target is there. The number of images (0 on other ranks than the first). `facts` go
+        into the npz beside `arr_0`."""
         self._file.close()
         _wait_for_all()
         if self.rank:
@@ -95,9 +97,17 @@ class NpzSpool:
         parts = [_part(self.target, rank) for rank in range(self.world)]
         entry = _PLACE.itemsize + 3 * self.size**2
         count = sum(part.stat().st_size for part in parts) // entry
-        with ImageNpzWriter(self.target, count, self.size, self.size) as out:
-            for _, image in heapq.merge(*(_images(part, self.size, entry) for part in parts), key=lambda pair: pair[0]):
-                out.write(image[None])
+        whole = _part(self.target, self.world)  # after the last rank's
+        try:
+            with ImageNpzWriter(whole, count, self.size, self.size) as out:
+                images = (_images(part, self.size, entry) for part in parts)
+                for _, image in heapq.merge(*images, key=lambda pair: pair[0]):
+                    out.write(image[None])
+            if facts:
+                append_arrays(whole, facts)
+            os.replace(whole, self.target)
+        finally:
+            whole.unlink(missing_ok=True)
         _remove(parts)
         return count
 

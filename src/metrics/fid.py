@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from src.errors import UserError
-from src.metrics.npz import atomic_write, opened_npz
+from src.metrics.npz import atomic_write, opened_npz, scalar
 from src.metrics.ranks import sum_over_ranks
 
 
@@ -165,12 +165,14 @@ def few_images_warning(count: int | None, dim: int) -> str | None:
     )
 
 
-def save_npz(path: str | Path, moments: Moments, features: str) -> None:
-    """Write `mu` and `sigma` as every FID tool reads them, `count` and the name of the feature network beside them."""
+def save_npz(path: str | Path, moments: Moments, features: str, facts: Mapping[str, str | int] | None = None) -> None:
+    """Write `mu` and `sigma` as every FID tool reads them. Beside them, which others pass over: `count`, the name of
+    the feature network, and `facts` (how the images were prepared, see `src.metrics.reference.Preparation`)."""
     arrays = {
         "mu": moments.mean.cpu().numpy(),
         "sigma": moments.covariance.cpu().numpy(),
         "features": np.array(features),
+        **{name: np.array(value) for name, value in (facts or {}).items()},
     }
     if moments.count is not None:
         arrays["count"] = np.array(moments.count)
@@ -187,8 +189,7 @@ def load_npz(path: str | Path) -> Gaussian:
                 f"{path} has no {' and no '.join(missing)}, only {archive.files}. Expected `mu` and `sigma`."
             )
         mu, sigma = archive["mu"], archive["sigma"]
-        count = int(archive["count"]) if "count" in archive.files else None
-        features = str(archive["features"]) if "features" in archive.files else None
+        count, features = scalar(archive, "count", int), scalar(archive, "features", str)
     numbers = all(np.issubdtype(x.dtype, np.floating) and np.isfinite(x).all() for x in (mu, sigma))
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not numbers or not np.allclose(sigma, sigma.T, atol=1e-6):
         raise UserError(

@@ -3,14 +3,16 @@
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 
 from src.errors import UserError
+
+Scalar = TypeVar("Scalar", str, int)
 
 
 @contextmanager
@@ -39,6 +41,25 @@ def npz_names(path: str | Path) -> list[str]:
     """The names of the arrays in an npz, e.g. ["mu", "sigma"] or ["arr_0"]."""
     with opened_npz(path) as archive:
         return list(archive.files)
+
+
+def scalar(archive: np.lib.npyio.NpzFile, name: str, kind: type[Scalar]) -> Scalar | None:
+    """One text or whole number of an npz; None where there is none. Other tools may mean something else by the name."""
+    if name not in archive.files:
+        return None
+    array = archive[name]
+    value = array.item() if array.size == 1 else None
+    return value if isinstance(value, kind) else None
+
+
+def append_arrays(path: str | Path, values: Mapping[str, str | int]) -> None:
+    """Add `values` to the npz at `path`, in place: for a file that nobody else knows of yet."""
+    with Path(path).open("r+b") as file:
+        with zipfile.ZipFile(file, "a", zipfile.ZIP_STORED) as archive:
+            for name, value in values.items():
+                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as member:
+                    np.lib.format.write_array(member, np.array(value), allow_pickle=False)
+        os.fsync(file.fileno())
 
 
 @contextmanager

@@ -1,7 +1,10 @@
 """Statistics to score against: from a ready file, an npz of images, or images on the fly."""
 
+import logging
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Self
 
 from torch import Tensor
 
@@ -9,8 +12,57 @@ from src.errors import UserError
 from src.metrics.fid import FeatureStatistics, Gaussian, Moments, load_npz
 from src.metrics.image_npz import ImageNpz
 from src.metrics.inception import InceptionFeatures
-from src.metrics.npz import npz_names
+from src.metrics.npz import npz_names, opened_npz, scalar
 from src.metrics.ranks import float64_device
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How a set of images was chosen and prepared: rFID depends on it as on the model (the same decoder scores 0.57
+    and, against images prepared otherwise, 1.8 to 2.1). Written into references. None: nobody knows."""
+
+    image_size: int | None = None  # px, side of the centre crop
+    exif: str | None = None  # apply or ignore
+    split: str | None = None  # its name, `held_out` or `all`
+    fingerprint: str | None = None  # of the data set
+    available: int | None = None  # images of the split
+    selected: int | None = None  # of these, as wanted; `count` are those that could be decoded
+
+    def facts(self) -> dict[str, str | int]:
+        """What is known, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def of_file(cls, path: str | Path) -> Self:
+        """What an npz says of itself; nothing, where another tool wrote it."""
+        with opened_npz(path) as archive:
+            return cls(
+                image_size=scalar(archive, "image_size", int),
+                exif=scalar(archive, "exif", str),
+                split=scalar(archive, "split", str),
+                fingerprint=scalar(archive, "fingerprint", str),
+                available=scalar(archive, "available", int),
+                selected=scalar(archive, "selected", int),
+            )
+
+    def differences(self, here: "Preparation") -> list[str]:
+        """In words, what this reference and the evaluation `here` both know and don't share, except for the size."""
+        found = []
+        if _differ(self.exif, here.exif):
+            found.append(f"EXIF orientation {self.exif}, here {here.exif} (--exif)")
+        mine, theirs = (self.fingerprint, self.available), (here.fingerprint, here.available)
+        same_images = None not in mine and mine == theirs  # `val` and `validation` may be names of one folder
+        if _differ(self.split, here.split) and not same_images:
+            found.append(f"the split {self.split!r}, here {here.split!r} (--split)")
+        if _differ(self.fingerprint, here.fingerprint):
+            found.append(f"data with the fingerprint {self.fingerprint}, here {here.fingerprint} (other files)")
+        elif _differ(self.available, here.available) and not _differ(self.split, here.split):
+            found.append(f"{self.available:,} images to choose from, here {here.available:,}")
+        if _differ(self.selected, here.selected):
+            found.append(f"{self.selected:,} images, here {here.selected:,} (--num_samples)")
+        return found
 
 
 def add_features(statistics: FeatureStatistics, inception: InceptionFeatures, images: Tensor, batch_size: int) -> None:
@@ -28,22 +80,75 @@ def image_statistics(batches: Iterable[Tensor], inception: InceptionFeatures, ba
 
 
 def load_reference(
-    path: str | Path, inception: InceptionFeatures, batch_size: int, rank: int = 0, world_size: int = 1
+    path: str | Path,
+    inception: InceptionFeatures,
+    batch_size: int,
+    wanted: Preparation,
+    remedy: str = "",
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Moments:
     """`mu` and `sigma` of an npz where it has them, else those of its images `arr_0`.
 
-    With several ranks each reads its share of the images and all get the whole. UserError for other files and for
-    statistics that another network made (as far as the file says: ours do, others only by their dimension).
+    With several ranks each reads its share of the images and all get the whole. `wanted` describes the images that are
+    scored: another size is a UserError, any other difference a warning, and so is a file that doesn't state its size.
+    `remedy` says what to type instead. UserError also for other files and for statistics that another network made (as
+    far as the file says: ours do, others only by their dimension).
     """
     names = set(npz_names(path))
     if {"mu", "sigma"} <= names:
         gaussian = load_npz(path)
         _check_network(path, gaussian, inception)
+        stated = Preparation.of_file(path)
+        size = None if stated.image_size is None else (stated.image_size, stated.image_size)
+        if size is None and "arr_0" in names:  # the ADM suite's own files hold statistics and images
+            size = ImageNpz(path).shape[1:3]
+        _check_preparation(path, stated, size, gaussian.count, wanted, remedy)
         return gaussian
     if "arr_0" not in names:
         raise UserError(f"{path} holds {sorted(names)}; a reference has `mu` and `sigma`, or uint8 images in `arr_0`.")
-    statistics = image_statistics(ImageNpz(path).batches(batch_size, rank, world_size), inception, batch_size)
+    images = ImageNpz(path)
+    _check_preparation(path, Preparation.of_file(path), images.shape[1:3], len(images), wanted, remedy)
+    statistics = image_statistics(images.batches(batch_size, rank, world_size), inception, batch_size)
     return statistics.reduce() if world_size > 1 else statistics
+
+
+def _check_preparation(
+    path: str | Path,
+    stated: Preparation,
+    size: tuple[int, int] | None,
+    count: int | None,
+    wanted: Preparation,
+    remedy: str,
+) -> None:
+    """size: H, W in px of the reference's images."""
+    px = wanted.image_size
+    if px is None:
+        pass
+    elif size is None:
+        log.warning(
+            "%s does not say of which size its images were: another tool or an older version made it. Only if they "
+            "were centre crops of %d px, prepared like those of this evaluation, does the score mean something. %s",
+            path, px, remedy,
+        )  # fmt: skip
+    elif size != (px, px):
+        raise UserError(
+            f"{path} was made of images of {size[0]} x {size[1]} px, this evaluation has {px} x {px} px: the distance "
+            f"between them says nothing of the model. {remedy}"
+        )
+    if stated.selected is None:
+        stated = replace(stated, selected=count)
+    if differences := stated.differences(wanted):
+        log.warning(
+            "%s was prepared otherwise than the images of this evaluation, and the score depends on that as on the "
+            "model. The reference: %s. %s",
+            path, "; ".join(differences), remedy,
+        )  # fmt: skip
+
+
+def _differ(there: str | int | None, here: str | int | None) -> bool:
+    """Only what is known can differ."""
+    return there is not None and here is not None and there != here
 
 
 def _check_network(path: str | Path, gaussian: Gaussian, inception: InceptionFeatures) -> None:
