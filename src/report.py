@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def write(run_dirs: Sequence[str | Path], out: str | Path | None) -> Path:
     """The page's file. Raises UserError."""
     from src.errors import UserError
-    from src.metrics.npz import atomic_write
+    from src.files import replacing
     from src.reporting.page import page
     from src.reporting.reading import read_runs
     from src.weights import resolve
@@ -58,7 +58,7 @@ def write(run_dirs: Sequence[str | Path], out: str | Path | None) -> Path:
         raise UserError(f"--out {target} is a folder: name a file in it, such as {target / 'report.html'}.")
     content = page(runs).encode("utf-8", errors="replace")
     try:
-        with atomic_write(target) as file:
+        with replacing(target) as file:
             file.write(content)
     except OSError as error:
         raise UserError(f"{target} can't be written: {error}. Name another place with --out FILE.") from error

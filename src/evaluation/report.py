@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from src.metrics.npz import atomic_write
+from src.files import replacing
 from src.weights import resolve
 
 Result = Mapping[str, Any]
@@ -27,7 +27,7 @@ def text(results: Sequence[Result]) -> str:
 
 def write_json(path: str, content: Mapping[str, Any]) -> None:
     """Whole or not at all."""
-    with atomic_write(resolve(path)) as file:
+    with replacing(resolve(path)) as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 
 

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from src.evaluation.passes import ScoredBatch
+from src.files import replacing
 from src.metrics.image_npz import ImageNpzWriter
-from src.metrics.npz import append_arrays, atomic_write
+from src.metrics.npz import append_arrays
 from src.metrics.ranks import is_distributed
 
 FIELDS = ("data_dir", "split", "index", "file", "layers", "noise_sigma", "psnr", "ssim")
@@ -58,7 +59,7 @@ class CsvSpool:
         _wait_for_all()
         if self.rank == 0:
             parts = [_part(self.target, rank) for rank in range(self.world)]
-            with atomic_write(self.target) as out:
+            with replacing(self.target) as out:
                 out.write((",".join(self.columns) + "\n").encode())
                 for _, line in heapq.merge(*map(_keyed_lines, parts), key=lambda entry: entry[0]):
                     out.write(line)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from src.errors import UserError
-from src.metrics.npz import atomic_write, opened_npz, scalar
+from src.files import replacing
+from src.metrics.npz import opened_npz, scalar
 from src.metrics.ranks import sum_over_ranks
 
 
@@ -176,7 +177,7 @@ def save_npz(path: str | Path, moments: Moments, features: str, facts: Mapping[s
     }
     if moments.count is not None:
         arrays["count"] = np.array(moments.count)
-    with atomic_write(path) as file:
+    with replacing(path) as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes every name for its flag
 
 

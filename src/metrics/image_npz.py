@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from src.errors import UserError
-from src.metrics.npz import atomic_write, npz_errors
+from src.files import replacing
+from src.metrics.npz import npz_errors
 
 MEMBER = "arr_0.npy"
 
@@ -74,7 +75,7 @@ class ImageNpzWriter:
 
     def __enter__(self) -> "ImageNpzWriter":
         with ExitStack() as stack:
-            file = stack.enter_context(atomic_write(self.path))
+            file = stack.enter_context(replacing(self.path))
             archive = stack.enter_context(zipfile.ZipFile(file, "w", zipfile.ZIP_STORED))
             self._member = stack.enter_context(archive.open(zipfile.ZipInfo(MEMBER), "w", force_zip64=True))
             header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}

@@ -7,6 +7,7 @@ Parameter names are those of the released decoder files, so that these load stri
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +95,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # One product for all three: under autocast each alone would cast x anew and keep its copy.
-        layers = self.attention.values()
+        layers: list[Any] = list(self.attention.values())
         weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
         mixed = F.linear(x, weight, bias).unflatten(-1, (3, self.heads, -1))  # B N 3 A D/A
         query, key, value = mixed.permute(2, 0, 3, 1, 4)  # B A N D/A
