@@ -57,7 +57,8 @@ def test_resumed_otherwise(whole, tmp_path, changes):
         assert_equal_ends(reference, second)
 
 
-def test_resumed_with_another_number_of_micro_batches(whole, tmp_path):
+@pytest.mark.parametrize("saves", ["default", "no_checkpoint"])
+def test_resumed_with_another_number_of_micro_batches(whole, tmp_path, saves):
     """The global batch is the same, so the images are those that would have come, each once."""
     halves = ["data.batch_size=2", "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=6"]
     train(tmp_path / "first", *QUIET, *EVERY_STEP, *halves, "trainer.max_steps=2")
@@ -70,7 +71,8 @@ def test_resumed_with_another_number_of_micro_batches(whole, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RAEModule, "training_step", training_step)
-        run = train(tmp_path / "second", *QUIET, *EVERY_STEP, checkpoint=last(tmp_path / "first"))
+        saving = ["callbacks=no_checkpoint"] if saves == "no_checkpoint" else EVERY_STEP
+        run = train(tmp_path / "second", *QUIET, *saving, checkpoint=last(tmp_path / "first"))
     assert run.trainer.global_step == 6
     assert seen == [*range(8, 12), *range(12)]  # the third update of the first epoch, and the second epoch
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from src.callbacks.agreement import Agreement
-from src.callbacks.loop_state import make_canonical, rescale
+from src.callbacks.loop_state import make_canonical
 from src.callbacks.throughput import training_paused
 from src.errors import UserError
 from src.files import link_or_copy
@@ -148,10 +148,6 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         make_canonical(checkpoint["loops"], _batches_per_epoch(pl_module))
-
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        was = checkpoint["config"]["model"]["accumulate_grad_batches"]
-        rescale(checkpoint["loops"], was, pl_module.settings.loop.accumulate_grad_batches)
 
     def state_dict(self) -> dict[str, Any]:
         return {"monitor": self.monitor, "best": self.best}

@@ -32,16 +32,6 @@ def make_canonical(loops: dict[str, Any], batches_per_epoch: int) -> None:
     fit.pop("combined_loader", None)  # where the data goes on follows from the counters
 
 
-def rescale(loops: dict[str, Any], was: int, now: int) -> None:
-    """Rewrites a checkpoint's count of micro-batches for another number of them in an update, in place.
-
-    A checkpoint lies between two updates, so the count divides by `was`.
-    """
-    current = loops["fit_loop"]["epoch_loop.batch_progress"]["current"]
-    for name in current:
-        current[name] = current[name] // was * now
-
-
 def _set(tracker: dict[str, Any], value: int) -> None:
     for name in tracker:
         tracker[name] = value

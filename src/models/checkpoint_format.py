@@ -53,15 +53,10 @@ def verify(module: "RAEModule", checkpoint: Mapping[str, Any]) -> None:
             f"The checkpoint's format_version is {version}, this program reads {FORMAT_VERSION}. It is either not a "
             "checkpoint of this trainer (weights of others go into model.pretrained_decoder_path) or of another release."
         )
-    sizes, encoder = architecture(module), module.encoder_identity
-    names = {
-        "architecture": [name for name in sizes if checkpoint["architecture"].get(name) != sizes[name]],
-        "encoder": identity_differences(checkpoint["encoder"], encoder),
-    }
     differing = [
         f"  {name}: checkpoint {checkpoint[part].get(name)!r}, model {own[name]!r}"
-        for part, own in (("architecture", sizes), ("encoder", encoder))
-        for name in names[part]
+        for part, own in (("architecture", architecture(module)), ("encoder", module.encoder_identity))
+        for name in identity_differences(checkpoint[part], own)
     ]
     if differing:
         raise UserError(
@@ -69,3 +64,13 @@ def verify(module: "RAEModule", checkpoint: Mapping[str, Any]) -> None:
             "overrides of the run that wrote it, or start a new run from its decoder: export it with src/export.py and "
             "set model.pretrained_decoder_path."
         )
+
+
+def rescale(loops: dict[str, Any], was: int, now: int) -> None:
+    """Rewrites a checkpoint's count of micro-batches for another number of them in an update, in place.
+
+    A checkpoint lies between two updates, so the count divides by `was`.
+    """
+    current = loops["fit_loop"]["epoch_loop.batch_progress"]["current"]
+    for name in current:
+        current[name] = current[name] // was * now

@@ -22,7 +22,7 @@ from src.losses.gan import discriminator_loss, generator_loss
 from src.losses.lpips import LPIPS
 from src.metrics.means import RunningMeans
 from src.metrics.quality import psnr, ssim
-from src.models.checkpoint_format import describe, trained_state, verify
+from src.models.checkpoint_format import describe, rescale, trained_state, verify
 from src.models.discriminator import DinoDiscriminator
 from src.models.draws import StepDraws
 from src.models.guard import FiniteGuard
@@ -336,6 +336,8 @@ class RAEModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         verify(self, checkpoint)
+        was = checkpoint["config"]["model"]["accumulate_grad_batches"]
+        rescale(checkpoint["loops"], was, self.settings.loop.accumulate_grad_batches)
         self.guard.skipped = checkpoint["skipped_steps"]
         self._restored_scaler = checkpoint["disc_scaler"]
 
