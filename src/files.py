@@ -9,9 +9,9 @@ from typing import IO
 
 
 @contextmanager
-def replacing(path: str | Path, tag: str | None = None) -> Iterator[IO[bytes]]:
-    """A file that takes its name when the block ends without an error and all of it is on the disk; until then it lies
-    beside it. Folders above it are made.
+def replacing(path: str | Path, tag: str | None = None, durable: bool = True) -> Iterator[IO[bytes]]:
+    """A file that takes its name when the block ends without an error; until then it lies beside it. Folders above it are
+    made. `durable`: all of it is on the disk by then; false, where thousands of small files would wait for that.
 
     `tag` tells apart those who write the same file at once; None: this process. What a killed process leaves under a
     fixed tag, the next one overwrites.
@@ -23,9 +23,11 @@ def replacing(path: str | Path, tag: str | None = None) -> Iterator[IO[bytes]]:
         with open(beside, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(beside, path)
-        _sync_folder(path.parent)
+        if durable:
+            _sync_folder(path.parent)
     finally:
         beside.unlink(missing_ok=True)
 

@@ -36,5 +36,5 @@ def difference(a: Tensor, b: Tensor, gain: float = 4.0) -> Tensor:
 
 def save_png(image: Tensor, path: Path) -> None:
     """uint8 3 x H x W -> PNG; a reader never sees half a file."""
-    with replacing(path) as file:
+    with replacing(path, durable=False) as file:
         Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()).save(file, format="PNG")

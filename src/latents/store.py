@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from src.errors import UserError
@@ -60,7 +60,7 @@ class LatentWriter:
         file = self.folder / f"latents-{self.rank:03d}-{len(self.shards):05d}.safetensors"
         tensors = {"latents": latents[:count], "rows": rows[:count], "labels": labels[:count]}
         with replacing(file) as out:
-            out.write(save({name: value.contiguous() for name, value in tensors.items()}))
+            save_file({name: value.contiguous() for name, value in tensors.items()}, out.name)
         self.shards.append({"file": file.name, "count": count})
         self._waiting = [(latents[count:], rows[count:], labels[count:])] if len(rows) > count else []
         self._count -= count
