@@ -6,10 +6,12 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from src.callbacks import checkpoint as checkpoint_module
 from src.callbacks.checkpoint import RunCheckpoint
+from src.callbacks.samples import SampleImages
 from src.callbacks.startup import warn
 from src.callbacks.throughput import Throughput, training_paused
 from src.models.rae_module import RAEModule
@@ -58,6 +60,21 @@ def test_saving_counts_neither_as_training_nor_as_waiting_for_data():
         time.sleep(0.05)
     throughput.on_train_batch_start(trainer, None, None, 0)
     assert throughput._paused >= 0.05 and throughput._waited < 0.02
+
+
+@pytest.mark.parametrize("part", ["pictures", "checkpoint"])
+def test_pictures_and_checkpoints_are_no_training_time(tmp_path, monkeypatch, part):
+    owner, name = {"pictures": (SampleImages, "draw"), "checkpoint": (pl.Trainer, "save_checkpoint")}[part]
+    slow = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *a, **k: (time.sleep(0.3), slow(*a, **k))[1])
+    paused = []
+    publish = Throughput._publish
+    monkeypatch.setattr(Throughput, "_publish", lambda self, *a: (paused.append(self._paused), publish(self, *a))[1])
+    options = ["model.sample_every=1", "callbacks.checkpoint.every_n_steps=0"]
+    if part == "checkpoint":
+        options = ["callbacks.checkpoint.every_n_steps=1"]
+    train(tmp_path, *QUIET, *options, "trainer.max_steps=2", "trainer.max_epochs=1")
+    assert paused[1] >= 0.3  # what came after the first entry
 
 
 @pytest.fixture(scope="module")

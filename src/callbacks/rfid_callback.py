@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from src.callbacks.throughput import Throughput
+from src.callbacks.throughput import training_paused
 from src.errors import UserError
 from src.evaluation.networks import load_inception
 from src.evaluation.pairs import FirstPairs, save_pairs
@@ -141,7 +141,7 @@ class RFIDCallback(pl.Callback):
     def _evaluate(self, trainer: pl.Trainer, pl_module: Any, name: str, images: int, group: str | None = None) -> None:
         group, start = group or self.group, time.perf_counter()
         images = min(images, len(trainer.datamodule.evaluation_dataset(self.train_fallback)[0]))
-        with _training_paused(trainer):
+        with training_paused(trainer):
             if self._latest[:2] == (trainer.global_step, images):
                 values = self._latest[2]  # the same images through the same weights
             else:
@@ -220,19 +220,6 @@ def _parse_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"callbacks.rfid.rfid_device={name}: expected cuda, cuda:N or cpu.")
     return device
-
-
-@contextmanager
-def _training_paused(trainer: pl.Trainer) -> Iterator[None]:
-    """The time in here is not training's."""
-    clocks = [callback for callback in trainer.callbacks if isinstance(callback, Throughput)]
-    for clock in clocks:
-        clock.pause()
-    try:
-        yield
-    finally:
-        for clock in clocks:
-            clock.go_on()
 
 
 @contextmanager
