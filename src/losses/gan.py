@@ -71,7 +71,6 @@ def generator_loss(name: str) -> GeneratorLoss:
 
 
 @torch.no_grad()
-@torch.no_grad()
 def adaptive_weight(norm_r: Tensor, norm_g: Tensor, max_weight: float) -> Tensor:
     """w = |dR/dW| / (|dG/dW| + 1e-6), at most `max_weight`. Esser et al., arXiv 2012.09841, equation 7.
 
