@@ -84,8 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Any) -> int:
+    from src.data.decode import Decoder
     from src.errors import UserError
-    from src.evaluation.images import open_images
+    from src.evaluation.images import MAX_MEGAPIXELS, open_images
     from src.evaluation.processes import processes
     from src.interop.official import save_atomically
     from src.latents.statistics import latent_statistics, partial_file
@@ -101,7 +102,8 @@ def _run(arguments: Any) -> int:
         images = open_images(data_dir, arguments.split, None)
         if place.main:
             _make_room(output)
-        loading = {name: getattr(arguments, name) for name in ("batch_size", "num_workers", "exif", "max_bad_share")}
+        loading = {name: getattr(arguments, name) for name in ("batch_size", "num_workers", "max_bad_share")}
+        loading["decoder"] = Decoder(arguments.exif, MAX_MEGAPIXELS)
         with _bar(place.main) as progress:
             content = latent_statistics(
                 rae.to(place.device), images, arguments.num_samples, loading, place, output, progress

@@ -123,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: Any) -> int:
     from src.data.decode import Decoder
+    from src.evaluation.images import MAX_MEGAPIXELS
     from src.evaluation.models import ModelChoice, open_model
     from src.evaluation.processes import processes
     from src.latents.store import LatentStore
@@ -145,7 +146,9 @@ def _run(options: Any) -> int:
                 outcome = decode_latents(loaded, store, products, options.output, options.batch_size, place, track)
             else:
                 assert inputs is not None
-                transform = FitTransform(loaded.rae.geometry.image_size, options.fit, Decoder(options.exif, 80.0))
+                transform = FitTransform(
+                    loaded.rae.geometry.image_size, options.fit, Decoder(options.exif, MAX_MEGAPIXELS)
+                )
                 lpips = _lpips(options, loaded) if products.decode else None
                 if lpips is not None:
                     lpips.to(place.device)

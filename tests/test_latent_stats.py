@@ -16,7 +16,7 @@ from src.models.rae import RAE
 from src.reconstruction.inputs import FitTransform, open_inputs
 from tests.tiny_models import checkpoint, photos, tiny_rae, two_processes
 
-LOADING = {"batch_size": 4, "num_workers": 0, "exif": "apply", "max_bad_share": 0.01}
+LOADING = {"batch_size": 4, "num_workers": 0, "decoder": Decoder("apply", 80.0), "max_bad_share": 0.01}
 
 
 def run(*words) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from src.data import dummy, sources
 from src.data.dataset import EvaluationDataset, EvaluationTransform
-from src.data.decode import Decoder, Exif
+from src.data.decode import Decoder
 from src.data.loader import EvaluationLoader, WorkerOptions
 from src.data.order import evaluation_rows, split_rows
 from src.data.sources import Source
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 VALIDATION_NAMES = ("validation", "val", "valid", "test")
 ALL, HELD_OUT = "all", "held_out"
-_MAX_MEGAPIXELS = 80.0
+MAX_MEGAPIXELS = 80.0
 _PREFETCH = 4
 
 
@@ -77,7 +77,7 @@ def evaluation_loader(
     num_images: int | None,
     batch_size: int,
     num_workers: int,
-    exif: Exif,
+    decoder: Decoder,
     max_bad_share: float,
     device: torch.device,
     rank: int = 0,
@@ -85,7 +85,7 @@ def evaluation_loader(
 ) -> EvaluationLoader:
     """This rank's share of the first `num_images` centre crops, uint8, in the order of evaluation."""
     rows = images.rows[evaluation_rows(len(images.rows), num_images, world, rank)]
-    transform = EvaluationTransform(image_size, Decoder(exif, _MAX_MEGAPIXELS))
+    transform = EvaluationTransform(image_size, decoder)
     workers = WorkerOptions(min(num_workers, len(rows)), _PREFETCH, device.type == "cuda", "auto")
     return EvaluationLoader(
         EvaluationDataset(images.source, rows, transform), batch_size, workers, max_bad_share, persistent=False

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from src.data.dataset import EvaluationTransform
 from src.data.decode import Decoder, Exif
 from src.data.loader import EvaluationLoader
-from src.evaluation.images import Images, evaluation_loader
+from src.evaluation.images import MAX_MEGAPIXELS, Images, evaluation_loader
 from src.evaluation.options import INCEPTION_FILE
 from src.evaluation.processes import Place
 from src.images import Quantization
@@ -17,7 +16,6 @@ from src.metrics.reference import Preparation
 
 log = logging.getLogger(__name__)
 
-_MAX_MEGAPIXELS = 80.0
 T = TypeVar("T")
 
 
@@ -33,17 +31,15 @@ class ImageProtocol:
         """`exif` as on the command line, `config` that of a run; both may say nothing."""
         data = config.get("data") or {}
         chosen = _choose("exif", exif, data.get("exif"), "data.exif", "apply")
-        return cls(image_size, Decoder(chosen, data.get("max_megapixels") or _MAX_MEGAPIXELS))
+        return cls(image_size, Decoder(chosen, data.get("max_megapixels") or MAX_MEGAPIXELS))
 
     def loader(self, images: Images, options: Any, place: Place) -> EvaluationLoader:
         """This process's share of the first --num_samples centre crops."""
         o = options
-        loader = evaluation_loader(
-            images, self.image_size, o.num_samples, o.batch_size, o.num_workers, self.decoder.exif, o.max_bad_share,
+        return evaluation_loader(
+            images, self.image_size, o.num_samples, o.batch_size, o.num_workers, self.decoder, o.max_bad_share,
             place.device, place.rank, place.world,
         )  # fmt: skip
-        loader.dataset.transform = EvaluationTransform(self.image_size, self.decoder)  # with the run's max_megapixels
-        return loader
 
     def preparation(self, images: Images, num_samples: int | None) -> Preparation:
         """What a reference says of itself, and is asked for."""

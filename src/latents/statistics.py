@@ -41,7 +41,7 @@ def latent_statistics(
     """What `src/latent_stats.py` writes: mean and var (float32, C x h x w) of raw latents, and what they are of.
 
     Args:
-        loading: `batch_size`, `num_workers`, `exif` and `max_bad_share` of `evaluation_loader`.
+        loading: `batch_size`, `num_workers`, `decoder` and `max_bad_share` of `evaluation_loader`.
         output: where the caller will write; the sums so far lie beside it until then.
 
     Raises:
@@ -49,7 +49,7 @@ def latent_statistics(
     """
     rows = images.rows[:num_images]
     pass_over = {"encoder": rae.encoder.identity(), "image_size": rae.geometry.image_size, "images": len(rows),
-                 "data": images.source.fingerprint(), "exif": loading["exif"], "piece_images": piece_images}  # fmt: skip
+                 "data": images.source.fingerprint(), "exif": loading["decoder"].exif, "piece_images": piece_images}  # fmt: skip
     partial = partial_file(output)
     total, done = _resume(partial, pass_over, rae, place)
     progress(done, len(rows))
