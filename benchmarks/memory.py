@@ -27,8 +27,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from benchmarks.runners import DTYPES, PHASES, build_models, make_inputs, make_runner
+from benchmarks.runners import DECODERS, DTYPES, ENCODERS, PHASES, build_models, make_inputs, make_runner, positive
 from src.losses import lpips_distance
+from src.models.dino import RECIPES
 from src.models.precision import cast_frozen
 
 GIB = 2**30
@@ -128,17 +129,17 @@ def peak_bytes(arguments: argparse.Namespace, variant: str, batch: int) -> tuple
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", default="dinov2_b")
-    parser.add_argument("--decoder", default="ViTB", help="folder of configs/decoder")
-    parser.add_argument("--disc", default="S_8")
+    parser.add_argument("--encoder", choices=ENCODERS, default="dinov2_b")
+    parser.add_argument("--decoder", choices=DECODERS, default="ViTB", help="folder of configs/decoder")
+    parser.add_argument("--disc", choices=sorted(RECIPES), default="S_8")
     parser.add_argument("--image_size", type=int, default=256, metavar="PX")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16], metavar="N")
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 4, 16], metavar="N")
     parser.add_argument("--variants", nargs="+", choices=["plain", "ours"], default=["ours"])
     parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16")
     parser.add_argument("--phases", nargs="+", choices=sorted(PHASES), default=["gan"])
     parser.add_argument("--activation_checkpointing", action="store_true")
-    parser.add_argument("--loss_chunk_size", type=int, metavar="N")
-    parser.add_argument("--fit", type=int, nargs="+", default=[], metavar="GIB", help="memory to fill")
+    parser.add_argument("--loss_chunk_size", type=positive, metavar="N")
+    parser.add_argument("--fit", type=positive, nargs="+", default=[], metavar="GIB", help="memory to fill")
     parser.add_argument("--out", type=Path, help="JSON, of the last batch size")
     arguments = parser.parse_args()
     batches = arguments.batch
@@ -169,7 +170,7 @@ def largest_batches(arguments: argparse.Namespace, variant: str, batch: int, pea
     share = (peak - peak_bytes(arguments, variant, other)[1]) / (batch - other)  # bytes per image
     found = {"gib_per_image": share / GIB}
     for gib in arguments.fit:
-        largest = int(((gib - OVERHEAD) * GIB - (peak - share * batch)) / share)
+        largest = max(0, int(((gib - OVERHEAD) * GIB - (peak - share * batch)) / share))
         found[f"batch_in_{gib}_gib"] = largest
         print(f"{arguments.phase}, {variant}: {gib} GiB hold batches up to about {largest}")
     return found

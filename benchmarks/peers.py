@@ -36,7 +36,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from benchmarks.runners import DTYPES, ENCODERS, PHASES, build_models, copy_to, make_inputs, make_runner
+from benchmarks.runners import (
+    DECODERS,
+    DTYPES,
+    ENCODERS,
+    PHASES,
+    build_models,
+    copy_to,
+    make_inputs,
+    make_runner,
+    positive,
+)
 from benchmarks.train_step import autocast, clock, memory_alone, peak_memory, surroundings, turns
 from src.losses.vgg import CHANNELS, CONVS_PER_STAGE
 from src.models.dino import RECIPES, DinoTrunk
@@ -283,19 +293,31 @@ def main() -> None:
     parser.add_argument("--rae", type=Path, required=True, help="checkout of the official code")
     parser.add_argument("--raev2", type=Path, required=True, help="checkout of RAEv2")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--decoder", default="ViTB", help="a folder of configs/decoder, here and there")
-    parser.add_argument("--disc", default="S_8", help="DINO trunk of the discriminator")
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument(
+        "--decoder", choices=DECODERS, default="ViTB", help="a folder of configs/decoder, here and there"
+    )
+    parser.add_argument(
+        "--disc", choices=("S_8", "S_16", "B_16"), default="S_8", help="DINO trunk of the discriminator"
+    )
+    parser.add_argument("--batch", type=positive, default=4)
     parser.add_argument("--precision", choices=DTYPES, default="fp32")
     parser.add_argument("--phases", nargs="+", choices=["warmup", "gan"], default=["warmup", "gan"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--warm", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--scratch", default="logs/benchmark", help="folder for untrained files")
     parser.add_argument("--memory_only", action="store_true", help="print peaks; what the program calls itself with")
     parser.add_argument("--out", type=Path, help="JSON")
     arguments = parser.parse_args()
+    for option, folder, repository in (
+        ("rae", arguments.rae, "bytetriper/RAE"),
+        ("raev2", arguments.raev2, "nanovisionx/RAEv2"),
+    ):
+        if not (folder / "src/train_stage1.py").is_file():
+            parser.error(
+                f"--{option} {folder}: no src/train_stage1.py there. Get one: git clone https://github.com/{repository}"
+            )
     arguments.encoder, arguments.image_size = "dinov2_b", 256
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)

@@ -32,6 +32,7 @@ ENCODERS = {
     "dinov2_b": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
     "tiny": {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 3},
 }
+DECODERS = sorted(file.parent.name for file in (PROJECT_ROOT / "configs/decoder").glob("*/config.json"))
 VARIANTS = ("plain", "ours", "compiled")
 
 
@@ -191,6 +192,14 @@ def make_inputs(arguments: argparse.Namespace, models: Models, device: torch.dev
         for _ in range(3)
     ]
     return images.to(device), Draws(noise, augment)
+
+
+def positive(text: str) -> int:
+    """For argparse: a whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
+    return number
 
 
 def make_runner(name: str, models: Models, device: torch.device, options: dict[str, Any]) -> Any:
