@@ -133,8 +133,8 @@ def _is_hugging_face(folder: Path) -> bool:
 def _named(folder: Path, hugging_face: bool, names: list[str], split: str) -> Images:
     asked_for = not hugging_face and sources.find_folder(folder, split) is not None  # a folder called so is meant
     if split not in names and not asked_for:
-        there = f"it has {', '.join(names)}" if names else "it has none"
-        raise UserError(f"{folder} has no split {split!r}: {there}. Use one of these, or --split {ALL} or {HELD_OUT}.")
+        there = f"it has {', '.join(names)}. Use one of these, or" if names else "it has none. Use"
+        raise UserError(f"{folder} has no split {split!r}: {there} --split {ALL} or {HELD_OUT}.")
     source = _open(folder, hugging_face, split)
     return Images(folder, source, np.arange(len(source)), split)
 
