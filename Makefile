@@ -4,8 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 # What others build on: the names of the Python API and the small files beneath them.
-PUBLIC := $(addprefix src/,geometry.py images.py weights.py schedules.py ema.py stream.py sheets.py \
-	models/rae.py models/encoders.py models/frozen_encoder.py models/decoder.py models/training_step.py models/discriminator.py \
+PUBLIC := $(addprefix src/,core/geometry.py core/images.py core/weights.py core/schedules.py core/ema.py core/random_streams.py \
+	models/rae.py models/encoders.py models/frozen_encoder.py models/decoder.py models/discriminator.py training/stage1_step.py \
 	losses/lpips.py losses/gan.py losses/diffaug.py metrics/inception.py metrics/fid.py metrics/quality.py data/datamodule.py)
 
 .PHONY: help setup dummy test lint types clean

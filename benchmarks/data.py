@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     args = build_parser().parse_args()
-    from src.errors import UserError
+    from src.core.errors import UserError
 
     try:
         report = measure(load(args.images), args.size, args.rounds)
@@ -61,8 +61,8 @@ def main() -> int:
 
 def load(folder: Path | None) -> list[bytes]:
     """The bytes of the images to measure with."""
+    from src.core.errors import UserError
     from src.data import dummy
-    from src.errors import UserError
 
     if folder is None:
         return [dummy.jpeg(i) for i in range(GENERATED)]

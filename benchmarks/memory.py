@@ -28,9 +28,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from benchmarks.runners import DECODERS, DTYPES, ENCODERS, PHASES, build_models, make_inputs, make_runner, positive
+from src.core.frozen_precision import cast_frozen
 from src.losses import lpips_distance
 from src.models.dino import RECIPES
-from src.models.precision import cast_frozen
 
 GIB = 2**30
 OVERHEAD = 1.5

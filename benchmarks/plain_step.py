@@ -1,7 +1,7 @@
 """The published stage-1 step in its published order of work, written plainly. Recipe sections 2 and 5.
 
 Kept for two purposes: the yardstick of `benchmarks/train_step.py`, and the oracle that the step of
-`src/models/training_step.py` is held against. Nothing in it is clever: every loss is differentiated through the whole
+`src/training/stage1_step.py` is held against. Nothing in it is clever: every loss is differentiated through the whole
 chain, the encoder runs once for the generator and once for the discriminator, attention is three projections and a
 softmax, and each layer keeps what autograd wants to keep.
 """
@@ -20,7 +20,7 @@ from src.losses.lpips import LPIPS
 from src.models import decoder, dino
 from src.models.discriminator import DinoDiscriminator
 from src.models.rae import RAE
-from src.models.training_step import NoiseDraws, Phase
+from src.training.stage1_step import NoiseDraws, Phase
 
 
 @dataclass(frozen=True)

@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.plain_step import PlainStep
-from src.ema import EMA
-from src.images import bytes_to_unit, unit_to_signed
+from src.core.ema import EMA
+from src.core.frozen_precision import cast_frozen
+from src.core.images import bytes_to_unit, unit_to_signed
+from src.core.nonfinite import FiniteGuard
+from src.core.weights import PROJECT_ROOT
 from src.losses.diffaug import UNIFORMS_PER_BATCH, UNIFORMS_PER_SAMPLE, DiffAug
 from src.losses.gan import discriminator_loss, generator_loss
 from src.losses.lpips import LPIPS
 from src.models.discriminator import DinoDiscriminator
-from src.models.guard import FiniteGuard
-from src.models.optimisation import adamw, gradient_norm
-from src.models.precision import cast_frozen
 from src.models.rae import RAE
-from src.models.rae_module import compile_parts
-from src.models.settings import OptimizerSettings
-from src.models.training_step import NoiseDraws, Phase, StepSettings, TrainingStep
-from src.weights import PROJECT_ROOT
+from src.training.optimisation import adamw, gradient_norm
+from src.training.settings import OptimizerSettings
+from src.training.stage1 import compile_parts
+from src.training.stage1_step import NoiseDraws, Phase, StepSettings, TrainingStep
 
 PHASES = {"warmup": Phase(True, False, False), "disc": Phase(True, False, True), "gan": Phase(True, True, True)}
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
@@ -76,7 +76,7 @@ class PlainRunner:
 
 
 class OurRunner:
-    """The step as `src/models/rae_module.py` runs it, without Lightning, loader and random draws around it."""
+    """The step as `src/training/stage1.py` runs it, without Lightning, loader and random draws around it."""
 
     def __init__(self, models: Models, device: torch.device, options: dict[str, Any]) -> None:
         self.models = models

@@ -42,8 +42,8 @@ from benchmarks.runners import (
     make_inputs,
     make_runner,
 )
-from src.models.training_step import Phase
-from src.weights import PROJECT_ROOT
+from src.core.weights import PROJECT_ROOT
+from src.training.stage1_step import Phase
 
 PARTS = ("encode", "decode", "lpips", "gan", "adaptive_weight", "backward", "disc_decode", "disc", "optimizer", "ema")
 

@@ -70,7 +70,7 @@ def main() -> int:
         parser.error("--resize_shorter: expected a positive number of px")
     if args.num_workers < 1:
         parser.error("--num_workers: expected at least 1")
-    from src.errors import UserError
+    from src.core.errors import UserError
 
     try:
         return make_own(args.dummy, args.overwrite) if args.input_dir is None else convert(args)

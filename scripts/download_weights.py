@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 if TYPE_CHECKING:
-    from src.assets.download import Progress
-    from src.assets.needs import Need
+    from src.core.assets.download import Progress
+    from src.core.assets.needs import Need
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(
             "say what to download: --experiment NAME, names of single files, or --all (`--list` shows the names)"
         )
-    from src.errors import UserError
+    from src.core.errors import UserError
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
@@ -93,8 +93,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _wanted(args: argparse.Namespace) -> "list[Need]":
     """What the command line asks for, each thing once."""
-    from src.assets.needs import Need, needs
-    from src.assets.table import ASSETS, FileAsset, by_name
+    from src.core.assets.needs import Need, needs
+    from src.core.assets.table import ASSETS, FileAsset, by_name
 
     overrides = [name for name in args.names if "=" in name]
     assets = [by_name(name) for name in args.names if "=" not in name]
@@ -121,7 +121,7 @@ def _compose(experiment: str, overrides: list[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from src.errors import UserError
+    from src.core.errors import UserError
 
     configs = ROOT / "configs"
     known = ", ".join(sorted(path.stem for path in (configs / "experiment").glob("*.yaml")))
@@ -162,9 +162,9 @@ def _without_what_the_user_brings(config: dict[str, Any], experiment: str) -> di
 
 
 def _list(wanted: "list[Need]", mirrors: Sequence[str]) -> int:
-    from src.assets.hub import cached, files_of
-    from src.assets.obtain import hash_text, sources
-    from src.assets.table import FileAsset, RepoAsset
+    from src.core.assets.hub import cached, files_of
+    from src.core.assets.obtain import hash_text, sources
+    from src.core.assets.table import FileAsset, RepoAsset
 
     for need in wanted:
         asset = need.asset
@@ -190,9 +190,9 @@ def _list(wanted: "list[Need]", mirrors: Sequence[str]) -> int:
 
 def _check(wanted: "list[Need]") -> int:
     """Hashes of what is present; absent things are named and are no mismatch."""
-    from src.assets.digests import verify, verify_blob
-    from src.assets.hub import cached, files_of
-    from src.assets.table import FileAsset, RepoAsset
+    from src.core.assets.digests import verify, verify_blob
+    from src.core.assets.hub import cached, files_of
+    from src.core.assets.table import FileAsset, RepoAsset
 
     wrong = 0
     for need in wanted:
@@ -216,8 +216,8 @@ def _check(wanted: "list[Need]") -> int:
 
 def _download(wanted: "list[Need]", mirrors: Sequence[str], force: bool) -> int:
     """One thing after another; what fails is reported at the end, the rest is still fetched."""
-    from src.assets.obtain import obtain
-    from src.errors import UserError
+    from src.core.assets.obtain import obtain
+    from src.core.errors import UserError
 
     failures = []
     for need in wanted:

@@ -134,15 +134,15 @@ def newest(log_dir: Path) -> Path | None:
 
 
 def step_of(log_dir: Path) -> int | None:
-    from src.weights import read
+    from src.core.weights import read
 
     file = newest(log_dir)
     return read(file)["global_step"] if file else None
 
 
 def unreadable(log_dir: Path) -> list[str]:
-    from src.errors import UserError
-    from src.weights import read
+    from src.core.errors import UserError
+    from src.core.weights import read
 
     bad = []
     for file in log_dir.glob("runs/*/*/checkpoints/*.ckpt"):
@@ -156,7 +156,7 @@ def unreadable(log_dir: Path) -> list[str]:
 
 
 def equal(expected: Path | None, actual: Path | None) -> bool:
-    from src.weights import read
+    from src.core.weights import read
     from tests.training import same
 
     if expected is None or actual is None:

@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from src.evaluation.options import (
+from src.core.options import (
     add_data_options,
     add_device_option,
     add_inception_options,
@@ -22,7 +22,7 @@ from src.evaluation.options import (
     not_negative,
     option,
 )
-from src.evaluation.terminal import progress, run_program
+from src.core.terminal import progress, run_program
 
 EPILOG = r"""
 the published figures of the released DINOv2-B decoder (rFID .57, PSNR 18.9 dB on the 50,000 images of ImageNet val):
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from src.evaluation.processes import processes
+    from src.core.processes import processes
     from src.evaluation.report import text, write_json
     from src.evaluation.rfid import Evaluation, output_folders, references
 

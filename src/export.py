@@ -19,7 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root inste
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 where the export is there, 1 where something is wrong with what was given."""
-    from src.evaluation.options import add_model_options, make_parser, option
+    from src.core.options import add_model_options, make_parser, option
 
     parser = make_parser(__doc__)
     add_model_options(parser)
@@ -52,15 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     option(out, "private", action="store_true", help="with --push: a private repository")
     arguments = parser.parse_args(argv)
 
-    from src.evaluation.terminal import run_program
+    from src.core.terminal import run_program
 
     return run_program(lambda: _run(arguments))
 
 
 def _run(arguments: Any) -> int:
-    from src.evaluation.models import ModelChoice, open_model
-    from src.exporting.export import ExportOptions, check_output, export
-    from src.exporting.hub import check_repo_id, push
+    from src.formats.export import ExportOptions, check_output, export
+    from src.formats.opening import ModelChoice, open_model
+    from src.formats.upload import check_repo_id, push
 
     if arguments.push:
         check_repo_id(arguments.push)

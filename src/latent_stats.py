@@ -19,7 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root inste
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 where the statistics are written, 1 where something is wrong with what was given."""
-    from src.evaluation.options import add_device_option, make_parser, not_negative, option, positive
+    from src.core.options import add_device_option, make_parser, not_negative, option, positive
 
     parser = make_parser(__doc__)
     model = parser.add_argument_group("encoder (one of)")
@@ -78,18 +78,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sum(value is not None for value in (arguments.config, arguments.checkpoint, arguments.decoder)) != 1:
         parser.error("give one of --config, --checkpoint and --decoder")
 
-    from src.evaluation.terminal import run_program
+    from src.core.terminal import run_program
 
     return run_program(lambda: _run(arguments))
 
 
 def _run(arguments: Any) -> int:
+    from src.core.errors import UserError
+    from src.core.processes import processes
     from src.data.decode import Decoder
-    from src.errors import UserError
     from src.evaluation.images import MAX_MEGAPIXELS, open_images
-    from src.evaluation.processes import processes
-    from src.interop.official import save_atomically
-    from src.latents.statistics import latent_statistics, partial_file
+    from src.evaluation.latent_statistics import latent_statistics, partial_file
+    from src.formats.official import save_atomically
 
     output: Path = arguments.output
     if output.exists() and not arguments.overwrite:
@@ -126,11 +126,12 @@ def _run(arguments: Any) -> int:
 def _model(arguments: Any) -> "tuple[Any, dict[str, Any]]":
     """The RAE, and the node `data:` that goes with it."""
     if arguments.config is not None:
-        from src.latents.encoder_of import compose, encoder_of
+        from src.core.compose import compose
+        from src.formats.encoder_of import encoder_of
 
         config = compose(arguments.config)
         return encoder_of(config), config["data"]
-    from src.evaluation.models import ModelChoice, open_model
+    from src.formats.opening import ModelChoice, open_model
 
     nothing = {"encoder_cls": None, "encoder_layers": None, "stats": None, "image_size": None}
     choice = ModelChoice(
@@ -142,7 +143,7 @@ def _model(arguments: Any) -> "tuple[Any, dict[str, Any]]":
 
 
 def _make_room(output: Path) -> None:
-    from src.errors import UserError
+    from src.core.errors import UserError
 
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +157,7 @@ def _make_room(output: Path) -> None:
 @contextmanager
 def _bar(shown: bool) -> "Iterator[Any]":
     """A progress bar on standard error; plain lines where that is no terminal."""
-    from src.latents.progress import progress_bar
+    from src.evaluation.latent_progress import progress_bar
 
     with progress_bar("images", shown) as update:
         yield update

@@ -18,7 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import argparse
 from collections.abc import Sequence
 
-from src.evaluation.options import (
+from src.core.options import (
     add_data_options,
     add_device_option,
     add_inception_options,
@@ -26,7 +26,7 @@ from src.evaluation.options import (
     option,
     positive,
 )
-from src.evaluation.terminal import progress, run_program
+from src.core.terminal import progress, run_program
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from src.evaluation.processes import processes
+    from src.core.processes import processes
     from src.evaluation.reference_file import write_reference
 
     with processes(options.device) as place, progress(place.main) as track:

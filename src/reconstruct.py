@@ -26,7 +26,7 @@ RECORD = "reconstruct.json"
 
 
 def build_parser() -> Any:
-    from src.evaluation.options import add_device_option, add_model_options, make_parser, not_negative, option, positive
+    from src.core.options import add_device_option, add_model_options, make_parser, not_negative, option, positive
 
     parser = make_parser(__doc__)
     add_model_options(parser)
@@ -116,19 +116,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("give one of --input and --from_latents")
     if options.from_latents is not None and (options.latents or "scores" in (options.write or ())):
         parser.error("--from_latents has no originals: neither --latents nor --write scores goes with it")
-    from src.evaluation.terminal import run_program
+    from src.core.terminal import run_program
 
     return run_program(lambda: _run(options))
 
 
 def _run(options: Any) -> int:
+    from src.core.processes import processes
     from src.data.decode import Decoder
+    from src.data.latents import LatentStore
     from src.evaluation.images import MAX_MEGAPIXELS
-    from src.evaluation.models import ModelChoice, open_model
-    from src.evaluation.processes import processes
-    from src.latents.store import LatentStore
-    from src.reconstruction.inputs import FitTransform, open_inputs
-    from src.reconstruction.run import decode_latents, reconstruct
+    from src.evaluation.reconstruction import decode_latents, reconstruct
+    from src.evaluation.reconstruction_inputs import FitTransform, open_inputs
+    from src.formats.opening import ModelChoice, open_model
 
     if int(os.environ.get("RANK", "0")) == 0:
         _check_output(options.output, options.overwrite)
@@ -170,8 +170,8 @@ def _run(options: Any) -> int:
 
 
 def _products(options: Any) -> Any:
-    from src.models.diffusers_files import torch_dtype
-    from src.reconstruction.run import Products
+    from src.evaluation.reconstruction import Products
+    from src.formats.diffusers_files import torch_dtype
 
     wanted = options.write or (
         [] if options.latents else ["images", "sheet", *([] if options.from_latents else ["scores"])]
@@ -199,7 +199,7 @@ def _lpips(options: Any, loaded: Any) -> Any:
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
-    from src.errors import UserError
+    from src.core.errors import UserError
 
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file; give a folder.")
@@ -219,7 +219,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 def _prepare(output: Path) -> None:
     """An empty folder that says whose it is."""
-    from src.errors import UserError
+    from src.core.errors import UserError
 
     try:
         if output.exists():
@@ -293,7 +293,7 @@ def _wait() -> None:
 
 @contextmanager
 def _progress(shown: bool) -> "Iterator[Callable[[Iterable[Any], int], Iterable[Any]]]":
-    from src.latents.progress import progress_bar
+    from src.evaluation.latent_progress import progress_bar
 
     with progress_bar("batches", shown) as update:
 

@@ -20,7 +20,7 @@ EPILOG = """exit codes: 0 the page is written; 1 a folder is no run's, or the pa
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from src.evaluation.options import make_parser, option
+    from src.core.options import make_parser, option
 
     parser = make_parser(__doc__)
     parser.epilog = EPILOG
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
 
-    from src.errors import UserError
+    from src.core.errors import UserError
 
     try:
         written = write(arguments.run_dirs, arguments.out)
@@ -46,11 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def write(run_dirs: Sequence[str | Path], out: str | Path | None) -> Path:
     """The page's file. Raises UserError."""
-    from src.errors import UserError
-    from src.files import replacing
+    from src.core.errors import UserError
+    from src.core.files import replacing
+    from src.core.weights import resolve
     from src.reporting.page import page
     from src.reporting.reading import read_runs
-    from src.weights import resolve
 
     runs = read_runs(run_dirs)
     target = resolve(out) if out else runs[0].folder / ("report.html" if len(runs) == 1 else "comparison.html")

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
 def main(config: DictConfig) -> float | None:
-    from src.runs.train import run  # heavy imports only now, so that --help and --cfg answer at once
+    from src.training.run import run  # heavy imports only now, so that --help and --cfg answer at once
 
     return run(config)
 

@@ -13,11 +13,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import pytorch_lightning as pl
 import torch
 
-from src.models import rae_module
-from src.runs.folder import run_folder
-from src.runs.launch import Launch
-from src.runs.record import RunRecord
-from src.runs.train import build_run, fit
+from src.core.launch import Launch
+from src.training import stage1 as rae_module
+from src.training.folder import run_folder
+from src.training.record import RunRecord
+from src.training.run import build_run, fit
 from tests.training import SMALL, composed
 
 GRADIENTS: list[list[torch.Tensor]] = []

@@ -14,8 +14,8 @@ from src.callbacks.checkpoint import RunCheckpoint
 from src.callbacks.samples import SampleImages
 from src.callbacks.startup import warn
 from src.callbacks.throughput import Throughput, training_paused
-from src.models.rae_module import RAEModule
-from src.models.settings import SchedulerSettings
+from src.training.settings import SchedulerSettings
+from src.training.stage1 import RAEModule
 from tests.training import composed, train
 
 QUIET = ["~callbacks.rfid", "logger=csv"]

@@ -7,8 +7,8 @@ import pytest
 from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import OmegaConf
 
-from src.models.settings import ModelSettings
-from src.weights import PROJECT_ROOT
+from src.core.weights import PROJECT_ROOT
+from src.training.settings import ModelSettings
 from tests.training import composed
 
 EXPERIMENTS = sorted(path.stem for path in (PROJECT_ROOT / "configs/experiment").glob("*.yaml"))

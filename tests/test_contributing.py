@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from src.weights import PROJECT_ROOT
+from src.core.weights import PROJECT_ROOT
 
 PAGE = (PROJECT_ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
@@ -71,8 +71,8 @@ from hydra import compose, initialize_config_dir
 import src.losses.gan
 from src.losses.gan import discriminator_loss, generator_loss
 from src.models.encoders import encoder_class
-from src.models.settings import ModelSettings
-from src.weights import PROJECT_ROOT
+from src.training.settings import ModelSettings
+from src.core.weights import PROJECT_ROOT
 
 
 def test_the_configuration_reaches_the_new_parts():

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from src import weights
+from src.core import weights
+from src.core.errors import UserError
 from src.data import convert as conversion
 from src.data import convert_shard, dummy, image_tree
 from src.data.arrow import ArrowSource
 from src.data.convert import convert
 from src.data.convert_shard import Settings
-from src.errors import UserError
 
 SCRIPT = Path(__file__).parents[1] / "scripts/create_hf_test_data.py"
 COPY = Settings(None, 80.0)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from src import stream
+from src.core import random_streams as stream
+from src.core.errors import UserError
 from src.data import crops, dummy
 from src.data.dataset import TrainTransform
 from src.data.decode import Decoder, Picture
-from src.errors import UserError
 
 SIZES = [(500, 375), (375, 500), (384, 384), (500, 333), (1601, 1203), (68, 121), (385, 384), (4000, 60)]
 DECODER = Decoder("apply", 80)

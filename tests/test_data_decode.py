@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from src.core.errors import UserError
 from src.data import dummy
 from src.data.decode import BadImage, Decoder
-from src.errors import UserError
 
 DECODER = Decoder("apply", 80)
 AS_STORED = Decoder("ignore", 80)

@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from src import weights
+from src.core import weights
+from src.core.errors import UserError
 from src.data import dummy
 from src.data.crops import adm_center_crop
 from src.data.datamodule import RAEDataModule
@@ -22,7 +23,6 @@ from src.data.dataset import Failure
 from src.data.decode import BadImage, Decoder
 from src.data.loader import BadImages
 from src.data.order import evaluation_rows, split_rows
-from src.errors import UserError
 
 BASE = Path(__file__).parents[1] / "configs/data/imagenet.yaml"
 

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
+from src.core.errors import UserError
 from src.data.order import EpochOrder, evaluation_rows, split_rows
-from src.errors import UserError
 
 
 def global_batches(length: int, seed: int, epoch: int, b: int, w: int, k: int) -> list[list[tuple[int, int]]]:

@@ -8,13 +8,13 @@ import datasets
 import pyarrow as pa
 import pytest
 
+from src.core.errors import UserError
 from src.data import dummy, sources
 from src.data.arrow import ArrowSource
 from src.data.arrow_writer import write_metadata
 from src.data.decode import BadImage
 from src.data.sources import FolderSource
 from src.data.splits import open_splits
-from src.errors import UserError
 from src.evaluation.images import open_images
 
 FILES = [dummy.jpeg(i) for i in range(20)]

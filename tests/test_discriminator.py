@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
 
-from src.errors import UserError
+from src.core.errors import UserError
 from src.models.dino import RECIPES, DinoTrunk
 from src.models.discriminator import DinoDiscriminator
 from src.models.spectral_norm import SpectralWeights

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.weights import PROJECT_ROOT
+from src.core.weights import PROJECT_ROOT
 
 STEPS = 10
 # One global batch of 4 either way; GAN phase from the first step.

@@ -21,10 +21,10 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from src.interop.official import write_official
-from src.runs.folder import run_folder
-from src.runs.launch import Launch
-from src.weights import PROJECT_ROOT, read
+from src.core.launch import Launch
+from src.core.weights import PROJECT_ROOT, read
+from src.formats.official import write_official
+from src.training.folder import run_folder
 from tests.tiny_models import tiny_rae
 from tests.training import composed, train
 
@@ -398,7 +398,7 @@ def test_every_experiment_stands_in_the_readme():
 
 
 def test_every_download_stands_in_the_page_on_weights():
-    from src.assets.table import FILES
+    from src.core.assets.table import FILES
 
     for asset in FILES:
         assert f"`{asset.name}`" in text("docs/weights.md"), asset.name

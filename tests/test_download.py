@@ -18,13 +18,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from src.assets import partial as partial_module
-from src.assets.digests import RECORD, read_record, verify, verify_blob
-from src.assets.download import Patience, Source, fetch
-from src.assets.needs import needs
-from src.assets.obtain import obtain, sources
-from src.assets.table import ASSETS, FILES, Digest, FileAsset, RepoAsset, by_name
-from src.errors import UserError
+from src.core.assets import partial as partial_module
+from src.core.assets.digests import RECORD, read_record, verify, verify_blob
+from src.core.assets.download import Patience, Source, fetch
+from src.core.assets.needs import needs
+from src.core.assets.obtain import obtain, sources
+from src.core.assets.table import ASSETS, FILES, Digest, FileAsset, RepoAsset, by_name
+from src.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 BODY = b"\x80" + bytes(range(256)) * 4096  # 1 MiB that starts as a pickle does

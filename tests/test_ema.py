@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from src.ema import EMA
+from src.core.ema import EMA
 from tests.conftest import make_rae
 
 

@@ -22,7 +22,7 @@ from transformers import (
     ViTMAEModel,
 )
 
-from src.errors import UserError
+from src.core.errors import UserError
 from src.models.encoders import ENCODERS, encoder_class, preprocessing
 from src.models.frozen_encoder import FrozenEncoder
 from src.models.layers import FUSIONS

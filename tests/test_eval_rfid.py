@@ -14,18 +14,17 @@ import torch
 from PIL import Image
 
 from src import eval_rfid
+from src.core.images import unit_to_bytes
+from src.core.weights import PROJECT_ROOT
 from src.data.crops import adm_center_crop
 from src.data.decode import ORIENTATION_TAG
 from src.evaluation import report
 from src.evaluation.images import open_images
-from src.images import unit_to_bytes
-from src.interop.checkpoint import LoadedModel, load_trained
-from src.interop.diffusers_format import write_diffusers
-from src.interop.folder import write_folder
+from src.formats.checkpoint import LoadedModel, load_trained
+from src.formats.checkpoint_content import FORMAT_VERSION, RAESettings
+from src.formats.diffusers import write_diffusers
+from src.formats.folder import write_folder
 from src.metrics.quality import psnr
-from src.models.checkpoint_format import FORMAT_VERSION
-from src.models.settings import RAESettings
-from src.weights import PROJECT_ROOT
 from tests.conftest import make_rae
 
 LAYERED = {"encoder_params": {"dinov2_path": "configs/encoder/dinov2_tiny", "weights": "untrained", "layers": [0, 1]}}

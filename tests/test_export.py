@@ -10,15 +10,15 @@ import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-from src.errors import UserError
+from src.core.errors import UserError
+from src.core.weights import PROJECT_ROOT
 from src.export import main
-from src.exporting.hub import push
-from src.exporting.provenance import file_hashes
-from src.interop.checkpoint import load_trained
-from src.interop.diffusers_format import read_diffusers
-from src.interop.folder import read_folder
+from src.formats.checkpoint import load_trained
+from src.formats.diffusers import read_diffusers
+from src.formats.folder import read_folder
+from src.formats.provenance import file_hashes
+from src.formats.upload import push
 from src.models.rae import RAE
-from src.weights import PROJECT_ROOT
 from tests.tiny_models import checkpoint, equal_decoders, tiny_rae
 
 

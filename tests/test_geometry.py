@@ -1,7 +1,7 @@
 import pytest
 
-from src.errors import UserError
-from src.geometry import Geometry
+from src.core.errors import UserError
+from src.core.geometry import Geometry
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins import MixedPrecision
 
-from src.runs import trainer as trainer_of_a_run
+from src.training import trainer as trainer_of_a_run
 from tests.training import train
 
 QUIET = ["~callbacks.rfid", "logger=csv", "callbacks.checkpoint.every_n_steps=1", "model.disc_weight=0.75"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from src.interop.diffusers_format import write_diffusers
+from src.formats.diffusers import write_diffusers
 from tests.tiny_models import tiny_rae
 
 diffusers = pytest.importorskip("diffusers")

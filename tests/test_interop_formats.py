@@ -6,15 +6,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from src.errors import UserError
-from src.interop.diffusers_format import obstacles, read_diffusers, write_diffusers
-from src.interop.folder import read_folder, write_folder
-from src.interop.official import write_official, write_own_statistics, write_statistics
+from src.core.errors import UserError
+from src.core.key_mapping import NameTable
+from src.formats.decoder_files import kind_of, read_decoder
+from src.formats.diffusers import obstacles, read_diffusers, write_diffusers
+from src.formats.folder import read_folder, write_folder
+from src.formats.official import write_official, write_own_statistics, write_statistics
 from src.models.decoder import DecoderConfig, ViTDecoder, sincos_positions
-from src.models.decoder_files import kind_of, read_decoder
 from src.models.positions import are_fixed, fit_positions
 from src.models.rae import RAE
-from src.names import NameTable
 from tests.tiny_models import DECODER, WIDTH, equal_decoders, loaded, tiny_rae
 
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from scripts import kill_and_resume
-from src.weights import PROJECT_ROOT, read
+from src.core.weights import PROJECT_ROOT, read
 
 
 def test_sigterm_saves_and_exits_with_143(tmp_path):
@@ -50,7 +50,7 @@ def test_sigterm_of_two_processes_that_lightning_started(tmp_path):
 FAILING = """
 import os, pathlib, sys, time
 sys.path[0] = {root!r}
-from src.models.rae_module import RAEModule
+from src.training.stage1 import RAEModule
 
 def training_step(self, batch, batch_idx):
     if self.global_rank == 0:

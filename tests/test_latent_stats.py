@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from src.core.processes import Place
 from src.data.decode import Decoder
 from src.evaluation.images import open_images
-from src.evaluation.processes import Place
+from src.evaluation.latent_moments import LatentSums
+from src.evaluation.latent_statistics import latent_statistics, partial_file
+from src.evaluation.reconstruction_inputs import FitTransform, open_inputs
 from src.latent_stats import main
-from src.latents.statistics import latent_statistics, partial_file
-from src.latents.sums import LatentSums
 from src.models.rae import RAE
-from src.reconstruction.inputs import FitTransform, open_inputs
 from tests.tiny_models import checkpoint, photos, tiny_rae, two_processes
 
 LOADING = {"batch_size": 4, "num_workers": 0, "decoder": Decoder("apply", 80.0), "max_bad_share": 0.01}

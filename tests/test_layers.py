@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from src.errors import UserError
-from src.models.draws import StepDraws
+from src.core.errors import UserError
 from src.models.layers import FUSIONS, check_fusion, parse_layers, random_subset
-from src.models.settings import LayerSubset
-from src.models.training_step import Phase
+from src.training.settings import LayerSubset
+from src.training.stage1_step import Phase
+from src.training.step_noise import StepDraws
 
 NOTHING_ON = Phase(lpips=False, gan=False, disc=False)
 

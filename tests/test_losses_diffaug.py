@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from src.errors import UserError
+from src.core.errors import UserError
+from src.core.random_streams import Purpose, uniforms
 from src.losses.diffaug import UNIFORMS_PER_BATCH, UNIFORMS_PER_SAMPLE, DiffAug, _whole
-from src.stream import Purpose, uniforms
 
 ON = torch.zeros(UNIFORMS_PER_BATCH)
 SIZES = [(16, 24), (17, 9), (32, 32)]

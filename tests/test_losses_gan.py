@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from src.errors import UserError
+from src.core.errors import UserError
 from src.losses.gan import adaptive_weight, discriminator_loss, generator_loss
 
 REAL = torch.tensor([[2.0, 0.5], [-1.0, 0.0]])

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src.errors import UserError
+from src.core.errors import UserError
 from src.losses import lpips_distance
 from src.losses.lpips import LPIPS
 from src.losses.lpips_distance import feature_distance

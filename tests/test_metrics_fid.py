@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from src.errors import UserError
+from src.core.errors import UserError
 from src.metrics.fid import (
     FeatureStatistics,
     Gaussian,

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from src.errors import UserError
+from src.core.errors import UserError
+from src.core.precision import full_float32
 from src.metrics.inception import InceptionFeatures
 from src.metrics.inception_network import InceptionNetwork
-from src.metrics.precision import full_float32
 from src.metrics.resize import resize_tf1
 
 

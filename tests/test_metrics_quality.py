@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from src.errors import UserError
+from src.core.errors import UserError
 from src.metrics.means import RunningMeans
 from src.metrics.quality import MAX_PSNR_DB, psnr, ssim
 

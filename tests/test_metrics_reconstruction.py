@@ -10,8 +10,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from src.errors import UserError
-from src.images import bytes_to_unit, unit_to_bytes
+from src.core.errors import UserError
+from src.core.images import bytes_to_unit, unit_to_bytes
 from src.metrics.fid import frechet_distance
 from src.metrics.inception import InceptionFeatures
 from src.metrics.quality import psnr, ssim

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from src.callbacks.checkpoint import RunCheckpoint
-from src.models.guard import FiniteGuard, NonFiniteError
-from src.models.training_step import TrainingStep
-from src.weights import read
+from src.core.nonfinite import FiniteGuard, NonFiniteError
+from src.core.weights import read
+from src.training.stage1_step import TrainingStep
 from tests.training import same, train
 
 QUIET = ["~callbacks.rfid", "logger=csv", "callbacks.checkpoint.every_n_steps=1"]

@@ -5,8 +5,8 @@ from copy import deepcopy
 import pytest
 import torch
 
+from src.core.frozen_precision import cast_frozen
 from src.models.discriminator import DinoDiscriminator
-from src.models.precision import cast_frozen
 from tests.conftest import TINY_ENCODERS, make_rae
 
 

@@ -4,11 +4,11 @@ import logging
 
 import pytest
 
-from src.errors import UserError
-from src.models.training_step import Phase
-from src.runs.launch import Launch
-from src.runs.preflight import preflight, stretches
-from src.runs.train import build_run
+from src.core.errors import UserError
+from src.core.launch import Launch
+from src.training.preflight import preflight, stretches
+from src.training.run import build_run
+from src.training.stage1_step import Phase
 from tests.training import SMALL, composed
 
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from src.errors import UserError
-from src.interop.diffusers_format import obstacles
+from src.core.errors import UserError
+from src.core.launch import Launch
+from src.formats.diffusers import obstacles
 from src.models.decoder import sincos_positions, unpatchify
 from src.models.encoders import ENCODERS
 from src.models.frozen_encoder import FrozenEncoder
 from src.models.rae import read_statistics
-from src.models.rae_module import compile_parts
-from src.runs.launch import Launch
-from src.runs.train import build_run
+from src.training.run import build_run
+from src.training.stage1 import compile_parts
 from tests.conftest import TINY_ENCODERS, make_rae
 from tests.training import composed, train
 

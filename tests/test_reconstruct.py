@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from src.core.errors import UserError
+from src.core.images import unit_to_bytes
 from src.data.decode import Decoder
-from src.errors import UserError
-from src.images import unit_to_bytes
-from src.interop.checkpoint import load_trained
-from src.latents.store import LatentStore, LatentWriter, write_index
+from src.data.latents import LatentStore, LatentWriter, write_index
+from src.evaluation.reconstruction_inputs import FitTransform, open_inputs
+from src.formats.checkpoint import load_trained
 from src.metrics.quality import psnr
 from src.reconstruct import main
-from src.reconstruction.inputs import FitTransform, open_inputs
 from tests.tiny_models import checkpoint, photos, two_processes
 
 

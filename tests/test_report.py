@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from src.errors import UserError
+from src.core.errors import UserError
+from src.core.weights import PROJECT_ROOT
 from src.report import main, write
 from src.reporting.charts import CHARTS, charts
 from src.reporting.events import read_csv, read_events
@@ -24,7 +25,6 @@ from src.reporting.page import page
 from src.reporting.pictures import MAX_BYTES, encode, evenly
 from src.reporting.reading import labels, read_runs
 from src.reporting.series import Series, join, smooth, thin
-from src.weights import PROJECT_ROOT
 
 STEPS = (10, 20, 30)
 FIGURES = {

@@ -5,9 +5,9 @@ import shutil
 import pytest
 import torch
 
-from src.errors import UserError
-from src.models.rae_module import RAEModule
-from src.weights import PROJECT_ROOT, read
+from src.core.errors import UserError
+from src.core.weights import PROJECT_ROOT, read
+from src.training.stage1 import RAEModule
 from tests.training import same, train
 
 QUIET = ["~callbacks.rfid", "logger=csv"]

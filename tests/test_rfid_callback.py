@@ -15,10 +15,10 @@ import torch
 
 from src import eval_rfid
 from src.callbacks.rfid_callback import RFIDCallback, run_id
-from src.errors import UserError
+from src.core.errors import UserError
+from src.core.weights import PROJECT_ROOT, read
 from src.metrics.inception import InceptionFeatures
-from src.runs.folder import ENVIRONMENT_KEY
-from src.weights import PROJECT_ROOT, read
+from src.training.folder import ENVIRONMENT_KEY
 from tests.training import SMALL, same, train
 
 UNTRAINED = ["callbacks.rfid.inception_weights=untrained", "callbacks.rfid.inception_width=0.03"]

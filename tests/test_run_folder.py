@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from src.errors import UserError
-from src.runs import folder as module
-from src.runs.folder import ENVIRONMENT_KEY, run_folder
-from src.runs.launch import Launch
+from src.core.errors import UserError
+from src.core.launch import Launch
+from src.training import folder as module
+from src.training.folder import ENVIRONMENT_KEY, run_folder
 
 SINGLE = Launch(0, 1, "single")
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from src.errors import UserError
-from src.schedules import Schedule
+from src.core.errors import UserError
+from src.core.schedules import Schedule
 
 
 def make(kind="cosine", base=2e-4, final=2e-5, warmup=10, decay=110, from_zero=True):

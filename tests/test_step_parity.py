@@ -1,4 +1,4 @@
-"""The step of `src/models/training_step.py` against the published one, written plainly, from equal states and draws."""
+"""The step of `src/training/stage1_step.py` against the published one, written plainly, from equal states and draws."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from benchmarks.plain_step import PlainStep
-from src.ema import EMA
-from src.images import unit_to_signed
+from src.core.ema import EMA
+from src.core.images import unit_to_signed
 from src.losses.diffaug import UNIFORMS_PER_BATCH, UNIFORMS_PER_SAMPLE, DiffAug
 from src.losses.gan import discriminator_loss, generator_loss
 from src.losses.lpips import LPIPS
 from src.models.discriminator import DinoDiscriminator
-from src.models.training_step import NoiseDraws, Phase, StepSettings, TrainingStep
+from src.training.stage1_step import NoiseDraws, Phase, StepSettings, TrainingStep
 from tests.conftest import make_rae
 
 TOLERANCE = 1e-5

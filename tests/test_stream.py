@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import torch
 
-from src import stream
-from src.stream import Purpose
+from src.core import random_streams as stream
+from src.core.random_streams import Purpose
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from src.images import bytes_to_unit
-from src.weights import read
+from src.core.images import bytes_to_unit
+from src.core.weights import read
 from tests.training import train
 
 OFF = "~callbacks.rfid"

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from src.errors import UserError
-from src.runs.train import refuse_unknown
-from src.weights import PROJECT_ROOT
+from src.core.errors import UserError
+from src.core.weights import PROJECT_ROOT
+from src.training.run import refuse_unknown
 from tests.training import composed, train
 
 QUIET = ["~callbacks.rfid", "logger=csv"]

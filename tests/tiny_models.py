@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from src.interop.checkpoint import LoadedModel
-from src.models.checkpoint_format import FORMAT_VERSION
+from src.core.weights import PROJECT_ROOT, freeze
+from src.formats.checkpoint import LoadedModel
+from src.formats.checkpoint_content import FORMAT_VERSION
 from src.models.rae import RAE
-from src.weights import PROJECT_ROOT, freeze
 
 WIDTH = 64
 _ENCODERS = {

@@ -9,10 +9,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from src.runs.launch import Launch
-from src.runs.record import RunRecord
-from src.runs.train import Run, build_run, fit
-from src.weights import PROJECT_ROOT
+from src.core.launch import Launch
+from src.core.weights import PROJECT_ROOT
+from src.training.record import RunRecord
+from src.training.run import Run, build_run, fit
 
 # The smallest run that passes through every part: 3 updates an epoch, discriminator and GAN from the second one on.
 SMALL = [

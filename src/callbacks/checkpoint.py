@@ -13,13 +13,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from src.callbacks.agreement import Agreement
-from src.callbacks.loop_state import make_canonical
+from src.callbacks.lightning_counters import make_canonical
 from src.callbacks.throughput import training_paused
-from src.errors import UserError
-from src.files import link_or_copy
-from src.models.guard import NonFiniteError
-from src.runs.launch import Launch
+from src.core.errors import UserError
+from src.core.files import link_or_copy
+from src.core.launch import Launch
+from src.core.nonfinite import NonFiniteError
+from src.core.rank_requests import Agreement
 
 log = logging.getLogger(__name__)
 

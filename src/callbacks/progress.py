@@ -9,7 +9,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from src.callbacks.throughput import Throughput
-from src.models.optimisation import mean_over_ranks
+from src.core.distributed import mean_over_ranks
 
 log = logging.getLogger(__name__)
 

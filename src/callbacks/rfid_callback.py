@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from src.callbacks.throughput import training_paused
-from src.errors import UserError
+from src.core.errors import UserError
+from src.core.images import Quantization
+from src.core.run_names import run_id
+from src.core.weights import Weights, resolve
+from src.evaluation.image_pairs import FirstPairs, save_pairs
 from src.evaluation.networks import load_inception
-from src.evaluation.pairs import FirstPairs, save_pairs
-from src.evaluation.passes import score_images
-from src.images import Quantization
+from src.evaluation.scoring_pass import score_images
 from src.metrics.fid import FeatureStatistics
 from src.metrics.inception import InceptionFeatures
 from src.metrics.reconstruction import ReconstructionScore
-from src.runs.folder import run_id
-from src.weights import Weights, resolve
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from src.callbacks.throughput import training_paused
-from src.images import unit_to_bytes
-from src.sheets import save_png, sheet
+from src.core.images import unit_to_bytes
+from src.core.sheets import save_png, sheet
 
 
 class SampleImages(pl.Callback):

@@ -8,8 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from src.core.errors import UserError
 from src.data.decode import BadImage
-from src.errors import UserError
 
 # The last 8 bytes of a complete Arrow stream: continuation marker and a length of 0 (Arrow columnar format, IPC
 # streaming).

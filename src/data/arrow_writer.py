@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from src.files import replacing, write_text
+from src.core.files import replacing, write_text
 
 ROWS_PER_BATCH = 100
 UNKNOWN_LABEL = -1  # what `datasets.ClassLabel` takes for "no class"

@@ -25,11 +25,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from src.core.errors import UserError
 from src.data.arrow_writer import shard_name, write_json, write_metadata
 from src.data.convert_shard import Job, Settings, convert_shard, printable
 from src.data.image_tree import Tree
 from src.data.sources import MARKS
-from src.errors import UserError
 
 log = logging.getLogger(__name__)
 

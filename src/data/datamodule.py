@@ -7,14 +7,14 @@ import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
 
-from src import weights
+from src.core import weights
+from src.core.errors import UserError
 from src.data import dummy
 from src.data.dataset import EvaluationDataset, EvaluationTransform, TrainCrop, TrainDataset, TrainTransform
 from src.data.decode import Decoder, Exif
 from src.data.loader import EvaluationLoader, TrainLoader, WorkerOptions, WorkerStart
 from src.data.order import EpochOrder, evaluation_rows
 from src.data.splits import Splits, open_splits
-from src.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from src import stream
+from src.core import random_streams as stream
+from src.core.errors import UserError
 from src.data import crops
 from src.data.decode import BadImage, Decoder
 from src.data.order import Item
 from src.data.sources import Source
-from src.errors import UserError
 
 TrainCrop = Literal["random", "center"]
 ATTEMPTS = 16

@@ -19,7 +19,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from src.errors import UserError
+from src.core.errors import UserError
 
 Exif = Literal["apply", "ignore"]
 

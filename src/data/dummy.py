@@ -14,7 +14,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageDraw, ImageFilter
 
-from src import stream, weights
+from src.core import random_streams as stream
+from src.core import weights
 from src.data.arrow_writer import Row, shard_name, write_metadata, write_shard
 
 log = logging.getLogger(__name__)

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from src.core.errors import UserError
 from src.data.arrow_writer import UNKNOWN_LABEL
 from src.data.sources import FOLDER_NAMES
-from src.errors import UserError
 
 
 class File(NamedTuple):

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader
 
+from src.core.errors import UserError
 from src.data.dataset import EvaluationDataset, Failure, Sample, TrainDataset, collate
 from src.data.order import EpochOrder, Item
-from src.errors import UserError
 
 log = logging.getLogger(__name__)
 

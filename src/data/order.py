@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from src import stream
-from src.errors import UserError
+from src.core import random_streams as stream
+from src.core.errors import UserError
 
 
 class Item(NamedTuple):

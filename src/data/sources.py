@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from src.core.errors import UserError
 from src.data.arrow import ArrowSource, read_json
 from src.data.decode import BadImage
-from src.errors import UserError
 
 # One of these lies in every Hugging Face dataset on disk.
 MARKS = ("dataset_dict.json", "dataset_info.json", "state.json")

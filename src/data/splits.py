@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
+from src.core.errors import UserError
 from src.data import sources
 from src.data.order import split_rows
 from src.data.sources import Source
-from src.errors import UserError
 
 
 @dataclass(frozen=True)

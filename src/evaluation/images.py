@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from src.core.errors import UserError
+from src.core.weights import resolve
 from src.data import dummy, sources
 from src.data.dataset import EvaluationDataset, EvaluationTransform
 from src.data.decode import Decoder
 from src.data.loader import EvaluationLoader, WorkerOptions
 from src.data.order import evaluation_rows, split_rows
 from src.data.sources import Source
-from src.errors import UserError
-from src.weights import resolve
 
 log = logging.getLogger(__name__)
 

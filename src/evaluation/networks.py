@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from src.errors import UserError
+from src.core.errors import UserError
+from src.core.weights import Weights, resolve
 from src.losses.lpips import LPIPS
 from src.metrics.inception import InceptionFeatures
-from src.weights import Weights, resolve
 
 log = logging.getLogger(__name__)
 

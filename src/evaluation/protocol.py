@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from src.core.images import Quantization
+from src.core.options import INCEPTION_FILE
+from src.core.processes import Place
 from src.data.decode import Decoder, Exif
 from src.data.loader import EvaluationLoader
 from src.evaluation.images import MAX_MEGAPIXELS, Images, evaluation_loader
-from src.evaluation.options import INCEPTION_FILE
-from src.evaluation.processes import Place
-from src.images import Quantization
 from src.metrics.reference import Preparation
 
 log = logging.getLogger(__name__)

@@ -5,17 +5,17 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from src.errors import UserError
+from src.core.errors import UserError
+from src.core.processes import Place
+from src.core.terminal import Track
+from src.core.weights import resolve
 from src.evaluation.images import ALL, HELD_OUT, Images, open_images
-from src.evaluation.models import DEFAULT_IMAGE_PX, run_config
 from src.evaluation.networks import load_inception
-from src.evaluation.processes import Place
+from src.evaluation.per_image_files import NpzSpool
 from src.evaluation.protocol import ImageProtocol, inception_path
-from src.evaluation.spool import NpzSpool
-from src.evaluation.terminal import Track
+from src.formats.opening import DEFAULT_IMAGE_PX, run_config
 from src.metrics.fid import save_npz
 from src.metrics.reference import Preparation, image_statistics
-from src.weights import resolve
 
 log = logging.getLogger(__name__)
 

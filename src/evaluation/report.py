@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from src.files import replacing
-from src.weights import resolve
+from src.core.files import replacing
+from src.core.weights import resolve
 
 Result = Mapping[str, Any]
 SCORES = {"rfid": "rFID", "rfid_untrained": "rFID (untrained Inception)"}

@@ -11,23 +11,23 @@ from typing import Any
 
 import torch
 
+from src.core.errors import UserError
+from src.core.processes import Place
+from src.core.sheets import save_png
+from src.core.weights import resolve
 from src.data.loader import EvaluationLoader
-from src.errors import UserError
+from src.evaluation.image_pairs import FirstPairs, Pair, WorstPairs, contact_sheet, save_pairs
 from src.evaluation.images import Images, open_images
-from src.evaluation.models import ModelChoice, open_model
 from src.evaluation.networks import load_inception, load_lpips
-from src.evaluation.pairs import FirstPairs, Pair, WorstPairs, contact_sheet, save_pairs
-from src.evaluation.passes import Observer, score_images, shared_scores
-from src.evaluation.processes import Place
+from src.evaluation.per_image_files import CsvSpool, NpzSpool
 from src.evaluation.protocol import ImageProtocol, choose_quantization, compare_precision, inception_path
 from src.evaluation.reference_file import command_for
-from src.evaluation.spool import CsvSpool, NpzSpool
+from src.evaluation.scoring_pass import Observer, score_images, shared_scores
 from src.evaluation.variants import Reconstructions, Variant, variants_of
+from src.formats.opening import ModelChoice, open_model
 from src.metrics.fid import Moments
 from src.metrics.reconstruction import ReconstructionScore
 from src.metrics.reference import load_reference
-from src.sheets import save_png
-from src.weights import resolve
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from src.core.random_streams import Purpose, normals
 from src.models.layers import parse_layers
 from src.models.rae import RAE
-from src.stream import Purpose, normals
 
 log = logging.getLogger(__name__)
 

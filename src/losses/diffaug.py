@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from src.errors import UserError
+from src.core.errors import UserError
 
 UNIFORMS_PER_BATCH = 3
 """translation, colour, cutout"""

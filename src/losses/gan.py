@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src.errors import UserError
+from src.core.errors import UserError
 
 Loss = TypeVar("Loss")
 Term = Callable[[Tensor], Tensor]

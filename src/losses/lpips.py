@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from src.errors import UserError
+from src.core.errors import UserError
+from src.core.weights import Weights, freeze, load_strict, read, require
 from src.losses.lpips_distance import feature_distance
 from src.losses.vgg import CHANNELS, VGG16, from_torchvision
-from src.weights import Weights, freeze, load_strict, read, require
 
 log = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from src.errors import UserError
-from src.files import replacing
+from src.core.distributed import sum_over_ranks
+from src.core.errors import UserError
+from src.core.files import replacing
 from src.metrics.npz import opened_npz, scalar
-from src.metrics.ranks import sum_over_ranks
 
 
 class Moments(Protocol):

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from src.errors import UserError
-from src.files import replacing
+from src.core.errors import UserError
+from src.core.files import replacing
 from src.metrics.npz import npz_errors
 
 MEMBER = "arr_0.npy"

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from src.errors import UserError
+from src.core.errors import UserError
+from src.core.precision import full_float32
+from src.core.weights import Weights, freeze, load_strict, read, require
 from src.metrics.inception_network import InceptionNetwork
-from src.metrics.precision import full_float32
 from src.metrics.resize import resize_tf1
-from src.weights import Weights, freeze, load_strict, read, require
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src.metrics.ranks import sum_over_ranks
+from src.core.distributed import sum_over_ranks
 
 
 class RunningMeans:

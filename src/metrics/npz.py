@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from src.errors import UserError
+from src.core.errors import UserError
 
 Scalar = TypeVar("Scalar", str, int)
 

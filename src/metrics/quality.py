@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from src.errors import UserError
-from src.images import bytes_to_unit
-from src.metrics.ranks import float64_device
+from src.core.distributed import float64_device
+from src.core.errors import UserError
+from src.core.images import bytes_to_unit
 
 MAX_PSNR_DB = 100.0  # of identical images, and a ceiling for all, so that one of them doesn't make a mean infinite
 SSIM_SIGMA_PX, SSIM_RADIUS_PX = 1.5, 5  # window 11 x 11

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src.images import Quantization, bytes_to_unit, unit_to_bytes, unit_to_signed
+from src.core.distributed import float64_device
+from src.core.images import Quantization, bytes_to_unit, unit_to_bytes, unit_to_signed
+from src.core.precision import full_float32
 from src.metrics.fid import FeatureStatistics, Moments, few_images_warning, frechet_distance
 from src.metrics.inception import InceptionFeatures
 from src.metrics.means import RunningMeans
-from src.metrics.precision import full_float32
 from src.metrics.quality import psnr, ssim
-from src.metrics.ranks import float64_device
 from src.metrics.reference import add_features
 
 logger = logging.getLogger(__name__)

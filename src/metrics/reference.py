@@ -8,12 +8,12 @@ from typing import Self
 
 from torch import Tensor
 
-from src.errors import UserError
+from src.core.distributed import float64_device
+from src.core.errors import UserError
 from src.metrics.fid import FeatureStatistics, Gaussian, Moments, load_npz
 from src.metrics.image_npz import ImageNpz
 from src.metrics.inception import InceptionFeatures
 from src.metrics.npz import npz_names, opened_npz, scalar
-from src.metrics.ranks import float64_device
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from src.errors import UserError
-from src.weights import resolve
+from src.core.errors import UserError
+from src.core.weights import resolve
 
 
 @dataclass(frozen=True)

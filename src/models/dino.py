@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.errors import UserError
-from src.weights import Weights, freeze, load_strict, read, require
+from src.core.errors import UserError
+from src.core.weights import Weights, freeze, load_strict, read, require
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.errors import UserError
+from src.core.errors import UserError
+from src.core.weights import Weights
 from src.models.dino import DinoRecipe, DinoTrunk, dino_recipe
 from src.models.spectral_norm import PlainWeights, SpectralWeights
-from src.weights import Weights
 
 NORM_TYPES = ("bn", "gn")
 """`bn` is the published name of what is a per-sample norm over L with an affine; `gn` is GroupNorm."""

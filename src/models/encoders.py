@@ -23,7 +23,7 @@ from transformers import (
     ViTMAEModel,
 )
 
-from src.errors import UserError
+from src.core.errors import UserError
 from src.models.frozen_encoder import FrozenEncoder, local_place
 
 log = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from src.errors import UserError
+from src.core.errors import UserError
+from src.core.weights import PROJECT_ROOT, Weights, freeze
 from src.models.layers import FUSIONS, LayerChoice, check_fusion, parse_layers
-from src.weights import PROJECT_ROOT, Weights, freeze
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from src.errors import UserError
+from src.core.errors import UserError
 
 Fusion = Literal["mean", "mean_plus_spatial_mean", "sum"]
 FUSIONS: tuple[str, ...] = get_args(Fusion)

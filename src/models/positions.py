@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src.errors import UserError
+from src.core.errors import UserError
 from src.models.decoder import sincos_positions
 
 log = logging.getLogger(__name__)

@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.errors import UserError
-from src.geometry import Geometry
-from src.images import bytes_to_unit
+from src.core.errors import UserError
+from src.core.geometry import Geometry
+from src.core.images import bytes_to_unit
 from src.models.decoder import DecoderConfig, ViTDecoder, unpatchify
-from src.models.decoder_files import load_decoder, read_statistics_content
 from src.models.encoders import encoder_class, preprocessing
 from src.models.frozen_encoder import FrozenEncoder, identity_differences
 
@@ -62,7 +61,7 @@ class RAE(nn.Module):
             encoder_params: arguments of the encoder class, its weights' place among them.
             decoder_config_path: JSON file or its folder.
             image_size: px; where None it follows from `encoder_input_size`. One of the two must be given.
-            pretrained_decoder_path: a decoder in any form that `src/models/decoder_files.py` reads; loads strictly, at
+            pretrained_decoder_path: a decoder in any form that `src/formats/decoder_files.py` reads; loads strictly, at
                 another grid with positions by the rule of `src/models/positions.py`.
             noise_tau: upper end of the latent noise's uniform standard deviation in training. Kept, not applied.
             normalization_stat_path: file with `mean` and `var`, each C x h x w; or an export or checkpoint that has them.
@@ -71,6 +70,8 @@ class RAE(nn.Module):
         Raises:
             UserError: sizes that don't fit (before any weight is read), missing or unfitting files.
         """
+        from src.formats.decoder_files import load_decoder
+
         super().__init__()
         kind = encoder_class(encoder_cls)
         self.geometry = geometry_of(encoder_cls, encoder_params, decoder_patch_size, image_size, encoder_input_size)
@@ -189,6 +190,8 @@ def read_statistics(
     path: str | Path, shape: tuple[int, int, int], identity: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """`mean` and `var` from a statistics file in the official format. An identity stored beside them is compared."""
+    from src.formats.decoder_files import read_statistics_content
+
     content, file = read_statistics_content(path)
     if not isinstance(content, Mapping) or not {"mean", "var"} <= content.keys():
         raise UserError(f"{file}: expected a dictionary with `mean` and `var`, found {_describe(content)}.")

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
+from src.core.run_names import run_id
+from src.core.weights import resolve
 from src.reporting.reading import Run
-from src.runs.folder import run_id
-from src.weights import resolve
 
 MAX_BYTES = 1_000_000
 """A larger file is scaled down and compressed with losses, and says so."""

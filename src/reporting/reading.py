@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from src.errors import UserError
+from src.core.errors import UserError
+from src.core.weights import resolve
 from src.reporting.events import Scalars, read_csv, read_events
 from src.reporting.series import Series, join
-from src.weights import resolve
 
 RECORD, CONFIG, OVERRIDES, LOG = "run.json", ".hydra/config.yaml", ".hydra/overrides.yaml", "run.log"
 EVENTS, TABLES, PICTURES = "events.out.tfevents.*", "csv/metrics*.csv", "samples/step_*.png"

@@ -1,0 +1,90 @@
+"""Sizes that must agree, worked out once.
+
+An image of `image_size` px is decoded from a grid of `image_size / decoder_patch` latents a side. The encoder has to
+deliver that very grid, so it looks at the image at `grid * encoder_patch` px.
+"""
+
+from dataclasses import dataclass
+
+from src.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes in px unless said otherwise; made by `Geometry.of`, which checks that they agree."""
+
+    image_size: int
+    decoder_patch: int
+    encoder_patch: int
+    grid: int
+    """Latents a side."""
+
+    @property
+    def tokens(self) -> int:
+        return self.grid**2
+
+    @property
+    def encoder_input_size(self) -> int:
+        return self.grid * self.encoder_patch
+
+    @classmethod
+    def of(
+        cls,
+        image_size: int,
+        decoder_patch: int,
+        encoder_patch: int,
+        encoder_input_size: int | None = None,
+        num_tokens: int | None = None,
+    ) -> "Geometry":
+        """Check the sizes and derive the rest.
+
+        Raises:
+            UserError: naming the config keys, the numbers and the nearest values that fit.
+        """
+        for key, value in (("data.image_size", image_size), ("model.decoder_patch_size", decoder_patch)):
+            if value <= 0:
+                raise UserError(f"{key}={value}: expected a positive number of pixels.")
+        if image_size % decoder_patch:
+            raise UserError(
+                f"data.image_size={image_size} is not a multiple of model.decoder_patch_size={decoder_patch}. "
+                f"Nearest sizes that fit: {_nearest_multiples(image_size, decoder_patch)}; "
+                f"nearest decoder patches that divide {image_size}: {_nearest_divisors(image_size, decoder_patch)}."
+            )
+        geometry = cls(image_size, decoder_patch, encoder_patch, image_size // decoder_patch)
+        if encoder_input_size is not None and encoder_input_size != geometry.encoder_input_size:
+            raise UserError(
+                f"model.encoder_input_size={encoder_input_size} does not fit data.image_size={image_size} with "
+                f"model.decoder_patch_size={decoder_patch}: a grid of {geometry.grid} x {geometry.grid} latents and an "
+                f"encoder patch of {encoder_patch} px need {geometry.encoder_input_size}. Set "
+                f"model.encoder_input_size=null to have it derived, or ="
+                f"{geometry.encoder_input_size}."
+            )
+        if num_tokens is not None and num_tokens != geometry.tokens:
+            raise UserError(
+                f"model.encoder_params.num_tokens={num_tokens} does not fit data.image_size={image_size} with "
+                f"model.decoder_patch_size={decoder_patch}: the grid is {geometry.grid} x {geometry.grid} = "
+                f"{geometry.tokens} tokens. {_sizes_for_tokens(num_tokens, image_size, decoder_patch)}"
+            )
+        return geometry
+
+
+def _nearest_multiples(value: int, step: int) -> str:
+    below = value // step * step
+    return f"{below} and {below + step}" if below else str(step)
+
+
+def _nearest_divisors(value: int, near: int) -> str:
+    divisors = [d for d in range(1, value + 1) if value % d == 0]
+    below = [d for d in divisors if d < near][-1:]
+    above = [d for d in divisors if d > near][:1]
+    return " and ".join(map(str, below + above))
+
+
+def _sizes_for_tokens(tokens: int, image_size: int, decoder_patch: int) -> str:
+    side = round(tokens**0.5)
+    if side * side != tokens:
+        return f"{tokens} is not a square number; drop the key or set it to {(image_size // decoder_patch) ** 2}."
+    fits = [f"data.image_size={side * decoder_patch}"]
+    if image_size % side == 0:
+        fits.append(f"model.decoder_patch_size={image_size // side}")
+    return f"Drop the key, or set {' or '.join(fits)}."

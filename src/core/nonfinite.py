@@ -1,0 +1,74 @@
+"""Watches for numbers that are no longer finite, without making the device wait.
+
+A bad step is recognised on the device, where the fused optimiser leaves the weights alone if told so. The host looks at
+the counters only now and then; the weights are safe in the meantime.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from src.core.errors import UserError
+
+BLAME = ("l1", "lpips", "gan", "adaptive_weight", "loss", "gradient", "discriminator loss", "discriminator gradient")
+"""Names in the order in which one makes the next go wrong."""
+
+
+class NonFiniteError(UserError):
+    """Losses or gradients became NaN or infinite more often than allowed."""
+
+
+class FiniteGuard:
+    """Counts steps with non-finite values and remembers where each named value first went wrong."""
+
+    def __init__(self, max_skipped_steps: int) -> None:
+        self.max_skipped_steps = max_skipped_steps
+        self._skipped: Tensor | None = None  # int64 scalar on the device
+        self._last = torch.empty(0)  # the latest step that went wrong
+        self._first: dict[str, Tensor] = {}  # step at which a name first went wrong, -1: never
+        self._restored = 0
+
+    def observe(self, step: int, values: Mapping[str, Tensor]) -> Tensor:
+        """1.0 where any of `values` (scalars, named as in BLAME) is not finite, else 0.0: float32 on the device."""
+        flags = ~torch.isfinite(torch.stack([value.detach().float() for value in values.values()]))
+        bad = flags.any()
+        if self._skipped is None:
+            self._skipped = torch.full((), self._restored, dtype=torch.int64, device=bad.device)
+            self._last = torch.full_like(self._skipped, -1)
+        self._skipped += bad & (self._last != step)  # both networks may go wrong in one step
+        self._last = torch.where(bad, step, self._last)
+        for name, flag in zip(values, flags.unbind(), strict=True):
+            first = self._first.setdefault(name, torch.full((), -1, dtype=torch.int64, device=bad.device))
+            first.copy_(torch.where((first < 0) & flag, step, first))
+        return bad.float()
+
+    @property
+    def skipped(self) -> int:
+        """Steps skipped so far. Waits for the device."""
+        return self._restored if self._skipped is None else int(self._skipped)
+
+    @skipped.setter
+    def skipped(self, value: int) -> None:
+        self._restored, self._skipped = value, None
+
+    def check(self) -> None:
+        """Waits for the device.
+
+        Raises:
+            NonFiniteError: more steps than `max_skipped_steps` went wrong; names the culprit and its first step.
+        """
+        skipped = self.skipped
+        if skipped <= self.max_skipped_steps:
+            return
+        wrong = {name: int(step) for name, step in self._first.items() if int(step) >= 0}
+        if not wrong:
+            return
+        (culprit, step), *rest = sorted(wrong.items(), key=lambda item: (item[1], BLAME.index(item[0])))
+        also = ", ".join(name for name, _ in rest)
+        raise NonFiniteError(
+            f"{culprit} is NaN or infinite at step {step}" + (f" (then: {also})" if also else "") + f"; {skipped} such "
+            f"step(s), trainer.max_skipped_steps={self.max_skipped_steps}. The weights were not touched by them and the "
+            "last checkpoint is good. Try a lower model.optimizer.lr, trainer.gradient_clip_val=1.0, "
+            "trainer.precision=bf16 instead of 16, or allow more with trainer.max_skipped_steps."
+        )

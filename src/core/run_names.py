@@ -1,0 +1,31 @@
+"""Name a run by its folder, and the state of the code that runs."""
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from src.core.weights import PROJECT_ROOT
+
+_DATE = re.compile(r"\d{4}-\d\d-\d\d")
+
+
+def run_id(folder: Path) -> str:
+    """DATE_TIME of logs/runs/DATE/TIME (with what lies below, in a multirun); the name of any other folder."""
+    parts = folder.resolve().parts
+    dates = [i for i, part in enumerate(parts) if _DATE.fullmatch(part)]
+    return "_".join(parts[dates[-1] :]) if dates else parts[-1]
+
+
+def git_state() -> dict[str, Any] | None:
+    """Return commit and whether the tree was clean; None outside a checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "clean": not git("status", "--porcelain")}
+    except (OSError, subprocess.SubprocessError):
+        return None

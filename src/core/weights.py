@@ -1,0 +1,97 @@
+"""Weight files: where they are, how they are read, and how they enter a module. Never online, never by pickle."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from src.core.errors import UserError
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+Weights = Literal["pretrained", "untrained"]
+
+
+def resolve(path: str | Path) -> Path:
+    """Relative paths are relative to the project root, whatever the working directory."""
+    path = Path(path).expanduser()
+    return path if path.is_absolute() else PROJECT_ROOT / path
+
+
+def require(path: str | Path, what: str, key: str) -> Path:
+    """The resolved path of a file that must exist; `what` names it for people, `key` the config key or option."""
+    found = resolve(path)
+    if not found.is_file():
+        raise UserError(
+            f"{what} not found: {found} (from {key}). Get it with `python scripts/download_weights.py --experiment "
+            "NAME` (everything that an experiment needs; --list shows each file, its place and its sources), or set "
+            f"{key} to the place where you have it."
+        )
+    return found
+
+
+def read(path: str | Path) -> Any:
+    """The contents of a `.pt` / `.pth` / `.ckpt` or `.safetensors` file on the CPU. Code in it is never run."""
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"No such file: {path}") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} was refused: it holds Python objects other than tensors and plain containers, or is no weights "
+            "file. Loading those could run code. Re-save it as a plain state dict, or download it again."
+        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # what a damaged file raises depends on where it is damaged
+        raise UserError(
+            f"{path} ({path.stat().st_size:,} bytes) can't be read as a weights file: {_first_line(error)}. "
+            "It may be cut short; download or copy it again."
+        ) from error
+
+
+def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Load `state` into `module`; every missing, unexpected and misshapen name is listed at once."""
+    check_fit(module.state_dict(), state, source, type(module).__name__)
+    module.load_state_dict(state)
+
+
+def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str | Path, model: str) -> None:
+    """Raises UserError unless `state` has the names and shapes of `own`."""
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{source} is no state dict: expected a flat mapping of names to tensors for {model}.")
+    missing = sorted(own.keys() - state.keys())
+    unexpected = sorted(state.keys() - own.keys())
+    shapes = [
+        f"{name}: file {tuple(state[name].shape)}, model {tuple(own[name].shape)}"
+        for name in sorted(own.keys() & state.keys())
+        if state[name].shape != own[name].shape
+    ]
+    if missing or unexpected or shapes:
+        parts = [
+            f"  {label} ({len(names)}): {_abbreviate(names)}"
+            for label, names in (("missing", missing), ("unexpected", unexpected), ("other shape", shapes))
+            if names
+        ]
+        raise UserError(f"{source} does not fit {model}:\n" + "\n".join(parts))
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Evaluation mode and no gradient, for networks that are never trained."""
+    return module.eval().requires_grad_(False)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _abbreviate(names: list[str], shown: int = 12) -> str:
+    rest = f" … and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + rest

@@ -1,0 +1,150 @@
+"""Latents on disk for a stage-2 trainer: safetensors shards and an index.
+
+    index.json                                  what they are of, and the shards with their counts
+    latents-RANK-NUMBER.safetensors             latents (n, C, h, w), rows (n,) int64, labels (n,) int64 (-1: none)
+
+`rows` are those of the data set; `scale` in the index says whether the latents are `raw` (as the encoder gives them) or
+`normalized` (by the model's statistics, as a diffusion model takes them).
+
+Legend: B batch, n latents of a shard, C latent channels, h = w latent grid.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from src.core.errors import UserError
+from src.core.files import replacing, write_text
+
+Scale = Literal["raw", "normalized"]
+FORMAT, VERSION = "rae-latents", 1
+INDEX = "index.json"
+
+
+class LatentWriter:
+    """Shards of one process. A shard appears whole or not at all; `close` writes what is left."""
+
+    def __init__(
+        self, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype, shard_bytes: int, rank: int
+    ) -> None:
+        self.folder, self.dtype, self.rank = folder, dtype, rank
+        self.shards: list[dict[str, Any]] = []
+        """{file, count} of what was written, for the index."""
+        one = shape[0] * shape[1] * shape[2] * torch.finfo(dtype).bits // 8
+        self._capacity = max(1, shard_bytes // one)
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._count = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, latents: Tensor, rows: Tensor, labels: Tensor) -> None:
+        """B C h w, (B,), (B,)."""
+        self._waiting.append((latents.detach().to("cpu", self.dtype), rows.cpu(), labels.cpu()))
+        self._count += len(rows)
+        while self._count >= self._capacity:
+            self._flush(self._capacity)
+
+    def close(self) -> list[dict[str, Any]]:
+        if self._count:
+            self._flush(self._count)
+        return self.shards
+
+    def _flush(self, count: int) -> None:
+        latents, rows, labels = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        file = self.folder / f"latents-{self.rank:03d}-{len(self.shards):05d}.safetensors"
+        tensors = {"latents": latents[:count], "rows": rows[:count], "labels": labels[:count]}
+        with replacing(file) as out:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, out.name)
+        self.shards.append({"file": file.name, "count": count})
+        self._waiting = [(latents[count:], rows[count:], labels[count:])] if len(rows) > count else []
+        self._count -= count
+
+
+def write_index(folder: Path, shards: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
+    """`facts`: scale, shape, dtype, image_size, encoder, statistics and whatever else the latents depend on."""
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "count": sum(s["count"] for s in shards),
+        **facts,
+        "shards": list(shards),
+    }
+    write_text(folder / INDEX, json.dumps(content, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class LatentStore:
+    """Latents of a folder, read a batch at a time."""
+
+    folder: Path
+    index: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> "LatentStore":
+        """A folder or its index.
+
+        Raises:
+            UserError: no index, another format, or shards missing.
+        """
+        folder = Path(path).parent if Path(path).name == INDEX else Path(path)
+        try:
+            index = json.loads((folder / INDEX).read_text())
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{folder} has no {INDEX}: expected a folder that `src/reconstruct.py --latents` wrote (it is "
+                "there once that has finished)."
+            ) from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder / INDEX} can't be read: {error}") from error
+        if not isinstance(index, dict) or index.get("format") != FORMAT or index.get("version") != VERSION:
+            raise UserError(f"{folder / INDEX} is no index of {FORMAT} version {VERSION}.")
+        missing = [s["file"] for s in index["shards"] if not (folder / s["file"]).is_file()]
+        if missing:
+            raise UserError(
+                f"{folder} lacks {len(missing)} of {len(index['shards'])} shards: {', '.join(missing[:4])}. Copy "
+                "them again."
+            )
+        return cls(folder, index)
+
+    def __len__(self) -> int:
+        return self.index["count"]
+
+    @property
+    def scale(self) -> Scale:
+        return self.index["scale"]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return tuple(self.index["shape"])
+
+    def batches(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(places in the store (B,), rows of the data set (B,), latents float32 B C h w); every world-th from `rank` on."""
+        number = first = 0
+        for shard in self.index["shards"]:
+            for start in range(0, shard["count"], batch_size):
+                if number % world == rank:
+                    stop = min(start + batch_size, shard["count"])
+                    rows, latents = self._read(self.folder / shard["file"], start, stop)
+                    yield torch.arange(first + start, first + stop), rows, latents
+                number += 1
+            first += shard["count"]
+
+    def _read(self, file: Path, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        try:
+            with safe_open(file, "pt") as tensors:
+                latents = tensors.get_slice("latents")[start:stop].float()
+                rows = tensors.get_slice("rows")[start:stop]
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{file} ({file.stat().st_size:,} bytes) can't be read: {error}. It may be cut short; copy it "
+                "again, or write the latents again."
+            ) from error
+        if tuple(latents.shape) != (stop - start, *self.shape):
+            raise UserError(f"{file}: latents {tuple(latents.shape)}, the index says {self.shape}.")
+        return rows, latents

@@ -1,0 +1,242 @@
+"""Decoder weights and latent statistics, whichever form they came in.
+
+    official      a state dict with the published names (`model.pt`); an official training checkpoint (its `ema`)
+    checkpoint    .ckpt of this trainer (its averaged decoder)
+    folder        ours, from `src/export.py --format folder`
+    diffusers     an `AutoencoderRAE` folder
+
+The official names are those of our decoder, so its table is the identity; diffusers' table is in `diffusers_files`. This
+lies in `src/models` rather than in `src/interop` because RAE itself reads them and imports point downward.
+
+Legend: C latent channels, h = w latent grid.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from src.core.errors import UserError
+from src.core.weights import load_strict, read, require, resolve
+from src.formats import diffusers_files
+from src.models.decoder import ViTDecoder, sincos_positions
+from src.models.frozen_encoder import identity_differences
+from src.models.positions import fit_positions
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["official", "checkpoint", "folder", "diffusers"]
+FOLDER_FORMAT = "rae-trainer"
+FOLDER_VERSION = 1
+FOLDER_WEIGHTS = "model.safetensors"
+RECORD = "rae_export.json"
+"""Beside every export: where it comes from. Readers do without it."""
+STATISTICS = "stats.pt"
+"""Latent statistics in the official format, beside every export of a model that has them."""
+_POSITIONS = "decoder_pos_embed"
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+@dataclass(frozen=True)
+class DecoderFile:
+    """A decoder with our names, as stored (any float type)."""
+
+    path: Path
+    kind: Kind
+    state: dict[str, Tensor]
+    config: dict[str, Any] | None = None
+    """Keys of `DecoderConfig` where the file says them: shapes don't show the number of heads."""
+    denormalize: bool | None = None
+    encoder: dict[str, Any] = field(default_factory=dict)
+    """Identity of the encoder that it was trained with; empty where the file does not say."""
+
+
+def kind_of(path: str | Path, key: str) -> tuple[Kind | None, Path]:
+    """What a folder is, and the folder; a file inside an export stands for it. (None, file) for any other file.
+
+    Raises:
+        UserError: nothing there, or a folder of another kind. `key` is the config key or option that named it.
+    """
+    place = resolve(path)
+    if (
+        place.name in (FOLDER_WEIGHTS, diffusers_files.WEIGHTS, "config.json")
+        and (place.parent / "config.json").is_file()
+    ):
+        place = place.parent
+    if not place.is_dir():
+        return None, require(path, "Decoder, export or checkpoint", key)
+    try:
+        config = json.loads((place / "config.json").read_text())
+    except (OSError, ValueError):
+        config = {}
+    if config.get("_class_name") == diffusers_files.CLASS:
+        return "diffusers", place
+    if config.get("format") == FOLDER_FORMAT:
+        if config.get("format_version") != FOLDER_VERSION:
+            raise UserError(
+                f"{place}: format_version is {config.get('format_version')}, this program reads {FOLDER_VERSION}."
+            )
+        return "folder", place
+    found = config.get("_class_name") or config.get("model_type") or "no config.json of either kind"
+    raise UserError(
+        f"{key}={path} is a folder with {found}. Expected a decoder file (.pt, .ckpt, .safetensors), a folder "
+        "written by "
+        f"`src/export.py --format folder`, or a diffusers {diffusers_files.CLASS} folder."
+    )
+
+
+def read_decoder(path: str | Path, key: str = "model.pretrained_decoder_path") -> DecoderFile:
+    """A decoder in any of the four forms.
+
+    Raises:
+        UserError: missing, unreadable or cut short, or no decoder at all.
+    """
+    kind, place = kind_of(path, key)
+    if kind == "diffusers":
+        return _from_diffusers(place)
+    if kind == "folder":
+        config = read_folder_config(place)
+        state = _below(read(place / FOLDER_WEIGHTS), "decoder.")
+        denormalize = config["model"]["decoder_denormalize"]
+        return DecoderFile(place, "folder", state, config["decoder"], denormalize, config["encoder"])
+    content = read(place)
+    if isinstance(content, Mapping) and "format_version" in content and "state_dict" in content:
+        sizes = {
+            k.removeprefix("decoder config: "): v
+            for k, v in content["architecture"].items()
+            if k.startswith("decoder config: ")
+        }
+        state = _below(content["state_dict"], "ema_decoder.")
+        denormalize = content["architecture"]["model.decoder_denormalize"]
+        return DecoderFile(place, "checkpoint", state, sizes, denormalize, content["encoder"])
+    return DecoderFile(place, "official", _official(content, place))
+
+
+def load_decoder(decoder: ViTDecoder, path: str | Path, denormalize: bool, encoder: Mapping[str, Any]) -> None:
+    """Put a decoder in any form into `decoder`, strictly. For another grid the positions follow `models/positions.py`.
+
+    Args:
+        denormalize: `decoder_denormalize` of the model; must be what the file says, where it says so.
+        encoder: identity of the model's encoder; another one is a warning, since fine-tuning may want just that.
+    """
+    file = read_decoder(path)
+    own = vars(decoder.config)
+    differing = [
+        f"{k}: file {file.config[k]!r}, model {own[k]!r}" for k in own if file.config and file.config[k] != own[k]
+    ]
+    if file.denormalize not in (None, denormalize):
+        differing.append(f"decoder_denormalize: file {file.denormalize}, model {denormalize}")
+    if differing:
+        raise UserError(
+            f"{file.path} holds another decoder ({'; '.join(differing)}). Set model.decoder_config_path and the "
+            "keys named here to match."
+        )
+    differing = identity_differences(file.encoder, encoder) if file.encoder else []
+    if differing:
+        log.warning(
+            "%s was trained with another encoder (%s): %s there, %s here.",
+            file.path,
+            ", ".join(differing),
+            file.encoder,
+            dict(encoder),
+        )
+    state = file.state
+    if _POSITIONS in state:
+        state = state | {_POSITIONS: fit_positions(state[_POSITIONS], decoder.grid, str(file.path))}
+    load_strict(decoder, state, file.path)
+    log.info("Decoder from %s (%s).", file.path, file.kind)
+
+
+def read_statistics_content(path: str | Path) -> tuple[Any, Path]:
+    """What a statistics file says (`mean`, `var`, perhaps `encoder`), or what an export or a checkpoint holds of it."""
+    place = resolve(path)
+    if not place.is_dir():
+        file = require(path, "Latent statistics", "model.normalization_stat_path")
+        content = read(file)
+        if isinstance(content, Mapping) and "format_version" in content and "state_dict" in content:
+            state = content["state_dict"]
+            content = {
+                "mean": state.get("rae.latent_mean"),
+                "var": state.get("rae.latent_var"),
+                "encoder": content["encoder"],
+            }
+            _require_statistics(content["mean"], file)
+        return content, file
+    kind, place = kind_of(path, "model.normalization_stat_path")
+    if (place / STATISTICS).is_file():
+        return read(place / STATISTICS), place / STATISTICS
+    state = diffusers_files.read_weights(place) if kind == "diffusers" else {}
+    found = diffusers_files.statistics(state, place)
+    _require_statistics(found, place)
+    assert found is not None
+    return {"mean": found[0], "var": found[1]}, place
+
+
+def read_folder_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of our own folder."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: config.json can't be read: {error}") from error
+    if missing := {"model", "decoder", "encoder"} - config.keys():
+        raise UserError(
+            f"{folder}/config.json lacks {sorted(missing)}: it is damaged or not from `src/export.py --format folder`."
+        )
+    return config
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `src/export.py` noted beside an export; empty for folders of others."""
+    try:
+        return json.loads((folder / RECORD).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _from_diffusers(folder: Path) -> DecoderFile:
+    config = diffusers_files.read_config(folder)
+    state = diffusers_files.DECODER.to_ours(_below(diffusers_files.read_weights(folder), "decoder."))
+    state[_POSITIONS] = sincos_positions(config["decoder_hidden_size"], diffusers_files.grid(config))[None]
+    encoder = read_record(folder).get("encoder") or {}
+    return DecoderFile(folder, "diffusers", state, diffusers_files.decoder_config(config), True, encoder)
+
+
+def _official(content: Any, file: Path) -> dict[str, Tensor]:
+    """The state dict of an official decoder file, or the averaged decoder of an official training checkpoint."""
+    if isinstance(content, Mapping) and {"mean", "var"} <= content.keys():
+        raise UserError(
+            f"{file} holds latent statistics, not a decoder: it belongs to model.normalization_stat_path (--stats)."
+        )
+    if isinstance(content, Mapping) and isinstance(content.get("ema"), Mapping):
+        log.info("%s is an official training checkpoint: its EMA decoder is taken.", file)
+        state = {_unwrapped(name): value for name, value in content["ema"].items()}
+        return _below(state, "decoder.")
+    if not isinstance(content, Mapping):
+        raise UserError(f"{file} holds a {type(content).__name__}; expected a state dict of a decoder.")
+    state = {_unwrapped(str(name)): value for name, value in content.items()}
+    if not any(name.startswith("decoder_layers.") for name in state):
+        names = ", ".join(sorted(state)[:6])
+        raise UserError(f"{file} holds no decoder: no `decoder_layers.*` among its names ({names} …).")
+    return state
+
+
+def _unwrapped(name: str) -> str:
+    while name.startswith(_WRAPPERS):
+        name = name.split(".", 1)[1]
+    return name
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _require_statistics(found: Any, place: Path) -> None:
+    if found is None:
+        raise UserError(
+            f"{place} has no latent statistics. Set model.normalization_stat_path to a file that `python "
+            "src/latent_stats.py` wrote, or to null."
+        )

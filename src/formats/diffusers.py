@@ -1,0 +1,267 @@
+"""diffusers' `AutoencoderRAE` folders, written and read without diffusers. Tested against diffusers 0.42.1.
+
+    config.json                              sizes, preprocessing, latent statistics as lists
+    diffusion_pytorch_model.safetensors      encoder.*, decoder.*, encoder_mean, encoder_std, _latents_mean, _latents_std
+
+diffusers divides latents by (std + 1e-5), the official code by sqrt(var + 1e-5); std = sqrt(var + 1e-5) - 1e-5 makes the
+two the same number. Positions are not stored: diffusers computes sin-cos ones that equal ours at a 16 x 16 grid alone.
+
+Legend: C latent channels, h = w latent grid.
+"""
+
+import json
+import logging
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from src.core.errors import UserError
+from src.core.weights import freeze, read
+from src.formats import diffusers_files
+from src.formats.checkpoint import LoadedModel
+from src.formats.decoder_files import STATISTICS, read_record
+from src.formats.diffusers_encoders import FAMILIES, HEAD_WIDTH, Family
+from src.models.frozen_encoder import FrozenEncoder
+from src.models.positions import are_fixed
+from src.models.rae import RAE
+
+log = logging.getLogger(__name__)
+
+GRID = 16
+"""The only one at which diffusers' positions are those of the recipe (recipe section 1)."""
+VERSION = "0.42.1"
+
+
+# -- writing
+
+
+def obstacles(rae: RAE) -> list[str]:
+    """Why diffusers can't express this model; empty where it can."""
+    encoder, grid = rae.encoder, rae.geometry.grid
+    family = next((f for f in FAMILIES if f.encoder_cls == type(encoder).__name__), None)
+    found = []
+    if grid != GRID:
+        found.append(
+            f"its grid is {grid} x {grid}; diffusers {VERSION} computes other positions than the decoder was "
+            "trained with at all but 16 x 16"
+        )
+    elif not are_fixed(rae.decoder.decoder_pos_embed):
+        found.append("its positions were trained; diffusers does not store positions and would use others")
+    if rae.decoder.config.layer_norm_eps != 1e-12:
+        found.append(f"its decoder has layer_norm_eps={rae.decoder.config.layer_norm_eps}; diffusers fixes 1e-12")
+    if not rae.decoder_denormalize:
+        found.append("decoder_denormalize=false; diffusers always multiplies by the encoder's std and adds its mean")
+    if encoder.layers != (encoder.depth - 1,):
+        found.append(f"its latent is taken from the blocks {list(encoder.layers)}; diffusers takes the last one alone")
+    if family is None:
+        return [*found, f"diffusers has no {type(encoder).__name__}, only {', '.join(f.name for f in FAMILIES)}"]
+    config = encoder.model.config
+    if config.num_attention_heads * HEAD_WIDTH != config.hidden_size:
+        found.append(
+            f"its attention heads are {config.hidden_size / config.num_attention_heads:g} wide; diffusers fixes "
+            f"{HEAD_WIDTH}"
+        )
+    differing = [
+        f"{key}={getattr(config, key)} (diffusers: {value})"
+        for key, value in family.fixed.items()
+        if getattr(config, key) != value
+    ]
+    if differing:
+        found.append(
+            f"diffusers builds the {family.name} encoder with fixed sizes, and this one differs in "
+            f"{', '.join(differing)}"
+        )
+    if family.name == "siglip2" and not any(name.startswith("head.") for name in encoder.model.state_dict()):
+        found.append("its SigLIP tower has no pooling head, which diffusers' has")
+    return found
+
+
+def write_diffusers(
+    rae: RAE, folder: str | Path, dtype: torch.dtype = torch.float32, published_names: bool = False
+) -> list[str]:
+    """Write `config.json` and the weights into an existing folder; returns remarks for whoever uses it.
+
+    Args:
+        dtype: of encoder and decoder; statistics and preprocessing stay float32.
+        published_names: name the encoder's parameters as the hub's files do (transformers 4) instead of as the installed
+            transformers does. SigLIP2 always has the published names, since diffusers loads it with transformers 4 alone.
+
+    Raises:
+        UserError: with every reason why diffusers can't express the model.
+    """
+    if reasons := obstacles(rae):
+        raise UserError(
+            "diffusers' AutoencoderRAE can't hold this model:\n"
+            + "\n".join(f"  - {reason}" for reason in reasons)
+            + "\nExport with --format official or --format folder."
+        )
+    family = next(f for f in FAMILIES if f.encoder_cls == type(rae.encoder).__name__)
+    published_names = published_names or family.name == "siglip2"
+    state = {
+        "encoder." + name: value.to(dtype) for name, value in _encoder_out(rae.encoder, family, published_names).items()
+    }
+    state |= {"decoder." + name: value.to(dtype) for name, value in _decoder_out(rae).items()}
+    mean, std = _statistics_out(rae)
+    state |= {"encoder_mean": rae.image_mean, "encoder_std": rae.image_std, "_latents_mean": mean, "_latents_std": std}
+    state = {
+        name: value.detach().float().cpu().contiguous()
+        if name.startswith(("_", "encoder_"))
+        else value.detach().cpu().contiguous()
+        for name, value in state.items()
+    }
+    save_file(state, Path(folder) / diffusers_files.WEIGHTS, metadata={"format": "pt"})
+    (Path(folder) / "config.json").write_text(json.dumps(_config_out(rae, family), indent=1) + "\n")
+    return _remarks(family, published_names)
+
+
+def _config_out(rae: RAE, family: Family) -> dict[str, Any]:
+    has_statistics = rae.latent_mean is not None
+    mean, std = _statistics_out(rae)
+    config, decoder = rae.encoder.model.config, rae.decoder.config
+    return {
+        "_class_name": diffusers_files.CLASS,
+        "_diffusers_version": VERSION,
+        "encoder_type": family.name,
+        "encoder_hidden_size": config.hidden_size,
+        "encoder_patch_size": config.patch_size,
+        "encoder_num_hidden_layers": config.num_hidden_layers,
+        "decoder_hidden_size": decoder.decoder_hidden_size,
+        "decoder_num_hidden_layers": decoder.decoder_num_hidden_layers,
+        "decoder_num_attention_heads": decoder.decoder_num_attention_heads,
+        "decoder_intermediate_size": decoder.decoder_intermediate_size,
+        "patch_size": rae.geometry.decoder_patch,
+        "encoder_input_size": rae.geometry.encoder_input_size,
+        "image_size": rae.geometry.image_size,
+        "num_channels": 3,
+        "encoder_norm_mean": rae.image_mean.flatten().tolist(),
+        "encoder_norm_std": rae.image_std.flatten().tolist(),
+        "latents_mean": mean.tolist() if has_statistics else None,
+        "latents_std": std.tolist() if has_statistics else None,
+        "noise_tau": 0.0,  # diffusers adds noise in train mode; a trained decoder is used without
+        "reshape_to_2d": True,
+        "use_encoder_loss": False,
+        "scaling_factor": 1.0,
+    }
+
+
+def _encoder_out(encoder: FrozenEncoder, family: Family, published_names: bool) -> dict[str, Tensor]:
+    installed = encoder.model.state_dict()
+    published = {family.names.theirs(name): (name, value) for name, value in installed.items()}
+    kept = {name: pair for name, pair in published.items() if not name.startswith(family.unused_norm + ".")}
+    return {name if published_names else own: value for name, (own, value) in kept.items()}
+
+
+def _decoder_out(rae: RAE) -> dict[str, Tensor]:
+    state = diffusers_files.DECODER.to_theirs(rae.decoder.state_dict())
+    del state["decoder_pos_embed"]
+    return state
+
+
+def _statistics_out(rae: RAE) -> tuple[Tensor, Tensor]:
+    """mean and std, C x h x w, such that (z - mean) / (std + 1e-5) is the official normalisation."""
+    if rae.latent_mean is None or rae.latent_var is None:
+        return diffusers_files.no_statistics()
+    return rae.latent_mean.float().cpu(), diffusers_files.std_from_var(rae.latent_var)
+
+
+def _remarks(family: Family, published_names: bool) -> list[str]:
+    if family.name == "siglip2":
+        return [
+            f"diffusers {VERSION} can't load SigLIP2 with transformers 5 (SiglipVisionModel lost `vision_model`). "
+            "The files are right: "
+            "they load with transformers 4, or with a diffusers that has caught up."
+        ]
+    names = "transformers 4 and the hub's files" if published_names else "the installed transformers"
+    other = "" if published_names else " For diffusers with transformers 4 export with --published_names."
+    return [f"The encoder's parameters are named as in {names}; diffusers does not translate them.{other}"]
+
+
+# -- reading
+
+
+def read_diffusers(folder: str | Path) -> LoadedModel:
+    """A frozen RAE from an `AutoencoderRAE` folder, encoder included; parameter names of transformers 4 or 5.
+
+    Raises:
+        UserError: no such folder, another class, unreadable or incomplete files, options that ours does not have.
+    """
+    folder = Path(folder)
+    config = diffusers_files.read_config(folder)
+    family = next((f for f in FAMILIES if f.name == config["encoder_type"]), None)
+    if family is None:
+        raise UserError(
+            f"{folder}: encoder_type={config['encoder_type']!r}; known: {', '.join(f.name for f in FAMILIES)}."
+        )
+    state = diffusers_files.read_weights(folder)
+    with tempfile.TemporaryDirectory(prefix="rae_encoder_") as place:
+        source = Path(place)
+        _write_encoder(source, family, config, state)
+        (source / "decoder.json").write_text(json.dumps(diffusers_files.decoder_config(config)))
+        rae = RAE(
+            encoder_cls=family.encoder_cls,
+            encoder_config_path=str(source),
+            encoder_params={family.source_key: str(source)},
+            decoder_config_path=source / "decoder.json",
+            decoder_patch_size=config["patch_size"],
+            encoder_input_size=config["encoder_input_size"],
+            pretrained_decoder_path=folder,
+            noise_tau=config["noise_tau"],
+        )
+    rae.encoder.source = str(folder)
+    freeze(rae)
+    if (statistics := _statistics_in(folder, state)) is not None:
+        rae.set_statistics(*(values.expand(rae.latent_shape).clone() for values in statistics))
+    record = read_record(folder)
+    encoder = record.get("encoder") or rae.encoder.identity()
+    rae.encoder.untrained = str(encoder["weights"]).startswith("untrained")
+    description = {
+        "source": str(folder),
+        "weights": record.get("weights", "unknown"),
+        "step": record.get("step"),
+        "epoch": record.get("epoch"),
+        "encoder": encoder,
+        "config": record.get("config"),
+    }
+    return LoadedModel(rae, description)
+
+
+def _statistics_in(folder: Path, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """mean and var; the exact ones of `stats.pt` where it lies beside and agrees with the rounded ones in the weights."""
+    found = diffusers_files.statistics(state, folder)
+    if found is None or not (folder / STATISTICS).is_file():
+        return found
+    exact = read(folder / STATISTICS)
+    if not torch.equal(exact["mean"].float(), found[0]) or not torch.equal(
+        diffusers_files.std_from_var(exact["var"]), state["_latents_std"]
+    ):
+        log.warning("%s: %s does not belong to the weights beside it; it is ignored.", folder, STATISTICS)
+        return found
+    return exact["mean"], exact["var"]
+
+
+def _write_encoder(place: Path, family: Family, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """The encoder as a folder that transformers loads, which is how our classes take their weights."""
+    width = config["encoder_hidden_size"]
+    names = family.names
+    found = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
+    found = {
+        names.theirs(names.ours(name)): value for name, value in found.items()
+    }  # to the hub's, from either spelling
+    found[family.unused_norm + ".weight"], found[family.unused_norm + ".bias"] = torch.ones(width), torch.zeros(width)
+    save_file(found, place / "model.safetensors", metadata={"format": "pt"})
+    transformers = {
+        "model_type": family.model_type,
+        "hidden_size": width,
+        "patch_size": config["encoder_patch_size"],
+        "num_hidden_layers": config["encoder_num_hidden_layers"],
+        "num_attention_heads": width // HEAD_WIDTH,
+        **family.fixed,
+    }
+    (place / "config.json").write_text(json.dumps(transformers))
+    means = {"image_mean": config["encoder_norm_mean"], "image_std": config["encoder_norm_std"]}
+    (place / "preprocessor_config.json").write_text(json.dumps(means))

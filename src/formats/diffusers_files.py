@@ -1,0 +1,140 @@
+"""The files of a diffusers `AutoencoderRAE` folder: their names, keys and statistics. No diffusers needed.
+
+Legend: C latent channels, h = w latent grid.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from src.core.errors import UserError
+from src.core.key_mapping import NameTable
+from src.core.weights import read
+
+CLASS = "AutoencoderRAE"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+STD_EPS = 1e-5
+"""diffusers divides by std + STD_EPS, the official code by sqrt(var + STD_EPS)."""
+
+DECODER = NameTable(
+    [
+        ("decoder_layers.*.attention.attention.query.*", "decoder_layers.*.attention.to_q.*"),
+        ("decoder_layers.*.attention.attention.key.*", "decoder_layers.*.attention.to_k.*"),
+        ("decoder_layers.*.attention.attention.value.*", "decoder_layers.*.attention.to_v.*"),
+        ("decoder_layers.*.attention.output.dense.*", "decoder_layers.*.attention.to_out.0.*"),
+    ]
+)
+"""Our (the official) decoder names and diffusers'. diffusers has no `decoder_pos_embed`."""
+
+_DEFAULTS: dict[str, Any] = {
+    "encoder_norm_mean": [0.485, 0.456, 0.406],
+    "encoder_norm_std": [0.229, 0.224, 0.225],
+    "latents_mean": None,
+    "latents_std": None,
+    "noise_tau": 0.0,
+    "reshape_to_2d": True,
+    "use_encoder_loss": False,
+    "scaling_factor": 1.0,
+    "num_channels": 3,
+    "image_size": None,
+}  # diffusers' own: a config may leave these out
+_REQUIRED = {
+    "encoder_type", "encoder_hidden_size", "encoder_patch_size", "encoder_num_hidden_layers", "decoder_hidden_size",
+    "decoder_num_hidden_layers", "decoder_num_attention_heads", "decoder_intermediate_size", "patch_size", "encoder_input_size",
+}  # fmt: skip
+_FIXED = {"reshape_to_2d": True, "scaling_factor": 1.0, "num_channels": 3}
+
+
+def std_from_var(var: Tensor) -> Tensor:
+    """float32 std with std + 1e-5 = sqrt(var + 1e-5)."""
+    return ((var.double() + STD_EPS).sqrt() - STD_EPS).float().cpu()
+
+
+def var_from_std(std: Tensor) -> Tensor:
+    """The inverse, up to the rounding of std."""
+    return ((std.double() + STD_EPS).square() - STD_EPS).float()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` with diffusers' defaults filled in.
+
+    Raises:
+        UserError: another class, missing or unknown keys, values that ours does not have.
+    """
+    file = folder / "config.json"
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} has no config.json: no diffusers folder.") from error
+    except ValueError as error:
+        raise UserError(f"{file} is no valid JSON: {error}") from error
+    if content.get("_class_name") != CLASS:
+        raise UserError(f"{file} is of {content.get('_class_name') or content.get('model_type')!r}; expected {CLASS}.")
+    config = _DEFAULTS | {key: value for key, value in content.items() if not key.startswith("_")}
+    missing, unknown = _REQUIRED - config.keys(), config.keys() - _REQUIRED - _DEFAULTS.keys()
+    if missing or unknown:
+        raise UserError(f"{file}: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}.")
+    for key in ("encoder_norm_mean", "encoder_norm_std"):
+        config[key] = config[key] or _DEFAULTS[key]
+    for key, value in _FIXED.items():
+        if config[key] != value:
+            raise UserError(f"{file}: {key}={config[key]!r} is not supported, only {value!r}.")
+    if (config["latents_mean"] is None) != (config["latents_std"] is None):
+        raise UserError(f"{file}: latents_mean and latents_std must both be given or both be null.")
+    return config
+
+
+def grid(config: Mapping[str, Any]) -> int:
+    """Latents a side."""
+    return config["encoder_input_size"] // config["encoder_patch_size"]
+
+
+def decoder_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of our `DecoderConfig`; diffusers fixes the last one."""
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    return {f"decoder_{key}": config[f"decoder_{key}"] for key in keys} | {"layer_norm_eps": 1e-12}
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors, from one file or from shards."""
+    if (folder / WEIGHTS).is_file():
+        return read(folder / WEIGHTS)
+    index = folder / f"{WEIGHTS}.index.json"
+    if not index.is_file():
+        there = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
+        raise UserError(f"{folder} has no {WEIGHTS} (nor its index); it holds {there}.")
+    shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    return {name: value for shard in shards for name, value in read(folder / shard).items()}
+
+
+def no_statistics() -> tuple[Tensor, Tensor]:
+    """mean and std for a model without: std + 1e-5 is 1, where diffusers' own default of 1 would divide by 1.00001."""
+    return torch.zeros(1), torch.full((1,), 1 - STD_EPS)
+
+
+def statistics(state: Mapping[str, Tensor], source: object) -> tuple[Tensor, Tensor] | None:
+    """mean and var, each C x h x w; None where the folder has none (a mean of 0, and a std of 1 up to STD_EPS).
+
+    Raises:
+        UserError: one number for all latents, which ours does not have.
+    """
+    mean, std = state.get("_latents_mean"), state.get("_latents_std")
+    if mean is None or std is None:
+        return None
+    if mean.numel() == 1 and std.numel() == 1:
+        if abs(mean.item()) < STD_EPS and abs(std.item() - 1) < 2 * STD_EPS:
+            return None
+        raise UserError(
+            f"{source}: one mean ({mean.item():g}) and std ({std.item():g}) for all latents; expected C x h x w "
+            "numbers."
+        )
+    return mean.float(), var_from_std(std)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """fp32, bf16 or fp16."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

@@ -1,0 +1,103 @@
+"""A model into a folder of one of three formats, whole or not at all."""
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from src.core.errors import UserError
+from src.formats.card import model_card
+from src.formats.checkpoint import LoadedModel
+from src.formats.decoder_files import RECORD
+from src.formats.diffusers import write_diffusers
+from src.formats.diffusers_files import torch_dtype
+from src.formats.folder import write_folder
+from src.formats.official import write_official, write_own_statistics
+from src.formats.provenance import file_hashes, provenance, write_record
+
+log = logging.getLogger(__name__)
+
+Format = Literal["official", "diffusers", "folder"]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    format: Format
+    dtype: Literal["fp32", "bf16", "fp16"]
+    with_encoder: bool
+    """Of `folder`; `diffusers` always has it, `official` never."""
+    published_names: bool
+    """Of `diffusers`: name the encoder's parameters as transformers 4 does."""
+    overwrite: bool
+
+
+def export(
+    loaded: LoadedModel, output: Path, options: ExportOptions, score_files: Sequence[str | Path] = ()
+) -> list[str]:
+    """Write the export, its statistics, record and model card; returns what its user should know.
+
+    Raises:
+        UserError: something is at `output` already, it can't be written, or the format can't hold the model.
+    """
+    facts = provenance(loaded, score_files) | {"format": options.format, "dtype": options.dtype}
+    dtype = torch_dtype(options.dtype)
+    with new_folder(output, options.overwrite) as folder:
+        if options.format == "official":
+            remarks = write_official(loaded.rae, folder, dtype)
+        elif options.format == "diffusers":
+            remarks = write_diffusers(loaded.rae, folder, dtype, options.published_names)
+        else:
+            remarks = write_folder(loaded, folder, dtype, options.with_encoder)
+        write_own_statistics(loaded.rae, folder, loaded.description["encoder"])
+        hashes = file_hashes(folder)
+        write_record({**facts, "remarks": remarks, "files": hashes}, folder)
+        (folder / "README.md").write_text(model_card(loaded, options.format, options.dtype, facts, remarks, hashes))
+    if facts["untrained"]:
+        remarks = [f"UNTRAINED: {', '.join(facts['untrained'])}. The model card says so on top.", *remarks]
+    return remarks
+
+
+@contextmanager
+def new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder that takes its name only when the block ends without an error.
+
+    Raises:
+        UserError: it exists and is not to be overwritten, or is no export (then nobody knows what would be lost).
+    """
+    check_output(output, overwrite)
+    beside = output.with_name(f".{output.name}.{os.getpid()}.part")
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        if output.exists():
+            shutil.rmtree(output)
+        os.replace(beside, output)
+    except OSError as error:
+        raise UserError(
+            f"--output {output} can't be written: {error.strerror or error}. Choose a place with write permission "
+            "and room."
+        ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Said before the model is loaded, too."""
+    if output.is_file():
+        raise UserError(f"--output {output} is a file; give a folder, each format is one.")
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(
+            f"--output {output} exists and is not empty. Add --overwrite to replace an earlier export, or choose "
+            "another folder."
+        )
+    if not (output / RECORD).is_file():
+        raise UserError(
+            f"--output {output} holds no {RECORD}: it is no earlier export, so --overwrite does not delete it. "
+            "Choose another folder."
+        )

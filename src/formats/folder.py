@@ -1,0 +1,189 @@
+"""Our own self-contained folder: everything that a model is, in safetensors and JSON.
+
+    config.json          format, sizes, encoder (its identity and where it comes from), preprocessing
+    model.safetensors    decoder.*, and latent_mean, latent_var where the model has statistics
+    encoder/             with `with_encoder`: the encoder as transformers saves it
+
+Legend: C latent channels, h = w latent grid.
+"""
+
+import json
+import logging
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers.utils.logging import disable_progress_bar
+
+from src.core.errors import UserError
+from src.core.weights import freeze, load_strict, read
+from src.formats.checkpoint import LoadedModel
+from src.formats.decoder_files import FOLDER_FORMAT, FOLDER_VERSION, FOLDER_WEIGHTS, read_folder_config, read_record
+from src.formats.identity import is_untrained, require_same_encoder
+from src.models.rae import RAE, SOURCE_KEYS
+
+log = logging.getLogger(__name__)
+
+ENCODER = "encoder"
+_STATISTICS = ("latent_mean", "latent_var")
+
+
+def write_folder(
+    loaded: LoadedModel, folder: str | Path, dtype: torch.dtype = torch.float32, with_encoder: bool = False
+) -> list[str]:
+    """Write into an existing folder; returns remarks for whoever uses it.
+
+    Args:
+        dtype: of the decoder and the encoder; statistics stay float32.
+    """
+    rae, folder = loaded.rae, Path(folder)
+    params = _encoder_params(loaded, with_encoder)
+    config = {
+        "format": FOLDER_FORMAT,
+        "format_version": FOLDER_VERSION,
+        "model": {
+            "encoder_cls": type(rae.encoder).__name__,
+            "encoder_params": params,
+            "image_size": rae.geometry.image_size,
+            "decoder_patch_size": rae.geometry.decoder_patch,
+            "decoder_denormalize": rae.decoder_denormalize,
+            "train_positions": rae.decoder.decoder_pos_embed.requires_grad,
+            "noise_tau": rae.noise_tau,
+        },
+        "decoder": vars(rae.decoder.config),
+        "encoder": loaded.description["encoder"],
+        "image_mean": rae.image_mean.flatten().tolist(),
+        "image_std": rae.image_std.flatten().tolist(),
+    }
+    state = {
+        f"decoder.{name}": value.detach().to(dtype).cpu().contiguous().clone()
+        for name, value in rae.decoder.state_dict().items()
+    }
+    if rae.latent_mean is not None and rae.latent_var is not None:
+        state |= {"latent_mean": rae.latent_mean.cpu().clone(), "latent_var": rae.latent_var.cpu().clone()}
+    save_file(state, folder / FOLDER_WEIGHTS, metadata={"format": "pt"})
+    if with_encoder:
+        _write_encoder(rae, folder / ENCODER, dtype)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if with_encoder:
+        return []
+    source = next(params[key] for key in SOURCE_KEYS if key in params)
+    return [
+        f"The encoder is not in this folder: it is loaded from {source}, and compared with the one of the training."
+    ]
+
+
+def read_folder(folder: str | Path, encoder: str | None = None) -> LoadedModel:
+    """A frozen RAE from a folder that `write_folder` made.
+
+    Args:
+        encoder: hub id or folder of the encoder, where it is not at the stored place. Must be the same encoder.
+
+    Raises:
+        UserError: damaged or incomplete files, no encoder, or another one than in training.
+    """
+    folder = Path(folder)
+    config = read_folder_config(folder)
+    model, stored = config["model"], config["encoder"]
+    params = dict(model["encoder_params"])
+    key = next(key for key in SOURCE_KEYS if key in params)
+    inside = folder / ENCODER
+    if encoder is not None:
+        params[key] = encoder
+    elif params[key] is None:
+        params |= {key: str(inside)}
+    state = read(folder / FOLDER_WEIGHTS)
+    with tempfile.TemporaryDirectory(prefix="rae_decoder_") as place:
+        decoder = Path(place) / "config.json"
+        decoder.write_text(json.dumps(config["decoder"]))
+        rae = RAE(
+            encoder_cls=model["encoder_cls"],
+            encoder_config_path=params[key],
+            encoder_params=params,
+            decoder_config_path=decoder,
+            decoder_patch_size=model["decoder_patch_size"],
+            image_size=model["image_size"],
+            noise_tau=model["noise_tau"],
+            decoder_denormalize=model["decoder_denormalize"],
+            train_positions=model["train_positions"],
+        )
+    load_strict(rae.decoder, {n.removeprefix("decoder."): v for n, v in state.items() if n not in _STATISTICS}, folder)
+    if "latent_mean" in state:
+        _check_statistics(rae, state, folder)
+        rae.set_statistics(state["latent_mean"], state["latent_var"])
+    for name in ("image_mean", "image_std"):
+        getattr(rae, name).copy_(torch.tensor(config[name]).view(1, 3, 1, 1))
+    rae.encoder.untrained = is_untrained(stored)
+    if not _was_rounded(config, params[key], inside):
+        require_same_encoder(rae.encoder, stored, folder)
+    if rae.encoder.untrained:
+        log.warning("%s: its encoder is UNTRAINED: figures made with it say nothing of the method.", folder)
+    freeze(rae)
+    record = read_record(folder)
+    return LoadedModel(
+        rae,
+        {
+            "source": str(folder),
+            "weights": record.get("weights", "unknown"),
+            "step": record.get("step"),
+            "epoch": record.get("epoch"),
+            "encoder": stored,
+            "config": record.get("config"),
+        },
+    )
+
+
+def _encoder_params(loaded: LoadedModel, with_encoder: bool) -> dict[str, Any]:
+    """Arguments of the encoder's class; its place is null where the folder holds it."""
+    encoder = loaded.rae.encoder
+    config = (loaded.description.get("config") or {}).get("model") or {}
+    params: dict[str, Any] = dict(config.get("encoder_params") or loaded.description.get("encoder_params") or {})
+    key = next(
+        (key for key in SOURCE_KEYS if key in params),
+        "dinov2_path" if type(encoder).__name__ == "Dinov2withNorm" else "model_name",
+    )
+    params |= {
+        key: None if with_encoder else encoder.source,
+        "layers": list(encoder.layers),
+        "layer_fusion": encoder.layer_fusion,
+    }
+    if with_encoder:
+        params.pop("weights", None)
+        params.pop("seed", None)
+    elif Path(encoder.source).is_dir() and Path(encoder.source, "diffusion_pytorch_model.safetensors").is_file():
+        raise UserError(
+            "This model's encoder comes out of a diffusers folder and lies nowhere else: export with --with_encoder."
+        )
+    return params
+
+
+def _write_encoder(rae: RAE, folder: Path, dtype: torch.dtype) -> None:
+    state = {name: value.to(dtype) for name, value in rae.encoder.model.state_dict().items()}
+    disable_progress_bar()  # transformers shows one for a single shard
+    rae.encoder.model.save_pretrained(folder, state_dict=state)
+    means = {"image_mean": rae.image_mean.flatten().tolist(), "image_std": rae.image_std.flatten().tolist()}
+    (folder / "preprocessor_config.json").write_text(json.dumps(means) + "\n")
+
+
+def _was_rounded(config: Mapping[str, Any], source: str, inside: Path) -> bool:
+    """The folder's own encoder in half precision: its weights are the trained ones rounded, so no digest can agree."""
+    if source != str(inside):
+        return False
+    dtype = json.loads((inside / "config.json").read_text()).get("dtype")
+    rounded = dtype not in (None, "float32") or any(
+        v.dtype != torch.float32 for v in read(inside / FOLDER_WEIGHTS).values()
+    )
+    if rounded:
+        log.info(
+            "%s: the encoder is stored in half precision; it is not compared with the one of the training.", inside
+        )
+    return rounded
+
+
+def _check_statistics(rae: RAE, state: Mapping[str, Any], folder: Path) -> None:
+    for name in _STATISTICS:
+        if name not in state or tuple(state[name].shape) != rae.latent_shape:
+            raise UserError(f"{folder}: {name} is missing or not {rae.latent_shape}: the folder is damaged.")

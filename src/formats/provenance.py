@@ -1,0 +1,123 @@
+"""Where an exported model comes from: its run, its scores, the program that wrote it. Plain values, no private paths."""
+
+import importlib.metadata
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from src.core.assets.digests import file_digest
+from src.core.errors import UserError
+from src.core.run_names import git_state
+from src.core.weights import resolve
+from src.formats.checkpoint import LoadedModel
+from src.formats.decoder_files import RECORD, read_record
+from src.formats.identity import is_untrained
+
+log = logging.getLogger(__name__)
+
+_PACKAGES = ("torch", "transformers", "safetensors")
+_OF_RUN = (
+    "experiment_name",
+    "started",
+    "ended",
+    "status",
+    "git",
+    "packages",
+    "device",
+    "processes",
+    "data",
+    "resumed_from",
+    "warnings",
+    "result",
+)
+
+
+def provenance(loaded: LoadedModel, score_files: Sequence[str | Path] = ()) -> dict[str, Any]:
+    """What `rae_export.json` says. The run's record is taken from beside the checkpoint, where it still lies.
+
+    Raises:
+        UserError: a score file that is none.
+    """
+    description = loaded.description
+    source = Path(description["source"])
+    carried = read_record(source) if source.is_dir() else {}
+    run = _run_record(source) or carried.get("run")
+    if run is None:
+        log.warning("No run.json beside %s: the model card can't say how it was trained.", source)
+    values = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "source": source.name,
+        "source_sha256": file_digest(source, "sha256") if source.is_file() else None,
+        "weights": description["weights"],
+        "step": description.get("step"),
+        "epoch": description.get("epoch"),
+        "encoder": description["encoder"],
+        "untrained": untrained_parts(description, run),
+        "config": description.get("config"),
+        "run": run,
+        "scores": [_scores(path) for path in score_files] + list(carried.get("scores", [])),
+        "exporter": {"git": git_state(), "packages": {name: importlib.metadata.version(name) for name in _PACKAGES}},
+    }
+    return without_private_paths(values)
+
+
+def untrained_parts(description: Mapping[str, Any], run: Mapping[str, Any] | None) -> list[str]:
+    """Parts that were never trained, by name: whoever uses the model has to know."""
+    parts = ["encoder"] if is_untrained(description["encoder"]) else []
+    model = (description.get("config") or {}).get("model") or {}
+    if (model.get("lpips_arch") or {}).get("weights") == "untrained":
+        parts.append("LPIPS (a loss of the training)")
+    if ((model.get("disc_arch") or {}).get("arch") or {}).get("weights") == "untrained":
+        parts.append("the discriminator's trunk (a loss of the training)")
+    if description.get("step") == 0 or (run is not None and (run.get("result") or {}).get("step") == 0):
+        parts.append("decoder")
+    return parts
+
+
+def write_record(values: Mapping[str, Any], folder: Path) -> None:
+    (folder / RECORD).write_text(json.dumps(values, indent=2, default=str) + "\n")
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file below `folder`, by its path there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_digest(path, "sha256") for path in files}
+
+
+def without_private_paths(value: Any) -> Any:
+    """Absolute paths are cut down to their last part: exports are made to be handed on."""
+    if isinstance(value, Mapping):
+        return {str(key): without_private_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_private_paths(item) for item in value]
+    if isinstance(value, Path) or (isinstance(value, str) and value.startswith(("/", "~")) and "\n" not in value):
+        return Path(value).name
+    return value
+
+
+def _run_record(source: Path) -> dict[str, Any] | None:
+    for folder in (source.parent.parent, source.parent):
+        try:
+            content = json.loads((folder / "run.json").read_text())
+        except (OSError, ValueError):
+            continue
+        return {key: content[key] for key in _OF_RUN if key in content}
+    return None
+
+
+def _scores(path: str | Path) -> dict[str, Any]:
+    file = resolve(path)
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"--scores {path}: no such file. Expected the JSON that src/eval_rfid.py wrote.") from error
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--scores {path} is no readable JSON: {error}. Expected the one that src/eval_rfid.py wrote."
+        ) from error
+    if not isinstance(content, Mapping) or not isinstance(content.get("results"), list):
+        raise UserError(f"--scores {path} has no `results`; expected what `src/eval_rfid.py --json` wrote.")
+    return {"file": file.name, **content}

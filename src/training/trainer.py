@@ -1,0 +1,143 @@
+"""From the node `trainer:` to a Lightning Trainer: devices, strategy and precision as people write them."""
+
+import logging
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies.strategy import Strategy
+
+from src.core.errors import UserError
+from src.core.launch import Launch
+from src.training.checkpoint_io import AtomicCheckpointIO
+
+log = logging.getLogger(__name__)
+
+TAKEN_OVER = ("accumulate_grad_batches", "gradient_clip_val", "max_skipped_steps")
+"""Keys that the training module handles, since Lightning refuses them under manual optimisation."""
+_PRECISION = {
+    "32": "32-true", "32-true": "32-true", "fp32": "32-true",
+    "16": "16-mixed", "16-mixed": "16-mixed", "fp16": "16-mixed",
+    "bf16": "bf16-mixed", "bf16-mixed": "bf16-mixed",
+}  # fmt: skip
+
+
+def build_trainer(
+    config: dict[str, Any], launch: Launch, callbacks: list[Any], loggers: list[Any], root: str
+) -> pl.Trainer:
+    settings = {key: value for key, value in config.items() if key not in (*TAKEN_OVER, "_target_")}
+    on_gpu = _uses_gpu(settings["accelerator"])
+    distributed = _is_ddp(settings["strategy"]) or launch.world > 1
+    settings["accelerator"] = "gpu" if on_gpu else "cpu"
+    settings["devices"] = _devices(settings["devices"], on_gpu, distributed, launch)
+    settings["strategy"] = _strategy(distributed)
+    settings["precision"] = precision(settings["precision"], on_gpu)
+    _set_float32_products(settings.pop("float32_matmul_precision"), on_gpu, settings["precision"])
+    try:
+        return pl.Trainer(
+            **settings,
+            callbacks=callbacks,
+            logger=loggers,
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=root,
+            use_distributed_sampler=False,  # the data module's own order; Lightning's would shuffle evaluation
+            enable_checkpointing=any(isinstance(callback, pl.callbacks.Checkpoint) for callback in callbacks),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    except TypeError as error:
+        raise UserError(f"trainer: {error}. Keys are listed in configs/trainer/default.yaml.") from error
+    except (ValueError, pl.utilities.exceptions.MisconfigurationException) as error:
+        raise UserError(f"trainer: {error}") from error
+
+
+def precision(wanted: Any, on_gpu: bool) -> str:
+    """Lightning's name of it. fp16 on a CPU becomes bf16."""
+    name = _PRECISION.get(str(wanted))
+    if name is None:
+        raise UserError(f"trainer.precision={wanted}: expected 32, 16 or bf16.")
+    if name == "16-mixed" and not on_gpu:
+        log.info("trainer.precision=16: a CPU has no fp16 training, so it runs in bf16.")
+        name = "bf16-mixed"
+    if name == "bf16-mixed" and not on_gpu and (ratio := bf16_slowdown_on_cpu()) > 1.2:
+        log.warning(
+            "This CPU takes %.3g times as long for a bf16 matrix product as for a float32 one: it has no instructions for "
+            "it. trainer.precision=32 is faster here and more exact.",
+            ratio,
+        )
+    return name
+
+
+def bf16_slowdown_on_cpu(size: int = 256) -> float:
+    """Time of a bf16 matrix product over that of a float32 one, measured in some tens of milliseconds."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        a = torch.ones(size, size, dtype=dtype)
+        taken = []
+        for _ in range(4):
+            began = time.perf_counter()
+            a @ a
+            taken.append(time.perf_counter() - began)
+        return min(taken)
+
+    return seconds(torch.bfloat16) / seconds(torch.float32)
+
+
+def _set_float32_products(wanted: Any, on_gpu: bool, precision_name: str) -> None:
+    if wanted not in ("highest", "high"):
+        raise UserError(f"trainer.float32_matmul_precision={wanted}: expected highest (float32) or high (TF32).")
+    if not on_gpu:
+        return
+    torch.set_float32_matmul_precision(wanted)
+    if wanted == "highest" and precision_name == "32-true":
+        log.info(
+            "Float32 throughout. On a GPU trainer.float32_matmul_precision=high (TF32) or trainer.precision=bf16 is faster."
+        )
+
+
+def _uses_gpu(accelerator: str) -> bool:
+    available = torch.cuda.is_available()
+    if accelerator in ("gpu", "cuda") and not available:
+        raise UserError(
+            f"trainer.accelerator={accelerator}, but no CUDA device is visible. Use trainer=cpu, or check "
+            "CUDA_VISIBLE_DEVICES and nvidia-smi."
+        )
+    if accelerator not in ("auto", "gpu", "cuda", "cpu"):
+        raise UserError(f"trainer.accelerator={accelerator}: expected auto, gpu or cpu.")
+    return available and accelerator != "cpu"
+
+
+def _is_ddp(strategy: Any) -> bool:
+    if strategy not in ("auto", "ddp"):
+        raise UserError(
+            f"trainer.strategy={strategy}: expected auto or ddp. Sharded strategies are not offered: the frozen networks and "
+            "the decoder fit one GPU, and the adaptive weight needs whole gradients (docs/distributed.md)."
+        )
+    return strategy == "ddp"
+
+
+def _devices(wanted: Any, on_gpu: bool, distributed: bool, launch: Launch) -> Any:
+    import os
+
+    if launch.kind == "torchrun":
+        started = int(os.environ.get("LOCAL_WORLD_SIZE", launch.world))
+        if wanted not in ("auto", started, str(started)):
+            log.warning(
+                "trainer.devices=%s is ignored: torchrun started %d process(es) on this machine.", wanted, started
+            )
+        return started
+    if wanted != "auto":
+        return wanted
+    if launch.kind == "slurm":
+        return int(os.environ.get("SLURM_NTASKS_PER_NODE", "1") or 1)
+    return (torch.cuda.device_count() if on_gpu else 1) if distributed else 1
+
+
+def _strategy(distributed: bool) -> str | Strategy:
+    if not distributed:
+        return "auto"
+    # Every trained parameter gets a gradient in the one backward pass, so nothing has to search for unused ones; there
+    # are no buffers to exchange; gradients that are views of the buckets save a copy of the model.
+    return DDPStrategy(find_unused_parameters=False, broadcast_buffers=False, gradient_as_bucket_view=True)
