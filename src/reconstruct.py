@@ -170,8 +170,8 @@ def _run(options: Any) -> int:
 
 
 def _products(options: Any) -> Any:
+    from src.core.weights import DTYPES
     from src.evaluation.reconstruction import Products
-    from src.formats.diffusers_files import torch_dtype
 
     wanted = options.write or (
         [] if options.latents else ["images", "sheet", *([] if options.from_latents else ["scores"])]
@@ -182,7 +182,7 @@ def _products(options: Any) -> Any:
         scores="scores" in wanted,
         npz="npz" in wanted,
         latents=options.latents,
-        latents_dtype=torch_dtype(options.latents_dtype),
+        latents_dtype=DTYPES[options.latents_dtype],
         shard_bytes=options.shard_mb * 2**20,
     )
 

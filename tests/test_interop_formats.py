@@ -331,6 +331,64 @@ def test_truncated_weights_say_so(tmp_path):
             read(out)
 
 
+@pytest.mark.parametrize("absent", ["mean", "var"])
+def test_statistics_without_a_part_are_zero_or_one_and_are_written_back_as_they_were(tmp_path, absent):
+    """The released DINOv2-B statistics have `mean: None`."""
+    rae = tiny_rae(tmp_path, image_size=256, statistics=True)
+    setattr(rae, f"latent_{absent}", None)
+    z = rae.encode_raw(torch.rand(1, 3, 256, 256))
+    mean, var = (
+        (z.new_zeros(1) if absent == "mean" else rae.latent_mean),
+        (z.new_ones(1) if absent == "var" else rae.latent_var),
+    )
+    whole = (z - mean) / (var + 1e-5).sqrt()
+    assert (rae.normalize(z) - whole).abs().max() < 1e-4 and (rae.denormalize(rae.normalize(z)) - z).abs().max() < 1e-4
+    for name, write, read in (
+        ("official", lambda p: write_official(rae, p), lambda p: again(rae, tmp_path, statistics=p / "stats.pt")),
+        ("folder", lambda p: write_folder(loaded(rae), p), lambda p: read_folder(p).rae),
+        ("diffusers", lambda p: write_diffusers(rae, p), lambda p: read_diffusers(p).rae),
+    ):
+        out = tmp_path / name
+        out.mkdir()
+        write(out)
+        write_own_statistics(rae, out, rae.encoder.identity())
+        assert torch.load(out / "stats.pt", weights_only=True)[absent] is None
+        back = read(out)
+        assert getattr(back, f"latent_{absent}") is None, name
+        assert torch.equal(back.normalize(z), rae.normalize(z)), name
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("mean", lambda t: t.fill_(torch.nan), "`mean` holds numbers that are complex, NaN or infinite"),
+        ("var", lambda t: t.index_fill(0, torch.tensor([1]), torch.inf), "`var` holds numbers"),
+        ("var", lambda t: t - 1, "`var` is negative"),
+        ("var", lambda t: t * 0, "`var` is zero everywhere"),
+        ("var", lambda t: t + 0j, "complex"),
+        ("mean", lambda t: t[:1], "`mean` is"),
+        ("mean", lambda t: "text", "`mean` is str"),
+    ],
+)
+def test_bad_statistics_are_refused(tmp_path, name, change, message):
+    rae = tiny_rae(tmp_path, statistics=True)
+    content = {"mean": rae.latent_mean.clone(), "var": rae.latent_var.clone()}
+    torch.save(content | {name: change(content[name])}, tmp_path / "stats.pt")
+    with pytest.raises(UserError, match=message):
+        again(rae, tmp_path, statistics=tmp_path / "stats.pt")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "no readable JSON"), ("[1]", "holds a JSON list"), ("{}", "`decoder` is missing"), ('{"model": 3, "decoder": {}, "encoder": {}}', "`model` is 3"), ("[" * 10**5, "no readable JSON")],
+    ids=["empty", "list", "no keys", "wrong type", "deep"],
+)  # fmt: skip
+def test_damaged_json_is_one_message(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_folder(tmp_path)
+
+
 def test_statistics_of_another_encoder_or_size(tmp_path):
     rae = tiny_rae(tmp_path, statistics=True)
     other = rae.encoder.identity() | {"weights": "untrained 0"}

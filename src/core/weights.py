@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from src.core.errors import UserError
+from src.core.files import replacing
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 Weights = Literal["pretrained", "untrained"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Float types by the names that options use."""
 
 
 def resolve(path: str | Path) -> Path:
@@ -55,6 +58,12 @@ def read(path: str | Path) -> Any:
             f"{path} ({path.stat().st_size:,} bytes) can't be read as a weights file: {_first_line(error)}. "
             "It may be cut short; download or copy it again."
         ) from error
+
+
+def write(content: Any, path: str | Path) -> None:
+    """Save plain containers and tensors as torch does, atomically."""
+    with replacing(path) as file:
+        torch.save(content, file)
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:

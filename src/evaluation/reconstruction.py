@@ -84,7 +84,7 @@ def reconstruct(
         UserError: no image that can be decoded, or latents asked for in a scale that the model does not have.
     """
     rae = loaded.rae
-    if products.latents == "normalized" and rae.latent_mean is None:
+    if products.latents == "normalized" and not rae.has_statistics:
         raise UserError(
             "--latents normalized: the model has no latent statistics. Use --latents raw, or give statistics "
             "(--stats, or an export that has them)."
@@ -268,9 +268,11 @@ def _latent_facts(loaded: LoadedModel, products: Products) -> dict[str, Any]:
 
 def statistics_digest(rae: RAE) -> str | None:
     """16 hex digits of the mean and variance that latents are normalised with; None without."""
-    if rae.latent_mean is None or rae.latent_var is None:
+    if not rae.has_statistics:
         return None
-    data = torch.stack([rae.latent_mean, rae.latent_var]).float().cpu().contiguous().numpy().tobytes()
+    mean = torch.zeros(rae.latent_shape) if rae.latent_mean is None else rae.latent_mean
+    var = torch.ones(rae.latent_shape) if rae.latent_var is None else rae.latent_var
+    data = torch.stack([mean, var]).float().cpu().contiguous().numpy().tobytes()
     return hashlib.sha256(data).hexdigest()[:16]
 
 

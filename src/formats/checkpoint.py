@@ -4,12 +4,12 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from src.core.errors import UserError
 from src.core.weights import freeze, load_strict, read, resolve
 from src.formats.checkpoint_content import FORMAT_VERSION, RAESettings
-from src.formats.identity import require_same_encoder
+from src.models.frozen_encoder import require_same_encoder
 from src.models.rae import RAE
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,14 @@ class LoadedModel:
     rae: RAE
     description: dict[str, Any]
     """Plain values: source, weights, step, epoch, encoder identity; `config` is the whole configuration of its run."""
+
+    @classmethod
+    def of(cls, rae: RAE, source: object, encoder: Mapping[str, Any], facts: Mapping[str, Any]) -> Self:
+        """Describe a model by what a checkpoint or the record of an export says; what `facts` lacks is unknown."""
+        known = {name: facts.get(name) for name in ("step", "epoch", "config")}
+        return cls(
+            rae, {"source": str(source), "weights": facts.get("weights", "unknown"), "encoder": encoder, **known}
+        )
 
 
 def load_trained(path: str | Path, which: Which = "ema", changes: Mapping[str, Any] | None = None) -> LoadedModel:
@@ -55,18 +63,10 @@ def load_trained(path: str | Path, which: Which = "ema", changes: Mapping[str, A
     prefix = _PREFIX[which]
     decoder = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     load_strict(rae.decoder, decoder, file)
-    if "rae.latent_mean" in state:
-        rae.set_statistics(state["rae.latent_mean"], state["rae.latent_var"])
+    rae.set_statistics(state.get("rae.latent_mean"), state.get("rae.latent_var"))
     freeze(rae)
-    description = {
-        "source": str(file),
-        "weights": which,
-        "step": content["global_step"],
-        "epoch": content["epoch"],
-        "encoder": dict(stored),
-        "config": content["config"],
-    }
-    return LoadedModel(rae, description)
+    facts = {"weights": which, "step": content["global_step"], "epoch": content["epoch"], "config": content["config"]}
+    return LoadedModel.of(rae, file, dict(stored), facts)
 
 
 def _existing(path: str | Path) -> Path:

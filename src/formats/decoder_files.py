@@ -1,17 +1,15 @@
-"""Decoder weights and latent statistics, whichever form they came in.
+"""Read decoder weights and latent statistics in any form.
 
     official      a state dict with the published names (`model.pt`); an official training checkpoint (its `ema`)
     checkpoint    .ckpt of this trainer (its averaged decoder)
     folder        ours, from `src/export.py --format folder`
     diffusers     an `AutoencoderRAE` folder
 
-The official names are those of our decoder, so its table is the identity; diffusers' table is in `diffusers_files`. This
-lies in `src/models` rather than in `src/interop` because RAE itself reads them and imports point downward.
+The official names are those of our decoder, so its table is the identity; diffusers' table is in `diffusers_layout`.
 
 Legend: C latent channels, h = w latent grid.
 """
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,8 +19,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from src.core.errors import UserError
+from src.core.json_files import read_json
 from src.core.weights import load_strict, read, require, resolve
-from src.formats import diffusers_files
+from src.formats import diffusers_layout
 from src.models.decoder import ViTDecoder, sincos_positions
 from src.models.frozen_encoder import identity_differences
 from src.models.positions import fit_positions
@@ -56,24 +55,21 @@ class DecoderFile:
 
 
 def kind_of(path: str | Path, key: str) -> tuple[Kind | None, Path]:
-    """What a folder is, and the folder; a file inside an export stands for it. (None, file) for any other file.
+    """Return what a folder is, and the folder; a file inside an export stands for it. (None, file) for any other file.
 
     Raises:
         UserError: nothing there, or a folder of another kind. `key` is the config key or option that named it.
     """
     place = resolve(path)
     if (
-        place.name in (FOLDER_WEIGHTS, diffusers_files.WEIGHTS, "config.json")
+        place.name in (FOLDER_WEIGHTS, diffusers_layout.WEIGHTS, "config.json")
         and (place.parent / "config.json").is_file()
     ):
         place = place.parent
     if not place.is_dir():
         return None, require(path, "Decoder, export or checkpoint", key)
-    try:
-        config = json.loads((place / "config.json").read_text())
-    except (OSError, ValueError):
-        config = {}
-    if config.get("_class_name") == diffusers_files.CLASS:
+    config = read_json(place / "config.json") if (place / "config.json").is_file() else {}
+    if config.get("_class_name") == diffusers_layout.CLASS:
         return "diffusers", place
     if config.get("format") == FOLDER_FORMAT:
         if config.get("format_version") != FOLDER_VERSION:
@@ -85,12 +81,12 @@ def kind_of(path: str | Path, key: str) -> tuple[Kind | None, Path]:
     raise UserError(
         f"{key}={path} is a folder with {found}. Expected a decoder file (.pt, .ckpt, .safetensors), a folder "
         "written by "
-        f"`src/export.py --format folder`, or a diffusers {diffusers_files.CLASS} folder."
+        f"`src/export.py --format folder`, or a diffusers {diffusers_layout.CLASS} folder."
     )
 
 
 def read_decoder(path: str | Path, key: str = "model.pretrained_decoder_path") -> DecoderFile:
-    """A decoder in any of the four forms.
+    """Read a decoder in any of the four forms.
 
     Raises:
         UserError: missing, unreadable or cut short, or no decoder at all.
@@ -117,7 +113,7 @@ def read_decoder(path: str | Path, key: str = "model.pretrained_decoder_path") -
 
 
 def load_decoder(decoder: ViTDecoder, path: str | Path, denormalize: bool, encoder: Mapping[str, Any]) -> None:
-    """Put a decoder in any form into `decoder`, strictly. For another grid the positions follow `models/positions.py`.
+    """Load a decoder in any form into `decoder`, strictly. For another grid the positions follow `models/positions.py`.
 
     Args:
         denormalize: `decoder_denormalize` of the model; must be what the file says, where it says so.
@@ -152,7 +148,7 @@ def load_decoder(decoder: ViTDecoder, path: str | Path, denormalize: bool, encod
 
 
 def read_statistics_content(path: str | Path) -> tuple[Any, Path]:
-    """What a statistics file says (`mean`, `var`, perhaps `encoder`), or what an export or a checkpoint holds of it."""
+    """Return what a statistics file says (`mean`, `var`, perhaps `encoder`), or what an export or a checkpoint holds of it."""
     place = resolve(path)
     if not place.is_dir():
         file = require(path, "Latent statistics", "model.normalization_stat_path")
@@ -164,49 +160,39 @@ def read_statistics_content(path: str | Path) -> tuple[Any, Path]:
                 "var": state.get("rae.latent_var"),
                 "encoder": content["encoder"],
             }
-            _require_statistics(content["mean"], file)
+            _require_statistics(content["var"] if content["mean"] is None else content["mean"], file)
         return content, file
     kind, place = kind_of(path, "model.normalization_stat_path")
     if (place / STATISTICS).is_file():
         return read(place / STATISTICS), place / STATISTICS
-    state = diffusers_files.read_weights(place) if kind == "diffusers" else {}
-    found = diffusers_files.statistics(state, place)
+    state = diffusers_layout.read_weights(place) if kind == "diffusers" else {}
+    found = diffusers_layout.statistics(state, place)
     _require_statistics(found, place)
     assert found is not None
     return {"mean": found[0], "var": found[1]}, place
 
 
 def read_folder_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of our own folder."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: config.json can't be read: {error}") from error
-    if missing := {"model", "decoder", "encoder"} - config.keys():
-        raise UserError(
-            f"{folder}/config.json lacks {sorted(missing)}: it is damaged or not from `src/export.py --format folder`."
-        )
-    return config
+    """Return `config.json` of our own folder."""
+    remedy = "It is damaged or not from `src/export.py --format folder`."
+    return read_json(folder / "config.json", remedy, model=dict, decoder=dict, encoder=dict)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What `src/export.py` noted beside an export; empty for folders of others."""
-    try:
-        return json.loads((folder / RECORD).read_text())
-    except (OSError, ValueError):
-        return {}
+    """Return what `src/export.py` noted beside an export; empty for folders of others."""
+    return read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
 
 
 def _from_diffusers(folder: Path) -> DecoderFile:
-    config = diffusers_files.read_config(folder)
-    state = diffusers_files.DECODER.to_ours(_below(diffusers_files.read_weights(folder), "decoder."))
-    state[_POSITIONS] = sincos_positions(config["decoder_hidden_size"], diffusers_files.grid(config))[None]
+    config = diffusers_layout.read_config(folder)
+    state = diffusers_layout.DECODER.to_ours(_below(diffusers_layout.read_weights(folder), "decoder."))
+    state[_POSITIONS] = sincos_positions(config["decoder_hidden_size"], diffusers_layout.grid(config))[None]
     encoder = read_record(folder).get("encoder") or {}
-    return DecoderFile(folder, "diffusers", state, diffusers_files.decoder_config(config), True, encoder)
+    return DecoderFile(folder, "diffusers", state, diffusers_layout.decoder_config(config), True, encoder)
 
 
 def _official(content: Any, file: Path) -> dict[str, Tensor]:
-    """The state dict of an official decoder file, or the averaged decoder of an official training checkpoint."""
+    """Return the state dict of an official decoder file, or the averaged decoder of an official training checkpoint."""
     if isinstance(content, Mapping) and {"mean", "var"} <= content.keys():
         raise UserError(
             f"{file} holds latent statistics, not a decoder: it belongs to model.normalization_stat_path (--stats)."

@@ -1,4 +1,4 @@
-"""diffusers' `AutoencoderRAE` folders, written and read without diffusers. Tested against diffusers 0.42.1.
+"""Write and read diffusers' `AutoencoderRAE` folders without diffusers. Tested against diffusers 0.42.1.
 
     config.json                              sizes, preprocessing, latent statistics as lists
     diffusion_pytorch_model.safetensors      encoder.*, decoder.*, encoder_mean, encoder_std, _latents_mean, _latents_std
@@ -22,11 +22,11 @@ from torch import Tensor
 
 from src.core.errors import UserError
 from src.core.weights import freeze, read
-from src.formats import diffusers_files
+from src.formats import diffusers_layout
 from src.formats.checkpoint import LoadedModel
 from src.formats.decoder_files import STATISTICS, read_record
-from src.formats.diffusers_encoders import FAMILIES, HEAD_WIDTH, Family
-from src.models.frozen_encoder import FrozenEncoder
+from src.formats.diffusers_layout import FAMILIES, HEAD_WIDTH, Family
+from src.models.frozen_encoder import FrozenEncoder, is_untrained
 from src.models.positions import are_fixed
 from src.models.rae import RAE
 
@@ -41,7 +41,7 @@ VERSION = "0.42.1"
 
 
 def obstacles(rae: RAE) -> list[str]:
-    """Why diffusers can't express this model; empty where it can."""
+    """Return why diffusers can't express this model; empty where it can."""
     encoder, grid = rae.encoder, rae.geometry.grid
     family = next((f for f in FAMILIES if f.encoder_cls == type(encoder).__name__), None)
     found = []
@@ -107,24 +107,19 @@ def write_diffusers(
     }
     state |= {"decoder." + name: value.to(dtype) for name, value in _decoder_out(rae).items()}
     mean, std = _statistics_out(rae)
-    state |= {"encoder_mean": rae.image_mean, "encoder_std": rae.image_std, "_latents_mean": mean, "_latents_std": std}
-    state = {
-        name: value.detach().float().cpu().contiguous()
-        if name.startswith(("_", "encoder_"))
-        else value.detach().cpu().contiguous()
-        for name, value in state.items()
-    }
-    save_file(state, Path(folder) / diffusers_files.WEIGHTS, metadata={"format": "pt"})
+    plain = {"encoder_mean": rae.image_mean, "encoder_std": rae.image_std, "_latents_mean": mean, "_latents_std": std}
+    state |= {name: value.float() for name, value in plain.items()}
+    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    save_file(state, Path(folder) / diffusers_layout.WEIGHTS, metadata={"format": "pt"})
     (Path(folder) / "config.json").write_text(json.dumps(_config_out(rae, family), indent=1) + "\n")
     return _remarks(family, published_names)
 
 
 def _config_out(rae: RAE, family: Family) -> dict[str, Any]:
-    has_statistics = rae.latent_mean is not None
     mean, std = _statistics_out(rae)
     config, decoder = rae.encoder.model.config, rae.decoder.config
     return {
-        "_class_name": diffusers_files.CLASS,
+        "_class_name": diffusers_layout.CLASS,
         "_diffusers_version": VERSION,
         "encoder_type": family.name,
         "encoder_hidden_size": config.hidden_size,
@@ -140,8 +135,8 @@ def _config_out(rae: RAE, family: Family) -> dict[str, Any]:
         "num_channels": 3,
         "encoder_norm_mean": rae.image_mean.flatten().tolist(),
         "encoder_norm_std": rae.image_std.flatten().tolist(),
-        "latents_mean": mean.tolist() if has_statistics else None,
-        "latents_std": std.tolist() if has_statistics else None,
+        "latents_mean": mean.tolist() if rae.has_statistics else None,
+        "latents_std": std.tolist() if rae.has_statistics else None,
         "noise_tau": 0.0,  # diffusers adds noise in train mode; a trained decoder is used without
         "reshape_to_2d": True,
         "use_encoder_loss": False,
@@ -157,16 +152,19 @@ def _encoder_out(encoder: FrozenEncoder, family: Family, published_names: bool) 
 
 
 def _decoder_out(rae: RAE) -> dict[str, Tensor]:
-    state = diffusers_files.DECODER.to_theirs(rae.decoder.state_dict())
+    state = diffusers_layout.DECODER.to_theirs(rae.decoder.state_dict())
     del state["decoder_pos_embed"]
     return state
 
 
 def _statistics_out(rae: RAE) -> tuple[Tensor, Tensor]:
-    """mean and std, C x h x w, such that (z - mean) / (std + 1e-5) is the official normalisation."""
-    if rae.latent_mean is None or rae.latent_var is None:
-        return diffusers_files.no_statistics()
-    return rae.latent_mean.float().cpu(), diffusers_files.std_from_var(rae.latent_var)
+    """Return mean and std, C x h x w, such that (z - mean) / (std + 1e-5) is the official normalisation."""
+    if not rae.has_statistics:
+        return diffusers_layout.no_statistics()
+    mean = torch.zeros(rae.latent_shape) if rae.latent_mean is None else rae.latent_mean.float().cpu()
+    return mean, diffusers_layout.std_from_var(
+        torch.ones(rae.latent_shape) if rae.latent_var is None else rae.latent_var
+    )
 
 
 def _remarks(family: Family, published_names: bool) -> list[str]:
@@ -185,28 +183,26 @@ def _remarks(family: Family, published_names: bool) -> list[str]:
 
 
 def read_diffusers(folder: str | Path) -> LoadedModel:
-    """A frozen RAE from an `AutoencoderRAE` folder, encoder included; parameter names of transformers 4 or 5.
+    """Return a frozen RAE from an `AutoencoderRAE` folder, encoder included; parameter names of transformers 4 or 5.
 
     Raises:
         UserError: no such folder, another class, unreadable or incomplete files, options that ours does not have.
     """
     folder = Path(folder)
-    config = diffusers_files.read_config(folder)
+    config = diffusers_layout.read_config(folder)
     family = next((f for f in FAMILIES if f.name == config["encoder_type"]), None)
     if family is None:
         raise UserError(
             f"{folder}: encoder_type={config['encoder_type']!r}; known: {', '.join(f.name for f in FAMILIES)}."
         )
-    state = diffusers_files.read_weights(folder)
+    state = diffusers_layout.read_weights(folder)
     with tempfile.TemporaryDirectory(prefix="rae_encoder_") as place:
-        source = Path(place)
-        _write_encoder(source, family, config, state)
-        (source / "decoder.json").write_text(json.dumps(diffusers_files.decoder_config(config)))
+        _write_encoder(Path(place), family, config, state)
         rae = RAE(
             encoder_cls=family.encoder_cls,
-            encoder_config_path=str(source),
-            encoder_params={family.source_key: str(source)},
-            decoder_config_path=source / "decoder.json",
+            encoder_config_path=place,
+            encoder_params={family.source_key: place},
+            decoder_config_path=diffusers_layout.decoder_config(config),
             decoder_patch_size=config["patch_size"],
             encoder_input_size=config["encoder_input_size"],
             pretrained_decoder_path=folder,
@@ -215,37 +211,32 @@ def read_diffusers(folder: str | Path) -> LoadedModel:
     rae.encoder.source = str(folder)
     freeze(rae)
     if (statistics := _statistics_in(folder, state)) is not None:
-        rae.set_statistics(*(values.expand(rae.latent_shape).clone() for values in statistics))
+        rae.set_statistics(*(v if v is None else v.expand(rae.latent_shape).clone() for v in statistics))
     record = read_record(folder)
     encoder = record.get("encoder") or rae.encoder.identity()
-    rae.encoder.untrained = str(encoder["weights"]).startswith("untrained")
-    description = {
-        "source": str(folder),
-        "weights": record.get("weights", "unknown"),
-        "step": record.get("step"),
-        "epoch": record.get("epoch"),
-        "encoder": encoder,
-        "config": record.get("config"),
-    }
-    return LoadedModel(rae, description)
+    rae.encoder.untrained = is_untrained(encoder)
+    return LoadedModel.of(rae, folder, encoder, record)
 
 
-def _statistics_in(folder: Path, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
-    """mean and var; the exact ones of `stats.pt` where it lies beside and agrees with the rounded ones in the weights."""
-    found = diffusers_files.statistics(state, folder)
+def _statistics_in(folder: Path, state: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None] | None:
+    """Return mean and var; the exact ones of `stats.pt` where it lies beside and agrees with the rounded ones in the weights."""
+    found = diffusers_layout.statistics(state, folder)
     if found is None or not (folder / STATISTICS).is_file():
         return found
     exact = read(folder / STATISTICS)
-    if not torch.equal(exact["mean"].float(), found[0]) or not torch.equal(
-        diffusers_files.std_from_var(exact["var"]), state["_latents_std"]
-    ):
+    mean, var = exact["mean"], exact["var"]
+    rounded = (
+        torch.zeros_like(found[0]) if mean is None else mean.float(),
+        diffusers_layout.std_from_var(torch.ones_like(found[1]) if var is None else var),
+    )
+    if not torch.equal(rounded[0], found[0]) or not torch.equal(rounded[1], state["_latents_std"]):
         log.warning("%s: %s does not belong to the weights beside it; it is ignored.", folder, STATISTICS)
         return found
-    return exact["mean"], exact["var"]
+    return mean, var
 
 
 def _write_encoder(place: Path, family: Family, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """The encoder as a folder that transformers loads, which is how our classes take their weights."""
+    """Write the encoder as a folder that transformers loads, which is how our classes take their weights."""
     width = config["encoder_hidden_size"]
     names = family.names
     found = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}

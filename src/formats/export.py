@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 from src.core.errors import UserError
+from src.core.weights import DTYPES
 from src.formats.card import model_card
 from src.formats.checkpoint import LoadedModel
 from src.formats.decoder_files import RECORD
 from src.formats.diffusers import write_diffusers
-from src.formats.diffusers_files import torch_dtype
 from src.formats.folder import write_folder
 from src.formats.official import write_official, write_own_statistics
 from src.formats.provenance import file_hashes, provenance, write_record
@@ -44,7 +44,7 @@ def export(
         UserError: something is at `output` already, it can't be written, or the format can't hold the model.
     """
     facts = provenance(loaded, score_files) | {"format": options.format, "dtype": options.dtype}
-    dtype = torch_dtype(options.dtype)
+    dtype = DTYPES[options.dtype]
     with new_folder(output, options.overwrite) as folder:
         if options.format == "official":
             remarks = write_official(loaded.rae, folder, dtype)
@@ -53,9 +53,9 @@ def export(
         else:
             remarks = write_folder(loaded, folder, dtype, options.with_encoder)
         write_own_statistics(loaded.rae, folder, loaded.description["encoder"])
-        hashes = file_hashes(folder)
-        write_record({**facts, "remarks": remarks, "files": hashes}, folder)
-        (folder / "README.md").write_text(model_card(loaded, options.format, options.dtype, facts, remarks, hashes))
+        facts |= {"remarks": remarks, "files": file_hashes(folder)}
+        write_record(facts, folder)
+        (folder / "README.md").write_text(model_card(loaded.rae, facts))
     if facts["untrained"]:
         remarks = [f"UNTRAINED: {', '.join(facts['untrained'])}. The model card says so on top.", *remarks]
     return remarks

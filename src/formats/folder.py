@@ -1,4 +1,4 @@
-"""Our own self-contained folder: everything that a model is, in safetensors and JSON.
+"""Write and read our own self-contained folder: everything that a model is, in safetensors and JSON.
 
     config.json          format, sizes, encoder (its identity and where it comes from), preprocessing
     model.safetensors    decoder.*, and latent_mean, latent_var where the model has statistics
@@ -9,7 +9,6 @@ Legend: C latent channels, h = w latent grid.
 
 import json
 import logging
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,12 @@ from safetensors.torch import save_file
 from transformers.utils.logging import disable_progress_bar
 
 from src.core.errors import UserError
+from src.core.json_files import read_json
 from src.core.weights import freeze, load_strict, read
 from src.formats.checkpoint import LoadedModel
 from src.formats.decoder_files import FOLDER_FORMAT, FOLDER_VERSION, FOLDER_WEIGHTS, read_folder_config, read_record
-from src.formats.identity import is_untrained, require_same_encoder
-from src.models.rae import RAE, SOURCE_KEYS
+from src.models.frozen_encoder import is_untrained, require_same_encoder
+from src.models.rae import RAE, SOURCE_KEYS, statistics_problem
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +62,7 @@ def write_folder(
         f"decoder.{name}": value.detach().to(dtype).cpu().contiguous().clone()
         for name, value in rae.decoder.state_dict().items()
     }
-    if rae.latent_mean is not None and rae.latent_var is not None:
-        state |= {"latent_mean": rae.latent_mean.cpu().clone(), "latent_var": rae.latent_var.cpu().clone()}
+    state |= {name: value.cpu().clone() for name in _STATISTICS if (value := getattr(rae, name)) is not None}
     save_file(state, folder / FOLDER_WEIGHTS, metadata={"format": "pt"})
     if with_encoder:
         _write_encoder(rae, folder / ENCODER, dtype)
@@ -77,7 +76,7 @@ def write_folder(
 
 
 def read_folder(folder: str | Path, encoder: str | None = None) -> LoadedModel:
-    """A frozen RAE from a folder that `write_folder` made.
+    """Return a frozen RAE from a folder that `write_folder` made.
 
     Args:
         encoder: hub id or folder of the encoder, where it is not at the stored place. Must be the same encoder.
@@ -96,48 +95,29 @@ def read_folder(folder: str | Path, encoder: str | None = None) -> LoadedModel:
     elif params[key] is None:
         params |= {key: str(inside)}
     state = read(folder / FOLDER_WEIGHTS)
-    with tempfile.TemporaryDirectory(prefix="rae_decoder_") as place:
-        decoder = Path(place) / "config.json"
-        decoder.write_text(json.dumps(config["decoder"]))
-        rae = RAE(
-            encoder_cls=model["encoder_cls"],
-            encoder_config_path=params[key],
-            encoder_params=params,
-            decoder_config_path=decoder,
-            decoder_patch_size=model["decoder_patch_size"],
-            image_size=model["image_size"],
-            noise_tau=model["noise_tau"],
-            decoder_denormalize=model["decoder_denormalize"],
-            train_positions=model["train_positions"],
-        )
+    rae = RAE(
+        encoder_config_path=params[key], encoder_params=params, decoder_config_path=config["decoder"],
+        **{name: value for name, value in model.items() if name != "encoder_params"},
+    )  # fmt: skip
     load_strict(rae.decoder, {n.removeprefix("decoder."): v for n, v in state.items() if n not in _STATISTICS}, folder)
-    if "latent_mean" in state:
-        _check_statistics(rae, state, folder)
-        rae.set_statistics(state["latent_mean"], state["latent_var"])
+    if statistics := {name: state[name] for name in _STATISTICS if name in state}:
+        mean, var = (statistics.get(name) for name in _STATISTICS)
+        if problem := statistics_problem(mean, var, rae.latent_shape):
+            raise UserError(f"{folder}: {problem} The folder is damaged.")
+        rae.set_statistics(mean, var)
     for name in ("image_mean", "image_std"):
         getattr(rae, name).copy_(torch.tensor(config[name]).view(1, 3, 1, 1))
     rae.encoder.untrained = is_untrained(stored)
     if not _was_rounded(config, params[key], inside):
         require_same_encoder(rae.encoder, stored, folder)
     if rae.encoder.untrained:
-        log.warning("%s: its encoder is UNTRAINED: figures made with it say nothing of the method.", folder)
+        log.warning("%s: its encoder is UNTRAINED: random weights, not a result.", folder)
     freeze(rae)
-    record = read_record(folder)
-    return LoadedModel(
-        rae,
-        {
-            "source": str(folder),
-            "weights": record.get("weights", "unknown"),
-            "step": record.get("step"),
-            "epoch": record.get("epoch"),
-            "encoder": stored,
-            "config": record.get("config"),
-        },
-    )
+    return LoadedModel.of(rae, folder, stored, read_record(folder))
 
 
 def _encoder_params(loaded: LoadedModel, with_encoder: bool) -> dict[str, Any]:
-    """Arguments of the encoder's class; its place is null where the folder holds it."""
+    """Return the arguments of the encoder's class; its place is null where the folder holds it."""
     encoder = loaded.rae.encoder
     config = (loaded.description.get("config") or {}).get("model") or {}
     params: dict[str, Any] = dict(config.get("encoder_params") or loaded.description.get("encoder_params") or {})
@@ -169,10 +149,10 @@ def _write_encoder(rae: RAE, folder: Path, dtype: torch.dtype) -> None:
 
 
 def _was_rounded(config: Mapping[str, Any], source: str, inside: Path) -> bool:
-    """The folder's own encoder in half precision: its weights are the trained ones rounded, so no digest can agree."""
+    """Return whether the folder's own encoder is in half precision: its weights are rounded, so no digest can agree."""
     if source != str(inside):
         return False
-    dtype = json.loads((inside / "config.json").read_text()).get("dtype")
+    dtype = read_json(inside / "config.json").get("dtype")
     rounded = dtype not in (None, "float32") or any(
         v.dtype != torch.float32 for v in read(inside / FOLDER_WEIGHTS).values()
     )
@@ -181,9 +161,3 @@ def _was_rounded(config: Mapping[str, Any], source: str, inside: Path) -> bool:
             "%s: the encoder is stored in half precision; it is not compared with the one of the training.", inside
         )
     return rounded
-
-
-def _check_statistics(rae: RAE, state: Mapping[str, Any], folder: Path) -> None:
-    for name in _STATISTICS:
-        if name not in state or tuple(state[name].shape) != rae.latent_shape:
-            raise UserError(f"{folder}: {name} is missing or not {rae.latent_shape}: the folder is damaged.")

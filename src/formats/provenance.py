@@ -1,5 +1,6 @@
-"""Where an exported model comes from: its run, its scores, the program that wrote it. Plain values, no private paths."""
+"""Collect where an exported model comes from: its run, its scores, the program that wrote it. Plain values, no private paths."""
 
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -8,35 +9,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from src.core.assets.digests import file_digest
-from src.core.errors import UserError
+from src.core.json_files import read_json
 from src.core.run_names import git_state
 from src.core.weights import resolve
 from src.formats.checkpoint import LoadedModel
 from src.formats.decoder_files import RECORD, read_record
-from src.formats.identity import is_untrained
+from src.models.frozen_encoder import is_untrained
 
 log = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "transformers", "safetensors")
-_OF_RUN = (
-    "experiment_name",
-    "started",
-    "ended",
-    "status",
-    "git",
-    "packages",
-    "device",
-    "processes",
-    "data",
-    "resumed_from",
-    "warnings",
-    "result",
-)
+_OF_RUN = ("experiment_name", "started", "ended", "status", "git", "packages", "device", "processes", "data",
+           "resumed_from", "warnings", "result")  # fmt: skip
 
 
 def provenance(loaded: LoadedModel, score_files: Sequence[str | Path] = ()) -> dict[str, Any]:
-    """What `rae_export.json` says. The run's record is taken from beside the checkpoint, where it still lies.
+    """Return what `rae_export.json` says. The run's record is taken from beside the checkpoint, where it still lies.
 
     Raises:
         UserError: a score file that is none.
@@ -50,7 +38,7 @@ def provenance(loaded: LoadedModel, score_files: Sequence[str | Path] = ()) -> d
     values = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "source": source.name,
-        "source_sha256": file_digest(source, "sha256") if source.is_file() else None,
+        "source_sha256": _sha256(source) if source.is_file() else None,
         "weights": description["weights"],
         "step": description.get("step"),
         "epoch": description.get("epoch"),
@@ -65,7 +53,7 @@ def provenance(loaded: LoadedModel, score_files: Sequence[str | Path] = ()) -> d
 
 
 def untrained_parts(description: Mapping[str, Any], run: Mapping[str, Any] | None) -> list[str]:
-    """Parts that were never trained, by name: whoever uses the model has to know."""
+    """Return the parts that were never trained, by name: whoever uses the model has to know."""
     parts = ["encoder"] if is_untrained(description["encoder"]) else []
     model = (description.get("config") or {}).get("model") or {}
     if (model.get("lpips_arch") or {}).get("weights") == "untrained":
@@ -82,13 +70,18 @@ def write_record(values: Mapping[str, Any], folder: Path) -> None:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """sha256 of every file below `folder`, by its path there."""
+    """Return the sha256 of every file below `folder`, by its path there."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): file_digest(path, "sha256") for path in files}
+    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def without_private_paths(value: Any) -> Any:
-    """Absolute paths are cut down to their last part: exports are made to be handed on."""
+    """Cut absolute paths down to their last part: exports are made to be handed on."""
     if isinstance(value, Mapping):
         return {str(key): without_private_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -109,15 +102,5 @@ def _run_record(source: Path) -> dict[str, Any] | None:
 
 
 def _scores(path: str | Path) -> dict[str, Any]:
-    file = resolve(path)
-    try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"--scores {path}: no such file. Expected the JSON that src/eval_rfid.py wrote.") from error
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--scores {path} is no readable JSON: {error}. Expected the one that src/eval_rfid.py wrote."
-        ) from error
-    if not isinstance(content, Mapping) or not isinstance(content.get("results"), list):
-        raise UserError(f"--scores {path} has no `results`; expected what `src/eval_rfid.py --json` wrote.")
-    return {"file": file.name, **content}
+    remedy = "--scores takes the JSON that `src/eval_rfid.py --json` wrote."
+    return {"file": Path(path).name, **read_json(resolve(path), remedy, results=list)}

@@ -4,7 +4,7 @@ Legend: B batch, N tokens, C latent channels, D decoder width, A heads, P patch 
 Parameter names are those of the released decoder files, so that these load strictly and ours load elsewhere.
 """
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from src.core.errors import UserError
+from src.core.json_files import read_json
 from src.core.weights import resolve
 
 
@@ -56,8 +57,37 @@ class DecoderConfig:
     }
 
     @classmethod
-    def read(cls, path: str | Path) -> "DecoderConfig":
-        """`path`: the JSON file or its folder; relative paths are relative to the project root."""
+    def read(cls, source: str | Path | Mapping[str, Any]) -> "DecoderConfig":
+        """Read a JSON file, its folder (paths are relative to the project root), or what such a file holds.
+
+        Raises:
+            UserError: no such file, missing or unknown keys, values that the recipe does not have.
+        """
+        name, content = ("the decoder's config", source) if isinstance(source, Mapping) else cls._read_file(source)
+        wanted = {f.name for f in fields(cls)}
+        missing, unknown = wanted - content.keys(), content.keys() - wanted - cls._FIXED.keys() - cls._IGNORED
+        if missing or unknown:
+            raise UserError(
+                f"{name}: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; expected {sorted(wanted)}."
+            )
+        for key, value in cls._FIXED.items():
+            if content.get(key, value) != value:
+                raise UserError(f"{name}: {key}={content[key]!r} is not supported; the recipe has {value!r}.")
+        sizes = {key: content[key] for key in wanted}
+        for key, value in sizes.items():
+            whole = key != "layer_norm_eps"
+            if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not value > 0:
+                kind = "whole number above 0" if whole else "number above 0"
+                raise UserError(f"{name}: {key}={value!r}; expected a {kind}.")
+        config = cls(**sizes)
+        if config.decoder_hidden_size % config.decoder_num_attention_heads or config.decoder_hidden_size % 4:
+            raise UserError(
+                f"{name}: decoder_hidden_size={config.decoder_hidden_size} must be a multiple of 4 and of the heads."
+            )
+        return config
+
+    @staticmethod
+    def _read_file(path: str | Path) -> tuple[str, dict[str, Any]]:
         file = resolve(path)
         file = file / "config.json" if file.is_dir() else file
         if not file.is_file():
@@ -65,25 +95,7 @@ class DecoderConfig:
             raise UserError(
                 f"model.decoder_config_path={path}: no such file or folder. Known: {', '.join(known)} under configs/decoder."
             )
-        try:
-            content = json.loads(file.read_text())
-        except ValueError as error:
-            raise UserError(f"{file} is no valid JSON: {error}") from error
-        wanted = {f.name for f in fields(cls)}
-        missing, unknown = wanted - content.keys(), content.keys() - wanted - cls._FIXED.keys() - cls._IGNORED
-        if missing or unknown:
-            raise UserError(
-                f"{file}: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; expected {sorted(wanted)}."
-            )
-        for key, value in cls._FIXED.items():
-            if content.get(key, value) != value:
-                raise UserError(f"{file}: {key}={content[key]!r} is not supported; the recipe has {value!r}.")
-        config = cls(**{name: content[name] for name in wanted})
-        if config.decoder_hidden_size % config.decoder_num_attention_heads or config.decoder_hidden_size % 4:
-            raise UserError(
-                f"{file}: decoder_hidden_size={config.decoder_hidden_size} must be a multiple of 4 and of the heads."
-            )
-        return config
+        return str(file), read_json(file)
 
 
 class SelfAttention(nn.Module):

@@ -209,6 +209,20 @@ def identity_differences(stored: Mapping[str, Any], own: Mapping[str, Any]) -> l
     return sorted(name for name in own if name != "source" and stored.get(name) != own[name])
 
 
+def require_same_encoder(encoder: FrozenEncoder, stored: Mapping[str, Any], file: object) -> None:
+    """Raise UserError unless `encoder` is the one whose identity `file` keeps; where its weights lie may differ."""
+    found = encoder.identity()
+    if differing := identity_differences(stored, found):
+        raise UserError(
+            f"{file} was trained with another encoder: {dict(stored)} there, {found} here ({', '.join(differing)} "
+            "differ). Give the encoder that it was trained with."
+        )
+
+
+def is_untrained(identity: Mapping[str, Any]) -> bool:
+    return str(identity["weights"]).startswith("untrained")
+
+
 def local_place(source: str) -> str:
     """Folders are taken relative to the project root; anything else is a hub id."""
     candidate = PROJECT_ROOT / Path(source).expanduser()

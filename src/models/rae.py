@@ -43,7 +43,7 @@ class RAE(nn.Module):
         encoder_cls: str,
         encoder_config_path: str,
         encoder_params: Mapping[str, Any],
-        decoder_config_path: str | Path,
+        decoder_config_path: str | Path | Mapping[str, Any],
         decoder_patch_size: int,
         image_size: int | None = None,
         encoder_input_size: int | None = None,
@@ -59,7 +59,7 @@ class RAE(nn.Module):
             encoder_cls: a name in `src.models.encoders.ENCODERS`.
             encoder_config_path: hub id or folder that the preprocessing statistics come from.
             encoder_params: arguments of the encoder class, its weights' place among them.
-            decoder_config_path: JSON file or its folder.
+            decoder_config_path: JSON file or its folder, or what such a file holds.
             image_size: px; where None it follows from `encoder_input_size`. One of the two must be given.
             pretrained_decoder_path: a decoder in any form that `src/formats/decoder_files.py` reads; loads strictly, at
                 another grid with positions by the rule of `src/models/positions.py`.
@@ -149,19 +149,25 @@ class RAE(nn.Module):
         images = unpatchify(patches, self.decoder.patch_size)
         return images * self.image_std + self.image_mean if self.decoder_denormalize else images
 
+    @property
+    def has_statistics(self) -> bool:
+        return self.latent_mean is not None or self.latent_var is not None
+
     def normalize(self, latents: Tensor) -> Tensor:
-        if self.latent_mean is None or self.latent_var is None:
-            return latents
-        return (latents - self.latent_mean) / (self.latent_var + VARIANCE_EPS).sqrt()
+        """(z - mean) / sqrt(var + 1e-5); an absent mean counts as 0, an absent var as 1 (recipe section 1)."""
+        if self.latent_mean is not None:
+            latents = latents - self.latent_mean
+        return latents if self.latent_var is None else latents / (self.latent_var + VARIANCE_EPS).sqrt()
 
     def denormalize(self, latents: Tensor) -> Tensor:
-        if self.latent_mean is None or self.latent_var is None:
-            return latents
-        return latents * (self.latent_var + VARIANCE_EPS).sqrt() + self.latent_mean
+        if self.latent_var is not None:
+            latents = latents * (self.latent_var + VARIANCE_EPS).sqrt()
+        return latents if self.latent_mean is None else latents + self.latent_mean
 
-    def set_statistics(self, mean: Tensor, var: Tensor) -> None:
-        """Per-element mean and variance of raw latents, each C x h x w."""
-        self.latent_mean, self.latent_var = mean.float(), var.float()
+    def set_statistics(self, mean: Tensor | None, var: Tensor | None) -> None:
+        """Set per-element mean and variance of raw latents, each C x h x w; None: absent."""
+        self.latent_mean = None if mean is None else mean.float()
+        self.latent_var = None if var is None else var.float()
 
 
 def geometry_of(
@@ -188,20 +194,21 @@ def geometry_of(
 
 def read_statistics(
     path: str | Path, shape: tuple[int, int, int], identity: Mapping[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """`mean` and `var` from a statistics file in the official format. An identity stored beside them is compared."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return `mean` and `var` (None: absent) of a statistics file in the official format, an export or a checkpoint.
+
+    Raises:
+        UserError: neither is there, another shape than `shape`, complex or not finite, a negative or all-zero variance,
+            or an encoder identity beside them that differs from `identity`.
+    """
     from src.formats.decoder_files import read_statistics_content
 
     content, file = read_statistics_content(path)
-    if not isinstance(content, Mapping) or not {"mean", "var"} <= content.keys():
+    mean, var = (content.get("mean"), content.get("var")) if isinstance(content, Mapping) else (None, None)
+    if mean is None and var is None:
         raise UserError(f"{file}: expected a dictionary with `mean` and `var`, found {_describe(content)}.")
-    mean, var = content["mean"], content["var"]
-    for name, tensor in (("mean", mean), ("var", var)):
-        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
-            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise UserError(
-                f"{file}: `{name}` is {got}; this model's latents are {shape} (C x h x w). Use statistics of this encoder and size."
-            )
+    if problem := statistics_problem(mean, var, shape):
+        raise UserError(f"{file}: {problem} Use statistics of this encoder and size (`python src/latent_stats.py`).")
     stored = content.get("encoder")
     if stored is not None:
         differing = [
@@ -212,6 +219,21 @@ def read_statistics(
                 f"{file} was made with another encoder ({'; '.join(differing)}). Compute its own with `python src/latent_stats.py`."
             )
     return mean, var
+
+
+def statistics_problem(mean: Any, var: Any, shape: tuple[int, int, int]) -> str | None:
+    """Return what is wrong with latent statistics for latents of `shape` (C, h, w); None where nothing is."""
+    for name, tensor in (("mean", mean), ("var", var)):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            return f"`{name}` is {got}; this model's latents are {shape} (C x h x w)."
+        if tensor.is_complex() or not torch.isfinite(tensor).all():
+            return f"`{name}` holds numbers that are complex, NaN or infinite."
+    if var is not None and ((var < 0).any() or not var.any()):
+        return f"`var` is {'zero everywhere' if not var.any() else f'negative (smallest: {var.min().item():g})'}."
+    return None
 
 
 def _source(params: Mapping[str, Any]) -> str:

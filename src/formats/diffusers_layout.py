@@ -1,10 +1,10 @@
-"""The files of a diffusers `AutoencoderRAE` folder: their names, keys and statistics. No diffusers needed.
+"""Describe a diffusers `AutoencoderRAE` folder: files, keys, statistics, and the encoders that diffusers can build.
 
 Legend: C latent channels, h = w latent grid.
 """
 
-import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from src.core.errors import UserError
+from src.core.json_files import read_json
 from src.core.key_mapping import NameTable
 from src.core.weights import read
 
@@ -50,28 +51,23 @@ _FIXED = {"reshape_to_2d": True, "scaling_factor": 1.0, "num_channels": 3}
 
 
 def std_from_var(var: Tensor) -> Tensor:
-    """float32 std with std + 1e-5 = sqrt(var + 1e-5)."""
+    """Return float32 std with std + 1e-5 = sqrt(var + 1e-5)."""
     return ((var.double() + STD_EPS).sqrt() - STD_EPS).float().cpu()
 
 
 def var_from_std(std: Tensor) -> Tensor:
-    """The inverse, up to the rounding of std."""
+    """Return the inverse, up to the rounding of std."""
     return ((std.double() + STD_EPS).square() - STD_EPS).float()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` with diffusers' defaults filled in.
+    """Return `config.json` with diffusers' defaults filled in.
 
     Raises:
         UserError: another class, missing or unknown keys, values that ours does not have.
     """
     file = folder / "config.json"
-    try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} has no config.json: no diffusers folder.") from error
-    except ValueError as error:
-        raise UserError(f"{file} is no valid JSON: {error}") from error
+    content = read_json(file, "A diffusers folder was expected.")
     if content.get("_class_name") != CLASS:
         raise UserError(f"{file} is of {content.get('_class_name') or content.get('model_type')!r}; expected {CLASS}.")
     config = _DEFAULTS | {key: value for key, value in content.items() if not key.startswith("_")}
@@ -89,35 +85,35 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def grid(config: Mapping[str, Any]) -> int:
-    """Latents a side."""
+    """Return the latents a side."""
     return config["encoder_input_size"] // config["encoder_patch_size"]
 
 
 def decoder_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of our `DecoderConfig`; diffusers fixes the last one."""
+    """Return the keys of our `DecoderConfig`; diffusers fixes the last one."""
     keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     return {f"decoder_{key}": config[f"decoder_{key}"] for key in keys} | {"layer_norm_eps": 1e-12}
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors, from one file or from shards."""
+    """Read all tensors, from one file or from shards."""
     if (folder / WEIGHTS).is_file():
         return read(folder / WEIGHTS)
     index = folder / f"{WEIGHTS}.index.json"
     if not index.is_file():
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
         raise UserError(f"{folder} has no {WEIGHTS} (nor its index); it holds {there}.")
-    shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    shards = sorted({Path(name).name for name in read_json(index, weight_map=dict)["weight_map"].values()})
     return {name: value for shard in shards for name, value in read(folder / shard).items()}
 
 
 def no_statistics() -> tuple[Tensor, Tensor]:
-    """mean and std for a model without: std + 1e-5 is 1, where diffusers' own default of 1 would divide by 1.00001."""
+    """Return mean and std of a model without statistics: std + 1e-5 is 1; diffusers' default of 1 divides by 1.00001."""
     return torch.zeros(1), torch.full((1,), 1 - STD_EPS)
 
 
 def statistics(state: Mapping[str, Tensor], source: object) -> tuple[Tensor, Tensor] | None:
-    """mean and var, each C x h x w; None where the folder has none (a mean of 0, and a std of 1 up to STD_EPS).
+    """Return mean and var, each C x h x w; None where the folder has none (a mean of 0, and a std of 1 up to STD_EPS).
 
     Raises:
         UserError: one number for all latents, which ours does not have.
@@ -135,6 +131,76 @@ def statistics(state: Mapping[str, Tensor], source: object) -> tuple[Tensor, Ten
     return mean.float(), var_from_std(std)
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """fp32, bf16 or fp16."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+# -- encoders
+
+HEAD_WIDTH = 64
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of encoder as diffusers builds it: everything but width, patch and depth is fixed there."""
+
+    name: str
+    encoder_cls: str
+    source_key: str
+    """The argument of our class that names the folder."""
+    fixed: Mapping[str, Any]
+    """Values of the transformers config."""
+    names: NameTable
+    """transformers 5 (what our encoder has) to the names of the hub's files (transformers 4)."""
+    model_type: str
+    """Of transformers."""
+    unused_norm: str
+    """The final LayerNorm, whose affine parameters diffusers takes away and the recipe never uses."""
+
+
+def _attention(ours: str, theirs: str) -> list[tuple[str, str]]:
+    parts = {
+        "q_proj": "attention.query",
+        "k_proj": "attention.key",
+        "v_proj": "attention.value",
+        "o_proj": "output.dense",
+    }
+    return [(f"{ours}.*.attention.{a}.*", f"{theirs}.*.attention.{b}.*") for a, b in parts.items()]
+
+
+FAMILIES = (
+    Family(
+        "dinov2",
+        "Dinov2withNorm",
+        "dinov2_path",
+        {"image_size": 518, "mlp_ratio": 4, "num_register_tokens": 4, "layer_norm_eps": 1e-6, "use_swiglu_ffn": False,
+         "hidden_act": "gelu", "qkv_bias": True, "num_channels": 3},
+        NameTable(_attention("encoder.layer", "encoder.layer")),
+        "dinov2_with_registers",
+        "layernorm",
+    ),
+    Family(
+        "mae",
+        "MAEwNorm",
+        "model_name",
+        {"image_size": 224, "intermediate_size": 3072, "layer_norm_eps": 1e-12, "hidden_act": "gelu", "qkv_bias": True,
+         "num_channels": 3},
+        NameTable(
+            [
+                *_attention("layers", "encoder.layer"),
+                ("layers.*.mlp.fc1.*", "encoder.layer.*.intermediate.dense.*"),
+                ("layers.*.mlp.fc2.*", "encoder.layer.*.output.dense.*"),
+                ("layers.*.layernorm_before.*", "encoder.layer.*.layernorm_before.*"),
+                ("layers.*.layernorm_after.*", "encoder.layer.*.layernorm_after.*"),
+            ]
+        ),
+        "vit_mae",
+        "layernorm",
+    ),
+    Family(
+        "siglip2",
+        "SigLIP2wNorm",
+        "model_name",
+        {"image_size": 256, "intermediate_size": 3072, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh",
+         "num_channels": 3},
+        NameTable([("**", "vision_model.**")]),
+        "siglip_vision_model",
+        "vision_model.post_layernorm",
+    ),
+)  # fmt: skip
