@@ -1,0 +1,176 @@
+"""Sampling from a diffusion transformer: solvers and guidance. Sources: RAE (arXiv 2510.11690) and RAEv2 (arXiv
+2605.18324), stage-2 recipe, sections 7 and 8.
+
+A *conditional* is (x, t, y) -> velocity: `conditional(model, prediction)`, or with guidance inside it. Guidance nests,
+and `for_labels` makes a *field* (x, t) -> velocity of it, which `solve` integrates:
+
+    guided = classifier_free(internal_guidance(model, "x", Guidance(1.78, 0.1, 1)), model.null_label, Guidance(1.5))
+    latents = solve(for_labels(guided, labels), noise, sampling_grid(100, s, "raev2"), "euler")
+
+Evaluation mode and autocast are the caller's. Legend: B batch, C latent channels, h = w latent grid.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from src.errors import UserError
+from src.losses.flow_matching import per_image, velocity
+
+Field = Callable[[Tensor, Tensor], Tensor]
+Conditional = Callable[[Tensor, Tensor, Tensor], Tensor]
+METHODS = ("euler", "heun", "dopri5")
+
+
+@torch.no_grad()
+def solve(field: Field, z: Tensor, grid: Tensor, method: str) -> Tensor:
+    """Integrate dx/dt = field(x, t) from x = z at grid[0] and return x at grid[-1], in z's dtype.
+
+    Args:
+        field: gets t of shape (B,) in z's dtype; a velocity of lower precision is added in z's.
+        z: B C h w
+        grid: times; best float64 (`sampling_grid`). Steps are differences of these.
+        method: `euler`; `heun`, the trapezoid rule with two calls on every interval, the last one too; `dopri5`, adaptive
+            (torchdiffeq with atol 1e-6 and rtol 1e-3), only the ends of the grid matter.
+
+    Raises:
+        UserError: an unknown method, a grid of less than two points, no torchdiffeq.
+    """
+    if method not in METHODS:
+        raise UserError(f"Sampling method {method!r}: expected one of {', '.join(METHODS)}.")
+    if grid.ndim != 1 or len(grid) < 2:
+        raise UserError(f"The sampling grid has shape {tuple(grid.shape)}: expected two or more times in a row.")
+    if method == "dopri5":
+        return _dopri5(field, z, grid)
+    times, x = grid.double().tolist(), z
+    for start, end in pairwise(times):
+        step = end - start
+        slope = field(x, z.new_full((len(z),), start)).to(z.dtype)
+        if method == "heun":
+            ahead = field(x + step * slope, z.new_full((len(z),), end)).to(z.dtype)
+            slope = (slope + ahead) / 2
+        x = x + step * slope
+    return x
+
+
+def _dopri5(field: Field, z: Tensor, grid: Tensor) -> Tensor:
+    try:
+        from torchdiffeq import odeint
+    except ImportError as error:
+        raise UserError(
+            f"Sampling method dopri5 needs torchdiffeq ({error}): pip install torchdiffeq, or choose heun."
+        ) from error
+    ends = grid[[0, -1]].to(z)
+    return odeint(lambda t, x: field(x, t.to(z).expand(len(z))), z, ends, atol=1e-6, rtol=1e-3, method="dopri5")[-1]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Scale w of v_weak + w (v_strong - v_weak), and the times at which it is used, both ends included."""
+
+    scale: float
+    t_min: float = 0.0
+    t_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.scale < 1:
+            raise UserError(f"Guidance scale {self.scale}: expected at least 1 (1: no guidance).")
+        if self.t_min > self.t_max:
+            raise UserError(f"Guidance from t_min={self.t_min} to t_max={self.t_max}: t_min must not exceed t_max.")
+
+    def used_at(self, t: Tensor) -> bool:
+        """Whether any of the times needs the weak side."""
+        return self.scale > 1 and bool(_inside(t, self.t_min, self.t_max).any())
+
+
+def guide(strong: Tensor, weak: Tensor, w: float | Tensor, t: float | Tensor, t_min: float, t_max: float) -> Tensor:
+    """Return weak + w (strong - weak) where t_min <= t <= t_max, else strong. `w` and `t`: numbers or (B,)."""
+    if isinstance(w, Tensor):
+        w = per_image(w, strong)
+    guided = weak + w * (strong - weak)
+    inside = _inside(torch.as_tensor(t, device=strong.device), t_min, t_max)
+    return torch.where(per_image(inside, strong), guided, strong)
+
+
+def _inside(t: Tensor, t_min: float, t_max: float) -> Tensor:
+    return (t >= t_min) & (t <= t_max)
+
+
+def for_labels(conditional: Conditional, labels: Tensor) -> Field:
+    """Fix the labels (B,): (x, t) -> velocity."""
+    return lambda x, t: conditional(x, t, labels)
+
+
+def conditional(model: nn.Module, prediction: str, t_eps: float = 0.05) -> Conditional:
+    """Return the velocity of a model's output; of two outputs (full, base) the full one. Arguments as in `velocity`."""
+
+    def run(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return velocity(_outputs(model, x, t, y)[0], x, t, prediction, t_eps)
+
+    return run
+
+
+def classifier_free(inner: Conditional, null_label: int | None, guidance: Guidance) -> Conditional:
+    """CFG (Ho & Salimans, arXiv 2207.12598): against the null label, in one batch of twice the size.
+
+    Outside the interval only the conditional half is computed.
+    """
+    if null_label is None:
+        raise UserError("Classifier-free guidance needs a null label, but the model has class_dropout_prob=0.")
+
+    def run(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if not guidance.used_at(t):
+            return inner(x, t, y)
+        labels = torch.cat([y, torch.full_like(y, null_label)])
+        strong, weak = inner(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
+        return guide(strong, weak, guidance.scale, t, guidance.t_min, guidance.t_max)
+
+    return run
+
+
+def autoguidance(strong: Conditional, weak: Conditional, guidance: Guidance) -> Conditional:
+    """Guide by a weaker model with the same labels (Karras et al., arXiv 2406.02507), which runs inside the interval only."""
+
+    def run(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if not guidance.used_at(t):
+            return strong(x, t, y)
+        return guide(strong(x, t, y), weak(x, t, y), guidance.scale, t, guidance.t_min, guidance.t_max)
+
+    return run
+
+
+def internal_guidance(
+    model: nn.Module,
+    prediction: str,
+    guidance: Guidance,
+    t_eps: float = 0.05,
+    null_label: int | None = None,
+    null_scale: float | None = None,
+) -> Conditional:
+    """Guide the full output by the base output of the same forward pass (RAEv2).
+
+    `null_scale`: another scale for images with the null label, which `classifier_free` around it asks for.
+    """
+    if null_scale is not None and null_label is None:
+        raise UserError(f"null_scale={null_scale} needs null_label, the label that it is for.")
+
+    def run(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        outputs = _outputs(model, x, t, y)
+        if len(outputs) != 2:
+            raise UserError("Internal guidance needs a model with a base output (base_model_depth); this one has none.")
+        scale = x.new_full((len(x),), guidance.scale)
+        if null_scale is not None:
+            scale[y == null_label] = null_scale
+        output = guide(outputs[0], outputs[1], scale, t, guidance.t_min, guidance.t_max)
+        return velocity(output, x, t, prediction, t_eps)
+
+    return run
+
+
+def _outputs(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """The model's one or two outputs in x's dtype: guidance magnifies what half precision rounds off."""
+    output = model(x, t, y)
+    return tuple(part.to(x.dtype) for part in (output if isinstance(output, tuple) else (output,)))

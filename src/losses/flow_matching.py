@@ -1,0 +1,150 @@
+"""Flow matching on latents: times, paths, losses. Sources: RAE (arXiv 2510.11690) and RAEv2 (arXiv 2605.18324), stage-2
+recipe, sections 5, 7 and 8.
+
+t = 1 is noise, t = 0 is data: x_t = (1 - t) x + t eps, velocity v = eps - x. Pure functions of draws handed in.
+
+Legend: B batch, C latent channels, h = w latent grid. Latents are B C h w, times (B,).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from src.errors import UserError
+
+Time = TypeVar("Time", float, Tensor)
+LAST_TIME = 0.999
+"""RAE's largest t in training, and the share of the time axis that its sampling grid covers"""
+PREDICTIONS = ("velocity", "x")
+
+
+def time_shift(latent_shape: Sequence[int]) -> float:
+    """Return s = sqrt(m / 4096), m the numbers in one latent: latents with more of them need more noise.
+
+    Raises:
+        UserError: s is below 1.
+    """
+    numbers = math.prod(latent_shape)
+    if numbers < 4096:
+        raise UserError(
+            f"Latents of {' x '.join(map(str, latent_shape))} = {numbers} numbers make a time shift of "
+            f"{math.sqrt(numbers / 4096):.3f}; it must be at least 1, so 4096 numbers or more. Set the shift to 1 instead."
+        )
+    return math.sqrt(numbers / 4096)
+
+
+def shift_time(t: Time, s: float) -> Time:
+    """Return s t / (1 + (s - 1) t), in a form that maps 0 to 0 and 1 to 1 exactly."""
+    return s * t / ((1 - t) + s * t)
+
+
+def uniform_time(uniforms: Tensor) -> Tensor:
+    """U[0, 1) -> t uniform on [0, 0.999)."""
+    return LAST_TIME * uniforms
+
+
+def truncated_logit_normal_time(uniforms: Tensor, mu: float = 0.0, sigma: float = 1.0) -> Tensor:
+    """U[0, 1) -> t = sigmoid(N(mu, sigma)) under the condition t <= 0.999, by the inverse distribution function (RAE)."""
+    _check_sigma(sigma)
+    largest = (math.log(LAST_TIME / (1 - LAST_TIME)) - mu) / sigma
+    share = 0.5 * math.erfc(-largest / math.sqrt(2))  # of the normal distribution that lies below it
+    normals = torch.special.ndtri(uniforms.double() * share)
+    return torch.sigmoid(mu + sigma * normals).to(uniforms.dtype)
+
+
+def logit_normal_time(normals: Tensor, mu: float = 0.0, sigma: float = 1.0) -> Tensor:
+    """N(0, 1) -> t = sigmoid(N(mu, sigma)), not truncated (RAEv2)."""
+    _check_sigma(sigma)
+    return torch.sigmoid(mu + sigma * normals)
+
+
+def sampling_grid(num_steps: int, s: float, kind: str) -> Tensor:
+    """Return the shifted times of sampling, descending from 1, float64.
+
+    Args:
+        num_steps: `rae`: number of points, so one step fewer is made; `raev2`: number of steps, so one point more.
+        s: the time shift; 1: evenly spaced.
+        kind: `rae` ends at the shifted .001, `raev2` at 0.
+
+    Raises:
+        UserError: an unknown kind, too few steps.
+    """
+    if kind not in ("rae", "raev2"):
+        raise UserError(f"Sampling grid {kind!r}: expected 'rae' or 'raev2'.")
+    fewest = 2 if kind == "rae" else 1
+    if num_steps < fewest:
+        raise UserError(f"num_steps={num_steps}: a {kind} grid needs at least {fewest}.")
+    last, points = (1 - LAST_TIME, num_steps) if kind == "rae" else (0.0, num_steps + 1)
+    return shift_time(torch.linspace(1, last, points, dtype=torch.float64), s)
+
+
+def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """Return x_t = (1 - t) x + t eps."""
+    t = per_image(t, x)
+    return (1 - t) * x + t * noise
+
+
+def velocity(output: Tensor, x_t: Tensor, t: Tensor, prediction: str, t_eps: float = 0.05) -> Tensor:
+    """Return the velocity that a model's output stands for.
+
+    `prediction`: `velocity`: the output itself; `x`: the clean latent, v = (x_t - x^) / max(t, t_eps).
+    """
+    _check_prediction(prediction)
+    return output if prediction == "velocity" else (x_t - output) / per_image(t, x_t).clamp(min=t_eps)
+
+
+def flow_matching_loss(
+    output: Tensor | tuple[Tensor, Tensor],
+    x: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    prediction: str,
+    t_eps: float,
+    base_weight: float = 1.0,
+) -> dict[str, Tensor]:
+    """Return `loss` per image (B,): the mean over C, h, w of the squared difference between the velocities.
+
+    Args:
+        output: of the model; (full, base) gives `full` and `base` too, and `loss` = full + base_weight * base.
+        t_eps: the target is (x_t - x) / max(t, t_eps): RAE 0, which is eps - x; RAEv2 0.05 for either prediction.
+    """
+    if isinstance(output, tuple):
+        full, base = (flow_matching_loss(part, x, noise, t, prediction, t_eps)["loss"] for part in output)
+        return {"loss": full + base_weight * base, "full": full, "base": base}
+    _check_prediction(prediction)
+    if prediction == "x":
+        if t_eps <= 0:
+            raise UserError(f"t_eps={t_eps}: the prediction 'x' divides by max(t, t_eps); RAEv2 has 0.05.")
+        difference = (x - output) / per_image(t, x).clamp(min=t_eps)  # x_t cancels
+    else:
+        share = (per_image(t, x) / t_eps).clamp(max=1) if t_eps > 0 else 1
+        difference = output - (noise - x) * share
+    return {"loss": difference.square().flatten(1).mean(1)}
+
+
+def loss_by_quarter(losses: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sums and numbers of the losses with t in [0, .25), [.25, .5), [.5, .75), [.75, 1], (4,) float64 each.
+
+    Sums of batches and ranks add up; their quotient is the mean loss of a quarter.
+    """
+    quarter = (t * 4).long().clamp(0, 3)
+    members = (quarter[:, None] == torch.arange(4, device=t.device)).double()  # B 4
+    return losses.detach().double() @ members, members.sum(0)
+
+
+def per_image(t: Tensor, images: Tensor) -> Tensor:
+    """(B,) -> B 1 1 1, for `images` of any number of dimensions."""
+    return t.reshape(-1, *[1] * (images.ndim - 1))
+
+
+def _check_prediction(prediction: str) -> None:
+    if prediction not in PREDICTIONS:
+        raise UserError(f"Prediction {prediction!r}: expected one of {', '.join(PREDICTIONS)}.")
+
+
+def _check_sigma(sigma: float) -> None:
+    if sigma <= 0:
+        raise UserError(f"sigma={sigma} of the logit-normal times: expected more than 0.")

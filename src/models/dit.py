@@ -1,0 +1,358 @@
+"""Diffusion transformers on latents: LightningDiT and DiT^DH of RAE (arXiv 2510.11690), and the model of RAEv2 (arXiv
+2605.18324). Source: stage-2 recipe, sections 2, 3, 4 and 8.
+
+`model(x, t, y)`: noisy latents x B C g g, times t (B,) in [0, 1] (1 is noise), labels y (B,) in 0..K-1 or the null label
+K -> x's shape. The models draw no random numbers and compute the same in train and eval mode: label dropout is the
+trainer's, who writes K into y.
+
+Legend: B batch, C latent channels, g latent side, p patch, N = (g/p)^2 tokens, D width of the encoder part, W width of
+the head, K classes.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from src.errors import UserError
+from src.models.dit_layers import (
+    Block,
+    FinalLayer,
+    LabelEmbedder,
+    LayerOptions,
+    PatchEmbed,
+    Rotary,
+    TimeEmbedder,
+    sincos_positions,
+    unpatchify,
+)
+
+
+class Part(NamedTuple):
+    """Blocks of one width."""
+
+    width: int
+    depth: int
+    heads: int
+
+
+class LatentTransformer(nn.Module):
+    """Sizes with their checks, blocks and final layer of the three models."""
+
+    latent_shape: tuple[int, int, int]
+    """C, g, g"""
+    null_label: int | None
+    """The label that means `no class`: K, or None where the label table has no row for it."""
+    patch_sizes: tuple[int, ...] = (1, 2)
+
+    def __init__(
+        self,
+        latent_shape: tuple[int, int, int],
+        patch_size: int,
+        num_classes: int,
+        class_dropout_prob: float,
+        parts: Sequence[Part],
+        options: LayerOptions,
+        activation_checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        self._check_sizes(latent_shape, patch_size, num_classes, class_dropout_prob)
+        for part in parts:
+            self._check_part(part, options)
+        self.latent_shape = latent_shape
+        self.patch_size = patch_size
+        self.grid = latent_shape[1] // patch_size
+        self.num_classes = num_classes
+        self.null_label = num_classes if class_dropout_prob > 0 else None
+        self.table_rows = num_classes + (self.null_label is not None)
+        self.activation_checkpointing = activation_checkpointing
+        self.encoder_depth = parts[0].depth
+        self.blocks = nn.ModuleList(
+            Block(part.width, part.heads, options, modulated=part is parts[-1] or not options.v2)
+            for part in parts
+            for _ in range(part.depth)
+        )
+        self.final_layer = self._final_layer(parts[-1].width, options)
+
+    def _final_layer(self, width: int, options: LayerOptions) -> FinalLayer:
+        return FinalLayer(width, self.patch_size**2 * self.latent_shape[0], options)
+
+    def _positions(self, width: int) -> nn.Parameter:
+        if width % 4:
+            raise self._error(f"hidden_size={width}: sin-cos positions need a multiple of 4.")
+        return nn.Parameter(sincos_positions(width, self.grid)[None])  # 1 N D
+
+    def _run(self, blocks: Iterable[nn.Module], x: Tensor, condition: Tensor | None, rope: Rotary | None) -> Tensor:
+        for block in blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, condition, rope, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, condition, rope)
+        return x
+
+    def _to_latents(self, patches: Tensor) -> Tensor:
+        return unpatchify(patches, self.grid, self.patch_size)
+
+    def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
+        if x.ndim != 4 or tuple(x.shape[1:]) != self.latent_shape:
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected B x {' x '.join(map(str, self.latent_shape))}.")
+        if t.shape != x.shape[:1] or y.shape != x.shape[:1]:
+            raise ValueError(f"t and y have shapes {tuple(t.shape)} and {tuple(y.shape)}; expected ({len(x)},) each.")
+
+    def _check_sizes(
+        self, latent_shape: tuple[int, int, int], patch_size: int, num_classes: int, class_dropout_prob: float
+    ) -> None:
+        channels, size, _ = latent_shape
+        self._check_counts(in_channels=channels, input_size=size, num_classes=num_classes)
+        if patch_size not in self.patch_sizes:
+            raise self._error(f"patch_size={patch_size}: expected {' or '.join(map(str, self.patch_sizes))}.")
+        if size % patch_size:
+            raise self._error(f"input_size={size} is not a multiple of patch_size={patch_size}.")
+        if not 0 <= class_dropout_prob < 1:
+            raise self._error(f"class_dropout_prob={class_dropout_prob}: expected at least 0 and below 1.")
+
+    def _check_part(self, part: Part, options: LayerOptions) -> None:
+        width, depth, heads = part
+        self._check_counts(hidden_size=width, depth=depth, num_heads=heads)
+        if width % heads:
+            raise self._error(f"hidden_size={width} is not a multiple of num_heads={heads}.")
+        if options.rope and width // heads % 4:
+            raise self._error(
+                f"hidden_size={width} with num_heads={heads} makes heads {width // heads} wide; rotary positions need a "
+                "multiple of 4."
+            )
+        if int(options.mlp_ratio * width) < 2:
+            raise self._error(f"mlp_ratio={options.mlp_ratio} leaves no hidden width in the MLP of width {width}.")
+
+    def _check_counts(self, **values: int) -> None:
+        for key, value in values.items():
+            if not isinstance(value, int) or value < 1:
+                raise self._error(f"{key}={value}: expected a whole number of at least 1.")
+
+    @classmethod
+    def _error(cls, text: str) -> UserError:
+        return UserError(f"{cls.__name__}: {text}")
+
+    @classmethod
+    def _two_parts(cls, **values: Sequence[int]) -> tuple[Part, Part]:
+        for key, value in values.items():
+            if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+                raise cls._error(f"{key}={value}: expected two numbers, [encoder, head].")
+        encoder, head = zip(*values.values(), strict=True)
+        return Part(*encoder), Part(*head)
+
+
+class LightningDiT(LatentTransformer):
+    """RAE's plain model: adaLN blocks of one width (recipe section 3)."""
+
+    def __init__(
+        self,
+        input_size: int,
+        patch_size: int = 1,
+        *,
+        in_channels: int,
+        hidden_size: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        num_classes: int = 1000,
+        use_qknorm: bool = False,
+        use_swiglu: bool = True,
+        use_rmsnorm: bool = True,
+        use_rope: bool = True,
+        use_pos_embed: bool = True,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        """
+        Args:
+            input_size: latents a side.
+            mlp_ratio: hidden width of the MLP over the width; a SwiGLU takes two thirds of it.
+            class_dropout_prob: share of labels that the trainer replaces by the null label K. Above 0 the label table has
+                K + 1 rows, at 0 it has K.
+            activation_checkpointing: compute each block again in the backward pass instead of keeping its activations.
+
+        Raises:
+            UserError: sizes that don't fit.
+        """
+        shape, parts = (in_channels, input_size, input_size), [Part(hidden_size, depth, num_heads)]
+        options = LayerOptions(mlp_ratio, use_qknorm, use_swiglu, use_rmsnorm, use_rope)
+        super().__init__(shape, patch_size, num_classes, class_dropout_prob, parts, options, activation_checkpointing)
+        self.x_embedder = PatchEmbed(in_channels, patch_size, hidden_size)
+        self.t_embedder = TimeEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(self.table_rows, hidden_size)
+        self.pos_embed = self._positions(hidden_size) if use_pos_embed else None
+        self.feat_rope = Rotary(hidden_size // num_heads, self.grid) if use_rope else None
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+                if name.startswith("blocks.") and options.modulation not in name:
+                    nn.init.xavier_uniform_(module.weight)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        self._check_inputs(x, t, y)
+        condition = F.silu(self.t_embedder(t) + self.y_embedder(y))[:, None]  # B 1 D
+        tokens = self.x_embedder(x)
+        if self.pos_embed is not None:
+            tokens = tokens + self.pos_embed
+        tokens = self._run(self.blocks, tokens, condition, self.feat_rope)
+        return self._to_latents(self.final_layer(tokens, condition))
+
+
+class DiTDH(LatentTransformer):
+    """DiT^DH: an encoder part, whose tokens condition a wide shallow head on the same latent (recipe section 4).
+
+    The last `depth[1]` blocks are the head's.
+    """
+
+    patch_sizes = (1,)
+
+    def __init__(
+        self,
+        input_size: int,
+        patch_size: int = 1,
+        *,
+        in_channels: int,
+        hidden_size: Sequence[int],
+        depth: Sequence[int],
+        num_heads: Sequence[int],
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        num_classes: int = 1000,
+        use_qknorm: bool = False,
+        use_swiglu: bool = True,
+        use_rmsnorm: bool = True,
+        use_rope: bool = True,
+        use_pos_embed: bool = True,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        """
+        Args:
+            patch_size: only 1.
+            hidden_size, depth, num_heads: [encoder, head] each.
+            mlp_ratio, class_dropout_prob, activation_checkpointing: as in `LightningDiT`.
+
+        Raises:
+            UserError: sizes that don't fit.
+        """
+        shape = (in_channels, input_size, input_size)
+        encoder, head = parts = self._two_parts(hidden_size=hidden_size, depth=depth, num_heads=num_heads)
+        options = LayerOptions(mlp_ratio, use_qknorm, use_swiglu, use_rmsnorm, use_rope)
+        super().__init__(shape, patch_size, num_classes, class_dropout_prob, parts, options, activation_checkpointing)
+        self.s_embedder = PatchEmbed(in_channels, patch_size, encoder.width)
+        self.x_embedder = PatchEmbed(in_channels, patch_size, head.width)
+        self.t_embedder = TimeEmbedder(encoder.width)
+        self.y_embedder = LabelEmbedder(self.table_rows, encoder.width)
+        self.s_projector = projector(encoder.width, head.width)
+        self.pos_embed = self._positions(encoder.width) if use_pos_embed else None
+        self.enc_feat_rope = Rotary(encoder.width // encoder.heads, self.grid) if use_rope else None
+        self.dec_feat_rope = Rotary(head.width // head.heads, self.grid) if use_rope else None
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        self._check_inputs(x, t, y)
+        time = self.t_embedder(t)[:, None]  # B 1 D
+        # Twice: once as the published model's condition, once in front of its modulation.
+        condition = F.silu(F.silu(time + self.y_embedder(y)[:, None]))
+        tokens = self.s_embedder(x)
+        if self.pos_embed is not None:
+            tokens = tokens + self.pos_embed
+        tokens = self._run(self.blocks[: self.encoder_depth], tokens, condition, self.enc_feat_rope)  # B N D
+        condition = F.silu(self.s_projector(F.silu(time + tokens)))  # B N W
+        tokens = self._run(self.blocks[self.encoder_depth :], self.x_embedder(x), condition, self.dec_feat_rope)
+        return self._to_latents(self.final_layer(tokens, condition))
+
+
+class RAEv2DiT(LatentTransformer):
+    """RAEv2's model: time and class are tokens in the encoder's sequence, the head is DiT^DH's (recipe section 8).
+
+    With `base_model_depth` the tokens after that block give a second output: `model(x, t, y)` -> (full, base).
+    The label table always has K + 1 rows.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        patch_size: int,
+        in_channels: int,
+        hidden_size: Sequence[int],
+        depth: Sequence[int],
+        num_heads: Sequence[int],
+        num_classes: int,
+        base_model_depth: int | None = None,
+        mlp_ratio: float = 4.0,
+        num_t_tokens: int = 4,
+        num_c_tokens: int = 8,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        """
+        Args:
+            hidden_size, depth, num_heads: [encoder, head] each.
+            base_model_depth: number of encoder blocks below the base output; None: no base output.
+            num_t_tokens, num_c_tokens: tokens of the time and of the class.
+            mlp_ratio, activation_checkpointing: as in `LightningDiT`.
+
+        Raises:
+            UserError: sizes that don't fit.
+        """
+        shape = (in_channels, input_size, input_size)
+        encoder, head = parts = self._two_parts(hidden_size=hidden_size, depth=depth, num_heads=num_heads)
+        options = LayerOptions(mlp_ratio, qknorm=True, v2=True)
+        super().__init__(shape, patch_size, num_classes, 0.1, parts, options, activation_checkpointing)
+        self._check_counts(num_t_tokens=num_t_tokens, num_c_tokens=num_c_tokens)
+        if base_model_depth is not None and base_model_depth not in range(1, encoder.depth + 1):
+            raise self._error(
+                f"base_model_depth={base_model_depth}: expected 1 to {encoder.depth} (the encoder), or null."
+            )
+        self.base_model_depth = base_model_depth
+        self.s_embedder = PatchEmbed(in_channels, patch_size, encoder.width)
+        self.x_embedder = PatchEmbed(in_channels, patch_size, head.width)
+        self.t_embedder = TimeEmbedder(encoder.width, num_t_tokens)
+        self.ctx_embedder = LabelEmbedder(self.table_rows, encoder.width, num_c_tokens)
+        self.s_projector = projector(encoder.width, head.width)
+        self.enc_rope = Rotary(encoder.width // encoder.heads, self.grid, num_t_tokens + num_c_tokens)
+        self.dec_rope = Rotary(head.width // head.heads, self.grid)
+        if base_model_depth is not None:
+            self.base_final_layer = self._final_layer(encoder.width, options)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        self._check_inputs(x, t, y)
+        number = self.grid**2
+        time = self.t_embedder(t)[:, None]  # B 1 D
+        time_tokens = time + self.t_embedder.learnable_tokens  # B 4 D
+        class_tokens = self.ctx_embedder(y)[:, None] + self.ctx_embedder.learnable_tokens  # B 8 D
+        tokens = torch.cat([self.s_embedder(x), time_tokens, class_tokens], dim=1)  # B N+12 D
+        below = self.base_model_depth or 0
+        tokens = self._run(self.blocks[:below], tokens, None, self.enc_rope)
+        base_tokens = tokens[:, :number]
+        tokens = self._run(self.blocks[below : self.encoder_depth], tokens, None, self.enc_rope)
+        condition = F.silu(self.s_projector(F.silu(time + tokens[:, :number])))  # B N W
+        tokens = self._run(self.blocks[self.encoder_depth :], self.x_embedder(x), condition, self.dec_rope)
+        full = self._to_latents(self.final_layer(tokens, condition))
+        if self.base_model_depth is None:
+            return full
+        base_tokens = F.silu(time + base_tokens)
+        return full, self._to_latents(self.base_final_layer(base_tokens, F.silu(base_tokens)))
+
+
+def projector(width: int, head_width: int) -> nn.Module:
+    """From the encoder's width to the head's; nothing where they are equal."""
+    return nn.Linear(width, head_width) if width != head_width else nn.Identity()
+
+
+def forward_flops(model: LatentTransformer, batch_size: int = 1) -> int:
+    """Return the operations of one forward pass, 2 per multiply-add, of matrix products, convolutions and attention.
+
+    Nothing is computed: the model may be on the meta device, and its weights are left alone.
+    """
+    state = {name: torch.empty_like(value, device="meta") for name, value in model.state_dict().items()}
+    dtype = next(model.parameters()).dtype
+    x = torch.empty(batch_size, *model.latent_shape, device="meta", dtype=dtype)
+    t = torch.empty(batch_size, device="meta", dtype=dtype)
+    y = torch.empty(batch_size, device="meta", dtype=torch.long)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(model, state, (x, t, y))
+    return counter.get_total_flops()

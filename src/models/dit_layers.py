@@ -1,0 +1,286 @@
+"""Layers of the latent diffusion transformers. Sources: RAE (arXiv 2510.11690) and RAEv2 (arXiv 2605.18324), stage-2
+recipe, sections 2, 4 and 8.
+
+Legend: B batch, C latent channels, p patch, N tokens, D width, H heads, M hidden width of the MLP.
+Parameter names are those of the released files. Every layer initialises itself as the recipe's section 4 says; where it
+says nothing, PyTorch's default stands. No layer draws random numbers in its forward pass.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """Choices that all blocks of a model share."""
+
+    mlp_ratio: float = 4.0
+    qknorm: bool = False
+    """Normalise q and k over the head width."""
+    swiglu: bool = True
+    """False: two linears with tanh-GELU."""
+    rmsnorm: bool = True
+    """False: LayerNorm without affine."""
+    rope: bool = True
+    v2: bool = False
+    """RAEv2's layout: q, k, v and the two halves of the SwiGLU apart, and its own names for modulation and last norm."""
+
+    @property
+    def modulation(self) -> str:
+        return "adaln_modulation" if self.v2 else "adaLN_modulation"
+
+    @property
+    def last_norm(self) -> str:
+        return "norm" if self.v2 else "norm_final"
+
+    def norm(self, width: int) -> nn.Module:
+        return RMSNorm(width) if self.rmsnorm else nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+
+    def head_norm(self, width: int) -> nn.Module:
+        if not self.qknorm:
+            return nn.Identity()
+        return RMSNorm(width) if self.rmsnorm else nn.LayerNorm(width, eps=1e-5)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + 1e-6) over the last dimension, then a learned weight. Half precision is summed in float32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, None, 1e-6).to(x.dtype) * self.weight
+
+
+class Rotary(nn.Module):
+    """2-D rotary positions: a pair (a, b) of adjacent channels turns by an angle, (a cos - b sin, b cos + a sin).
+
+    The first half of the channels turns with the row, the second with the column. `extra` tokens after the grid don't turn.
+    The tables are N x head width, float32, and stay so when the model is cast to half precision.
+    """
+
+    freqs_cos: Tensor
+    freqs_sin: Tensor
+
+    def __init__(self, head_width: int, grid: int, extra: int = 0) -> None:
+        super().__init__()
+        half = head_width // 2
+        frequencies = 10000.0 ** (-torch.arange(0, half, 2, dtype=torch.float64) / half)
+        axis = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies  # grid, half/2
+        row, column = axis[:, None].expand(-1, grid, -1), axis[None].expand(grid, -1, -1)
+        angles = torch.cat([row, column], dim=-1).flatten(0, 1).repeat_interleave(2, dim=1)  # N head_width
+        angles = F.pad(angles, (0, 0, 0, extra))
+        self.register_buffer("freqs_cos", angles.cos().float())
+        self.register_buffer("freqs_sin", angles.sin().float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B H N D/H -> the same shape and dtype."""
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        quarter_turn = torch.stack([-b, a], dim=-1).flatten(-2)
+        return (x * self.freqs_cos + quarter_turn * self.freqs_sin).to(x.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
+        tables = {"freqs_cos": self.freqs_cos, "freqs_sin": self.freqs_sin}
+        super()._apply(fn, recurse)
+        for name, table in tables.items():
+            moved = getattr(self, name)
+            if moved.dtype != table.dtype:
+                setattr(self, name, table.to(moved.device))
+        return self
+
+
+class Attention(nn.Module):
+    """Self-attention over all tokens, B N D -> B N D."""
+
+    def __init__(self, width: int, heads: int, options: LayerOptions) -> None:
+        super().__init__()
+        self.heads = heads
+        self.split = options.v2
+        if self.split:
+            self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        else:
+            self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm, self.k_norm = (options.head_norm(width // heads) for _ in range(2))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rope: Rotary | None) -> Tensor:
+        parts = (self.q(x), self.k(x), self.v(x)) if self.split else self.qkv(x).chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)  # B H N D/H
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rope(q), rope(k)
+        mixed = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(a) * b), where w12 gives a and b."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(a) * b)
+
+
+class SplitSwiGLU(nn.Module):
+    """w3(silu(w1 x) * w2 x): RAEv2's form."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w1, self.w2 = (nn.Linear(width, hidden) for _ in range(2))
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def feed_forward(width: int, options: LayerOptions) -> nn.Module:
+    """The MLP of a block. A SwiGLU has two thirds of the hidden width, so that it costs what the MLP costs."""
+    hidden = int(options.mlp_ratio * width)
+    if not options.swiglu:
+        return MLP(width, hidden)
+    return (SplitSwiGLU if options.v2 else SwiGLU)(width, hidden * 2 // 3)
+
+
+class Modulation(nn.ModuleDict):
+    """The linear of adaLN. Its key is 1: in the released files a SiLU stands in front of it as number 0."""
+
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__({"1": zero_linear(width, parts * width)})
+        self.parts = parts
+
+    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
+        return self["1"](condition).chunk(self.parts, dim=-1)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, with adaLN (Peebles & Xie, arXiv 2212.09748) where `modulated`."""
+
+    def __init__(self, width: int, heads: int, options: LayerOptions, modulated: bool = True) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = (options.norm(width) for _ in range(2))
+        self.attn = Attention(width, heads, options)
+        self.mlp = feed_forward(width, options)
+        self.modulation = options.modulation if modulated else None
+        if self.modulation:
+            self.add_module(self.modulation, Modulation(width, 6))
+
+    def forward(self, x: Tensor, condition: Tensor | None, rope: Rotary | None) -> Tensor:
+        """x B N D; condition, its SiLU taken already: B 1 D (for all tokens), B N D (per token) or None (not modulated)."""
+        if self.modulation is None:
+            x = x + self.attn(self.norm1(x), rope)
+            return x + self.mlp(self.norm2(x))
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = getattr(self, self.modulation)(condition)
+        x = x + gate_a * self.attn(self.norm1(x) * (1 + scale_a) + shift_a, rope)
+        return x + gate_m * self.mlp(self.norm2(x) * (1 + scale_m) + shift_m)
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and a linear to patches: B N D -> B N (p*p*C). Initially 0."""
+
+    def __init__(self, width: int, outputs: int, options: LayerOptions) -> None:
+        super().__init__()
+        self.last_norm, self.modulation = options.last_norm, options.modulation
+        self.add_module(self.last_norm, options.norm(width))
+        self.linear = zero_linear(width, outputs)
+        self.add_module(self.modulation, Modulation(width, 2))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Condition as in `Block`."""
+        shift, scale = getattr(self, self.modulation)(condition)
+        return self.linear(getattr(self, self.last_norm)(x) * (1 + scale) + shift)
+
+
+def zero_linear(inputs: int, outputs: int) -> nn.Linear:
+    linear = nn.Linear(inputs, outputs)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+class PatchEmbed(nn.Module):
+    """B C g g -> B N D, tokens row by row."""
+
+    def __init__(self, channels: int, patch: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+        nn.init.xavier_uniform_(self.proj.weight.view(width, -1))
+        nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
+
+
+class TimeEmbedder(nn.Module):
+    """Random Fourier features of t in [0, 1], then an MLP: (B,) -> B D. The frequencies W train like any weight.
+
+    `tokens`: number of learned vectors (tokens x D) kept beside it, which RAEv2 adds to the embedding.
+    """
+
+    def __init__(self, width: int, tokens: int = 0) -> None:
+        super().__init__()
+        self.W = nn.Parameter(torch.randn(256))
+        first, last = nn.Linear(512, width), nn.Linear(width, width)
+        for linear in (first, last):
+            nn.init.normal_(linear.weight, std=0.02)
+        self.mlp = nn.Sequential(first, nn.SiLU(), last)
+        if tokens:
+            self.learnable_tokens = learned_tokens(tokens, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        wide = torch.promote_types(t.dtype, torch.float32)
+        angles = 2 * math.pi * t[:, None].to(wide) * self.W  # B 256
+        features = torch.cat([angles.sin(), angles.cos()], dim=1)
+        return self.mlp(features.to(self.W.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Labels (B,) -> B D. `tokens` as in `TimeEmbedder`."""
+
+    def __init__(self, rows: int, width: int, tokens: int = 0) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(rows, width)
+        nn.init.normal_(self.embedding_table.weight, std=0.02)
+        if tokens:
+            self.learnable_tokens = learned_tokens(tokens, width)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+def learned_tokens(number: int, width: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(number, width) * width**-0.5)
+
+
+def sincos_positions(width: int, grid: int) -> Tensor:
+    """2-D sin-cos positions, N x D: the first half encodes the column, each half is sines, then cosines."""
+    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # grid D/2
+    return torch.cat([axis.repeat(grid, 1), axis.repeat_interleave(grid, dim=0)], dim=1).float()
+
+
+def unpatchify(patches: Tensor, grid: int, patch: int) -> Tensor:
+    """B N (p*p*C), order (row, column, channel) inside a patch -> B C g g; `grid` patches a side."""
+    x = patches.unflatten(2, (patch, patch, -1)).unflatten(1, (grid, grid))  # B row column p p C
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

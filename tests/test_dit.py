@@ -1,0 +1,557 @@
+"""The diffusion transformers against the recipe written plainly: loops, explicit softmax, rotation by complex numbers.
+
+The plain side runs in float64 from the model's own weights, the model in float32.
+"""
+
+import math
+
+import pytest
+import torch
+
+from src.errors import UserError
+from src.losses.flow_matching import flow_matching_loss, interpolate, truncated_logit_normal_time
+from src.models.dit import DiTDH, LightningDiT, RAEv2DiT, forward_flops
+
+TOLERANCE = 1e-5
+CLASSES = 3
+CHANNELS = 5
+
+
+def linear(p, name, x):
+    return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+
+def silu(x):
+    return x / (1 + torch.exp(-x))
+
+
+def norm(p, name, x, rms, eps=1e-6):
+    if rms:
+        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * p[f"{name}.weight"]
+    centred = x - x.mean(-1, keepdim=True)
+    scaled = centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + eps)
+    return scaled * p[f"{name}.weight"] + p[f"{name}.bias"] if f"{name}.weight" in p else scaled
+
+
+def token_angles(grid, head_width, extra=0):
+    """One angle per pair of channels: row * f, then column * f."""
+    d = head_width // 2
+    f = [10000 ** (-2 * j / d) for j in range(d // 2)]
+    tokens = [[row * w for w in f] + [column * w for w in f] for row in range(grid) for column in range(grid)]
+    return torch.tensor(tokens + [[0.0] * d] * extra, dtype=torch.float64)
+
+
+def rotate(x, angles):
+    pairs = torch.complex(x[:, 0::2], x[:, 1::2]) * torch.polar(torch.ones_like(angles), angles)
+    return torch.stack([pairs.real, pairs.imag], dim=2).reshape(x.shape)
+
+
+def attention(p, name, x, heads, angles, rms):
+    width = x.shape[-1]
+    h = width // heads
+    if f"{name}.qkv.weight" in p:
+        mixed = linear(p, f"{name}.qkv", x)
+        q, k, v = mixed[..., :width], mixed[..., width : 2 * width], mixed[..., 2 * width :]
+    else:
+        q, k, v = (linear(p, f"{name}.{part}", x) for part in "qkv")
+    images = []
+    for image in range(len(x)):
+        outputs = []
+        for head in range(heads):
+            part = slice(head * h, (head + 1) * h)
+            a, b, c = q[image, :, part], k[image, :, part], v[image, :, part]
+            if f"{name}.q_norm.weight" in p:
+                eps = 1e-6 if rms else 1e-5
+                a, b = norm(p, f"{name}.q_norm", a, rms, eps), norm(p, f"{name}.k_norm", b, rms, eps)
+            if angles is not None:
+                a, b = rotate(a, angles), rotate(b, angles)
+            weights = torch.exp(a @ b.T / math.sqrt(h))
+            outputs.append(weights / weights.sum(1, keepdim=True) @ c)
+        images.append(torch.cat(outputs, dim=1))
+    return linear(p, f"{name}.proj", torch.stack(images))
+
+
+def feed_forward(p, name, x):
+    if f"{name}.fc1.weight" in p:
+        u = linear(p, f"{name}.fc1", x)
+        u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+        return linear(p, f"{name}.fc2", u)
+    if f"{name}.w12.weight" in p:
+        both = linear(p, f"{name}.w12", x)
+        half = both.shape[-1] // 2
+        a, b = both[..., :half], both[..., half:]
+    else:
+        a, b = linear(p, f"{name}.w1", x), linear(p, f"{name}.w2", x)
+    return linear(p, f"{name}.w3", silu(a) * b)
+
+
+def six(p, name, c):
+    """`c`: B N D, one condition per token in any case."""
+    spelling = "adaLN_modulation" if f"{name}.adaLN_modulation.1.weight" in p else "adaln_modulation"
+    m = linear(p, f"{name}.{spelling}.1", silu(c))
+    width = c.shape[-1]
+    return [m[..., i * width : (i + 1) * width] for i in range(m.shape[-1] // width)]
+
+
+def block(p, name, x, c, heads, angles, rms):
+    if c is None:
+        x = x + attention(p, f"{name}.attn", norm(p, f"{name}.norm1", x, rms), heads, angles, rms)
+        return x + feed_forward(p, f"{name}.mlp", norm(p, f"{name}.norm2", x, rms))
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = six(p, name, c)
+    y = norm(p, f"{name}.norm1", x, rms) * (1 + scale_a) + shift_a
+    x = x + gate_a * attention(p, f"{name}.attn", y, heads, angles, rms)
+    y = norm(p, f"{name}.norm2", x, rms) * (1 + scale_m) + shift_m
+    return x + gate_m * feed_forward(p, f"{name}.mlp", y)
+
+
+def final(p, name, x, c, rms):
+    shift, scale = six(p, name, c)
+    which = "norm_final" if f"{name}.adaLN_modulation.1.weight" in p else "norm"
+    return linear(p, f"{name}.linear", norm(p, f"{name}.{which}", x, rms) * (1 + scale) + shift)
+
+
+def patches(p, name, x, patch):
+    weight, bias = p[f"{name}.proj.weight"], p[f"{name}.proj.bias"]
+    side = x.shape[-1] // patch
+    tokens = []
+    for row in range(side):
+        for column in range(side):
+            cut = x[:, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
+            tokens.append(torch.stack([(weight * image).sum((1, 2, 3)) + bias for image in cut]))
+    return torch.stack(tokens, dim=1)
+
+
+def to_latents(tokens, like, patch):
+    image, side = torch.zeros_like(like), like.shape[-1] // patch
+    for n in range(side * side):
+        row, column = n // side * patch, n % side * patch
+        for r in range(patch):
+            for c in range(patch):
+                start = (r * patch + c) * CHANNELS
+                image[:, :, row + r, column + c] = tokens[:, n, start : start + CHANNELS]
+    return image
+
+
+def time(p, t):
+    a = 2 * math.pi * t[:, None] * p["t_embedder.W"][None]
+    hidden = silu(linear(p, "t_embedder.mlp.0", torch.cat([torch.sin(a), torch.cos(a)], dim=1)))
+    return linear(p, "t_embedder.mlp.2", hidden)
+
+
+def per_token(c, tokens):
+    return torch.stack([c] * tokens, dim=1)
+
+
+def plain_dit(p, x, t, y, patch, depth, heads, rms, rope):
+    side = x.shape[-1] // patch
+    tokens = patches(p, "x_embedder", x, patch)
+    c = per_token(time(p, t) + p["y_embedder.embedding_table.weight"][y], side**2)
+    angles = token_angles(side, tokens.shape[-1] // heads) if rope else None
+    tokens = tokens + p["pos_embed"] if "pos_embed" in p else tokens
+    for i in range(depth):
+        tokens = block(p, f"blocks.{i}", tokens, c, heads, angles, rms)
+    return to_latents(final(p, "final_layer", tokens, c, rms), x, patch)
+
+
+def plain_dh(p, x, t, y, patch, depth, heads, rms, rope):
+    side = x.shape[-1]
+    T = per_token(time(p, t), side**2)
+    c = silu(T + per_token(p["y_embedder.embedding_table.weight"][y], side**2))
+    s, h = patches(p, "s_embedder", x, 1), patches(p, "x_embedder", x, 1)
+    angles = [token_angles(side, z.shape[-1] // n) if rope else None for z, n in zip((s, h), heads, strict=True)]
+    s = s + p["pos_embed"] if "pos_embed" in p else s
+    for i in range(depth[0]):
+        s = block(p, f"blocks.{i}", s, c, heads[0], angles[0], rms)
+    s = silu(T + s)
+    s = linear(p, "s_projector", s) if "s_projector.weight" in p else s
+    for i in range(depth[0], sum(depth)):
+        h = block(p, f"blocks.{i}", h, s, heads[1], angles[1], rms)
+    return to_latents(final(p, "final_layer", h, s, rms), x, 1)
+
+
+def plain_v2(p, x, t, y, patch, depth, heads, base_depth, t_tokens=4, c_tokens=8):
+    side = x.shape[-1] // patch
+    n = side**2
+    T = time(p, t)
+    own = [T + p["t_embedder.learnable_tokens"][i] for i in range(t_tokens)]
+    row = p["ctx_embedder.embedding_table.weight"][y]
+    own += [row + p["ctx_embedder.learnable_tokens"][i] for i in range(c_tokens)]
+    s, h = patches(p, "s_embedder", x, patch), patches(p, "x_embedder", x, patch)
+    s = torch.cat([s, torch.stack(own, dim=1)], dim=1)
+    angles = token_angles(side, s.shape[-1] // heads[0], t_tokens + c_tokens)
+    base = None
+    for i in range(depth[0]):
+        s = block(p, f"blocks.{i}", s, None, heads[0], angles, True)
+        if i + 1 == base_depth:
+            b = silu(per_token(T, n) + s[:, :n])
+            base = to_latents(final(p, "base_final_layer", b, b, True), x, patch)
+    s = silu(per_token(T, n) + s[:, :n])
+    s = linear(p, "s_projector", s) if "s_projector.weight" in p else s
+    for i in range(depth[0], sum(depth)):
+        h = block(p, f"blocks.{i}", h, s, heads[1], token_angles(side, h.shape[-1] // heads[1]), True)
+    full = to_latents(final(p, "final_layer", h, s, True), x, patch)
+    return full if base is None else (full, base)
+
+
+def lightning(**changes):
+    sizes = {"input_size": 4, "in_channels": CHANNELS, "hidden_size": 24, "depth": 2, "num_heads": 2}
+    return LightningDiT(**{**sizes, "num_classes": CLASSES, **changes})
+
+
+def ditdh(**changes):
+    sizes = {"input_size": 4, "in_channels": CHANNELS, "hidden_size": [16, 24], "depth": [2, 2], "num_heads": [2, 2]}
+    return DiTDH(**{**sizes, "num_classes": CLASSES, **changes})
+
+
+def raev2(**changes):
+    sizes = {
+        "input_size": 4,
+        "patch_size": 1,
+        "in_channels": CHANNELS,
+        "hidden_size": [16, 24],
+        "depth": [3, 2],
+        "num_heads": [2, 2],
+    }
+    return RAEv2DiT(**{**sizes, "num_classes": CLASSES, **changes})
+
+
+MAKERS = [lightning, ditdh, raev2]
+
+
+def randomised(model, seed=0):
+    """Nothing at its initial 0 or 1, where much of the network is switched off."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
+            value = torch.randn(parameter.shape, generator=rng) / math.sqrt(fan_in)
+            parameter.copy_(1 + 0.3 * value if "norm" in name and name.endswith("weight") else value * 0.5)
+    return model
+
+
+def batch(model, seed=1):
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, *model.latent_shape, generator=rng)
+    return x, torch.tensor([0.0, 0.3, 1.0]), torch.tensor([0, 2, model.null_label or 1])
+
+
+def weights_of(model):
+    return {name: value.detach().double().requires_grad_() for name, value in model.named_parameters()}
+
+
+def compare(model, plain):
+    """Output and every gradient, from equal weights and one random sum of the outputs."""
+    x, t, y = batch(model)
+    p = weights_of(model)
+    outputs, expected = model(x, t, y), plain(p, x.double(), t.double(), y)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    assert len(outputs) == len(expected)
+    rng = torch.Generator().manual_seed(2)
+    sums = [0.0, 0.0]
+    for mine, theirs in zip(outputs, expected, strict=True):
+        assert mine.shape == x.shape
+        assert (mine - theirs).abs().max() < TOLERANCE * theirs.abs().max()
+        factor = torch.randn(x.shape, generator=rng)
+        sums = [sums[0] + (mine * factor).sum(), sums[1] + (theirs * factor).sum()]
+    sums[0].backward()
+    sums[1].backward()
+    largest_of_all = max(value.grad.abs().max() for value in p.values())
+    for name, parameter in model.named_parameters():
+        wanted = p[name].grad
+        # A bias that softmax ignores has no gradient but rounding.
+        limit = TOLERANCE * max(wanted.abs().max(), 1e-2 * largest_of_all)
+        assert (parameter.grad - wanted).abs().max() < limit, name
+    assert (model.t_embedder.W.grad != 0).any()
+
+
+VARIANTS = [
+    {}, {"use_qknorm": True}, {"use_swiglu": False}, {"use_rmsnorm": False}, {"use_qknorm": True, "use_rmsnorm": False},
+    {"use_rope": False}, {"use_pos_embed": False}, {"class_dropout_prob": 0.0}, {"mlp_ratio": 3.0}, {"input_size": 3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [*VARIANTS, {"patch_size": 2}, {"patch_size": 2, "input_size": 6}], ids=str)
+def test_lightning_dit_and_its_gradients(options):
+    model = randomised(lightning(**options))
+    rms, rope = options.get("use_rmsnorm", True), options.get("use_rope", True)
+    compare(model, lambda p, x, t, y: plain_dit(p, x, t, y, model.patch_size, 2, 2, rms, rope))
+
+
+@pytest.mark.parametrize(
+    "options", [*VARIANTS, {"hidden_size": [24, 24]}, {"depth": [1, 3], "num_heads": [4, 3]}], ids=str
+)
+def test_ditdh_and_its_gradients(options):
+    model = randomised(ditdh(**options))
+    rms, rope = options.get("use_rmsnorm", True), options.get("use_rope", True)
+    depth, heads = options.get("depth", [2, 2]), options.get("num_heads", [2, 2])
+    compare(model, lambda p, x, t, y: plain_dh(p, x, t, y, 1, depth, heads, rms, rope))
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"base_model_depth": 2}, {"base_model_depth": 3}, {"patch_size": 2, "base_model_depth": 1}, {"hidden_size": [24, 24]},
+    {"num_t_tokens": 1, "num_c_tokens": 2},
+], ids=str)  # fmt: skip
+def test_raev2_and_its_gradients(options):
+    model = randomised(raev2(**options))
+    tokens = options.get("num_t_tokens", 4), options.get("num_c_tokens", 8)
+    base = options.get("base_model_depth")
+    compare(model, lambda p, x, t, y: plain_v2(p, x, t, y, model.patch_size, [3, 2], [2, 2], base, *tokens))
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_checkpointed_activations_change_nothing(make):
+    kept, recomputed = (randomised(make(activation_checkpointing=on)) for on in (False, True))
+    for model in (kept, recomputed):
+        model(*batch(model)).square().sum().backward()
+    for (name, a), b in zip(kept.named_parameters(), recomputed.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-5, atol=1e-6), name
+
+
+BLOCK = ["norm1.weight", "norm2.weight", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias",
+         "mlp.w12.weight", "mlp.w12.bias", "mlp.w3.weight", "mlp.w3.bias", "adaLN_modulation.1.weight", "adaLN_modulation.1.bias"]  # fmt: skip
+COMMON = ["x_embedder.proj.weight", "x_embedder.proj.bias", "t_embedder.W", "t_embedder.mlp.0.weight", "t_embedder.mlp.0.bias",
+          "t_embedder.mlp.2.weight", "t_embedder.mlp.2.bias", "final_layer.linear.weight", "final_layer.linear.bias"]  # fmt: skip
+RAE_COMMON = [*COMMON, "y_embedder.embedding_table.weight", "pos_embed", "final_layer.norm_final.weight",
+              "final_layer.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.bias"]  # fmt: skip
+HEADED = ["s_embedder.proj.weight", "s_embedder.proj.bias", "s_projector.weight", "s_projector.bias"]
+V2_BLOCK = [
+    "norm1.weight", "norm2.weight", "attn.q.weight", "attn.q.bias", "attn.k.weight", "attn.k.bias", "attn.v.weight", "attn.v.bias",
+    "attn.proj.weight", "attn.proj.bias", "attn.q_norm.weight", "attn.k_norm.weight", "mlp.w1.weight", "mlp.w1.bias",
+    "mlp.w2.weight", "mlp.w2.bias", "mlp.w3.weight", "mlp.w3.bias",
+]  # fmt: skip
+V2_FINAL = ["norm.weight", "linear.weight", "linear.bias", "adaln_modulation.1.weight", "adaln_modulation.1.bias"]
+
+
+def in_blocks(count, names):
+    return [f"blocks.{i}.{name}" for i in range(count) for name in names]
+
+
+def test_names_of_lightning_dit():
+    names = [*RAE_COMMON, "feat_rope.freqs_cos", "feat_rope.freqs_sin", *in_blocks(2, BLOCK)]
+    assert sorted(lightning().state_dict()) == sorted(names)
+
+
+def test_names_of_ditdh():
+    ropes = [f"{part}_feat_rope.freqs_{kind}" for part in ("enc", "dec") for kind in ("cos", "sin")]
+    assert sorted(ditdh().state_dict()) == sorted([*RAE_COMMON, *HEADED, *ropes, *in_blocks(4, BLOCK)])
+    assert not [name for name in ditdh(hidden_size=[24, 24]).state_dict() if name.startswith("s_projector")]
+
+
+def test_names_of_raev2():
+    names = [*COMMON, *HEADED, *in_blocks(5, V2_BLOCK)]
+    names += [f"blocks.{i}.adaln_modulation.1.{kind}" for i in (3, 4) for kind in ("weight", "bias")]
+    names += [f"{part}_rope.freqs_{kind}" for part in ("enc", "dec") for kind in ("cos", "sin")]
+    names += ["t_embedder.learnable_tokens", "ctx_embedder.learnable_tokens", "ctx_embedder.embedding_table.weight"]
+    names += [f"base_final_layer.{name}" for name in V2_FINAL] + [
+        f"final_layer.{name}" for name in V2_FINAL if "linear" not in name
+    ]
+    assert sorted(raev2(base_model_depth=2).state_dict()) == sorted(names)
+
+
+def test_options_change_the_names():
+    plain = set(lightning().state_dict())
+    assert plain - set(lightning(use_pos_embed=False).state_dict()) == {"pos_embed"}
+    assert plain - set(lightning(use_rope=False).state_dict()) == {"feat_rope.freqs_cos", "feat_rope.freqs_sin"}
+    assert set(lightning(use_qknorm=True).state_dict()) - plain == set(
+        in_blocks(2, ["attn.q_norm.weight", "attn.k_norm.weight"])
+    )
+    affine = [f"attn.{part}_norm.{kind}" for part in "qk" for kind in ("weight", "bias")]
+    layer_norm = set(lightning(use_qknorm=True, use_rmsnorm=False).state_dict())
+    assert {name for name in layer_norm if "norm" in name} == set(in_blocks(2, affine))
+    assert {"blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.bias"} <= set(lightning(use_swiglu=False).state_dict())
+
+
+@pytest.mark.parametrize(("make", "shapes"), [
+    (lightning, {"pos_embed": (1, 16, 24), "t_embedder.W": (256,), "feat_rope.freqs_cos": (16, 12), "y_embedder.embedding_table.weight": (4, 24)}),
+    (ditdh, {"pos_embed": (1, 16, 16), "dec_feat_rope.freqs_sin": (16, 12), "y_embedder.embedding_table.weight": (4, 16)}),
+    (raev2, {"enc_rope.freqs_cos": (28, 8), "dec_rope.freqs_cos": (16, 12), "ctx_embedder.learnable_tokens": (8, 16)}),
+])  # fmt: skip
+def test_shapes_and_what_trains(make, shapes):
+    model = make()
+    state = model.state_dict()
+    assert {name: tuple(state[name].shape) for name in shapes} == shapes
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert {"pos_embed", "t_embedder.W"} & set(state) <= {name for name, _ in model.named_parameters()}
+
+
+def test_no_row_for_the_null_label_without_dropout():
+    for make in (lightning, ditdh):
+        model = make(class_dropout_prob=0.0)
+        assert model.null_label is None and len(model.y_embedder.embedding_table.weight) == CLASSES
+        assert make().null_label == CLASSES
+    assert raev2().null_label == CLASSES and len(raev2().ctx_embedder.embedding_table.weight) == CLASSES + 1
+
+
+def test_the_state_dict_is_the_module():
+    model = randomised(ditdh())
+    before = model(*batch(model))
+    for name in ("pos_embed", "enc_feat_rope.freqs_cos"):
+        model.state_dict()[name].zero_()
+        after = model(*batch(model))
+        assert not torch.allclose(before, after)
+        before = after
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_half_precision_keeps_the_rotary_tables(make):
+    model = randomised(make())
+    tables = {name: value.clone() for name, value in model.named_buffers()}
+    expected = model(*batch(model))
+    half = model.bfloat16()
+    for name, value in half.named_buffers():
+        assert value.dtype == torch.float32 and torch.equal(value, tables[name])
+    x, t, y = batch(half)
+    output = half(x.bfloat16(), t, y)
+    assert output.dtype == torch.bfloat16
+    assert (output - expected).square().mean() < 0.01 * expected.square().mean()
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_train_and_eval_mode_agree_and_draw_nothing(make):
+    model = randomised(make())
+    state = torch.get_rng_state()
+    assert torch.equal(model.train()(*batch(model)), model.eval()(*batch(model)))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_positions_and_initial_values():
+    torch.manual_seed(0)
+    model = ditdh(input_size=3)
+    for row in range(3):
+        for column in range(3):
+            halves = [
+                [f(at * 10000 ** (-k / 4)) for f in (math.sin, math.cos) for k in range(4)] for at in (column, row)
+            ]
+            assert torch.allclose(model.pos_embed[0, row * 3 + column], torch.tensor(halves[0] + halves[1]), atol=1e-6)
+    for embed in (model.s_embedder, model.x_embedder):
+        bound = math.sqrt(6 / (embed.proj.out_channels + CHANNELS))
+        assert 0.8 * bound < embed.proj.weight.abs().max() <= bound and not embed.proj.bias.any()
+    for weight in (
+        model.y_embedder.embedding_table.weight,
+        model.t_embedder.mlp[0].weight,
+        model.t_embedder.mlp[2].weight,
+    ):
+        assert weight.detach().std() == pytest.approx(0.02, rel=0.3)
+    assert model.t_embedder.W.detach().std() == pytest.approx(1, rel=0.2) and model.t_embedder.mlp[0].bias.any()
+    qkv = model.blocks[0].attn.qkv  # PyTorch's default: uniform up to 1 / sqrt(16)
+    assert 0.9 * 0.25 < qkv.weight.abs().max() <= 0.25 and qkv.bias.any()
+    assert raev2(hidden_size=[64, 24]).ctx_embedder.learnable_tokens.detach().std() == pytest.approx(1 / 8, rel=0.2)
+
+
+def test_lightning_dit_starts_xavier_with_zero_biases():
+    model = lightning()
+    qkv = model.blocks[0].attn.qkv.weight
+    bound = math.sqrt(6 / sum(qkv.shape))
+    assert 0.9 * bound < qkv.abs().max() <= bound
+    assert all(not value.any() for name, value in model.named_parameters() if name.endswith("bias"))
+    assert not model.blocks[1].adaLN_modulation["1"].weight.any()
+    assert model.t_embedder.mlp[2].weight.detach().std() == pytest.approx(0.02, rel=0.3)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_untrained_output_is_zero(make):
+    outputs = make(base_model_depth=2) if make is raev2 else make()
+    outputs = outputs(*batch(outputs))
+    for output in outputs if isinstance(outputs, tuple) else (outputs,):
+        assert not output.any()
+
+
+@pytest.mark.parametrize("make", [lightning, ditdh])
+def test_untrained_loss_is_two(make):
+    model = make()
+    rng = torch.Generator().manual_seed(0)
+    x, noise = (torch.randn(64, *model.latent_shape, generator=rng) for _ in range(2))
+    t = torch.rand(64, generator=rng)
+    with torch.no_grad():
+        output = model(interpolate(x, noise, t), t, torch.zeros(64, dtype=torch.long))
+    assert flow_matching_loss(output, x, noise, t, "velocity", 0.0)["loss"].mean() == pytest.approx(2, rel=0.05)
+
+
+def test_ditdh_learns_eight_latents_by_heart():
+    torch.manual_seed(0)
+    model = DiTDH(4, in_channels=8, hidden_size=[64, 96], depth=[1, 1], num_heads=[4, 4], num_classes=8)
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.randn(8, 8, 4, 4, generator=rng).repeat(4, 1, 1, 1), torch.arange(8).repeat(4)
+    steps, losses = 300, []
+    optimizer = torch.optim.Adam(model.parameters(), lr=6e-3, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        noise, t = torch.randn(x.shape, generator=rng), truncated_logit_normal_time(torch.rand(len(x), generator=rng))
+        output = model(interpolate(x, noise, t), t, y)
+        loss = flow_matching_loss(output, x, noise, t, "velocity", 0.0)["loss"].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    assert sum(losses[-20:]) / 20 < 0.1
+
+
+SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+COSTS = [  # millions of parameters and GFLOP of LightningDiT, then of DiTDH
+    ("S", 33.7, 12.4, 196.5, 96.9), ("B", 131.9, 46.6, 294.3, 131.4), ("L", 459.9, 162, 621.7, 247), ("XL", 677.2, 238, 838.7, 323),
+]  # fmt: skip
+
+
+def cost(model):
+    return sum(p.numel() for p in model.parameters()) / 1e6, forward_flops(model) / 1e9
+
+
+@pytest.mark.parametrize(("size", "params", "gflop", "params_dh", "gflop_dh"), COSTS)
+def test_parameters_and_flops(size, params, gflop, params_dh, gflop_dh):
+    width, depth, heads = SIZES[size]
+    with torch.device("meta"):
+        plain = LightningDiT(16, in_channels=768, hidden_size=width, depth=depth, num_heads=heads)
+        headed = DiTDH(16, in_channels=768, hidden_size=[width, 2048], depth=[depth, 2], num_heads=[heads, 16])
+    assert cost(plain) == (pytest.approx(params, abs=0.1), pytest.approx(gflop, rel=0.01))
+    assert cost(headed) == (pytest.approx(params_dh, abs=0.1), pytest.approx(gflop_dh, rel=0.01))
+
+
+def test_parameters_and_flops_of_raev2_and_of_512_px():
+    with torch.device("meta"):
+        v2 = RAEv2DiT(16, 1, 1024, [1440, 2048], [28, 2], [20, 16], 1000, base_model_depth=8)
+        large = DiTDH(32, in_channels=768, hidden_size=[1152, 2048], depth=[28, 2], num_heads=[16, 16])
+    assert cost(v2) == (pytest.approx(875.2, abs=0.1), pytest.approx(475, rel=0.01))
+    assert cost(large) == (pytest.approx(839.6, abs=0.1), pytest.approx(1406, rel=0.01))
+
+
+def test_flops_leave_the_weights_alone():
+    model = randomised(lightning())
+    before = model(*batch(model))
+    assert forward_flops(model, 2) == 2 * forward_flops(model)
+    assert torch.equal(model(*batch(model)), before)
+
+
+@pytest.mark.parametrize(("make", "changes", "message"), [
+    (lightning, {"patch_size": 4}, "patch_size=4: expected 1 or 2"),
+    (ditdh, {"patch_size": 2}, "DiTDH: patch_size=2: expected 1"),
+    (lightning, {"patch_size": 2, "input_size": 5}, "input_size=5 is not a multiple of patch_size=2"),
+    (lightning, {"hidden_size": 25}, "hidden_size=25 is not a multiple of num_heads=2"),
+    (lightning, {"hidden_size": 20}, "heads 10 wide"),
+    (lightning, {"hidden_size": 18, "use_rope": False}, "hidden_size=18"),
+    (lightning, {"hidden_size": [16, 16]}, r"hidden_size=\[16, 16\]: expected a whole number"),
+    (lightning, {"depth": 0}, "depth=0"),
+    (lightning, {"num_classes": 0}, "num_classes=0"),
+    (lightning, {"class_dropout_prob": 1.5}, "class_dropout_prob=1.5"),
+    (lightning, {"mlp_ratio": 0.0}, "mlp_ratio=0.0"),
+    (ditdh, {"hidden_size": 16}, r"hidden_size=16: expected two numbers, \[encoder, head\]"),
+    (ditdh, {"depth": [2, 2, 2]}, r"depth=\[2, 2, 2\]"),
+    (ditdh, {"hidden_size": [16, 28]}, "hidden_size=28 with num_heads=2 makes heads 14 wide"),
+    (raev2, {"base_model_depth": 4}, "base_model_depth=4: expected 1 to 3"),
+    (raev2, {"num_t_tokens": 0}, "num_t_tokens=0"),
+])  # fmt: skip
+def test_sizes_that_do_not_fit(make, changes, message):
+    with pytest.raises(UserError, match=message):
+        make(**changes)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_inputs_that_do_not_fit(make):
+    model = make()
+    x, t, y = batch(model)
+    with pytest.raises(ValueError, match=r"\(3, 5, 4, 3\); expected B x 5 x 4 x 4"):
+        model(x[..., :3], t, y)
+    with pytest.raises(ValueError, match=r"\(1,\) and \(3,\); expected \(3,\) each"):
+        model(x, t[:1], y)
