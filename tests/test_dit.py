@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from src.errors import UserError
+from src.core.errors import UserError
 from src.losses.flow_matching import flow_matching_loss, interpolate, truncated_logit_normal_time
 from src.models.dit import DiTDH, LightningDiT, RAEv2DiT, forward_flops
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from src.errors import UserError
+from src.core.errors import UserError
 from src.losses import flow_matching as fm
 
 SHAPE = (4, 3, 3)

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from src.errors import UserError
+from src.core.errors import UserError
 from src.evaluation.sampling import (
     Guidance,
     autoguidance,

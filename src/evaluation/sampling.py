@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from src.errors import UserError
+from src.core.errors import UserError
 from src.losses.flow_matching import per_image, velocity
 
 Field = Callable[[Tensor, Tensor], Tensor]

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from src.errors import UserError
+from src.core.errors import UserError
 
 Time = TypeVar("Time", float, Tensor)
 LAST_TIME = 0.999

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from src.errors import UserError
+from src.core.errors import UserError
 from src.models.dit_layers import (
     Block,
     FinalLayer,
