@@ -37,7 +37,7 @@ def with_current_keys(model: Mapping[str, Any]) -> dict[str, Any]:
     lpips, disc = _node(model, "lpips_arch"), _node(model, "disc_arch")
     arch = _node(disc, "arch")
     if "channels" in lpips:  # those of an untrained network were free
-        tiny = lpips["weights"] == "untrained" and tuple(lpips["channels"]) == _TINY_CHANNELS
+        tiny = lpips.get("weights") == "untrained" and tuple(lpips["channels"]) == _TINY_CHANNELS
         del lpips["channels"]
         current["lpips_arch"] = lpips | {"weights": "tiny"} if tiny else lpips
     if arch.get("recipe") == "tiny":

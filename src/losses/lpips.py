@@ -35,7 +35,7 @@ class LPIPS(nn.Module):
     """`LPIPS(...)(x, y)`: distance per image, (B,), float32; symmetric, 0 for equal images.
 
     Frozen: always in eval mode, no gradient to its weights; gradients flow to the images.
-    `untrained` is True for seeded random weights; `name` says so, for whatever shows a number.
+    `untrained` is True for seeded random weights, and whatever shows a number must say so then.
     """
 
     shift: Tensor
@@ -51,7 +51,6 @@ class LPIPS(nn.Module):
         """Read both files, or draw random weights from `seed`. Raises UserError: a file is missing or does not fit."""
         super().__init__()
         self.untrained = weights != "pretrained"
-        self.name = "lpips_untrained" if self.untrained else "lpips"
         self.fused = False
         """True: uses kernels that torch.compile makes."""
         channels = TINY_CHANNELS if weights == "tiny" else CHANNELS
