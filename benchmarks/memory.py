@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from benchmarks.runners import DECODERS, DTYPES, ENCODERS, PHASES, build_models, make_inputs, make_runner, positive
-from src.core.frozen_precision import cast_frozen
+from src.core.precision import cast_frozen
 from src.losses import lpips_distance
 from src.models.dino import RECIPES
 

@@ -20,7 +20,7 @@ from src.losses.lpips import LPIPS
 from src.models import decoder, dino
 from src.models.discriminator import DinoDiscriminator
 from src.models.rae import RAE
-from src.training.stage1_step import NoiseDraws, Phase
+from src.training.stage1_step import LatentNoise, Phase
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,23 @@ class PlainStep:
     disc_weight: float
     max_d_weight: float
 
-    def generator(self, images: Tensor, noise: NoiseDraws | None, augment: Draws, phase: Phase) -> dict[str, Tensor]:
-        """Images in [0, 1]. Gradients of the total loss go into the decoder; returns the terms."""
+    def generator(self, images: Tensor, noise: LatentNoise | None, augment: Draws, phase: Phase) -> dict[str, Tensor]:
+        """Put gradients of the total loss into the decoder and return the terms. Images in [0, 1]."""
         with published_layers():
             return self._generator(images, noise, augment, phase)
 
-    def discriminate(self, images: Tensor, fake_draws: Draws, real_draws: Draws) -> dict[str, Tensor]:
-        """Images in [0, 1]. Gradients of D's hinge loss go into its heads."""
-        with published_layers():
-            return self._discriminate(images, fake_draws, real_draws)
+    def fake(self, images: Tensor) -> Tensor:
+        """Return what D judges as fake, B 3 H W in [-1, 1], for images in [0, 1]."""
+        with torch.no_grad(), record_function("disc_decode"), published_layers():
+            fake = self.rae.decode(self._encode(images, None)) * 2 - 1
+            return torch.round((fake.clamp(-1, 1) + 1) * 127.5) / 127.5 - 1
 
-    def _generator(self, images: Tensor, noise: NoiseDraws | None, augment: Draws, phase: Phase) -> dict[str, Tensor]:
+    def discriminate(self, images: Tensor, fake: Tensor, fake_draws: Draws, real_draws: Draws) -> dict[str, Tensor]:
+        """Put gradients of D's hinge loss into its heads. Images in [0, 1], `fake` in [-1, 1]."""
+        with published_layers():
+            return self._discriminate(images, fake, fake_draws, real_draws)
+
+    def _generator(self, images: Tensor, noise: LatentNoise | None, augment: Draws, phase: Phase) -> dict[str, Tensor]:
         with record_function("encode"):
             latents = self._encode(images, noise)
         with record_function("decode"):
@@ -69,11 +75,8 @@ class PlainStep:
             terms["loss"].backward()
         return {name: value.detach() for name, value in terms.items()}
 
-    def _discriminate(self, images: Tensor, fake_draws: Draws, real_draws: Draws) -> dict[str, Tensor]:
+    def _discriminate(self, images: Tensor, fake: Tensor, fake_draws: Draws, real_draws: Draws) -> dict[str, Tensor]:
         self.discriminator.zero_grad()  # the generator's backward pass left some there
-        with torch.no_grad(), record_function("disc_decode"):
-            fake = self.rae.decode(self._encode(images, None)) * 2 - 1
-            fake = torch.round((fake.clamp(-1, 1) + 1) * 127.5) / 127.5 - 1
         with record_function("disc"):
             self.discriminator.power_iteration()
             logits_fake = self.discriminator(self.augment.apply(fake, fake_draws))
@@ -90,14 +93,14 @@ class PlainStep:
             "logits_real": logits_real.detach().mean(),
         }
 
-    def _encode(self, images: Tensor, noise: NoiseDraws | None) -> Tensor:
+    def _encode(self, images: Tensor, noise: LatentNoise | None) -> Tensor:
         latents = self.rae.encode_raw(images)
         if noise is not None:
             latents = latents + noise.sigma.view(-1, 1, 1, 1) * noise.normal
         return self.rae.normalize(latents)
 
     def _lpips(self, x: Tensor, y: Tensor) -> Tensor:
-        """The textbook form of LPIPS: both images through the network with a graph, full-size float32 maps."""
+        """Return LPIPS in its textbook form: both images through the network with a graph, full-size float32 maps."""
         total: Tensor | float = 0.0
         for map_x, map_y, weight in zip(self.lpips.features(x), self.lpips.features(y), self.lpips.linear, strict=True):
             unit_x, unit_y = _unit(map_x.float()), _unit(map_y.float())
@@ -112,7 +115,7 @@ def _unit(features: Tensor) -> Tensor:
 
 @contextmanager
 def published_layers() -> Iterator[None]:
-    """Inside, the blocks of decoder and DINO trunk work as the official ones do."""
+    """Make the blocks of decoder and DINO trunk work as the official ones do."""
     plain = (
         (decoder.SelfAttention, "forward", _decoder_attention),
         (decoder.Block, "forward", _decoder_block),

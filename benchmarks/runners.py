@@ -12,19 +12,19 @@ from torch import Tensor, nn
 
 from benchmarks.plain_step import PlainStep
 from src.core.ema import EMA
-from src.core.frozen_precision import cast_frozen
-from src.core.images import bytes_to_unit, unit_to_signed
-from src.core.nonfinite import FiniteGuard
-from src.core.weights import PROJECT_ROOT
+from src.core.images import bytes_to_unit
+from src.core.nonfinite import NonFiniteCounter
+from src.core.precision import cast_frozen
+from src.core.weights import PROJECT_ROOT, SizedWeights
 from src.losses.diffaug import UNIFORMS_PER_BATCH, UNIFORMS_PER_SAMPLE, DiffAug
-from src.losses.gan import discriminator_loss, generator_loss
 from src.losses.lpips import LPIPS
 from src.models.discriminator import DinoDiscriminator
 from src.models.rae import RAE
+from src.training.module import compile_in_place
 from src.training.optimisation import adamw, gradient_norm
 from src.training.settings import OptimizerSettings
-from src.training.stage1 import compile_parts
-from src.training.stage1_step import NoiseDraws, Phase, StepSettings, TrainingStep
+from src.training.stage1 import parts_to_compile
+from src.training.stage1_step import LatentNoise, Phase, StepSettings, TrainingStep
 
 PHASES = {"warmup": Phase(True, False, False), "disc": Phase(True, False, True), "gan": Phase(True, True, True)}
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
@@ -69,7 +69,7 @@ class PlainRunner:
             for kept, new in zip(self.average.parameters(), self.models.rae.decoder.parameters(), strict=True):
                 kept.mul_(0.9978).add_(new, alpha=1 - 0.9978)
         if phase.disc:
-            self.step.discriminate(x, draws.augment[1], draws.augment[2])
+            self.step.discriminate(x, self.step.fake(x), draws.augment[1], draws.augment[2])
             with torch.profiler.record_function("optimizer"):
                 self.optimizers[1].step()
         self.optimizers[1].zero_grad()
@@ -80,70 +80,52 @@ class OurRunner:
 
     def __init__(self, models: Models, device: torch.device, options: dict[str, Any]) -> None:
         self.models = models
-        settings = StepSettings(1.0, 0.75, 1e4, "global", options["disc_fake"], options["loss_chunk_size"])
-        self.step = TrainingStep(
-            models.rae,
-            models.lpips,
-            models.discriminator,
-            models.augment,
-            discriminator_loss("hinge"),
-            generator_loss("hinge"),
-            settings,
-        )
+        settings = StepSettings(
+            perceptual_weight=1.0, disc_weight=0.75, max_d_weight=1e4, adaptive_weight="global", disc_loss="hinge",
+            gen_loss="hinge", disc_updates=1, disc_fake=options["disc_fake"], loss_chunk_size=options["loss_chunk_size"],
+        )  # fmt: skip
+        self.step = TrainingStep(models.rae, models.lpips, models.discriminator, models.augment, settings)
         models.rae.decoder.activation_checkpointing = options["activation_checkpointing"]
         self.ema = EMA(models.rae.decoder, 0.9978)
         self.optimizers = [
-            adamw(module, OptimizerSettings(2e-4, (0.9, 0.95), 0.0))
+            adamw(module, OptimizerSettings(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0))
             for module in (models.rae.decoder, models.discriminator.heads)
-        ]  # fmt: skip
-        self.guard, self.steps = FiniteGuard(0), 0
+        ]
+        self.counter, self.steps = NonFiniteCounter(0), 0
         if options["dtype"] is not None:
             cast_frozen(models.rae.encoder, options["dtype"])
             cast_frozen(models.discriminator.trunk, options["dtype"])
         if options["compile"]:
-            holder = nn.Module()
-            holder.rae, holder.ema_decoder, holder.lpips, holder.discriminator = (
-                models.rae,
-                self.ema.average,
-                models.lpips,
-                models.discriminator,
-            )
-            compile_parts(holder)
+            compile_in_place(parts_to_compile(models.rae, self.ema.average, models.lpips, models.discriminator))
 
     def run(self, images: Tensor, draws: Any, phase: Phase) -> None:
-        x = bytes_to_unit(images)
-        result = self.step.generator(
-            x, draws.noise, draws.augment[0], phase, backward=lambda output, gradient: output.backward(gradient)
-        )
+        result = self.step.generator(bytes_to_unit(images), draws.noise, draws.augment[0], phase)
         self.update(0, self.models.rae.decoder, result.terms)
         with torch.profiler.record_function("ema"):
             self.ema.update()
         if phase.disc:
-            pairs = (("fake", self.step.fake(result), 1), ("real", unit_to_signed(x), 2))
-            for label, pictures, number in pairs:
-                self.models.discriminator.power_iteration()
-                terms = self.step.discriminate(
-                    pictures, draws.augment[number], label, backward=lambda loss, weight: loss.backward(weight)
-                )
-            self.update(1, self.models.discriminator.heads, terms)
+            for terms in self.step.discriminator_updates(
+                [result], lambda label, *_: draws.augment[1 + (label == "real")]
+            ):
+                self.update(1, self.models.discriminator.heads, terms)
         self.steps += 1
 
     def update(self, which: int, module: nn.Module, terms: dict[str, Tensor]) -> None:
         with torch.profiler.record_function("optimizer"):
             norm = gradient_norm([p for p in module.parameters() if p.requires_grad])
-            self.optimizers[which].found_inf = self.guard.observe(self.steps, {**terms, "gradient": norm})
+            self.optimizers[which].found_inf = self.counter.observe(self.steps, {**terms, "gradient": norm})
             self.optimizers[which].step()
             self.optimizers[which].zero_grad(set_to_none=True)
 
 
 @dataclass
 class Draws:
-    noise: NoiseDraws
+    noise: LatentNoise
     augment: list[Any]
 
 
 def build_models(arguments: argparse.Namespace) -> Models:
-    """On the CPU."""
+    """Make untrained networks on the CPU."""
     folder = PROJECT_ROOT / "configs/encoder/dinov2_tiny"
     config = {**json.loads((folder / "config.json").read_text()), **ENCODERS[arguments.encoder], "image_size": 518}
     scratch = Path(arguments.scratch) / "encoder"
@@ -160,10 +142,11 @@ def build_models(arguments: argparse.Namespace) -> Models:
         arguments.image_size,
     )
     small = arguments.encoder == "tiny"
-    lpips = LPIPS(None, None, weights="untrained", **({"channels": (4, 8, 8, 16, 16)} if small else {}))
+    weights: SizedWeights = "tiny" if small else "untrained"
+    lpips = LPIPS(None, None, weights)
     discriminator = DinoDiscriminator(
         None, ks=5 if small else 9, key_depths=(1, 3) if small else (2, 5, 8, 11), norm_type="bn", using_spec_norm=True,
-        recipe="tiny" if small else arguments.disc, weights="untrained",
+        recipe=arguments.disc, weights=weights,
     )  # fmt: skip
     return Models(rae, lpips, discriminator, DiffAug(prob=1.0, cutout=0.0))
 
@@ -181,21 +164,22 @@ def make_inputs(arguments: argparse.Namespace, models: Models, device: torch.dev
     images = torch.randint(
         0, 256, (batch, 3, arguments.image_size, arguments.image_size), dtype=torch.uint8, generator=rng
     )
-    noise = NoiseDraws(
+    noise = LatentNoise(
         torch.rand(batch, generator=rng).to(device),
         torch.randn(batch, *models.rae.latent_shape, generator=rng).to(device),
     )
     augment = [
         models.augment.draw(
-            torch.rand(UNIFORMS_PER_BATCH, generator=rng), torch.rand(batch, UNIFORMS_PER_SAMPLE, generator=rng)
-        ).to(device)
+            torch.rand(UNIFORMS_PER_BATCH, generator=rng),
+            torch.rand(batch, UNIFORMS_PER_SAMPLE, generator=rng).to(device),
+        )
         for _ in range(3)
     ]
     return images.to(device), Draws(noise, augment)
 
 
 def positive(text: str) -> int:
-    """For argparse: a whole number of at least 1."""
+    """Parse a whole number of at least 1, for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
@@ -203,9 +187,9 @@ def positive(text: str) -> int:
 
 
 def make_runner(name: str, models: Models, device: torch.device, options: dict[str, Any]) -> Any:
-    """One of VARIANTS. `options`: disc_fake, loss_chunk_size, activation_checkpointing, and the dtype of autocast."""
+    """Make one of VARIANTS. `options`: disc_fake, loss_chunk_size, activation_checkpointing, and the dtype of autocast."""
     if name == "plain":
-        for conv in models.lpips.vgg.convs:
-            conv.weight.data = conv.weight.data.contiguous()
+        for parameter in models.lpips.vgg.parameters():
+            parameter.data = parameter.data.contiguous()
         return PlainRunner(models, device)
     return OurRunner(models, device, {**options, "compile": name == "compiled"})

@@ -50,7 +50,8 @@ def test_largest_batch(monkeypatch):
 def test_a_block_keeps_less_than_the_plain_one_and_gives_the_same():
     """The GELU's result, B N 4D, is not kept, and no matrix product is done twice for it."""
     torch.manual_seed(0)
-    block = decoder.Block(DecoderConfig(32, 1, 2, 128, 1e-12))
+    config = {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    block = decoder.Block(DecoderConfig(**config, decoder_intermediate_size=128, layer_norm_eps=1e-12))
     x = torch.randn(2, 5, 32, requires_grad=True)
 
     def run() -> tuple[list[torch.Tensor], int, int]:

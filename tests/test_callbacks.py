@@ -2,7 +2,6 @@
 
 import logging
 import time
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +13,6 @@ from src.callbacks.checkpoint import RunCheckpoint
 from src.callbacks.samples import SampleImages
 from src.callbacks.startup import warn
 from src.callbacks.throughput import Throughput, training_paused
-from src.training.settings import SchedulerSettings
 from src.training.stage1 import RAEModule
 from tests.training import composed, train
 
@@ -84,8 +82,8 @@ def fitted(tmp_path_factory):
 
 def test_the_discriminators_rate_is_never_negative(fitted):
     """Preflight updates it at steps that lie before its start."""
-    warming_up = SchedulerSettings("cosine", 1.0, 2.0, 1e-3, 1e-4, warmup_from_zero=True)
-    settings = replace(fitted.module.settings, disc_scheduler=warming_up)
+    warming_up = fitted.module.settings.disc_scheduler.model_copy(update={"warmup_epochs": 1.0, "warmup_from_zero": True})
+    settings = fitted.module.settings.model_copy(update={"disc_scheduler": warming_up})
     module = SimpleNamespace(settings=settings, steps_per_epoch=10)
     first = settings.starts.steps(10)["disc"]
     assert first > 1

@@ -59,7 +59,7 @@ def write_checkpoint(
 ) -> Path:
     """As training writes it; online and averaged weights differ. `config`: more keys of its nodes."""
     rae = make_rae(**model)
-    settings = dict.fromkeys(RAESettings.__dataclass_fields__) | {
+    settings = dict.fromkeys(RAESettings.field_names()) | {
         "encoder_cls": "Dinov2withNorm", "encoder_config_path": "configs/encoder/dinov2_tiny", "image_size": 64,
         "decoder_config_path": "configs/decoder/tiny", "decoder_patch_size": 16, "decoder_denormalize": True, "noise_tau": 0.1,
         "train_positions": False, "activation_checkpointing": False, **model,

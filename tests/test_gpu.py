@@ -1,5 +1,7 @@
 """What only a GPU can show. Without one, all of it is skipped."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -35,14 +37,12 @@ def on_gpu(step, draws):
     for module in (step.rae, step.lpips, step.discriminator):
         module.to(GPU)
     draws.images = draws.images.to(GPU)
-    draws.augment = [draw.to(GPU) for draw in draws.augment]
+    draws.augment = {name: replace(draw, samples=draw.samples.to(GPU)) for name, draw in draws.augment.items()}
     return step, draws
 
 
 def generator_gradients(step, draws):
-    step.generator(
-        draws.images, None, draws.augment[0], FULL, backward=lambda output, gradient: output.backward(gradient)
-    )
+    step.generator(draws.images, None, draws.augment["generator"], FULL)
     return {name: p.grad.cpu() for name, p in step.rae.decoder.named_parameters() if p.grad is not None}
 
 
@@ -64,12 +64,8 @@ def test_the_host_never_waits_inside_a_step(precision):
 
     def once() -> None:
         with autocast(GPU, precision):
-            result = step.generator(
-                draws.images, None, draws.augment[0], FULL, backward=lambda output, gradient: output.backward(gradient)
-            )
-            fake = step.fake(result)
-            step.discriminator.power_iteration()
-            step.discriminate(fake, draws.augment[1], "fake", backward=lambda loss, weight: loss.backward(weight))
+            result = step.generator(draws.images, None, draws.augment["generator"], FULL)
+            list(step.discriminator_updates([result], lambda label, *_: draws.augment[label]))
 
     once()  # libraries are set up at first use
     torch.cuda.set_sync_debug_mode("error")

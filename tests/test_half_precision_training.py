@@ -38,7 +38,7 @@ def test_a_loss_scale_too_high_is_lowered_and_no_reason_to_stop(monkeypatch, tmp
     """Overflow inside LPIPS makes the adaptive weight a NaN: of the scaler's making, and the scaler skips the step."""
     with_scaler(monkeypatch, 2.0**24)
     run = train(tmp_path, *QUIET)
-    assert run.trainer.global_step == 6 and run.module.guard.skipped == 0
+    assert run.trainer.global_step == 6 and run.module.nonfinite.skipped == 0
     assert run.trainer.precision_plugin.scaler.get_scale() < 2.0**24
     assert all(value.isfinite().all() for value in run.module.state_dict().values())
 

@@ -1,4 +1,4 @@
-"""Naming blocks, and drawing random subsets of them."""
+"""Naming blocks, drawing random subsets of them, and the other draws of a step."""
 
 from itertools import combinations, product
 from types import SimpleNamespace
@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from src.core.errors import UserError
+from src.core.random_streams import Purpose
+from src.losses.diffaug import DiffAug
 from src.models.layers import FUSIONS, check_fusion, parse_layers, random_subset
 from src.training.settings import LayerSubset
-from src.training.stage1_step import Phase
-from src.training.step_noise import StepDraws
-
-NOTHING_ON = Phase(lpips=False, gan=False, disc=False)
+from src.training.step_noise import StepNoise
 
 
 @pytest.mark.parametrize(("layers", "depth", "expected"), [
@@ -60,16 +59,11 @@ def test_mistakes(layers, depth, message):
         parse_layers(layers, depth)
 
 
-def test_the_key_of_the_caller_is_named():
+def test_the_key_of_the_caller_and_unknown_fusions():
     with pytest.raises(UserError, match=r"^--layers='k9': expected"):
         parse_layers("k9", 24, "--layers")
-
-
-def test_unknown_fusions_fail_with_the_list():
     check_fusion("sum", FUSIONS, "Some")
-    with pytest.raises(
-        UserError, match="layer_fusion='max' is unknown to Some: expected mean, mean_plus_spatial_mean, sum"
-    ):
+    with pytest.raises(UserError, match="'max' is unknown to Some: expected mean, mean_plus_spatial_mean, sum"):
         check_fusion("max", FUSIONS, "Some")
 
 
@@ -128,40 +122,60 @@ def test_a_function_of_seed_and_step_alone(monkeypatch):
     resumed = stand_in(0.5)
     np.random.seed(1)
     torch.manual_seed(1)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert [resumed.blocks(step) for step in range(25, 50)] == reference[25:]
     assert [resumed.blocks(step) for step in reversed(range(50))] == reference[::-1]
     assert [stand_in(0.5, seed=1).blocks(step) for step in range(50)] != reference
-    for rank in range(2):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("LOCAL_RANK", str(rank))
-        batch = {"epoch": 1, "position": torch.tensor([2 * rank, 2 * rank + 1])}  # the ranks' own shares of an epoch
-        for batch_idx in (rank, 7):
-            draws = [
-                stand_in(0.5).generator(batch, batch_idx, step, torch.device("cpu"), NOTHING_ON) for step in range(50)
-            ]
-            assert [d.layers for d in draws] == reference
 
 
-def test_none_means_all():
+def test_no_subsets_of_none_and_of_a_single_block():
     assert stand_in(0.5, kind="none").blocks(3) is None
-
-
-def test_a_single_block_has_no_subsets():
     with pytest.raises(UserError, match=r"layer_subset.kind=uniform needs several blocks .* block 4 alone"):
         stand_in(0.5, blocks=(4,))
 
 
 @pytest.mark.parametrize(("kind", "keep", "message"), [
-    ("random", 0.5, "expected 'none' or 'uniform'"), ("uniform", 0.0, r"a number in \(0, 1\]"), ("uniform", 1.5, "keep_probability=1.5")
+    ("random", 0.5, "kind='random': expected none or uniform"), ("uniform", 0.0, "probability=0.0: expected more than 0"),
+    ("uniform", 1.5, "probability=1.5: expected at most 1"),
 ])  # fmt: skip
 def test_settings_are_checked(kind, keep, message):
     with pytest.raises(UserError, match=message):
-        LayerSubset(kind, keep)
+        LayerSubset.parse({"kind": kind, "keep_probability": keep}, "model.layer_subset")
 
 
-def stand_in(p, kind="uniform", seed=0, blocks=BLOCKS):
-    """StepDraws with the little of settings and model that it looks at."""
-    loop, rae = SimpleNamespace(seed=seed), SimpleNamespace(noise_tau=0.0)
-    settings = SimpleNamespace(loop=loop, rae=rae, layer_subset=LayerSubset(kind, p))
-    model = SimpleNamespace(latent_shape=(8, 2, 2), encoder=SimpleNamespace(layers=blocks))
-    return StepDraws(settings, model, None)
+def stand_in(p, kind="uniform", seed=0, blocks=BLOCKS, tau=0.8):
+    """StepNoise with the little of a model that it looks at."""
+    rae = SimpleNamespace(noise_tau=tau, latent_shape=(8, 2, 2), encoder=SimpleNamespace(layers=blocks))
+    return StepNoise(rae, DiffAug(prob=0.5, cutout=0.1), LayerSubset(kind=kind, keep_probability=p), seed)
+
+
+# -- latent noise and augmentation
+
+
+def batch(*positions, epoch=1):
+    return {"epoch": epoch, "position": torch.tensor(positions)}
+
+
+def test_draws_belong_to_an_image_of_an_epoch_however_a_batch_is_split():
+    noise, cpu = stand_in(0.5), torch.device("cpu")
+    whole, halves = noise.latents(batch(5, 6, 7), cpu), [noise.latents(batch(*p), cpu) for p in ((5,), (6, 7))]
+    assert torch.equal(whole.sigma, torch.cat([half.sigma for half in halves]))
+    assert torch.equal(whole.normal, torch.cat([half.normal for half in halves]))
+    assert whole.normal.shape == (3, 8, 2, 2) and whole.sigma.min() >= 0 and whole.sigma.max() < 0.8
+    assert not torch.equal(whole.sigma, noise.latents(batch(5, 6, 7, epoch=2), cpu).sigma)
+    assert stand_in(0.5, tau=0.0).latents(batch(5), cpu) is None
+
+
+def test_each_update_and_each_purpose_draws_its_own_augmentation():
+    noise, cpu = stand_in(0.5), torch.device("cpu")
+
+    def draw(purpose=Purpose.AUGMENT_FAKE, positions=(5, 6, 7), number=0, update=0):
+        return noise.augment(purpose, batch(*positions), number, update, cpu)
+
+    first, switches = draw().samples, lambda d: (d.translation, d.colour, d.cutout)
+    assert torch.equal(first[1:], draw(positions=(6, 7)).samples)
+    others = [draw(update=1), draw(update=2), draw(purpose=Purpose.AUGMENT_REAL)]
+    assert len({tuple(d.samples[0].tolist()) for d in (draw(), *others)}) == 4
+    assert len({switches(draw(number=n)) for n in range(20)}) > 2  # for a whole batch, by its number
+    assert switches(draw(positions=(9,))) == switches(draw())

@@ -97,28 +97,28 @@ def test_the_input_is_left_alone_and_half_precision_becomes_float32() -> None:
 )
 def test_switches(prob: float, u: float, on: bool) -> None:
     _, samples = batch()
-    draws = DiffAug(prob, 0.1).draw(torch.full((3,), u), samples)
+    draws = DiffAug(prob=prob, cutout=0.1).draw(torch.full((3,), u), samples)
     assert (draws.translation, draws.colour, draws.cutout) == (on, on, on)
-    assert not DiffAug(prob, 0).draw(torch.full((3,), u), samples).cutout
+    assert not DiffAug(prob=prob, cutout=0).draw(torch.full((3,), u), samples).cutout
 
 
 def test_the_largest_draws_stay_in_range() -> None:
     images, _ = batch((256, 256), count=1)
     for u in (0.0, 1 - 2**-24):
         samples = torch.full((1, UNIFORMS_PER_SAMPLE), u)
-        augment = DiffAug(1, 0)
+        augment = DiffAug(prob=1, cutout=0)
         shift = augment.apply(torch.ones_like(images), augment.draw(torch.tensor([0.0, 2.0, 2.0]), samples))
         assert int(shift[0, 0].sum()) == 224 * 224
     largest = torch.tensor(1 - 2**-24)
     assert all(int(_whole(largest, count)) == count - 1 for count in range(1, 2000))
 
 
-@pytest.mark.parametrize("values", [{"prob": 1.1, "cutout": 0}, {"prob": 1, "cutout": -0.1}])
-def test_values_out_of_range_are_told(values: dict[str, float]) -> None:
-    with pytest.raises(UserError, match="from 0 to 1"):
-        DiffAug(**values)
-
-
 def test_wrong_numbers_of_uniforms_are_told() -> None:
     with pytest.raises(ValueError, match="uniforms"):
-        DiffAug(1, 0).draw(torch.zeros(2), torch.zeros(4, UNIFORMS_PER_SAMPLE))
+        DiffAug(prob=1, cutout=0).draw(torch.zeros(2), torch.zeros(4, UNIFORMS_PER_SAMPLE))
+
+
+@pytest.mark.parametrize(("key", "value", "said"), [("prob", 1.1, "at most 1"), ("cutout", -0.1, "at least 0")])
+def test_values_out_of_range_are_told(key: str, value: float, said: str) -> None:
+    with pytest.raises(UserError, match=f"augment.{key}={value}: expected {said}"):
+        DiffAug.parse({"prob": 1, "cutout": 0, key: value}, "augment")

@@ -7,44 +7,51 @@ import pytest
 import torch
 
 from src.callbacks.checkpoint import RunCheckpoint
-from src.core.nonfinite import FiniteGuard, NonFiniteError
+from src.core.nonfinite import NonFiniteCounter, NonFiniteError
 from src.core.weights import read
+from src.losses.gan import GENERATOR_LOSSES
 from src.training.stage1_step import TrainingStep
 from tests.training import same, train
 
 QUIET = ["~callbacks.rfid", "logger=csv", "callbacks.checkpoint.every_n_steps=1"]
 
 
-def poison(monkeypatch, term, at, attribute="reconstruction_gradient"):
-    """Make one loss term and its gradient NaN at the `at`-th call (from 0)."""
-    original, calls = getattr(TrainingStep, attribute), iter(range(1000))
+def poison(monkeypatch, name, at, only_gradient=False):
+    """Multiply a term of the loss by NaN at the `at`-th training steps that have it (from 0), or its gradient by infinity."""
+    calls = iter(range(1000))
 
-    def poisoned(self, *arguments):
-        values, gradient = original(self, *arguments)
-        if next(calls) in at:
-            gradient = gradient * math.nan
-            if isinstance(values, dict):
-                values |= {term: values[term] * math.nan, "loss": values["loss"] * math.nan}
-            else:
-                values = values * math.nan
-        return values, gradient
+    def spoil(value):
+        if torch.is_grad_enabled() and next(calls) in at:
+            if only_gradient:
+                value.register_hook(lambda gradient: gradient * math.inf)
+                return value
+            return value * math.nan
+        return value
 
-    monkeypatch.setattr(TrainingStep, attribute, poisoned)
+    if name == "gan":
+        term = GENERATOR_LOSSES["hinge"]
+        monkeypatch.setitem(GENERATOR_LOSSES, "hinge", lambda logits: spoil(term(logits)))
+        return
+    original = TrainingStep.reconstruction_terms
+
+    def poisoned(self, phase):
+        weight, term = (terms := original(self, phase))[name]
+        return terms | {name: (weight, lambda output, target: spoil(term(output, target)))}
+
+    monkeypatch.setattr(TrainingStep, "reconstruction_terms", poisoned)
 
 
 def last(folder):
     return read(folder / "checkpoints" / "last.ckpt")
 
 
-@pytest.mark.parametrize(
-    ("term", "attribute"),
-    [("lpips", "reconstruction_gradient"), ("l1", "reconstruction_gradient"), ("gan", "gan_gradient")],
-)
-def test_training_stops_and_names_the_term_and_the_step(monkeypatch, tmp_path, term, attribute):
-    poison(monkeypatch, term, at=[2], attribute=attribute)
-    bad_step = 2 if attribute == "reconstruction_gradient" else 3  # the GAN term starts at step 1
-    with pytest.raises(NonFiniteError, match=rf"{term} is NaN or infinite at step {bad_step}.*max_skipped_steps=0"):
-        train(tmp_path, *QUIET)
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("name", "bad_step"), [("lpips", 2), ("l1", 2), ("gan", 3)])  # the GAN term starts at step 1
+def test_training_stops_and_names_the_term_and_the_step(monkeypatch, tmp_path, name, bad_step, accumulate):
+    poison(monkeypatch, name, at=[2 * accumulate])  # with two micro-batches, in the first of them
+    updates = [f"trainer.accumulate_grad_batches={accumulate}", f"trainer.limit_train_batches={3 * accumulate}"]
+    with pytest.raises(NonFiniteError, match=rf"^{name} is NaN or infinite at step {bad_step}.*max_skipped_steps=0"):
+        train(tmp_path, *QUIET, *updates)
     content = last(tmp_path)
     assert content["global_step"] == bad_step
     assert all(torch.isfinite(value).all() for value in content["state_dict"].values())
@@ -53,7 +60,7 @@ def test_training_stops_and_names_the_term_and_the_step(monkeypatch, tmp_path, t
 def test_as_many_steps_as_allowed_are_skipped_and_counted(monkeypatch, tmp_path):
     poison(monkeypatch, "l1", at=[1, 3])
     run = train(tmp_path, *QUIET, "trainer.max_skipped_steps=2")
-    assert run.trainer.global_step == 6 and run.module.guard.skipped == 2
+    assert run.trainer.global_step == 6 and run.module.nonfinite.skipped == 2
     assert last(tmp_path)["skipped_steps"] == 2
     assert "train/skipped_steps" in (tmp_path / "csv" / "metrics.csv").read_text()
     poison(monkeypatch, "l1", at=[0, 1, 2])
@@ -72,32 +79,29 @@ def test_a_skipped_step_touches_neither_weights_nor_moments(monkeypatch, tmp_pat
 
 
 def test_gradient_overflow_with_finite_losses_is_named(monkeypatch, tmp_path):
-    original = TrainingStep.reconstruction_gradient
-    monkeypatch.setattr(
-        TrainingStep, "reconstruction_gradient", lambda self, *a: (lambda t, g: (t, g * math.inf))(*original(self, *a))
-    )
-    with pytest.raises(NonFiniteError, match="gradient is NaN or infinite at step 0"):
+    poison(monkeypatch, "l1", at=[0], only_gradient=True)
+    with pytest.raises(NonFiniteError, match="^gradient is NaN or infinite at step 0"):
         train(tmp_path, *QUIET, "model.disc_weight=0")
 
 
-def test_the_guard_remembers_the_first_step_and_reports_no_good_ones():
-    guard = FiniteGuard(max_skipped_steps=1)
+def test_the_first_step_of_a_name_and_the_cause_among_several():
+    counter = NonFiniteCounter(max_skipped_steps=1)
     good, bad = torch.tensor(1.0), torch.tensor(math.inf)
-    assert guard.observe(0, {"l1": good, "gan": good}) == 0
-    assert guard.observe(1, {"l1": good, "gan": bad}) == 1
-    guard.check()
-    assert guard.observe(2, {"l1": bad, "gan": bad}) == 1
-    with pytest.raises(NonFiniteError, match="gan is NaN or infinite at step 1"):
-        guard.check()
+    assert counter.observe(0, {"l1": good, "gan": good}) == 0
+    assert counter.observe(1, {"loss": bad, "gan": bad, "l1": good}) == 1
+    counter.check()
+    assert counter.observe(2, {"l1": bad, "a term of one's own": bad}) == 1
+    with pytest.raises(NonFiniteError, match=r"^gan is .* at step 1 \(then: loss, a term of one's own, l1\)"):
+        counter.check()
 
 
 def test_both_networks_going_wrong_is_one_step():
-    guard, bad = FiniteGuard(max_skipped_steps=2), torch.tensor(math.nan)
+    counter, bad = NonFiniteCounter(max_skipped_steps=2), torch.tensor(math.nan)
     for step in (4, 5):
-        guard.observe(step, {"l1": bad})
-        guard.observe(step, {"discriminator loss": bad})
-    assert guard.skipped == 2
-    guard.check()
+        counter.observe(step, {"l1": bad})
+        counter.observe(step, {"discriminator loss": bad})
+    assert counter.skipped == 2
+    counter.check()
 
 
 def test_a_score_that_is_not_a_number_is_never_the_best():
@@ -112,11 +116,12 @@ def test_a_score_that_is_not_a_number_is_never_the_best():
 
 def test_clipping_bounds_the_update(tmp_path):
     """With a bound far below the gradient's norm, Adam's second moments are those of clipped gradients."""
-    train(tmp_path / "free", *QUIET, "trainer.max_steps=1", "model.disc_weight=0")
-    train(tmp_path / "clipped", *QUIET, "trainer.max_steps=1", "model.disc_weight=0", "trainer.gradient_clip_val=1e-3")
-    moments = [
-        sum(s["exp_avg_sq"].sum() for s in last(tmp_path / n)["optimizer_states"][0]["state"].values())
-        for n in ("free", "clipped")
-    ]
-    assert moments[1] == pytest.approx(0.05 * 1e-6, rel=1e-2)  # (1 - beta2) * norm^2
-    assert moments[0] > 100 * moments[1]
+    moments = {}
+    for name, option in {"free": "null", "clipped": "1e-3"}.items():
+        train(
+            tmp_path / name, *QUIET, "trainer.max_steps=1", "model.disc_weight=0", f"trainer.gradient_clip_val={option}"
+        )
+        states = last(tmp_path / name)["optimizer_states"][0]["state"]
+        moments[name] = sum(state["exp_avg_sq"].sum() for state in states.values())
+    assert moments["clipped"] == pytest.approx(0.05 * 1e-6, rel=1e-2)  # (1 - beta2) * norm^2
+    assert moments["free"] > 100 * moments["clipped"]

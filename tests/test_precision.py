@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from src.core.frozen_precision import cast_frozen
+from src.core.precision import cast_frozen
 from src.models.discriminator import DinoDiscriminator
 from tests.conftest import TINY_ENCODERS, make_rae
 
@@ -22,9 +22,7 @@ def test_encoders_under_autocast_are_unchanged_to_the_bit(encoder):
 
 
 def test_the_discriminators_trunk_and_its_gradient_to_the_image():
-    before = DinoDiscriminator(
-        None, ks=5, key_depths=(1, 3), norm_type="bn", using_spec_norm=True, recipe="tiny", weights="untrained"
-    )
+    before = DinoDiscriminator(None, 5, (1, 3), "bn", using_spec_norm=True, recipe="S_8", weights="tiny")
     after = deepcopy(before)
     cast_frozen(after.trunk, torch.bfloat16)
     found = []

@@ -14,10 +14,10 @@ from src.models.decoder import sincos_positions, unpatchify
 from src.models.encoders import ENCODERS
 from src.models.frozen_encoder import FrozenEncoder
 from src.models.rae import read_statistics
+from src.training.module import compile_in_place
 from src.training.run import build_run
-from src.training.stage1 import compile_parts
 from tests.conftest import TINY_ENCODERS, make_rae
-from tests.training import composed, train
+from tests.training import composed, same, train
 
 DEEP = {"encoder_cls": "DINOv3wNorm", "encoder_params": {"layers": [0, 1, 3]}}
 LARGE = "facebook/dinov3-vitl16-pretrain-lvd1689m"
@@ -120,7 +120,7 @@ def whole(tmp_path_factory):
 
 def test_training_takes_the_subset_of_each_step_and_evaluation_all(whole):
     run, _, asked = whole
-    subsets = [run.module.draws.blocks(step) for step in range(4)]
+    subsets = [run.module.noise.blocks(step) for step in range(4)]
     assert [layers for layers in asked if layers is not None] == subsets
     assert len(set(subsets)) > 1
     assert all(set(subset) <= set(run.module.rae.encoder.layers) for subset in subsets)
@@ -134,23 +134,14 @@ def test_a_resumed_run_goes_on_with_the_same_subsets(whole, tmp_path):
     taken = [layers for layers in rest if layers is not None]
     assert taken == [layers for layers in asked if layers is not None][2:]
     assert len(taken) == 2
-    for (name, mine), theirs in zip(
-        resumed.module.rae.decoder.named_parameters(), run.module.rae.decoder.parameters(), strict=True
-    ):
-        assert torch.equal(mine, theirs), name
+    assert same(dict(resumed.module.state_dict()), dict(run.module.state_dict()))
 
 
 def test_accumulated_micro_batches_share_the_subset_of_their_step(tmp_path):
-    options = [
-        *SUBSETS,
-        "trainer.accumulate_grad_batches=2",
-        "trainer.max_epochs=1",
-        "trainer.limit_train_batches=4",
-        "trainer.limit_val_batches=0",
-    ]
+    halved = ["trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=4"]
     with recorded() as asked:
-        run = train(tmp_path, *options, small=False)
-    first, second = (run.module.draws.blocks(step) for step in range(2))
+        run = train(tmp_path, *SUBSETS, *halved, "trainer.max_epochs=1", "trainer.limit_val_batches=0", small=False)
+    first, second = (run.module.noise.blocks(step) for step in range(2))
     assert [layers for layers in asked if layers is not None] == [first, first, second, second]
 
 
@@ -166,12 +157,8 @@ def test_a_released_decoder_and_its_statistics_load(tmp_path):
     torch.save(trained.decoder.state_dict(), tmp_path / "decoder.pt")
     stats = {"mean": torch.randn(trained.latent_shape), "var": torch.rand(trained.latent_shape) + 0.1}
     torch.save(stats, tmp_path / "stats.pt")
-    loaded = make_rae(
-        **DEEP,
-        decoder_denormalize=False,
-        pretrained_decoder_path=tmp_path / "decoder.pt",
-        normalization_stat_path=tmp_path / "stats.pt",
-    )
+    files = {"pretrained_decoder_path": tmp_path / "decoder.pt", "normalization_stat_path": tmp_path / "stats.pt"}
+    loaded = make_rae(**DEEP, decoder_denormalize=False, **files)
     images = torch.rand(2, 3, 64, 64)
     trained.set_statistics(stats["mean"], stats["var"])
     assert torch.equal(loaded(images), trained(images))
@@ -186,10 +173,7 @@ def test_the_image_is_the_decoders_output():
     latents = torch.randn(1, *plain.latent_shape)
     pixels = unpatchify(plain.decoder(latents.flatten(2).transpose(1, 2)), 16)
     assert torch.equal(plain.decode(latents), pixels)
-    mean, std = (
-        torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1),
-        torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1),
-    )
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     assert torch.allclose(scaled.decode(latents), pixels * std + mean, atol=1e-6)
 
 
@@ -205,11 +189,9 @@ def test_statistics_of_another_choice_of_blocks_are_refused(tmp_path):
 
     torch.save(content | {"encoder": of()}, file)
     read_statistics(file, rae.latent_shape, rae.encoder.identity())
+    different = r"another encoder \(layer_fusion: .*; layers: file \[3\], model \[0, 1, 3\]\).*src/latent_stats.py"
     for other, message in [
-        (
-            of(layers="k1"),
-            r"another encoder \(layer_fusion: .*; layers: file \[3\], model \[0, 1, 3\]\).*src/latent_stats.py",
-        ),
+        (of(layers="k1"), different),
         (of(layers=[0, 3]), r"\(layers: file \[0, 3\], model \[0, 1, 3\]\)"),
         (of(layer_fusion="sum"), "layer_fusion: file 'sum', model 'mean_plus_spatial_mean'"),
         (of(seed=1), "weights: file 'untrained"),
@@ -221,19 +203,13 @@ def test_statistics_of_another_choice_of_blocks_are_refused(tmp_path):
 
 def test_a_checkpoint_of_another_choice_of_blocks_is_refused(whole, tmp_path):
     with pytest.raises(UserError, match=r"of another model:\n  layers: checkpoint \[11, .*, model \[1, 2, "):
-        train(
-            tmp_path,
-            *SUBSETS,
-            "model.encoder_params.layers=k23",
-            small=False,
-            checkpoint=whole[1] / "checkpoints/last.ckpt",
-        )
+        last = whole[1] / "checkpoints/last.ckpt"
+        train(tmp_path, *SUBSETS, "model.encoder_params.layers=k23", small=False, checkpoint=last)
 
 
 def test_a_format_that_cant_say_it_says_why():
-    reasons = " ".join(
-        obstacles(make_rae("DINOv3wNorm", image_size=256, encoder_params={"layers": [0, 3]}, decoder_denormalize=False))
-    )
+    rae = make_rae("DINOv3wNorm", image_size=256, encoder_params={"layers": [0, 3]}, decoder_denormalize=False)
+    reasons = " ".join(obstacles(rae))
     for part in ("decoder_denormalize=false", "blocks [0, 3]", "no DINOv3wNorm"):
         assert part in reasons
 
@@ -262,10 +238,9 @@ def test_compiling_reaches_the_encoders_blocks(tmp_path, monkeypatch):
     """The encoder is run block by block, so compiling its transformers model as a whole would do nothing."""
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *_, **__: compiled.append(self))
-    module = build_run(
-        composed([*small("raev2_dinov3l_k7"), f"paths.run_dir={tmp_path}"]), Launch(0, 1, "single")
-    ).module
-    compile_parts(module)
+    config = composed([*small("raev2_dinov3l_k7"), f"paths.run_dir={tmp_path}"])
+    module = build_run(config, Launch(0, 1, "single")).module
+    compile_in_place(module.parts_to_compile())
     assert {id(block) for block in module.rae.encoder.blocks()} <= {id(part) for part in compiled}
 
 

@@ -7,37 +7,27 @@ import pytest
 from src.core.errors import UserError
 from src.core.schedules import Schedule
 
-
-def make(kind="cosine", base=2e-4, final=2e-5, warmup=10, decay=110, from_zero=True):
-    return Schedule(kind, base, final, warmup, decay, from_zero)
-
-
-@pytest.mark.parametrize(
-    ("step", "expected"),
-    [
-        (0, 2e-5),
-        (4, 1e-4),
-        (9, 2e-4),
-        (10, 2e-4),
-        (60, 1.1e-4),
-        (35, 2e-5 + 1.8e-4 * 0.5 * (1 + math.cos(math.pi / 4))),
-        (110, 2e-5),
-        (10**6, 2e-5),
-    ],
-)
-def test_cosine(step, expected):
-    assert make().lr(step) == pytest.approx(expected, rel=1e-12)
+BASE = {
+    "type": "cosine", "base_lr": 2e-4, "final_lr": 2e-5, "warmup_epochs": 1, "decay_end_epoch": 11, "warmup_from_zero": True,
+}  # fmt: skip
 
 
-def test_linear_constant_and_a_flat_warm_up():
-    assert make("linear").lr(60) == pytest.approx(1.1e-4)
-    assert make("constant").lr(5000) == 2e-4
-    assert [make(from_zero=False).lr(s) for s in (0, 9)] == [2e-4, 2e-4]
-    assert make(warmup=0).lr(0) == 2e-4
-    assert make(warmup=0, decay=0).lr(0) == 2e-5
+@pytest.mark.parametrize(("changes", "step", "expected"), [
+    ({}, 0, 2e-5), ({}, 4, 1e-4), ({}, 9, 2e-4), ({}, 10, 2e-4), ({}, 60, 1.1e-4),
+    ({}, 35, 2e-5 + 1.8e-4 * 0.5 * (1 + math.cos(math.pi / 4))), ({}, 110, 2e-5), ({}, 10**6, 2e-5),
+    ({"type": "linear"}, 60, 1.1e-4), ({"type": "linear"}, 35, 2e-5 + 1.8e-4 * 0.75), ({"type": "constant"}, 5000, 2e-4),
+    ({"warmup_from_zero": False}, 0, 2e-4), ({"warmup_from_zero": False}, 9, 2e-4), ({"warmup_epochs": 0.26}, 1, 2e-4 * 2 / 3),
+    ({"warmup_epochs": 0}, 0, 2e-4), ({"warmup_epochs": 0, "decay_end_epoch": 0}, 0, 2e-5), ({"type": "constant", "final_lr": 1}, 0, 2e-5),
+])  # fmt: skip
+def test_learning_rates_with_ten_steps_an_epoch(changes, step, expected):
+    assert Schedule.parse(BASE | changes, "s").lr(step, steps_per_epoch=10) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("changes", [{"kind": "step"}, {"final": 3e-4}, {"base": 0}, {"warmup": 20, "decay": 10}])
-def test_contradictions(changes):
-    with pytest.raises(UserError):
-        make(**changes)
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"type": "step"}, "s.type='step': expected cosine, linear or constant"), ({"base_lr": 0}, "s.base_lr=0: expected more than 0"),
+    ({"final_lr": 3e-4}, "s: final_lr=0.0003 exceeds the learning rate 0.0002"), ({"warmup_epochs": 12}, r"the warm-up \(12 epochs\) ends after"),
+    ({"decay_end_epoch": math.inf}, "a finite number"),
+])  # fmt: skip
+def test_contradictions(changes, said):
+    with pytest.raises(UserError, match=said):
+        Schedule.parse(BASE | changes, "s")

@@ -78,7 +78,8 @@ class TrainingProgress(pl.Callback):
         means = mean_over_ranks(torch.stack([pl_module.train_terms[name].float() for name in names]))
         self.latest = dict(zip(names, means.tolist(), strict=True))
         rates = {f"lr/{name}": lr for name, lr in pl_module.learning_rates(trainer.global_step - 1).items()}
-        skipped = {"train/skipped_steps": float(pl_module.guard.skipped)} if pl_module.guard.max_skipped_steps else {}
+        counter = pl_module.nonfinite
+        skipped = {"train/skipped_steps": float(counter.skipped)} if counter.max_skipped_steps else {}
         pl_module.write_metrics({**self.latest, **rates, **skipped})
 
     def _line(self, trainer: pl.Trainer) -> str:

@@ -48,7 +48,7 @@ def describe(trainer: pl.Trainer, pl_module: Any) -> list[tuple[str, str]]:
 
 def warn(trainer: pl.Trainer, pl_module: Any) -> None:
     starts, epochs = pl_module.settings.starts, trainer.max_epochs
-    if pl_module.discriminator is not None and epochs and 0 < epochs <= starts.disc_start_epoch:
+    if pl_module.discriminator is not None and epochs and 0 < epochs <= starts.disc_start_epoch < float("inf"):
         log.warning(
             "The GAN term starts at epoch %g, but trainer.max_epochs=%d: this run trains without it. Lower model.disc_start_epoch "
             "and model.disc_upd_start_epoch, or set model.disc_weight=0 to do without the discriminator.",
@@ -75,7 +75,7 @@ def warn(trainer: pl.Trainer, pl_module: Any) -> None:
         if part is not None and part.untrained
     ]
     if untrained:
-        log.warning("UNTRAINED by request: %s. Figures of this run say nothing of the method.", ", ".join(untrained))
+        log.warning("UNTRAINED by request: %s. Random weights: not a result.", ", ".join(untrained))
 
 
 def device_name(device: torch.device) -> str:
@@ -116,7 +116,12 @@ def _starts(pl_module: Any) -> str:
         "GAN term": (pl_module.discriminator, steps["gan"]),
     }
     return (
-        ", ".join(f"{name} at step {step:,}" for name, (part, step) in parts.items() if part is not None) or "L1 only"
+        ", ".join(
+            f"{name} at step {step:,}"
+            for name, (part, step) in parts.items()
+            if part is not None and step < float("inf")
+        )
+        or "L1 only"
     )
 
 

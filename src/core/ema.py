@@ -1,10 +1,9 @@
 """Exponential moving average of the weights that are trained, and of nothing else."""
 
-from collections.abc import Iterator
 from copy import deepcopy
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class EMA:
@@ -15,23 +14,17 @@ class EMA:
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), got {decay}")
+        """`decay`: in [0, 1)."""
         self.decay = decay
         self.average = deepcopy(module).eval().requires_grad_(False)
-        self._targets: list[Tensor] = []
-        self._sources: list[Tensor] = []
-        for source, target in _pairs(module, self.average):
-            if source.requires_grad:
-                self._targets.append(target)
-                self._sources.append(source)
-            else:
+        pairs = list(zip(module.parameters(), self.average.parameters(), strict=True))
+        for source, target in pairs:
+            if not source.requires_grad:
                 target.data = source.data
+        self._sources = [source for source, _ in pairs if source.requires_grad]
+        self._targets = [target for source, target in pairs if source.requires_grad]
 
     @torch.no_grad()
     def update(self) -> None:
+        """Move the average towards the weights as they are now."""
         torch._foreach_lerp_(self._targets, self._sources, 1 - self.decay)
-
-
-def _pairs(module: nn.Module, twin: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-    return zip(module.parameters(), twin.parameters(), strict=True)

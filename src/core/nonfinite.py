@@ -1,4 +1,4 @@
-"""Watches for numbers that are no longer finite, without making the device wait.
+"""Watch for numbers that are no longer finite, without making the device wait.
 
 A bad step is recognised on the device, where the fused optimiser leaves the weights alone if told so. The host looks at
 the counters only now and then; the weights are safe in the meantime.
@@ -11,15 +11,24 @@ from torch import Tensor
 
 from src.core.errors import UserError
 
-BLAME = ("l1", "lpips", "gan", "adaptive_weight", "loss", "gradient", "discriminator loss", "discriminator gradient")
-"""Names in the order in which one makes the next go wrong."""
+CAUSAL_ORDER = (
+    "l1",
+    "lpips",
+    "gan",
+    "adaptive_weight",
+    "loss",
+    "gradient",
+    "discriminator loss",
+    "discriminator gradient",
+)
+"""Names of watched values, each before those that it makes go wrong. Others count as causes of all of these."""
 
 
 class NonFiniteError(UserError):
     """Losses or gradients became NaN or infinite more often than allowed."""
 
 
-class FiniteGuard:
+class NonFiniteCounter:
     """Counts steps with non-finite values and remembers where each named value first went wrong."""
 
     def __init__(self, max_skipped_steps: int) -> None:
@@ -30,7 +39,7 @@ class FiniteGuard:
         self._restored = 0
 
     def observe(self, step: int, values: Mapping[str, Tensor]) -> Tensor:
-        """1.0 where any of `values` (scalars, named as in BLAME) is not finite, else 0.0: float32 on the device."""
+        """Return 1.0 if any of `values` (scalars) is not finite, else 0.0: float32 on the device."""
         flags = ~torch.isfinite(torch.stack([value.detach().float() for value in values.values()]))
         bad = flags.any()
         if self._skipped is None:
@@ -53,21 +62,18 @@ class FiniteGuard:
         self._restored, self._skipped = value, None
 
     def check(self) -> None:
-        """Waits for the device.
-
-        Raises:
-            NonFiniteError: more steps than `max_skipped_steps` went wrong; names the culprit and its first step.
-        """
+        """Raise NonFiniteError, naming the cause and its first step, after too many bad steps. Waits for the device."""
         skipped = self.skipped
         if skipped <= self.max_skipped_steps:
             return
-        wrong = {name: int(step) for name, step in self._first.items() if int(step) >= 0}
-        if not wrong:
+        wrong = [(int(step), name) for name, step in self._first.items() if int(step) >= 0]
+        if not wrong:  # they are of the run before a resume
             return
-        (culprit, step), *rest = sorted(wrong.items(), key=lambda item: (item[1], BLAME.index(item[0])))
-        also = ", ".join(name for name, _ in rest)
+        order = {name: place for place, name in enumerate(CAUSAL_ORDER)}
+        (step, cause), *rest = sorted(wrong, key=lambda found: (found[0], order.get(found[1], -1)))
+        also = ", ".join(name for _, name in rest)
         raise NonFiniteError(
-            f"{culprit} is NaN or infinite at step {step}" + (f" (then: {also})" if also else "") + f"; {skipped} such "
+            f"{cause} is NaN or infinite at step {step}" + (f" (then: {also})" if also else "") + f"; {skipped} such "
             f"step(s), trainer.max_skipped_steps={self.max_skipped_steps}. The weights were not touched by them and the "
             "last checkpoint is good. Try a lower model.optimizer.lr, trainer.gradient_clip_val=1.0, "
             "trainer.precision=bf16 instead of 16, or allow more with trainer.max_skipped_steps."

@@ -1,14 +1,15 @@
-"""Plain float32 for networks whose numbers are published: no autocast, no TF32, whatever the caller has switched on."""
+"""Numerical precision of frozen networks: full float32 where numbers are published, half where autocast would cast anyway."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """Within it convolutions on `device` compute in IEEE float32; the caller's settings are given back afterwards.
+    """Compute in IEEE float32 on `device`: no autocast, no TF32 in convolutions; restores the caller's settings.
 
     PyTorch lets cuDNN round the inputs of convolutions to TF32 (10 bits) by default, which moves Inception features by
     about 1e-3 and makes E[x^2] - E[x]^2 in SSIM as large as its constant c2.
@@ -21,3 +22,16 @@ def full_float32(device: torch.device) -> Iterator[None]:
             yield
     finally:
         conv.fp32_precision = before
+
+
+def cast_frozen(network: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the weights of linear and convolution layers in `dtype`, in place. For use under autocast to `dtype` only.
+
+    Under autocast nothing changes but memory and time: these are the weights that it would cast anew at every call. Norms,
+    positions and scales stay as they are, and so do their results.
+    """
+    for layer in network.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            if any(p.requires_grad for p in layer.parameters()):
+                raise ValueError("only frozen networks may lose precision for good")
+            layer.to(dtype)

@@ -13,6 +13,9 @@ from src.core.files import replacing
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 Weights = Literal["pretrained", "untrained"]
+SizedWeights = Literal["pretrained", "untrained", "tiny"]
+"""`tiny`: untrained and of a few channels, for tests and the dummy experiments."""
+RANDOM = ("untrained", "tiny")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Float types by the names that options use."""
 
@@ -23,8 +26,12 @@ def resolve(path: str | Path) -> Path:
     return path if path.is_absolute() else PROJECT_ROOT / path
 
 
-def require(path: str | Path, what: str, key: str) -> Path:
-    """The resolved path of a file that must exist; `what` names it for people, `key` the config key or option."""
+def require(path: str | Path | None, what: str, key: str) -> Path:
+    """Return the resolved path of a file that must exist; `what` names it for people, `key` the config key or option."""
+    if path is None:
+        raise UserError(
+            f"{what}: {key} is not set. Give the file, or ask for untrained weights by name (weights=untrained)."
+        )
     found = resolve(path)
     if not found.is_file():
         raise UserError(

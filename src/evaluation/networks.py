@@ -7,6 +7,7 @@ from typing import Any
 
 from src.core.errors import UserError
 from src.core.weights import Weights, resolve
+from src.formats.checkpoint_content import with_current_keys
 from src.losses.lpips import LPIPS
 from src.metrics.inception import InceptionFeatures
 
@@ -34,6 +35,7 @@ def load_inception(path: str | Path | None, weights: Weights, width: float, key:
 
 def load_lpips(arguments: Mapping[str, Any], key: str) -> LPIPS | None:
     """None, and a warning, where its files are missing: LPIPS stands beside the score, it is no part of it."""
+    arguments = with_current_keys({"lpips_arch": arguments})["lpips_arch"]  # of a run of earlier versions, perhaps
     if arguments.get("weights", "pretrained") == "pretrained":
         missing = [
             str(resolve(arguments[name])) for name in ("vgg_path", "linear_path") if not _is_file(arguments.get(name))

@@ -54,7 +54,7 @@ def load_trained(path: str | Path, which: Which = "ema", changes: Mapping[str, A
             "decoder of others is given with --decoder (and --encoder, --stats)."
         )
     model = content["config"]["model"]
-    settings = {name: model[name] for name in RAESettings.__dataclass_fields__}
+    settings = {name: model[name] for name in RAESettings.field_names()}
     settings |= {"pretrained_decoder_path": None, "normalization_stat_path": None, **(changes or {})}
     rae = RAE(**settings)
     stored = content["encoder"]

@@ -12,7 +12,7 @@ _SMALL_DECODER = "configs/decoder/tiny"
 
 def encoder_of(config: dict[str, Any]) -> RAE:
     """A frozen RAE with the encoder and the sizes of a configuration. Its decoder is a stand-in."""
-    settings = {name: config["model"][name] for name in RAESettings.__dataclass_fields__}
+    settings = {name: config["model"][name] for name in RAESettings.field_names()}
     settings |= {
         "decoder_config_path": _SMALL_DECODER,
         "pretrained_decoder_path": None,

@@ -11,7 +11,7 @@ from typing import Any
 
 from src.core.json_files import read_json
 from src.core.run_names import git_state
-from src.core.weights import resolve
+from src.core.weights import RANDOM, resolve
 from src.formats.checkpoint import LoadedModel
 from src.formats.decoder_files import RECORD, read_record
 from src.models.frozen_encoder import is_untrained
@@ -56,9 +56,9 @@ def untrained_parts(description: Mapping[str, Any], run: Mapping[str, Any] | Non
     """Return the parts that were never trained, by name: whoever uses the model has to know."""
     parts = ["encoder"] if is_untrained(description["encoder"]) else []
     model = (description.get("config") or {}).get("model") or {}
-    if (model.get("lpips_arch") or {}).get("weights") == "untrained":
+    if (model.get("lpips_arch") or {}).get("weights") in RANDOM:
         parts.append("LPIPS (a loss of the training)")
-    if ((model.get("disc_arch") or {}).get("arch") or {}).get("weights") == "untrained":
+    if ((model.get("disc_arch") or {}).get("arch") or {}).get("weights") in RANDOM:
         parts.append("the discriminator's trunk (a loss of the training)")
     if description.get("step") == 0 or (run is not None and (run.get("result") or {}).get("step") == 0):
         parts.append("decoder")

@@ -6,13 +6,15 @@ Three numbers per batch switch translation, colour and cutout on; seven per samp
 Legend: B batch, H height, W width. Images are B x 3 x H x W, float in [-1, 1] (0 is mid-grey); colour may leave it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from src.core.errors import UserError
+from src.core.settings import Settings
 
 UNIFORMS_PER_BATCH = 3
 """translation, colour, cutout"""
@@ -36,30 +38,22 @@ class Draws:
         return len(self.samples)
 
     def __getitem__(self, part: slice) -> "Draws":
-        return Draws(self.translation, self.colour, self.cutout, self.samples[part])
-
-    def to(self, device: torch.device | str) -> "Draws":
-        """Moved without waiting; `apply` does so itself, once per call."""
-        return Draws(self.translation, self.colour, self.cutout, self.samples.to(device, non_blocking=True))
+        return replace(self, samples=self.samples[part])
 
 
-class DiffAug:
-    """Translation by up to 1/8, then brightness, saturation and contrast, then cutout.
+Share = Annotated[float, Field(ge=0, le=1)]
 
-    Args:
-        prob: each of the three is switched on for a whole batch where its number U <= prob; 0: never.
-        cutout: side of the square set to grey, as a share of height and width; 0: no cutout.
-    """
 
-    def __init__(self, prob: float, cutout: float) -> None:
-        for key, value in (("prob", prob), ("cutout", cutout)):
-            if not 0 <= value <= 1:
-                raise UserError(f"disc_arch.augment.{key}={value}: expected a number from 0 to 1.")
-        self.prob = prob
-        self.cutout = cutout
+class DiffAug(Settings):
+    """Translation by up to 1/8, then brightness, saturation and contrast, then cutout."""
+
+    prob: Share
+    """Each of the three is switched on for a whole batch where its number U <= prob; 0: never."""
+    cutout: Share
+    """Side of the square set to grey, as a share of height and width; 0: no cutout."""
 
     def draw(self, batch: Tensor, samples: Tensor) -> Draws:
-        """From uniforms U[0, 1) on the CPU: (UNIFORMS_PER_BATCH,) and B x UNIFORMS_PER_SAMPLE."""
+        """Return the draws made of uniforms U[0, 1): (UNIFORMS_PER_BATCH,) on the CPU, and B x UNIFORMS_PER_SAMPLE."""
         if batch.shape != (UNIFORMS_PER_BATCH,) or samples.shape[1:] != (UNIFORMS_PER_SAMPLE,):
             raise ValueError(
                 f"DiffAug draws from ({UNIFORMS_PER_BATCH},) and (B, {UNIFORMS_PER_SAMPLE}) uniforms, got "
@@ -69,7 +63,7 @@ class DiffAug:
         return Draws(translation, colour, cutout and self.cutout > 0, samples)
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
-        """Float images of any dtype -> float32 (or float64) images, same shape. Differentiable in the images."""
+        """Return float32 (or float64) images of the same shape for float images of any dtype; differentiable in these."""
         if len(images) != len(draws):
             raise ValueError(f"{len(images)} images but draws for {len(draws)}; slice both alike")
         images = images.to(torch.promote_types(images.dtype, torch.float32))

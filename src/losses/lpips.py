@@ -4,16 +4,15 @@ Legend: B batch, H height, W width. Images are B x 3 x H x W, RGB, float in [-1,
 """
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from src.core.errors import UserError
-from src.core.weights import Weights, freeze, load_strict, read, require
+from src.core.settings import Settings
+from src.core.weights import SizedWeights, freeze, load_strict, read, require
 from src.losses.lpips_distance import feature_distance
-from src.losses.vgg import CHANNELS, VGG16, from_torchvision
+from src.losses.vgg import CHANNELS, TINY_CHANNELS, VGG16, without_classifier
 
 log = logging.getLogger(__name__)
 
@@ -24,16 +23,19 @@ MIN_SIZE = 16
 """px: four poolings leave one pixel."""
 
 
+class LPIPSSettings(Settings):
+    """The node `model.lpips_arch`: arguments of `LPIPS`."""
+
+    vgg_path: str | None
+    linear_path: str | None
+    weights: SizedWeights
+
+
 class LPIPS(nn.Module):
     """`LPIPS(...)(x, y)`: distance per image, (B,), float32; symmetric, 0 for equal images.
 
-    Frozen: always in eval mode, no gradient to its weights; gradients flow to the images. In training, the target's
-    features need no graph and need computing once: `lpips.distance(x, lpips.target(y))`.
-
+    Frozen: always in eval mode, no gradient to its weights; gradients flow to the images.
     `untrained` is True for seeded random weights, and whatever shows a number must say so then.
-
-    Raises:
-        UserError: a file is missing or does not fit, or `weights` is neither `pretrained` nor `untrained`.
     """
 
     shift: Tensor
@@ -43,16 +45,15 @@ class LPIPS(nn.Module):
         self,
         vgg_path: str | Path | None,
         linear_path: str | Path | None,
-        weights: Weights = "pretrained",
-        channels: Sequence[int] = CHANNELS,
+        weights: SizedWeights = "pretrained",
         seed: int = 0,
     ) -> None:
+        """Read both files, or draw random weights from `seed`. Raises UserError: a file is missing or does not fit."""
         super().__init__()
-        if weights not in ("pretrained", "untrained"):
-            raise UserError(f"weights={weights!r} of LPIPS: expected 'pretrained' or 'untrained'.")
-        self.untrained = weights == "untrained"
+        self.untrained = weights != "pretrained"
         self.fused = False
-        """True: `distance` uses kernels that torch.compile makes."""
+        """True: uses kernels that torch.compile makes."""
+        channels = TINY_CHANNELS if weights == "tiny" else CHANNELS
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.vgg = VGG16(channels)
@@ -64,60 +65,40 @@ class LPIPS(nn.Module):
         if self.untrained:
             log.warning("LPIPS is untrained (seed %d): its distances are no LPIPS scores.", seed)
         else:
-            self._load(vgg_path, linear_path)
+            vgg_file = require(vgg_path, "The VGG16 weights of LPIPS", "vgg_path")
+            linear_file = require(linear_path, "The linear weights of LPIPS", "linear_path")
+            load_strict(self.vgg, without_classifier(read(vgg_file)), vgg_file)
+            load_strict(self.linear, linear_from_file(read(linear_file)), linear_file)
         freeze(self)
 
     def train(self, mode: bool = True) -> "LPIPS":
-        """Frozen: stays in eval mode whatever is asked."""
+        """Stay in eval mode, whatever is asked."""
         return super().train(False)
 
-    def target(self, y: Tensor) -> list[Tensor]:
-        """Five feature maps of y, without a graph, for `distance`."""
-        with torch.no_grad():
-            return self.features(y)
-
-    def distance(self, x: Tensor, target: Sequence[Tensor]) -> Tensor:
-        """Distance of images x to the features that `target` gave: (B,). No gradient to the target."""
-        return self._distance(self.features(x), target, self.fused)
-
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Distance of each pair: (B,). Differentiable in both."""
+        """Return the distance of each pair of images, (B,). Differentiable in both."""
         if x.shape != y.shape:
             raise ValueError(f"LPIPS compares images of one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
-        return self._distance(self.features(x), self.features(y))
+        maps_y = self.features(y)  # first: its activations are gone when those of x, kept for the gradient, come
+        layers = zip(self.features(x), maps_y, self.linear, strict=True)
+        return torch.stack([feature_distance(a, b, weight, self.fused) for a, b, weight in layers]).sum(0)
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """relu1_2 ... relu5_3 of images in [-1, 1], B x C x h x w each, in the dtype of the convolutions."""
+        """Return relu1_2 ... relu5_3 of images in [-1, 1], B x C x h x w each, in the dtype of the convolutions."""
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < MIN_SIZE:
             raise ValueError(f"LPIPS takes B x 3 x H x W of at least {MIN_SIZE} px a side, got {tuple(images.shape)}")
         return self.vgg((images - self.shift) / self.scale)
 
-    def _distance(self, maps_x: Sequence[Tensor], maps_y: Sequence[Tensor], fused: bool = False) -> Tensor:
-        layers = zip(maps_x, maps_y, self.linear, strict=True)
-        return torch.stack([feature_distance(x, y, weight, fused) for x, y, weight in layers]).sum(0)
-
-    def _load(self, vgg_path: str | Path | None, linear_path: str | Path | None) -> None:
-        if vgg_path is None or linear_path is None:
-            raise UserError(
-                f"LPIPS with weights='pretrained' needs both files, got vgg_path={vgg_path} and "
-                f"linear_path={linear_path}. Give both, or ask for weights='untrained' by name."
-            )
-        vgg_file = require(vgg_path, "The VGG16 weights of LPIPS", "vgg_path")
-        linear_file = require(linear_path, "The linear weights of LPIPS", "linear_path")
-        load_strict(self.vgg, from_torchvision(read(vgg_file)), vgg_file)
-        load_strict(self.linear, linear_from_file(read(linear_file)), linear_file)
-
 
 def linear_from_file(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`lin0.model.1.weight` (1 x C x 1 x 1), ... -> `0` (C,), ...; other names stay, for the strict load to refuse."""
+    """Rename `lin0.model.1.weight` (1 x C x 1 x 1), ... to `0` (C,), ...; other names stay, for the strict load to refuse."""
     names = {f"lin{i}.model.1.weight": str(i) for i in range(len(CHANNELS))}
     return {names.get(name, name): value.flatten() if name in names else value for name, value in state.items()}
 
 
 def _initialise(vgg: VGG16) -> None:
     # He initialisation keeps the scale through 13 ReLUs; PyTorch's default lets the signal drown in the biases.
-    for conv in vgg.convs:
-        assert isinstance(conv, nn.Conv2d)
-        assert conv.bias is not None
-        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-        nn.init.zeros_(conv.bias)
+    for layer in vgg.features:
+        if isinstance(layer, nn.Conv2d) and layer.bias is not None:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)

@@ -25,11 +25,9 @@ TILE_ON_CPU = 1 << 18
 TILE_ON_DEVICE = 1 << 24
 """64 MiB in float32: large enough that few kernels are launched."""
 
-Tile = tuple[slice, slice, slice]
-
 
 def feature_distance(x: Tensor, y: Tensor, weight: Tensor, fused: bool = False) -> Tensor:
-    """Distance per sample: x, y B x C x h x w in any float dtype, weight (C,) >= 0 -> (B,), float32 or wider.
+    """Return the distance per sample, (B,), float32 or wider: x, y B x C x h x w in any float dtype, weight (C,) >= 0.
 
     Differentiable in x and in y, not in weight. Where a pixel's features are all zero the gradient is 0: the plain
     formula has none there, and a ReLU in front would stop it. `fused`: by kernels that torch.compile makes at first use.
@@ -67,7 +65,7 @@ class _FeatureDistance(torch.autograd.Function):
 
 
 def _gradient(x: Tensor, y: Tensor, norm_x: Tensor, norm_y: Tensor, scale: Tensor, fused: bool) -> Tensor:
-    """To x; the distance is the same with x and y exchanged. In the dtype and the memory format of x."""
+    """Return the gradient to x in its dtype and memory format; the distance is the same with x and y exchanged."""
     flat_x, flat_y = x.flatten(2), y.flatten(2)
     if fused:
         flat = _compiled(_pull_back)(*(_any_batch(t) for t in (flat_x, flat_y, norm_x, norm_y, scale)))
@@ -80,7 +78,7 @@ def _gradient(x: Tensor, y: Tensor, norm_x: Tensor, norm_y: Tensor, scale: Tenso
 
 
 def _measure(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x, y B x C x P, weight C x 1 -> sum over pixels of the weighted squared error (B,), norms B x 1 x P of both."""
+    """Return the sum over pixels of the weighted squared error (B,) and both norms B x 1 x P: x, y B x C x P, weight C x 1."""
     x, y = x.to(weight.dtype), y.to(weight.dtype)
     norm_x = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     norm_y = torch.linalg.vector_norm(y, dim=1, keepdim=True)
@@ -88,7 +86,7 @@ def _measure(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def _pull_back(x: Tensor, y: Tensor, norm_x: Tensor, norm_y: Tensor, scale: Tensor) -> Tensor:
-    """Gradient to x, B x C x P in the dtype of x; scale B x C x 1."""
+    """Return the gradient to x, B x C x P in the dtype of x; scale B x C x 1."""
     wide_x, wide_y = x.to(scale.dtype), y.to(scale.dtype)
     pull = _error(wide_x, norm_x, wide_y, norm_y).mul_(scale)  # d distance / d (x / |x|)
     return _through_norm(pull, wide_x, norm_x).to(x.dtype)
@@ -100,15 +98,15 @@ def _error(x: Tensor, norm_x: Tensor, y: Tensor, norm_y: Tensor) -> Tensor:
 
 
 def _through_norm(pull: Tensor, x: Tensor, norm: Tensor) -> Tensor:
-    """Transposed Jacobian of x / (|x| + eps) times `pull`: r pull - x (pull . x) r^2 / |x|, with r = 1 / (|x| + eps)."""
+    """Return the transposed Jacobian of x / (|x| + eps) times `pull`: r pull - x (pull . x) r^2 / |x|, with r = 1 / (|x| + eps)."""
     nonzero = norm > 0
     r = torch.where(nonzero, (norm + EPS).reciprocal(), 0)
     along = (pull * x).sum(1, keepdim=True) * r * r / torch.where(nonzero, norm, 1)
     return (pull * r).addcmul_(x, along, value=-1)
 
 
-def _tiles(flat: Tensor) -> list[Tile]:
-    """Parts of B x C x P: whole samples where they fit, else runs of pixels of one sample. All channels each."""
+def _tiles(flat: Tensor) -> list[tuple[slice, slice, slice]]:
+    """Cut B x C x P into parts of all channels: whole samples where they fit, else runs of pixels of one sample."""
     batch, channels, pixels = flat.shape
     at_once = max(1, (TILE_ON_CPU if flat.device.type == "cpu" else TILE_ON_DEVICE) // channels)
     samples = max(1, at_once // pixels)
@@ -122,7 +120,7 @@ def _tiles(flat: Tensor) -> list[Tile]:
 
 @cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A kernel for each number of channels and pixels, whatever the batch."""
+    """Return a compiled form, with a kernel for each number of channels and pixels, whatever the batch."""
     return torch.compile(function, dynamic=False)
 
 

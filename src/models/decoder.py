@@ -5,86 +5,53 @@ Parameter names are those of the released decoder files, so that these load stri
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from src.core.errors import UserError
 from src.core.json_files import read_json
+from src.core.settings import Settings
 from src.core.weights import resolve
 
+# Published files are ViT-MAE configs. What they say besides `DecoderConfig` is either fixed by the recipe (checked) or
+# about other networks (ignored); latent width, patch and image size come from the model's geometry.
+_FIXED = {
+    "hidden_act": "gelu", "qkv_bias": True, "num_channels": 3, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+_IGNORED = {
+    "_name_or_path", "architectures", "hidden_size", "image_size", "initializer_range", "intermediate_size", "mask_ratio",
+    "model_type", "norm_pix_loss", "num_attention_heads", "num_hidden_layers", "patch_size", "torch_dtype", "dtype",
+    "transformers_version",
+}  # fmt: skip
 
-@dataclass(frozen=True)
-class DecoderConfig:
+
+class DecoderConfig(Settings):
     """What a decoder's `config.json` has to say. Names are those of the published files."""
 
-    decoder_hidden_size: int
-    decoder_num_hidden_layers: int
-    decoder_num_attention_heads: int
-    decoder_intermediate_size: int
-    layer_norm_eps: float
-
-    # Published files are ViT-MAE configs. What they say besides is either fixed by the recipe (checked) or about
-    # other networks (ignored); latent width, patch and image size come from the model's geometry.
-    _FIXED = {
-        "hidden_act": "gelu",
-        "qkv_bias": True,
-        "num_channels": 3,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    }
-    _IGNORED = {
-        "_name_or_path",
-        "architectures",
-        "hidden_size",
-        "image_size",
-        "initializer_range",
-        "intermediate_size",
-        "mask_ratio",
-        "model_type",
-        "norm_pix_loss",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "patch_size",
-        "torch_dtype",
-        "dtype",
-        "transformers_version",
-    }
+    decoder_hidden_size: int = Field(gt=0, multiple_of=4)
+    decoder_num_hidden_layers: int = Field(gt=0)
+    decoder_num_attention_heads: int = Field(gt=0)
+    decoder_intermediate_size: int = Field(gt=0)
+    layer_norm_eps: float = Field(gt=0)
 
     @classmethod
-    def read(cls, source: str | Path | Mapping[str, Any]) -> "DecoderConfig":
+    def read(cls, source: str | Path | Mapping[str, Any]) -> Self:
         """Read a JSON file, its folder (paths are relative to the project root), or what such a file holds.
 
         Raises:
             UserError: no such file, missing or unknown keys, values that the recipe does not have.
         """
         name, content = ("the decoder's config", source) if isinstance(source, Mapping) else cls._read_file(source)
-        wanted = {f.name for f in fields(cls)}
-        missing, unknown = wanted - content.keys(), content.keys() - wanted - cls._FIXED.keys() - cls._IGNORED
-        if missing or unknown:
-            raise UserError(
-                f"{name}: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; expected {sorted(wanted)}."
-            )
-        for key, value in cls._FIXED.items():
+        for key, value in _FIXED.items():
             if content.get(key, value) != value:
                 raise UserError(f"{name}: {key}={content[key]!r} is not supported; the recipe has {value!r}.")
-        sizes = {key: content[key] for key in wanted}
-        for key, value in sizes.items():
-            whole = key != "layer_norm_eps"
-            if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not value > 0:
-                kind = "whole number above 0" if whole else "number above 0"
-                raise UserError(f"{name}: {key}={value!r}; expected a {kind}.")
-        config = cls(**sizes)
-        if config.decoder_hidden_size % config.decoder_num_attention_heads or config.decoder_hidden_size % 4:
-            raise UserError(
-                f"{name}: decoder_hidden_size={config.decoder_hidden_size} must be a multiple of 4 and of the heads."
-            )
-        return config
+        return cls.parse({k: v for k, v in content.items() if k not in _FIXED and k not in _IGNORED}, name)
 
     @staticmethod
     def _read_file(path: str | Path) -> tuple[str, dict[str, Any]]:
@@ -96,6 +63,12 @@ class DecoderConfig:
                 f"model.decoder_config_path={path}: no such file or folder. Known: {', '.join(known)} under configs/decoder."
             )
         return str(file), read_json(file)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.decoder_hidden_size % self.decoder_num_attention_heads:
+            raise ValueError(f"decoder_hidden_size={self.decoder_hidden_size} must be a multiple of the heads.")
+        return self
 
 
 class SelfAttention(nn.Module):

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.core.errors import UserError
-from src.core.weights import Weights, freeze, load_strict, read, require
+from src.core.weights import SizedWeights, freeze, load_strict, read, require
 
 log = logging.getLogger(__name__)
 
@@ -44,21 +43,14 @@ RECIPES = {
     "S_8": DinoRecipe(patch=8, width=384, heads=6),
     "S_16": DinoRecipe(patch=16, width=384, heads=6),
     "B_16": DinoRecipe(patch=16, width=768, heads=12),
-    # Ours, for the dummy experiments: never pretrained.
-    "tiny": DinoRecipe(patch=8, width=64, heads=2, depth=4, image_size=64),
 }
+TINY = DinoRecipe(patch=8, width=64, heads=2, depth=4, image_size=64)
+"""Of `weights: tiny`, for tests and the dummy experiments."""
 
 MLP_RATIO = 4
 NORM_EPS = 1e-6
 # The trunk's last LayerNorm is not applied to the features, and there is no classifier.
 UNUSED_IN_FILE = ("norm.weight", "norm.bias", "head.weight", "head.bias")
-
-
-def dino_recipe(name: str) -> DinoRecipe:
-    """Raises UserError with the list."""
-    if name not in RECIPES:
-        raise UserError(f"disc_arch.arch.recipe={name}: no such DINO trunk. Choose one of {', '.join(RECIPES)}.")
-    return RECIPES[name]
 
 
 class DinoTrunk(nn.Module):
@@ -69,13 +61,12 @@ class DinoTrunk(nn.Module):
     """
 
     def __init__(
-        self, recipe: DinoRecipe, path: str | Path | None, weights: Weights = "pretrained", seed: int = 0
+        self, recipe: DinoRecipe, path: str | Path | None, weights: SizedWeights = "pretrained", seed: int = 0
     ) -> None:
+        """`path`: the file of the weights; None where they are drawn from `seed`."""
         super().__init__()
-        if weights not in ("pretrained", "untrained"):
-            raise UserError(f"weights={weights!r} of the DINO trunk: expected 'pretrained' or 'untrained'.")
         self.recipe = recipe
-        self.untrained = weights == "untrained"
+        self.untrained = weights != "pretrained"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, recipe.width, recipe.patch, stride=recipe.patch)})
@@ -85,16 +76,19 @@ class DinoTrunk(nn.Module):
         if self.untrained:
             log.warning("The DINO trunk of the discriminator is untrained (seed %d).", seed)
         else:
-            self._load(path)
+            file = require(path, "The DINO trunk of the discriminator", "dino_ckpt_path")
+            load_strict(self, without_unused(read(file)), file)
+            for block in self.blocks:  # a bias of the keys shifts all scores of a query alike: the softmax ignores it
+                block.attn["qkv"].bias.data.chunk(3)[1].zero_()
         _fold_normalisation(self.patch_embed["proj"])
         freeze(self)
 
     def train(self, mode: bool = True) -> "DinoTrunk":
-        """Frozen: stays in eval mode whatever is asked."""
+        """Stay in eval mode, whatever is asked."""
         return super().train(False)
 
     def forward(self, images: Tensor, depths: Sequence[int]) -> list[Tensor]:
-        """B x 3 x H x W, float in [-1, 1] -> a B x C x L map after each of `depths` (ascending, from 0).
+        """Return a B x C x L map after each of `depths` (ascending, from 0): images B x 3 x H x W, float in [-1, 1].
 
         Maps are views of token-major memory. Blocks after the last of `depths` are not run.
         """
@@ -110,17 +104,6 @@ class DinoTrunk(nn.Module):
             if depth in depths:
                 maps.append(x[:, 1:].transpose(1, 2))  # B C L
         return maps
-
-    def _load(self, path: str | Path | None) -> None:
-        if path is None:
-            raise UserError(
-                "The DINO trunk with weights='pretrained' needs dino_ckpt_path; it is null. Give the file, or ask for "
-                "weights='untrained' by name."
-            )
-        file = require(path, "The DINO trunk of the discriminator", "dino_ckpt_path")
-        load_strict(self, without_unused(read(file)), file)
-        for block in self.blocks:  # a bias of the keys shifts all scores of a query alike: the softmax ignores it
-            block.attn["qkv"].bias.data.chunk(3)[1].zero_()
 
 
 class Block(nn.Module):
@@ -148,7 +131,7 @@ class Block(nn.Module):
 
 
 def without_unused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The file's tensors without those named in UNUSED_IN_FILE; anything else unknown is left to the strict load."""
+    """Return the file's tensors but those of UNUSED_IN_FILE; anything else unknown is left to the strict load."""
     return {name: value for name, value in state.items() if name not in UNUSED_IN_FILE}
 
 

@@ -8,21 +8,57 @@ Legend: B batch, C width, L patch tokens, S heads. Images are B x 3 x H x W, flo
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated, Literal, Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from src.core.errors import UserError
-from src.core.weights import Weights
-from src.models.dino import DinoRecipe, DinoTrunk, dino_recipe
+from src.core.settings import Settings, one_of
+from src.core.weights import SizedWeights
+from src.models.dino import RECIPES, TINY, DinoTrunk
 from src.models.spectral_norm import PlainWeights, SpectralWeights
 
-NORM_TYPES = ("bn", "gn")
-"""`bn` is the published name of what is a per-sample norm over L with an affine; `gn` is GroupNorm."""
 NORM_EPS = 1e-6
 GROUPS = 32
 SLOPE = 0.2
+
+
+class DiscriminatorSettings(Settings):
+    """The node `model.disc_arch.arch`: arguments of `DinoDiscriminator`."""
+
+    dino_ckpt_path: str | None
+    ks: int = Field(ge=1)
+    """Taps of the second convolution, odd, at most 2 L + 1."""
+    key_depths: list[int] = Field(min_length=1)
+    """Blocks whose maps are looked at, from 0, ascending."""
+    norm_type: Literal["bn", "gn"]
+    """`bn` is the published name of what is a per-sample norm over L with an affine; `gn` is GroupNorm."""
+    using_spec_norm: bool
+    """Spectral normalisation of all convolutions."""
+    recipe: Annotated[str, one_of(RECIPES)]
+    """Sizes of the trunk."""
+    weights: SizedWeights
+    """`tiny` has sizes of its own, whatever `recipe` says."""
+
+    @property
+    def name(self) -> str:
+        """Of the trunk's sizes."""
+        return "tiny" if self.weights == "tiny" else self.recipe
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        sizes, depths = TINY if self.weights == "tiny" else RECIPES[self.recipe], self.key_depths
+        if self.norm_type == "gn" and sizes.width % GROUPS:
+            raise ValueError(f"norm_type=gn needs a width divisible by {GROUPS}; this trunk has {sizes.width}.")
+        if self.ks % 2 == 0 or self.ks // 2 > sizes.tokens:
+            raise ValueError(f"ks={self.ks}: expected an odd number up to {2 * sizes.tokens + 1}.")
+        if depths != sorted(set(depths)) or not 0 <= depths[0] <= depths[-1] < sizes.depth:
+            raise ValueError(
+                f"key_depths={depths}: expected block numbers in ascending order, none twice, from 0 to {sizes.depth - 1}."
+            )
+        return self
 
 
 class DinoDiscriminator(nn.Module):
@@ -31,18 +67,6 @@ class DinoDiscriminator(nn.Module):
     `forward` never changes state, in no mode. A discriminator step of the published recipe (one power iteration in each
     training forward, fake before real) is: power_iteration(); D(fake); power_iteration(); D(real).
     Trained are `heads`; `trunk` is frozen. `untrained` is True where the trunk has seeded random weights.
-
-    Args:
-        dino_ckpt_path: the trunk's weights; None with weights="untrained".
-        ks: taps of the second convolution, odd, at most 2 L - 1.
-        key_depths: blocks whose maps are looked at, from 0, ascending.
-        norm_type: one of NORM_TYPES.
-        using_spec_norm: spectral normalisation of all convolutions.
-        recipe: S_8, S_16, B_16, or tiny.
-        seed: of the heads, and of an untrained trunk.
-
-    Raises:
-        UserError: a value outside of the above, or a file that is missing or does not fit.
     """
 
     def __init__(
@@ -53,12 +77,16 @@ class DinoDiscriminator(nn.Module):
         norm_type: str,
         using_spec_norm: bool,
         recipe: str,
-        weights: Weights = "pretrained",
+        weights: SizedWeights = "pretrained",
         seed: int = 0,
     ) -> None:
+        """Arguments as `DiscriminatorSettings` says; `seed`: of the heads, and of an untrained trunk.
+
+        Raises:
+            UserError: the trunk's file is missing or does not fit.
+        """
         super().__init__()
-        sizes = dino_recipe(recipe)
-        _check(sizes, recipe, ks, tuple(key_depths), norm_type)
+        sizes = TINY if weights == "tiny" else RECIPES[recipe]
         # The published code puts the trunk's last map in front of the chosen ones, a second time where 11 is chosen.
         self.map_depths = (sizes.depth - 1, *key_depths)
         self.run_depths = tuple(sorted(set(self.map_depths)))
@@ -69,21 +97,21 @@ class DinoDiscriminator(nn.Module):
             self.heads = Heads(len(self.map_depths), sizes.width, ks, norm_type, using_spec_norm)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images -> logits B x (S * L)."""
+        """Return the logits of images, B x (S * L)."""
         return self.heads(self.features(images))
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """What the heads see: S maps B x C x L, each computed once (one tensor may stand in two places)."""
+        """Return what the heads see: S maps B x C x L, each computed once (one tensor may stand in two places)."""
         maps = dict(zip(self.run_depths, self.trunk(images, self.run_depths), strict=True))
         return [maps[depth] for depth in self.map_depths]
 
     def power_iteration(self) -> None:
-        """One power iteration of every convolution."""
+        """Do one power iteration of every convolution."""
         self.heads.power_iteration()
 
     @contextmanager
     def heads_frozen(self) -> Iterator[None]:
-        """Graphs built inside reach the images only: nothing is kept for gradients of the heads' weights."""
+        """Let graphs built inside reach the images only: nothing is kept for gradients of the heads' weights."""
         wanted = [parameter.requires_grad for parameter in self.heads.parameters()]
         self.heads.requires_grad_(False)
         try:
@@ -109,7 +137,7 @@ class Heads(nn.Module):
         self.last = Convolutions(count, width, 1, 1, spectral)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """S maps B x C x L -> logits B x (S * L), head after head."""
+        """Return the logits of S maps B x C x L, head after head: B x (S * L)."""
         layers = zip(maps, self.first(), self.first_norm(), self.second(), self.second_norm(), self.last(), strict=True)
         logits = []
         for x, first, first_norm, second, second_norm, last in layers:
@@ -157,26 +185,10 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # B C L -> B 
 
 
 def _normalise(x: Tensor, affine: tuple[Tensor, Tensor], norm_type: str) -> Tensor:  # B C L
-    """Per sample: each channel over L (`bn`), or each group of channels with L (`gn`); then LeakyReLU."""
+    """Normalise each channel over L (`bn`), or each group of channels with L (`gn`), per sample; then LeakyReLU."""
     weight, bias = affine
     if norm_type == "gn":
         x = F.group_norm(x, GROUPS, weight, bias, NORM_EPS)
     else:
         x = F.instance_norm(x, weight=weight, bias=bias, eps=NORM_EPS)
     return F.leaky_relu(x, SLOPE, inplace=True)
-
-
-def _check(sizes: DinoRecipe, recipe: str, ks: int, key_depths: tuple[int, ...], norm_type: str) -> None:
-    where = "disc_arch.arch"
-    if norm_type not in NORM_TYPES:
-        raise UserError(f"{where}.norm_type={norm_type}: choose one of {', '.join(NORM_TYPES)}.")
-    if norm_type == "gn" and sizes.width % GROUPS:
-        raise UserError(f"{where}.norm_type=gn needs a width divisible by {GROUPS}; {recipe} has {sizes.width}.")
-    if ks < 1 or ks % 2 == 0 or ks // 2 > sizes.tokens:
-        raise UserError(f"{where}.ks={ks}: expected an odd number from 1 to {2 * sizes.tokens + 1} for {recipe}.")
-    ascending = list(key_depths) == sorted(set(key_depths))
-    if not key_depths or not ascending or not 0 <= key_depths[0] <= key_depths[-1] < sizes.depth:
-        raise UserError(
-            f"{where}.key_depths={list(key_depths)}: expected block numbers in ascending order, none twice, from 0 to "
-            f"{sizes.depth - 1} ({recipe} has {sizes.depth} blocks)."
-        )

@@ -175,7 +175,7 @@ class FrozenEncoder(nn.Module):
     @classmethod
     def _untrained(cls, config: PretrainedConfig, source: str, seed: int) -> PreTrainedModel:
         log.warning(
-            "%s from %s is UNTRAINED (seed %d): figures made with it say nothing of the method.",
+            "%s from %s is UNTRAINED (seed %d): random weights: not a result.",
             cls.__name__,
             source,
             seed,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from src.core.weights import RANDOM
 from src.reporting.reading import Run
 
 FEW_IMAGES = 2048
@@ -44,9 +45,7 @@ def untrained(run: Run) -> list[str]:
     ]
     if not said:
         said = [
-            f"{key} ({value})"
-            for key, value in flat(run.config).items()
-            if key.endswith("weights") and value == "untrained"
+            f"{key} ({value})" for key, value in flat(run.config).items() if key.endswith("weights") and value in RANDOM
         ]
     elif any(name.startswith("rfid_untrained") for name in run.series):
         said.append("Inception network")

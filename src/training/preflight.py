@@ -18,7 +18,7 @@ from src.callbacks.throughput import peak_memory_gb
 from src.core.errors import UserError
 from src.core.weights import resolve
 from src.evaluation.networks import load_inception
-from src.training.stage1 import require_updates
+from src.training.module import require_updates
 from src.training.stage1_step import Phase
 
 log = logging.getLogger(__name__)

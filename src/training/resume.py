@@ -8,10 +8,12 @@ from typing import Any
 
 from src.core.errors import UserError
 from src.core.weights import read, resolve
+from src.formats.checkpoint_content import with_current_keys
 
 log = logging.getLogger(__name__)
 
 _FREE = {
+    *("data._target_", "model._target_"),  # a class that has moved
     *(
         f"data.{key}"
         for key in ("num_workers", "prefetch_factor", "pin_memory", "worker_start", "max_bad_share", "val_batch_size")
@@ -58,6 +60,7 @@ def announce_resume(checkpoint: Path, config: Mapping[str, Any], processes: int)
     if not isinstance(content, Mapping):
         return  # the trainer will refuse it
     before = content.get("config") or {}
+    before = {**before, "model": with_current_keys(before.get("model") or {})}
     log.info("Resuming at step %s (epoch %s).", content.get("global_step"), content.get("epoch"))
     epochs = config["trainer"]["max_epochs"]
     old = before.get("trainer", {}).get("max_epochs", epochs)

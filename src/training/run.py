@@ -19,12 +19,12 @@ from src.callbacks.checkpoint import RunCheckpoint
 from src.callbacks.startup import StartupTable, device_name
 from src.core.errors import UserError
 from src.core.launch import Launch
+from src.core.settings import check_keys
 from src.training import logs
 from src.training.folder import run_folder
-from src.training.geometry_check import check_geometry
 from src.training.record import RunRecord
 from src.training.resume import announce_resume, find_checkpoint
-from src.training.settings import check_keys
+from src.training.settings import check_geometry
 from src.training.summary import summary
 from src.training.trainer import build_trainer
 
@@ -90,8 +90,8 @@ def _run(config: DictConfig) -> float | None:
 
 def refuse_unknown(config: DictConfig) -> None:
     """Hydra checks what is overridden; what an experiment file or a `+` adds at the top or as a callback, nobody else does."""
-    check_keys(config, KNOWN_KEYS, set(), "configuration")
-    check_keys(config.callbacks or {}, KNOWN_CALLBACKS | _with_target(config.callbacks), set(), "callbacks")
+    check_keys(config, KNOWN_KEYS)
+    check_keys(config.callbacks or {}, KNOWN_CALLBACKS | _with_target(config.callbacks), "callbacks")
 
 
 def _with_target(group: DictConfig | None) -> set[str]:

@@ -14,38 +14,49 @@ pixels and the decoder sees one gradient:
 In exact arithmetic this is the published step; `tests/test_step_parity.py` holds it against the plain formulation.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.profiler import record_function
 
+from src.core.distributed import mean_over_ranks
 from src.core.images import unit_to_signed
+from src.core.settings import Settings, one_of
 from src.losses.diffaug import DiffAug, Draws
-from src.losses.gan import DiscriminatorLoss, GeneratorLoss, adaptive_weight
+from src.losses.gan import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES
 from src.losses.lpips import LPIPS
-from src.models.decoder import ViTDecoder, patchify
+from src.models.decoder import patchify
 from src.models.discriminator import DinoDiscriminator
 from src.models.rae import RAE
 
 Backward = Callable[[Tensor, Tensor], None]
 """`backward(output, gradient)`: accumulate gradients of `output` (weighted by `gradient`) into the parameters."""
-Average = Callable[[Tensor], Tensor]
-"""Mean of a tensor over ranks."""
+Scale = Tensor | float
+"""Factor for half-precision gradients."""
+Label = Literal["fake", "real"]
+LossTerm = Callable[[Tensor, Tensor], Tensor]
+"""(output, target), B x 3 x H x W in [0, 1] scale -> a tensor whose first dimension is B and whose mean is the term."""
 
 
-@dataclass(frozen=True)
-class StepSettings:
-    perceptual_weight: float
-    disc_weight: float
-    max_d_weight: float
+class StepSettings(Settings):
+    """Keys of `model:` that say what a step computes."""
+
+    perceptual_weight: float = Field(ge=0)
+    disc_weight: float = Field(ge=0)
+    disc_loss: Annotated[str, one_of(DISCRIMINATOR_LOSSES)]
+    gen_loss: Annotated[str, one_of(GENERATOR_LOSSES)]
+    disc_updates: int = Field(ge=1)
+    """Discriminator updates for each generator update."""
+    max_d_weight: float = Field(ge=0)
     adaptive_weight: Literal["global", "per_rank"]
     """`per_rank`: each rank takes w from its own gradients, as published."""
     disc_fake: Literal["fresh", "reuse"]
     """`fresh`: D sees a reconstruction with the weights just updated and no noise, as published."""
-    loss_chunk_size: int | None
+    loss_chunk_size: Annotated[int, Field(ge=1)] | None
     """Images that go through the loss networks at once; None is the whole batch."""
 
 
@@ -61,7 +72,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class NoiseDraws:
+class LatentNoise:
     """z' = z + sigma * normal. sigma: (B,), standard deviation; normal: B C h w."""
 
     sigma: Tensor
@@ -71,10 +82,14 @@ class NoiseDraws:
         return torch.addcmul(latents, self.normal, self.sigma.view(-1, 1, 1, 1))
 
 
-@dataclass
+@dataclass(frozen=True)
 class GeneratorResult:
+    """What the discriminator's step needs of the generator's."""
+
     terms: dict[str, Tensor]
-    """Detached scalars by name: loss, l1, lpips, gan, adaptive_weight."""
+    """Detached scalars by name: those of `reconstruction_terms`, gan, adaptive_weight, loss."""
+    images: Tensor
+    """B 3 H W in [0, 1]."""
     latents: Tensor
     """Clean raw latents, B C h w."""
     reconstruction: Tensor
@@ -82,48 +97,55 @@ class GeneratorResult:
 
 
 class TrainingStep:
+    """Losses and gradients of both networks. `lpips`, `discriminator`: None where no phase of the run switches them on."""
+
     def __init__(
         self,
         rae: RAE,
         lpips: LPIPS | None,
         discriminator: DinoDiscriminator | None,
-        augment: DiffAug | None,
-        disc_loss: DiscriminatorLoss,
-        gen_loss: GeneratorLoss,
+        augment: DiffAug,
         settings: StepSettings,
     ) -> None:
         self.rae = rae
         self.lpips = lpips
         self.discriminator = discriminator
         self.augment = augment
-        self.disc_loss = disc_loss
-        self.gen_loss = gen_loss
         self.settings = settings
+
+    def reconstruction_terms(self, phase: Phase) -> dict[str, tuple[float, LossTerm]]:
+        """Return weight and function of each term of R by its name: what training differentiates and validation averages."""
+        terms: dict[str, tuple[float, LossTerm]] = {"l1": (1.0, lambda output, target: (output - target).abs())}
+        if phase.lpips and self.lpips is not None:
+            lpips = self.lpips
+            terms["lpips"] = (
+                self.settings.perceptual_weight,
+                lambda output, target: lpips(unit_to_signed(output), unit_to_signed(target)),
+            )
+        return terms
 
     # -- generator
 
     def generator(
         self,
         images: Tensor,
-        noise: NoiseDraws | None,
+        noise: LatentNoise | None,
         augment: Draws | None,
         phase: Phase,
-        backward: Backward,
-        average: Average = lambda tensor: tensor,
-        loss_scale: Tensor | float = 1.0,
-        gradient_weight: float = 1.0,
+        backward: Backward = Tensor.backward,
+        loss_scale: Scale = 1.0,
+        share: float = 1.0,
         layers: tuple[int, ...] | None = None,
     ) -> GeneratorResult:
-        """Gradients of the generator's total loss into the decoder.
+        """Put the gradients of the generator's total loss into the decoder.
 
         Args:
             images: B 3 H W, float in [0, 1].
-            average: over ranks, for the adaptive weight.
             loss_scale: factor for half-precision gradients inside the loss networks; taken out again.
-            gradient_weight: 1 / number of micro-batches.
+            share: of this micro-batch in the update, 1 / their number.
             layers: blocks of the encoder to use instead of its own choice.
         """
-        decoder: ViTDecoder = self.rae.decoder
+        decoder = self.rae.decoder
         with record_function("encode"):
             latents = self.rae.encode_raw(images, layers)
         with record_function("decode"):
@@ -132,72 +154,83 @@ class TrainingStep:
             output = self.rae.to_images(decoder.decoder_pred(features)).float()
         reconstruction = output.detach()
 
-        terms, gradient = self.reconstruction_gradient(reconstruction, images, phase, loss_scale)
+        terms: dict[str, Tensor] = {}
+        loss = reconstruction.new_zeros(())
+        gradient = torch.zeros_like(reconstruction)
+        for name, (weight, term) in self.reconstruction_terms(phase).items():
+            with record_function(name):
+                terms[name], term_gradient = self.reconstruction_gradient(term, reconstruction, images, loss_scale)
+            gradient.add_(term_gradient, alpha=weight)
+            loss = loss + weight * terms[name]
         if phase.gan:
-            terms["gan"], gan_gradient = self.gan_gradient(reconstruction, augment, loss_scale)
+            with record_function("gan"):
+                terms["gan"], gan_gradient = self.gan_gradient(reconstruction, augment, loss_scale)
             with record_function("adaptive_weight"):
-                terms["adaptive_weight"] = self.balance(features.detach(), gradient, gan_gradient, average)
+                terms["adaptive_weight"] = self.adaptive_weight(features.detach(), gradient, gan_gradient)
             factor = self.settings.disc_weight * terms["adaptive_weight"]
-            terms["loss"] = terms["loss"] + factor * terms["gan"]
-            gradient = torch.addcmul(gradient, gan_gradient, factor)
+            loss = loss + factor * terms["gan"]
+            gradient.addcmul_(gan_gradient, factor)
+        terms["loss"] = loss
         with record_function("backward"):
-            backward(output, gradient * gradient_weight if gradient_weight != 1.0 else gradient)
-        return GeneratorResult(terms, latents, reconstruction)
+            backward(output, gradient * share)
+        return GeneratorResult(terms, images, latents, reconstruction)
 
     def reconstruction_gradient(
-        self, reconstruction: Tensor, images: Tensor, phase: Phase, loss_scale: Tensor | float
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """R = L1 + perceptual_weight * LPIPS: its terms, and dR/d(reconstruction), B 3 H W."""
-        difference = reconstruction - images
-        terms = {"l1": difference.abs().mean()}
-        gradient = difference.sign_().div_(difference.numel())
-        terms["loss"] = terms["l1"]
-        if phase.lpips:
-            assert self.lpips is not None
-            weight = self.settings.perceptual_weight
-            total = reconstruction.new_zeros(())
-            with record_function("lpips"):
-                for part in self._chunks(len(images)):
-                    target = self.lpips.target(unit_to_signed(images[part]))
-                    leaf = reconstruction[part].requires_grad_()
-                    value = self.lpips.distance(unit_to_signed(leaf), target).sum() / len(images)
-                    gradient[part].add_(_gradient(value, leaf, loss_scale), alpha=weight)
-                    total += value.detach()
-            terms["lpips"] = total
-            terms["loss"] = terms["l1"] + weight * total
-        return terms, gradient
-
-    def gan_gradient(
-        self, reconstruction: Tensor, augment: Draws | None, loss_scale: Tensor | float
+        self, term: LossTerm, reconstruction: Tensor, images: Tensor, loss_scale: Scale
     ) -> tuple[Tensor, Tensor]:
-        """The generator's GAN term and its gradient to the reconstruction. D's state is not changed."""
-        assert self.discriminator is not None and self.augment is not None and augment is not None
+        """Return the value of one term of R and its gradient to the reconstruction, B 3 H W."""
+
+        def part_of_mean(leaf: Tensor, part: slice) -> Tensor:
+            values = term(leaf, images[part])
+            return values.sum() / (values[0].numel() * len(images))
+
+        return self._pixel_gradient(part_of_mean, reconstruction, loss_scale)
+
+    def gan_gradient(self, reconstruction: Tensor, augment: Draws | None, loss_scale: Scale) -> tuple[Tensor, Tensor]:
+        """Return the generator's GAN term -mean D(aug(x^)) and its gradient to the reconstruction. Leaves D as it is."""
+        assert self.discriminator is not None and augment is not None
+        discriminator, term = self.discriminator, GENERATOR_LOSSES[self.settings.gen_loss]
+
+        def part_of_mean(leaf: Tensor, part: slice) -> Tensor:
+            with discriminator.heads_frozen():
+                logits = discriminator(self.augment.apply(unit_to_signed(leaf), augment[part]))
+            return term(logits.float()) * (len(leaf) / len(reconstruction))
+
+        return self._pixel_gradient(part_of_mean, reconstruction, loss_scale)
+
+    def _pixel_gradient(
+        self, part_of_mean: Callable[[Tensor, slice], Tensor], reconstruction: Tensor, loss_scale: Scale
+    ) -> tuple[Tensor, Tensor]:
+        """Sum a loss over chunks of the batch, each with a graph of its own that ends at the pixels."""
         gradient = torch.empty_like(reconstruction)
         total = reconstruction.new_zeros(())
-        with record_function("gan"):
-            for part in self._chunks(len(reconstruction)):
-                leaf = reconstruction[part].requires_grad_()
-                with self.discriminator.heads_frozen():
-                    logits = self.discriminator(self.augment.apply(unit_to_signed(leaf), augment[part]))
-                value = self.gen_loss.term(logits) * (len(leaf) / len(reconstruction))
-                gradient[part] = _gradient(value, leaf, loss_scale)
-                total += value.detach()
+        for part in self._chunks(len(reconstruction)):
+            leaf = reconstruction[part].requires_grad_()
+            value = part_of_mean(leaf, part)
+            gradient[part] = torch.autograd.grad(value * loss_scale, leaf)[0] / loss_scale
+            total += value.detach()
         return total, gradient
 
-    def balance(self, features: Tensor, grad_r: Tensor, grad_g: Tensor, average: Average) -> Tensor:
-        """Adaptive weight w of recipe section 2, from the gradients of both terms to the head's weight (P x D each)."""
+    def adaptive_weight(self, features: Tensor, grad_r: Tensor, grad_g: Tensor) -> Tensor:
+        """Return w = |dR/dW| / (|dG/dW| + 1e-6), at most `max_d_weight`, a scalar. Esser et al., arXiv 2012.09841, equation 7.
+
+        Args:
+            features: what the head sees, B N D.
+            grad_r, grad_g: gradients of both terms to the reconstruction, B 3 H W.
+        """
         device = features.device.type
         # As the published backward does under autocast; but pixel gradients of a mean lie below the range of fp16.
         half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
         features = features.flatten(0, 1).to(torch.bfloat16 if half else torch.float32)  # B*N D
         with torch.autocast(device, enabled=False):
-            weights = torch.stack([self._head_gradient(features, g) for g in (grad_r, grad_g)])
+            gradients = torch.stack([self._head_gradient(features, g) for g in (grad_r, grad_g)])  # 2 P D
         if self.settings.adaptive_weight == "global":
-            weights = average(weights)
-        norm_r, norm_g = torch.linalg.vector_norm(weights.float(), dim=(1, 2))
-        return adaptive_weight(norm_r, norm_g, self.settings.max_d_weight)
+            gradients = mean_over_ranks(gradients)
+        norm_r, norm_g = torch.linalg.vector_norm(gradients, dim=(1, 2))
+        return (norm_r / (norm_g + 1e-6)).clamp(0, self.settings.max_d_weight)
 
     def _head_gradient(self, features: Tensor, image_gradient: Tensor) -> Tensor:
+        """Return the gradient to the head's weight, P x D, for one to the image: the way from the head on is linear."""
         if self.rae.decoder_denormalize:
             image_gradient = image_gradient * self.rae.image_std
         patches = patchify(image_gradient, self.rae.decoder.patch_size).flatten(0, 1)  # B*N P
@@ -205,53 +238,65 @@ class TrainingStep:
 
     # -- discriminator
 
+    def discriminator_updates(
+        self,
+        results: Sequence[GeneratorResult],
+        draws: Callable[[Label, int, int], Draws],
+        loss_scale: Callable[[], Scale] = lambda: 1.0,
+    ) -> Iterator[dict[str, Tensor]]:
+        """Put the gradients of D's loss into its heads and yield its terms, once for each update; step the optimiser then.
+
+        0.5 (mean of the real term + mean of the fake term). The two halves have graphs of their own, so the first is freed
+        before the second is built; the power iteration comes before each, in the published order.
+
+        Args:
+            results: of the micro-batches of the generator's update, which has been made.
+            draws: of the augmentation, for (label, number of the micro-batch, number of the update).
+        """
+        assert self.discriminator is not None
+        fakes = [self.fake(result) for result in results]
+        labels: tuple[Label, Label] = ("fake", "real")
+        for update in range(self.settings.disc_updates):
+            scale, terms = loss_scale(), {}
+            for label in labels:
+                self.discriminator.power_iteration()
+                for number, result in enumerate(results):
+                    images = fakes[number] if label == "fake" else unit_to_signed(result.images)
+                    augment = draws(label, number, update)
+                    with record_function("disc"):
+                        self._discriminate(images, augment, label, scale, 1 / len(results), terms)
+            yield terms
+
     @torch.no_grad()
     def fake(self, result: GeneratorResult) -> Tensor:
-        """What D judges: B 3 H W in [-1, 1], clamped and on the 8-bit grid."""
+        """Return what D judges as fake: B 3 H W in [-1, 1], clamped and on the 8-bit grid."""
         with record_function("disc_decode"):
-            images = (
-                result.reconstruction if self.settings.disc_fake == "reuse" else self.rae.decode_raw(result.latents)
-            )
+            reuse = self.settings.disc_fake == "reuse"
+            images = result.reconstruction if reuse else self.rae.decode_raw(result.latents)
         return images.float().clamp(0, 1).mul_(255).round_().div_(127.5).sub_(1)
 
-    def discriminate(
-        self,
-        images: Tensor,
-        augment: Draws,
-        label: Literal["fake", "real"],
-        backward: Backward,
-        loss_scale: Tensor | float = 1.0,
-        gradient_weight: float = 1.0,
-    ) -> dict[str, Tensor]:
-        """Half of D's loss, for images in [-1, 1]; gradients go into D's heads. Call `power_iteration` on D before it.
-
-        The two halves have graphs of their own, so the first is freed before the second is built.
-        """
-        assert self.discriminator is not None and self.augment is not None
-        term = self.disc_loss.real_term if label == "real" else self.disc_loss.fake_term
-        terms: dict[str, Tensor] = {}
-        with record_function("disc"):
-            for part in self._chunks(len(images)):
-                with torch.no_grad():
-                    maps = self.discriminator.features(self.augment.apply(images[part], augment[part]))
-                logits = self.discriminator.heads(maps)
-                share = len(logits) / len(images)
-                half = 0.5 * term(logits)
-                backward(half, half.new_full((), share * gradient_weight) * loss_scale)
-                right = logits.detach() > 0 if label == "real" else logits.detach() < 0
-                for name, value in {
-                    "loss": half.detach(),
-                    "accuracy": 0.5 * right.float().mean(),
-                    f"logits_{label}": logits.detach().float().mean(),
-                }.items():
-                    terms[name] = terms.get(name, 0) + value * share
-        return terms
+    def _discriminate(
+        self, images: Tensor, augment: Draws, label: Label, scale: Scale, share: float, terms: dict[str, Tensor]
+    ) -> None:
+        """Put gradients of half of D's loss into its heads and add to its terms, for images B 3 H W in [-1, 1]."""
+        assert self.discriminator is not None
+        term = DISCRIMINATOR_LOSSES[self.settings.disc_loss][label]
+        for part in self._chunks(len(images)):
+            with torch.no_grad():
+                maps = self.discriminator.features(self.augment.apply(images[part], augment[part]))
+            logits = self.discriminator.heads(maps)
+            half = 0.5 * term(logits.float())
+            weight = share * len(logits) / len(images)
+            half.backward(half.new_full((), weight) * scale)
+            logits = logits.detach().float()
+            right = logits > 0 if label == "real" else logits < 0
+            for name, value in {
+                "loss": half.detach(),
+                "accuracy": 0.5 * right.float().mean(),
+                f"logits_{label}": logits.mean(),
+            }.items():
+                terms[name] = terms.get(name, 0) + value * weight
 
     def _chunks(self, batch: int) -> Iterator[slice]:
         size = self.settings.loss_chunk_size or batch
         return (slice(start, min(start + size, batch)) for start in range(0, batch, size))
-
-
-def _gradient(value: Tensor, leaf: Tensor, loss_scale: Tensor | float) -> Tensor:
-    (gradient,) = torch.autograd.grad(value * loss_scale, leaf)
-    return gradient / loss_scale

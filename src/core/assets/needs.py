@@ -8,6 +8,7 @@ from typing import Any
 
 from src.core.assets.table import FILES, Asset, FileAsset, by_name, repository
 from src.core.errors import UserError
+from src.core.weights import RANDOM
 
 # Keys that name a weights file, with the asset that such a file always is (None: the file's place and name tell).
 FILE_KEYS: dict[str, str | None] = {
@@ -56,10 +57,10 @@ def needs(config: Mapping[str, Any], weights_dir: Path, root: Path) -> list[Need
 def _references(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """(dotted key, value) of every leaf that names weights, in the order of the config."""
     if isinstance(node, Mapping):
-        if node.get("weights") == "untrained":
+        if node.get("weights") in RANDOM:
             return
         for name, value in node.items():
-            if node.get(str(name).removesuffix("_path") + "_weights") == "untrained":
+            if node.get(str(name).removesuffix("_path") + "_weights") in RANDOM:
                 continue
             yield from _references(value, (*path, str(name)))
     elif isinstance(node, Sequence) and not isinstance(node, str):

@@ -1,0 +1,112 @@
+"""Typed settings: what a node of the configuration may say, checked where it enters the code.
+
+A settings class has one field per key. Every problem of a node is named in one message, with the keys as users type them.
+"""
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping
+from types import NoneType
+from typing import Any, ClassVar, Self, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+
+from src.core.errors import UserError
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable; no unknown keys, no text for a number, no infinity unless a field allows it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    groups: ClassVar[tuple[str, ...]] = ()
+    """Fields, themselves settings, whose keys stand in the node directly."""
+    typed_as: ClassVar[Mapping[str, str]] = {}
+    """Where users set a key that the configuration only copies into this node: name of the field -> key."""
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], key: str) -> Self:
+        """Check a node of plain values. `key`: its place in the configuration.
+
+        Raises:
+            UserError: every missing, unknown and unfitting key, with what was expected.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise _user_error([_problem(cls, found, key) for found in error.errors()]) from None
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """Return the keys of the node, those of `groups` among them."""
+        fields = cls.model_fields
+        inner = (fields[name].annotation.field_names() if name in cls.groups else (name,) for name in fields)  # type: ignore[union-attr]
+        return tuple(key for names in inner for key in names)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sort_into_groups(cls, values: Any) -> Any:
+        if not cls.groups or not isinstance(values, Mapping):
+            return values
+        owner = {key: group for group in cls.groups for key in cls.model_fields[group].annotation.field_names()}  # type: ignore[union-attr]
+        result: dict[str, Any] = {group: {} for group in cls.groups}
+        for key, value in values.items():
+            (result[owner[key]] if key in owner else result)[key] = value
+        return result
+
+
+def one_of(names: Collection[str]) -> AfterValidator:
+    """Return the check that a text is one of `names`, for `Annotated[str, one_of(TABLE)]`."""
+
+    def check(name: str) -> str:
+        if name not in names:
+            raise ValueError(", ".join(names))
+        return name
+
+    return AfterValidator(check)
+
+
+def check_keys(values: Iterable[str], known: Collection[str], key: str = "") -> None:
+    """Raise UserError if a node of the configuration (`key`; empty: the whole) has keys other than `known`."""
+    if unknown := [_unknown(f"{key}.{name}".lstrip("."), name, known) for name in values if name not in known]:
+        raise _user_error(unknown)
+
+
+def _user_error(problems: list[str]) -> UserError:
+    if len(problems) == 1:
+        return UserError(problems[0])
+    return UserError(f"{len(problems)} problems in the configuration:\n" + "\n".join(f"  {text}" for text in problems))
+
+
+def _unknown(place: str, name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" (did you mean {near[0]}?)." if near else f". Known keys: {', '.join(sorted(known))}."
+    return f"unknown key {place}{hint}"
+
+
+def _problem(cls: type[Settings], error: Any, place: str) -> str:
+    """Return one of pydantic's errors in the words of a configuration."""
+    owner: type[Settings] | None = cls
+    annotation: Any = None
+    for part in error["loc"]:
+        if owner is None or part not in owner.groups:
+            place = owner.typed_as.get(part, f"{place}.{part}") if owner else f"{place}.{part}"
+        if owner and error["type"] == "extra_forbidden" and part not in owner.model_fields:
+            return _unknown(place, part, owner.field_names())
+        annotation = owner.model_fields[part].annotation if owner else None
+        owner = annotation if isinstance(annotation, type) and issubclass(annotation, Settings) else None
+    if error["type"] == "missing":
+        return f"{place} is missing."
+    if error["type"] == "value_error" and isinstance(error["input"], Mapping):  # of several keys together
+        return f"{place}: {error['ctx']['error']}"
+    null = " or null" if NoneType in get_args(annotation) else ""
+    return f"{place}={error['input']!r}: expected {_expected(error)}{null}."
+
+
+def _expected(error: Any) -> str:
+    words = {
+        "greater_than_equal": "at least {ge:g}", "greater_than": "more than {gt:g}", "less_than_equal": "at most {le:g}",
+        "less_than": "less than {lt:g}", "int_type": "a whole number", "float_type": "a number", "string_type": "text",
+        "bool_type": "true or false", "finite_number": "a finite number", "dict_type": "a node of keys",
+        "model_type": "a node of keys", "multiple_of": "a multiple of {multiple_of:g}", "tuple_type": "a list",
+        "literal_error": "{expected}", "value_error": "{error}",
+    }  # fmt: skip
+    return words.get(error["type"], error["msg"]).format(**error.get("ctx", {})).replace("'", "")

@@ -1,0 +1,287 @@
+"""What the LightningModules of all training stages share.
+
+A stage says which networks it has, what a micro-batch computes and how its networks are updated; here is what surrounds
+that. Optimisation is manual: gradient accumulation, clipping and the skipping of bad steps, which Lightning refuses then,
+are done here. Every count of steps is a count of the updates that Lightning counts as `global_step`.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from src.core.ema import EMA
+from src.core.errors import UserError
+from src.core.nonfinite import NonFiniteCounter
+from src.core.precision import cast_frozen
+from src.core.weights import check_fit
+from src.formats.checkpoint_content import FORMAT_VERSION
+from src.models.frozen_encoder import identity_differences
+from src.training.optimisation import gradient_norm
+from src.training.settings import StageSettings
+
+HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+class StageModule(pl.LightningModule):
+    """Base of a training stage. What is abstract here is what a stage has to say."""
+
+    frozen: ClassVar[tuple[str, ...]] = ()
+    """Prefixes of the names of what is never trained: in no checkpoint, no average, no gradient exchange."""
+    on_device: ClassVar[tuple[str, ...]] = ("image",)
+    """Parts of a batch that the device needs; the others stay on the host as arrays."""
+    ema: EMA
+    """Of the network that is evaluated."""
+    settings: StageSettings
+
+    def __init__(self, settings: StageSettings) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.settings = settings
+        self.run_config: dict[str, Any] = {}
+        """The whole configuration of the run as plain values, for checkpoints; set by whoever builds the run."""
+        self.nonfinite = NonFiniteCounter(settings.loop.max_skipped_steps)
+        self.train_terms: dict[str, Tensor] = {}
+        """Scalars of the latest step by their logged names, still on the device."""
+        self.scores: dict[str, tuple[int, float]] = {}
+        """Latest evaluation results by their logged names: (step, value)."""
+        self.scores_at_start: dict[str, float] = {}
+        """Of the validation before training, where there is one (`trainer.num_sanity_val_steps=-1`)."""
+
+    # -- what a stage says
+
+    @abstractmethod
+    def compute_gradients(self, batch: Mapping[str, Any], batch_idx: int, step: int, share: float) -> dict[str, Tensor]:
+        """Add the gradients of a micro-batch, weighted by `share`, and return detached terms of the loss by name."""
+
+    @abstractmethod
+    def update(self, step: int, batch_idx: int, terms: Mapping[str, Tensor]) -> None:
+        """Update the networks after the last micro-batch, number `batch_idx`; `terms`: means over the micro-batches."""
+
+    @abstractmethod
+    def learning_rates(self, step: int) -> dict[str, float]:
+        """Return the learning rates of the updates in `step` by the names under which they are logged."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """Return, by part, what a model and a checkpoint must share for one to make sense in the other, as plain values."""
+
+    @abstractmethod
+    def cast_when_half(self) -> Sequence[nn.Module]:
+        """Return the frozen networks that run under the trainer's autocast only."""
+
+    @abstractmethod
+    def parts_to_compile(self) -> Sequence[nn.Module]:
+        """Return where torch.compile pays."""
+
+    def scalers(self) -> dict[str, torch.amp.GradScaler | None]:
+        """Return the loss scalers of fp16 by network; the first belongs to the optimiser that Lightning counts."""
+        return {"network": getattr(self.trainer.precision_plugin, "scaler", None)}
+
+    # -- training
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Updates in an epoch; known once the trainer has its data."""
+        return int(self.trainer.num_training_batches) // self.settings.loop.accumulate_grad_batches
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        accumulate = self.settings.loop.accumulate_grad_batches
+        if batch_idx >= self.steps_per_epoch * accumulate:
+            return  # fewer micro-batches than an update takes are left in this epoch
+        step, number = self.global_step, batch_idx % accumulate
+        last = number == accumulate - 1
+        with nullcontext() if last else self._without_gradient_exchange():
+            terms = self.compute_gradients(batch, batch_idx, step, 1 / accumulate)
+        for name, value in terms.items():
+            before = self.train_terms[f"train/{name}"] if number else 0
+            self.train_terms[f"train/{name}"] = value * (1 / accumulate) + before
+        if last:
+            self.update(step, batch_idx, {name: self.train_terms[f"train/{name}"] for name in terms})
+            with record_function("ema"):
+                self.ema.update()
+
+    def step_optimizer(
+        self,
+        step: int,
+        optimizer: Any,
+        lr: float,
+        watched: Mapping[str, Tensor],
+        prefix: str = "",
+        scaler: torch.amp.GradScaler | None = None,
+        clip: float | None = None,
+    ) -> Tensor:
+        """Update by the gradients at hand, or leave weights and moments as they are where a number is not finite.
+
+        Args:
+            optimizer: fused, so that it heeds `found_inf`. Lightning's wrapper of it, which uses its scaler by itself, or a
+                bare one, whose steps are not counted.
+            watched: scalars that have to be finite, named as in `CAUSAL_ORDER` after `prefix`.
+            scaler: of these gradients. It skips those that overflow by itself, so they are not watched.
+            clip: largest norm of the gradient; None: no clipping.
+
+        Returns:
+            Norm of the gradient before clipping, a scalar on the device.
+        """
+        inner = getattr(optimizer, "optimizer", optimizer)
+        parameters = [p for group in inner.param_groups for p in group["params"]]
+        norm = gradient_norm(parameters) / loss_scale(scaler, self.device)
+        scaled = scaler is not None and scaler.is_enabled()
+        seen = {prefix + name: value for name, value in watched.items()} | (
+            {} if scaled else {f"{prefix}gradient": norm}
+        )
+        found = self.nonfinite.observe(step, seen)
+        if clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        for group in inner.param_groups:
+            group["lr"] = lr
+        if not scaled:  # where it is 1 the fused update changes nothing
+            inner.found_inf = found
+        with record_function("optimizer"):
+            if scaler is None or optimizer is not inner:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def optimizer_list(self) -> list[Any]:
+        """Return what `configure_optimizers` gave, in Lightning's wrappers: a step of any of these adds 1 to `global_step`."""
+        found = self.optimizers()
+        return found if isinstance(found, list) else [found]
+
+    def check_numbers(self) -> None:
+        """Raise if losses or gradients have gone wrong too often. Waits for the device; called at logging and saving."""
+        self.nonfinite.check()
+        for name, scaler in self.scalers().items():
+            if scaler is not None and scaler.is_enabled() and scaler.get_scale() < 1:
+                raise UserError(
+                    f"The fp16 loss scale of the {name} fell to {scaler.get_scale():g}: its gradients overflow at every "
+                    "step. Use trainer.precision=bf16 or 32, or a lower learning rate."
+                )
+
+    def _without_gradient_exchange(self) -> AbstractContextManager[None]:
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if hasattr(strategy, "block_backward_sync") else nullcontext()
+
+    # -- results
+
+    def write_metrics(self, values: Mapping[str, float]) -> None:
+        """Write to every logger, at the current step."""
+        for logger in self.loggers:
+            logger.log_metrics(dict(values), step=self.global_step)
+
+    def record_scores(self, values: Mapping[str, float]) -> None:
+        """Keep and write the results of an evaluation."""
+        if self.trainer.sanity_checking:
+            self.scores_at_start = dict(values)
+        else:
+            self.scores |= {name: (self.global_step, value) for name, value in values.items()}
+        self.write_metrics(values)
+
+    # -- set-up
+
+    def exchange_gradients_of(self, prefix: str) -> None:
+        """Let DistributedDataParallel exchange the gradients of what is named so and of nothing else."""
+        names = [name for name, _ in [*self.named_parameters(), *self.named_buffers()]]
+        self._ddp_params_and_buffers_to_ignore = [name for name in names if not name.startswith(prefix)]
+
+    def on_fit_start(self) -> None:
+        if dtype := HALF.get(str(self.trainer.precision)):
+            for network in self.cast_when_half():
+                cast_frozen(network, dtype)
+        if self.settings.loop.compile:
+            compile_in_place(self.parts_to_compile())
+
+    def on_train_start(self) -> None:
+        batches = int(self.trainer.num_training_batches)
+        require_updates(batches, self.settings.loop.accumulate_grad_batches)
+        loop = self.trainer.fit_loop  # says where a resumed run stands; the loader starts there
+        done = loop.epoch_loop.batch_progress.current.ready
+        if done > batches:
+            raise UserError(
+                f"The checkpoint stands behind micro-batch {done} of its epoch, but an epoch now has {batches}: the global "
+                "batch has grown. Resume with the data.batch_size x processes x trainer.accumulate_grad_batches of that run."
+            )
+        self.trainer.train_dataloader.resume_at(loop.epoch_progress.current.processed, done)
+        if torch.distributed.is_initialized():  # DDP leaves what it ignores to us
+            for tensor in self.state_dict().values():
+                torch.distributed.broadcast(tensor, src=0)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move what the device needs, without waiting. All else is for the host and leaves as arrays: tensors DDP would move
+        to the GPU, and reading them back would wait for all that the GPU still has to do."""
+        host = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in batch.items()}
+        return host | {name: batch[name].to(device, non_blocking=True) for name in self.on_device}
+
+    # -- checkpoints
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return what was trained and cannot be had elsewhere."""
+        state = super().state_dict(*args, **kwargs)
+        return {name: value for name, value in state.items() if not name.startswith(self.frozen)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """Load what `state_dict` returns, and nothing less."""
+        check_fit(self.state_dict(), state_dict, "The checkpoint", "this model")
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["format_version"] = FORMAT_VERSION
+        checkpoint["config"] = self.run_config
+        checkpoint["processes"] = self.trainer.world_size
+        checkpoint["skipped_steps"] = self.nonfinite.skipped
+        checkpoint.update(self.identity())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raise UserError, with every difference, where the checkpoint is of another model."""
+        version = checkpoint.get("format_version")
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"The checkpoint's format_version is {version}, this program reads {FORMAT_VERSION}. It is either not a "
+                "checkpoint of this trainer (weights of others go into model.pretrained_decoder_path) or of another release."
+            )
+        differing = [
+            f"  {name}: checkpoint {checkpoint[part].get(name)!r}, model {own[name]!r}"
+            for part, own in self.identity().items()
+            for name in identity_differences(checkpoint[part], own)
+        ]
+        if differing:
+            raise UserError(
+                "The checkpoint is of another model:\n" + "\n".join(differing) + "\nResume with the experiment and the "
+                "overrides of the run that wrote it, or start a new run from its decoder: export it with src/export.py and "
+                "set model.pretrained_decoder_path."
+            )
+        # A checkpoint lies between two updates, so the count of micro-batches divides by their number in an update then.
+        count = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+        was, now = checkpoint["config"]["model"]["accumulate_grad_batches"], self.settings.loop.accumulate_grad_batches
+        count.update({name: value // was * now for name, value in count.items()})
+        self.nonfinite.skipped = checkpoint["skipped_steps"]
+
+
+def loss_scale(scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | float:
+    """Return the factor of a loss scaler without waiting for the device."""
+    return 1.0 if scaler is None else scaler.scale(torch.ones((), device=device))
+
+
+def require_updates(micro_batches: int, accumulate: int) -> None:
+    """Raise UserError where an epoch has no whole update."""
+    if micro_batches < accumulate:
+        raise UserError(
+            f"An epoch has {micro_batches} micro-batch(es) and an update takes {accumulate} (trainer.accumulate_grad_batches): "
+            "nothing would be trained. Lower that, or data.batch_size, or raise trainer.limit_train_batches."
+        )
+
+
+def compile_in_place(parts: Sequence[nn.Module]) -> None:
+    """Compile so that names, and so checkpoints, stay as they are. The average was made before."""
+    # DDP's graphs would be cut where its gradient buckets end; block by block, exchange and backward overlap as it is.
+    torch._dynamo.config.optimize_ddp = False
+    for part in parts:
+        part.compile()
