@@ -90,9 +90,6 @@ def build_parser() -> Any:
     )
     option(out, "latents_dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(default: %(default)s)")
     option(
-        out, "shard_mb", type=positive, default=512, metavar="MB", help="of a file of latents (default: %(default)s)"
-    )
-    option(
         out,
         "vgg_path",
         metavar="FILE",
@@ -183,7 +180,6 @@ def _products(options: Any) -> Any:
         npz="npz" in wanted,
         latents=options.latents,
         latents_dtype=torch_dtype(options.latents_dtype),
-        shard_bytes=options.shard_mb * 2**20,
     )
 
 

@@ -19,9 +19,9 @@ from PIL import Image
 from src.core import weights
 from src.core.errors import UserError
 from src.data import convert as conversion
-from src.data import convert_shard, dummy, image_tree
+from src.data import convert_shard, dummy
 from src.data.arrow import ArrowSource
-from src.data.convert import convert
+from src.data.convert import convert, scan
 from src.data.convert_shard import Settings
 
 SCRIPT = Path(__file__).parents[1] / "scripts/create_hf_test_data.py"
@@ -46,7 +46,7 @@ def tree(root: Path, count: int = 12, split: str = "") -> Path:
 def run(
     root: Path, output: Path, settings: Settings = COPY, workers: int = 1, overwrite: bool = False
 ) -> conversion.Report:
-    return convert(image_tree.scan(root), output, settings, workers, overwrite)
+    return convert(scan(root), output, settings, workers, overwrite)
 
 
 def rows(path: Path) -> dict[str, tuple[bytes, str]]:
@@ -155,17 +155,11 @@ def test_every_kind_of_bad_file_is_listed_and_every_good_one_kept(tmp_path: Path
     assert all(row["image"].size for row in datasets.load_from_disk(str(tmp_path / "out")))
 
 
-def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = Path.read_bytes
-
-    def guarded(path: Path) -> bytes:
-        if path.name == "0003.JPEG":
-            raise OSError(errno.EIO, "Input/output error")
-        return read(path)
-
-    monkeypatch.setattr(Path, "read_bytes", guarded)
-    report = run(tree(tmp_path / "in"), tmp_path / "out")
-    assert report.bad == [{"file": "dog/0003.JPEG", "reason": "can't be read: Input/output error"}]
+def test_files_that_vanish_after_the_scan(tmp_path: Path) -> None:
+    scanned = scan(tree(tmp_path / "in"))
+    (tmp_path / "in/dog/0003.JPEG").unlink()
+    report = convert(scanned, tmp_path / "out", COPY, 1, False)
+    assert report.bad == [{"file": "dog/0003.JPEG", "reason": "can't be read: No such file or directory"}]
 
 
 def test_resizing(tmp_path: Path) -> None:

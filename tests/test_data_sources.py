@@ -9,11 +9,11 @@ import pyarrow as pa
 import pytest
 
 from src.core.errors import UserError
-from src.data import dummy, sources
+from src.data import dummy
 from src.data.arrow import ArrowSource
 from src.data.arrow_writer import write_metadata
 from src.data.decode import BadImage
-from src.data.sources import FolderSource
+from src.data.sources import open_image_tree
 from src.data.splits import open_splits
 from src.evaluation.images import open_images
 
@@ -120,7 +120,7 @@ def test_image_tree(tmp_path: Path) -> None:
     (root / "cat/deep/x.png").write_bytes(FILES[0])
     (root / "cat/notes.txt").write_text("no image")
     (root / "dog/.hidden.jpg").write_bytes(FILES[0])
-    source = FolderSource(root)
+    source = open_image_tree(root)
     assert len(source) == 9
     assert source.class_names == ["cat", "dog"]
     assert [source.label(i) for i in range(9)] == [0] * 5 + [1] * 4
@@ -128,13 +128,13 @@ def test_image_tree(tmp_path: Path) -> None:
     (root / "dog/3.JPEG").unlink()
     with pytest.raises(BadImage, match="No such file"):
         source.encoded(8)
-    assert FolderSource(root).fingerprint() != source.fingerprint()
+    assert open_image_tree(root).fingerprint() != source.fingerprint()
     flat = tmp_path / "flat"
     flat.mkdir()
     (flat / "1.jpg").write_bytes(FILES[1])
-    assert len(FolderSource(flat)) == 1
-    assert FolderSource(flat).class_names is None
-    assert FolderSource(flat).label(0) is None
+    assert len(open_image_tree(flat)) == 1
+    assert open_image_tree(flat).class_names is None
+    assert open_image_tree(flat).label(0) is None
 
 
 def sizes(path: Path, use_hf: bool, share: float, validation: str | None = "validation") -> tuple[int, int]:
@@ -348,8 +348,8 @@ def test_missing_folder_names_close_ones(single: Path) -> None:
 
 
 def test_missing_split_lists_those_there(with_splits: Path) -> None:
-    with pytest.raises(UserError, match=r"no split 'training'.*train, validation"):
-        open_splits(with_splits, True, "training", "validation", 1.0)
+    with pytest.raises(UserError, match=r"no split 'small'.*train, validation"):
+        open_splits(with_splits, True, "small", "validation", 1.0)
 
 
 def test_missing_column_lists_those_there(tmp_path: Path) -> None:
@@ -369,4 +369,4 @@ def test_nothing_to_train_on(single: Path, tmp_path: Path) -> None:
         open_splits(single, True, "train", None, 0.01)
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="No images"):
-        sources.open_folder(tmp_path / "none", "train")
+        open_image_tree(tmp_path / "none")
