@@ -23,10 +23,8 @@ FILES = [dummy.jpeg(i) for i in range(20)]
 
 
 def hf_dataset(count: int) -> datasets.Dataset:
-    rows = {
-        "image": [{"bytes": FILES[i % 20], "path": f"{i}.jpg"} for i in range(count)],
-        "label": [i % 2 for i in range(count)],
-    }
+    images = [{"bytes": FILES[i % 20], "path": f"{i}.jpg"} for i in range(count)]
+    rows = {"image": images, "label": [i % 2 for i in range(count)]}
     kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
     return datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
 
@@ -57,7 +55,7 @@ def tree(root: Path, *splits: str, per_class: int = 4) -> Path:
     return root
 
 
-def test_rows_equal_what_datasets_reads(single: Path) -> None:
+def test_rows_equal_what_datasets_reads(single: Path, tmp_path: Path) -> None:
     reference = datasets.load_from_disk(str(single)).cast_column("image", datasets.Image(decode=False))
     for source in (ArrowSource(single), pickle.loads(pickle.dumps(ArrowSource(single)))):
         assert len(source) == 20
@@ -69,13 +67,12 @@ def test_rows_equal_what_datasets_reads(single: Path) -> None:
         for i in (-1, 20):
             with pytest.raises(IndexError):
                 source.encoded(i)
-
-
-def test_bytes_are_not_copied(single: Path) -> None:
     before = pa.total_allocated_bytes()
-    source = ArrowSource(single)
     views = [source.encoded(i) for i in range(20)]
-    assert pa.total_allocated_bytes() - before < 10_000 < sum(map(len, views))
+    assert pa.total_allocated_bytes() - before < 10_000 < sum(map(len, views))  # nothing is copied
+    assert ArrowSource(single).fingerprint() == source.fingerprint()
+    hf_dataset(19).save_to_disk(str(tmp_path / "other"))
+    assert ArrowSource(tmp_path / "other").fingerprint() != source.fingerprint()
 
 
 def test_our_own_sets_load_with_datasets(tmp_path: Path) -> None:
@@ -159,6 +156,8 @@ def test_guide_mode_1(with_splits: Path, tmp_path: Path) -> None:
     assert sizes(with_splits, True, 0.5) == (10, 6)
     assert sizes(with_splits, True, 0.8, validation=None) == (16, 4)
     assert sizes(tree(tmp_path / "t", "train", "val", per_class=3), False, 1.0) == (6, 6)
+    with pytest.raises(UserError, match=r"no split 'small'.*train, validation"):
+        open_splits(with_splits, True, "small", "validation", 1.0)
 
 
 def test_guide_mode_2(single: Path, tmp_path: Path) -> None:
@@ -219,12 +218,6 @@ def test_other_data_has_other_folders(tmp_path: Path) -> None:
     tree(classes / "val")
     assert open_splits(classes, False, "train", "validation", 1.0).validation is None
     assert len(open_images(classes, "all", None).rows) == 16
-
-
-def test_fingerprint_follows_the_data(single: Path, tmp_path: Path) -> None:
-    assert ArrowSource(single).fingerprint() == ArrowSource(single).fingerprint()
-    hf_dataset(19).save_to_disk(str(tmp_path / "other"))
-    assert ArrowSource(tmp_path / "other").fingerprint() != ArrowSource(single).fingerprint()
 
 
 def made(folder: Path, file: str) -> Path:
@@ -288,11 +281,6 @@ def test_the_route_from_parquet_works(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (len(splits.train_rows), len(splits.validation_rows)) == (20, 6)
     assert [bytes(splits.train.encoded(i)) for i in range(20)] == FILES
     assert splits.train.class_names == ["cat", "dog"]
-
-
-def test_missing_split_lists_those_there(with_splits: Path) -> None:
-    with pytest.raises(UserError, match=r"no split 'small'.*train, validation"):
-        open_splits(with_splits, True, "small", "validation", 1.0)
 
 
 def test_nothing_to_train_on(single: Path) -> None:
