@@ -270,11 +270,9 @@ def test_fallback_to_training_images(folder: Path) -> None:
     with pytest.raises(UserError, match=r"use_train_dataloader=true"):
         data.evaluation_dataset(fallback_to_train=False)
     dataset, is_train = data.evaluation_dataset(fallback_to_train=True, num_images=10)
-    assert is_train
-    assert len(dataset) == 10
+    assert is_train and len(dataset) == 10
     dataset, is_train = module(folder, train_split=0.9).evaluation_dataset(fallback_to_train=True)
-    assert not is_train
-    assert len(dataset) == 4
+    assert not is_train and len(dataset) == 4
 
 
 def test_evaluation_does_not_depend_on_the_seed(folder: Path) -> None:

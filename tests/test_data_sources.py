@@ -81,8 +81,7 @@ def test_our_own_sets_load_with_datasets(tmp_path: Path) -> None:
     assert loaded.features["label"].names == list(dummy.CLASSES)
     source = ArrowSource(tmp_path / "own")
     assert [bytes(source.encoded(i)) for i in range(10)] == [dummy.jpeg(i) for i in range(10)]
-    assert loaded[9]["label"] == source.label(9) == 9 % len(dummy.CLASSES)
-    assert len(source) == len(loaded) == 10
+    assert loaded[9]["label"] == source.label(9) == 9 % len(dummy.CLASSES) and len(source) == len(loaded) == 10
     assert not dummy.write(tmp_path / "own", 10, 2)  # somebody else was there first
     assert [p.name for p in tmp_path.iterdir()] == ["own"]
 
@@ -283,9 +282,7 @@ def test_the_route_from_parquet_works(tmp_path: Path, monkeypatch: pytest.Monkey
     assert splits.train.class_names == ["cat", "dog"]
 
 
-def test_nothing_to_train_on(single: Path) -> None:
-    for share in (0, 1.5, -1):
-        with pytest.raises(UserError, match=r"data.train_split"):
-            open_splits(single, True, "train", None, share)
-    with pytest.raises(UserError, match="leaves none"):
-        open_splits(single, True, "train", None, 0.01)
+@pytest.mark.parametrize(("share", "says"), [(0, "share above 0"), (1.5, "share above 0"), (-1, "share above 0"), (0.01, "leaves none")])  # fmt: skip
+def test_nothing_to_train_on(share: float, says: str, single: Path) -> None:
+    with pytest.raises(UserError, match=f"data.train_split={share}.*{says}"):
+        open_splits(single, True, "train", None, share)

@@ -79,14 +79,12 @@ class RAEDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Open the data. Raises UserError where there is none."""
-        del stage
         if self._splits is None:
             self._splits = open_splits(self.data_dir, self.use_hf_dataset, *self._split_names, self.train_split)
             log.info("Data: %s", self._splits.description)
 
     def teardown(self, stage: str | None = None) -> None:
         """End the worker processes of the loaders given out."""
-        del stage
         while self._persistent:
             self._persistent.pop().close()
 

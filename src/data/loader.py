@@ -48,7 +48,6 @@ class WorkerOptions:
 
 def ignore_sigterm(worker: int) -> None:
     """Keep loading when a scheduler signals the process group: training needs its next batch to stop cleanly."""
-    del worker
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 

@@ -109,7 +109,7 @@ def class_files(
 
 
 def is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not os.path.basename(name).startswith(".")
+    return name.lower().endswith(SUFFIXES)
 
 
 def walk(root: Path, place: str = "") -> Iterator[str]:

@@ -4,7 +4,7 @@ Training, evaluation and the converter know splits by the same names.
 """
 
 import difflib
-from collections.abc import Sequence
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,19 +136,12 @@ def _require_folder(folder: Path) -> None:
     if folder.exists():
         raise UserError(f"{folder} (data.data_dir) is a file; expected the folder of a dataset.")
     parent = next(p for p in folder.parents if p.is_dir())
-    there = _folders_or_none(parent)
+    there = folders(parent) if os.access(parent, os.R_OK) else []
     close = difflib.get_close_matches(folder.relative_to(parent).parts[0], there, n=5, cutoff=0.4) or there[:5]
     raise UserError(
         f"No dataset at {folder} (data.data_dir).{f' Folders in {parent}: ' + ', '.join(close) + '.' if close else ''} "
         f"Set data.data_dir, or make the dataset from a folder of images with `{CONVERT} IMAGES --output_dir {folder}`."
     )
-
-
-def _folders_or_none(parent: Path) -> Sequence[str]:
-    try:
-        return folders(parent)
-    except UserError:
-        return []
 
 
 def _instead_of_a_dataset(folder: Path) -> str:

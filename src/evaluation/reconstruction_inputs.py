@@ -16,7 +16,7 @@ from PIL import Image
 from src.core.errors import UserError
 from src.data.crops import adm_center_crop
 from src.data.decode import Decoder
-from src.data.sources import SUFFIXES, FileSource, Source, is_image
+from src.data.sources import SUFFIXES, FileSource, Source, is_image, walk
 from src.data.splits import is_dataset
 from src.evaluation.images import ALL, open_images
 
@@ -101,9 +101,7 @@ def _with_labels(files: Sequence[Path], root: Path | None) -> FileSource:
 def _expand(text: str) -> list[Path]:
     path = Path(text).expanduser()
     if path.is_dir():
-        found = sorted(
-            Path(here, name) for here, _, names in os.walk(path, followlinks=True) for name in names if is_image(name)
-        )
+        found = sorted(path / name for name in walk(path) if is_image(name))
         if not found:
             raise UserError(
                 f"No images in {path}: expected files ending in {', '.join(SUFFIXES[:4])} … or a data set on disk."
