@@ -137,7 +137,7 @@ def two_step(data: bytes, size: int, position: int) -> Any:
     import numpy as np
     from PIL import Image
 
-    from src import stream
+    from src.core import random_streams as stream
     from src.data.crops import default_shorter_px, resized_frame
 
     image = Image.open(io.BytesIO(data)).convert("RGB")

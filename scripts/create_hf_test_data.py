@@ -83,10 +83,10 @@ def main() -> int:
 
 
 def make_own(with_dummy: bool, overwrite: bool) -> int:
-    """The project's own small data sets."""
+    """Make the project's own small data sets."""
     import shutil
 
-    from src import weights
+    from src.core import weights
     from src.data import dummy
     from src.data.convert import check_output
 
@@ -107,18 +107,16 @@ def convert(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from src.data import image_tree
-    from src.data.convert import REPORT, Settings
+    from src.data.convert import REPORT, Settings, scan
     from src.data.convert import convert as run
 
-    source, output = args.input_dir.expanduser().resolve(), args.output_dir.expanduser().resolve()
-    tree = image_tree.scan(source)
+    tree, output = scan(args.input_dir.expanduser().resolve()), args.output_dir.expanduser().resolve()
     settings = Settings(args.resize_shorter, args.max_megapixels)
     columns = (TextColumn("Converting"), BarColumn(), MofNCompleteColumn(), TextColumn("files"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("convert", total=tree.count)
         report = run(
-            tree, output, settings, args.num_workers, args.overwrite, lambda done, _: bar.update(task, completed=done)
+            tree, output, settings, args.num_workers, args.overwrite, lambda done: bar.update(task, completed=done)
         )
     counts = ", ".join(f"{count} images ({split})" for split, count in report.images.items())
     print(f"{output}: {counts}, {report.classes} classes, {report.seconds} s")

@@ -90,9 +90,6 @@ def build_parser() -> Any:
     )
     option(out, "latents_dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(default: %(default)s)")
     option(
-        out, "shard_mb", type=positive, default=512, metavar="MB", help="of a file of latents (default: %(default)s)"
-    )
-    option(
         out,
         "vgg_path",
         metavar="FILE",
@@ -170,8 +167,8 @@ def _run(options: Any) -> int:
 
 
 def _products(options: Any) -> Any:
-    from src.core.weights import DTYPES
     from src.evaluation.reconstruction import Products
+    from src.core.weights import DTYPES
 
     wanted = options.write or (
         [] if options.latents else ["images", "sheet", *([] if options.from_latents else ["scores"])]
@@ -183,7 +180,6 @@ def _products(options: Any) -> Any:
         npz="npz" in wanted,
         latents=options.latents,
         latents_dtype=DTYPES[options.latents_dtype],
-        shard_bytes=options.shard_mb * 2**20,
     )
 
 

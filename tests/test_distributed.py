@@ -16,7 +16,7 @@ COMMON = [
     "trainer.max_epochs=1", f"trainer.limit_train_batches={STEPS}", "model.disc_upd_start_epoch=0", "model.disc_start_epoch=0",
     "model.scheduler.type=constant", "model.scheduler.warmup_epochs=0", "model.optimizer.lr=1e-3",
     "model.disc_scheduler.type=constant", "model.disc_scheduler.warmup_epochs=0", "model.disc_optimizer.lr=1e-3",
-    "trainer.limit_val_batches=1.0", "data.val_batch_size=16",
+    "trainer.limit_val_batches=1.0",
 ]  # fmt: skip
 
 

@@ -167,7 +167,7 @@ def test_latents_alone_decode_nothing(tmp_path):
 
 def test_shards_have_their_size_and_any_batch_reads_them(tmp_path):
     z = torch.randn(11, 2, 3, 3)
-    writer = LatentWriter(tmp_path, (2, 3, 3), torch.float32, 4 * 2 * 9 * 4, rank=0)
+    writer = LatentWriter(tmp_path, (2, 3, 3), torch.float32, rank=0, shard_bytes=4 * 2 * 9 * 4)
     for start in range(0, 11, 3):
         part = z[start : start + 3]
         writer.write(part, torch.arange(start, start + len(part)), torch.full((len(part),), -1))

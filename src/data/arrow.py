@@ -1,4 +1,7 @@
-"""One Hugging Face dataset on disk (`state.json`, `dataset_info.json`, Arrow files), mapped with pyarrow alone."""
+"""Read one Hugging Face dataset on disk (`state.json`, `dataset_info.json`, Arrow files), mapped with pyarrow alone.
+
+The `datasets` library is not used: its import takes longer than opening ImageNet.
+"""
 
 import bisect
 import hashlib
@@ -10,6 +13,7 @@ import pyarrow as pa
 
 from src.core.errors import UserError
 from src.data.decode import BadImage
+from src.data.sources import read_file
 
 # The last 8 bytes of a complete Arrow stream: continuation marker and a length of 0 (Arrow columnar format, IPC
 # streaming).
@@ -28,11 +32,8 @@ class ArrowSource:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open()
-
-    def _open(self) -> None:
-        self._state = read_json(_require(self.folder, "state.json"))
-        info = read_json(_require(self.folder, "dataset_info.json"))
+        self._state = read_json(self.folder / "state.json")
+        info = read_json(self.folder / "dataset_info.json")
         self._shards = [self.folder / f["filename"] for f in self._state.get("_data_files", [])]
         table = _read(self.folder, self._shards)
         features = info.get("features") or {}
@@ -50,7 +51,7 @@ class ArrowSource:
         return self._starts[-1]
 
     def encoded(self, index: int) -> memoryview:
-        """The bytes, a view into the mapped file; a row with a path only is read from there."""
+        """Return a view into the mapped file; a row that has only a path is read from there."""
         chunk, row = self._locate(index)
         data, paths = self._chunks[chunk]
         if data[row].is_valid:
@@ -58,10 +59,7 @@ class ArrowSource:
         path = paths[row].as_py() if paths is not None else None
         if not path:
             raise BadImage("neither bytes nor a path in its row")
-        try:
-            return memoryview((self.folder / path).read_bytes())
-        except OSError as error:
-            raise BadImage(f"{path} can't be read: {error.strerror or error}") from error
+        return memoryview(read_file(self.folder / path))
 
     def label(self, index: int) -> int | None:
         return self._labels[index].as_py() if self._labels is not None else None
@@ -84,33 +82,25 @@ class ArrowSource:
         chunk = bisect.bisect_right(self._starts, index) - 1
         return chunk, index - self._starts[chunk]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.folder = state["folder"]
-        self._open()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ArrowSource, (self.folder,)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises UserError where it isn't one."""
+    """Read a JSON object of a dataset. Raises UserError where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path.parent} has no {path.name}: the dataset was half-written or half-copied. Copy it again, or convert it "
+            "again into another folder with `python scripts/create_hf_test_data.py --input_dir IMAGES --output_dir "
+            f"{path.parent}_new`."
+        ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read ({error}): the dataset was half-written or half-copied.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object: it belongs to no dataset.")
     return value
-
-
-def _require(folder: Path, name: str) -> Path:
-    path = folder / name
-    if not path.is_file():
-        raise UserError(
-            f"{folder} has no {name}: the dataset was half-written or half-copied. Copy it again, or convert it again "
-            f"into another folder with `python scripts/create_hf_test_data.py --input_dir IMAGES --output_dir {folder}_new`."
-        )
-    return path
 
 
 def _read(folder: Path, shards: list[Path]) -> pa.Table:
@@ -159,15 +149,13 @@ def _image_column(folder: Path, features: dict[str, Any], columns: list[str]) ->
 
 
 def _image_chunks(folder: Path, column: pa.ChunkedArray, name: str) -> list[tuple[pa.Array, pa.Array | None]]:
-    """(bytes, path) of each record batch."""
+    """Return (bytes, path) of each record batch."""
     kind = column.type
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return [(chunk, None) for chunk in column.chunks]
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         at, path_at = kind.get_field_index("bytes"), kind.get_field_index("path")
-        fields = [
-            chunk.flatten() for chunk in column.chunks
-        ]  # carries a missing row over to its fields; copies no bytes
+        fields = [chunk.flatten() for chunk in column.chunks]  # a missing row has missing fields; no bytes are copied
         return [(f[at], f[path_at] if path_at >= 0 else None) for f in fields]
     raise UserError(
         f"The column {name!r} of {folder} holds {kind}; expected encoded images (the type datasets.Image, a struct of "

@@ -1,8 +1,9 @@
-"""Writing a Hugging Face dataset on disk: Arrow shards, then the two JSON files that make it loadable, last of all."""
+"""Write a Hugging Face dataset on disk: Arrow shards, then the two JSON files that make it loadable."""
 
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ class Row(NamedTuple):
 
 
 def features(class_names: Sequence[str] | None) -> dict[str, Any]:
-    """The `features` of dataset_info.json: an image and, where there are classes, its label."""
+    """Return the `features` of dataset_info.json: an image and, where there are classes, its label."""
     image = {"image": {"_type": "Image"}}
     return image | ({"label": {"names": list(class_names), "_type": "ClassLabel"}} if class_names else {})
 
@@ -35,35 +36,24 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_shard(path: Path, rows: Iterable[Row], class_names: Sequence[str] | None) -> int:
-    """Write the rows as one Arrow stream; rows are taken one batch at a time. Returns how many there were."""
+    """Write the rows as one Arrow stream, taking one record batch of them at a time; return how many there were."""
     kinds = [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))]
     kinds += [("label", pa.int64())] if class_names else []
-    described = {"huggingface": json.dumps({"info": {"features": features(class_names)}})}
-    schema = pa.schema(kinds, metadata=described)
-    total = 0
-    batch: list[Row] = []
-
-    def flush() -> None:
-        images = [{"bytes": row.data, "path": row.path} for row in batch]
-        columns: dict[str, Any] = {"image": images}
-        if class_names:
-            columns["label"] = [row.label for row in batch]
-        writer.write_table(pa.Table.from_pydict(columns, schema=schema))
-        batch.clear()
-
+    schema = pa.schema(kinds, metadata={"huggingface": json.dumps({"info": {"features": features(class_names)}})})
+    total, remaining = 0, iter(rows)
     with replacing(path) as file, pa.ipc.new_stream(file, schema) as writer:
-        for row in rows:
-            batch.append(row)
-            total += 1
-            if len(batch) == ROWS_PER_BATCH:
-                flush()
-        if batch:
-            flush()
+        while batch := list(islice(remaining, ROWS_PER_BATCH)):
+            columns = {
+                "image": [{"bytes": row.data, "path": row.path} for row in batch],
+                "label": [r.label for r in batch],
+            }
+            writer.write_table(pa.Table.from_pydict(columns, schema=schema))
+            total += len(batch)
     return total
 
 
 def write_metadata(folder: Path, shards: Sequence[str], class_names: Sequence[str] | None, split: str | None) -> None:
-    """Turn a folder of shards into a dataset: dataset_info.json, then state.json, without which nothing loads it."""
+    """Make a folder of shards a dataset: write dataset_info.json, then state.json, without which nothing loads it."""
     digest = hashlib.sha256()
     for name in shards:
         digest.update(f"{name}:{(folder / name).stat().st_size}\0".encode())

@@ -1,4 +1,4 @@
-"""A tree of image files -> a Hugging Face dataset on disk, in parallel, restartable, complete or not there.
+"""Convert a tree of image files to a Hugging Face dataset on disk, in parallel, restartable, complete or not there.
 
 Work goes on in `OUTPUT.partial`. One shard is one unit of work: its Arrow file appears whole under its name, then a
 journal entry beside it says that it is done. A later run with the same settings and files takes finished shards as they
@@ -9,7 +9,6 @@ a dataset: never the images, and never what somebody else put in the way.
 import errno
 import hashlib
 import json
-import logging
 import multiprocessing
 import os
 import shutil
@@ -17,25 +16,39 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from src.core.errors import UserError
 from src.data.arrow_writer import shard_name, write_json, write_metadata
 from src.data.convert_shard import Job, Settings, convert_shard, printable
-from src.data.image_tree import Tree
-from src.data.sources import MARKS
-
-log = logging.getLogger(__name__)
+from src.data.sources import FileSource, class_files, folders, loose_files
+from src.data.splits import MARKS, SPLIT_NAMES
 
 JOURNAL = ".conversion"
 REPORT = "conversion_report.json"
 SHARD_IMAGES = (64, 2500)  # at least and at most; about 280 MB of ImageNet
+
+
+@dataclass(frozen=True)
+class Tree:
+    """What a folder of images holds: every file is tried, whatever its name."""
+
+    root: Path
+    splits: dict[str, FileSource]
+    has_splits: bool
+    """False: classes (or images) directly in the root; the one split is then called `train`."""
+    class_names: list[str]
+    outside: list[tuple[str, str]]
+    """(path, reason) of files that belong to no split or class."""
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.splits.values()))
 
 
 @dataclass(frozen=True)
@@ -51,15 +64,46 @@ class Report:
     seconds: float
 
 
+def scan(root: Path) -> Tree:
+    """List a tree: splits with classes below, classes at once, or one flat folder. Hidden files are left out.
+
+    Class numbers follow the sorted names over all splits.
+
+    Raises:
+        UserError: no folder, or no file in it.
+    """
+    if not root.is_dir():
+        raise UserError(f"--input_dir {root}: no such folder.")
+    names = folders(root)
+    by_split = {same[0]: name for same in SPLIT_NAMES for name in reversed(same) if name in names}
+    has_splits = "train" in by_split or (bool(by_split) and len(by_split) == len(names))
+    places = by_split if has_splits else {"train": ""}
+    class_names = sorted({name for place in places.values() for name in folders(root / place)})
+    outside = [(n, "a folder beside the splits") for n in names if n not in places.values()] if has_splits else []
+    splits = {}
+    for split, place in places.items():
+        files, labels = class_files(root, class_names, place=place)
+        loose = [os.path.join(place, name) for name in loose_files(root / place)]
+        if folders(root / place):
+            outside += [(path, "beside the class folders, so of no class") for path in loose]
+        else:
+            files, labels = loose, []
+        if files:
+            splits[split] = FileSource(root, files, labels, class_names)
+    if not splits:
+        raise UserError(f"--input_dir {root}: no files in it; expected images in one folder per class.")
+    return Tree(root, splits, has_splits, class_names, outside)
+
+
 def convert(
     tree: Tree,
     output: Path,
     settings: Settings,
     num_workers: int,
     overwrite: bool,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Report:
-    """Convert and put the dataset at `output`. `progress(done, total)` is called with numbers of files.
+    """Convert and put the dataset at `output`. `progress` is told the number of files done.
 
     Raises:
         UserError: `output` is there (without overwrite), is no dataset or shares a folder with the images, a
@@ -74,11 +118,11 @@ def convert(
         _prepare(partial, tree, settings, overwrite)
         jobs = _jobs(partial, tree, settings)
         open_jobs = [job for job in jobs if not Path(job.journal).is_file()]
-        done, total = sum(len(j.files) for j in jobs) - sum(len(j.files) for j in open_jobs), tree.count
-        progress(done, total)
+        done = tree.count - sum(len(job.source) for job in open_jobs)
+        progress(done)
         for finished in _run(open_jobs, num_workers):
             done += finished
-            progress(done, total)
+            progress(done)
         report = _finish(partial, tree, jobs, len(jobs) - len(open_jobs), started)
         check_output(output, overwrite)  # again: hours may have passed
         _put_in_place(partial, output)
@@ -98,10 +142,11 @@ def convert(
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """
+    """Check that `output` may be written.
+
     Raises:
-        UserError: something is at `output` that is not to be replaced; anything but a dataset never is, because nobody
-            knows what would be lost.
+        UserError: something is there that is not to be replaced; anything but a dataset never is, because nobody knows
+            what would be lost.
     """
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output} is a file; give a folder.")
@@ -117,10 +162,10 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 def _check_apart(tree: Tree, output: Path, partial: Path) -> None:
-    """The images are neither replaced nor mixed with what is written, those behind linked folders included."""
+    """Check that no folder of images, linked ones included, is replaced or mixed with what is written."""
     root = tree.root.resolve()
-    folders = {os.path.dirname(file.path) for files in tree.splits.values() for file in files}
-    for images in [root, *((root / folder).resolve() for folder in sorted(folders))]:
+    places = {os.path.dirname(file) for source in tree.splits.values() for file in source.files}
+    for images in [root, *((root / place).resolve() for place in sorted(places))]:
         for place in (output, partial):
             if place.is_relative_to(images) or images.is_relative_to(place):
                 how = "is" if place == images else "lies in" if place.is_relative_to(images) else "holds"
@@ -131,14 +176,18 @@ def _check_apart(tree: Tree, output: Path, partial: Path) -> None:
 
 
 def _prepare(partial: Path, tree: Tree, settings: Settings, overwrite: bool) -> None:
-    """Start or go on in `partial`."""
-    wanted = asdict(settings) | {"input_dir": str(tree.root), "files": tree.count, "digest": _digest(tree)}
+    """Make `partial`, or check that what is there was begun with the same settings and files."""
+    digest = hashlib.sha256(json.dumps(tree.class_names).encode())
+    for split, source in tree.splits.items():
+        for index, file in enumerate(source.files):
+            digest.update(os.fsencode(f"{split}\0{file}\0{source.label(index)}\n"))
+    wanted = asdict(settings) | {"input_dir": str(tree.root), "files": tree.count, "digest": digest.hexdigest()[:16]}
     noted = partial / JOURNAL / "settings.json"
     if partial.exists():
         found = json.loads(noted.read_text()) if noted.is_file() else None
         if found == wanted:
             return
-        if found is None and not _is_barely_begun(partial):
+        if found is None and any(path.name != JOURNAL for path in partial.iterdir()):
             raise UserError(
                 f"{partial} is in the way: a conversion works there, but this holds no {JOURNAL}/{noted.name}, so no "
                 "conversion made it and none deletes it. Move it away, or choose another --output_dir."
@@ -150,66 +199,43 @@ def _prepare(partial: Path, tree: Tree, settings: Settings, overwrite: bool) -> 
                 "those to go on, or add --overwrite to begin anew."
             )
         shutil.rmtree(partial)
-    noted.parent.mkdir(parents=True)
     write_json(noted, wanted)
-
-
-def _is_barely_begun(partial: Path) -> bool:
-    """Killed before its settings were written: nothing but the journal's folder in it."""
-    journal = partial / JOURNAL
-    return partial.is_dir() and all(
-        path == journal or (path.parent == journal and path.name.startswith(".settings.json."))
-        for path in partial.rglob("*")
-    )
-
-
-def _digest(tree: Tree) -> str:
-    digest = hashlib.sha256(json.dumps(tree.class_names).encode())
-    for split, files in tree.splits.items():
-        for file in files:
-            digest.update(os.fsencode(f"{split}\0{file.path}\0{file.label}\n"))
-    return digest.hexdigest()[:16]
 
 
 def _jobs(partial: Path, tree: Tree, settings: Settings) -> list[Job]:
     jobs = []
-    for split, files in tree.splits.items():
+    for split, source in tree.splits.items():
         folder = partial / split if tree.has_splits else partial
         folder.mkdir(exist_ok=True)
-        size = min(SHARD_IMAGES[1], max(SHARD_IMAGES[0], -(-len(files) // 16)))
-        count = -(-len(files) // size)
+        size = min(SHARD_IMAGES[1], max(SHARD_IMAGES[0], -(-len(source) // 16)))
+        count = -(-len(source) // size)
         own = settings if split == "train" else Settings(None, settings.max_megapixels)
         for i in range(count):
             name = shard_name(i, count)
             journal = partial / JOURNAL / f"{split}-{name}.json"
-            part = files[i * size : (i + 1) * size]
-            jobs.append(Job(str(tree.root), part, str(folder / name), str(journal), tree.class_names, own))
+            rows = slice(i * size, (i + 1) * size)
+            part = FileSource(tree.root, source.files[rows], source.labels[rows], tree.class_names)
+            jobs.append(Job(part, str(folder / name), str(journal), own))
     return jobs
 
 
 def _run(jobs: list[Job], num_workers: int) -> Iterator[int]:
-    """Work off the jobs in any order; gives the number of files of each that is done."""
+    """Do the jobs in any order; yield the number of files of each that is done."""
     if num_workers <= 1 or len(jobs) <= 1:
         yield from map(convert_shard, jobs)
         return
-    context = multiprocessing.get_context("spawn")
-    workers = min(num_workers, len(jobs))
+    workers, context = min(num_workers, len(jobs)), multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _quit_with_parent, (os.getpid(),)) as pool:
-        waiting = iter(jobs)
-        running = {pool.submit(convert_shard, job) for job in islice(waiting, 2 * workers)}
         try:
-            while running:
-                finished, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    yield future.result()
-                    running |= {pool.submit(convert_shard, job) for job in islice(waiting, 1)}
+            for job in as_completed([pool.submit(convert_shard, job) for job in jobs]):
+                yield job.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
 def _quit_with_parent(parent: int) -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+    """End this worker when its parent is killed: it would wait for work for ever."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -220,14 +246,16 @@ def _quit_with_parent(parent: int) -> None:
 
 
 def _finish(partial: Path, tree: Tree, jobs: list[Job], reused: int, started: float) -> Report:
-    """Metadata and report: a complete dataset but for its name."""
+    """Write metadata and report: a complete dataset but for its name."""
     bad = [{"file": printable(path), "reason": reason} for path, reason in tree.outside]
     images: dict[str, int] = {}
     for split in tree.splits:
-        mine = [job for job in jobs if Path(job.journal).name.startswith(f"{split}-data-")]
+        folder = partial / split if tree.has_splits else partial
+        mine = [job for job in jobs if Path(job.target).parent == folder]
         journals: list[dict[str, Any]] = [json.loads(Path(job.journal).read_text()) for job in mine]
         images[split] = sum(j["rows"] for j in journals)
         bad += [entry for j in journals for entry in j["bad"]]
+        write_metadata(folder, [Path(job.target).name for job in mine], tree.class_names or None, split)
     if not images.get("train", sum(images.values())):
         first = "; ".join(f"{b['file']}: {b['reason']}" for b in bad[:3])
         shutil.rmtree(partial)
@@ -235,10 +263,6 @@ def _finish(partial: Path, tree: Tree, jobs: list[Job], reused: int, started: fl
     for left in partial.rglob(".*.writing"):  # of processes that were killed
         left.unlink()
     report = Report(images, len(tree.class_names), bad, reused, round(time.monotonic() - started, 1))
-    for split in tree.splits:
-        folder = partial / split if tree.has_splits else partial
-        names = [Path(job.target).name for job in jobs if Path(job.target).parent == folder]
-        write_metadata(folder, names, tree.class_names or None, split)
     if tree.has_splits:
         write_json(partial / "dataset_dict.json", {"splits": list(tree.splits)})
     write_json(partial / REPORT, {"input_dir": str(tree.root)} | asdict(report))
@@ -246,20 +270,18 @@ def _finish(partial: Path, tree: Tree, jobs: list[Job], reused: int, started: fl
 
 
 def _put_in_place(partial: Path, output: Path) -> None:
-    """What is at `output` goes once the new one has its name, and comes back where that fails."""
-    if not output.exists():
-        os.replace(partial, output)
-    else:
-        aside = Path(tempfile.mkdtemp(prefix=f"{output.name}.old-", dir=output.parent))  # a name that nobody uses
-        old = aside / output.name
-        try:
+    """Rename `partial` to `output`; what is there goes last, and comes back where the rename fails."""
+    aside = Path(tempfile.mkdtemp(prefix=f"{output.name}.old-", dir=output.parent))  # a name that nobody uses
+    old = aside / output.name
+    try:
+        if output.exists():
             os.rename(output, old)
-            os.replace(partial, output)
-        except BaseException:
-            if old.exists() and not output.exists():
-                os.rename(old, output)
-            with suppress(OSError):
-                aside.rmdir()
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(partial, output)
+    except BaseException:
+        if old.exists() and not output.exists():
+            os.rename(old, output)
+        with suppress(OSError):
+            aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
     shutil.rmtree(output / JOURNAL, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""One shard of a conversion: read the files, find the bad ones, resize where asked, write. Runs in a worker process."""
+"""Convert one shard: read the files, find the bad ones, resize where asked, write. Runs in a worker process."""
 
 import os
-import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +11,11 @@ import simplejpeg
 from PIL import Image
 
 from src.data import crops
-from src.data.arrow_writer import Row, write_json, write_shard
+from src.data.arrow_writer import UNKNOWN_LABEL, Row, write_json, write_shard
 from src.data.decode import BadImage, Decoder, jpeg_orientation
-from src.data.image_tree import File
+from src.data.sources import FileSource
 
 JPEG_QUALITY = 95
-MAX_FILE_BYTES = 1 << 29  # an encoded image of half a GiB is no photograph
 MAX_JPEG_SIDE = 65500  # the longest that libjpeg writes, px
 
 
@@ -38,46 +37,34 @@ class Settings:
 class Job:
     """One shard."""
 
-    root: str
-    files: list[File]
+    source: FileSource
     target: str
     journal: str
-    class_names: list[str]
     settings: Settings
 
 
 def convert_shard(job: Job) -> int:
+    """Write a shard, then the journal entry that says it is done; return the number of files tried."""
     bad: list[dict[str, str]] = []
-    rows = write_shard(Path(job.target), _rows(job, bad), job.class_names or None)
+    rows = write_shard(Path(job.target), _rows(job, bad), job.source.class_names)
     write_json(Path(job.journal), {"rows": rows, "bad": bad})
-    return len(job.files)
+    return len(job.source)
 
 
 def _rows(job: Job, bad: list[dict[str, str]]) -> Iterable[Row]:
     decoder = Decoder("apply", job.settings.max_megapixels)
-    for file in job.files:
+    for index, file in enumerate(job.source.files):
         try:
-            data = encode(_read(Path(job.root, file.path)), decoder, job.settings.resize_shorter_px)
+            data = encode(job.source.encoded(index), decoder, job.settings.resize_shorter_px)
         except BadImage as error:
-            bad.append({"file": printable(file.path), "reason": str(error)})
+            bad.append({"file": printable(file), "reason": str(error)})
             continue
-        yield Row(data, printable(file.path), file.label)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise BadImage("not a regular file")
-        if status.st_size > MAX_FILE_BYTES:
-            raise BadImage(f"a file of {status.st_size:,} bytes")
-        return path.read_bytes()
-    except OSError as error:
-        raise BadImage(f"can't be read: {error.strerror or error}") from error
+        label = job.source.label(index)
+        yield Row(data, printable(file), UNKNOWN_LABEL if label is None else label)
 
 
 def encode(data: bytes, decoder: Decoder, shorter_px: int | None) -> bytes:
-    """The bytes to store. Every image is decoded once in any case: that is what finds the damaged ones."""
+    """Return the bytes to store. Every image is decoded once in any case: that is what finds the damaged ones."""
     picture = decoder.decode(data)
     is_jpeg = data[:3] == b"\xff\xd8\xff"
     if shorter_px is None:
@@ -89,17 +76,12 @@ def encode(data: bytes, decoder: Decoder, shorter_px: int | None) -> bytes:
     if max(frame) > MAX_JPEG_SIDE:
         raise BadImage(f"{width} x {height} px: too long a strip to resize")
     resized = Image.fromarray(picture.pixels).resize(frame, Image.Resampling.BICUBIC)
-    subsampling = "420" if is_jpeg and _subsampling(data) == "420" else "444"  # never coarser than the source
+    subsampling = "444"  # never coarser than the source
+    with suppress(ValueError):  # no JPEG, or one that only Pillow reads
+        subsampling = "420" if simplejpeg.decode_jpeg_header(data)[3] == "420" else "444"
     return simplejpeg.encode_jpeg(np.ascontiguousarray(resized), JPEG_QUALITY, "RGB", subsampling)
 
 
-def _subsampling(data: bytes) -> str | None:
-    try:
-        return simplejpeg.decode_jpeg_header(data)[3]
-    except ValueError:
-        return None
-
-
 def printable(path: str) -> str:
-    """File names that are no valid UTF-8 are written with escapes."""
+    """Return a file name with escapes for what is no valid UTF-8."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -1,4 +1,4 @@
-"""Which square of an image is used, and how it is resized. Pure functions of sizes and two numbers.
+"""Choose the square of an image that is used, and resize it. Pure functions of sizes and two numbers.
 
 Legend: S the side of the square in px, W x H an image or frame in px. Pixels are uint8 0..255, H x W x 3, RGB.
 
@@ -34,19 +34,19 @@ class Window(NamedTuple):
 
 
 def default_shorter_px(size: int) -> int:
-    """The published rule: an image is resized to 1.5 times the crop before cropping at random (256 -> 384)."""
+    """Return the published size before a random crop: 1.5 times the crop (256 -> 384)."""
     return int(1.5 * size)
 
 
 def resized_frame(width: int, height: int, shorter_px: int) -> tuple[int, int]:
-    """(width, height) once the shorter side is `shorter_px`; the longer one is rounded down, as torchvision does."""
+    """Return (width, height) once the shorter side is `shorter_px`; the longer one is rounded down, as torchvision does."""
     if width <= height:
         return shorter_px, int(shorter_px * height / width)
     return int(shorter_px * width / height), shorter_px
 
 
 def random_window(width: int, height: int, size: int, shorter_px: int, u: float, v: float) -> Window:
-    """The square at the place that two draws u, v in [0, 1) choose; every integer offset is equally likely."""
+    """Choose a square by two draws u, v in [0, 1); every integer offset is equally likely."""
     frame_width, frame_height = resized_frame(width, height, shorter_px)
     left = int(u * (frame_width - size + 1))
     top = int(v * (frame_height - size + 1))
@@ -54,14 +54,14 @@ def random_window(width: int, height: int, size: int, shorter_px: int, u: float,
 
 
 def center_window(width: int, height: int, size: int) -> Window:
-    """Shorter side to `size`, then the middle: RAEv2's data (recipe section 8)."""
+    """Choose the middle, the shorter side resized to `size`: RAEv2's data (recipe section 8)."""
     frame_width, frame_height = resized_frame(width, height, size)
     left, top = round((frame_width - size) / 2), round((frame_height - size) / 2)
     return Window(frame_width, frame_height, left, top, size)
 
 
 def cut(picture: Picture, window: Window) -> np.ndarray:
-    """The window's pixels, bicubic with antialias: uint8, S x S x 3."""
+    """Return the window's pixels, bicubic with antialias: uint8, S x S x 3."""
     scale_x = picture.width / picture.reduction / window.frame_width
     scale_y = picture.height / picture.reduction / window.frame_height
     x0, x1 = window.left * scale_x, (window.left + window.size) * scale_x
@@ -76,7 +76,7 @@ def cut(picture: Picture, window: Window) -> np.ndarray:
 
 
 def adm_center_crop(pixels: np.ndarray, size: int) -> np.ndarray:
-    """The evaluation crop, uint8 S x S x 3, bit-equal to the published one: halve while the shorter side is at least
+    """Cut the evaluation crop, uint8 S x S x 3, bit-equal to the published one: halve while the shorter side is at least
     2 * size, bicubic to the shorter side, take the middle. `pixels` must come from `decode` without reduction. Strips
     longer than 32 times their width lose their ends first."""
     image = Image.fromarray(_trim_strip(pixels))
@@ -95,7 +95,7 @@ def _trim_strip(pixels: np.ndarray) -> np.ndarray:
 
 
 def _neighbourhood(start: float, stop: float, scale: float, length: int) -> tuple[slice, int]:
-    """The source px that resizing [start, stop) looks at, and where they begin."""
+    """Return the source px that resizing [start, stop) looks at, and where they begin."""
     reach = KERNEL_REACH * max(scale, 1.0) + MARGIN_PX
     first = max(0, math.floor(start - reach))
     return slice(first, min(length, math.ceil(stop + reach))), first

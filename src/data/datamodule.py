@@ -1,7 +1,7 @@
-"""The data of a run: `configs/data/*.yaml` name its arguments one by one. The only Lightning in `src/data`."""
+"""The data of a run, from the keys of `configs/data/*.yaml`. The only Lightning in `src/data`."""
 
 import logging
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +12,14 @@ from src.core.errors import UserError
 from src.data import dummy
 from src.data.dataset import EvaluationDataset, EvaluationTransform, TrainCrop, TrainDataset, TrainTransform
 from src.data.decode import Decoder, Exif
-from src.data.loader import EvaluationLoader, TrainLoader, WorkerOptions, WorkerStart
+from src.data.loader import EvaluationLoader, TrainLoader, WorkerOptions
 from src.data.order import EpochOrder, evaluation_rows
 from src.data.splits import Splits, open_splits
 
 log = logging.getLogger(__name__)
+
+REMOVED_KEYS = {"prefetch_factor", "pin_memory", "worker_start", "val_batch_size"}
+"""Of run configs written by earlier versions; accepted and without effect."""
 
 
 class RAEDataModule(LightningDataModule):
@@ -34,7 +37,6 @@ class RAEDataModule(LightningDataModule):
         train_split: float,
         image_size: int,
         batch_size: int,
-        val_batch_size: int | None,
         accumulate: int,
         seed: int,
         train_crop: TrainCrop,
@@ -43,36 +45,28 @@ class RAEDataModule(LightningDataModule):
         max_megapixels: float,
         max_bad_share: float,
         num_workers: int,
-        prefetch_factor: int,
-        pin_memory: bool | Literal["auto"],
-        worker_start: WorkerStart,
+        **removed: Any,
     ) -> None:
         super().__init__()
+        if unknown := removed.keys() - REMOVED_KEYS:
+            raise TypeError(f"unexpected keyword argument {', '.join(sorted(unknown))}")
         for key, value, least in (
             ("image_size", image_size, 1),
             ("batch_size", batch_size, 1),
-            ("val_batch_size", batch_size if val_batch_size is None else val_batch_size, 1),
             ("resize_shorter_px", image_size if resize_shorter_px is None else resize_shorter_px, 1),
             ("num_workers", num_workers, 0),
-            ("prefetch_factor", prefetch_factor, 1),
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise UserError(f"data.{key}={value}: expected a whole number of at least {least}.")
         if not 0 <= max_bad_share <= 1:
             raise UserError(f"data.max_bad_share={max_bad_share}: expected a share from 0 to 1.")
-        if pin_memory not in ("auto", True, False):
-            raise UserError(f"data.pin_memory={pin_memory}: expected auto, true or false.")
-        self.data_dir = weights.resolve(data_dir)
-        self.use_hf_dataset, self.hf_split, self.hf_validation_split = use_hf_dataset, hf_split, hf_validation_split
-        self.train_split, self.image_size = train_split, image_size
-        self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
-        self.accumulate, self.seed, self.max_bad_share = accumulate, seed, max_bad_share
+        self.data_dir, self.use_hf_dataset, self.train_split = weights.resolve(data_dir), use_hf_dataset, train_split
+        self._split_names = hf_split, hf_validation_split
+        self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
+        self.num_workers, self.max_bad_share = num_workers, max_bad_share
         decoder = Decoder(exif, max_megapixels)
         self.train_transform = TrainTransform(image_size, train_crop, resize_shorter_px, decoder, seed)
         self.evaluation_transform = EvaluationTransform(image_size, decoder)
-        self.pin_memory = pin_memory
-        self._worker_arguments = (num_workers, prefetch_factor, worker_start)
-        self._workers()  # says at once what is wrong with its keys
         self._splits: Splits | None = None
         self._persistent: list[TrainLoader | EvaluationLoader] = []
 
@@ -85,22 +79,18 @@ class RAEDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Open the data. Raises UserError where there is none."""
-        del stage
         if self._splits is None:
-            self._splits = open_splits(
-                self.data_dir, self.use_hf_dataset, self.hf_split, self.hf_validation_split, self.train_split
-            )
+            self._splits = open_splits(self.data_dir, self.use_hf_dataset, *self._split_names, self.train_split)
             log.info("Data: %s", self._splits.description)
 
     def teardown(self, stage: str | None = None) -> None:
         """End the worker processes of the loaders given out."""
-        del stage
         while self._persistent:
             self._persistent.pop().close()
 
     @property
     def splits(self) -> Splits:
-        """Opened on first use."""
+        """Open the data on first use."""
         if self._splits is None:
             self.prepare_data()
             self.setup()
@@ -113,12 +103,12 @@ class RAEDataModule(LightningDataModule):
 
     @property
     def val_size(self) -> int:
-        """0 where nothing is held out."""
+        """Count the held-out images."""
         return len(self.splits.validation_rows)
 
     @property
     def fingerprint(self) -> str:
-        """Of the data and its division: `HEX-train_rows-validation_rows`; changes with files, not with the seed."""
+        """Identify data and division as `HEX-train_rows-validation_rows`; changes with files, not with the seed."""
         source, held_out = self.splits.train, self.splits.validation
         validation = f"+{held_out.fingerprint()}" if held_out is not None and held_out is not source else ""
         return f"{source.fingerprint()}{validation}-{self.train_size}-{self.val_size}"
@@ -127,8 +117,8 @@ class RAEDataModule(LightningDataModule):
 
     @property
     def order(self) -> EpochOrder:
-        """Which images make up which batch on this rank. Raises UserError where a global batch can't be filled."""
-        world, rank = self._place()
+        """Assign images to the batches of this rank. Raises UserError where a global batch can't be filled."""
+        world, rank = self._ranks()
         return EpochOrder(self.train_size, self.seed, self.batch_size, world, rank, self.accumulate)
 
     def train_dataloader(self) -> TrainLoader:
@@ -140,17 +130,19 @@ class RAEDataModule(LightningDataModule):
     # -- evaluation
 
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
-        """This rank's share of the held-out images; an empty list (no validation) where there are none."""
+        """Load this rank's share of the held-out images; an empty list (no validation) where there are none."""
         if not self.val_size:
             return []
-        world, rank = self._place()
-        return self.evaluation_loader(self.val_batch_size, None, rank, world, persistent=True)
+        world, rank = self._ranks()
+        return self.evaluation_loader(self.batch_size, None, rank, world, persistent=True)
 
     def evaluation_dataset(
         self, fallback_to_train: bool, num_images: int | None = None, rank: int = 0, world: int = 1
     ) -> tuple[EvaluationDataset, bool]:
-        """(images, whether they are training images): the held-out images, centre-cropped, in an order that depends on
-        their number alone, mixed over classes; the first `num_images`, of those every `world`-th from `rank` on.
+        """Return (images, whether they are training images).
+
+        The held-out images, centre-cropped, in an order that depends on their number alone, mixed over classes; the
+        first `num_images`, of those every `world`-th from `rank` on.
 
         Raises:
             UserError: nothing is held out and `fallback_to_train` is false.
@@ -177,7 +169,7 @@ class RAEDataModule(LightningDataModule):
         train_fallback: bool = False,
         persistent: bool = False,
     ) -> EvaluationLoader:
-        """Batches of `evaluation_dataset`. persistent: keep the workers between passes."""
+        """Load `evaluation_dataset` in batches. persistent: keep the workers between passes."""
         dataset, _ = self.evaluation_dataset(train_fallback, num_images, rank, world)
         largest_share = len(self.evaluation_dataset(train_fallback, num_images, 0, world)[0])
         loader = EvaluationLoader(dataset, batch_size, self._workers(), self.max_bad_share, persistent, largest_share)
@@ -187,13 +179,9 @@ class RAEDataModule(LightningDataModule):
 
     # -- inside
 
-    def _place(self) -> tuple[int, int]:
+    def _ranks(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
 
     def _workers(self) -> WorkerOptions:
-        num_workers, prefetch_factor, worker_start = self._worker_arguments
-        pin = self.pin_memory
-        if pin == "auto":
-            on_gpu = self.trainer is None or self.trainer.strategy.root_device.type == "cuda"
-            pin = on_gpu and torch.cuda.is_available()
-        return WorkerOptions(num_workers, prefetch_factor, bool(pin), worker_start)
+        on_gpu = self.trainer is None or self.trainer.strategy.root_device.type == "cuda"
+        return WorkerOptions(self.num_workers, pin_memory=on_gpu and torch.cuda.is_available())

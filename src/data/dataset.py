@@ -1,4 +1,4 @@
-"""Items of the two kinds of loaders, and how they become batches.
+"""Make samples of rows, for training and for evaluation, and collate them into batches.
 
 Legend: B batch, S image_size. Images leave here as uint8 0..255, 3 x S x S, RGB.
 """
@@ -76,7 +76,7 @@ class TrainTransform:
         return self.resize_shorter_px or crops.default_shorter_px(self.image_size)
 
     def __call__(self, data: bytes | memoryview, epoch: int, position: int) -> np.ndarray:
-        """A complete file -> uint8 S x S x 3. The draw belongs to (seed, epoch, position). Raises BadImage."""
+        """Crop a complete file: uint8 S x S x 3. The draw belongs to (seed, epoch, position). Raises BadImage."""
         picture = self.decoder.decode(data, min_shorter_px=self.shorter_px)
         if self.train_crop == "center":
             window = crops.center_window(picture.width, picture.height, self.image_size)
@@ -94,18 +94,20 @@ class EvaluationTransform:
     decoder: Decoder
 
     def __call__(self, data: bytes | memoryview) -> np.ndarray:
-        """A complete file -> uint8 S x S x 3. Raises BadImage."""
+        """Crop a complete file: uint8 S x S x 3. Raises BadImage."""
         return crops.adm_center_crop(self.decoder.decode(data).pixels, self.image_size)
 
 
-class TrainDataset(Dataset[Sample]):
-    """Rows of a source as training crops. A bad image is replaced by a row drawn from (seed, epoch, position)."""
-
-    def __init__(self, source: Source, rows: np.ndarray, transform: TrainTransform) -> None:
+class _Rows(Dataset[Sample]):
+    def __init__(self, source: Source, rows: np.ndarray, transform: Any) -> None:
         self.source, self.rows, self.transform = source, rows, transform
 
     def __len__(self) -> int:
         return len(self.rows)
+
+
+class TrainDataset(_Rows):
+    """Rows of a source through a TrainTransform. A bad image is replaced by a row drawn from (seed, epoch, position)."""
 
     def __getitem__(self, item: Item) -> Sample:
         row, draws = item.row, None
@@ -123,14 +125,9 @@ class TrainDataset(Dataset[Sample]):
         return Sample(None, item._replace(row=int(self.rows[item.row])), tuple(failures))
 
 
-class EvaluationDataset(Dataset[Sample]):
-    """Rows of a source as centre crops, in the given order. A bad image is left out, never replaced."""
-
-    def __init__(self, source: Source, rows: np.ndarray, transform: EvaluationTransform) -> None:
-        self.source, self.rows, self.transform = source, rows, transform
-
-    def __len__(self) -> int:
-        return len(self.rows)
+class EvaluationDataset(_Rows):
+    """Rows of a source, in the given order, through an EvaluationTransform or another function of a file's bytes. A bad
+    image is left out, never replaced."""
 
     def __getitem__(self, position: int) -> Sample:
         index = int(self.rows[position])
@@ -142,7 +139,7 @@ class EvaluationDataset(Dataset[Sample]):
 
 
 def collate(samples: list[Sample]) -> dict[str, Any]:
-    """Samples -> a batch. Those without an image are left out (B may be 0); their failures travel along.
+    """Make a batch of samples. Those without an image are left out (B may be 0); their failures travel along.
 
     image (B, 3, S, S) uint8; position and index (row of the source) (B,) int64; bad (B,) bool, True where the image is
     a replacement; epoch int; failures tuple[Failure, ...].

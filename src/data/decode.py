@@ -1,4 +1,4 @@
-"""Encoded image bytes -> RGB pixels, right way up. Whatever can't be decoded whole is a `BadImage`, never a guess.
+"""Decode image bytes to RGB pixels, right way up. Whatever can't be decoded whole is a `BadImage`, never a guess.
 
 Legend: H, W height and width in px. Pixels are uint8 0..255, H x W x 3, RGB.
 
@@ -109,7 +109,7 @@ class Decoder:
             with Image.open(io.BytesIO(data), formats=_formats()) as image:
                 self._check_size(*image.size)
                 image.load()
-                orientation = _orientation_of(image) if self.exif == "apply" else 1
+                orientation = _orientation(image) if self.exif == "apply" else 1
                 pixels = _to_rgb(image)
         height, width = pixels.shape[:2]
         return Picture(pixels, width, height, 1), orientation
@@ -123,13 +123,13 @@ class Decoder:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Those of FORMATS that this build of Pillow reads."""
+    """Return those of FORMATS that this build of Pillow reads."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _jpeg_header(data: memoryview) -> tuple[int, int] | None:
-    """(height, width) of a JPEG that the fast decoder takes; None sends it to Pillow (CMYK, odd subsampling)."""
+    """Return (height, width) of a JPEG that the fast decoder takes; None sends it to Pillow (CMYK, odd subsampling)."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
@@ -138,7 +138,7 @@ def _jpeg_header(data: memoryview) -> tuple[int, int] | None:
 
 
 def jpeg_orientation(data: memoryview) -> int:
-    """The EXIF orientation (1..8) of a JPEG, 1 where there is none. Walks the segments in front of the pixels."""
+    """Read the EXIF orientation (1..8) of a JPEG, 1 where there is none, from the segments in front of the pixels."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
@@ -149,35 +149,27 @@ def jpeg_orientation(data: memoryview) -> int:
             return 1
         segment = data[at + 4 : at + 2 + length]
         if marker == 0xE1 and segment[:6] == b"Exif\0\0":
-            return _read_orientation(bytes(segment))
+            return _orientation(None, segment)
         at += 2 + length
     return 1
 
 
-def _read_orientation(segment: bytes) -> int:
-    exif = Image.Exif()
+def _orientation(image: Image.Image | None, segment: memoryview | None = None) -> int:
+    """Return 1..8 of an image or an EXIF segment; 1 where EXIF is damaged, which says nothing about the pixels."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            exif.load(segment)
-            return _valid(exif.get(ORIENTATION_TAG, 1))
-        except Exception:  # a damaged EXIF block says nothing about the pixels
+            exif = image.getexif() if image is not None else Image.Exif()
+            if segment is not None:
+                exif.load(bytes(segment))
+            value = exif.get(ORIENTATION_TAG)
+        except Exception:
             return 1
-
-
-def _orientation_of(image: Image.Image) -> int:
-    try:
-        return _valid(image.getexif().get(ORIENTATION_TAG, 1))
-    except Exception:
-        return 1
-
-
-def _valid(orientation: object) -> int:
-    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _reduction(width: int, height: int, min_shorter_px: int | None, exact: bool) -> int:
-    """The largest of 8, 4, 2, 1 that leaves `min_shorter_px`; `exact`: only where it divides both sides (a part pixel
+    """Return the largest of 8, 4, 2, 1 that leaves `min_shorter_px`; `exact`: only where it divides both sides (a part pixel
     at the right or lower edge would change sides when the image is turned)."""
     if min_shorter_px is None:
         return 1

@@ -1,4 +1,4 @@
-"""Pictures that need no download: smooth backgrounds, shapes and soft stripes, the same ones everywhere.
+"""Make pictures that need no download: smooth backgrounds, shapes and soft stripes, the same ones everywhere.
 
 They are made to be learnable: saturated colours and large structures, no noise, so that a small decoder trained for a
 minute gains far more than 10 dB on pictures it has not seen.
@@ -60,7 +60,7 @@ def write(folder: Path, count: int, shards: int = 1) -> bool:
 
 
 def jpeg(index: int) -> bytes:
-    """Picture number `index` as a JPEG file; one in ten is greyscale."""
+    """Encode picture number `index` as a JPEG file; one in ten is greyscale."""
     draws = stream.generator(0, stream.Purpose.DUMMY_DATA, 0, index)
     pixels = picture(draws, CLASSES[index % len(CLASSES)])
     if draws.random() < GREY_SHARE:
@@ -70,7 +70,7 @@ def jpeg(index: int) -> bytes:
 
 
 def picture(draws: np.random.Generator, shape: str) -> np.ndarray:
-    """uint8 RGB, H x W x 3, both sides within `SIDES_PX`."""
+    """Draw a picture: uint8 RGB, H x W x 3, both sides within `SIDES_PX`."""
     width, height = (int(side) for side in draws.integers(SIDES_PX[0], SIDES_PX[1] + 1, size=2))
     image = Image.fromarray(_background(draws, width, height))
     for _ in range(int(draws.integers(2, 5))):
@@ -79,7 +79,7 @@ def picture(draws: np.random.Generator, shape: str) -> np.ndarray:
 
 
 def _background(draws: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """A gradient between two colours with soft stripes across it."""
+    """Draw a gradient between two colours with soft stripes across it."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float32) / max(width, height)
     angle, stripes, turn = (float(v) for v in draws.uniform((0, 2, 0), (2 * np.pi, 7, 2 * np.pi)))
     along = np.cos(angle) * x + np.sin(angle) * y
@@ -108,7 +108,7 @@ def _draw(image: Image.Image, draws: np.random.Generator, shape: str) -> None:
 
 
 def _colour(draws: np.random.Generator) -> tuple[int, int, int]:
-    """Saturated: one channel high, one low, one anywhere."""
+    """Draw a saturated colour: one channel high, one low, one anywhere."""
     values = np.array((draws.uniform(180, 255), draws.uniform(0, 80), draws.uniform(0, 255)))
     red, green, blue = (int(v) for v in draws.permutation(values))
     return red, green, blue

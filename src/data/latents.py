@@ -1,4 +1,4 @@
-"""Latents on disk for a stage-2 trainer: safetensors shards and an index.
+"""Store latents on disk for a stage-2 trainer: safetensors shards and an index.
 
     index.json                                  what they are of, and the shards with their counts
     latents-RANK-NUMBER.safetensors             latents (n, C, h, w), rows (n,) int64, labels (n,) int64 (-1: none)
@@ -26,13 +26,14 @@ from src.core.files import replacing, write_text
 Scale = Literal["raw", "normalized"]
 FORMAT, VERSION = "rae-latents", 1
 INDEX = "index.json"
+SHARD_BYTES = 512 * 2**20
 
 
 class LatentWriter:
     """Shards of one process. A shard appears whole or not at all; `close` writes what is left."""
 
     def __init__(
-        self, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype, shard_bytes: int, rank: int
+        self, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype, rank: int, shard_bytes: int = SHARD_BYTES
     ) -> None:
         self.folder, self.dtype, self.rank = folder, dtype, rank
         self.shards: list[dict[str, Any]] = []
@@ -44,7 +45,7 @@ class LatentWriter:
         folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, latents: Tensor, rows: Tensor, labels: Tensor) -> None:
-        """B C h w, (B,), (B,)."""
+        """Add latents B C h w with rows (B,) and labels (B,)."""
         self._waiting.append((latents.detach().to("cpu", self.dtype), rows.cpu(), labels.cpu()))
         self._count += len(rows)
         while self._count >= self._capacity:
@@ -67,14 +68,9 @@ class LatentWriter:
 
 
 def write_index(folder: Path, shards: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
-    """`facts`: scale, shape, dtype, image_size, encoder, statistics and whatever else the latents depend on."""
-    content = {
-        "format": FORMAT,
-        "version": VERSION,
-        "count": sum(s["count"] for s in shards),
-        **facts,
-        "shards": list(shards),
-    }
+    """Write the index. `facts`: scale, shape, dtype, image_size, encoder, statistics and whatever else the latents depend on."""
+    count = sum(shard["count"] for shard in shards)
+    content = {"format": FORMAT, "version": VERSION, "count": count, **facts, "shards": list(shards)}
     write_text(folder / INDEX, json.dumps(content, indent=2) + "\n")
 
 
@@ -87,7 +83,7 @@ class LatentStore:
 
     @classmethod
     def open(cls, path: str | Path) -> "LatentStore":
-        """A folder or its index.
+        """Open a folder or its index.
 
         Raises:
             UserError: no index, another format, or shards missing.
@@ -124,7 +120,7 @@ class LatentStore:
         return tuple(self.index["shape"])
 
     def batches(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(places in the store (B,), rows of the data set (B,), latents float32 B C h w); every world-th from `rank` on."""
+        """Yield (places in the store (B,), rows of the data set (B,), latents float32 B C h w), every world-th batch."""
         number = first = 0
         for shard in self.index["shards"]:
             for start in range(0, shard["count"], batch_size):

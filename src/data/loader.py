@@ -1,12 +1,11 @@
-"""The loaders. Training: batches by `EpochOrder`, resumable at any. Evaluation: a fixed order, each image once."""
+"""Load batches. Training: in the order of `EpochOrder`, resumable at any batch. Evaluation: a fixed order."""
 
 import logging
-import multiprocessing
 import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -17,57 +16,44 @@ from src.data.order import EpochOrder, Item
 
 log = logging.getLogger(__name__)
 
-WorkerStart = Literal["auto", "fork", "forkserver", "spawn"]
+PREFETCH_BATCHES = 4
+"""Batches that each loading process prepares ahead."""
 JUDGE_AFTER = 1000
 """Images (or one epoch, if smaller) by which the share of bad ones is measured at the earliest."""
 
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """Processes that load. num_workers 0: none, the calling process loads. prefetch_factor: batches ahead per worker.
-    worker_start `auto`: fork on Linux (no start-up cost; workers touch neither the GPU nor threads), else spawn."""
+    """Processes that load. num_workers 0: none, the calling process loads. pin_memory: page-locked batches, for a GPU.
+
+    start: fork costs no start-up time; workers touch neither the GPU nor threads.
+    """
 
     num_workers: int
-    prefetch_factor: int
     pin_memory: bool
-    worker_start: WorkerStart
-
-    def __post_init__(self) -> None:
-        if self.num_workers < 0:
-            raise UserError(f"data.num_workers={self.num_workers}: expected 0 (load in the main process) or more.")
-        if self.prefetch_factor < 1:
-            raise UserError(f"data.prefetch_factor={self.prefetch_factor}: expected at least 1 batch per worker.")
-        if self.worker_start not in ("auto", *multiprocessing.get_all_start_methods()):
-            raise UserError(
-                f"data.worker_start={self.worker_start}: expected auto, "
-                f"{', '.join(multiprocessing.get_all_start_methods())}."
-            )
+    start: str = "fork" if sys.platform == "linux" else "spawn"
 
     def arguments(self, persistent: bool) -> dict[str, Any]:
-        """Keyword arguments for a DataLoader."""
+        """Return keyword arguments for a DataLoader."""
         arguments: dict[str, Any] = {"num_workers": self.num_workers, "pin_memory": self.pin_memory}
         if self.num_workers:
-            start = self.worker_start
-            if start == "auto":
-                start = "fork" if sys.platform == "linux" else "spawn"
             arguments |= {
-                "prefetch_factor": self.prefetch_factor,
+                "prefetch_factor": PREFETCH_BATCHES,
                 "persistent_workers": persistent,
-                "multiprocessing_context": start,
+                "multiprocessing_context": self.start,
                 "worker_init_fn": ignore_sigterm,
             }
         return arguments
 
 
 def ignore_sigterm(worker: int) -> None:
-    """A scheduler signals a whole process group; the training process then still needs its next batch to stop cleanly."""
-    del worker
+    """Keep loading when a scheduler signals the process group: training needs its next batch to stop cleanly."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @dataclass
 class BadImages:
-    """Counts images that can't be decoded, names each once in the log, stops above a share.
+    """Count images that can't be decoded, log each once, stop above a share.
 
     max_share: bad images per image seen by this process, 0..1; 0 stops at the first one.
     epoch_images: images this process sees in one epoch.
@@ -80,7 +66,7 @@ class BadImages:
     names: set[str] = field(default_factory=set)
 
     def account(self, images: int, failures: tuple[Failure, ...], stuck: bool = False) -> None:
-        """Take in one batch. `stuck`: an image could not even be replaced. Raises UserError."""
+        """Add one batch. `stuck`: an image could not even be replaced. Raises UserError above the share."""
         self.seen += images
         self.bad += len(failures)
         for failure in failures:
@@ -97,17 +83,29 @@ class BadImages:
             )
 
 
-def _stop_workers(loader: DataLoader[Sample]) -> None:
-    """End persistent workers now. Left to the garbage collector, which may close their queues first, each of them can
-    take five seconds to be noticed; a new pass starts new ones."""
-    iterator = loader._iterator
-    loader._iterator = None
-    if iterator is not None and hasattr(iterator, "_shutdown_workers"):
-        iterator._shutdown_workers()
+class _Loader:
+    """A DataLoader whose worker processes can be ended."""
+
+    def __init__(
+        self, dataset: TrainDataset | EvaluationDataset, workers: WorkerOptions, persistent: bool, **options: Any
+    ) -> None:
+        self.dataset = dataset
+        self._loader: DataLoader[Sample] = DataLoader(
+            dataset, collate_fn=collate, **options, **workers.arguments(persistent)
+        )
+
+    def close(self) -> None:
+        """End the worker processes; the next pass starts new ones.
+
+        Left to the garbage collector, which may close their queues first, each can take five seconds to be noticed.
+        """
+        iterator, self._loader._iterator = self._loader._iterator, None
+        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
 
 
 class _Batches:
-    """The batch sampler that a DataLoader iterates over; where it starts is set before each pass."""
+    """The batch sampler of a DataLoader; epoch and start are set before each pass."""
 
     def __init__(self, order: EpochOrder) -> None:
         self.order, self.epoch, self.start = order, 0, 0
@@ -119,7 +117,7 @@ class _Batches:
         return self.order.batches
 
 
-class TrainLoader:
+class TrainLoader(_Loader):
     """Batches of one rank for training, as `collate` describes them, without `failures`.
 
     One iteration is the rest of `epoch` from batch `start_batch` on; `len()` counts the whole epoch. Epoch and start
@@ -131,36 +129,27 @@ class TrainLoader:
     def __init__(self, dataset: TrainDataset, order: EpochOrder, workers: WorkerOptions, max_bad_share: float) -> None:
         if order.length != len(dataset):
             raise ValueError(f"an order of {order.length} for {len(dataset)} images")
-        self.dataset = dataset
-        self.order = order
-        self.epoch = 0
-        self.start_batch = 0
+        self.order, self.batch_size = order, order.batch_size
+        self.epoch = self.start_batch = 0
         self.bad_images = BadImages(max_bad_share, order.batches * order.batch_size)
-        self.batch_size = order.batch_size
         self._handed_out: tuple[int, int] | None = None  # epoch, batches
         self._batches = _Batches(order)
-        self._loader: DataLoader[Sample] = DataLoader(
-            dataset, batch_sampler=self._batches, collate_fn=collate, **workers.arguments(persistent=True)
-        )
+        super().__init__(dataset, workers, persistent=True, batch_sampler=self._batches)
 
     @property
     def sampler(self) -> "TrainLoader":
         return self
 
-    def close(self) -> None:
-        """End the worker processes; the loader stays usable."""
-        _stop_workers(self._loader)
-
     def __len__(self) -> int:
         return self.order.batches
 
     def set_epoch(self, epoch: int) -> None:
-        """Go on with `epoch`. Keeps `start_batch` where it belongs to that epoch, else starts at its first batch."""
+        """Continue with `epoch`. Keeps `start_batch` where it belongs to that epoch, else starts at its first batch."""
         if epoch != self.epoch:
             self.resume_at(epoch, 0)
 
     def resume_at(self, epoch: int, start_batch: int) -> None:
-        """The next iteration begins at batch `start_batch` of `epoch`, both from 0."""
+        """Begin the next iteration at batch `start_batch` of `epoch`, both from 0."""
         if not 0 <= start_batch <= len(self):
             raise ValueError(f"batch {start_batch} of {len(self)}")
         self.epoch, self.start_batch, self._handed_out = epoch, start_batch, None
@@ -177,13 +166,13 @@ class TrainLoader:
         self._batches.epoch, self._batches.start = epoch, start
         self._handed_out = (epoch, start)
         for number, batch in enumerate(self._loader, start):
-            wanted = self.order.batch_size
-            self.bad_images.account(wanted, batch.pop("failures"), stuck=len(batch["position"]) < wanted)
+            stuck = len(batch["position"]) < self.batch_size
+            self.bad_images.account(self.batch_size, batch.pop("failures"), stuck)
             self._handed_out = (epoch, number + 1)
             yield batch
 
 
-class EvaluationLoader:
+class EvaluationLoader(_Loader):
     """One rank's share of the evaluation images, in fixed order, as `collate` describes them, without `failures`.
 
     Bad images are left out, so that a batch may be smaller; no image comes twice, so ranks may differ by a batch.
@@ -198,29 +187,17 @@ class EvaluationLoader:
         persistent: bool,
         largest_share: int | None = None,
     ) -> None:
-        """`largest_share`: images of the rank that has most, for `len`: of a rank whose loader says 0, Lightning leaves out
-        the whole evaluation, and the others would wait for it. None: this one's own."""
+        """largest_share: images of the rank that has most, for `len`; None: this one's own. A rank whose loader says 0
+        would skip the evaluation under Lightning, and the others wait for it."""
         if batch_size < 1:
             raise UserError(f"A batch size of {batch_size} for evaluation: expected at least 1.")
-        self.dataset = dataset
-        self.batch_size = batch_size
+        self.batch_size, self.max_bad_share = batch_size, max_bad_share
         self._largest_share = len(dataset) if largest_share is None else largest_share
-        self.max_bad_share = max_bad_share
-        self._loader: DataLoader[Sample] = DataLoader(
-            dataset,
-            batch_size=batch_size,
-            shuffle=False,
-            collate_fn=collate,
-            generator=torch.Generator(),  # or each pass would take a number from the global one, for seeds nobody uses
-            **workers.arguments(persistent),
-        )
-
-    def close(self) -> None:
-        """End the worker processes; the loader stays usable."""
-        _stop_workers(self._loader)
+        generator = torch.Generator()  # or each pass would take a number from the global one, for seeds nobody uses
+        super().__init__(dataset, workers, persistent, batch_size=batch_size, generator=generator)
 
     def __len__(self) -> int:
-        """Batches of the rank that has most; this one may end earlier."""
+        """Count the batches of the rank that has most; this one may end earlier."""
         return -(-self._largest_share // self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

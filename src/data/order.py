@@ -1,4 +1,4 @@
-"""Which images make up which batch: a pure function of (length, seed, epoch), split among ranks and micro-batches.
+"""Assign images to batches: a pure function of (length, seed, epoch), split among ranks and micro-batches.
 
 Legend: n images, W ranks, b batch per rank, k micro-batches per optimiser step; a global batch is W * b * k images.
 
@@ -60,16 +60,15 @@ class EpochOrder:
 
     @property
     def batches(self) -> int:
-        """Micro-batches per epoch and rank; a multiple of `accumulate`."""
+        """Count the micro-batches per epoch and rank; a multiple of `accumulate`."""
         return self.length // self.global_batch * self.accumulate
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[list[Item]]:
-        """The rank's micro-batches from number `start_batch` on."""
+        """Yield the rank's micro-batches from number `start_batch` on."""
         order = stream.permutation(self.seed, epoch, self.length)
         for i in range(start_batch, self.batches):
             first = (i * self.world + self.rank) * self.batch_size
-            positions = range(first, first + self.batch_size)
-            yield [Item(epoch, position, int(order[position])) for position in positions]
+            yield [Item(epoch, p, int(order[p])) for p in range(first, first + self.batch_size)]
 
     def _too_few(self) -> str:
         w, b, k = self.world, self.batch_size, self.accumulate
@@ -90,7 +89,7 @@ class EpochOrder:
 
 
 def evaluation_rows(length: int, num_images: int | None = None, world: int = 1, rank: int = 0) -> np.ndarray:
-    """The rows one rank evaluates, int64: the first `num_images` of an order that depends on `length` alone.
+    """Return the rows one rank evaluates, int64: the first `num_images` of an order that depends on `length` alone.
 
     The order is mixed, so that the first thousand images of a data set sorted by class show all classes, and a smaller
     set is the beginning of a larger one. Ranks take every W-th place; no image comes twice, so shares may differ by
@@ -101,7 +100,7 @@ def evaluation_rows(length: int, num_images: int | None = None, world: int = 1, 
 
 
 def split_rows(length: int, train_share: float) -> tuple[np.ndarray, np.ndarray]:
-    """(training rows, held-out rows), each sorted; a function of length and share alone, whatever the seed of a run.
+    """Return (training rows, held-out rows), each sorted; a function of length and share, whatever the seed of a run.
 
     round(length * train_share) rows are for training. They are drawn, so that both parts hold all classes.
     """

@@ -11,19 +11,18 @@ import torch
 
 from src.core.errors import UserError
 from src.core.weights import resolve
-from src.data import dummy, sources
+from src.data import dummy
 from src.data.dataset import EvaluationDataset, EvaluationTransform
 from src.data.decode import Decoder
 from src.data.loader import EvaluationLoader, WorkerOptions
 from src.data.order import evaluation_rows, split_rows
 from src.data.sources import Source
+from src.data.splits import VALIDATION_SPLITS, DataFolder
 
 log = logging.getLogger(__name__)
 
-VALIDATION_NAMES = ("validation", "val", "valid", "test")
 ALL, HELD_OUT = "all", "held_out"
 MAX_MEGAPIXELS = 80.0
-_PREFETCH = 4
 
 
 @dataclass(frozen=True)
@@ -56,17 +55,16 @@ def open_images(data_dir: str | Path, split: str | None, trained_on: Mapping[str
     """
     folder = resolve(data_dir)
     dummy.ensure(folder)
-    hugging_face = _is_hugging_face(folder)
+    data = DataFolder(folder)
     train = str((trained_on or {}).get("hf_split") or "train")
     own = (trained_on or {}).get("hf_validation_split")
-    names = sources.split_names(folder, hugging_face, train, own)
     if split not in (None, ALL, HELD_OUT):
-        return _named(folder, hugging_face, names, str(split))
-    validation = next((name for name in dict.fromkeys((own, *VALIDATION_NAMES)) if name in names), None)
+        return _named(data, str(split))
+    validation = data.held_out_split(train, own, VALIDATION_SPLITS[0], "test")
     if split is None and validation is not None:
-        return _named(folder, hugging_face, names, validation)
-    name = train if not names or train in names else names[0]
-    source = _open(folder, hugging_face, name)
+        return _named(data, validation)
+    known = next((name for name in (train, "train") if data.find(name)), None)
+    source = data.open(known or (data.names[0] if data.is_dataset and data.names else train))
     share = float((trained_on or {}).get("train_split") or 1.0)
     return _without_validation(folder, source, split, share, trained_on)
 
@@ -86,7 +84,7 @@ def evaluation_loader(
     """This rank's share of the first `num_images` centre crops, uint8, in the order of evaluation."""
     rows = images.rows[evaluation_rows(len(images.rows), num_images, world, rank)]
     transform = EvaluationTransform(image_size, decoder)
-    workers = WorkerOptions(min(num_workers, len(rows)), _PREFETCH, device.type == "cuda", "auto")
+    workers = WorkerOptions(min(num_workers, len(rows)), device.type == "cuda")
     return EvaluationLoader(
         EvaluationDataset(images.source, rows, transform), batch_size, workers, max_bad_share, persistent=False
     )
@@ -126,18 +124,9 @@ def _is_other_data(folder: Path, trained_on: Mapping[str, Any] | None) -> bool:
     return trained.is_dir() and trained.resolve() != folder.resolve()
 
 
-def _is_hugging_face(folder: Path) -> bool:
-    return folder.is_dir() and (any((folder / mark).is_file() for mark in sources.MARKS) or any(folder.glob("*.arrow")))
-
-
-def _named(folder: Path, hugging_face: bool, names: list[str], split: str) -> Images:
-    asked_for = not hugging_face and sources.find_folder(folder, split) is not None  # a folder called so is meant
-    if split not in names and not asked_for:
-        there = f"it has {', '.join(names)}. Use one of these, or" if names else "it has none. Use"
-        raise UserError(f"{folder} has no split {split!r}: {there} --split {ALL} or {HELD_OUT}.")
-    source = _open(folder, hugging_face, split)
-    return Images(folder, source, np.arange(len(source)), split)
-
-
-def _open(folder: Path, hugging_face: bool, split: str) -> Source:
-    return sources.open_hf(folder, split) if hugging_face else sources.open_folder(folder, split)
+def _named(data: DataFolder, split: str) -> Images:
+    if data.find(split) is None:
+        there = f"it has {', '.join(data.names)}. Use one of these, or" if data.names else "it has none. Use"
+        raise UserError(f"{data.folder} has no split {split!r}: {there} --split {ALL} or {HELD_OUT}.")
+    source = data.open(split)
+    return Images(data.folder, source, np.arange(len(source)), split)

@@ -38,7 +38,6 @@ log = logging.getLogger(__name__)
 RECONSTRUCTIONS, SHEET, SCORES, NPZ, ORIGINALS_NPZ, LATENTS = (
     "reconstructions", "sheet.png", "scores.csv", "reconstructions.npz", "originals.npz", "latents",
 )  # fmt: skip
-_PREFETCH = 4
 _BAD_SHARE = 1.0  # bad images are left out and counted, however many there are
 _COLUMNS = 8
 
@@ -54,7 +53,6 @@ class Products:
     npz: bool = False
     latents: Scale | None = None
     latents_dtype: torch.dtype = torch.float32
-    shard_bytes: int = 512 * 2**20
 
     @property
     def decode(self) -> bool:
@@ -90,7 +88,7 @@ def reconstruct(
             "(--stats, or an export that has them)."
         )
     rows = inputs.rows[place.rank :: place.world]
-    workers = WorkerOptions(min(num_workers, len(rows)), _PREFETCH, place.device.type == "cuda", "auto")
+    workers = WorkerOptions(min(num_workers, len(rows)), place.device.type == "cuda")
     loader = EvaluationLoader(
         EvaluationDataset(inputs.source, rows, transform), batch_size, workers, _BAD_SHARE, persistent=False
     )
@@ -99,7 +97,7 @@ def reconstruct(
     if observers.csv is not None:
         observers.csv.begin(inputs.place, "", [("", "0")], inputs.source.name)
     writer = (
-        LatentWriter(output / LATENTS, rae.latent_shape, products.latents_dtype, products.shard_bytes, place.rank)
+        LatentWriter(output / LATENTS, rae.latent_shape, products.latents_dtype, place.rank)
         if products.latents
         else None
     )

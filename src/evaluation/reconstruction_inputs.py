@@ -4,7 +4,6 @@ Legend: S the side of the square that the model takes, px. Pixels are uint8 H x 
 """
 
 import glob
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,41 +15,12 @@ from PIL import Image
 
 from src.core.errors import UserError
 from src.data.crops import adm_center_crop
-from src.data.decode import BadImage, Decoder
-from src.data.sources import SUFFIXES, Source
+from src.data.decode import Decoder
+from src.data.sources import SUFFIXES, FileSource, Source, is_image, walk
+from src.data.splits import is_dataset
 from src.evaluation.images import ALL, open_images
 
 Fit = Literal["crop", "pad", "resize"]
-_DATASET_MARKS = ("dataset_dict.json", "dataset_info.json", "state.json")
-
-
-class FileSource:
-    """A list of image files. Below a `root`, the folders right under it are the classes; a file in none has no label."""
-
-    def __init__(self, files: Sequence[Path], root: Path | None = None) -> None:
-        self.files = list(files)
-        below = [file.relative_to(root).parts if root is not None else () for file in self.files]
-        names = sorted({parts[0] for parts in below if len(parts) > 1})
-        self.class_names: list[str] | None = names or None
-        self._labels = [names.index(parts[0]) if len(parts) > 1 else None for parts in below]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def encoded(self, index: int) -> bytes:
-        try:
-            return self.files[index].read_bytes()
-        except OSError as error:
-            raise BadImage(f"can't be read: {error.strerror or error}") from error
-
-    def label(self, index: int) -> int | None:
-        return self._labels[index]
-
-    def name(self, index: int) -> str:
-        return str(self.files[index])
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(b"\0".join(os.fsencode(file) for file in self.files)).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -76,15 +46,19 @@ def open_inputs(paths: Sequence[str], split: str | None, limit: int | None = Non
         UserError: nothing there, or no image among it.
     """
     first = Path(paths[0]).expanduser()
-    if len(paths) == 1 and first.is_dir() and (split is not None or _is_dataset(first)):
+    if len(paths) == 1 and first.is_dir() and (split is not None or is_dataset(first)):
         images = open_images(first.absolute(), split or ALL, None)
         return Inputs(images.source, images.rows[:limit], f"{first} ({images.split})", lambda row: f"{row:07d}")
     if split is not None:
         raise UserError("--split goes with one data set; for files, folders and globs drop it.")
     files = list(dict.fromkeys(file for path in paths for file in _expand(path)))[:limit]
     names = _names(files)
-    root = first if len(paths) == 1 and first.is_dir() else None
-    return Inputs(FileSource(files, root), np.arange(len(files)), " ".join(paths), lambda row: names[row])
+    return Inputs(
+        _with_labels(files, first if len(paths) == 1 else None),
+        np.arange(len(files)),
+        " ".join(paths),
+        lambda row: names[row],
+    )
 
 
 @dataclass(frozen=True)
@@ -114,16 +88,20 @@ class FitTransform:
         return np.pad(image, spans, mode="edge")
 
 
-def _is_dataset(folder: Path) -> bool:
-    return any((folder / mark).is_file() for mark in _DATASET_MARKS) or any(folder.glob("*.arrow"))
+def _with_labels(files: Sequence[Path], root: Path | None) -> FileSource:
+    """Open files; of one folder, the folders right under it are the classes, and a file in none has no label."""
+    if root is None or not root.is_dir():
+        return FileSource(Path(), [str(file) for file in files])
+    parts = [file.relative_to(root).parts for file in files]
+    names = sorted({p[0] for p in parts if len(p) > 1})
+    labels = [names.index(p[0]) if len(p) > 1 else None for p in parts]
+    return FileSource(root, [os.path.join(*p) for p in parts], labels, names)
 
 
 def _expand(text: str) -> list[Path]:
     path = Path(text).expanduser()
     if path.is_dir():
-        found = sorted(
-            Path(here, name) for here, _, names in os.walk(path, followlinks=True) for name in names if _is_image(name)
-        )
+        found = sorted(path / name for name in walk(path) if is_image(name))
         if not found:
             raise UserError(
                 f"No images in {path}: expected files ending in {', '.join(SUFFIXES[:4])} … or a data set on disk."
@@ -132,15 +110,11 @@ def _expand(text: str) -> list[Path]:
     if path.is_file():
         return [path]
     found = sorted(
-        Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file() and _is_image(name)
+        Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file() and is_image(name)
     )
     if not found:
         raise UserError(f"--input {text}: no such file or folder, and no image matches it as a pattern.")
     return found
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not Path(name).name.startswith(".")
 
 
 def _names(files: Sequence[Path]) -> list[str]:
