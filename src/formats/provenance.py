@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from src.core.assets.digests import file_digest
 from src.core.errors import UserError
+from src.core.files import file_digest
 from src.core.run_names import git_state
 from src.core.weights import resolve
 from src.formats.checkpoint import LoadedModel
