@@ -398,7 +398,7 @@ def test_every_experiment_stands_in_the_readme():
 
 
 def test_every_download_stands_in_the_page_on_weights():
-    from src.core.assets.table import FILES
+    from src.core.requirements import FILES
 
     for asset in FILES:
         assert f"`{asset.name}`" in text("docs/weights.md"), asset.name

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -35,6 +36,16 @@ def replacing(path: str | Path, tag: str | None = None, durable: bool = True) ->
 def write_text(path: str | Path, text: str) -> None:
     with replacing(path) as file:
         file.write(text.encode("utf-8", "surrogateescape"))
+
+
+def file_digest(path: str | Path, algorithm: str) -> str:
+    """Return the lower-case hex digest of a file: `sha256`, `md5`, or `git` for what `git hash-object` prints."""
+    with open(path, "rb") as file:
+        if algorithm == "git":
+            start = hashlib.sha1(b"blob %d\0" % os.fstat(file.fileno()).st_size, usedforsecurity=False)
+        else:
+            start = hashlib.new(algorithm, usedforsecurity=False)
+        return hashlib.file_digest(file, lambda: start).hexdigest()
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -1,6 +1,5 @@
 """Collect where an exported model comes from: its run, its scores, the program that wrote it. Plain values, no private paths."""
 
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -9,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from src.core.files import file_digest
 from src.core.json_files import read_json
 from src.core.run_names import git_state
 from src.core.weights import RANDOM, resolve
@@ -38,7 +38,7 @@ def provenance(loaded: LoadedModel, score_files: Sequence[str | Path] = ()) -> d
     values = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "source": source.name,
-        "source_sha256": _sha256(source) if source.is_file() else None,
+        "source_sha256": file_digest(source, "sha256") if source.is_file() else None,
         "weights": description["weights"],
         "step": description.get("step"),
         "epoch": description.get("epoch"),
@@ -72,12 +72,7 @@ def write_record(values: Mapping[str, Any], folder: Path) -> None:
 def file_hashes(folder: Path) -> dict[str, str]:
     """Return the sha256 of every file below `folder`, by its path there."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    return {path.relative_to(folder).as_posix(): file_digest(path, "sha256") for path in files}
 
 
 def without_private_paths(value: Any) -> Any:

@@ -1,0 +1,165 @@
+"""What can be downloaded, and what a composed config needs of it.
+
+Hashes are only those that somebody published: the sha256 prefix that PyTorch's naming rule puts into a file name, the md5
+of the LPIPS v0.1 linear weights. Files of the hub have none here: the hub states theirs with each answer.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from src.core.errors import UserError
+
+HUB = "https://huggingface.co"
+_RAE = f"{HUB}/nyu-visionx/RAE-collections/resolve/main"  # released by the authors of arXiv 2510.11690
+_RAE_V2 = f"{HUB}/nyu-visionx/RAEv2-models/resolve/main"  # released by the authors of arXiv 2605.18324
+_GITHUB = "https://github.com"
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A weights file, or an encoder repository of the hub (called by its id), or a file that the user has to bring."""
+
+    name: str
+    what: str
+    place: str = ""  # of a file, relative to `paths.weights_dir`
+    sources: tuple[str, ...] = ()  # addresses, tried in this order
+    digest: str | None = None  # `algorithm:hex`, the whole published hash or its beginning
+    package: str = ""  # an installed package that brings the same bytes, and the file in it
+    gated: bool = False
+    path: Path | None = None  # where a file belongs on this machine; None: the hub's cache (HF_HOME)
+
+    def below(self, weights_dir: Path) -> "Asset":
+        """Return the asset with its path."""
+        return replace(self, path=weights_dir / self.place) if self.place else self
+
+
+def _released(name: str, what: str, encoder: str, decoder: str, data: str) -> tuple[Asset, Asset]:
+    """Return an official decoder and its latent statistics, under their official relative paths."""
+    decoder, stats = f"decoders/{encoder}/{decoder}/model.pt", f"stats/{encoder}/{data}/stat.pt"
+    return (
+        Asset(f"decoder-{name}", f"official ViT-XL decoder for {what}", decoder, (f"{_RAE}/{decoder}",)),
+        Asset(f"stats-{name}", f"official latent statistics of {what}", stats, (f"{_RAE}/{stats}",)),
+    )
+
+
+def _released_v2(name: str, what: str) -> tuple[Asset, Asset]:
+    decoder, stats = (f"{_RAE_V2}/stage1/imagenet/{name}/{file}" for file in ("decoder.pt", "stats.pt"))
+    return (
+        Asset(f"decoder-{name}", f"RAEv2 decoder for {what}", f"decoders/{name}/decoder.pt", (decoder,)),
+        Asset(f"stats-{name}", f"RAEv2 latent statistics of {what}", f"stats/{name}/stats.pt", (stats,)),
+    )
+
+
+FILES = (
+    Asset(
+        "vgg16",
+        "VGG16 (torchvision, ImageNet), the features under LPIPS; 528 MiB",
+        "vgg16-397923af.pth",
+        ("https://download.pytorch.org/models/vgg16-397923af.pth",),
+        "sha256:397923af",
+    ),
+    Asset(
+        "lpips",
+        "LPIPS v0.1 linear weights for VGG16; 7 KiB",
+        "lpips_vgg_v0.1.pth",
+        (f"{_GITHUB}/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",),
+        "md5:d507d7349b931f0638a25a48a722f98a",
+        package="torchmetrics/functional/image/lpips_models/vgg.pth",
+    ),
+    Asset(
+        "inception",
+        "Inception of the original FID (TensorFlow, 2015-12-05), for rFID; 91 MiB",
+        "pt_inception-2015-12-05-6726825d.pth",
+        (
+            f"{_GITHUB}/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+            f"{_GITHUB}/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+        ),
+        "sha256:6726825d",
+    ),
+    Asset(
+        "discriminator",
+        "DINO ViT-S/8, the frozen trunk of the discriminator",
+        "discs/dino_vit_small_patch8_224.pth",
+        (f"{_RAE}/discs/dino_vit_small_patch8_224.pth", f"{_RAE_V2}/encoders/dino/dino_vit_small_patch8_224.pth"),
+    ),
+    *_released("dinov2", "DINOv2-B, 256 px", "dinov2/wReg_base", "ViTXL_n08", "imagenet1k"),
+    *_released("dinov2-512", "DINOv2-B, 512 px", "dinov2/wReg_base", "ViTXL_n08_i512", "imagenet1k_512"),
+    *_released("siglip2", "SigLIP2-B, 256 px", "siglip2/base_p16_i256", "ViTXL_n08", "ImageNet1k"),
+    *_released("mae", "MAE-B, 256 px", "mae/base_p16", "ViTXL_n08", "ImageNet1k"),
+    *_released_v2("dinov3l-k7", "DINOv3-L, blocks 11, 13, ..., 23"),
+    *_released_v2("dinov3l-k23", "DINOv3-L, blocks 1 to 23"),
+)
+REPOSITORIES = (
+    Asset("facebook/dinov2-with-registers-base", "encoder DINOv2-B with registers"),
+    Asset("google/siglip-so400m-patch14-384", "encoder SigLIP so400m"),
+    Asset("google/siglip2-base-patch16-256", "encoder SigLIP2-B"),
+    Asset("facebook/vit-mae-base", "encoder MAE-B"),
+    Asset("facebook/dinov3-vitb16-pretrain-lvd1689m", "encoder DINOv3-B", gated=True),
+    Asset("facebook/dinov3-vitl16-pretrain-lvd1689m", "encoder DINOv3-L", gated=True),
+)
+ASSETS = (*REPOSITORIES, *FILES)
+
+# Config keys that name a weights file, with the asset that such a file always is (None: its place and name tell).
+_FILE_KEYS = {
+    "vgg_path": "vgg16",
+    "linear_path": "lpips",
+    "inception_path": "inception",
+    "dino_ckpt_path": None,
+    "pretrained_decoder_path": None,
+    "normalization_stat_path": None,
+}
+USERS_CHOICE = "required"  # of `model.pretrained_decoder_path`: the experiment leaves its decoder to the user
+
+
+def by_name(name: str) -> Asset:
+    """Return the asset called `name`: its name in the table, its place, or its file name where only one has that."""
+    exact = [asset for asset in ASSETS if name in (asset.name, asset.place)]
+    found = exact or [asset for asset in FILES if Path(asset.place).name == name]
+    if len(found) != 1:
+        known = "\n  ".join(asset.name for asset in ASSETS)
+        problem = "is the file name of several assets" if found else "is no known asset"
+        raise UserError(f"'{name}' {problem}. Known names (an experiment goes behind --experiment):\n  {known}")
+    return found[0]
+
+
+def requirements(config: Mapping[str, Any], weights_dir: Path, root: Path) -> list[Asset]:
+    """Return everything that `config` (plain, resolved, nested) loads, each once; read by the names of its keys.
+
+    Parts whose `weights` are other than `pretrained` need nothing, nor a path beside such a word (`inception_weights` for
+    `inception_path`), nor keys that are null. Relative paths are relative to `root`, the project; `weights_dir` is where
+    the table's places are. Raises UserError for a value that is missing.
+    """
+    found = []
+    for key, value in _references(config, ()):
+        if value == "???":
+            raise UserError(f"{key} is '???': give it a value (`{key}=PATH`) before its weights can be found.")
+        leaf, path = key.rpartition(".")[2], root / Path(value).expanduser()
+        unknown = Asset(key, "no known source: yours to provide", path=path)
+        if leaf in _FILE_KEYS:
+            known = [asset for asset in FILES if weights_dir / asset.place == path]
+            known = known or [asset for asset in FILES if Path(asset.place).name == path.name]
+            known = known if len(known) == 1 else [asset for asset in FILES if asset.name == _FILE_KEYS[leaf]]
+            found.append(replace(known[0], path=path) if known else unknown)
+        elif not path.exists():  # else an encoder in a folder of the user's own
+            is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", value)
+            chosen = next((asset for asset in REPOSITORIES if asset.name == value), Asset(value, "encoder"))
+            found.append(chosen if is_id else unknown)
+    return list(dict.fromkeys(found))
+
+
+def _references(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, value) of every leaf that names weights, in the order of the config."""
+    if isinstance(node, Mapping) and node.get("weights", "pretrained") == "pretrained":
+        for name, value in node.items():
+            if node.get(str(name).removesuffix("_path") + "_weights", "pretrained") == "pretrained":
+                yield from _references(value, (*path, str(name)))
+    elif isinstance(node, Sequence) and not isinstance(node, str):
+        for index, value in enumerate(node):
+            yield from _references(value, (*path, str(index)))
+    elif isinstance(node, str) and node not in ("", USERS_CHOICE):
+        of_encoder = path[-2:-1] == ("encoder_params",) and (path[-1] == "model_name" or path[-1].endswith("_path"))
+        if of_encoder or path[-1] == "encoder_config_path" or path[-1] in _FILE_KEYS:
+            yield ".".join(path), node
