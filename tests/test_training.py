@@ -1,12 +1,12 @@
 """Whole runs of the training program on made-up data."""
 
-import csv
 import json
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from src.core import metrics_file
 from src.core.images import bytes_to_unit
 from src.core.weights import read
 from tests.training import train
@@ -127,8 +127,8 @@ def test_accumulation_counts_updates_and_equals_one_batch_without_the_gan(tmp_pa
     moments = [r.trainer.optimizers[0].state_dict()["state"] for r in (whole, halves)]
     for mine, theirs in zip(moments[0].values(), moments[1].values(), strict=True):
         assert (mine["exp_avg"] - theirs["exp_avg"]).abs().max() < 1e-5
-    rows = list(csv.DictReader((tmp_path / "halves" / "csv" / "metrics.csv").open()))
-    assert [int(r["step"]) for r in rows if r.get("train/loss")] == [1, 2, 3]
+    rows = metrics_file.read(tmp_path / "halves" / "metrics.csv")
+    assert [step for step, name, *_ in rows if name == "train/loss"] == [1, 2, 3]
 
 
 def test_bf16_and_16_on_a_cpu(tmp_path):
