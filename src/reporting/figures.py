@@ -14,9 +14,7 @@ from src.reporting.reading import Run, Series
 PALETTE = ("#3b8bd4", "#e67e33", "#35a06c", "#b264c8", "#d6504c", "#94862f", "#22a5b0", "#d1699c")
 """Of the names in a chart of one run; of the runs where there are several."""
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
-_PHASE = {"dash": "dot", "width": 1, "color": "#8a8f98"}
-_LOG, _LINEAR = ({"yaxis.type": kind, "yaxis.autorange": True} for kind in ("log", "linear"))
-_BUTTON = {"label": "log", "method": "relayout", "args": [_LOG], "args2": [_LINEAR]}
+_BUTTON = {"label": "log", "method": "relayout", "args": ["yaxis.type", "log"], "args2": ["yaxis.type", "linear"]}
 _LAYOUT = {
     "template": "none",
     "height": 300,
@@ -25,9 +23,7 @@ _LAYOUT = {
     "legend": {"orientation": "h", "y": -0.12},
     "xaxis": {"zeroline": False},
     "yaxis": {"zeroline": False, "exponentformat": "e"},
-    "updatemenus": [
-        {"type": "buttons", "buttons": [_BUTTON], "x": 0, "y": 1.16, "xanchor": "left", "showactive": False}
-    ],
+    "updatemenus": [{"type": "buttons", "buttons": [_BUTTON], "x": 0, "y": 1.16, "xanchor": "left"}],
 }
 
 
@@ -43,7 +39,7 @@ class Chart(NamedTuple):
 CHARTS = (
     Chart("Loss", "(train|val)/loss", "Decoder in training; L1 + LPIPS on held-out images (EMA weights).", min),
     Chart("rFID", "rfid(_full)?/score", "Originals against reconstructions (EMA weights); lower is better.", min),
-    Chart("FID distance, UNTRAINED Inception", "rfid_untrained(_full)?/score", "No rFID: compares with nothing.", min),
+    Chart("FID distance, UNTRAINED Inception", "rfid_untrained(_full)?/score", "Not comparable with any rFID.", min),
     Chart("PSNR (dB)", r"(val|rfid\w*)/psnr", "Reconstructions by the EMA weights; higher is better.", max),
     Chart("L1", "(train|val)/l1", "Mean absolute difference of images in [0, 1]."),
     Chart("LPIPS", r"(train|val|rfid\w*)/lpips", "Perceptual distance; lower is better.", min),
@@ -63,9 +59,7 @@ CHARTS = (
 
 def charts(runs: Sequence[Run]) -> list[tuple[Chart, Markup]]:
     """Return each chart that has data, and its HTML; logged names that no chart is for get one each."""
-    logged = sorted(
-        {name for run in runs for name in run.series if not re.fullmatch(r"rfid\w*/(images|seconds)", name)}
-    )
+    logged = sorted({name for run in runs for name in run.series if not name.endswith(("/images", "/seconds"))})
     found = [(chart, [name for name in logged if re.fullmatch(chart.names, name)]) for chart in CHARTS]
     known = {name for _, names in found for name in names}
     found += [(Chart(name, ""), [name]) for name in logged if name not in known]
@@ -81,7 +75,8 @@ def best(chart: Chart, name: str, series: Series) -> tuple[int, float] | None:
 
 
 def _draw(chart: Chart, names: Sequence[str], runs: Sequence[Run], key: str) -> Markup:
-    figure, several = go.Figure(layout=_LAYOUT), len(runs) > 1
+    several = len(runs) > 1
+    figure = go.Figure(layout={**_LAYOUT, "showlegend": several or len(names) > 1})
     for r, run in enumerate(runs):
         for n, name in enumerate(names):
             series = run.series.get(name, {})
@@ -97,10 +92,11 @@ def _draw(chart: Chart, names: Sequence[str], runs: Sequence[Run], key: str) -> 
             )
             if point := best(chart, name, series):
                 star = {"symbol": "star", "size": 12, "color": color}
-                figure.add_scatter(x=[point[0]], y=[point[1]], mode="markers", marker=star, showlegend=False)
+                figure.add_scatter(
+                    x=point[:1], y=point[1:], mode="markers", marker=star, showlegend=False, hoverinfo="skip"
+                )
     starts = re.findall(r"(LPIPS|discriminator|GAN term) at step ([\d,]+)", runs[0].log)  # of the losses
-    for name, step in [] if several else [*starts, ("resumed", str(runs[0].resumed_at))]:
+    for name, step in {} if several else {**dict(starts), "resumed": str(runs[0].resumed_at)}.items():
         if 0 < (x := int(step.replace(",", ""))) <= max(max(runs[0].series[name]) for name in names):
-            figure.add_vline(x, line=_PHASE, annotation={"text": name, "textangle": -90})
-    figure.update_layout(showlegend=several or len(names) > 1)
+            figure.add_vline(x, line={"dash": "dot", "color": "#8a8f98"}, annotation={"text": name, "textangle": -90})
     return Markup(figure.to_html({"displaylogo": False}, include_plotlyjs=False, full_html=False, div_id=key))

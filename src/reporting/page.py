@@ -58,13 +58,12 @@ def facts(run: Run) -> dict[str, Markup]:
     for chart in CHARTS:
         for name in filter(re.compile(chart.names).fullmatch, run.series):
             if point := best(chart, name, run.series[name]):
-                images, doubt = f"{number(held_out)} held-out images", ""
-                if name.startswith("rfid"):
-                    count = run.series.get(name.replace("/score", "/images"), {}).get(point[0], math.nan)
-                    images = f"{number(count)} images"
-                    doubt = "under 2,048 images: biased upward" if count < 2048 else ""  # the size of a feature vector
-                title = f"best {chart.title}{', all images' * ('_full/' in name)}"
-                found[title] = _FACT.format(number(point[1]), f"step {point[0]:,} · {images}", doubt)
+                group, images = name.partition("/")[0], f"{number(held_out)} held-out images"
+                count = run.series.get(f"{group}/images", {}).get(point[0], math.nan)
+                images = images if group == "val" else f"{number(count)} images"
+                few = "under 2,048 images: biased upward" if count < 2048 else ""  # the size of a feature vector
+                title = f"best {chart.title}{', all images' if group.endswith('_full') else ''}"
+                found[title] = _FACT.format(number(point[1]), f"step {point[0]:,} · {images}", few)
     if speeds := [value for value in run.series.get("perf/images_per_s", {}).values() if math.isfinite(value)]:
         found["images/s"] = _FACT.format(number(statistics.median(speeds)), "median", "")
     if run.times:
@@ -90,7 +89,7 @@ def pictures(run: Run, folder: Path, pattern: str, limit: int) -> list[tuple[flo
     for file in folder.glob(pattern):
         name = file.parent.name if file.stem == "sheet" else file.stem
         if match := re.fullmatch(r"(step|epoch|end)_?(\d*)", name):
-            found.append((steps[match[1]] * int(match[2] or 1), f"{match[1]} {match[2].lstrip('0')}", file))
+            found.append((steps[match[1]] * int(match[2] or 1), re.sub("_0*", " ", name), file))
     found.sort()
     embedded = []
     for place in sorted({round(i * (len(found) - 1) / (limit - 1)) for i in range(limit) if found}):
@@ -116,7 +115,7 @@ def aligned(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]]
 
 
 def number(value: Any) -> str:
-    """Return four significant digits, thousands with commas; anything else as text."""
+    """Return four significant digits, thousands with commas; a list's words; anything else as text."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return str(value)
+        return " ".join(map(str, value)) if isinstance(value, list) else str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 or float(value).is_integer() else f"{value:.4g}"

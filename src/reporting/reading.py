@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -81,8 +82,11 @@ def _read(place: Path, known: tuple[Path, ...] = ()) -> Run:
         rows.extend(metrics_file.read(tables[0]) if tables else _events(place))  # an error leaves those before it
     except Exception as error:  # readers raise what they like
         run.notes.append(f"The logged numbers can be read in part only: {error}.")
-    run.times = [row[3] for row in rows]
+    run.times = [time for *_, time in rows if 0 < time < 1e10]
     run.series = join(rows, _resumed(run, (*known, place)))
+    for name, series in run.series.items():
+        if lost := [step for step, value in series.items() if not math.isfinite(value)]:
+            run.notes.append(f"{name} is not finite at {len(lost):,} of {len(series):,} steps, first at {lost[0]:,}.")
     return run
 
 
