@@ -5,9 +5,10 @@
     python src/report.py logs/runs/DATE/TIME1 logs/runs/DATE/TIME2        overlaid, side by side: RUN_DIR1/comparison.html
 
 The page holds all it shows (about 5 MB, and the pictures) and opens without a network; it follows the light or dark
-mode of the system and prints. Nothing but the files of the run is read: TensorBoard events or csv/metrics.csv,
-run.json, .hydra/config.yaml, run.log, samples/ and the sheets of rFID evaluations. A run that is still going, or that
-broke, makes a page too; what is missing or damaged is told there.
+mode of the system and prints. Nothing but the files of the run is read: metrics.csv, run.json, .hydra/, run.log, samples/
+and the sheets of rFID evaluations. The curves of a run that was resumed continue those of the run before, where that one
+is still there. Runs that have no metrics.csv are read through TensorBoard's events, which is slow. A run that is still
+going, or that broke, makes a page too; what is missing or damaged is told there.
 """
 
 import sys

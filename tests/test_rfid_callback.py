@@ -1,6 +1,5 @@
 """rFID during training: every option does what it says, and training never notices."""
 
-import csv
 import json
 import logging
 import os
@@ -15,6 +14,7 @@ import torch
 
 from src import eval_rfid
 from src.callbacks.rfid_callback import RFIDCallback, run_id
+from src.core import metrics_file
 from src.core.errors import UserError
 from src.core.weights import PROJECT_ROOT, read
 from src.metrics.inception import InceptionFeatures
@@ -39,8 +39,9 @@ def rfid(**options: object) -> list[str]:
 
 def logged(folder: Path, name: str) -> dict[int, float]:
     """Step -> value."""
-    with (folder / "csv" / "metrics.csv").open() as file:
-        return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
+    return {
+        step: value for step, logged_name, value, _ in metrics_file.read(folder / "metrics.csv") if logged_name == name
+    }
 
 
 class Watched:

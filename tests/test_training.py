@@ -1,12 +1,12 @@
 """Whole runs of the training program on made-up data."""
 
-import csv
 import json
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from src.core import metrics_file
 from src.core.images import bytes_to_unit
 from src.core.weights import PROJECT_ROOT, read
 from src.training.stage1_step import TrainingStep
@@ -128,8 +128,8 @@ def test_accumulation_counts_updates_and_equals_one_batch_without_the_gan(tmp_pa
     halves = train(tmp_path / "halves", *base, *halved)
     assert whole.trainer.global_step == halves.trainer.global_step == 3  # the seventh micro-batch is left over
     assert_same_moments(whole, halves)
-    rows = [list(csv.DictReader((tmp_path / name / "csv" / "metrics.csv").open())) for name in ("whole", "halves")]
-    losses = [{int(r["step"]): float(r["train/loss"]) for r in table if r.get("train/loss")} for table in rows]
+    rows = [metrics_file.read(tmp_path / name / "metrics.csv") for name in ("whole", "halves")]
+    losses = [{step: value for step, name, value, *_ in table if name == "train/loss"} for table in rows]
     assert list(losses[1]) == [1, 2, 3]
     assert losses[1][1] == pytest.approx(losses[0][1], rel=1e-5)  # the mean over micro-batches
 

@@ -1,120 +1,102 @@
-"""Curves as plotly figures, without the colours of a theme (page.js adds those)."""
+"""Draw the curves of runs with plotly; page.css gives text and grid their colours."""
 
 import html
-import json
-from collections.abc import Iterator, Sequence
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
+from markupsafe import Markup
 
-from src.reporting.charts import Chart
-from src.reporting.facts import starts
-from src.reporting.reading import Run, labels
-from src.reporting.series import Series, smooth, thin
+from src.reporting.reading import Run, Series
 
 PALETTE = ("#3b8bd4", "#e67e33", "#35a06c", "#b264c8", "#d6504c", "#94862f", "#22a5b0", "#d1699c")
+"""Of the names in a chart of one run; of the runs where there are several."""
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+_BUTTON = {"label": "log", "method": "relayout", "args": ["yaxis.type", "log"], "args2": ["yaxis.type", "linear"]}
+_LAYOUT = {
+    "template": "none",
+    "height": 300,
+    "margin": {"l": 56, "r": 16, "t": 30, "b": 30},
+    "hovermode": "x unified",
+    "legend": {"orientation": "h", "y": -0.12},
+    "xaxis": {"zeroline": False},
+    "yaxis": {"zeroline": False, "exponentformat": "e"},
+    "updatemenus": [{"type": "buttons", "buttons": [_BUTTON], "x": 0, "y": 1.16, "xanchor": "left"}],
+}
 
 
-def draw(chart: Chart, runs: Sequence[Run]) -> str:
-    """JSON of {data, layout}, safe inside a <script>."""
-    figure = go.Figure()
+class Chart(NamedTuple):
+    title: str
+    names: str
+    """Regular expression of logged names."""
+    about: str = ""
+    better: Callable[..., Any] | None = None
+    """`min` or `max`: the best value of evaluations is marked, and told at the top of the page."""
+
+
+CHARTS = (
+    Chart("Loss", "(train|val)/loss", "Decoder in training; L1 + LPIPS on held-out images (EMA weights).", min),
+    Chart("rFID", "rfid(_full)?/score", "Originals against reconstructions (EMA weights); lower is better.", min),
+    Chart("FID distance, UNTRAINED Inception", "rfid_untrained(_full)?/score", "Not comparable with any rFID.", min),
+    Chart("PSNR (dB)", r"(val|rfid\w*)/psnr", "Reconstructions by the EMA weights; higher is better.", max),
+    Chart("L1", "(train|val)/l1", "Mean absolute difference of images in [0, 1]."),
+    Chart("LPIPS", r"(train|val|rfid\w*)/lpips", "Perceptual distance; lower is better.", min),
+    Chart("SSIM", r"(val|rfid\w*)/ssim", "Structural similarity; higher is better.", max),
+    Chart("GAN term", "train/gan", "The generator's adversarial loss before weighting."),
+    Chart("Adaptive weight", "train/adaptive_weight", "Ratio of gradient norms that scales the GAN term."),
+    Chart("Discriminator loss", "disc/loss", "0: a perfect discriminator; 1 (hinge): one that guesses."),
+    Chart("Discriminator accuracy", "disc/accuracy", "Share of images told right; half is guessing."),
+    Chart("Discriminator logits", "disc/logits_.+", "Mean output for originals (real) and reconstructions (fake)."),
+    Chart("Gradient norm", "train/grad_norm", "Decoder, before clipping."),
+    Chart("Learning rate", "lr/.+"),
+    Chart("Throughput (images/s)", "perf/images_per_s", "All processes; evaluation and pictures not counted."),
+    Chart("Waiting for data", "perf/data_wait", "Share of the time; above a fifth, the data path is the bottleneck."),
+    Chart("Peak memory (GB)", "perf/memory_gb", "First process: of its GPU; on a CPU, of the process."),
+)
+
+
+def charts(runs: Sequence[Run]) -> list[tuple[Chart, Markup]]:
+    """Return each chart that has data, and its HTML; logged names that no chart is for get one each."""
+    logged = sorted({name for run in runs for name in run.series if not name.endswith(("/images", "/seconds"))})
+    found = [(chart, [name for name in logged if re.fullmatch(chart.names, name)]) for chart in CHARTS]
+    known = {name for _, names in found for name in names}
+    found += [(Chart(name, ""), [name]) for name in logged if name not in known]
+    return [(chart, _draw(chart, names, runs, f"plot-{i}")) for i, (chart, names) in enumerate(found) if names]
+
+
+def best(chart: Chart, name: str, series: Series) -> tuple[int, float] | None:
+    """Return step and value of the best finite one among the scores of evaluations; None for other numbers."""
+    if chart.better is None or not re.fullmatch(r"val/.*|.*/score", name):
+        return None
+    finite = [(step, value) for step, value in series.items() if math.isfinite(value)]
+    return chart.better(finite, key=lambda point: point[1], default=None)
+
+
+def _draw(chart: Chart, names: Sequence[str], runs: Sequence[Run], key: str) -> Markup:
     several = len(runs) > 1
-    short = labels([run.folder for run in runs], depth=1)  # legends have little room
-    present = [tag for tag, _ in chart.tags if any(tag in run.series for run in runs)]
+    figure = go.Figure(layout={**_LAYOUT, "showlegend": several or len(names) > 1})
     for r, run in enumerate(runs):
-        for tag, name in chart.tags:
-            if tag not in run.series:
-                continue
-            t = present.index(tag)
-            color = PALETTE[(r if several else t) % len(PALETTE)]
-            label = f"{short[r]} {name}" if several and len(present) > 1 else short[r] if several else name
-            for trace in _traces(
-                run.series[tag], label, color, _DASHES[t % len(_DASHES)] if several else "solid", f"{r}-{t}"
-            ):
-                figure.add_trace(trace)
-            if chart.better and (best := run.series[tag].best(chart.better)):
-                figure.add_trace(_mark(best, label, color, f"{r}-{t}"))
-    figure.update_layout(
-        template="none",
-        height=300,
-        margin={"l": 56, "r": 16, "t": 10, "b": 40},
-        hovermode="x unified",
-        showlegend=several or len(present) > 1,
-        legend={"orientation": "h", "y": -0.22, "yanchor": "top", "x": 0},
-        xaxis={"title": {"text": "step", "standoff": 6}, "zeroline": False},
-        yaxis={"zeroline": False, "tickformat": chart.format or None},
-    )
-    if not several:
-        _mark_starts(figure, runs[0], present)
-    return in_script(figure.to_json())
-
-
-def in_script(text: str) -> str:
-    """JSON that can stand in a <script>: no character there ends it."""
-    json.loads(text)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _traces(series: Series, label: str, color: str, dash: str, group: str) -> Iterator[go.Scatter]:
-    """The curve; of many points a running mean, the points themselves pale behind it."""
-    mean = smooth(series)
-    common = {"legendgroup": group, "name": html.escape(label)}
-    few = len(series) <= 40
-    if mean is not None:
-        raw = thin(series)
-        yield go.Scatter(
-            **common,
-            **_points(raw),
-            mode="lines",
-            line={"color": color, "width": 1},
-            opacity=0.28,
-            showlegend=False,
-            hoverinfo="skip",
-        )
-    shown = thin(mean or series)
-    yield go.Scatter(
-        **common,
-        **_points(shown),
-        mode="lines+markers" if few else "lines",
-        line={"color": color, "width": 2, "dash": dash},
-        marker={"size": 5},
-        hovertemplate="%{y:.5~g}",
-    )
-
-
-def _points(series: Series) -> dict[str, list[float | None]]:
-    """Six significant digits; plotly leaves gaps for None."""
-    finite = dict(series.finite)
-    return {"x": list(series.steps), "y": [float(f"{finite[s]:.6g}") if s in finite else None for s in series.steps]}
-
-
-def _mark(best: tuple[int, float], label: str, color: str, group: str) -> go.Scatter:
-    return go.Scatter(
-        x=[best[0]],
-        y=[best[1]],
-        mode="markers",
-        name=html.escape(f"best {label}"),
-        legendgroup=group,
-        showlegend=False,
-        hoverinfo="skip",
-        marker={"symbol": "star", "size": 12, "color": color},
-    )
-
-
-def _mark_starts(figure: go.Figure, run: Run, present: Sequence[str]) -> None:
-    """A dotted line where a loss begins."""
-    last = max((run.series[tag].steps[-1] for tag in present), default=0)
-    for name, step in starts(run).items():
-        if 0 < step <= last:
-            figure.add_vline(x=step, line={"dash": "dot", "width": 1, "color": "#8a8f98"})
-            figure.add_annotation(
-                x=step,
-                y=1,
-                yref="paper",
-                text=name,
-                showarrow=False,
-                xanchor="right",
-                yanchor="top",
-                textangle=-90,
-                font={"size": 10, "color": "#8a8f98"},
+        for n, name in enumerate(names):
+            series = run.series.get(name, {})
+            every = slice(None, None, len(series) // 20_000 + 1)  # no more of a very long run
+            color = PALETTE[(r if several else n) % len(PALETTE)]
+            figure.add_scatter(
+                x=list(series)[every],
+                y=list(series.values())[every],
+                name=html.escape(f"{run.label} {name}" if several else name),
+                line={"color": color, "dash": _DASHES[n % len(_DASHES)] if several else "solid"},
+                mode="lines+markers" if len(series) < 40 else "lines",
+                hovertemplate="%{y:.5~g}",
             )
+            if point := best(chart, name, series):
+                star = {"symbol": "star", "size": 12, "color": color}
+                figure.add_scatter(
+                    x=point[:1], y=point[1:], mode="markers", marker=star, showlegend=False, hoverinfo="skip"
+                )
+    starts = re.findall(r"(LPIPS|discriminator|GAN term) at step ([\d,]+)", runs[0].log)  # of the losses
+    for name, step in {} if several else {**dict(starts), "resumed": str(runs[0].resumed_at)}.items():
+        if 0 < (x := int(step.replace(",", ""))) <= max(max(runs[0].series[name]) for name in names):
+            figure.add_vline(x, line={"dash": "dot", "color": "#8a8f98"}, annotation={"text": name, "textangle": -90})
+    return Markup(figure.to_html({"displaylogo": False}, include_plotlyjs=False, full_html=False, div_id=key))

@@ -1,102 +1,121 @@
-"""One HTML file that needs nothing else: styles, plotly.js, curves and pictures are inside it."""
+"""Render runs as one HTML file that needs no other: styles, plotly.js, curves and pictures are inside it."""
 
-import json
-from collections.abc import Sequence
+import base64
+import io
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+import yaml
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+from PIL import Image
 from plotly.offline import get_plotlyjs
 
-from src.reporting.charts import charts
-from src.reporting.figures import draw, in_script
-from src.reporting.markup import Html, element, joined
-from src.reporting.pictures import rfid_sheets, samples
+from src.core.run_names import run_id
+from src.core.text import duration, flat
+from src.core.weights import resolve
+from src.reporting.figures import CHARTS, PALETTE, best, charts
 from src.reporting.reading import Run
-from src.reporting.sections import all_warnings, configuration, curves, environment, pictures, result
-from src.reporting.summary import summary
 
-MAX_SAMPLES, MAX_RFID_SHEETS = 12, 4
-"""Pictures of a run where it is alone; several runs share them."""
-
-# Nothing is fetched, whatever a run's files say.
-_POLICY = (
-    "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "base-uri 'none'; form-action 'none'"
-)
+_SHEETS = "callbacks.rfid.rfid_output_dir"
+_FACT = Markup("<b>{}</b> <small>{} <em>{}</em></small>")
+"""`0.57`, `step 12,000 · 1,000 images`, and why that means less than it seems."""
+_WARNING = re.compile(r"^\d{4}-[\d:, -]+ (?:WARNING|ERROR|CRITICAL) [\w.]+: (.*(?:\n(?!\d{4}-).*)*)", re.MULTILINE)
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The same files make the same page."""
-    found = charts(runs)
-    sheets = [samples(run, _share(MAX_SAMPLES, runs)) for run in runs]
-    rfid = [rfid_sheets(run, _share(MAX_RFID_SHEETS, runs)) for run in runs]
-    sections = {
-        "Curves": curves(found),
-        "Samples": pictures(
-            "samples",
-            "Samples",
-            "Originals above reconstructions by the EMA weights, always of the same images.",
-            runs,
-            sheets,
-        ),
-        "rFID sheets": pictures(
-            "rfid-sheets",
-            "Sheets of the rFID evaluations",
-            "Rows of originals, their reconstructions, and the differences times 4.",
-            runs,
-            rfid,
-        ),
-        "Warnings": all_warnings(runs),
-        "Result": result(runs),
-        "Configuration": configuration(runs),
-        "Environment": environment(runs),
-    }
-    title = ", ".join(f"{run.name} {run.label}" for run in runs)
-    figures = ",".join(f"{json.dumps(chart.key)}:{draw(chart, runs)}" for chart in found)
-    return "<!DOCTYPE html>\n" + element(
-        "html",
-        element(
-            "head",
-            Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
-            Html('<meta name="color-scheme" content="light dark"><meta name="referrer" content="no-referrer">'),
-            Html(f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'),
-            element("title", title),
-            element("style", Html(_beside("page.css"))),
-        ),
-        element(
-            "body",
-            _top(runs, [name for name, section in sections.items() if section]),
-            element("main", summary(runs), *sections.values()),
-            element(
-                "footer", "Made by src/report.py from the files in ", ", ".join(str(run.folder) for run in runs), "."
-            ),
-            element("script", Html(in_script("{" + figures + "}")), type="application/json", id="figures"),
-            element("script", Html(get_plotlyjs())) if found else None,
-            element("script", Html(_beside("page.js"))),
-        ),
-        lang="en",
+    """Return the HTML; the same files make the same page."""
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    configs = [flat(run.config) for run in runs]
+    places = [resolve(str(flat(run.config).get(_SHEETS))) / run_id(run.folder) for run in runs]
+    return environment.get_template("page.html.j2").render(
+        runs=runs,
+        palette=PALETTE,
+        untrained=[untrained(run) for run in runs],
+        facts=aligned([facts(run) for run in runs]),
+        charts=charts(runs),
+        samples=[pictures(run, run.folder / "samples", "*.png", 12 // len(runs)) for run in runs],
+        sheets=[pictures(run, place, "*/sheet.png", 4 // len(runs)) for run, place in zip(runs, places, strict=True)],
+        warnings=[dict.fromkeys(text.strip() for text in _WARNING.findall(run.log)) for run in runs],
+        differences=[(key, cells) for key, cells in aligned(configs) if any(cell != cells[0] for cell in cells)],
+        configs=[yaml.safe_dump(run.config, sort_keys=False) for run in runs],
+        records=aligned([{k: number(v) for k, v in flat(run.record).items() if k != "warnings"} for run in runs]),
+        plotly_js=Markup(get_plotlyjs()),
     )
 
 
-def _top(runs: Sequence[Run], names: Sequence[str]) -> Html:
-    links = [element("a", name, href="#" + _ids[name]) for name in names]
-    heading = "Training run" if len(runs) == 1 else f"{len(runs)} training runs"
-    return element("header", element("h1", heading), element("nav", joined(links)), cls="top")
+def facts(run: Run) -> dict[str, Markup]:
+    """Return what people look for first, by its name."""
+    record, config = flat(run.record), flat(run.config)
+    held_out = record.get("data.validation", "") if config.get("trainer.limit_val_batches") in (None, 1.0) else "some"
+    last = record.get("result.step") or max((max(series) for series in run.series.values()), default=0)
+    found = {"steps": _FACT.format(number(last), f"of {config.get('trainer.max_epochs')} epochs", "")}
+    for chart in CHARTS:
+        for name in filter(re.compile(chart.names).fullmatch, run.series):
+            if point := best(chart, name, run.series[name]):
+                group, images = name.partition("/")[0], f"{number(held_out)} held-out images"
+                count = run.series.get(f"{group}/images", {}).get(point[0], math.nan)
+                images = images if group == "val" else f"{number(count)} images"
+                few = "under 2,048 images: biased upward" if count < 2048 else ""  # the size of a feature vector
+                title = f"best {chart.title}{', all images' if group.endswith('_full') else ''}"
+                found[title] = _FACT.format(number(point[1]), f"step {point[0]:,} · {images}", few)
+    if speeds := [value for value in run.series.get("perf/images_per_s", {}).values() if math.isfinite(value)]:
+        found["images/s"] = _FACT.format(number(statistics.median(speeds)), "median", "")
+    if run.times:
+        end = f"last logged {datetime.fromtimestamp(max(run.times)):%Y-%m-%d %H:%M}"
+        found["time"] = _FACT.format(duration(max(run.times) - min(run.times)), end, "")
+    device = f"{record.get('processes', 1)} × {record.get('device', 'unknown')}"
+    return {**found, "device": _FACT.format(device, f"precision {config.get('trainer.precision')}", "")}
 
 
-_ids = {
-    "Curves": "curves",
-    "Samples": "samples",
-    "rFID sheets": "rfid-sheets",
-    "Warnings": "warnings",
-    "Result": "result",
-    "Configuration": "config",
-    "Environment": "environment",
-}
+def untrained(run: Run) -> list[str]:
+    """Return the parts with random weights: as the run said itself, else as its configuration says."""
+    said = re.findall(r"UNTRAINED by request: ([^.]+)", run.log)
+    inception = ["Inception network"] * any(name.startswith("rfid_untrained") for name in run.series)
+    config = [f"{k} ({v})" for k, v in flat(run.config).items() if k.endswith("weights") and v in ("untrained", "tiny")]
+    return list(dict.fromkeys((said or config) + inception))
 
 
-def _share(most: int, runs: Sequence[Run]) -> int:
-    return max(most // len(runs), 2)
+def pictures(run: Run, folder: Path, pattern: str, limit: int) -> list[tuple[float, str, str]]:
+    """Return step, caption and data URI of `limit` PNG files (2 at least), evenly over the time. They, or the folders of
+    those called sheet.png, are named step_X, epoch_X or end. Files over 1 MB become smaller JPEG."""
+    epoch, found, limit = re.search(r"steps +([\d,]+) an epoch", run.log), [], max(limit, 2)
+    steps = {"step": 1, "epoch": int(epoch[1].replace(",", "")) if epoch else 0, "end": math.inf}
+    for file in folder.glob(pattern):
+        name = file.parent.name if file.stem == "sheet" else file.stem
+        if match := re.fullmatch(r"(step|epoch|end)_?(\d*)", name):
+            found.append((steps[match[1]] * int(match[2] or 1), re.sub("_0*", " ", name), file))
+    found.sort()
+    embedded = []
+    for place in sorted({round(i * (len(found) - 1) / (limit - 1)) for i in range(limit) if found}):
+        step, caption, file = found[place]
+        content, kind = file.read_bytes(), "png"
+        try:
+            with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
+                picture.load()
+                if len(content) > 1_000_000:
+                    picture.thumbnail((1600, 4000))
+                    picture.convert("RGB").save(buffer := io.BytesIO(), "JPEG", quality=85)
+                    content, kind = buffer.getvalue(), "jpeg"
+            embedded.append((step, caption, f"data:image/{kind};base64,{base64.b64encode(content).decode()}"))
+        except Exception as error:  # Pillow raises many kinds on damaged files
+            run.notes.append(f"{file.parent.name}/{file.name} can't be shown: {error}.")
+    return embedded
 
 
-def _beside(name: str) -> str:
-    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+def aligned(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]]:
+    """[{"a": 1}, {"b": 2}] -> [("a", [1, "–"]), ("b", ["–", 2])]."""
+    names = dict.fromkeys(name for column in sorted(columns, key=len, reverse=True) for name in column)
+    return [(name, [column.get(name, "–") for column in columns]) for name in names]
+
+
+def number(value: Any) -> str:
+    """Return four significant digits, thousands with commas; a list's words; anything else as text."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 or float(value).is_integer() else f"{value:.4g}"

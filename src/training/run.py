@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.callbacks.checkpoint import RunCheckpoint
+from src.callbacks.metrics_csv import MetricsCsv
 from src.callbacks.startup import StartupTable, device_name
 from src.core.errors import UserError
 from src.core.launch import Launch
@@ -132,7 +133,8 @@ def build_run(config: DictConfig, launch: Launch, bare: bool = False) -> Run:
     pl.seed_everything(config.seed, workers=False, verbose=False)
     datamodule = build(config.data, "data")
     callbacks = [] if bare else [StartupTable(), *build_all(config.callbacks, "callbacks")]
-    loggers = build_all(config.logger, "logger") if launch.main and not bare else []
+    writes = launch.main and not bare
+    loggers = [*build_all(config.logger, "logger"), MetricsCsv(plain["paths"]["run_dir"])] if writes else []
     trainer = build_trainer(
         plain["trainer"], launch, callbacks, loggers, plain["paths"]["run_dir"] or plain["paths"]["log_dir"]
     )

@@ -1,0 +1,37 @@
+"""Keep every logged number in RUN/metrics.csv, whatever other loggers a run has. Format: `src/core/metrics_file.py`."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers.logger import Logger
+
+from src.core import metrics_file
+
+log = logging.getLogger(__name__)
+
+
+class MetricsCsv(Logger):
+    """Lightning logger of the first rank; what it has logged survives SIGKILL."""
+
+    name = ""
+    version = ""
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self.file = Path(folder) / metrics_file.NAME
+        self._failed = False
+        metrics_file.append(self.file, 0, {})
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: they are in .hydra/config.yaml."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Append `metrics`; a full disk is logged once and stops no training."""
+        try:
+            metrics_file.append(self.file, step or 0, metrics)
+        except OSError as error:
+            if not self._failed:
+                log.warning("%s can't be written (%s): the report's curves will have gaps.", self.file, error)
+            self._failed = True
