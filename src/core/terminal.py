@@ -56,6 +56,9 @@ def run_program(body: Callable[[], int]) -> int:
     except UserError as error:
         print(f"Error{f' (process {rank})' if rank else ''}: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # `PROGRAM | head`
+        sys.stdout = None
+        return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
