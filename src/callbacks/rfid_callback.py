@@ -1,26 +1,27 @@
-"""Reconstruction FID while training. Protocol: design §6; the pass itself is that of `src/evaluation`."""
+"""Reconstruction FID while training. Protocol: docs/evaluation.md; the pass itself is that of `src/evaluation`."""
 
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
 from src.callbacks.throughput import training_paused
+from src.core.distributed import Process
 from src.core.errors import UserError
 from src.core.images import Quantization
 from src.core.run_names import run_id
-from src.core.weights import Weights, resolve
+from src.core.weights import resolve
 from src.evaluation.image_pairs import FirstPairs, save_pairs
 from src.evaluation.networks import load_inception
 from src.evaluation.scoring_pass import score_images
-from src.metrics.fid import FeatureStatistics
-from src.metrics.inception import InceptionFeatures
+from src.metrics.fid import Moments
+from src.metrics.inception import InceptionFeatures, InceptionWeights
 from src.metrics.reconstruction import ReconstructionScore
 
 log = logging.getLogger(__name__)
@@ -53,9 +54,10 @@ class RFIDCallback(pl.Callback):
         full_at_end: bool,
         quantization: Quantization,
         inception_path: str | None,
-        inception_weights: Weights,
-        inception_width: float,
+        inception_weights: InceptionWeights,
+        inception_width: float | None = None,
     ) -> None:
+        """`inception_width` stands in the configurations of older runs only: below 1 it makes untrained weights tiny."""
         for key, value, least in (
             ("rfid_every_n_steps", rfid_every_n_steps, 0),
             ("rfid_num_samples", rfid_num_samples, 2),
@@ -65,8 +67,8 @@ class RFIDCallback(pl.Callback):
             if not isinstance(value, int) or value < least:
                 raise UserError(f"callbacks.rfid.{key}={value}: expected a whole number of at least {least}.")
         for key, text, known in (
-            ("quantization", quantization, ("round", "truncate")),
-            ("inception_weights", inception_weights, ("pretrained", "untrained")),
+            ("quantization", quantization, get_args(Quantization)),
+            ("inception_weights", inception_weights, get_args(InceptionWeights)),
         ):
             if text not in known:
                 raise UserError(f"callbacks.rfid.{key}={text}: expected {' or '.join(known)}.")
@@ -77,11 +79,12 @@ class RFIDCallback(pl.Callback):
         self.save_count = save_samples_count if rfid_save_samples else 0
         self.train_fallback = use_train_dataloader
         self.quantization: Quantization = quantization
-        self._inception_arguments = (inception_path, inception_weights, inception_width)
-        self.group = "rfid_untrained" if inception_weights == "untrained" else "rfid"
+        key = "callbacks.rfid.inception_path"
+        self._inception_arguments = (inception_path, inception_weights, key, REMEDY, inception_width)
+        self.group = "rfid" if inception_weights == "pretrained" else "rfid_untrained"
         """First part of the logged names."""
         self._inception: InceptionFeatures | None = None
-        self._reals: dict[int, FeatureStatistics] = {}  # by number of images: they are the same ones each time
+        self._reals: dict[int, Moments] = {}  # by number of images: they are the same ones each time
         self._latest: tuple[int, int, dict[str, float]] = (-1, 0, {})  # step, images wanted, result
         self._warned_of_few = False
 
@@ -97,7 +100,7 @@ class RFIDCallback(pl.Callback):
     # -- when
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        """Before training: what would fail at the first evaluation fails now. Raises UserError."""
+        """Check before training what would fail at the first evaluation. Raises UserError."""
         if stage != "fit" or not (self.scores_checkpoints or self.full_at_end):
             return
         dataset, training_images = trainer.datamodule.evaluation_dataset(self.train_fallback)
@@ -110,8 +113,7 @@ class RFIDCallback(pl.Callback):
             log.warning(
                 "rFID is measured on training images: nothing is held out (data.train_split, data.hf_validation_split)."
             )
-        path, weights, width = self._inception_arguments
-        self._inception = load_inception(path, weights, width, "callbacks.rfid.inception_path", REMEDY)
+        self._inception = load_inception(*self._inception_arguments)
         if self.save_count and trainer.is_global_zero:
             self._folder(trainer).mkdir(parents=True, exist_ok=True)
 
@@ -152,33 +154,34 @@ class RFIDCallback(pl.Callback):
             self._publish(trainer, pl_module, group, values)
 
     def _score(self, trainer: pl.Trainer, pl_module: Any, name: str, images: int) -> dict[str, float]:
-        """On all ranks, the same result on all of them."""
-        rank, world = trainer.global_rank, trainer.world_size
-        reals = self._reals.get(images)
+        """Score the EMA weights on all ranks, with the same result on all of them."""
+        process = Process(pl_module.device, trainer.global_rank, trainer.world_size)
+        network = self._network(pl_module.device)
         score = ReconstructionScore(
-            self._network(pl_module.device), self.batch_size, pl_module.lpips, self.quantization, reals
+            network, self.batch_size, pl_module.lpips, self.quantization, self._reals.get(images)
         )
         pairs = FirstPairs(self.save_count)
-        loader = trainer.datamodule.evaluation_loader(self.batch_size, images, rank, world, self.train_fallback)
+        datamodule, (rank, world) = trainer.datamodule, (process.rank, process.world)
+        loader = datamodule.evaluation_loader(self.batch_size, images, rank, world, self.train_fallback)
 
         def reconstruct(batch: Tensor, rows: Tensor) -> list[Tensor]:
             with trainer.precision_plugin.forward_context():
                 return [pl_module.reconstruct(batch, "ema")]
 
-        score_images(loader, reconstruct, [score], pl_module.device, rank, world, [pairs] if self.save_count else [])
+        score_images(loader, reconstruct, [score], process, [pairs] if self.save_count else [])
         score.reduce()
-        if score.reconstructions.count < 2:  # on all ranks, so that none waits for the others
-            raise UserError(f"rFID needs at least 2 images that can be decoded, got {score.reconstructions.count}.")
-        if reals is None and score.originals is not None:
-            self._reals[images] = score.originals
-        values = score.compute(warn_of_few=not self._warned_of_few) if trainer.is_global_zero else None
+        if score.count < 2:  # on all ranks, so that none waits for the others
+            raise UserError(f"rFID needs at least 2 images that can be decoded, got {score.count}.")
+        self._reals[images] = score.reference
+        values = score.compute(warn_of_few=not self._warned_of_few) if process.main else {}
         self._warned_of_few = True
+        values = {key.removesuffix("_untrained"): value for key, value in values.items()}
         values = dict(trainer.strategy.broadcast(values))
-        values["score"] = values.pop(score.score_name)
+        values["score"] = values.pop("rfid")
         self._latest = (trainer.global_step, images, values)
         if self.save_count:
             kept = pairs.gather()
-            if trainer.is_global_zero:
+            if process.main:
                 save_pairs(kept, self._folder(trainer) / name)
         return values
 
@@ -194,7 +197,7 @@ class RFIDCallback(pl.Callback):
             )  # fmt: skip
 
     def _network(self, module_device: torch.device) -> InceptionFeatures:
-        """On `rfid_device`; `cuda` is the module's own GPU, or the module's device where there is none."""
+        """Return it on `rfid_device`: `cuda` is the module's own GPU, or the module's device where there is none."""
         assert self._inception is not None, "setup has not run"
         device = self.device
         if device.type == "cuda" and not torch.cuda.is_available():
@@ -224,7 +227,7 @@ def _parse_device(name: str) -> torch.device:
 
 @contextmanager
 def _evaluation_mode(*modules: nn.Module) -> Iterator[None]:
-    """Borrows the mode of every part and gives it back."""
+    """Put every part in eval mode and give its own mode back afterwards."""
     modes = [(part, part.training) for module in modules for part in module.modules()]
     for module in modules:
         module.eval()

@@ -58,12 +58,12 @@ class FolderSource:
         self._files: list[str] = []
         self._labels: list[int | None] = []
         for label, name in enumerate(classes):
-            files = _image_files(root / name, root)
+            files = image_files(root / name, root)
             self._files += files
             self._labels += [label] * len(files)
         self.class_names: list[str] | None = classes if self._files else None
         if not self._files:
-            self._files = sorted(e.name for e in _entries(root) if e.is_file() and _is_image(e.name))
+            self._files = sorted(e.name for e in _entries(root) if e.is_file() and is_image(e.name))
             self._labels = [None] * len(self._files)
         if not self._files:
             raise UserError(
@@ -226,15 +226,17 @@ def _entries(folder: Path) -> list[Any]:
         raise UserError(f"{folder} can't be listed: {error.strerror or error}.") from error
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Return whether a file's name is that of an image; hidden files are none."""
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
-def _image_files(folder: Path, root: Path) -> list[str]:
+def image_files(folder: Path, root: Path) -> list[str]:
+    """Return the images below `folder` at any depth, relative to `root`; hidden folders are left out."""
     found: list[str] = []
     for here, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [os.path.relpath(os.path.join(here, name), root) for name in sorted(files) if _is_image(name)]
+        found += [os.path.relpath(os.path.join(here, name), root) for name in sorted(files) if is_image(name)]
     return found
 
 
@@ -244,6 +246,6 @@ def _kind_of_files(root: Path) -> str | None:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if any(name.endswith(".parquet") for name in files):
             return "Parquet"
-        if any(_is_image(name) for name in files):
+        if any(is_image(name) for name in files):
             return "image"
     return None

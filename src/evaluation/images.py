@@ -1,27 +1,27 @@
 """The images of an evaluation: any kind of data set, opened without being told its kind."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from src.core.distributed import Process
 from src.core.errors import UserError
+from src.core.options import LoadingOptions
 from src.core.weights import resolve
 from src.data import dummy, sources
-from src.data.dataset import EvaluationDataset, EvaluationTransform
-from src.data.decode import Decoder
+from src.data.dataset import EvaluationDataset
 from src.data.loader import EvaluationLoader, WorkerOptions
 from src.data.order import evaluation_rows, split_rows
 from src.data.sources import Source
+from src.data.splits import validation_split
 
 log = logging.getLogger(__name__)
 
-VALIDATION_NAMES = ("validation", "val", "valid", "test")
-ALL, HELD_OUT = "all", "held_out"
+ALL, HELD_OUT, TEST = "all", "held_out", "test"
 MAX_MEGAPIXELS = 80.0
 _PREFETCH = 4
 
@@ -44,11 +44,17 @@ class Images:
             "fingerprint": self.source.fingerprint(),
         }
 
+    def share(self, num_images: int | None, process: Process) -> np.ndarray:
+        """Return this process's rows among the first `num_images` (None: all) of the order of evaluation."""
+        return self.rows[evaluation_rows(len(self.rows), num_images, process.world, process.rank)]
+
 
 def open_images(data_dir: str | Path, split: str | None, trained_on: Mapping[str, Any] | None) -> Images:
-    """
+    """Open the images that an evaluation takes.
+
     Args:
-        split: a name, `held_out`, `all`, or None: the validation split, else what training held out, else all.
+        split: a name, `held_out`, `all`, or None: the validation split, else what training held out, else a test split,
+            else all.
         trained_on: the node `data:` of the run that trained the model; None where nobody knows.
 
     Raises:
@@ -56,48 +62,17 @@ def open_images(data_dir: str | Path, split: str | None, trained_on: Mapping[str
     """
     folder = resolve(data_dir)
     dummy.ensure(folder)
-    hugging_face = _is_hugging_face(folder)
-    train = str((trained_on or {}).get("hf_split") or "train")
-    own = (trained_on or {}).get("hf_validation_split")
-    names = sources.split_names(folder, hugging_face, train, own)
-    if split not in (None, ALL, HELD_OUT):
-        return _named(folder, hugging_face, names, str(split))
-    validation = next((name for name in dict.fromkeys((own, *VALIDATION_NAMES)) if name in names), None)
-    if split is None and validation is not None:
-        return _named(folder, hugging_face, names, validation)
-    name = train if not names or train in names else names[0]
-    source = _open(folder, hugging_face, name)
-    share = float((trained_on or {}).get("train_split") or 1.0)
-    return _without_validation(folder, source, split, share, trained_on)
-
-
-def evaluation_loader(
-    images: Images,
-    image_size: int,
-    num_images: int | None,
-    batch_size: int,
-    num_workers: int,
-    decoder: Decoder,
-    max_bad_share: float,
-    device: torch.device,
-    rank: int = 0,
-    world: int = 1,
-) -> EvaluationLoader:
-    """This rank's share of the first `num_images` centre crops, uint8, in the order of evaluation."""
-    rows = images.rows[evaluation_rows(len(images.rows), num_images, world, rank)]
-    transform = EvaluationTransform(image_size, decoder)
-    workers = WorkerOptions(min(num_workers, len(rows)), _PREFETCH, device.type == "cuda", "auto")
-    return EvaluationLoader(
-        EvaluationDataset(images.source, rows, transform), batch_size, workers, max_bad_share, persistent=False
-    )
-
-
-def _without_validation(
-    folder: Path, source: Source, split: str | None, share: float, trained_on: Mapping[str, Any] | None
-) -> Images:
-    everything = np.arange(len(source))
+    training, hugging_face = trained_on or {}, is_hugging_face(folder)
+    train, wanted = str(training.get("hf_split") or "train"), training.get("hf_validation_split")
+    names = sources.split_names(folder, hugging_face, train, wanted)
+    named = split or validation_split(names, wanted or "validation", train)
+    if named not in (None, ALL, HELD_OUT):
+        return _named(folder, hugging_face, names, str(named))
+    source = _open(folder, hugging_face, train if not names or train in names else names[0])
+    everything = Images(folder, source, np.arange(len(source)), ALL)
     if split == ALL:
-        return Images(folder, source, everything, ALL)
+        return everything
+    share = float(training.get("train_split") or 1.0)
     _, held_out = split_rows(len(source), share)
     if split == HELD_OUT and not len(held_out):
         raise UserError(
@@ -105,11 +80,13 @@ def _without_validation(
             "or a split's name."
         )
     if split is None and (not len(held_out) or _is_other_data(folder, trained_on)):
+        if TEST in names:
+            return _named(folder, hugging_face, names, TEST)
         if trained_on is not None and folder == resolve(trained_on["data_dir"]):
             log.warning(
                 "%s has no validation split and training held nothing out: the score is one of training images.", folder
             )
-        return Images(folder, source, everything, ALL)
+        return everything
     log.info(
         "%s has no validation split: the %s of %s images that training held out (data.train_split=%g). --split all "
         "takes all.",
@@ -118,16 +95,26 @@ def _without_validation(
     return Images(folder, source, held_out, HELD_OUT)
 
 
+def evaluation_loader(
+    source: Source, rows: np.ndarray, transform: Callable[[Any], np.ndarray], options: LoadingOptions, process: Process
+) -> EvaluationLoader:
+    """Return a loader of rows in their order; `transform` makes the bytes of a file uint8 S x S x 3."""
+    workers = WorkerOptions(min(options.num_workers, len(rows)), _PREFETCH, process.device.type == "cuda", "auto")
+    dataset = EvaluationDataset(source, rows, transform)  # type: ignore[arg-type]
+    return EvaluationLoader(dataset, options.batch_size, workers, options.max_bad_share, persistent=False)
+
+
+def is_hugging_face(folder: Path) -> bool:
+    """Return whether a folder is a Hugging Face dataset on disk, or half of one."""
+    return folder.is_dir() and (any((folder / mark).is_file() for mark in sources.MARKS) or any(folder.glob("*.arrow")))
+
+
 def _is_other_data(folder: Path, trained_on: Mapping[str, Any] | None) -> bool:
-    """Whether the training data is here and is not `folder`. If it is not here, `folder` may be a copy of it."""
+    """Return whether the training data is here and is not `folder`. If it is not here, `folder` may be a copy of it."""
     if trained_on is None:
         return True
     trained = resolve(trained_on["data_dir"])
     return trained.is_dir() and trained.resolve() != folder.resolve()
-
-
-def _is_hugging_face(folder: Path) -> bool:
-    return folder.is_dir() and (any((folder / mark).is_file() for mark in sources.MARKS) or any(folder.glob("*.arrow")))
 
 
 def _named(folder: Path, hugging_face: bool, names: list[str], split: str) -> Images:

@@ -4,8 +4,8 @@ Legend: S the side of the square that the model takes, px. Pixels are uint8 H x 
 """
 
 import glob
-import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,41 +16,22 @@ from PIL import Image
 
 from src.core.errors import UserError
 from src.data.crops import adm_center_crop
-from src.data.decode import BadImage, Decoder
-from src.data.sources import SUFFIXES, Source
-from src.evaluation.images import ALL, open_images
+from src.data.decode import Decoder
+from src.data.sources import SUFFIXES, FolderSource, Source, image_files, is_image
+from src.evaluation.images import ALL, is_hugging_face, open_images
 
 Fit = Literal["crop", "pad", "resize"]
-_DATASET_MARKS = ("dataset_dict.json", "dataset_info.json", "state.json")
 
 
-class FileSource:
+class FileSource(FolderSource):
     """A list of image files. Below a `root`, the folders right under it are the classes; a file in none has no label."""
 
     def __init__(self, files: Sequence[Path], root: Path | None = None) -> None:
-        self.files = list(files)
-        below = [file.relative_to(root).parts if root is not None else () for file in self.files]
+        below = [file.relative_to(root).parts if root is not None else () for file in files]
         names = sorted({parts[0] for parts in below if len(parts) > 1})
-        self.class_names: list[str] | None = names or None
+        self.root, self.class_names = Path(), names or None
+        self._files = [str(file) for file in files]
         self._labels = [names.index(parts[0]) if len(parts) > 1 else None for parts in below]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def encoded(self, index: int) -> bytes:
-        try:
-            return self.files[index].read_bytes()
-        except OSError as error:
-            raise BadImage(f"can't be read: {error.strerror or error}") from error
-
-    def label(self, index: int) -> int | None:
-        return self._labels[index]
-
-    def name(self, index: int) -> str:
-        return str(self.files[index])
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(b"\0".join(os.fsencode(file) for file in self.files)).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -66,17 +47,17 @@ class Inputs:
 
 
 def open_inputs(paths: Sequence[str], split: str | None, limit: int | None = None) -> Inputs:
-    """Files, folders (searched to any depth) and globs in any mixture, or one data set on disk. Relative to the working
-    directory.
+    """Open files, folders (searched to any depth) and globs in any mixture, or one data set on disk.
 
     Args:
+        paths: relative to the working directory.
         split: of a data set or of a tree with `train` and `val` folders; None: all images.
 
     Raises:
         UserError: nothing there, or no image among it.
     """
     first = Path(paths[0]).expanduser()
-    if len(paths) == 1 and first.is_dir() and (split is not None or _is_dataset(first)):
+    if len(paths) == 1 and first.is_dir() and (split is not None or is_hugging_face(first)):
         images = open_images(first.absolute(), split or ALL, None)
         return Inputs(images.source, images.rows[:limit], f"{first} ({images.split})", lambda row: f"{row:07d}")
     if split is not None:
@@ -89,7 +70,7 @@ def open_inputs(paths: Sequence[str], split: str | None, limit: int | None = Non
 
 @dataclass(frozen=True)
 class FitTransform:
-    """How an image of any size becomes S x S.
+    """Makes an image of any size S x S.
 
     crop: the ADM centre crop of evaluation (shorter side to S, the middle). pad: longer side to S, the rest filled with
     the edge's colours. resize: both sides to S, proportions given up. All bicubic.
@@ -114,45 +95,29 @@ class FitTransform:
         return np.pad(image, spans, mode="edge")
 
 
-def _is_dataset(folder: Path) -> bool:
-    return any((folder / mark).is_file() for mark in _DATASET_MARKS) or any(folder.glob("*.arrow"))
-
-
 def _expand(text: str) -> list[Path]:
     path = Path(text).expanduser()
+    if path.is_file():
+        return [path]
     if path.is_dir():
-        found = sorted(
-            Path(here, name) for here, _, names in os.walk(path, followlinks=True) for name in names if _is_image(name)
-        )
+        found = [path / name for name in image_files(path, path)]
         if not found:
             raise UserError(
                 f"No images in {path}: expected files ending in {', '.join(SUFFIXES[:4])} … or a data set on disk."
             )
-        return found
-    if path.is_file():
-        return [path]
-    found = sorted(
-        Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file() and _is_image(name)
-    )
+        return sorted(found)
+    matches = (Path(name) for name in glob.glob(str(path), recursive=True))
+    found = sorted(match for match in matches if match.is_file() and is_image(match.name))
     if not found:
         raise UserError(f"--input {text}: no such file or folder, and no image matches it as a pattern.")
     return found
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not Path(name).name.startswith(".")
-
-
 def _names(files: Sequence[Path]) -> list[str]:
-    """Paths below the folder that all files share; with their suffix where they would be equal without."""
+    """Return paths below the folder that all files share; with their suffix where they would be equal without."""
     absolute = [file.absolute() for file in files]
     root = Path(os.path.commonpath([file.parent for file in absolute]))
-    short = [file.relative_to(root).with_suffix("").as_posix() for file in absolute]
-    return (
-        [
-            file.relative_to(root).as_posix() if short.count(name) > 1 else name
-            for name, file in zip(short, absolute, strict=True)
-        ]
-        if len(set(short)) < len(short)
-        else short
-    )
+    below = [file.relative_to(root) for file in absolute]
+    short = [file.with_suffix("").as_posix() for file in below]
+    twice = {name for name, count in Counter(short).items() if count > 1}
+    return [file.as_posix() if name in twice else name for file, name in zip(below, short, strict=True)]

@@ -1,11 +1,7 @@
-"""Scores as text for people and as JSON for programs."""
+"""Scores as text for people."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-from src.core.files import replacing
-from src.core.weights import resolve
 
 Result = Mapping[str, Any]
 SCORES = {"rfid": "rFID", "rfid_untrained": "rFID (untrained Inception)"}
@@ -13,7 +9,7 @@ QUALITY = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS", "lpips_untrain
 
 
 def text(results: Sequence[Result]) -> str:
-    """A paragraph for each data set, its first variant in words, all of several variants as a table."""
+    """Return a paragraph for each data set: its first variant in words, all of several variants as a table."""
     paragraphs = []
     for data_dir in dict.fromkeys(result["data_dir"] for result in results):
         own = [result for result in results if result["data_dir"] == data_dir]
@@ -23,12 +19,6 @@ def text(results: Sequence[Result]) -> str:
         lines.append(", ".join(f"{label}: {first[key]:.4f}" for key, label in QUALITY.items() if key in first))
         paragraphs.append("\n".join(lines + (_table(own) if len(own) > 1 else [])) + "\n")
     return "\n".join(paragraphs)
-
-
-def write_json(path: str, content: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
-    with replacing(resolve(path)) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 def _table(results: Sequence[Result]) -> list[str]:

@@ -1,7 +1,7 @@
 """Means of named per-image values, kept as float64 sums that add up over batches and ranks."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ class RunningMeans:
         self._sums = torch.zeros(len(self.names), dtype=torch.float64)
 
     def update(self, values: Mapping[str, Tensor]) -> None:
-        """One value per image for every name, each (B,)."""
+        """Take in one value per image for every name, each (B,)."""
         sizes = {name: tuple(value.shape) for name, value in values.items()}
         if set(values) != set(self.names) or len(set(sizes.values())) > 1:
             raise ValueError(f"expected {self.names}, each (B,), got {sizes}")
@@ -26,34 +26,13 @@ class RunningMeans:
         self._sums += stacked.sum(dim=1)
         self.count += stacked.shape[1]
 
-    def merge(self, other: "RunningMeans") -> "RunningMeans":
-        """Add the images of `other`, in place."""
-        if other.names != self.names:
-            raise ValueError(f"can't merge means of {other.names} into {self.names}")
-        self._sums += other._sums
-        self.count += other.count
-        return self
-
-    def reduce(self, group: Any | None = None) -> "RunningMeans":
-        """Replace this rank's sums by those of all ranks of `group`, in place; once, and on every rank."""
-        total = sum_over_ranks(torch.cat([self._sums, self._sums.new_tensor([self.count])]), group)
+    def reduce(self) -> Self:
+        """Replace this rank's sums by those of all ranks, in place; once, and on every rank."""
+        total = sum_over_ranks(torch.cat([self._sums, self._sums.new_tensor([self.count])]))
         self._sums, self.count = total[:-1], round(total[-1].item())
         return self
 
     def means(self) -> dict[str, float]:
-        """The mean of each name over the images so far; nan without images."""
-        return {
-            name: total / self.count if self.count else float("nan")
-            for name, total in zip(self.names, self._sums.tolist(), strict=True)
-        }
-
-    def state(self) -> dict[str, Any]:
-        """Plain containers, for `from_state`."""
-        return {"names": list(self.names), "count": self.count, "sums": self._sums.tolist()}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> "RunningMeans":
-        means = cls(state["names"])
-        means.count = int(state["count"])
-        means._sums += torch.tensor(state["sums"], dtype=torch.float64)
-        return means
+        """Return the mean of each name over the images so far; nan without images."""
+        sums = zip(self.names, self._sums.tolist(), strict=True)
+        return {name: total / self.count if self.count else float("nan") for name, total in sums}

@@ -20,7 +20,7 @@ SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # data range 1
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """(B,) float64 dB, 10 log10(255^2 / mean squared error over all values of an image), at most 100.
+    """Return (B,) float64 dB, 10 log10(255^2 / mean squared error over all values of an image), at most 100.
 
     The squared error is summed in integers, so it is exact. Identical images have 100 dB. A data set's PSNR is the
     mean of these values (not the PSNR of the mean error).
@@ -32,7 +32,7 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """(B,) float32: Wang et al. 2004, eq. 13, per RGB channel on the [0, 1] images, mean over channels and positions.
+    """Return (B,) float32: Wang et al. 2004, eq. 13, per RGB channel on the [0, 1] images, mean over channels and positions.
 
     Equal to torchmetrics' StructuralSimilarityIndexMeasure(data_range=1.0): Gaussian window of 11 x 11 px and sigma
     1.5, reflected edges, K = (.01, .03). Done as two passes of weighted shifts, it takes a tenth of the time.
@@ -57,7 +57,7 @@ def _ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _blur(images: Tensor) -> Tensor:
-    """The Gaussian window of SSIM over the last two axes; the size stays."""
+    """Blur the last two axes with the Gaussian window of SSIM; the size stays."""
     radius = SSIM_RADIUS_PX
     weights = [math.exp(-((i - radius) ** 2) / (2 * SSIM_SIGMA_PX**2)) for i in range(2 * radius + 1)]
     weights = [weight / sum(weights) for weight in weights]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def resize_tf1(images: Tensor, size: int) -> Tensor:
-    """B x C x H x W float -> B x C x S x S, as `tf.image.resize_bilinear(align_corners=False)` of TensorFlow 1.
+    """Resize B x C x H x W float -> B x C x S x S, as `tf.image.resize_bilinear(align_corners=False)` of TensorFlow 1.
 
     Output pixel i reads the input at i * H / S, not at (i + .5) * H / S - .5 as `torch.nn.functional.interpolate` does:
     no half-pixel centres, no antialias, the last row and column repeated beyond the edge.
