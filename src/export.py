@@ -29,7 +29,7 @@ class FolderOptions:
     format: Literal["official", "diffusers", "folder"] = option(
         "official: model.pt; diffusers: AutoencoderRAE with its encoder; folder: ours", default=MISSING
     )
-    output: Path = option("a new folder", "DIR", default=MISSING)
+    output: Path = option("a new folder", "DIR", MISSING)
     dtype: Literal["fp32", "bf16", "fp16"] = option("of the weights; statistics stay fp32", default="fp32")
     overwrite: bool = option("replace an earlier export in --output", default=False)
     with_encoder: bool = option("folder: put the encoder in (diffusers always does)", default=False)
@@ -37,7 +37,7 @@ class FolderOptions:
         "diffusers: name the encoder's parameters as transformers 4 does, instead of as the installed one",
         default=False,
     )
-    scores: tuple[str, ...] = option("results of src/eval_rfid.py for the model card", "JSON", default=())
+    scores: tuple[str, ...] = option("results of src/eval_rfid.py for the model card", "JSON", ())
     push: str | None = option("send the export to the Hugging Face hub", "NAME/MODEL")
     private: bool = option("with --push: a private repository", default=False)
 

@@ -57,7 +57,7 @@ def build_parser(options: type, description: str | None, epilog: str = EXIT_CODE
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         arguments = {**_arguments(hints[entry.name]), **entry.metadata}
-        if entry.default not in (MISSING, None, False) and "(default" not in arguments["help"]:
+        if entry.default not in (MISSING, None, False, ()) and "(default" not in arguments["help"]:
             arguments["help"] += f" (default: {entry.default})"
         flags = [entry.name]
         if not arguments.pop("positional", False):
@@ -102,23 +102,22 @@ class ModelOptions:
     checkpoint: str | None = option(".ckpt that training wrote; it says everything about the model", "FILE")
     weights: Literal["ema", "online"] = option("of a checkpoint: averaged weights or the optimiser's", default="ema")
     decoder: str | None = option(
-        "decoder file with the official names, or an exported folder (diffusers AutoencoderRAE, or ours)", "PATH"
+        "decoder file with the official names, or an exported folder (diffusers or ours)", "PATH"
     )
     encoder: str | None = option(
-        "folder or hub id of the encoder; with --checkpoint: where the same encoder lies on this machine", "PATH"
+        "folder or hub id of the encoder; with --checkpoint: where the same one lies here", "PATH"
     )
     encoder_cls: str | None = option(
-        "with a decoder file: Dinov2withNorm, SigLIP2wNorm, MAEwNorm or DINOv3wNorm", "CLASS"
+        "of a decoder file: Dinov2withNorm, SigLIP2wNorm, MAEwNorm or DINOv3wNorm", "CLASS"
     )
     encoder_layers: str | None = option(
-        "with a decoder file of RAEv2: k1, k7, k23 or numbers such as 11.13.15 (default: the last block)", "BLOCKS"
+        "of a RAEv2 decoder file: k1, k7, k23 or 11.13.15 (default: the last block)", "BLOCKS"
     )
     stats: str | None = option("with a decoder file: its latent statistics", "FILE")
-    decoder_config: str = option("with a decoder file: JSON or its folder", "PATH", default="configs/decoder/ViTXL")
-    decoder_patch_size: Positive = option("with a decoder file", "PX", default=16)
+    decoder_config: str = option("with a decoder file: JSON or its folder", "PATH", "configs/decoder/ViTXL")
+    decoder_patch_size: Positive = option("with a decoder file", "PX", 16)
     decoder_output: Literal["normalized", "image"] = option(
-        "with a decoder file: in the encoder's normalised pixel space (RAE), or the image itself (RAEv2)",
-        default="normalized",
+        "of a decoder file: the encoder's normalised pixels (RAE), or the image itself (RAEv2)", default="normalized"
     )
     image_size: Positive | None = option("comes from the model; with a decoder file 256 if not given", "PX")
 
@@ -129,9 +128,9 @@ class LoadingOptions:
 
     GROUP: ClassVar = "images"
     num_samples: Positive | None = option("only the first N images (default: all)", "N")
-    batch_size: Positive = option("images at once and process", "N", default=64)
-    num_workers: NotNegative = option("loading processes", "N", default=4)
-    max_bad_share: float = option("stop when more of the images can't be decoded", "SHARE", default=0.01)
+    batch_size: Positive = option("images at once and process", "N", 64)
+    num_workers: NotNegative = option("loading processes", "N", 4)
+    max_bad_share: float = option("stop when more of the images can't be decoded", "SHARE", 0.01)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,33 +139,27 @@ class DataOptions(LoadingOptions):
 
     GROUP: ClassVar = "images"
     data_dir: tuple[str, ...] = option(
-        "Hugging Face dataset on disk (with splits or without) or a tree of image files; several are scored one after "
-        "the other",
-        "DIR",
-        default=MISSING,
+        "Hugging Face dataset on disk or tree of image files; several are scored one after the other", "DIR", MISSING
     )
     split: str | None = option(
-        "a split by its name, `held_out` (what training held out of the set) or `all` (default: validation, else what "
-        "training held out, else all)",
-        "NAME",
+        "a split, `held_out` or `all` (default: validation, else what training held out, else all)", "NAME"
     )
     exif: Literal["apply", "ignore"] | None = option(
-        "turn images as their EXIF says, or take them as stored like published references (default: the checkpoint's "
-        "data.exif, else apply)"
+        "turn images as their EXIF says or, like published references, not (default: the checkpoint's data.exif, else "
+        "apply)"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class InceptionOptions:
-    """The Inception network, read by `src.evaluation.networks.inception_of`."""
+    """The Inception network, read by `src.evaluation.networks.load_inception`."""
 
     GROUP: ClassVar = "Inception network"
     inception_path: str | None = option(
         f"FID weights (default: the checkpoint's callbacks.rfid.inception_path, else {INCEPTION_FILE})", "FILE"
     )
     inception_weights: Literal["pretrained", "untrained", "tiny"] = option(
-        "untrained, or tiny (untrained too, an eighth of the channels): for a try-out without the file; the score is "
-        "then not called rFID",
+        "untrained, or tiny (an eighth of the channels, untrained): a try-out without the file, its score no rFID",
         default="pretrained",
     )
     inception_width: float | None = option("an older option: untrained weights of a width below 1 are tiny", "SHARE")
@@ -188,4 +181,4 @@ class LpipsOptions:
 class DeviceOptions:
     """The device, read by `src.core.distributed.processes`."""
 
-    device: str = option("cuda, cuda:N or cpu", "NAME", default="cuda")
+    device: str = option("cuda, cuda:N or cpu", "NAME", "cuda")

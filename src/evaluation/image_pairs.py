@@ -4,11 +4,10 @@ Legend: B batch, H, W image px. Images are uint8 3 x H x W.
 """
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -24,8 +23,8 @@ _WAITING = 256  # pictures in memory at most
 
 
 class Pair(NamedTuple):
-    badness: float
-    """By which the worst are found; 0 where nobody asks."""
+    key: float
+    """The larger, the sooner it is shown."""
     place: int
     """In the order of evaluation."""
     row: int
@@ -34,72 +33,54 @@ class Pair(NamedTuple):
     reconstruction: Tensor
 
 
-class FirstPairs:
-    """Keeps the pairs of the first `count` images of the order of evaluation (of the first variant)."""
+class KeptPairs:
+    """Keeps `count` pairs (of the first variant): the first ones of the order of evaluation, or the worst ones, those
+    of largest LPIPS, else of smallest PSNR."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._kept: list[Pair] = []
-
-    def observe(self, variants: Sequence[ScoredBatch]) -> None:
-        batch = variants[0]
-        for i, (place, row) in enumerate(zip(batch.places.tolist(), batch.rows.tolist(), strict=True)):
-            if place < self.count:
-                self._kept.append(Pair(0.0, place, row, batch.original[i].cpu(), batch.decoded[i].cpu()))
-
-    def gather(self) -> list[Pair]:
-        """Return them in their order on rank 0, none on the others. On all ranks."""
-        return sorted((pair for part in gather_on_main(self._kept) for pair in part), key=lambda pair: pair.place)
-
-
-class WorstPairs:
-    """Keeps the `count` worst pairs (of the first variant): largest LPIPS, else smallest PSNR."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._heap: list[tuple[float, int, Pair]] = []  # the best of the worst on top
+    def __init__(self, count: int, worst: bool = False) -> None:
+        self.count, self.worst = count, worst
+        self._heap: list[tuple[float, int, Pair]] = []  # what goes next on top
 
     def observe(self, variants: Sequence[ScoredBatch]) -> None:
         batch = variants[0]
-        lpips = next((value for name, value in batch.values.items() if name.startswith("lpips")), None)
-        for i, badness in enumerate((-batch.values["psnr"] if lpips is None else lpips).tolist()):
-            if len(self._heap) == self.count and badness <= self._heap[0][0]:
-                continue
-            place, row = int(batch.places[i]), int(batch.rows[i])
-            pair = Pair(badness, place, row, batch.original[i].cpu(), batch.decoded[i].cpu())
-            heapq.heappush(self._heap, (badness, -place, pair))
-            if len(self._heap) > self.count:
-                heapq.heappop(self._heap)
+        keys = -batch.places
+        if self.worst:
+            lpips = [value for name, value in batch.values.items() if name.startswith("lpips")]
+            keys = lpips[0] if lpips else -batch.values["psnr"]
+        for i, (key, place) in enumerate(zip(keys.tolist(), batch.places.tolist(), strict=True)):
+            if len(self._heap) < self.count or (self.count and key > self._heap[0][0]):
+                pair = Pair(key, place, int(batch.rows[i]), batch.original[i].cpu(), batch.decoded[i].cpu())
+                heapq.heappush(self._heap, (key, -place, pair))
+                if len(self._heap) > self.count:
+                    heapq.heappop(self._heap)
 
     def gather(self) -> list[Pair]:
-        """Return them, the worst first, on rank 0, none on the others. On all ranks."""
+        """Return the first, or the worst, first on rank 0, none on the others. On all ranks."""
         found = [entry[2] for part in gather_on_main(self._heap) for entry in part]
-        return sorted(found, key=lambda pair: (-pair.badness, pair.place))[: self.count]
+        return sorted(found, key=lambda pair: (-pair.key, pair.place))[: self.count]
 
 
 class PngWriter:
-    """Writes PNG files beside the computation. Use `PngWriter.open()`."""
+    """Writes PNG files beside the computation; leaving the context waits for them and raises what went wrong."""
 
-    def __init__(self, pool: ThreadPoolExecutor) -> None:
-        self._pool = pool
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(_THREADS)
         self._jobs: list[Future[None]] = []
-
-    @classmethod
-    @contextmanager
-    def open(cls) -> Iterator["PngWriter"]:
-        """At the end all files are there; what went wrong in writing is raised. After an error the rest is left out."""
-        pool = ThreadPoolExecutor(_THREADS)
-        try:
-            writer = cls(pool)
-            yield writer
-            writer._wait(0)
-        finally:
-            pool.shutdown(cancel_futures=True)
 
     def write(self, image: Tensor, path: Path) -> None:
         """Write uint8 3 x H x W; folders above it are made."""
         self._jobs.append(self._pool.submit(save_png, image, path))
         self._wait(_WAITING)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        try:
+            if kind is None:
+                self._wait(0)
+        finally:
+            self._pool.shutdown(cancel_futures=True)
 
     def _wait(self, at_most: int) -> None:
         while len(self._jobs) > at_most:
@@ -110,7 +91,7 @@ def save_pairs(pairs: Sequence[Pair], folder: Path) -> None:
     """Write FOLDER/00000_original.png, FOLDER/00000_reconstruction.png … and FOLDER/sheet.png."""
     if not pairs:
         return
-    with PngWriter.open() as png:
+    with PngWriter() as png:
         for pair in pairs:
             png.write(pair.original, folder / f"{pair.place:05d}_original.png")
             png.write(pair.reconstruction, folder / f"{pair.place:05d}_reconstruction.png")

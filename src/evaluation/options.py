@@ -5,17 +5,8 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from src.core.options import (
-    DataOptions,
-    DeviceOptions,
-    InceptionOptions,
-    LoadingOptions,
-    LpipsOptions,
-    ModelOptions,
-    NotNegative,
-    Positive,
-    option,
-)
+from src.core import options as shared
+from src.core.options import NotNegative, Positive, option
 
 
 def sigma(text: str) -> float:
@@ -30,46 +21,43 @@ class OutputOptions:
     """What `src/eval_rfid.py` writes."""
 
     GROUP: ClassVar = "output"
-    output_dir: str | None = option(
-        "save originals and reconstructions as PNG, and a sheet with their differences", "DIR"
-    )
-    save_samples_count: NotNegative = option("pairs in --output_dir", "N", default=64)
-    worst: NotNegative = option("sheet of the K worst (by LPIPS, else PSNR) as --output_dir/worst.png", "K", default=0)
+    output_dir: str | None = option("originals and reconstructions as PNG, and a sheet with their differences", "DIR")
+    save_samples_count: NotNegative = option("pairs in --output_dir", "N", 64)
+    worst: NotNegative = option("sheet of the K worst (by LPIPS, else PSNR) as --output_dir/worst.png", "K", 0)
     json: str | None = option("all numbers, and all they depend on", "FILE")
     csv: str | None = option("PSNR, SSIM and LPIPS of each image", "FILE")
-    save_npz: str | None = option(
-        "reconstructions as `arr_0` (uint8 N x H x W x 3) for the ADM evaluation suite", "FILE"
-    )
+    save_npz: str | None = option("reconstructions as `arr_0` (uint8 N x H x W x 3) for the ADM suite", "FILE")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationOptions(OutputOptions, LpipsOptions, DeviceOptions, InceptionOptions, DataOptions, ModelOptions):
+class EvaluationOptions(
+    OutputOptions,
+    shared.LpipsOptions,
+    shared.DeviceOptions,
+    shared.InceptionOptions,
+    shared.DataOptions,
+    shared.ModelOptions,
+):
     """`src/eval_rfid.py`."""
 
-    num_samples: Positive = option("images, the first ones of a fixed mixed order", "N", default=10000)
+    num_samples: Positive = option("images, the first ones of a fixed mixed order", "N", 10000)
     precision: Literal["32", "16", "bf16"] = option(
         "of encoder and decoder, whatever training used; 16 on a CPU is bf16", default="32"
     )
     quantization: Literal["round", "truncate"] | None = option(
-        "to 8 bits; truncate is what the official code does (default: the checkpoint's callbacks.rfid.quantization, "
-        "else round)"
+        "to 8 bits; the official code truncates (default: the checkpoint's callbacks.rfid.quantization, else round)"
     )
     reference: tuple[str, ...] = option(
         "score against `mu` and `sigma`, or the images `arr_0`, of a file instead of the originals; one for all data "
         "sets or one for each. Another image size is refused, another preparation is warned of",
         "NPZ",
-        default=(),
+        (),
     )
     noise_sigma: tuple[Annotated[float, sigma], ...] = option(
-        "standard deviations of noise on the latents, before their normalisation: a row for each (default: 0)",
-        "S",
-        default=(0.0,),
+        "standard deviations of noise on the latents before normalisation: a row for each (default: 0)", "S", (0.0,)
     )
     layers: tuple[str, ...] = option(
-        "blocks of the encoder to decode from, k1, k7, k23 or numbers such as 11.13.15: a row for each (default: the "
-        "model's own)",
-        "BLOCKS",
-        default=(),
+        "blocks to decode from, k1, k7, k23 or 11.13.15, say: a row for each (default: the model's)", "BLOCKS", ()
     )
 
     def __post_init__(self) -> None:
@@ -80,17 +68,15 @@ class EvaluationOptions(OutputOptions, LpipsOptions, DeviceOptions, InceptionOpt
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceOptions(DeviceOptions, InceptionOptions, DataOptions):
+class ReferenceOptions(shared.DeviceOptions, shared.InceptionOptions, shared.DataOptions):
     """`src/make_reference.py`."""
 
     checkpoint: str | None = option(
-        "take the images, the size and --exif that `eval_rfid.py --checkpoint FILE` takes: without a validation split "
-        "those that its training held out",
-        "FILE",
+        "take the images, the size and --exif that `eval_rfid.py --checkpoint FILE` takes, held-out ones too", "FILE"
     )
     image_size: Positive | None = option("side of the centre crop (default: the checkpoint's, else 256)", "PX")
     kind: Literal["statistics", "images"] = option("what to write", default="statistics")
-    output: str = option("the npz", "FILE", default=MISSING)
+    output: str = option("the npz", "FILE", MISSING)
 
     def __post_init__(self) -> None:
         if len(self.data_dir) > 1:
@@ -98,36 +84,36 @@ class ReferenceOptions(DeviceOptions, InceptionOptions, DataOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InputOptions(LoadingOptions):
+class InputOptions(shared.LoadingOptions):
     """What `src/reconstruct.py` takes."""
 
     GROUP: ClassVar = "images"
     input: tuple[str, ...] = option(
-        "image files, folders, patterns in quotes, or one data set on disk (this or --from_latents)", "PATH", default=()
+        "image files, folders, patterns in quotes, or one data set on disk (or --from_latents)", "PATH", ()
     )
     from_latents: str | None = option("decode latents that --latents stored", "DIR")
     split: str | None = option("of a data set (default: all of its training split)", "NAME")
     fit: Literal["crop", "pad", "resize"] = option("how an image becomes a square", default="crop")
     exif: Literal["apply", "ignore"] = option("turn images as their EXIF says", default="apply")
-    batch_size: Positive = option("images at once and process", "N", default=32)
-    max_bad_share: float = option("stop when more of the images can't be decoded", "SHARE", default=1.0)
+    batch_size: Positive = option("images at once and process", "N", 32)
+    max_bad_share: float = option("stop when more of the images can't be decoded", "SHARE", 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProductOptions(LpipsOptions):
+class ProductOptions(shared.LpipsOptions):
     """What `src/reconstruct.py` writes."""
 
     GROUP: ClassVar = "output"
-    output: Path = option("a new folder", "DIR", default=MISSING)
+    output: Path = option("a new folder", "DIR", MISSING)
     overwrite: bool = option("replace what an earlier call left in --output", default=False)
     write: tuple[Literal["images", "sheet", "scores", "npz"], ...] = option(
         "images: PNG files; sheet: originals, reconstructions, differences; scores: PSNR, SSIM and LPIPS of each image "
         "as CSV; npz: reconstructions and originals for FID programs (default: images sheet scores, nothing with "
         "--latents)",
         "WHAT",
-        default=(),
+        (),
     )
-    sheet_images: Positive = option("on the sheet", "N", default=32)
+    sheet_images: Positive = option("on the sheet", "N", 32)
     latents: Literal["raw", "normalized"] | None = option(
         "store latents as the encoder gives them, or normalised by the model's statistics"
     )
@@ -135,7 +121,7 @@ class ProductOptions(LpipsOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReconstructionOptions(DeviceOptions, ProductOptions, InputOptions, ModelOptions):
+class ReconstructionOptions(shared.DeviceOptions, ProductOptions, InputOptions, shared.ModelOptions):
     """`src/reconstruct.py`."""
 
     def __post_init__(self) -> None:
@@ -152,26 +138,23 @@ class ReconstructionOptions(DeviceOptions, ProductOptions, InputOptions, ModelOp
 
 
 @dataclass(frozen=True, kw_only=True)
-class StatisticsOptions(DeviceOptions, LoadingOptions):
+class StatisticsOptions(shared.DeviceOptions, shared.LoadingOptions):
     """`src/latent_stats.py`."""
 
     config: tuple[str, ...] = option(
-        "overrides as for src/train.py, experiment=NAME first; data.data_dir and its split count too (one of --config, "
-        "--checkpoint and --decoder)",
+        "overrides as for src/train.py, experiment=NAME first (one of --config, --checkpoint and --decoder)",
         "KEY=VALUE",
-        default=(),
+        (),
     )
     checkpoint: str | None = option(".ckpt that training wrote", "FILE")
     decoder: str | None = option("exported folder (ours or diffusers)", "DIR")
     encoder: str | None = option("with --checkpoint: where the same encoder lies on this machine", "PATH")
     data_dir: str | None = option(
-        "Hugging Face dataset on disk or a tree of image files (default: data.data_dir of --config or of the "
-        "checkpoint)",
-        "DIR",
+        "Hugging Face dataset on disk or tree of image files (default: data.data_dir of the run)", "DIR"
     )
-    split: str = option("a split by its name, or `all` of the training split", "NAME", default="all")
+    split: str = option("a split by its name, or `all` of the training split", "NAME", "all")
     exif: Literal["apply", "ignore"] = option("as in training", default="apply")
-    output: Path = option("the statistics, .pt", "FILE", default=MISSING)
+    output: Path = option("the statistics, .pt", "FILE", MISSING)
     overwrite: bool = option("replace an existing --output", default=False)
 
     def __post_init__(self) -> None:

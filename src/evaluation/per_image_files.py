@@ -5,10 +5,9 @@ Legend: B batch, V variants, H, W image px.
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -56,36 +55,33 @@ class CsvTable:
 
 
 class ImageStack:
-    """Images as `arr_0` of an npz. All ranks fill one file beside the target in place; rank 0 packs it, as it reads.
+    """Images as `arr_0` of an npz: reconstructions (of the first variant), or originals. Use as a context.
 
-    The file lies where all ranks reach it. It is written to and not mapped, since maps of one file on two nodes of a
-    network file system don't see each other. It is gone at the end, however that came about.
+    All ranks fill one file beside the target in place, and rank 0 packs it as it reads. It is written to and not
+    mapped: maps of one file on two nodes of a network file system don't see each other. Leaving the context removes it.
     """
 
-    def __init__(self, file: IO[bytes], target: Path, image_size: int, process: Process) -> None:
-        self._file, self.target, self.size, self.process = file, target, image_size, process
+    def __init__(self, target: Path, image_size: int, process: Process, originals: bool = False) -> None:
+        self.target, self.size, self.process, self.originals = target, image_size, process, originals
         self._entry = 3 * image_size**2
+        self._beside = target.with_name(f".{target.name}.images")
         self._places: list[Tensor] = []
 
-    @classmethod
-    @contextmanager
-    def open(cls, target: Path, image_size: int, process: Process) -> Iterator[Self]:
-        """On all ranks."""
-        beside = target.with_name(f".{target.name}.images")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            if process.main:
-                beside.write_bytes(b"")
-            wait_for_all()
-            with beside.open("r+b", buffering=0) as file:
-                yield cls(file, target, image_size, process)
-        finally:
-            if process.main:
-                beside.unlink(missing_ok=True)
+    def __enter__(self) -> Self:
+        if self.process.main:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self._beside.touch()
+        wait_for_all()
+        self._file = self._beside.open("r+b", buffering=0)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        self._file.close()
+        if self.process.main:
+            self._beside.unlink(missing_ok=True)
 
     def observe(self, variants: Sequence[ScoredBatch]) -> None:
-        """Take the reconstructions of the first variant."""
-        self.write(variants[0].places, variants[0].decoded)
+        self.write(variants[0].places, variants[0].original if self.originals else variants[0].decoded)
 
     def write(self, places: Tensor, images: Tensor) -> None:
         """Put uint8 B x 3 x H x W at their places (B,) in the whole."""

@@ -21,13 +21,13 @@ from src.core.precision import full_float32
 from src.core.terminal import counted, progress
 from src.data.decode import Decoder
 from src.data.latents import LatentStore, LatentWriter, write_index
-from src.evaluation.image_pairs import FirstPairs, PngWriter, contact_sheet
+from src.evaluation.image_pairs import KeptPairs, PngWriter, contact_sheet
 from src.evaluation.images import MAX_MEGAPIXELS, evaluation_loader
 from src.evaluation.networks import lpips_of
 from src.evaluation.options import ReconstructionOptions
 from src.evaluation.per_image_files import CsvTable, ImageStack
 from src.evaluation.reconstruction_inputs import FitTransform, Inputs
-from src.evaluation.scoring_pass import ScoredBatch, score_images
+from src.evaluation.scoring_pass import Observer, ScoredBatch, score_images
 from src.formats.checkpoint import LoadedModel
 from src.formats.diffusers_files import torch_dtype
 from src.metrics.reconstruction import ReconstructionScore
@@ -90,13 +90,13 @@ def reconstruct(
         stack.enter_context(full_float32(process.device))
         update = stack.enter_context(progress("batches", process.main))
         names = scores[0].quality_names if scores else ()
-        products = _Products(stack, options, size, inputs.output_name, process, names)
-        score_images(counted(loader, len(loader), update), through, scores, process, [products])
+        files = _Files(stack, options, size, inputs.output_name, process, names)
+        score_images(counted(loader, len(loader), update), through, scores, process, [files])
         shards = [shard for part in gather_on_main(writer.close() if writer is not None else []) for shard in part]
         total = scores[0].reduce().count if scores else sum(shard["count"] for shard in shards)
         if process.main and not total:
             raise UserError(f"None of the {len(inputs.rows)} files of {inputs.place} is an image that can be decoded.")
-        written = products.finish(inputs)
+        written = files.finish(inputs)
     if not process.main:
         return None
     if writer is not None:
@@ -128,20 +128,20 @@ def decode_latents(
     with ExitStack() as stack, torch.no_grad():
         stack.enter_context(full_float32(process.device))
         update = stack.enter_context(progress("batches", process.main))
-        products = _Products(stack, options, rae.geometry.image_size, lambda row: f"{row:07d}", process)
+        files = _Files(stack, options, rae.geometry.image_size, lambda row: f"{row:07d}", process)
         parts = store.batches(options.batch_size, process.rank, process.world)
         for places, rows, latents in counted(parts, batches, update):
             latents = latents.to(process.device)
             decoded = unit_to_bytes(rae.decode(latents) if store.scale == "normalized" else rae.decode_raw(latents))
-            products.observe([ScoredBatch(places, rows, decoded, decoded, {})])
+            files.observe([ScoredBatch(places, rows, decoded, decoded, {})])
             count += len(rows)
         total = sum(gather_on_main(count))
-        written = products.finish(None)
+        written = files.finish(None)
     return Outcome(total, {}, written) if process.main else None
 
 
-class _Products:
-    """Everything that is written of decoded images, below the output folder."""
+class _Files:
+    """All that is written of decoded images, below the output folder, but the latents."""
 
     def __init__(
         self,
@@ -152,44 +152,41 @@ class _Products:
         process: Process,
         quality_names: Sequence[str] = (),
     ) -> None:
-        """`stack` ends with the pass, and with it what is half written; without names of values, no originals."""
+        """`stack` ends with the pass; without names of values there are no originals either."""
         self.output, self.wanted, self.name, self.process = options.output, options.products, name, process
         self.compared = bool(quality_names)
-        self.pairs = FirstPairs(options.sheet_images)
+        self.pairs = KeptPairs(options.sheet_images if "sheet" in self.wanted else 0)
         self.table = CsvTable(quality_names)
-        self.png = stack.enter_context(PngWriter.open()) if "images" in self.wanted else None
-        packed = [NPZ, *([ORIGINALS_NPZ] if self.compared else [])] if "npz" in self.wanted else []
-        self.stacks = {file: stack.enter_context(ImageStack.open(self.output / file, size, process)) for file in packed}
+        self.png = stack.enter_context(PngWriter())
+        kinds = {NPZ: False, ORIGINALS_NPZ: True} if self.compared else {NPZ: False}
+        packed = [ImageStack(self.output / file, size, process, kind) for file, kind in kinds.items()]
+        self.packed = [stack.enter_context(part) for part in packed] if "npz" in self.wanted else []
+        self.observers: list[Observer] = [self.pairs, *self.packed, *([self.table] if "scores" in self.wanted else [])]
 
     def observe(self, variants: Sequence[ScoredBatch]) -> None:
         if not variants:  # latents alone
             return
         (batch,) = variants
-        if self.png is not None:
+        if "images" in self.wanted:
             for row, image in zip(batch.rows.tolist(), batch.decoded.cpu(), strict=True):
                 self.png.write(image, self.output / RECONSTRUCTIONS / f"{self.name(row)}.png")
-        if "sheet" in self.wanted:
-            self.pairs.observe(variants)
-        if "scores" in self.wanted:
-            self.table.observe(variants)
-        for file, stack in self.stacks.items():
-            stack.write(batch.places, batch.original if file == ORIGINALS_NPZ else batch.decoded)
+        for observer in self.observers:
+            observer.observe(variants)
 
     def finish(self, inputs: Inputs | None) -> list[Path]:
         """Write the files that are made at the end, and return all. On all ranks."""
         pairs = self.pairs.gather()
         if inputs is not None:
             self.table.gather(inputs.place, "", inputs.source, [("", "0")])
-        for stack in self.stacks.values():
-            stack.finish()
+        for part in self.packed:
+            part.finish()
         if self.process.main and pairs:
             save_png(contact_sheet(pairs, self.compared), self.output / SHEET)
         if self.process.main and "scores" in self.wanted:
             self.table.write(self.output / SCORES)
         files = {"images": RECONSTRUCTIONS, "sheet": SHEET, "scores": SCORES}
-        return [self.output / file for what, file in files.items() if what in self.wanted] + [
-            self.output / file for file in self.stacks
-        ]
+        written = [self.output / file for what, file in files.items() if what in self.wanted]
+        return written + [part.target for part in self.packed]
 
 
 def _latent_facts(loaded: LoadedModel, options: ReconstructionOptions) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def write_reference(options: ReferenceOptions, process: Process) -> tuple[int, s
             if process.main:
                 save_npz(target, statistics, inception.name, prepared.facts())
             return statistics.count, f"mu and sigma ({inception.name}; {made_of})"
-        with ImageStack.open(target, protocol.image_size, process) as stack:
+        with ImageStack(target, protocol.image_size, process) as stack:
             for batch in batches:
                 stack.write(batch["position"] * process.world + process.rank, batch["image"])
             return stack.finish(prepared.facts()), f"arr_0 ({made_of})"

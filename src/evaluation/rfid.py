@@ -15,7 +15,7 @@ from src.core.files import check_writable
 from src.core.images import save_png
 from src.core.terminal import counted, progress
 from src.core.weights import resolve
-from src.evaluation.image_pairs import FirstPairs, WorstPairs, contact_sheet, save_pairs
+from src.evaluation.image_pairs import KeptPairs, contact_sheet, save_pairs
 from src.evaluation.images import Images, open_images
 from src.evaluation.networks import load_inception, lpips_of
 from src.evaluation.options import EvaluationOptions
@@ -52,9 +52,8 @@ def evaluate(options: EvaluationOptions, process: Process) -> tuple[list[dict[st
     with ExitStack() as stack:
         packed = None
         if options.save_npz:
-            packed = stack.enter_context(
-                ImageStack.open(resolve(options.save_npz), evaluation.protocol.image_size, process)
-            )
+            target = resolve(options.save_npz)
+            packed = stack.enter_context(ImageStack(target, evaluation.protocol.image_size, process))
         for images, reference, folder in zip(sets, moments, folders, strict=True):
             results += evaluation.score(images, reference, folder, packed)
         if packed is not None:
@@ -131,9 +130,9 @@ class Evaluation:
             packed: takes the reconstructions.
         """
         started, process, options = time.perf_counter(), self.process, self.options
-        pairs, worst = FirstPairs(options.save_samples_count if output else 0), WorstPairs(options.worst)
-        wanted = ((pairs, pairs.count), (worst, worst.count), (self.table, options.csv), (packed, packed))
-        observers: list[Observer] = [observer for observer, used in wanted if observer is not None and used]
+        pairs, worst = KeptPairs(options.save_samples_count if output else 0), KeptPairs(options.worst, worst=True)
+        observers: list[Observer] = [pairs, worst, *([self.table] if options.csv else [])]
+        observers += [packed] if packed is not None else []
         scores = [self._score(reference)]
         scores += [self._score(scores[0].reference) for _ in self.variants[1:]]  # they share the originals' features
         loader = self.protocol.loader(images, process)
@@ -144,10 +143,9 @@ class Evaluation:
             score.reduce()
         if scores[0].count < 2:  # on all ranks, so that none waits for the others
             raise UserError(f"FID needs at least 2 images; {scores[0].count} of {images.folder} could be decoded.")
-        kept, found = (keeper.gather() if keeper.count else [] for keeper in (pairs, worst))
-        if options.csv:
-            labels = [(variant.label, f"{variant.sigma:g}") for variant in self.variants]
-            self.table.gather(str(images.folder), images.split, images.source, labels)
+        kept, found = pairs.gather(), worst.gather()
+        labels = [(variant.label, f"{variant.sigma:g}") for variant in self.variants]
+        self.table.gather(str(images.folder), images.split, images.source, labels)
         if not process.main:
             return []
         if output is not None:
