@@ -6,8 +6,9 @@ torchrun --nproc_per_node=8 src/eval_rfid.py …                       several p
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root instead of src/
 
@@ -33,6 +34,9 @@ A DDP run of N processes, or another batch size, gives the same number up to flo
 
 {EXIT_CODES}"""
 
+SCORES = {"rfid": "rFID", "rfid_untrained": "rFID (untrained Inception)"}
+QUALITY = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS", "lpips_untrained": "LPIPS (untrained)"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(EvaluationOptions, __doc__, argv, EPILOG)
@@ -43,7 +47,6 @@ def _run(options: EvaluationOptions) -> int:
     from src.core.distributed import processes
     from src.core.files import write_text
     from src.core.weights import resolve
-    from src.evaluation.report import text
     from src.evaluation.rfid import evaluate
 
     with processes(options.device) as process:
@@ -58,6 +61,27 @@ def _run(options: EvaluationOptions) -> int:
         for file in filter(None, (options.json, options.csv, options.save_npz)):
             print(f"Written: {file}")
     return 0
+
+
+def text(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return a paragraph for each data set: its first variant in words, all of several variants as a table."""
+    paragraphs = []
+    for data_dir in dict.fromkeys(result["data_dir"] for result in results):
+        own = [result for result in results if result["data_dir"] == data_dir]
+        first = own[0]
+        lines = [f"Images: {first['images']:,} of {first['available']:,}, {first['split']} of {data_dir}"]
+        lines += [f"{label} Score: {first[key]:.4f}" for key, label in SCORES.items() if key in first]
+        lines.append(", ".join(f"{label}: {first[key]:.4f}" for key, label in QUALITY.items() if key in first))
+        paragraphs.append("\n".join(lines + (_table(own) if len(own) > 1 else [])) + "\n")
+    return "\n".join(paragraphs)
+
+
+def _table(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    columns = {key: label for key, label in (SCORES | QUALITY).items() if key in results[0]}
+    rows = [["blocks", "sigma", *columns.values()]]
+    rows += [[r["layers"] or "own", f"{r['noise_sigma']:g}", *(f"{r[key]:.4f}" for key in columns)] for r in results]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
 if __name__ == "__main__":

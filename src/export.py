@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root instead of src/
 
@@ -22,10 +22,9 @@ from src.core.terminal import run_program
 
 
 @dataclass(frozen=True, kw_only=True)
-class FolderOptions:
-    """The folder that is written."""
+class Options(ModelOptions):
+    """What is exported, and how."""
 
-    GROUP: ClassVar = "export"
     format: Literal["official", "diffusers", "folder"] = option(
         "official: model.pt; diffusers: AutoencoderRAE with its encoder; folder: ours", default=MISSING
     )
@@ -40,11 +39,6 @@ class FolderOptions:
     scores: tuple[str, ...] = option("results of src/eval_rfid.py for the model card", "JSON", ())
     push: str | None = option("send the export to the Hugging Face hub", "NAME/MODEL")
     private: bool = option("with --push: a private repository", default=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(FolderOptions, ModelOptions):
-    """`src/export.py`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,11 +13,13 @@ from src.core.errors import UserError
 from src.core.options import LoadingOptions
 from src.core.weights import resolve
 from src.data import dummy, sources
-from src.data.dataset import EvaluationDataset
+from src.data.dataset import EvaluationDataset, EvaluationTransform
+from src.data.decode import Decoder
 from src.data.loader import EvaluationLoader, WorkerOptions
 from src.data.order import evaluation_rows, split_rows
 from src.data.sources import Source
 from src.data.splits import validation_split
+from src.metrics.reference import Preparation
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +46,11 @@ class Images:
             "fingerprint": self.source.fingerprint(),
         }
 
-    def share(self, num_images: int | None, process: Process) -> np.ndarray:
-        """Return this process's rows among the first `num_images` (None: all) of the order of evaluation."""
-        return self.rows[evaluation_rows(len(self.rows), num_images, process.world, process.rank)]
+    def preparation(self, image_size: int, exif: str, num_images: int | None) -> Preparation:
+        """Return what a reference of these images says of itself, and is asked for."""
+        available = len(self.rows)
+        selected = min(available, num_images or available)
+        return Preparation(image_size, exif, self.split, self.source.fingerprint(), available, selected)
 
 
 def open_images(data_dir: str | Path, split: str | None, trained_on: Mapping[str, Any] | None) -> Images:
@@ -93,6 +97,14 @@ def open_images(data_dir: str | Path, split: str | None, trained_on: Mapping[str
         folder, f"{len(held_out):,}", f"{len(source):,}", share,
     )  # fmt: skip
     return Images(folder, source, held_out, HELD_OUT)
+
+
+def centre_crops(
+    images: Images, image_size: int, decoder: Decoder, options: LoadingOptions, process: Process
+) -> EvaluationLoader:
+    """Return a loader of this process's share of the first --num_samples images in the order of evaluation."""
+    rows = images.rows[evaluation_rows(len(images.rows), options.num_samples, process.world, process.rank)]
+    return evaluation_loader(images.source, rows, EvaluationTransform(image_size, decoder), options, process)
 
 
 def evaluation_loader(

@@ -17,9 +17,8 @@ from src.core.errors import UserError
 from src.core.precision import full_float32
 from src.core.terminal import Update
 from src.core.weights import read
-from src.data.dataset import EvaluationTransform
 from src.data.decode import Decoder
-from src.evaluation.images import MAX_MEGAPIXELS, Images, evaluation_loader
+from src.evaluation.images import MAX_MEGAPIXELS, Images, centre_crops
 from src.evaluation.latent_moments import LatentMoments
 from src.evaluation.options import StatisticsOptions
 from src.formats.official import save_atomically
@@ -77,12 +76,11 @@ def partial_file(output: Path) -> Path:
 @torch.no_grad()
 def _piece(rae: RAE, piece: Images, options: StatisticsOptions, process: Process, update: Any) -> LatentMoments:
     """Return the moments of a piece, of all processes; `update(images done)`."""
-    moments, rows = LatentMoments(rae.latent_shape, process.device), piece.share(None, process)
-    transform = EvaluationTransform(rae.geometry.image_size, Decoder(options.exif, MAX_MEGAPIXELS))
-    if len(rows):
-        seen = 0
+    moments, seen = LatentMoments(rae.latent_shape, process.device), 0
+    decoder = Decoder(options.exif, MAX_MEGAPIXELS)
+    if len(piece.rows) > process.rank:  # else this process has no share of it
         with full_float32(process.device):
-            for batch in evaluation_loader(piece.source, rows, transform, options, process):
+            for batch in centre_crops(piece, rae.geometry.image_size, decoder, options, process):
                 moments.update(rae.encode_raw(batch["image"].to(process.device, non_blocking=True)))
                 seen += len(batch["image"])
                 update(min(seen * process.world, len(piece.rows)))

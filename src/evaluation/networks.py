@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from src.core.errors import UserError
-from src.core.options import LPIPS_FILES, LpipsOptions
+from src.core.options import INCEPTION_FILE, LPIPS_FILES, InceptionOptions, LpipsOptions
 from src.core.weights import resolve
+from src.evaluation.protocol import stored
 from src.losses.lpips import LPIPS
 from src.metrics.inception import InceptionFeatures, InceptionWeights
 
@@ -39,13 +40,19 @@ def load_inception(
     return InceptionFeatures(path, weights, key=key)
 
 
+def inception_of(options: InceptionOptions, config: Mapping[str, Any], remedy: str) -> InceptionFeatures:
+    """Load the Inception network that the options name, else that of a run's configuration, else the usual file."""
+    path = options.inception_path or stored(config, "callbacks.rfid.inception_path") or INCEPTION_FILE
+    return load_inception(path, options.inception_weights, "--inception_path", remedy, options.inception_width)
+
+
 def lpips_of(options: LpipsOptions, config: Mapping[str, Any]) -> LPIPS | None:
     """Load the LPIPS that the options name, else that of a run's configuration, else that of the usual files.
 
     None, and a warning, where its files are missing: LPIPS stands beside the score, it is no part of it.
     """
     given = {"vgg_path": options.vgg_path, "linear_path": options.lpips_path}
-    arguments = (config.get("model") or {}).get("lpips_arch") or LPIPS_FILES
+    arguments = stored(config, "model.lpips_arch") or LPIPS_FILES
     if any(given.values()):
         arguments = {name: path or LPIPS_FILES[name] for name, path in given.items()}
     if arguments.get("weights", "pretrained") == "pretrained":

@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from src.core import options as shared
 from src.core.options import NotNegative, Positive, option
@@ -17,21 +17,7 @@ def sigma(text: str) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputOptions:
-    """What `src/eval_rfid.py` writes."""
-
-    GROUP: ClassVar = "output"
-    output_dir: str | None = option("originals and reconstructions as PNG, and a sheet with their differences", "DIR")
-    save_samples_count: NotNegative = option("pairs in --output_dir", "N", 64)
-    worst: NotNegative = option("sheet of the K worst (by LPIPS, else PSNR) as --output_dir/worst.png", "K", 0)
-    json: str | None = option("all numbers, and all they depend on", "FILE")
-    csv: str | None = option("PSNR, SSIM and LPIPS of each image", "FILE")
-    save_npz: str | None = option("reconstructions as `arr_0` (uint8 N x H x W x 3) for the ADM suite", "FILE")
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvaluationOptions(
-    OutputOptions,
     shared.LpipsOptions,
     shared.DeviceOptions,
     shared.InceptionOptions,
@@ -59,6 +45,12 @@ class EvaluationOptions(
     layers: tuple[str, ...] = option(
         "blocks to decode from, k1, k7, k23 or 11.13.15, say: a row for each (default: the model's)", "BLOCKS", ()
     )
+    output_dir: str | None = option("originals and reconstructions as PNG, and a sheet with their differences", "DIR")
+    save_samples_count: NotNegative = option("pairs in --output_dir", "N", 64)
+    worst: NotNegative = option("sheet of the K worst (by LPIPS, else PSNR) as --output_dir/worst.png", "K", 0)
+    json: str | None = option("all numbers, and all they depend on", "FILE")
+    csv: str | None = option("PSNR, SSIM and LPIPS of each image", "FILE")
+    save_npz: str | None = option("reconstructions as `arr_0` (uint8 N x H x W x 3) for the ADM suite", "FILE")
 
     def __post_init__(self) -> None:
         if self.worst and self.output_dir is None:
@@ -84,10 +76,9 @@ class ReferenceOptions(shared.DeviceOptions, shared.InceptionOptions, shared.Dat
 
 
 @dataclass(frozen=True, kw_only=True)
-class InputOptions(shared.LoadingOptions):
-    """What `src/reconstruct.py` takes."""
+class ReconstructionOptions(shared.LpipsOptions, shared.DeviceOptions, shared.LoadingOptions, shared.ModelOptions):
+    """`src/reconstruct.py`."""
 
-    GROUP: ClassVar = "images"
     input: tuple[str, ...] = option(
         "image files, folders, patterns in quotes, or one data set on disk (or --from_latents)", "PATH", ()
     )
@@ -97,13 +88,6 @@ class InputOptions(shared.LoadingOptions):
     exif: Literal["apply", "ignore"] = option("turn images as their EXIF says", default="apply")
     batch_size: Positive = option("images at once and process", "N", 32)
     max_bad_share: float = option("stop when more of the images can't be decoded", "SHARE", 1.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProductOptions(shared.LpipsOptions):
-    """What `src/reconstruct.py` writes."""
-
-    GROUP: ClassVar = "output"
     output: Path = option("a new folder", "DIR", MISSING)
     overwrite: bool = option("replace what an earlier call left in --output", default=False)
     write: tuple[Literal["images", "sheet", "scores", "npz"], ...] = option(
@@ -118,11 +102,6 @@ class ProductOptions(shared.LpipsOptions):
         "store latents as the encoder gives them, or normalised by the model's statistics"
     )
     latents_dtype: Literal["fp32", "bf16", "fp16"] = option("of stored latents", default="fp32")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReconstructionOptions(shared.DeviceOptions, ProductOptions, InputOptions, shared.ModelOptions):
-    """`src/reconstruct.py`."""
 
     def __post_init__(self) -> None:
         if bool(self.input) == bool(self.from_latents):

@@ -1,55 +1,17 @@
-"""How the images of an evaluation are prepared: as on the command line, else as the checkpoint's training did it, whose
-callback then gives the same score; without a checkpoint by the project's defaults."""
+"""What an evaluation does as on the command line, else as the checkpoint's training did it, whose callback then gives the
+same score; without a checkpoint by the project's defaults."""
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from src.core.distributed import Process
-from src.core.options import INCEPTION_FILE, DataOptions
-from src.data.dataset import EvaluationTransform
+from src.core.options import DataOptions
 from src.data.decode import Decoder
-from src.data.loader import EvaluationLoader
-from src.evaluation.images import MAX_MEGAPIXELS, Images, evaluation_loader
-from src.metrics.reference import Preparation
+from src.evaluation.images import MAX_MEGAPIXELS
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class ImageProtocol:
-    """From rows of a data set to the squares that are compared."""
-
-    image_size: int
-    decoder: Decoder
-    options: DataOptions
-
-    @classmethod
-    def of(cls, image_size: int, options: DataOptions, config: Mapping[str, Any]) -> "ImageProtocol":
-        """Choose by the options and the configuration of a run (or none)."""
-        exif = choose("exif", options.exif, config, "data.exif", "apply")
-        return cls(image_size, Decoder(exif, stored(config, "data.max_megapixels") or MAX_MEGAPIXELS), options)
-
-    def loader(self, images: Images, process: Process) -> EvaluationLoader:
-        """Return this process's share of the first --num_samples centre crops."""
-        rows = images.share(self.options.num_samples, process)
-        transform = EvaluationTransform(self.image_size, self.decoder)
-        return evaluation_loader(images.source, rows, transform, self.options, process)
-
-    def preparation(self, images: Images) -> Preparation:
-        """Return what a reference says of itself, and is asked for."""
-        available = len(images.rows)
-        return Preparation(
-            image_size=self.image_size,
-            exif=self.decoder.exif,
-            split=images.split,
-            fingerprint=images.source.fingerprint(),
-            available=available,
-            selected=min(available, self.options.num_samples or available),
-        )
 
 
 def stored(config: Mapping[str, Any], key: str) -> Any:
@@ -83,5 +45,7 @@ def compare_precision(chosen: str, config: Mapping[str, Any]) -> None:
         )  # fmt: skip
 
 
-def inception_path(given: str | None, config: Mapping[str, Any]) -> str:
-    return given or stored(config, "callbacks.rfid.inception_path") or INCEPTION_FILE
+def decoder_of(options: DataOptions, config: Mapping[str, Any]) -> Decoder:
+    """Return how image files are read."""
+    exif = choose("exif", options.exif, config, "data.exif", "apply")
+    return Decoder(exif, stored(config, "data.max_megapixels") or MAX_MEGAPIXELS)

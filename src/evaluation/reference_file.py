@@ -9,11 +9,11 @@ from src.core.distributed import Process
 from src.core.errors import UserError
 from src.core.terminal import counted, progress
 from src.core.weights import resolve
-from src.evaluation.images import ALL, HELD_OUT, Images, open_images
-from src.evaluation.networks import load_inception
+from src.evaluation.images import ALL, HELD_OUT, Images, centre_crops, open_images
+from src.evaluation.networks import inception_of
 from src.evaluation.options import EvaluationOptions, ReferenceOptions
 from src.evaluation.per_image_files import ImageStack
-from src.evaluation.protocol import ImageProtocol, inception_path
+from src.evaluation.protocol import decoder_of, stored
 from src.formats.opening import DEFAULT_IMAGE_PX, run_config
 from src.metrics.fid import save_npz
 from src.metrics.reference import Preparation, image_statistics
@@ -34,15 +34,13 @@ def write_reference(options: ReferenceOptions, process: Process) -> tuple[int, s
         raise UserError(f"--output {options.output}: expected a name that ends in .npz.")
     config = run_config(options.checkpoint) if options.checkpoint else {}
     images = _open(options, config)
-    protocol = ImageProtocol.of(_image_size(options, config), options, config)
-    prepared = protocol.preparation(images)
-    made_of = f"{images.split} of {images.folder}, {prepared.image_size} px, EXIF {prepared.exif}"
+    size, decoder = _image_size(options, config), decoder_of(options, config)
+    prepared = images.preparation(size, decoder.exif, options.num_samples)
+    made_of = f"{images.split} of {images.folder}, {size} px, EXIF {decoder.exif}"
     inception = None
     if options.kind == "statistics":
-        path, kind = inception_path(options.inception_path, config), options.inception_weights
-        inception = load_inception(path, kind, "--inception_path", TRY_OUT, options.inception_width)
-        inception.to(process.device)
-    loader = protocol.loader(images, process)
+        inception = inception_of(options, config, TRY_OUT).to(process.device)
+    loader = centre_crops(images, size, decoder, options, process)
     with progress(images.folder.name, process.main) as update:
         batches = counted(loader, len(loader), update)
         if inception is not None:
@@ -50,7 +48,7 @@ def write_reference(options: ReferenceOptions, process: Process) -> tuple[int, s
             if process.main:
                 save_npz(target, statistics, inception.name, prepared.facts())
             return statistics.count, f"mu and sigma ({inception.name}; {made_of})"
-        with ImageStack(target, protocol.image_size, process) as stack:
+        with ImageStack(target, size, process) as stack:
             for batch in batches:
                 stack.write(batch["position"] * process.world + process.rank, batch["image"])
             return stack.finish(prepared.facts()), f"arr_0 ({made_of})"
@@ -93,7 +91,7 @@ def _open(options: ReferenceOptions, config: Mapping[str, Any]) -> Images:
 
 
 def _image_size(options: ReferenceOptions, config: Mapping[str, Any]) -> int:
-    trained: int | None = (config.get("model") or {}).get("image_size")
+    trained: int | None = stored(config, "model.image_size")
     if None not in (trained, options.image_size) and trained != options.image_size:
         raise UserError(
             f"--image_size {options.image_size}, but the model of {options.checkpoint} works at {trained} px. Drop the "

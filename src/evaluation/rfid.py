@@ -16,11 +16,11 @@ from src.core.images import save_png
 from src.core.terminal import counted, progress
 from src.core.weights import resolve
 from src.evaluation.image_pairs import KeptPairs, contact_sheet, save_pairs
-from src.evaluation.images import Images, open_images
-from src.evaluation.networks import load_inception, lpips_of
+from src.evaluation.images import Images, centre_crops, open_images
+from src.evaluation.networks import inception_of, lpips_of
 from src.evaluation.options import EvaluationOptions
 from src.evaluation.per_image_files import CsvTable, ImageStack
-from src.evaluation.protocol import ImageProtocol, choose, compare_precision, inception_path
+from src.evaluation.protocol import choose, compare_precision, decoder_of
 from src.evaluation.reference_file import command_for
 from src.evaluation.scoring_pass import Observer, score_images
 from src.evaluation.variants import Reconstructions, variants_of
@@ -53,7 +53,7 @@ def evaluate(options: EvaluationOptions, process: Process) -> tuple[list[dict[st
         packed = None
         if options.save_npz:
             target = resolve(options.save_npz)
-            packed = stack.enter_context(ImageStack(target, evaluation.protocol.image_size, process))
+            packed = stack.enter_context(ImageStack(target, evaluation.image_size, process))
         for images, reference, folder in zip(sets, moments, folders, strict=True):
             results += evaluation.score(images, reference, folder, packed)
         if packed is not None:
@@ -71,11 +71,10 @@ class Evaluation:
         self.model = open_model(options)
         config: Mapping[str, Any] = self.model.description["config"] or {}
         self.trained_on = config.get("data")
-        self.protocol = ImageProtocol.of(self.model.rae.geometry.image_size, options, config)
+        self.image_size, self.decoder = self.model.rae.geometry.image_size, decoder_of(options, config)
         self.quantization = choose("quantization", options.quantization, config, "callbacks.rfid.quantization", "round")
         compare_precision(options.precision, config)
-        path, kind = inception_path(options.inception_path, config), options.inception_weights
-        self.inception = load_inception(path, kind, "--inception_path", TRY_OUT, options.inception_width)
+        self.inception = inception_of(options, config, TRY_OUT)
         self.lpips = lpips_of(options, config)
         for part in (self.model.rae, self.inception, self.lpips):
             if part is not None:
@@ -90,11 +89,11 @@ class Evaluation:
         return {
             "model": {name: value for name, value in self.model.description.items() if name != "config"},
             "untrained_encoder": rae.encoder.untrained,
-            "image_size": rae.geometry.image_size,
+            "image_size": self.image_size,
             "features": self.inception.name,
             "quantization": self.quantization,
-            "exif": self.protocol.decoder.exif,
-            "max_megapixels": self.protocol.decoder.max_megapixels,
+            "exif": self.decoder.exif,
+            "max_megapixels": self.decoder.max_megapixels,
             "precision": self.options.precision,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "processes": self.process.world,
@@ -114,10 +113,9 @@ class Evaluation:
         """Read a reference once it is known to fit `images`; None: the originals are the reference. On all ranks."""
         if file is None:
             return None
-        wanted = self.protocol.preparation(images)
+        wanted = images.preparation(self.image_size, self.decoder.exif, self.options.num_samples)
         remedy = f"One for these images: `{command_for(self.options, images, wanted)}`; give its output as --reference."
-        batch, process = self.options.batch_size, self.process
-        return load_reference(resolve(file), self.inception, batch, wanted, remedy, process.rank, process.world)
+        return load_reference(resolve(file), self.inception, self.options.batch_size, wanted, remedy, self.process)
 
     def score(
         self, images: Images, reference: Moments | None, output: Path | None, packed: ImageStack | None
@@ -135,7 +133,7 @@ class Evaluation:
         observers += [packed] if packed is not None else []
         scores = [self._score(reference)]
         scores += [self._score(scores[0].reference) for _ in self.variants[1:]]  # they share the originals' features
-        loader = self.protocol.loader(images, process)
+        loader = centre_crops(images, self.image_size, self.decoder, options, process)
         with progress(images.folder.name, process.main) as update:
             reconstruct = Reconstructions(self.model.rae, self.variants, options.precision)
             score_images(counted(loader, len(loader), update), reconstruct, scores, process, observers)

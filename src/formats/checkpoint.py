@@ -38,7 +38,7 @@ def load_trained(path: str | Path, which: Which = "ema", changes: Mapping[str, A
         UserError: no such file, cut short, code in it, not a checkpoint of this trainer, another encoder than it was
             trained with.
     """
-    file = _existing(path)
+    file = existing(path)
     content = read(file)
     if not isinstance(content, Mapping) or content.get("format_version") != FORMAT_VERSION or "config" not in content:
         raise UserError(
@@ -69,7 +69,8 @@ def load_trained(path: str | Path, which: Which = "ema", changes: Mapping[str, A
     return LoadedModel(rae, description)
 
 
-def _existing(path: str | Path) -> Path:
+def existing(path: str | Path) -> Path:
+    """Return the file of a checkpoint. UserError where there is none."""
     file = resolve(path)
     if file.is_file():
         return file

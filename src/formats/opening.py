@@ -5,8 +5,8 @@ from typing import Any
 
 from src.core.errors import UserError
 from src.core.options import ModelOptions
-from src.core.weights import freeze, read, require, resolve
-from src.formats.checkpoint import LoadedModel, load_trained
+from src.core.weights import freeze, read
+from src.formats.checkpoint import LoadedModel, existing, load_trained
 from src.formats.decoder_files import kind_of
 from src.formats.diffusers import read_diffusers
 from src.formats.folder import read_folder
@@ -48,7 +48,7 @@ def _from_checkpoint(options: ModelOptions) -> LoadedModel:
     _refuse(options, ("encoder_cls", "encoder_layers", "stats"), reason)
     changes: dict[str, Any] = {}
     if options.encoder is not None:
-        content = read(require(options.checkpoint, "Checkpoint", "--checkpoint"))
+        content = read(existing(options.checkpoint))
         params = _model_config(content).get("encoder_params") or {}
         key = next((key for key in SOURCE_KEYS if key in params), SOURCE_KEYS[-1])
         changes = {"encoder_config_path": options.encoder, "encoder_params": {**params, key: options.encoder}}
@@ -91,11 +91,7 @@ def _from_decoder(options: ModelOptions) -> LoadedModel:
 
 def run_config(checkpoint: str) -> Mapping[str, Any]:
     """Return the configuration of the run that wrote `checkpoint`. UserError where there is none."""
-    file = resolve(checkpoint)
-    if not file.is_file():
-        raise UserError(
-            f"Checkpoint not found: {file} (from --checkpoint). Checkpoints lie in logs/runs/DATE/TIME/checkpoints."
-        )
+    file = existing(checkpoint)
     content = read(file)
     if not _model_config(content):
         raise UserError(

@@ -1,6 +1,6 @@
 """Inception features for FID: uint8 images in, 2,048 numbers per image out, from the standard weights file.
 
-Legend: B batch, H, W image px (any size), F features (2048).
+Legend: B batch, C channels, H, W image px (any size), S output side, F features (2048).
 """
 
 import hashlib
@@ -16,7 +16,6 @@ from src.core.errors import UserError
 from src.core.precision import full_float32
 from src.core.weights import freeze, load_strict, read, require
 from src.metrics.inception_network import InceptionNetwork
-from src.metrics.resize import resize_tf1
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +80,32 @@ class InceptionFeatures(nn.Module):
             x = resize_tf1(images.to(self.device).float(), INPUT_PX)
             x = x.sub(128).div_(128)  # TensorFlow's own scaling: 255 becomes 0.992
             return self.network(x.contiguous(memory_format=torch.channels_last))  # B F
+
+
+def resize_tf1(images: Tensor, size: int) -> Tensor:
+    """Resize B x C x H x W float -> B x C x S x S, as `tf.image.resize_bilinear(align_corners=False)` of TensorFlow 1,
+    on which every published FID rests.
+
+    Output pixel i reads the input at i * H / S, not at (i + .5) * H / S - .5 as `torch.nn.functional.interpolate` does:
+    no half-pixel centres, no antialias, the last row and column repeated beyond the edge.
+    """
+    height, width = images.shape[-2:]
+    if (height, width) == (size, size):
+        return images
+    return _lerp(_lerp(images, -1, size), -2, size)  # TensorFlow blends along the row first
+
+
+def _lerp(images: Tensor, axis: int, size: int) -> Tensor:
+    length = images.shape[axis]
+    # float32 positions, as TensorFlow computes them
+    position = torch.arange(size, dtype=torch.float32, device=images.device) * (length / size)
+    low = position.long().clamp_(max=length - 1)
+    high = (low + 1).clamp_(max=length - 1)
+    weight = (position - low).to(images.dtype)
+    if axis == -2:
+        weight = weight[:, None]
+    start = images.index_select(axis, low)
+    return torch.addcmul(start, images.index_select(axis, high) - start, weight)
 
 
 def _load(network: InceptionNetwork, weights_path: str | Path | None, key: str) -> None:

@@ -18,8 +18,7 @@ from src.core.images import Quantization, bytes_to_unit, unit_to_bytes, unit_to_
 from src.core.precision import full_float32
 from src.metrics.fid import FeatureStatistics, Moments, few_images_warning, frechet_distance
 from src.metrics.inception import InceptionFeatures
-from src.metrics.means import RunningMeans
-from src.metrics.quality import psnr, ssim
+from src.metrics.quality import RunningMeans, psnr, ssim
 from src.metrics.reference import add_features
 
 logger = logging.getLogger(__name__)

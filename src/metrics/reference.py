@@ -8,7 +8,7 @@ from typing import Self
 
 from torch import Tensor
 
-from src.core.distributed import float64_device
+from src.core.distributed import Process, float64_device
 from src.core.errors import UserError
 from src.metrics.fid import FeatureStatistics, Gaussian, Moments, load_npz
 from src.metrics.inception import InceptionFeatures
@@ -79,8 +79,7 @@ def load_reference(
     batch_size: int,
     wanted: Preparation,
     remedy: str = "",
-    rank: int = 0,
-    world_size: int = 1,
+    process: Process | None = None,
 ) -> Moments:
     """Read `mu` and `sigma` of an npz where it has them, else make those of its images `arr_0`.
 
@@ -104,8 +103,8 @@ def load_reference(
         raise UserError(f"{path} holds {sorted(names)}; a reference has `mu` and `sigma`, or uint8 images in `arr_0`.")
     images = ImageNpz(path)
     _check_preparation(path, Preparation.of_file(path), images.shape[1:3], len(images), wanted, remedy)
-    statistics = image_statistics(images.batches(batch_size, rank, world_size), inception, batch_size)
-    return statistics.reduce()
+    rank, world = (process.rank, process.world) if process else (0, 1)
+    return image_statistics(images.batches(batch_size, rank, world), inception, batch_size).reduce()
 
 
 def _check_preparation(

@@ -25,8 +25,7 @@ from src.formats.checkpoint_content import describe, rescale, trained_state, ver
 from src.losses.diffaug import DiffAug
 from src.losses.gan import discriminator_loss, generator_loss
 from src.losses.lpips import LPIPS
-from src.metrics.means import RunningMeans
-from src.metrics.quality import psnr, ssim
+from src.metrics.quality import RunningMeans, psnr, ssim
 from src.models.discriminator import DinoDiscriminator
 from src.models.rae import RAE
 from src.training.optimisation import adamw, average_gradients, gradient_norm, scale_gradients
