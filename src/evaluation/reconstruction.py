@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 RECONSTRUCTIONS, SHEET, SCORES, NPZ, ORIGINALS_NPZ, LATENTS = (
     "reconstructions", "sheet.png", "scores.csv", "reconstructions.npz", "originals.npz", "latents",
 )  # fmt: skip
-SHARD_BYTES = 512 * 2**20
 
 
 @dataclass
