@@ -2,7 +2,6 @@
 (arXiv 2605.18324). The mathematics of a step is in `src/training/stage2_step.py`.
 """
 
-import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -16,21 +15,20 @@ from src.core.ema import EMA
 from src.core.errors import UserError
 from src.core.images import unit_to_bytes
 from src.core.schedules import Schedule
-from src.core.settings import check_keys
 from src.core.weights import freeze
 from src.evaluation.generate import Sampler, SamplerSettings
 from src.formats.autoencoder import open_autoencoder
 from src.formats.checkpoint import statistics_digest
-from src.models.dit import DiTDH, LatentTransformer, LightningDiT, RAEv2DiT
+from src.losses.flow_matching import FlowSettings
+from src.models.dit import build_network
 from src.training.module import StageModule
 from src.training.muon import MuonWithAdamW
 from src.training.optimisation import adamw
 from src.training.settings import OptimizerSettings, StageSettings
-from src.training.stage2_step import FlowDraws, FlowSettings, FlowStep
+from src.training.stage2_step import FlowDraws, FlowStep
 
 log = logging.getLogger(__name__)
 
-NETWORKS: dict[str, type[LatentTransformer]] = {cls.__name__: cls for cls in (LightningDiT, DiTDH, RAEv2DiT)}
 QUARTERS = 4
 STUCK_AFTER = 500
 """Updates after which a run whose loss is that of an untrained network is told so."""
@@ -224,33 +222,3 @@ class DiffusionModule(StageModule):
         sizes = {"latent channels": channels, "latent grid": grid, "model.num_classes": self.settings.num_classes}
         flow = {"model.flow.prediction": self.settings.flow.prediction, "time shift": self.step.shift}
         return {"architecture": {"stage": 2, **sizes, **network, **flow}, **self.autoencoder_identity}
-
-
-def build_network(
-    config: Mapping[str, Any], latent_shape: tuple[int, int, int], num_classes: int, label_dropout: float, seed: int
-) -> LatentTransformer:
-    """Return a transformer with weights drawn from `seed`, trained from nothing.
-
-    Args:
-        config: `name` and arguments of the class; sizes of latents and label table are filled in.
-
-    Raises:
-        UserError: an unknown class or argument, sizes that don't fit.
-    """
-    cls = NETWORKS.get(str(config.get("name")))
-    if cls is None:
-        raise UserError(f"model.network.name={config.get('name')!r}: expected one of {', '.join(NETWORKS)}.")
-    channels, grid, _ = latent_shape
-    derived = {"input_size": grid, "in_channels": channels, "num_classes": num_classes}
-    known = inspect.signature(cls.__init__).parameters.keys() - {"self"}
-    derived |= {"class_dropout_prob": label_dropout} if "class_dropout_prob" in known else {}
-    arguments = {name: value for name, value in config.items() if name != "name"}
-    check_keys(arguments, known - derived.keys(), "model.network")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            return cls(**derived, **arguments)
-        except TypeError as error:
-            raise UserError(
-                f"model.network: {error}. Arguments of {cls.__name__}: {', '.join(sorted(known))}."
-            ) from error

@@ -11,46 +11,18 @@ Legend: B batch, C latent channels, h = w latent grid, K classes (K itself is th
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.profiler import record_function
 
 from src.core import random_streams as streams
 from src.core.images import bytes_to_unit
 from src.core.random_streams import Purpose
-from src.core.settings import Settings
 from src.losses import flow_matching as flow
+from src.losses.flow_matching import FlowSettings
 from src.models.rae import RAE
-
-
-class FlowSettings(Settings):
-    """The node `model.flow`."""
-
-    prediction: Literal["velocity", "x"]
-    """What the network's output is: eps - z, or the clean latent (RAEv2)."""
-    t_eps: float = Field(ge=0, lt=1)
-    """Velocities are divided by max(t, t_eps): 0 in RAE, 0.05 in RAEv2."""
-    time: Literal["uniform", "truncated_logit_normal", "logit_normal"]
-    time_mu: float
-    time_sigma: float = Field(gt=0)
-    shift: float | None = Field(ge=1)
-    """Of times, s; None: sqrt(C h w / 4096)."""
-    base_weight: float = Field(ge=0)
-    """Of the base head's loss, where the network has one (RAEv2's internal guidance)."""
-
-    def draw_time(self, uniforms: Tensor, shift: float) -> Tensor:
-        """Turn U[0, 1) into times before noise is added: monotone, so quartiles of draws are quartiles of t."""
-        if self.time == "uniform":
-            t = flow.uniform_time(uniforms)
-        elif self.time == "truncated_logit_normal":
-            t = flow.truncated_logit_normal_time(uniforms, self.time_mu, self.time_sigma)
-        else:
-            normals = torch.special.ndtri(uniforms.double().clamp(min=2**-26)).to(uniforms.dtype)
-            t = flow.logit_normal_time(normals, self.time_mu, self.time_sigma)
-        return flow.shift_time(t, shift)
 
 
 @dataclass(frozen=True)
@@ -91,7 +63,7 @@ class FlowStep:
         self.num_classes = num_classes
         self.label_dropout = label_dropout
         self.flip_probability = flip_probability
-        self.shift = flow.time_shift(rae.latent_shape) if settings.shift is None else settings.shift
+        self.shift = settings.shift_for(rae.latent_shape)
 
     def encode(self, images: Tensor, flip: Tensor) -> Tensor:
         """uint8 B 3 H W -> normalised latents B C h w, float32 whatever autocast says; mirrored where `flip`, (B,) bool."""
