@@ -112,10 +112,14 @@ class Blocks:
         if self.process.main:
             found = read_json(self.folder / "settings.json") if (self.folder / "settings.json").is_file() else None
             if found is not None and found != said and not overwrite:
-                other = sorted(key for key in said.keys() | found.keys() if said.get(key) != found.get(key))
+                other = ", ".join(
+                    f"{key}: {found.get(key)!r} there, {said.get(key)!r} here"
+                    for key in sorted(said.keys() | found.keys())
+                    if said.get(key) != found.get(key)
+                )
                 raise UserError(
-                    f"{self.folder} holds an unfinished run with other settings ({', '.join(f'{k}: {found.get(k)!r} there, {said.get(k)!r} here' for k in other)}). "
-                    "Go on with its settings, or start over with --overwrite."
+                    f"{self.folder} holds an unfinished run with other settings ({other}). Go on with those settings, or "
+                    "start over with --overwrite."
                 )
             if found != said:
                 shutil.rmtree(self.folder, ignore_errors=True)

@@ -63,8 +63,8 @@ def open_generator(
         raise UserError(f"--model {model}: {file} says itself which model it is. Drop the option.")
     if not ours and model is None:
         raise UserError(
-            f"{file} is no checkpoint of this trainer: say which model it is with --model (ditdh_xl, dit_xl, raev2_dit_k7, ...) and "
-            "give its --autoencoder."
+            f"{file} is no checkpoint of this trainer: say which model it is with --model (ditdh_xl, dit_xl, raev2_dit_k7, "
+            "...) and give its --autoencoder."
         )
     config = content["config"]["model"] if ours else compose([f"experiment={model}"])["model"]
     rae = None
