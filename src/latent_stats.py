@@ -85,11 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Any) -> int:
     from src.core.errors import UserError
+    from src.core.files import write_torch
     from src.core.processes import processes
     from src.data.decode import Decoder
     from src.evaluation.images import MAX_MEGAPIXELS, open_images
     from src.evaluation.latent_statistics import latent_statistics, partial_file
-    from src.formats.official import save_atomically
 
     output: Path = arguments.output
     if output.exists() and not arguments.overwrite:
@@ -110,7 +110,7 @@ def _run(arguments: Any) -> int:
             )
         if not place.main:
             return 0
-        save_atomically(content, output)
+        write_torch(output, content)
         partial_file(output).unlink(missing_ok=True)
     shape = " x ".join(map(str, content["mean"].shape))
     print(f"{output}: mean and var, each {shape}, of {content['images']:,} images of {images.folder} ({images.split})")

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from src.core.errors import UserError
+from src.core.files import write_torch
 from src.core.precision import full_float32
 from src.core.processes import Place
 from src.core.weights import read
 from src.evaluation.images import Images, evaluation_loader
 from src.evaluation.latent_moments import LatentSums
-from src.formats.official import save_atomically
 from src.models.rae import RAE
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def latent_statistics(
         piece = replace(images, rows=rows[start : start + piece_images])
         total.merge(_piece(rae, piece, loading, place, lambda n, s=start: progress(s + n, len(rows))))
         if place.main and start + piece_images < len(rows):
-            save_atomically({"pass": pass_over, "done": start + piece_images, **total.state()}, partial)
+            write_torch(partial, {"pass": pass_over, "done": start + piece_images, **total.state()})
     if total.count < 2:
         raise UserError(f"Statistics need at least two images, {images.folder} gave {total.count}.")
     if total.count < len(rows):

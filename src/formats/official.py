@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src.core.files import replacing
+from src.core.files import write_torch
 from src.formats.decoder_files import STATISTICS
 from src.models.rae import RAE
 
@@ -28,7 +28,7 @@ def write_official(rae: RAE, folder: str | Path, dtype: torch.dtype = torch.floa
     state = {
         name: value.detach().to(dtype).cpu().contiguous().clone() for name, value in rae.decoder.state_dict().items()
     }
-    save_atomically(state, Path(folder) / DECODER)
+    write_torch(Path(folder) / DECODER, state)
     remarks = [
         f"The official code builds the decoder for its own grid: use it at {rae.geometry.image_size} px with "
         f"patches of {rae.geometry.decoder_patch} px."
@@ -44,16 +44,10 @@ def write_official(rae: RAE, folder: str | Path, dtype: torch.dtype = torch.floa
 def write_statistics(mean: Tensor, var: Tensor, encoder: Mapping[str, Any], path: str | Path) -> None:
     """The official file, {mean, var} each float32 C x h x w, plus the encoder's identity, which readers may compare."""
     content = {"mean": mean.float().cpu().clone(), "var": var.float().cpu().clone(), "encoder": dict(encoder)}
-    save_atomically(content, Path(path))
+    write_torch(path, content)
 
 
 def write_own_statistics(rae: RAE, folder: str | Path, encoder: Mapping[str, Any]) -> None:
     """`stats.pt` beside an export, where the model has statistics."""
     if rae.latent_mean is not None and rae.latent_var is not None:
         write_statistics(rae.latent_mean, rae.latent_var, encoder, Path(folder) / STATISTICS)
-
-
-def save_atomically(content: Any, path: Path) -> None:
-    """torch.save; a reader never sees half a file."""
-    with replacing(path) as file:
-        torch.save(content, file)

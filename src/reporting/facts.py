@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from src.core.text import duration, flat
 from src.reporting.reading import Run
 
 FEW_IMAGES = 2048
@@ -65,15 +66,6 @@ def warnings(run: Run) -> list[str]:
 def starts(run: Run) -> dict[str, int]:
     """Steps at which losses begin, as the start-up table of run.log has them."""
     return {name: int(step.replace(",", "")) for name, step in _STARTS.findall(run.log)}
-
-
-def flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; empty groups stay as they are."""
-    leaves: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{before}{key}"
-        leaves |= flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
-    return leaves
 
 
 def number(value: Any) -> str:
@@ -170,17 +162,6 @@ def _time(run: Run) -> Fact | None:
             "duration so far", duration((last - started).total_seconds()), f"last written {last:%Y-%m-%d %H:%M}"
         )
     return Fact("started", f"{started:%Y-%m-%d %H:%M}")
-
-
-def duration(seconds: float) -> str:
-    """59 -> `59 s`, 9000 -> `2 h 30 min`, 200000 -> `2 d 8 h`."""
-    seconds = max(seconds, 0)
-    minutes, hours = round(seconds / 60), round(seconds / 3600)
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 def _moment(text: Any) -> datetime | None:

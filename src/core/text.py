@@ -1,0 +1,30 @@
+"""Write durations, nested keys and two-column tables as text."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def duration(seconds: float) -> str:
+    """59 -> `59 s`, 9000 -> `2 h 30 min`, 200000 -> `2 d 8 h`."""
+    seconds = max(seconds, 0)
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; empty groups stay as they are."""
+    leaves: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{before}{key}"
+        leaves |= flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
+    return leaves
+
+
+def table(rows: Sequence[tuple[str, str]]) -> str:
+    """One line for each (name, text), indented, the texts below each other."""
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
