@@ -83,7 +83,7 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
             return  # the end of the epoch saves, once its evaluation is over
         by_steps = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
         by_time = late and trainer.global_step > self._saved_step + 1  # else it is the request granted a step ago
-        better = self._note_score(pl_module)
+        better = self._is_better(pl_module)
         if by_steps or by_time or better:
             self.save(trainer, pl_module)
         if better and trainer.is_global_zero:
@@ -91,7 +91,7 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._epoch_ended = True
-        better = self._note_score(pl_module)
+        better = self._is_better(pl_module)
         self.save(trainer, pl_module)
         epoch = trainer.current_epoch + 1
         if not trainer.is_global_zero:
@@ -167,7 +167,7 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
             self.best = None
         return monitor
 
-    def _note_score(self, pl_module: Any) -> bool:
+    def _is_better(self, pl_module: Any) -> bool:
         """Take note of a score that is new; return whether it is the best so far."""
         step, score = pl_module.scores.get(self.monitor, (-1, math.nan))
         if step <= self._best_step:

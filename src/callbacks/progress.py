@@ -1,6 +1,7 @@
 """Show how a run is doing: the start-up table, figures for the loggers, a line in the log or a bar, speed and time left."""
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -50,19 +51,18 @@ class TrainingProgress(pl.Callback):
         """Since the log entry before: images_per_s (all ranks), data_wait (share of time), memory_gb (peak of this device),
         seconds_left."""
         self._start = self._mark = self._waited = self._paused = 0.0  # seconds
-        self._images = self._steps = self._settled_images = 0
-        self._settled_seconds = 0.0
+        self._images = self._steps = 0
+        self._intervals: list[tuple[int, float]] = []  # images and seconds between log entries
         self._warned = False
         self._bar: Progress | None = None
 
     @property
     def mean_images_per_s(self) -> float:
         """Over the whole run, without its first interval where there are others."""
-        settled = self._settled_seconds
-        return self._settled_images / settled if settled else self.speed.get("images_per_s", 0.0)
+        settled = self._intervals[1:] or self._intervals
+        return sum(images for images, _ in settled) / max(sum(seconds for _, seconds in settled), 1e-9)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._first_step = trainer.global_step
         self._restart_clock()
         if trainer.is_global_zero and sys.stderr.isatty():
             figures = TextColumn("{task.fields[figures]}")
@@ -142,16 +142,15 @@ class TrainingProgress(pl.Callback):
             "memory_gb": peak_memory_gb(pl_module.device),
             "seconds_left": seconds / self._steps * (min(limits, default=0) - trainer.global_step),
         }
-        if trainer.global_step - self._first_step > pl_module.settings.loop.log_every_n_steps:
-            self._settled_images += self._images
-            self._settled_seconds += seconds
-            if self.speed["data_wait"] > BOTTLENECK_SHARE and self._steps >= _SETTLED_STEPS and not self._warned:
-                self._warned = True
-                log.warning(
-                    "The data path is the bottleneck: %.0f %% of the time goes into waiting for batches. Raise "
-                    "data.num_workers, or convert the data once with `scripts/create_hf_test_data.py --resize_shorter 384`.",
-                    100 * self.speed["data_wait"],
-                )
+        self._intervals.append((self._images, seconds))
+        waits = self.speed["data_wait"] > BOTTLENECK_SHARE and self._steps >= _SETTLED_STEPS
+        if waits and len(self._intervals) > 1 and not self._warned:
+            self._warned = True
+            log.warning(
+                "The data path is the bottleneck: %.0f %% of the time goes into waiting for batches. Raise data.num_workers, "
+                "or convert the data once with `scripts/create_hf_test_data.py --resize_shorter 384`.",
+                100 * self.speed["data_wait"],
+            )
         self._restart_clock()
 
     def _restart_clock(self) -> None:
@@ -201,7 +200,7 @@ def describe(trainer: pl.Trainer, pl_module: Any) -> list[tuple[str, str]]:
     published = "as" if batch == PUBLISHED_BATCH else f"{batch / PUBLISHED_BATCH:g} of the"
     steps = pl_module.settings.starts.steps(pl_module.steps_per_epoch)
     starts = {"LPIPS": (lpips, "lpips"), "discriminator": (discriminator, "disc"), "GAN term": (discriminator, "gan")}
-    starts_text = [f"{name} at step {steps[key]:,}" for name, (part, key) in starts.items() if part is not None]
+    begin = [(name, steps[key]) for name, (part, key) in starts.items() if part is not None and steps[key] < math.inf]
     limit = f", at most {trainer.max_steps:,}" if trainer.max_steps > 0 else ""
     trunk, heads = getattr(discriminator, "trunk", None), getattr(discriminator, "heads", None)
     untrained = " (UNTRAINED)" if rae.encoder.untrained else ""
@@ -226,7 +225,7 @@ def describe(trainer: pl.Trainer, pl_module: Any) -> list[tuple[str, str]]:
         ("trained", _sizes({"decoder": rae.decoder, "discriminator heads": heads})),
         ("frozen", _sizes({"encoder": rae.encoder, "LPIPS": lpips, "DINO trunk": trunk})),
         ("steps", f"{pl_module.steps_per_epoch:,} an epoch, {trainer.max_epochs} epoch(s){limit}"),
-        ("starts", ", ".join(starts_text) or "L1 only"),
+        ("starts", ", ".join(f"{name} at step {step:,}" for name, step in begin) or "L1 only"),
         ("seed", str(loop.seed)),
         ("folder", trainer.default_root_dir),
     ]
@@ -235,7 +234,7 @@ def describe(trainer: pl.Trainer, pl_module: Any) -> list[tuple[str, str]]:
 def warn(trainer: pl.Trainer, pl_module: Any) -> None:
     """Log what is likely not meant: a GAN phase that never comes or comes untrained, no GPU, untrained networks."""
     starts, epochs, encoder = pl_module.settings.starts, trainer.max_epochs, pl_module.rae.encoder
-    if pl_module.discriminator is not None and epochs and 0 < epochs <= starts.disc_start_epoch:
+    if pl_module.discriminator is not None and epochs and 0 < epochs <= starts.disc_start_epoch < math.inf:
         log.warning(
             "The GAN term starts at epoch %g, but trainer.max_epochs=%d: this run trains without it. Lower model.disc_start_epoch "
             "and model.disc_upd_start_epoch, or set model.disc_weight=0 to do without the discriminator.",

@@ -45,11 +45,11 @@ def run(config: DictConfig) -> float | None:
     try:
         with _process_state():
             return _run(config)
-    except (UserError, OmegaConfBaseException) as error:
-        if not getattr(error, "reported", False):
-            configuration = "" if isinstance(error, UserError) else "Configuration: "
-            print(f"\nError: {configuration}{str(error).strip()}", file=sys.stderr)
-        raise SystemExit(1) from None
+    except UserError as error:
+        log.error("%s", error)
+    except OmegaConfBaseException as error:
+        log.error("Configuration: %s", str(error).strip())
+    raise SystemExit(1)
 
 
 def _run(config: DictConfig) -> float | None:
@@ -78,9 +78,6 @@ def _run(config: DictConfig) -> float | None:
     except BaseException as error:
         status = {SystemExit: "terminated", KeyboardInterrupt: "interrupted"}.get(type(error), "failed")
         reason = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception_only(error)).strip()
-        if isinstance(error, UserError) and launch.main:
-            log.error("%s", reason)
-            error.reported = True
         record.finish(status, warnings.messages, error=reason)
         if built is not None and status == "failed":
             _end_children(built.trainer)
