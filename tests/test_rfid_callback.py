@@ -18,7 +18,6 @@ from src.core import metrics_file
 from src.core.errors import UserError
 from src.core.weights import PROJECT_ROOT, read
 from src.metrics.inception import InceptionFeatures
-from src.training.folder import ENVIRONMENT_KEY
 from tests.training import SMALL, same, train
 
 UNTRAINED = ["callbacks.rfid.inception_weights=untrained", "callbacks.rfid.inception_width=0.03"]
@@ -292,7 +291,6 @@ def test_two_processes_give_the_score_of_one(tmp_path):
     ]
     command += ["data.batch_size=2", f"callbacks.rfid.rfid_output_dir={tmp_path}/samples", f"paths.log_dir={tmp_path}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment.pop(ENVIRONMENT_KEY, None)
     done = subprocess.run(command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     (two,) = (tmp_path / "runs").glob("*/*")
