@@ -82,7 +82,9 @@ def fitted(tmp_path_factory):
 
 def test_the_discriminators_rate_is_never_negative(fitted):
     """Preflight updates it at steps that lie before its start."""
-    warming_up = fitted.module.settings.disc_scheduler.model_copy(update={"warmup_epochs": 1.0, "warmup_from_zero": True})
+    warming_up = fitted.module.settings.disc_scheduler.model_copy(
+        update={"warmup_epochs": 1.0, "warmup_from_zero": True}
+    )
     settings = fitted.module.settings.model_copy(update={"disc_scheduler": warming_up})
     module = SimpleNamespace(settings=settings, steps_per_epoch=10)
     first = settings.starts.steps(10)["disc"]

@@ -61,7 +61,7 @@ def test_the_examples_do_what_they_say(tmp_path):
         env={**os.environ, "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"\b4 passed", done.stdout), done.stdout
+    assert re.search(r"\b5 passed", done.stdout), done.stdout
 
 
 # The model config and the names of the losses, as a run would take them; and that it is the copy that is tested.
@@ -69,7 +69,6 @@ COMPOSE = """
 from hydra import compose, initialize_config_dir
 
 import src.losses.gan
-from src.losses.gan import discriminator_loss, generator_loss
 from src.models.encoders import encoder_class
 from src.training.settings import ModelSettings
 from src.core.weights import PROJECT_ROOT
@@ -77,14 +76,14 @@ from src.core.weights import PROJECT_ROOT
 
 def test_the_configuration_reaches_the_new_parts():
     assert PROJECT_ROOT.joinpath("configs/model/rae_vit.yaml").is_file()
-    overrides = ["model=rae_vit", "model.disc_loss=least_squares", "model.gen_loss=least_squares"]
+    overrides = ["model=rae_vit", "model.disc_loss=least_squares", "model.gen_loss=least_squares", "model.mse_weight=0.5"]
     with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
         config = compose("train", overrides=overrides)
     from omegaconf import OmegaConf
 
     model = OmegaConf.to_container(config.model, resolve=True)
     model.pop("_target_")
-    settings = ModelSettings.parse({**model, "lpips_arch": {}})
+    settings = ModelSettings.parse(model)
     assert encoder_class(settings.rae.encoder_cls).__name__ == "ViTwNorm"
-    assert discriminator_loss(settings.loop.disc_loss).name == generator_loss(settings.loop.gen_loss).name == "least_squares"
+    assert settings.step.disc_loss == settings.step.gen_loss == "least_squares" and settings.step.mse_weight == 0.5
 """

@@ -168,6 +168,11 @@ def test_resizing(tmp_path: Path) -> None:
     sizes = {name: Image.open(io.BytesIO(data)).size for name, data in stored.items()}
     assert sizes == {"large.jpg": (64, 128), "small.png": (64, 85), "exact.jpg": (64, 90), "exact_turned.jpg": (64, 90)}
     assert stored["exact.jpg"] == (root / "train/a/exact.jpg").read_bytes()
+    reference = encoded(Image.new("RGB", (8, 8)), "JPEG", quality=95)
+    tables = [
+        Image.open(io.BytesIO(data)).quantization for data in (reference, stored["large.jpg"], stored["small.png"])
+    ]
+    assert tables[0] == tables[1] == tables[2]
     assert all(0x0112 not in Image.open(io.BytesIO(data)).getexif() for data in stored.values())
     for row in loaded["validation"]:  # the reference images of rFID stay as they are
         assert row["image"]["bytes"] == (root / row["image"]["path"]).read_bytes()

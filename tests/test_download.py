@@ -267,6 +267,7 @@ dino_config = cache(lambda: compose(["experiment=rae_dino"]))
         ({}, FULL),
         ({"encoder_params": {"model_name": "someone/else-vit"}}, FULL | {"someone/else-vit"}),
         ({"encoder_config_path": "configs", "encoder_params": {"dinov2_path": "configs"}}, FULL - {DINOV2}),
+        ({"encoder_config_path": "configs", "encoder_params": {"dinov2_path": "a/b"}}, FULL - {DINOV2} | {"a/b"}),
         ({"encoder_config_path": "/no/encoder", "encoder_params": {}}, FULL - {DINOV2} | {"model.encoder_config_path"}),
         (
             {"pretrained_decoder_path": "weights/decoders/dinov2/wReg_base/ViTXL_n08/model.pt"},
@@ -287,14 +288,12 @@ dino_config = cache(lambda: compose(["experiment=rae_dino"]))
     ],
 )
 def test_requirements_follow_the_config(changes, expected):
-    config = dino_config()
-    config = {
-        **config,
-        "model": {**config["model"], **changes},
-        **({"callbacks": changes} if "rfid" in changes else {}),
-    }
-    found = {file.name: file.path for file in requirements(config, PROJECT_ROOT / "weights", PROJECT_ROOT)}
-    assert found.keys() == expected and found.get(DINOV2) is None
+    config = {**dino_config(), "model": {**dino_config()["model"], **changes}}
+    if "rfid" in changes:
+        config["callbacks"] = changes
+    listed = requirements(config, PROJECT_ROOT / "weights", PROJECT_ROOT)
+    found = {file.name: file.path for file in listed}
+    assert found.keys() == expected and len(listed) == len(found) and found.get(DINOV2) is None
     if "vgg16" in found:  # where the config wants it
         assert found["vgg16"] == PROJECT_ROOT / config["model"]["lpips_arch"]["vgg_path"]
     with pytest.raises(UserError, match=r"model.encoder_config_path is '\?\?\?'"):
@@ -371,9 +370,14 @@ def test_program_says_what_to_do_by_hand(server, tmp_path):
 def test_program_lists_an_experiment(tmp_path, capsys):
     """`required` of rae_finetune is a word to the user, not the path of a missing file."""
     where = ["--list", "--experiment", "rae_finetune", "--weights_dir", str(tmp_path)]
-    assert main(where) == 0
+    assert main([*where, "vgg16"]) == 0
     unnamed = capsys.readouterr().out
-    assert "left out: the decoder" in unnamed and "/required" not in unnamed and f"{tmp_path}/vgg16" in unnamed
+    assert (
+        "left out: the decoder" in unnamed
+        and unnamed.count("vgg16: ") == 1
+        and "/required" not in unnamed
+        and f"{tmp_path}/vgg16" in unnamed
+    )
     assert main([*where, f"model.pretrained_decoder_path={tmp_path / 'mine.pt'}"]) == 0
     named = capsys.readouterr().out
     assert "left out" not in named and str(tmp_path / "mine.pt") in named

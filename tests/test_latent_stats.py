@@ -5,8 +5,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-
 from src.core.processes import Place
+
 from src.data.decode import Decoder
 from src.evaluation.images import open_images
 from src.evaluation.latent_moments import LatentSums

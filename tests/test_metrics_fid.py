@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from src.metrics.image_npz import ImageNpz, ImageNpzWriter
 from torch import Tensor, nn
 
 from src.core.errors import UserError
@@ -20,7 +21,6 @@ from src.metrics.fid import (
     load_npz,
     save_npz,
 )
-from src.metrics.image_npz import ImageNpz, ImageNpzWriter
 from src.metrics.inception import InceptionFeatures
 from src.metrics.npz import append_arrays, npz_names
 from src.metrics.reference import Preparation, image_statistics, load_reference

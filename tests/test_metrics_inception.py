@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from src.metrics.resize import resize_tf1
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,7 +14,6 @@ from src.core.errors import UserError
 from src.core.precision import full_float32
 from src.metrics.inception import InceptionFeatures
 from src.metrics.inception_network import InceptionNetwork
-from src.metrics.resize import resize_tf1
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from src.metrics.means import RunningMeans
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from src.core.errors import UserError
-from src.metrics.means import RunningMeans
 from src.metrics.quality import MAX_PSNR_DB, psnr, ssim
 
 

@@ -9,8 +9,7 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from src.callbacks.throughput import training_paused
-from src.core.images import unit_to_bytes
-from src.core.sheets import save_png, sheet
+from src.core.images import save_png, sheet, unit_to_bytes
 
 
 class SampleImages(pl.Callback):

@@ -93,10 +93,9 @@ def check(path: Path, digest: str | None) -> tuple[bool | None, str]:
     The verdict is None where there is nothing to compare with.
     """
     blob = path.resolve().name  # in the hub's cache: the sha256 of a large file, git's hash of a small one
-    if digest is None and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob):
-        digest = f"{'git' if len(blob) == 40 else 'sha256'}:{blob}"
-    if digest is None and path.name in (noted := _record(path.parent)):
-        digest = f"sha256:{noted[path.name]}"
+    noted = blob if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob) else _record(path.parent).get(path.name)
+    if digest is None and noted:
+        digest = f"{'git' if len(noted) == 40 else 'sha256'}:{noted}"
     if digest is None:
         return None, "no published hash, and it was not downloaded by this program: nothing to compare with"
     algorithm, expected = digest.split(":")

@@ -1,12 +1,14 @@
-"""Files that are there whole or not at all."""
+"""Write files atomically, and check beforehand that they may be written."""
 
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+from src.core.errors import UserError
 
 
 @contextmanager
@@ -38,6 +40,14 @@ def write_text(path: str | Path, text: str) -> None:
         file.write(text.encode("utf-8", "surrogateescape"))
 
 
+def write_torch(path: str | Path, content: Any, tag: str | None = None) -> None:
+    """Write with torch.save. `tag`: as of `replacing`."""
+    import torch
+
+    with replacing(path, tag) as file:
+        torch.save(content, file)
+
+
 def file_digest(path: str | Path, algorithm: str) -> str:
     """Return the lower-case hex digest of a file: `sha256`, `md5`, or `git` for what `git hash-object` prints."""
     with open(path, "rb") as file:
@@ -57,6 +67,41 @@ def link_or_copy(source: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(source, beside)
     os.replace(beside, target)
+
+
+def check_folder(folder: Path, overwrite: bool, marks: Sequence[str], what: str, option: str = "--output") -> None:
+    """Check that a program may write a new folder, or (`overwrite`) replace an earlier one of its own.
+
+    Args:
+        marks: names of files; one of them is in every folder that the program wrote.
+        what: the program's name for such a folder.
+
+    Raises:
+        UserError: a file is there, something of others, or an earlier one that is not to be replaced.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{option} {folder} is a file; give a folder.")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not any((folder / mark).is_file() for mark in marks):
+        raise UserError(
+            f"{option} {folder} is not empty and holds no {' and no '.join(marks)}: it is no {what}, so --overwrite "
+            "does not delete it. Choose another folder."
+        )
+    if not overwrite:
+        raise UserError(f"{option} {folder} is there already. Choose another folder, or replace it with --overwrite.")
+
+
+def check_writable(file: Path, option: str) -> None:
+    """Check before long work that `file` can be written at its end; folders above it are made. Raises UserError."""
+    try:
+        with replacing(file.with_name(f".{file.name}.probe"), durable=False):
+            pass
+        file.with_name(f".{file.name}.probe").unlink()
+    except OSError as error:
+        raise UserError(
+            f"{option} {file} can't be written: {error.strerror or error}. Choose another place."
+        ) from error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from src.core.errors import UserError
-from src.core.files import replacing
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 Weights = Literal["pretrained", "untrained"]
@@ -65,12 +64,6 @@ def read(path: str | Path) -> Any:
             f"{path} ({path.stat().st_size:,} bytes) can't be read as a weights file: {_first_line(error)}. "
             "It may be cut short; download or copy it again."
         ) from error
-
-
-def write(content: Any, path: str | Path) -> None:
-    """Save plain containers and tensors as torch does, atomically."""
-    with replacing(path) as file:
-        torch.save(content, file)
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:

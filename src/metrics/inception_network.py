@@ -151,7 +151,7 @@ class Block(nn.Module):
 class InceptionNetwork(nn.Module):
     """B x 3 x 299 x 299 float in [-1, 1) -> B x F, the mean over the 8 x 8 positions of the last block.
 
-    `width` scales every channel count (1.0 is the published network, F = 2048); tests use a narrow one.
+    `width` scales every channel count (1.0 is the published network, F = 2048).
     """
 
     def __init__(self, width: float = 1.0) -> None:
@@ -178,7 +178,7 @@ class InceptionNetwork(nn.Module):
 
 
 def _build(owner: nn.Module, channels: int, chain: Chain, width: float) -> int:
-    """Register the convolutions of a chain in `owner` by name; returns the channels that come out."""
+    """Register the convolutions of a chain in `owner` by name; return the channels that come out."""
     for step in chain:
         if isinstance(step, Conv):
             outputs = max(1, round(step.outputs * width))

@@ -161,7 +161,8 @@ def check_inception(config: Mapping[str, Any]) -> None:
         return
     if node["rfid_every_n_steps"] or node["rfid_every_epoch"] or node["full_at_end"]:
         key = "callbacks.rfid.inception_path"
-        load_inception(node["inception_path"], node["inception_weights"], node["inception_width"], key, REMEDY)
+        width = node.get("inception_width")  # of an older configuration
+        load_inception(node["inception_path"], node["inception_weights"], key, REMEDY, width)
 
 
 def report(trainer: pl.Trainer, module: Any, run: Any, watch: Stopwatch, planned: int) -> None:

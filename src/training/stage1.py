@@ -15,8 +15,7 @@ from src.core.ema import EMA
 from src.core.images import bytes_to_unit, unit_to_bytes
 from src.core.random_streams import Purpose
 from src.losses.lpips import LPIPS
-from src.metrics.means import RunningMeans
-from src.metrics.quality import psnr, ssim
+from src.metrics.quality import RunningMeans, psnr, ssim
 from src.models.discriminator import DinoDiscriminator
 from src.models.rae import RAE
 from src.training.module import StageModule, loss_scale
