@@ -15,7 +15,6 @@ from torch.utils.tensorboard import SummaryWriter
 from src.callbacks.metrics_csv import MetricsCsv
 from src.core import metrics_file
 from src.core.weights import PROJECT_ROOT
-from src.training.folder import ENVIRONMENT_KEY
 from src.training.run import run as run_program
 from tests.test_report import curves, made, make_run, marks
 from tests.training import SMALL, composed

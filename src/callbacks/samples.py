@@ -1,4 +1,4 @@
-"""Pictures while training: originals above reconstructions by the EMA weights, always of the same images."""
+"""Draw originals above reconstructions by the EMA weights while training, always of the same images."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from src.callbacks.throughput import training_paused
+from src.callbacks.progress import training_paused
 from src.core.images import save_png, sheet, unit_to_bytes
 
 

@@ -150,20 +150,23 @@ def save_npz(path: str | Path, moments: Moments, features: str, facts: Mapping[s
         np.savez(file, **arrays, **count, **(facts or {}))  # type: ignore[arg-type]  # numpy's stub
 
 
-def load_npz(path: str | Path) -> Gaussian:
-    """Read `mu` (D,) and `sigma` (D, D); `count` and `features` where there are any. UserError for anything else."""
+def load_npz(path: str | Path, names: tuple[str, str] = ("mu", "sigma")) -> Gaussian:
+    """Read `mu` (D,) and `sigma` (D, D), or arrays of other `names`; `count` and `features` where there are any.
+
+    UserError for anything else.
+    """
     with opened_npz(path) as archive:
-        missing = [name for name in ("mu", "sigma") if name not in archive.files]
+        missing = [name for name in names if name not in archive.files]
         if missing:
             raise UserError(
-                f"{path} has no {' and no '.join(missing)}, only {archive.files}. Expected `mu` and `sigma`."
+                f"{path} has no {' and no '.join(missing)}, only {archive.files}. Expected `{names[0]}` and `{names[1]}`."
             )
-        mu, sigma = archive["mu"], archive["sigma"]
+        mu, sigma = (archive[name] for name in names)
         count, features = scalar(archive, "count", int), scalar(archive, "features", str)
     numbers = all(np.issubdtype(x.dtype, np.floating) and np.isfinite(x).all() for x in (mu, sigma))
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not numbers or not np.allclose(sigma, sigma.T, atol=1e-6):
         raise UserError(
-            f"{path}: mu {mu.dtype} {mu.shape} and sigma {sigma.dtype} {sigma.shape} are no mean and covariance; "
+            f"{path}: {names[0]} {mu.dtype} {mu.shape} and {names[1]} {sigma.dtype} {sigma.shape} are no mean and covariance; "
             "expected finite floats of shapes (D,) and (D, D), sigma symmetric."
         )
     return Gaussian(torch.from_numpy(mu).double(), torch.from_numpy(sigma).double(), count, features)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from src.core.errors import UserError
 from src.core.precision import full_float32
 from src.core.weights import freeze, load_strict, read, require
-from src.metrics.inception_network import InceptionNetwork
+from src.metrics.inception_network import TF_CLASSES, InceptionNetwork, InceptionOutputs
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +24,9 @@ InceptionWeights = Literal["pretrained", "untrained", "tiny"]
 TINY_WIDTH = 0.125
 INPUT_PX = 299
 PUBLISHED_SHA256 = "6726825d"  # in the file names of pytorch-fid and torch-fidelity, which hold the same tensors
-# Names of the standard file that the features don't need. Everything else must be there and fit.
-CLASSIFIER = ("fc.weight", "fc.bias")
+# In the standard file, and not needed. Everything else must be there and fit.
+UNUSED = "fc.bias"
 COUNTER = "num_batches_tracked"  # only in files re-saved by a newer PyTorch; eval mode doesn't read it
-TF_CLASSES = 1008  # the network of 2015-12-05; torchvision's ImageNet Inception-v3 has 1000 and gives other scores
 
 
 class InceptionFeatures(nn.Module):
@@ -72,14 +71,18 @@ class InceptionFeatures(nn.Module):
         """Stay in eval mode, whatever the owner does."""
         return super().train(False)
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
+        return self.outputs(images).pool
+
+    @torch.no_grad()
+    def outputs(self, images: Tensor) -> InceptionOutputs:
+        """Return pooled and spatial features and logits of uint8 images B x 3 x H x W, each B x D float32."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be uint8 B x 3 x H x W, got {images.dtype} {tuple(images.shape)}")
         with full_float32(self.device):
             x = resize_tf1(images.to(self.device).float(), INPUT_PX)
             x = x.sub(128).div_(128)  # TensorFlow's own scaling: 255 becomes 0.992
-            return self.network(x.contiguous(memory_format=torch.channels_last))  # B F
+            return self.network.outputs(x.contiguous(memory_format=torch.channels_last))
 
 
 def resize_tf1(images: Tensor, size: int) -> Tensor:
@@ -127,7 +130,7 @@ def _load(network: InceptionNetwork, weights_path: str | Path | None, key: str) 
             "torchvision's ImageNet Inception-v3 gives other scores; use pt_inception-2015-12-05-6726825d.pth."
         )
     counters = {name: value for name, value in network.state_dict().items() if name.endswith(COUNTER)}
-    needed = {name: value for name, value in state.items() if name not in CLASSIFIER and not name.endswith(COUNTER)}
+    needed = {name: value for name, value in state.items() if name != UNUSED and not name.endswith(COUNTER)}
     load_strict(network, {**needed, **{name: torch.zeros_like(value) for name, value in counters.items()}}, path)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -142,7 +145,7 @@ def _initialise(network: InceptionNetwork, seed: int) -> None:
     """Draw weights that keep the variance through the ReLUs, so that features differ between images. No global draws."""
     generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
         elif isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()

@@ -1,11 +1,11 @@
-"""The Inception-v3 of FID: TensorFlow's network of 2015-12-05 up to the 2,048 pooled features, as a table.
+"""The Inception-v3 of FID: TensorFlow's network of 2015-12-05, with what ADM's metrics take of it, as a table.
 
 Architecture: Szegedy et al., arXiv 1512.00567; names of the layers as in the standard weights file (pytorch-fid,
 torch-fidelity). It differs from the Inception-v3 of image classification in two places:
   - average pools inside the blocks don't count their padding;
   - the last block (Mixed_7c) pools by maximum where Mixed_7b pools by average.
 
-Legend: B batch, C channels, F features (2048).
+Legend: B batch, C channels, F features (2048), K classes (1008), S spatial features (7 x 17 x 17 = 2023).
 """
 
 from typing import NamedTuple
@@ -14,6 +14,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+TF_CLASSES = 1008  # the network of 2015-12-05; torchvision's ImageNet Inception-v3 has 1000 and gives other scores
+SPATIAL_BLOCK = "Mixed_6d"  # its first branch is `mixed_6/conv` of TensorFlow's graph
+SPATIAL_CHANNELS = 7
+SPATIAL_DIM = SPATIAL_CHANNELS * 17 * 17
+
+
+class InceptionOutputs(NamedTuple):
+    """What ADM's evaluation suite takes of an image."""
+
+    pool: Tensor
+    """B F, for FID, precision and recall"""
+    spatial: Tensor
+    """B S, for sFID: 7 channels of `mixed_6/conv` after its ReLU, flattened as (row, column, channel)"""
+    logits: Tensor
+    """B K, for the Inception Score: without the bias"""
 
 
 class Conv(NamedTuple):
@@ -162,6 +178,7 @@ class InceptionNetwork(nn.Module):
             self.add_module(name, block)
             channels = block.outputs
         self.feature_dim = channels
+        self.fc = nn.Linear(channels, TF_CLASSES, bias=False)
 
     def fuse(self) -> "InceptionNetwork":
         """Fold every norm into its convolution (in eval mode, after the weights are loaded)."""
@@ -171,10 +188,18 @@ class InceptionNetwork(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.outputs(images).pool
+
+    def outputs(self, images: Tensor) -> InceptionOutputs:
         x = _run(self, STEM, images)  # B 192 35 35
         for name in BLOCKS:
             x = self.get_submodule(name)(x)
-        return x.mean(dim=(2, 3))  # B F
+            if name == SPATIAL_BLOCK:
+                spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # B S
+        pool = x.mean(dim=(2, 3))  # B F
+        # as a convolution, whose precision `full_float32` guards
+        logits = functional.conv2d(pool[:, :, None, None], self.fc.weight[:, :, None, None]).flatten(1)  # B K
+        return InceptionOutputs(pool, spatial, logits)
 
 
 def _build(owner: nn.Module, channels: int, chain: Chain, width: float) -> int:

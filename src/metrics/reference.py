@@ -1,7 +1,7 @@
 """Statistics to score against: of an npz with statistics, of an npz of images, or of images on the fly."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Self
@@ -80,13 +80,14 @@ def load_reference(
     wanted: Preparation,
     remedy: str = "",
     process: Process | None = None,
+    measure: Callable[[Iterable[Tensor], InceptionFeatures, int], Moments] | None = None,
 ) -> Moments:
     """Read `mu` and `sigma` of an npz where it has them, else make those of its images `arr_0`.
 
     With several ranks each reads its share of the images and all get the whole. `wanted` describes the images that are
     scored: another size is a UserError, any other difference a warning, and so is a file that doesn't state its size.
     `remedy` says what to type instead. UserError also for other files and for statistics that another network made (as
-    far as the file says: ours do, others only by their dimension).
+    far as the file says: ours do, others only by their dimension). `measure` is called instead of `image_statistics`.
     """
     with opened_npz(path) as archive:
         names = set(archive.files)
@@ -104,7 +105,12 @@ def load_reference(
     images = ImageNpz(path)
     _check_preparation(path, Preparation.of_file(path), images.shape[1:3], len(images), wanted, remedy)
     rank, world = (process.rank, process.world) if process else (0, 1)
-    return image_statistics(images.batches(batch_size, rank, world), inception, batch_size).reduce()
+    batches = images.batches(batch_size, rank, world)
+    return (
+        measure(batches, inception, batch_size)
+        if measure
+        else image_statistics(batches, inception, batch_size).reduce()
+    )
 
 
 def _check_preparation(
