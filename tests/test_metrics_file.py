@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -71,7 +70,6 @@ def real_run(folder: Path, *overrides: str) -> None:
         root.handlers[:] = handlers
         root.setLevel(level)
         logging.captureWarnings(False)
-        os.environ.pop(ENVIRONMENT_KEY, None)
 
 
 def test_real_runs_and_the_one_that_resumed(tmp_path):
