@@ -1,7 +1,6 @@
 """Show how a run is doing: the start-up table, figures for the loggers, a line in the log or a bar, speed and time left."""
 
 import logging
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -12,14 +11,12 @@ import pytorch_lightning as pl
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import nn
 
 from src.core.distributed import mean_over_ranks
 from src.core.text import duration, table
 
 log = logging.getLogger(__name__)
 
-PUBLISHED_BATCH = 512
 BOTTLENECK_SHARE = 0.2
 """Share of time spent waiting for data above which a warning names the data path."""
 _SETTLED_STEPS = 20  # before that, start-up and compilation would be called a bottleneck
@@ -85,7 +82,7 @@ class TrainingProgress(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         loop = pl_module.settings.loop
-        self._images += len(batch["image"]) * trainer.world_size
+        self._images += len(batch["position"]) * trainer.world_size
         if (batch_idx + 1) % loop.accumulate_grad_batches == 0:
             self._steps += 1
             if pl_module.device.type == "cpu":
@@ -195,16 +192,10 @@ def training_paused(trainer: pl.Trainer) -> Iterator[None]:
 
 def describe(trainer: pl.Trainer, pl_module: Any) -> list[tuple[str, str]]:
     """Return (name, text) rows about a run that is about to start."""
-    rae, data, loop = pl_module.rae, trainer.datamodule, pl_module.settings.loop
-    lpips, discriminator, sizes = pl_module.lpips, pl_module.discriminator, rae.geometry
+    data, loop, published = trainer.datamodule, pl_module.settings.loop, pl_module.published_batch
     batch = data.batch_size * trainer.world_size * loop.accumulate_grad_batches
-    published = "as" if batch == PUBLISHED_BATCH else f"{batch / PUBLISHED_BATCH:g} of the"
-    steps = pl_module.settings.starts.steps(pl_module.steps_per_epoch)
-    starts = {"LPIPS": (lpips, "lpips"), "discriminator": (discriminator, "disc"), "GAN term": (discriminator, "gan")}
-    begin = [(name, steps[key]) for name, (part, key) in starts.items() if part is not None and steps[key] < math.inf]
+    share = "as" if batch == published else f"{batch / published:g} of the"
     limit = f", at most {trainer.max_steps:,}" if trainer.max_steps > 0 else ""
-    trunk, heads = getattr(discriminator, "trunk", None), getattr(discriminator, "heads", None)
-    untrained = " (UNTRAINED)" if rae.encoder.untrained else ""
     return [
         ("device", f"{trainer.world_size} x {device_name(trainer.strategy.root_device)}"),
         ("precision", str(trainer.precision)),
@@ -212,46 +203,23 @@ def describe(trainer: pl.Trainer, pl_module: Any) -> list[tuple[str, str]]:
         (
             "global batch",
             f"{data.batch_size} x {trainer.world_size} process(es) x {loop.accumulate_grad_batches} micro-batch(es) = "
-            f"{batch} ({published} published{'' if batch == PUBLISHED_BATCH else f' {PUBLISHED_BATCH}'})",
+            f"{batch} ({share} published{'' if batch == published else f' {published}'})",
         ),
-        (
-            "geometry",
-            f"{sizes.image_size} px image -> {sizes.encoder_input_size} px encoder -> {sizes.grid} x {sizes.grid} latents "
-            f"of {rae.latent_shape[0]} -> patches of {sizes.decoder_patch} px",
-        ),
-        (
-            "encoder",
-            f"{type(rae.encoder).__name__} {rae.encoder.source}, blocks {list(rae.encoder.layers)}{untrained}",
-        ),
-        ("trained", _sizes({"decoder": rae.decoder, "discriminator heads": heads})),
-        ("frozen", _sizes({"encoder": rae.encoder, "LPIPS": lpips, "DINO trunk": trunk})),
+        *pl_module.facts(),
         ("steps", f"{pl_module.steps_per_epoch:,} an epoch, {trainer.max_epochs} epoch(s){limit}"),
-        ("starts", ", ".join(f"{name} at step {step:,}" for name, step in begin) or "L1 only"),
         ("seed", str(loop.seed)),
         ("folder", trainer.default_root_dir),
     ]
 
 
 def warn(trainer: pl.Trainer, pl_module: Any) -> None:
-    """Log what is likely not meant: a GAN phase that never comes or comes untrained, no GPU, untrained networks."""
-    starts, epochs, encoder = pl_module.settings.starts, trainer.max_epochs, pl_module.rae.encoder
-    if pl_module.discriminator is not None and epochs and 0 < epochs <= starts.disc_start_epoch < math.inf:
-        log.warning(
-            "The GAN term starts at epoch %g, but trainer.max_epochs=%d: this run trains without it. Lower model.disc_start_epoch "
-            "and model.disc_upd_start_epoch, or set model.disc_weight=0 to do without the discriminator.",
-            starts.disc_start_epoch, epochs,
-        )  # fmt: skip
-    if pl_module.discriminator is not None and starts.disc_start_epoch < starts.disc_upd_start_epoch:
-        log.warning(
-            "The GAN term starts at epoch %g, the discriminator's updates only at epoch %g: until then the decoder follows a "
-            "discriminator that has learnt nothing. Set model.disc_upd_start_epoch to %g or less.",
-            starts.disc_start_epoch, starts.disc_upd_start_epoch, starts.disc_start_epoch,
-        )  # fmt: skip
-    if trainer.strategy.root_device.type == "cpu" and not encoder.untrained:
+    """Log what is likely not meant: what the module says, no GPU, untrained networks."""
+    for text in pl_module.doubts(trainer.max_epochs):
+        log.warning("%s", text)
+    untrained = pl_module.untrained_parts()
+    if trainer.strategy.root_device.type == "cpu" and "encoder" not in untrained:
         cuda = torch.version.cuda or "none"
         log.warning("No GPU is used (torch is built for CUDA %s). trainer=gpu makes that an error.", cuda)
-    parts = {"encoder": encoder, "LPIPS": pl_module.lpips, "discriminator trunk": pl_module.discriminator}
-    untrained = [name for name, part in parts.items() if part is not None and part.untrained]
     if untrained:
         log.warning("UNTRAINED by request: %s. Random weights: not a result.", ", ".join(untrained))
 
@@ -270,8 +238,3 @@ def peak_memory_gb(device: torch.device) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def _sizes(parts: dict[str, nn.Module | None]) -> str:
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
-    return ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in counts.items())

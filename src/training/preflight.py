@@ -18,7 +18,6 @@ from src.core.errors import UserError
 from src.core.text import duration, table
 from src.core.weights import resolve
 from src.evaluation.networks import load_inception
-from src.training.stage1_step import Phase
 
 if TYPE_CHECKING:
     from src.training.run import Run
@@ -35,7 +34,7 @@ class Stretch:
 
     name: str
     steps: int
-    phase: Phase
+    phase: Any
     seconds: list[float] = field(default_factory=list)
     """Of each timed update."""
     memory_gb: float = 0.0
@@ -53,12 +52,12 @@ class Stopwatch(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         limits = [self._limits[0] * pl_module.steps_per_epoch, self._limits[1]]
         planned = min((steps for steps in limits if steps > 0), default=0)
-        self.stretches = stretches(pl_module, pl_module.steps_per_epoch, planned)
+        self.stretches = [Stretch(*part) for part in pl_module.stretches(planned)]
         trainer.fit_loop.epoch_loop.max_steps = len(self.stretches) * (WARM_STEPS + TIMED_STEPS)
-        pl_module.phase = lambda step: self._stretch(step).phase
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx % pl_module.settings.loop.accumulate_grad_batches == 0:
+            pl_module.phase_override = self._stretch(trainer.global_step).phase
             self._began = time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -100,30 +99,13 @@ def preflight(run: "Run") -> None:
         warn(trainer, module)
 
 
-def stretches(module: Any, steps_per_epoch: int, planned: int) -> list[Stretch]:
-    """Return the run of `planned` steps cut where a loss starts, without parts of no length."""
-    starts = module.settings.starts.steps(steps_per_epoch)
-    borders = sorted({0, planned, *(min(step, planned) for step in starts.values())})
-    adversarial = module.discriminator is not None
-    found = []
-    for first, end in zip(borders, borders[1:], strict=False):
-        phase = Phase(
-            lpips=module.lpips is not None and first >= starts["lpips"],
-            gan=adversarial and first >= starts["gan"],
-            disc=adversarial and first >= starts["disc"],
-        )
-        names = ["L1"] + ["LPIPS"] * phase.lpips + ["D"] * phase.disc + ["GAN"] * phase.gan
-        found.append(Stretch(" + ".join(names), end - first, phase))
-    return found
-
-
 def check_disk(config: Mapping[str, Any], module: Any) -> None:
     """Raise UserError where checkpoints would not fit on the disk."""
     node = (config.get("callbacks") or {}).get("checkpoint")
     if not node or "_target_" not in node:
         return
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    averaged = sum(p.numel() for p in module.ema_decoder.parameters())
+    averaged = sum(p.numel() for p in module.ema.average.parameters())
     each = BYTES * (3 * trained + averaged) / 1e9  # GB: weights and two moments, and the average
     files = 3 + max(node["keep_epochs"], 0)  # last, best, the one being written, the kept ones
     folder = resolve(config["paths"]["log_dir"])

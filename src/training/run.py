@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -28,7 +28,6 @@ from src.training import logs
 from src.training.preflight import preflight
 from src.training.record import RunRecord, make_folder, save_config, summary
 from src.training.resume import announce_resume, find_checkpoint
-from src.training.settings import check_geometry
 from src.training.trainer import build_trainer
 
 log = logging.getLogger(__name__)
@@ -117,15 +116,12 @@ def check_config(config: DictConfig) -> None:
     check_keys(config, KNOWN_KEYS)
     callbacks = config.callbacks or {}
     check_keys(callbacks, KNOWN_CALLBACKS | _parts(callbacks).keys(), "callbacks")
-    if (
-        config.model.pretrained_decoder_path == "required"
-    ):  # (`???` can't be used: it gives way to the null of the base)
-        raise UserError(
-            f"{config.experiment_name} starts from a decoder: add model.pretrained_decoder_path=PATH to the command. PATH is a "
-            "decoder file with the official names (model.pt), a folder that src/export.py wrote, a diffusers AutoencoderRAE "
-            "folder, or a .ckpt of a run."
-        )
-    check_geometry(OmegaConf.to_container(config.model, resolve=True))  # type: ignore[arg-type]
+    model: dict[str, Any] = OmegaConf.to_container(config.model, resolve=True)  # type: ignore[assignment]
+    try:
+        module = get_class(str(model.get("_target_")))
+    except (ImportError, ValueError) as error:
+        raise UserError(f"model._target_={model.get('_target_')}: {error}.") from error
+    module.check_config({key: value for key, value in model.items() if key != "_target_"})
 
 
 @dataclass(frozen=True)

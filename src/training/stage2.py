@@ -20,8 +20,8 @@ from src.evaluation.generate import Sampler, SamplerSettings
 from src.formats.autoencoder import open_autoencoder
 from src.formats.checkpoint import statistics_digest
 from src.losses.flow_matching import FlowSettings
-from src.models.dit import build_network
-from src.training.module import StageModule
+from src.models.dit import build_network, forward_flops
+from src.training.module import StageModule, sizes
 from src.training.muon import MuonWithAdamW
 from src.training.optimisation import adamw
 from src.training.settings import OptimizerSettings, StageSettings
@@ -73,6 +73,8 @@ class DiffusionModule(StageModule):
     """What trains and what is kept: the transformer and its EMA. Arguments: the keys of `model:`."""
 
     frozen: ClassVar[tuple[str, ...]] = ("rae.",)
+    on_device: ClassVar[tuple[str, ...]] = ("image", "latent", "label")
+    published_batch: ClassVar[int] = 1024
     settings: Stage2Settings
 
     def __init__(self, **config: Any) -> None:
@@ -97,10 +99,6 @@ class DiffusionModule(StageModule):
         self._window_updates = 0
         self._warned = False
         self.exchange_gradients_of("network.")
-
-    @property
-    def on_device(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("image", "latent", "label")
 
     # -- training
 
@@ -197,16 +195,50 @@ class DiffusionModule(StageModule):
         )
 
     @torch.no_grad()
-    def sample_rows(self, count: int) -> list[Tensor]:
-        """Return rows of uint8 images N x 3 x H x W: each row a class, always the same noise and classes."""
-        settings = self.settings
-        classes = torch.linspace(0, settings.num_classes - 1, min(settings.sample_classes, settings.num_classes)).long()
-        rows = []
-        for number, label in enumerate(classes.unique().tolist()):
-            indices = range(number * count, (number + 1) * count)
-            latents = self.sampler().latents(indices, torch.full((count,), label), self.device)
+    def sample_rows(self, images: Tensor) -> list[Tensor]:
+        """Return a row for each of `sample_classes` classes, always of the same noise; as many columns as `images`."""
+        count, classes = len(images), self.settings.num_classes
+        chosen = torch.linspace(0, classes - 1, min(self.settings.sample_classes, classes)).long().unique().tolist()
+        sampler, rows = self.sampler(), []
+        for row, label in enumerate(chosen):
+            indices = range(row * count, (row + 1) * count)
+            latents = sampler.latents(indices, torch.full((count,), label), self.device)
             rows.append(unit_to_bytes(self.rae.decode(latents).float()))
         return rows
+
+    # -- what a run is told of
+
+    @classmethod
+    def check_config(cls, config: Mapping[str, Any]) -> None:
+        Stage2Settings.parse(config)
+
+    def facts(self) -> list[tuple[str, str]]:
+        channels, grid, _ = self.rae.latent_shape
+        encoder = self.rae.encoder
+        untrained = " (UNTRAINED)" if encoder.untrained else ""
+        forward, size = forward_flops(self.network) / 1e9, self.rae.geometry.image_size
+        return [
+            (
+                "latents",
+                f"{size} px image -> {channels} x {grid} x {grid}, time shift {self.step.shift:.4g}",
+            ),
+            ("encoder", f"{type(encoder).__name__} {encoder.source}, blocks {list(encoder.layers)}{untrained}"),
+            ("trained", f"{sizes({type(self.network).__name__: self.network})}, {forward:.3g} GFLOP forward an image"),
+            ("frozen", sizes({"encoder": encoder, "decoder": self.rae.decoder})),
+            ("classes", f"{self.settings.num_classes}, dropped with probability {self.settings.label_dropout:g}"),
+        ]
+
+    def doubts(self, max_epochs: int | None) -> list[str]:
+        width, channels = self.network.final_layer.linear.in_features, self.rae.latent_shape[0]
+        if width >= channels:
+            return []
+        return [
+            f"The network's last width is {width}, the latent has {channels} channels: a narrower network can't fit the latents "
+            "(arXiv 2510.11690). Raise model.network.hidden_size."
+        ]
+
+    def untrained_parts(self) -> list[str]:
+        return ["encoder"] * self.rae.encoder.untrained
 
     # -- set-up and checkpoints
 
@@ -219,6 +251,6 @@ class DiffusionModule(StageModule):
     def identity(self) -> dict[str, dict[str, Any]]:
         channels, grid, _ = self.rae.latent_shape
         network = {f"model.network.{name}": value for name, value in self.settings.network.items()}
-        sizes = {"latent channels": channels, "latent grid": grid, "model.num_classes": self.settings.num_classes}
+        latents = {"latent channels": channels, "latent grid": grid, "model.num_classes": self.settings.num_classes}
         flow = {"model.flow.prediction": self.settings.flow.prediction, "time shift": self.step.shift}
-        return {"architecture": {"stage": 2, **sizes, **network, **flow}, **self.autoencoder_identity}
+        return {"architecture": {"stage": 2, **latents, **network, **flow}, **self.autoencoder_identity}
