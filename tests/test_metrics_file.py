@@ -32,8 +32,11 @@ def test_metrics_file_goes_on_after_a_line_that_was_cut_off(tmp_path):
 
 def test_metrics_file_survives_a_kill(tmp_path):
     file = tmp_path / "metrics.csv"
-    program = f"import pathlib\nfrom src.core import metrics_file\nfor i in range(10**9):\n    metrics_file.append(pathlib.Path({str(file)!r}), i, {{'a': i, 'b': i}}); print(i, flush=True)"
-    child = subprocess.Popen([sys.executable, "-c", program], cwd=PROJECT_ROOT, stdout=subprocess.PIPE)
+    program = (
+        "import pathlib, sys\nfrom src.core.metrics_file import append\nfor i in range(10**9):\n"
+        "    append(pathlib.Path(sys.argv[1]), i, {'a': i, 'b': i})\n    print(i, flush=True)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", program, str(file)], cwd=PROJECT_ROOT, stdout=subprocess.PIPE)
     last = [int(child.stdout.readline()) for _ in range(50)][-1]
     child.send_signal(signal.SIGKILL)
     child.communicate()
@@ -51,10 +54,10 @@ def test_a_full_disk_is_said_once_and_stops_nothing(tmp_path, caplog):
 
 def test_a_restart_in_the_folder_replaces_what_it_did_again(tmp_path):
     folder = make_run(tmp_path / "r")
-    for step, values in ((15, {"train/loss": 7.0}), (25, {"train/loss": 6.0, "new": 1.0})):
+    for step, values in ((20, {"train/loss": 7.0}), (25, {"train/loss": 6.0, "new": 1.0})):
         metrics_file.append(folder / "metrics.csv", step, values)
     found = curves(made(folder))
-    assert found["train/loss"] == [(10, 0.9), (15, 7.0), (25, 6.0)] and found["val/loss"] == [(10, 0.8)]
+    assert found["train/loss"] == [(10, 0.9), (20, 7.0), (25, 6.0)] and found["val/loss"] == [(10, 0.8)]
     assert found["new"] == [(25, 1.0)]
 
 

@@ -18,7 +18,7 @@ from src.reporting.reading import read_runs
 
 STEPS = (10, 20, 30)
 LOGGED = {
-    "train/loss": (0.9, 0.5, 0.4), "val/loss": (0.8, 0.45, 0.5), "val/psnr": (12.0, 17.25, math.nan), "perf/images_per_s": (100, 120, 110),
+    "train/loss": (0.9, 0.5, 0.4), "val/loss": (0.8, 0.45, 0.5), "val/psnr": (math.nan, 17.25, 12.0), "perf/images_per_s": (100, 120, 110),
     "rfid/score": (30.0, 11.5, 12.5), "rfid/images": (1000, 1000, 1000),
 }  # fmt: skip
 CONFIG = "seed: 3\ntrainer:\n  max_epochs: 3\n  precision: 32\n  limit_val_batches: 1.0\n"
@@ -88,14 +88,15 @@ def test_what_the_page_says(run):
     text = made(run)
     for expected in (
         "<b>11.5</b> <small>step 20 · 1,000 images <em>under 2,048", "<b>17.25</b> <small>step 20 · 58 held-out images", "1,030", "of 3 epochs",
-        "8 × NVIDIA H100", "<b>110</b> <small>median", "finished", "abc123", "python src/train.py experiment=tiny", "max_epochs: 3", "0.1235",
-        "a warning\nof two lines", "step 30", "val/psnr is not finite at 1 of 3 steps, first at 30", "2026-01-02/03-04-05",
+        "<b>0.45</b> <small>step 20",         "8 × NVIDIA H100", "<b>110</b> <small>median", "finished", "abc123", "python src/train.py experiment=tiny", "max_epochs: 3", "0.1235",
+        "a warning\nof two lines", "step 30", "val/psnr is not finite at 1 of 3 steps, first at 10", "2026-01-02/03-04-05",
     ):  # fmt: skip
         assert expected in text, expected
     assert not any(absent in text for absent in ("no warning", "UNTRAINED", "It ended with"))
     assert text.count('src="data:image/png;base64,') == 3
+    assert text.count('"symbol":"star"') == 3  # val/loss, val/psnr, rfid/score
     found = curves(text)
-    assert found["val/loss"] == [(10, 0.8), (20, 0.45), (30, 0.5)] and found["val/psnr"][2] == (30, None)
+    assert found["val/loss"] == [(10, 0.8), (20, 0.45), (30, 0.5)] and found["val/psnr"][0] == (10, None)
     assert "rfid/images" not in found and marks(text) == {"discriminator"}  # other losses start at 0 or later than 30
 
 
