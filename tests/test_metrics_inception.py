@@ -11,9 +11,8 @@ from torch.nn import functional as F
 
 from src.core.errors import UserError
 from src.core.precision import full_float32
-from src.metrics.inception import InceptionFeatures
+from src.metrics.inception import InceptionFeatures, resize_tf1
 from src.metrics.inception_network import InceptionNetwork
-from src.metrics.resize import resize_tf1
 
 
 @pytest.fixture(autouse=True)
@@ -27,77 +26,45 @@ def one_thread():
 # The layout of pt_inception-2015-12-05-6726825d.pth, written down from its published shapes: outputs, inputs, kernel.
 def _block_5(inputs: int, pool: int) -> dict[str, tuple[int, int, int, int]]:
     return {
-        "branch1x1": (64, inputs, 1, 1),
-        "branch5x5_1": (48, inputs, 1, 1),
-        "branch5x5_2": (64, 48, 5, 5),
-        "branch3x3dbl_1": (64, inputs, 1, 1),
-        "branch3x3dbl_2": (96, 64, 3, 3),
-        "branch3x3dbl_3": (96, 96, 3, 3),
+        "branch1x1": (64, inputs, 1, 1), "branch5x5_1": (48, inputs, 1, 1), "branch5x5_2": (64, 48, 5, 5),
+        "branch3x3dbl_1": (64, inputs, 1, 1), "branch3x3dbl_2": (96, 64, 3, 3), "branch3x3dbl_3": (96, 96, 3, 3),
         "branch_pool": (pool, inputs, 1, 1),
-    }
+    }  # fmt: skip
 
 
 def _block_6(c: int) -> dict[str, tuple[int, int, int, int]]:
     return {
-        "branch1x1": (192, 768, 1, 1),
-        "branch7x7_1": (c, 768, 1, 1),
-        "branch7x7_2": (c, c, 1, 7),
-        "branch7x7_3": (192, c, 7, 1),
-        "branch7x7dbl_1": (c, 768, 1, 1),
-        "branch7x7dbl_2": (c, c, 7, 1),
-        "branch7x7dbl_3": (c, c, 1, 7),
-        "branch7x7dbl_4": (c, c, 7, 1),
-        "branch7x7dbl_5": (192, c, 1, 7),
-        "branch_pool": (192, 768, 1, 1),
-    }
+        "branch1x1": (192, 768, 1, 1), "branch7x7_1": (c, 768, 1, 1), "branch7x7_2": (c, c, 1, 7), "branch7x7_3": (192, c, 7, 1),
+        "branch7x7dbl_1": (c, 768, 1, 1), "branch7x7dbl_2": (c, c, 7, 1), "branch7x7dbl_3": (c, c, 1, 7),
+        "branch7x7dbl_4": (c, c, 7, 1), "branch7x7dbl_5": (192, c, 1, 7), "branch_pool": (192, 768, 1, 1),
+    }  # fmt: skip
 
 
 def _block_7(inputs: int) -> dict[str, tuple[int, int, int, int]]:
     return {
-        "branch1x1": (320, inputs, 1, 1),
-        "branch3x3_1": (384, inputs, 1, 1),
-        "branch3x3_2a": (384, 384, 1, 3),
-        "branch3x3_2b": (384, 384, 3, 1),
-        "branch3x3dbl_1": (448, inputs, 1, 1),
-        "branch3x3dbl_2": (384, 448, 3, 3),
-        "branch3x3dbl_3a": (384, 384, 1, 3),
-        "branch3x3dbl_3b": (384, 384, 3, 1),
-        "branch_pool": (192, inputs, 1, 1),
-    }
+        "branch1x1": (320, inputs, 1, 1), "branch3x3_1": (384, inputs, 1, 1), "branch3x3_2a": (384, 384, 1, 3),
+        "branch3x3_2b": (384, 384, 3, 1), "branch3x3dbl_1": (448, inputs, 1, 1), "branch3x3dbl_2": (384, 448, 3, 3),
+        "branch3x3dbl_3a": (384, 384, 1, 3), "branch3x3dbl_3b": (384, 384, 3, 1), "branch_pool": (192, inputs, 1, 1),
+    }  # fmt: skip
 
 
 LAYOUT: dict[str, dict[str, tuple[int, int, int, int]]] = {
     "": {
-        "Conv2d_1a_3x3": (32, 3, 3, 3),
-        "Conv2d_2a_3x3": (32, 32, 3, 3),
-        "Conv2d_2b_3x3": (64, 32, 3, 3),
-        "Conv2d_3b_1x1": (80, 64, 1, 1),
-        "Conv2d_4a_3x3": (192, 80, 3, 3),
+        "Conv2d_1a_3x3": (32, 3, 3, 3), "Conv2d_2a_3x3": (32, 32, 3, 3), "Conv2d_2b_3x3": (64, 32, 3, 3),
+        "Conv2d_3b_1x1": (80, 64, 1, 1), "Conv2d_4a_3x3": (192, 80, 3, 3),
     },
-    "Mixed_5b.": _block_5(192, 32),
-    "Mixed_5c.": _block_5(256, 64),
-    "Mixed_5d.": _block_5(288, 64),
+    "Mixed_5b.": _block_5(192, 32), "Mixed_5c.": _block_5(256, 64), "Mixed_5d.": _block_5(288, 64),
     "Mixed_6a.": {
-        "branch3x3": (384, 288, 3, 3),
-        "branch3x3dbl_1": (64, 288, 1, 1),
-        "branch3x3dbl_2": (96, 64, 3, 3),
+        "branch3x3": (384, 288, 3, 3), "branch3x3dbl_1": (64, 288, 1, 1), "branch3x3dbl_2": (96, 64, 3, 3),
         "branch3x3dbl_3": (96, 96, 3, 3),
     },
-    "Mixed_6b.": _block_6(128),
-    "Mixed_6c.": _block_6(160),
-    "Mixed_6d.": _block_6(160),
-    "Mixed_6e.": _block_6(192),
+    "Mixed_6b.": _block_6(128), "Mixed_6c.": _block_6(160), "Mixed_6d.": _block_6(160), "Mixed_6e.": _block_6(192),
     "Mixed_7a.": {
-        "branch3x3_1": (192, 768, 1, 1),
-        "branch3x3_2": (320, 192, 3, 3),
-        "branch7x7x3_1": (192, 768, 1, 1),
-        "branch7x7x3_2": (192, 192, 1, 7),
-        "branch7x7x3_3": (192, 192, 7, 1),
-        "branch7x7x3_4": (192, 192, 3, 3),
+        "branch3x3_1": (192, 768, 1, 1), "branch3x3_2": (320, 192, 3, 3), "branch7x7x3_1": (192, 768, 1, 1),
+        "branch7x7x3_2": (192, 192, 1, 7), "branch7x7x3_3": (192, 192, 7, 1), "branch7x7x3_4": (192, 192, 3, 3),
     },
-    "Mixed_7b.": _block_7(1280),
-    "Mixed_7c.": _block_7(2048),
-}
+    "Mixed_7b.": _block_7(1280), "Mixed_7c.": _block_7(2048),
+}  # fmt: skip
 
 
 def standard_state(seed: int = 0) -> dict[str, Tensor]:
@@ -212,9 +179,6 @@ def test_resize_is_that_of_tensorflow_1_worked_by_hand() -> None:
     # a product of both directions, and not square
     both = resize_tf1(torch.tensor([[[[0.0, 4.0, 8.0], [12.0, 16.0, 20.0]]]]), 4)
     assert both[0, 0, 1].tolist() == pytest.approx([6, 9, 12, 14])
-
-
-def test_resize_keeps_299_px_untouched() -> None:
     images = torch.rand(1, 3, 299, 299)
     assert resize_tf1(images, 299) is images
 
@@ -225,7 +189,7 @@ def test_sizes_of_the_standard_file_are_those_of_the_network() -> None:
 
 
 def test_frozen_in_eval_and_no_gradient() -> None:
-    inception = InceptionFeatures(None, "untrained", width=0.05)
+    inception = InceptionFeatures(None, "tiny")
     inception.train()
     assert not any(module.training for module in inception.modules())
     assert not any(parameter.requires_grad for parameter in inception.parameters())
@@ -233,7 +197,7 @@ def test_frozen_in_eval_and_no_gradient() -> None:
 
 
 def test_autocast_and_chunks_do_not_change_the_features() -> None:
-    inception = InceptionFeatures(None, "untrained", width=0.05)
+    inception = InceptionFeatures(None, "tiny")
     images = torch.randint(0, 256, (5, 3, 48, 40), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     whole = inception(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -253,7 +217,7 @@ def test_precision_settings_are_given_back() -> None:
 def test_untrained_only_by_name_seeded_and_without_disturbing_anyone() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first, second, other = (InceptionFeatures(None, "untrained", seed, width=0.05) for seed in (3, 3, 4))
+    first, second, other = (InceptionFeatures(None, "tiny", seed) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), before)
     images = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     assert first.untrained and torch.equal(first(images), second(images))
@@ -308,4 +272,4 @@ def test_a_file_that_is_not_the_published_one_is_named_in_the_log(
 @pytest.mark.parametrize("images", [torch.zeros(1, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8)])
 def test_only_batches_of_uint8_rgb(images: Tensor) -> None:
     with pytest.raises(ValueError, match="uint8 B x 3"):
-        InceptionFeatures(None, "untrained", width=0.05)(images)
+        InceptionFeatures(None, "tiny")(images)
