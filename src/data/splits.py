@@ -41,14 +41,14 @@ def open_splits(
     """
     if not 0 < train_split <= 1:
         raise UserError(f"data.train_split={train_split}: expected a share above 0 and up to 1.")
-    train = _open(data_dir, use_hf_dataset, hf_split)
+    train = open_split(data_dir, use_hf_dataset, hf_split)
     rows, held_out = split_rows(len(train), train_split)
     if not len(rows):
         raise UserError(f"data.train_split={train_split} leaves none of the {len(train)} images for training.")
     names = sources.split_names(data_dir, use_hf_dataset, hf_split, hf_validation_split)
     name = validation_split(names, hf_validation_split, hf_split)
     if name is not None:
-        validation = _open(data_dir, use_hf_dataset, name)
+        validation = open_split(data_dir, use_hf_dataset, name)
         text = f"{len(rows)} of {len(train)} images of {hf_split!r} for training, {len(validation)} of "
         text = f"{data_dir}: {text}{name!r} for evaluation"
         return Splits(train, rows, validation, np.arange(len(validation)), text)
@@ -69,5 +69,6 @@ def validation_split(names: Sequence[str], wanted: str | None, train: str) -> st
     return next((name for name in (wanted, *usual) if name in names), None)
 
 
-def _open(data_dir: Path, use_hf_dataset: bool, split: str) -> Source:
+def open_split(data_dir: Path, use_hf_dataset: bool, split: str) -> Source:
+    """Open one split. UserError where there is none of that name."""
     return sources.open_hf(data_dir, split) if use_hf_dataset else sources.open_folder(data_dir, split)

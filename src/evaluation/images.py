@@ -18,7 +18,7 @@ from src.data.decode import Decoder
 from src.data.loader import EvaluationLoader, WorkerOptions
 from src.data.order import evaluation_rows, split_rows
 from src.data.sources import Source
-from src.data.splits import validation_split
+from src.data.splits import open_split, validation_split
 from src.metrics.reference import Preparation
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def open_images(data_dir: str | Path, split: str | None, trained_on: Mapping[str
     named = split or validation_split(names, wanted or "validation", train)
     if named not in (None, ALL, HELD_OUT):
         return _named(folder, hugging_face, names, str(named))
-    source = _open(folder, hugging_face, train if not names or train in names else names[0])
+    source = open_split(folder, hugging_face, train if not names or train in names else names[0])
     everything = Images(folder, source, np.arange(len(source)), ALL)
     if split == ALL:
         return everything
@@ -134,9 +134,5 @@ def _named(folder: Path, hugging_face: bool, names: list[str], split: str) -> Im
     if split not in names and not asked_for:
         there = f"it has {', '.join(names)}. Use one of these, or" if names else "it has none. Use"
         raise UserError(f"{folder} has no split {split!r}: {there} --split {ALL} or {HELD_OUT}.")
-    source = _open(folder, hugging_face, split)
+    source = open_split(folder, hugging_face, split)
     return Images(folder, source, np.arange(len(source)), split)
-
-
-def _open(folder: Path, hugging_face: bool, split: str) -> Source:
-    return sources.open_hf(folder, split) if hugging_face else sources.open_folder(folder, split)
