@@ -30,12 +30,7 @@ if TYPE_CHECKING:
     from src.core.distributed import Process
 
 RECORD = "reconstruct.json"
-NAMES = {
-    "psnr": "PSNR {:.2f} dB",
-    "ssim": "SSIM {:.4f}",
-    "lpips": "LPIPS {:.4f}",
-    "lpips_untrained": "LPIPS {:.4f} with UNTRAINED features",
-}
+FIGURES = {"psnr": "PSNR {:.2f} dB", "lpips_untrained": "LPIPS {:.4f} with UNTRAINED features"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,7 +69,9 @@ def _run(options: ReconstructionOptions) -> int:
     rest = f", {left_out:,} left out (not decodable)" if left_out else ""
     print(f"{images} through {model['source']} ({model['weights']}){rest}")
     if outcome.means:
-        means = ", ".join(NAMES[name].format(value) for name, value in outcome.means.items())
+        means = ", ".join(
+            FIGURES.get(name, name.upper() + " {:.4f}").format(value) for name, value in outcome.means.items()
+        )
         print(f"{means} (means of per-image values)")
     if untrained:
         print("UNTRAINED encoder: random weights, not a result.")

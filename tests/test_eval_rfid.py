@@ -35,6 +35,7 @@ from tests.conftest import make_rae
 LAYERED = {"encoder_params": {"dinov2_path": "configs/encoder/dinov2_tiny", "weights": "untrained", "layers": [0, 1]}}
 QUICK = "--device cpu --inception_weights tiny --num_workers 0 --batch_size 4"
 LPIPS = {"vgg_path": None, "linear_path": None, "weights": "untrained", "channels": [4, 8, 8, 16, 16]}
+SPLITS = {"hf_split": "train", "hf_validation_split": "validation"}
 
 
 def write_images(folder: Path, count: int, side: int = 80, seed: int = 0) -> Path:
@@ -48,9 +49,7 @@ def write_images(folder: Path, count: int, side: int = 80, seed: int = 0) -> Pat
     return folder
 
 
-def write_checkpoint(
-    path: Path, data_dir: Path, train_split: float = 1.0, model: dict = LAYERED, **config: dict
-) -> Path:
+def write_checkpoint(path: Path, data_dir: Path, train_split: float = 1.0, model: dict = LAYERED, **config) -> Path:
     """As training writes it; online and averaged weights differ. `config`: more keys of its nodes."""
     rae = make_rae(**model)
     settings = dict.fromkeys(RAESettings.field_names()) | {
@@ -60,13 +59,7 @@ def write_checkpoint(
     }  # fmt: skip
     state = {f"ema_decoder.{k}": v for k, v in rae.decoder.state_dict().items()}
     state |= {f"rae.decoder.{k}": v * 0.9 for k, v in rae.decoder.state_dict().items()}
-    data = {
-        "data_dir": str(data_dir),
-        "hf_split": "train",
-        "hf_validation_split": "validation",
-        "train_split": train_split,
-    }
-    data |= config.pop("data", {})
+    data = {**SPLITS, "data_dir": str(data_dir), "train_split": train_split, **config.pop("data", {})}
     content = {
         "format_version": FORMAT_VERSION,
         "config": {"model": {**settings, "lpips_arch": LPIPS}, "data": data, "callbacks": {}, **config},
@@ -478,7 +471,7 @@ def test_splits(images, tmp_path):
     tree = tmp_path / "tree"
     write_images(tree / "train", 6)
     write_images(tree / "val", 3)
-    own = {"data_dir": str(images), "hf_split": "train", "hf_validation_split": "validation", "train_split": 0.75}
+    own = {**SPLITS, "data_dir": str(images), "train_split": 0.75}
     elsewhere = own | {"data_dir": str(tree)}
     for folder, split, trained_on, expected in (
         (tree, None, None, ("validation", 3)),
@@ -516,12 +509,7 @@ def test_training_and_evaluation_hold_out_the_same_of_hugging_face_sets(images, 
         (tmp_path / "test", 1.0, "test", 0),  # not held out of training's data
         (tmp_path / "single", 1.0, "all", 0),
     ):
-        trained_on = {
-            "data_dir": str(folder),
-            "hf_split": "train",
-            "hf_validation_split": "validation",
-            "train_split": share,
-        }
+        trained_on = {**SPLITS, "data_dir": str(folder), "train_split": share}
         assert open_images(folder, None, trained_on).split == expected
         rows = open_splits(folder, True, "train", "validation", share).validation_rows
         assert len(rows) == held_out and (not held_out or len(open_images(folder, None, trained_on).rows) == held_out)

@@ -124,9 +124,10 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadingOptions:
-    """How images are loaded, read by `src.evaluation.images.evaluation_loader`."""
+    """How images are loaded and where the work is done, read by `evaluation_loader` and `processes`."""
 
-    GROUP: ClassVar = "images"
+    GROUP: ClassVar = "images and device"
+    device: str = option("cuda, cuda:N or cpu", "NAME", "cuda")
     num_samples: Positive | None = option("only the first N images (default: all)", "N")
     batch_size: Positive = option("images at once and process", "N", 64)
     num_workers: NotNegative = option("loading processes", "N", 4)
@@ -137,7 +138,7 @@ class LoadingOptions:
 class DataOptions(LoadingOptions):
     """The images of an evaluation, read by `src.evaluation.images.open_images`."""
 
-    GROUP: ClassVar = "images"
+    GROUP: ClassVar = "images and device"
     data_dir: tuple[str, ...] = option(
         "Hugging Face dataset on disk or tree of image files; several are scored one after the other", "DIR", MISSING
     )
@@ -175,10 +176,3 @@ class LpipsOptions:
     lpips_path: str | None = option(
         f"linear weights of LPIPS (default: the checkpoint's, else {LPIPS_FILES['linear_path']})", "FILE"
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeviceOptions:
-    """The device, read by `src.core.distributed.processes`."""
-
-    device: str = option("cuda, cuda:N or cpu", "NAME", "cuda")

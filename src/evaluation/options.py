@@ -17,13 +17,7 @@ def sigma(text: str) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationOptions(
-    shared.LpipsOptions,
-    shared.DeviceOptions,
-    shared.InceptionOptions,
-    shared.DataOptions,
-    shared.ModelOptions,
-):
+class EvaluationOptions(shared.LpipsOptions, shared.InceptionOptions, shared.DataOptions, shared.ModelOptions):
     """`src/eval_rfid.py`."""
 
     num_samples: Positive = option("images, the first ones of a fixed mixed order", "N", 10000)
@@ -60,7 +54,7 @@ class EvaluationOptions(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceOptions(shared.DeviceOptions, shared.InceptionOptions, shared.DataOptions):
+class ReferenceOptions(shared.InceptionOptions, shared.DataOptions):
     """`src/make_reference.py`."""
 
     checkpoint: str | None = option(
@@ -76,7 +70,7 @@ class ReferenceOptions(shared.DeviceOptions, shared.InceptionOptions, shared.Dat
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReconstructionOptions(shared.LpipsOptions, shared.DeviceOptions, shared.LoadingOptions, shared.ModelOptions):
+class ReconstructionOptions(shared.LpipsOptions, shared.LoadingOptions, shared.ModelOptions):
     """`src/reconstruct.py`."""
 
     input: tuple[str, ...] = option(
@@ -117,7 +111,7 @@ class ReconstructionOptions(shared.LpipsOptions, shared.DeviceOptions, shared.Lo
 
 
 @dataclass(frozen=True, kw_only=True)
-class StatisticsOptions(shared.DeviceOptions, shared.LoadingOptions):
+class StatisticsOptions(shared.LoadingOptions):
     """`src/latent_stats.py`."""
 
     config: tuple[str, ...] = option(

@@ -70,7 +70,7 @@ def image_stack(target: Path, image_size: int, process: Process, originals: bool
             target.parent.mkdir(parents=True, exist_ok=True)
             beside.touch()
         wait_for_all()
-        with beside.open("r+b", buffering=0) as file:
+        with beside.open("r+b") as file:
             wait_for_all()
             if process.main and one_node and os.name == "posix":
                 beside.unlink()
@@ -96,6 +96,7 @@ class ImageStack:
         for place, image in zip(places.tolist(), images.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
             self._file.seek(place * self._entry)
             self._file.write(image.tobytes())
+        self._file.flush()
         self._places.append(places)
 
     def finish(self, facts: Mapping[str, str | int] | None = None) -> int:

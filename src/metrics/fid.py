@@ -86,7 +86,7 @@ class FeatureStatistics:
         self._mean += shift * (len(rows) - 1) / total
         self._count = total
 
-    def merge(self, *others: "FeatureStatistics", across: Callable[[Tensor], Tensor] = lambda sums: sums) -> Self:
+    def merge(self, *others: Self, across: Callable[[Tensor], Tensor] = lambda sums: sums) -> Self:
         """Add the images of `others`, in place; `across` adds up what several processes have, each its own sums."""
         parts = (self, *others)
         weighted = [torch.cat([part._mean * part._count, part._mean.new_tensor([part._count])]) for part in parts]

@@ -48,9 +48,7 @@ class InceptionFeatures(nn.Module):
         if weights not in get_args(InceptionWeights):
             raise UserError(f"weights must be one of {', '.join(get_args(InceptionWeights))}, got {weights!r}")
         width = TINY_WIDTH if weights == "tiny" else 1.0
-        with torch.device("meta"):  # no time and no draw spent on an initialisation that is overwritten
-            network = InceptionNetwork(width)
-        network.to_empty(device="cpu")
+        network = InceptionNetwork(width)
         self.untrained = weights != "pretrained"
         self.feature_dim = network.feature_dim
         if self.untrained:
