@@ -19,6 +19,7 @@ from src.callbacks.checkpoint import RunCheckpoint
 from src.callbacks.startup import StartupTable, device_name
 from src.core.errors import UserError
 from src.core.launch import Launch
+from src.models.encoder_presets import expand_encoder
 from src.training import logs
 from src.training.folder import run_folder
 from src.training.geometry_check import check_geometry
@@ -129,6 +130,7 @@ class Run:
 def build_run(config: DictConfig, launch: Launch, bare: bool = False) -> Run:
     """Cheap mistakes are found first. `bare`: without loggers and callbacks, so that nothing is written."""
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    plain["model"] = expand_encoder(plain["model"])  # a checkpoint keeps what a preset stood for
     pl.seed_everything(config.seed, workers=False, verbose=False)
     datamodule = build(config.data, "data")
     callbacks = [] if bare else [StartupTable(), *build_all(config.callbacks, "callbacks")]

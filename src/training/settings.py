@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get
 from src.core.errors import UserError
 from src.core.schedules import Schedule
 from src.formats.checkpoint_content import RAESettings
+from src.models.encoder_presets import expand_encoder
 from src.training.stage1_step import StepSettings
 
 T = TypeVar("T")
@@ -150,6 +151,7 @@ class ModelSettings:
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> Self:
+        config = expand_encoder(config)
         groups: dict[str, type] = {
             "rae": RAESettings,
             "step": StepSettings,
