@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from src.core.errors import UserError
-from src.models.layers import FUSIONS, check_fusion, parse_layers, random_subset
+from src.models.layers import FUSIONS, check_choice, parse_layers, random_subset
 from src.training.settings import LayerSubset
 from src.training.stage1_step import Phase
 from src.training.step_noise import StepDraws
@@ -66,11 +66,11 @@ def test_the_key_of_the_caller_is_named():
 
 
 def test_unknown_fusions_fail_with_the_list():
-    check_fusion("sum", FUSIONS, "Some")
+    check_choice("layer_fusion", "sum", FUSIONS, "Some")
     with pytest.raises(
         UserError, match="layer_fusion='max' is unknown to Some: expected mean, mean_plus_spatial_mean, sum"
     ):
-        check_fusion("max", FUSIONS, "Some")
+        check_choice("layer_fusion", "max", FUSIONS, "Some")
 
 
 # -- random subsets

@@ -54,7 +54,7 @@ class FrozenEncoder(nn.Module):
     statistics: ClassVar[str] = "imagenet"
     """Of the pixels, a name in `STATISTICS`, where no file says them."""
     ignorable: ClassVar[tuple[str, ...]] = ()
-    """Prefixes of names that a checkpoint of this family may hold beyond the vision tower."""
+    """Prefixes of names that no latent depends on: a checkpoint may hold them, or lack them."""
     model: Any
     """The transformers model; its parts are named differently in each family."""
 
@@ -279,8 +279,10 @@ class FrozenEncoder(nn.Module):
         except Exception as error:
             raise UserError(_not_found(cls.__name__, source, error)) from error
         model, info = loaded
-        missing = sorted(info["missing_keys"])
-        unexpected = sorted(k for k in info["unexpected_keys"] if not k.startswith(cls.ignorable or ("\0",)))
+        missing, unexpected = (
+            sorted(name for name in info[kind] if not name.startswith(cls.ignorable))
+            for kind in ("missing_keys", "unexpected_keys")
+        )
         mismatched = sorted(str(k) for k in info["mismatched_keys"])
         if missing or unexpected or mismatched:
             raise UserError(

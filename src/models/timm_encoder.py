@@ -1,6 +1,6 @@
 """Any plain ViT of timm as a frozen encoder: Perception Encoder, EUPE, EVA-02, TIPSv2, MoCo v3 and what comes.
 
-timm is an extra (`pip install timm`): it needs torchvision, of which not every torch build has one.
+timm is an extra (`pip install ".[timm]"`): it needs torchvision, which not every build of torch has.
 Legend: B batch, N patch tokens, C channels.
 """
 
@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from src.core.errors import UserError
+from src.core.json_files import read_json
 from src.models.encoder_files import PixelStatistics, checked_statistics
 from src.models.frozen_encoder import FrozenEncoder, check_source, local_place
 
+FREE = {"num_classes", "dynamic_img_size", "in_chans", "global_pool", "img_size"}
+"""Arguments of an architecture that make no difference to its patch tokens, beyond the shapes of its parameters."""
 HEADS = ("norm.", "fc_norm.", "attn_pool.", "head.")
 
 
@@ -33,10 +36,11 @@ class TimmViT(FrozenEncoder):
     def read_config(cls, source: str) -> Any:
         check_source(cls.__name__, source)
         timm = _timm()
-        pixels, architecture, arguments = cls._description(timm, source)
+        _, architecture, arguments = cls._description(source)
+        arguments = {**arguments, "num_classes": 0, "dynamic_img_size": True}
         try:
             with torch.device("meta"):
-                model = timm.create_model(architecture, num_classes=0, dynamic_img_size=True, **arguments)
+                model = timm.create_model(architecture, **arguments)
         except Exception as error:
             raise UserError(
                 f"{source}: timm can't build {architecture!r} for images of any size: {error}. TimmViT takes plain ViTs "
@@ -52,26 +56,28 @@ class TimmViT(FrozenEncoder):
         return SimpleNamespace(
             architecture=architecture,
             arguments=arguments,
-            pixels=pixels,
             hidden_size=stages[0]["num_chs"],
             patch_size=stages[0]["reduction"],
             num_hidden_layers=len(stages),
-            to_diff_dict=lambda: {"architecture": architecture, **arguments},
+            to_diff_dict=lambda: {
+                "architecture": architecture,
+                **{k: v for k, v in arguments.items() if k not in FREE},
+            },
         )
 
     @classmethod
     def read_statistics(cls, source: str) -> PixelStatistics:
-        pixels = cls._description(_timm(), source)[0]
+        pixels = cls._description(source)[0]
         return checked_statistics(pixels.get("mean"), pixels.get("std"), f"{source}, pretrained_cfg")
 
     @classmethod
     def build(cls, config: Any) -> nn.Module:
-        return _timm().create_model(config.architecture, num_classes=0, dynamic_img_size=True, **config.arguments)
+        return _timm().create_model(config.architecture, **config.arguments)
 
     @classmethod
     def _pretrained(cls, config: Any, source: str) -> nn.Module:
         try:
-            return _timm().create_model(_name(source), pretrained=True, num_classes=0, dynamic_img_size=True)
+            return _timm().create_model(_name(source), pretrained=True, **config.arguments)
         except Exception as error:
             raise UserError(f"{cls.__name__} can't be loaded from {source!r}: {error}") from error
 
@@ -97,15 +103,18 @@ class TimmViT(FrozenEncoder):
         _timm().models.save_for_hf(copy.deepcopy(self.model).to(dtype), str(folder), safe_serialization=True)
 
     @classmethod
-    def _description(cls, timm: ModuleType, source: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
-        """Return what timm's config.json says: of pretraining (mean and std, among others), architecture, arguments."""
+    def _description(cls, source: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
+        """Return what timm knows of `source`: pretraining (mean and std, among others), architecture, its arguments."""
+        from transformers.utils import cached_file
+
         name = _name(source)
         try:
-            if name.startswith("local-dir:"):
-                return timm.models.load_model_config_from_path(name.removeprefix("local-dir:"))
-            if name.startswith("hf-hub:"):
-                return timm.models.load_model_config_from_hf(source)
-            return timm.models.get_pretrained_cfg(name).to_dict(), name.split(".")[0], {}
+            if ":" not in name:
+                return _timm().models.get_pretrained_cfg(name).to_dict(), name.split(".")[0], {}
+            said = read_json(str(cached_file(name.split(":", 1)[1], "config.json")), architecture=str)
+            return said.get("pretrained_cfg", said), said["architecture"], said.get("model_args", {})
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(
                 f"{cls.__name__} can't read {source!r}: {error}. Expected a hub id like "
@@ -123,7 +132,8 @@ def _timm() -> ModuleType:
         import timm
     except Exception as error:  # beside a torch without its torchvision, timm fails with errors of several kinds
         raise UserError(
-            f"encoder_cls=TimmViT needs timm, which can't be imported here: {error}. `pip install timm torchvision`, with "
-            "the torchvision of your torch (https://pytorch.org); PyPI's torchvision does not fit every CPU build of torch."
+            f"encoder_cls=TimmViT needs timm, which can't be imported here: {error}. Install it with "
+            "`pip install '.[timm]'`, and the torchvision of your torch from https://pytorch.org: not every torchvision on "
+            "PyPI fits every build of torch."
         ) from error
     return timm
