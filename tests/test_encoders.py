@@ -455,12 +455,11 @@ def test_without_timm_one_message_says_how_to_get_it(monkeypatch):
         ENCODERS["TimmViT"]("timm/vit_pe_core_large_patch14_336.fb")
 
 
-@pytest.mark.parametrize("size", [160, 96])
 @pytest.mark.parametrize("architecture", ["test_vit", "vit_pe_core_tiny_patch16_384", "vit_tiny_patch16_dinov3_qkvb"])
-def test_a_vit_of_timm(architecture, size, tmp_path):
-    """Where timm can be imported: against its own blocks and final norm."""
+def test_a_vit_of_timm(architecture, tmp_path):
+    """Where timm can be imported: against its own blocks and final norm, at another size than its own, and saved."""
     pytest.importorskip("timm", exc_type=Exception)
-    kind, images = ENCODERS["TimmViT"], torch.randn(2, 3, size, size)
+    kind, images = ENCODERS["TimmViT"], torch.randn(2, 3, 96, 96)
     encoder = kind(architecture, weights="untrained", layers=[0, 2])
     states: list[torch.Tensor] = []
     for block in encoder.model.blocks:
@@ -472,10 +471,9 @@ def test_a_vit_of_timm(architecture, size, tmp_path):
     encoder.save(tmp_path, torch.float32)
     assert (kind(str(tmp_path), norm="affine")(images) - last).abs().max() < TOLERANCE
     again = kind(str(tmp_path), layers=[0, 2]).identity()
-    assert "untrained " + again["weights"] == encoder.identity()["weights"]
-    assert again["config"] == encoder.identity()["config"]
-    with pytest.raises(UserError, match="no grid of patch tokens"):
-        kind("swin_tiny_patch4_window7_224", weights="untrained")
+    assert again | {"source": ""} == {
+        **encoder.identity(), "source": "", "weights": encoder.identity()["weights"].removeprefix("untrained "),
+    }  # fmt: skip
 
 
 def test_the_norm_has_no_affine_parameters_and_the_models_own_eps():

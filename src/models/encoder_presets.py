@@ -209,7 +209,7 @@ def find_preset(name: str) -> Preset:
     found = re.fullmatch(r"([a-z0-9]+?)(mls)?-vit-(\w+)(?:\[([^\]]*)\])?", name)
     if found and (preset := _raev2(name, *found.groups())):
         return preset
-    near = difflib.get_close_matches(name, [*PRESETS, *_raev2_names()], n=4)
+    near = difflib.get_close_matches(name, [*PRESETS, *raev2_names()], n=4)
     raise UserError(
         f"model.encoder={name!r} is unknown{' (near: ' + ', '.join(near) + ')' if near else ''}. docs/encoders.md and "
         "`python scripts/download_weights.py --list` have the names; for a folder of your own set model.encoder_cls, "
@@ -275,8 +275,12 @@ def _raev2(name: str, family: str, mls: str | None, size: str, brackets: str | N
 
 
 @cache
-def _raev2_names() -> tuple[str, ...]:
-    names = [(f"{family}{mls}-vit-{size}", prefix, sizes[size])
-             for family, (prefix, sizes, _, fusion) in _RAEV2.items()
-             for mls in (["", "mls"] if fusion else [""]) for size in sizes]  # fmt: skip
-    return tuple(name for name, prefix, size in names if f"{prefix}-{size}" in PRESETS)
+def raev2_names() -> tuple[str, ...]:
+    """Return RAEv2's names, without flags, that have a preset."""
+    return tuple(
+        f"{family}{mls}-vit-{size}"
+        for family, (prefix, sizes, _, fusion) in _RAEV2.items()
+        for mls in ("", "mls")[: 1 + (fusion is not None)]
+        for size, own in sizes.items()
+        if f"{prefix}-{own}" in PRESETS
+    )

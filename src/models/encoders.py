@@ -176,8 +176,17 @@ class RADIO(FrozenEncoder):
 
 
 FAMILIES = (
-    Dinov2withNorm, DINOv3wNorm, SigLIP2wNorm, MAEwNorm, ViTwNorm, IJEPAwNorm, CLIPTower, AIMv2wNorm, RADIO, TimmViT
-)  # fmt: skip
+    Dinov2withNorm,
+    DINOv3wNorm,
+    SigLIP2wNorm,
+    MAEwNorm,
+    ViTwNorm,
+    IJEPAwNorm,
+    CLIPTower,
+    AIMv2wNorm,
+    RADIO,
+    TimmViT,
+)
 ENCODERS: dict[str, type[FrozenEncoder]] = {cls.__name__: cls for cls in FAMILIES}
 
 
