@@ -95,6 +95,7 @@ def _wanted(args: argparse.Namespace) -> "list[Need]":
     """What the command line asks for, each thing once."""
     from src.core.assets.needs import Need, needs
     from src.core.assets.table import ASSETS, FileAsset, by_name
+    from src.models.encoder_presets import expand_encoder
 
     overrides = [name for name in args.names if "=" in name]
     assets = [by_name(name) for name in args.names if "=" not in name]
@@ -106,6 +107,7 @@ def _wanted(args: argparse.Namespace) -> "list[Need]":
         if args.weights_dir:
             overrides = [*overrides, f"paths.weights_dir='{weights_dir}'"]
         config = _without_what_the_user_brings(_compose(experiment, overrides), experiment)
+        config["model"] = expand_encoder(config["model"])
         configured = ROOT / Path(config.get("paths", {}).get("weights_dir") or "weights").expanduser()
         wanted += needs(config, configured, ROOT)
     once: dict[tuple[object, Path | None], Need] = {}
