@@ -113,8 +113,8 @@ class FrozenEncoder(nn.Module):
         self.model = freeze(model)
         if self.norm == "affine" and self.norm_module is None:
             raise UserError(f"model.encoder_params.norm=affine: {kind} of {model_name} has no final norm.")
-        own_eps = getattr(self.norm_module, "eps", None) or getattr(self.norm_module, "variance_epsilon", 1e-6)
-        self.norm_eps: float = own_eps if norm_eps is None else norm_eps
+        own_eps = float(getattr(self.norm_module, "eps", getattr(self.norm_module, "variance_epsilon", 1e-6)))
+        self.norm_eps = own_eps if norm_eps is None else norm_eps
         self.other_choices = [
             f"{name} {value}"
             for name, value, usual in (
@@ -127,7 +127,7 @@ class FrozenEncoder(nn.Module):
         ]
         """What the identity says beside the config, so that identities of the usual choices never change."""
 
-    # -- what a family may say otherwise about its model
+    # -- what a family may say about its model
 
     def embed(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """B 3 H W -> tokens B T C in front of the first block, and what each block needs besides."""
@@ -237,7 +237,8 @@ class FrozenEncoder(nn.Module):
         try:
             given = PretrainedConfig.get_config_dict(place)[0].get("model_type", next(iter(cls.models)))
             if given in cls.models:
-                config = cls.models[given].config_class.from_pretrained(place)
+                kind: Any = cls.models[given].config_class
+                config = kind.from_pretrained(place)
                 config._attn_implementation = config._experts_implementation = None
                 return _checked(config, source)
         except UserError:
