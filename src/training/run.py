@@ -24,6 +24,7 @@ from src.callbacks.progress import StartupTable, device_name
 from src.core.errors import UserError
 from src.core.launch import Launch
 from src.core.settings import check_keys
+from src.models.encoder_presets import expand_encoder
 from src.training import logs
 from src.training.preflight import preflight
 from src.training.record import RunRecord, make_folder, save_config, summary
@@ -137,6 +138,7 @@ class Run:
 def build_run(config: DictConfig, launch: Launch, bare: bool = False) -> Run:
     """Build all parts, those first whose mistakes show soonest. `bare`: without loggers and callbacks, to write nothing."""
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    plain["model"] = expand_encoder(plain["model"])  # a checkpoint keeps what a preset stood for
     pl.seed_everything(config.seed, workers=False, verbose=False)
     datamodule = build(config.data, "data")
     callbacks = [] if bare else [StartupTable(), *_build_all(config.callbacks, "callbacks")]
