@@ -5,7 +5,6 @@ One file is written at a time; `best` and `epoch_XXX` are further names (hard li
 
 import logging
 import math
-import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,17 +16,17 @@ from pytorch_lightning.plugins.io import CheckpointIO
 from src.callbacks.progress import training_paused
 from src.core.errors import UserError
 from src.core.files import link_or_copy, write_torch
+from src.core.launch import command_to_resume
 from src.core.nonfinite import NonFiniteError
 from src.core.rank_requests import RankRequests
+from src.core.stopping import FAILED, STOP, signal_name
 from src.core.weights import read
 
 log = logging.getLogger(__name__)
 
-TERMINATED = 128 + signal.SIGTERM  # 143, what a shell reports of a process that SIGTERM ended
-
 
 class RunCheckpoint(pl.callbacks.Checkpoint):
-    """Saves RUN/checkpoints/last.ckpt by steps, minutes and epochs, at SIGTERM and at an exception."""
+    """Saves RUN/checkpoints/last.ckpt by steps, minutes and epochs, when asked to stop and at an exception."""
 
     def __init__(self, every_n_steps: int, every_n_minutes: float, every_n_epochs: int, keep_epochs: int) -> None:
         """0 switches a rule off; `keep_epochs` newest epoch_XXX.ckpt stay, -1 keeps all. Raises UserError."""
@@ -44,9 +43,7 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         self._saved_step: int | None = None  # None: training has not begun
         self._saved_at = time.monotonic()
         self._epoch_ended = False
-        self._sigterm = False
         self._requests = RankRequests()
-        self._previous_handler: Any = None
 
     # -- when
 
@@ -55,8 +52,8 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
-        self._previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)  # Lightning's would exit with 0
-        # Its own question whether another rank was signalled makes the host wait for the device at every batch.
+        STOP.deferred = True
+        # Lightning's own question whether another rank was signalled makes the host wait for the device at every batch.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         self.monitor = self._choose_monitor(trainer)
         if trainer.ckpt_path and self.best is not None and trainer.is_global_zero:
@@ -72,13 +69,9 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         if (batch_idx + 1) % pl_module.settings.loop.accumulate_grad_batches:
             return
         late = bool(self.every_n_minutes) and time.monotonic() - self._saved_at > 60 * self.every_n_minutes
-        stop, late = self._requests.exchange([self._sigterm, late], trainer.world_size)
+        stop, late = self._requests.exchange([STOP.code, late], trainer.world_size)
         if stop:
-            self.save(trainer, pl_module)
-            where = self.folder / "last.ckpt"
-            log.warning("SIGTERM: saved %s at step %d. Go on with ckpt_path=%s", where, trainer.global_step, where)
-            # Lightning kills all processes where one that it started exits with another status than 0.
-            raise SystemExit(TERMINATED if trainer.is_global_zero else 0)
+            self._save_and_stop(trainer, pl_module, stop)
         if batch_idx + 1 >= _batches_per_epoch(pl_module):
             return  # the end of the epoch saves, once its evaluation is over
         by_steps = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
@@ -127,12 +120,21 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
             log.warning("No checkpoint could be saved: %s", error)
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGTERM, self._previous_handler)
-            self._previous_handler = None
+        STOP.deferred = False
 
-    def _on_sigterm(self, signum: int, frame: Any) -> None:
-        self._sigterm = True
+    def _save_and_stop(self, trainer: pl.Trainer, pl_module: Any, code: int) -> None:
+        """Save and end the run with an exit code that all ranks agreed on. On all ranks."""
+        STOP.code = max(STOP.code, code)  # where another rank was asked: Ctrl-C from now on is the second one
+        self.save(trainer, pl_module)
+        where = self.folder / "last.ckpt"
+        why = "Stopped" if code == FAILED else signal_name(code)
+        log.warning(
+            "%s: saved %s at step %d. Go on with:\n%s", why, where, trainer.global_step, command_to_resume(where)
+        )
+        if code == FAILED and STOP.error is not None:
+            raise STOP.error
+        # Lightning kills all processes where one that it started exits with another status than 0.
+        raise SystemExit(code if trainer.is_global_zero else 0)
 
     # -- what
 

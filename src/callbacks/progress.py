@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytorch_lightning as pl
@@ -172,9 +172,10 @@ class TrainingProgress(pl.Callback):
         log.info("%s step %d: %s | %s, %s, %s, %s", epoch, trainer.global_step, terms, rate, wait, memory, left)
 
     def _stop_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            with suppress(OSError):  # a terminal that was closed
+                bar.stop()
 
 
 @contextmanager

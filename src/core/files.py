@@ -4,11 +4,13 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from src.core.errors import UserError
+
+_UNFINISHED: set[Path] = set()
 
 
 @contextmanager
@@ -24,6 +26,7 @@ def replacing(path: str | Path, tag: str | None = None, durable: bool = True) ->
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid() if tag is None else tag}.writing")
+    _UNFINISHED.add(beside)
     try:
         with open(beside, "wb") as file:
             yield file
@@ -35,6 +38,14 @@ def replacing(path: str | Path, tag: str | None = None, durable: bool = True) ->
             _sync_folder(path.parent)
     finally:
         beside.unlink(missing_ok=True)
+        _UNFINISHED.discard(beside)
+
+
+def remove_unfinished() -> None:
+    """Remove what this process has begun to write, before it ends without unwinding."""
+    for path in list(_UNFINISHED):
+        with suppress(OSError):
+            path.unlink()
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -65,6 +76,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     """Give `source` the second name `target`, replacing what was there; copy where the file system has no hard links."""
     beside = target.with_name(f".{target.name}.link")
     beside.unlink(missing_ok=True)
+    _UNFINISHED.add(beside)
     try:
         try:
             os.link(source, beside)
@@ -73,6 +85,7 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)
+        _UNFINISHED.discard(beside)
 
 
 def check_folder(folder: Path, overwrite: bool, marks: Sequence[str], what: str, option: str = "--output") -> None:

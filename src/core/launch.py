@@ -1,7 +1,11 @@
 """Find which process of a launch this one is, before a process group exists."""
 
 import os
+import shlex
+import sys
 from dataclasses import dataclass
+
+from src.core.text import hydra_quoted
 
 
 @dataclass(frozen=True)
@@ -28,3 +32,13 @@ class Launch:
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+
+def command_to_resume(checkpoint: str | os.PathLike[str]) -> str:
+    """Return this process's command line, to be typed in a shell, with `ckpt_path` set to a checkpoint.
+
+    What a launcher such as torchrun was told is unknown; it is left out behind its name.
+    """
+    start = {"torchrun": ["torchrun", "…"], "slurm": ["srun", "…", "python"]}.get(Launch.detect().kind, ["python"])
+    given = [word for word in sys.argv if not word.startswith("ckpt_path=")]
+    return f"{' '.join(start)} {shlex.join(given)} ckpt_path={hydra_quoted(str(checkpoint))}"

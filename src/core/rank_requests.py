@@ -15,21 +15,21 @@ class RankRequests:
         self._group: dist.ProcessGroup | None = None
         self._pending: tuple[Tensor, dist.Work] | None = None
 
-    def exchange(self, requests: list[bool], world_size: int) -> list[bool]:
-        """Return, on all ranks alike, which requests any rank made at the call before; at once with one process.
+    def exchange(self, requests: list[int], world_size: int) -> list[int]:
+        """Return, on all ranks alike, the largest value of each request at the call before; at once with one process.
 
-        Every rank must call it, at the same places.
+        0: no request. Every rank must call it, at the same places.
         """
         if world_size == 1:
             return requests
         if self._group is None:
             self._group = dist.new_group(backend="gloo")
-        heard = [False] * len(requests)
+        heard = [0] * len(requests)
         if self._pending is not None:
             values, work = self._pending
             work.wait()
-            heard = [bool(value) for value in values.tolist()]
-        values = torch.tensor([float(request) for request in requests])
+            heard = values.tolist()
+        values = torch.tensor([int(request) for request in requests], dtype=torch.int32)
         work = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         self._pending = values, work
         return heard

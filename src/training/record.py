@@ -88,7 +88,7 @@ class RunRecord:
             write_text(self._file, json.dumps(self._content, indent=2, default=str) + "\n")
 
     def finish(self, status: str, warnings: list[str], **result: Any) -> None:
-        """`status`: finished, failed, terminated or interrupted."""
+        """`status`: finished, failed, terminated (SIGTERM) or interrupted (Ctrl-C, SIGHUP, SIGUSR1)."""
         ended = datetime.now().isoformat(timespec="seconds")
         self.update({"status": status, "ended": ended, "warnings": warnings, **result})
 

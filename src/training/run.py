@@ -24,6 +24,7 @@ from src.callbacks.progress import StartupTable, device_name
 from src.core.errors import UserError
 from src.core.launch import Launch
 from src.core.settings import check_keys
+from src.core.stopping import STOP, end_with_parent, listening, signal_name, status_of
 from src.models.encoder_presets import expand_encoder
 from src.training import logs
 from src.training.preflight import preflight
@@ -39,13 +40,17 @@ KNOWN_KEYS = frozenset(
 """Of `configs/train.yaml`."""
 KNOWN_CALLBACKS = frozenset(("rfid", "checkpoint", "samples", "progress"))
 """Those whose settings may stay where the callback itself is left out."""
+ENDED_AT_ONCE = "ended at once by a second Ctrl-C"
 
 
 def run(config: DictConfig) -> float | None:
     """Train. A mistake of the user ends with one message and status 1, everything else with its traceback."""
     try:
-        with _process_state():
-            return _run(config)
+        with _process_state(), listening() as stop:
+            result = _run(config)
+        if stop.code >= 128 and HydraConfig.get().mode == RunMode.MULTIRUN:  # too late for this job, not for the next
+            raise SystemExit(stop.code)
+        return result
     except UserError as error:
         log.error("%s", error)
     except OmegaConfBaseException as error:
@@ -55,6 +60,11 @@ def run(config: DictConfig) -> float | None:
 
 def _run(config: DictConfig) -> float | None:
     launch, sweep = Launch.detect(), HydraConfig.get().mode == RunMode.MULTIRUN
+    STOP.loud = launch.main
+    if launch.kind == "child":  # without the first process nothing can be saved
+        end_with_parent(signal.SIGKILL)
+    elif "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun passes on the first Ctrl-C, and a second one ends it
+        end_with_parent(signal.SIGINT)
     logs.set_up(None, launch.main)
     check_config(config)
     if sweep:
@@ -68,6 +78,7 @@ def _run(config: DictConfig) -> float | None:
         save_config(config, folder)
     warnings = logs.set_up(folder, launch.main)
     record = RunRecord(folder, config.experiment_name)
+    STOP.before_exit = lambda code: record.finish(status_of(code), warnings.messages, error=ENDED_AT_ONCE)
     record.update({"resumed_from": str(checkpoint)} if checkpoint else {})
     built = None
     try:
@@ -77,9 +88,9 @@ def _run(config: DictConfig) -> float | None:
             return None
         result = fit(built, checkpoint, record)
     except BaseException as error:
-        status = {SystemExit: "terminated", KeyboardInterrupt: "interrupted"}.get(type(error), "failed")
+        status = status_of(STOP.code) if isinstance(error, SystemExit) else "failed"
         reason = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception_only(error)).strip()
-        record.finish(status, warnings.messages, error=reason)
+        record.finish(status, warnings.messages, error=signal_name(STOP.code) if status != "failed" else reason)
         if built is not None and status == "failed":
             _end_children(built.trainer)
         raise
@@ -202,7 +213,7 @@ def _parts(group: DictConfig | None) -> dict[str, DictConfig]:
 
 
 def _end_children(trainer: pl.Trainer) -> None:
-    """Kill the processes that Lightning started: where this one failed they would wait for it and hold their GPUs.
+    """Kill the processes that Lightning started: where this one ends early they would wait for it and hold their GPUs.
 
     The last thing to do, since Lightning ends this process too when it sees one of them fail.
     """

@@ -43,7 +43,7 @@ def build_trainer(
     if launch.kind != "torchrun" and SLURMEnvironment.detect():  # Lightning's own requeue would start from scratch
         plugins.append(SLURMEnvironment(auto_requeue=False))
     try:
-        return pl.Trainer(
+        trainer = pl.Trainer(
             **{**settings, "strategy": ddp if distributed else "auto"},
             callbacks=callbacks,
             logger=loggers,
@@ -54,6 +54,8 @@ def build_trainer(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
+        trainer._signal_connector.register_signal_handlers = lambda: None  # src/core/stopping.py handles them
+        return trainer
     except TypeError as error:
         raise UserError(f"trainer: {error}. Keys are listed in configs/trainer/default.yaml.") from error
     except (ValueError, pl.utilities.exceptions.MisconfigurationException) as error:
