@@ -2,7 +2,7 @@
 
 python src/eval_generation.py --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz
 python src/eval_generation.py --samples FOLDER --reference /path/to/imagenet_hf --reference_split validation
-python src/eval_generation.py --latents DIR --decoder exports/a exports/b best.ckpt --reference reference.npz
+python src/eval_generation.py --latents latents.npz --decoder exports/a exports/b best.ckpt --reference reference.npz
 torchrun --nproc_per_node=8 src/eval_generation.py ...                several processes, the same numbers
 """
 
@@ -26,7 +26,7 @@ Score depends on.
 
 several decoders on the same latents tell whether a worse gFID comes from the decoder:
 
-    python src/eval_generation.py --latents generated --decoder exports/a exports/b --reference reference.npz
+    python src/eval_generation.py --latents latents.npz --decoder exports/a exports/b --reference reference.npz
 
 {EXIT_CODES}"""
 

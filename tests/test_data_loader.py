@@ -54,7 +54,8 @@ def files(folder: Path, contents: list[bytes], **changed: Any) -> RAEDataModule:
 
 def assert_same(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> None:
     for x, y in zip(a, b, strict=True):
-        assert x["epoch"] == y["epoch"] and all(torch.equal(x[k], y[k]) for k in ("image", "position", "index", "bad"))
+        assert x["epoch"] == y["epoch"] and x.keys() == y.keys()
+        assert all(torch.equal(x[k], y[k]) for k in x.keys() - {"epoch"})
 
 
 def test_batch_contents(folder: Path) -> None:
@@ -62,7 +63,7 @@ def test_batch_contents(folder: Path) -> None:
     batches = list(loader)
     assert len(batches) == len(loader) == 10
     for i, batch in enumerate(batches):
-        assert set(batch) == {"image", "position", "index", "bad", "epoch"}
+        assert set(batch) == {"image", "position", "index", "bad", "label", "epoch"}
         assert batch["image"].shape == (4, 3, 32, 32)
         assert batch["image"].dtype == torch.uint8
         assert batch["image"].is_contiguous()
@@ -72,6 +73,63 @@ def test_batch_contents(folder: Path) -> None:
     assert sorted(torch.cat([b["index"] for b in batches]).tolist()) == list(range(40))
     with pytest.raises(UserError, match=r"data.batch_size=40"):
         module(folder, batch_size=64).train_dataloader()
+
+
+def labels_of(loader: Any) -> dict[int, int]:
+    return {int(i): int(y) for batch in loader for i, y in zip(batch["index"], batch["label"], strict=True)}
+
+
+def test_labels_travel_where_the_data_has_them(folder: Path, tmp_path: Path) -> None:
+    data = module(folder, train_split=0.5)
+    source = data.splits.train
+    assert data.num_classes == len(dummy.CLASSES) == 3
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        got = labels_of(loader)
+        assert len(got) == 20 and got == {row: source.label(row) for row in got}
+    (tmp_path / "tree").mkdir()
+    for i, name in enumerate("abc"):
+        files(tmp_path / "tree" / name, FILES[2 * i : 2 * i + 2])
+    data = module(tmp_path / "tree", use_hf_dataset=False, batch_size=2)
+    assert data.num_classes == 3
+    assert labels_of(data.train_dataloader()) == {row: row // 2 for row in range(6)}
+    flat = files(tmp_path / "flat", FILES[:8], train_split=0.5)
+    assert flat.num_classes is None
+    assert all("label" not in b for loader in (flat.train_dataloader(), flat.val_dataloader()) for b in loader)
+    with pytest.raises(UserError, match=r"data\.label=kind.*folders"):
+        module(tmp_path / "flat", use_hf_dataset=False, label="kind").setup()
+
+
+def test_a_replaced_image_brings_its_own_label(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for name, contents in (("bad", [b""] * 2), ("good", FILES[:8])):
+        files(tmp_path / "set" / name, contents)
+    loader = module(tmp_path / "set", use_hf_dataset=False, max_bad_share=1.0, batch_size=5).train_dataloader()
+    batches = list(loader)
+    assert sum(int(b["bad"].sum()) for b in batches) == 2
+    assert all(set(b["label"].tolist()) == {1} for b in batches)
+
+
+def test_labels_of_the_dummy_set_are_those_of_its_colours(folder: Path) -> None:
+    data = module(folder, train_crop="adm")
+    for batch in data.train_dataloader():
+        means = batch["image"].float().mean((2, 3))
+        grey = means.amax(1) - means.amin(1) < 1
+        clear = ~grey & (means.topk(2).values.diff().abs() > 4).flatten()  # crop and JPEG shift close ones
+        assert torch.equal(means.argmax(1)[clear], batch["label"][clear])
+        assert not batch["label"][grey].any()
+
+
+def test_adm_crop_of_training_is_that_of_evaluation(folder: Path) -> None:
+    data = module(folder, train_crop="adm", batch_size=8)
+    evaluated = {
+        int(i): x
+        for b in data.evaluation_loader(8, train_fallback=True)
+        for i, x in zip(b["index"], b["image"], strict=True)
+    }
+    for batch in data.train_dataloader():
+        assert all(torch.equal(x, evaluated[int(i)]) for i, x in zip(batch["index"], batch["image"], strict=True))
+    with pytest.raises(UserError, match="train_crop=adm.*resize_shorter_px=64"):
+        module(folder, train_crop="adm", resize_shorter_px=64)
 
 
 @pytest.mark.parametrize(("num_workers", "start"), [(1, "fork"), (3, "fork"), (2, "spawn")])

@@ -81,7 +81,7 @@ def test_our_own_sets_load_with_datasets(tmp_path: Path) -> None:
     assert loaded.features["label"].names == list(dummy.CLASSES)
     source = ArrowSource(tmp_path / "own")
     assert [bytes(source.encoded(i)) for i in range(10)] == [dummy.jpeg(i) for i in range(10)]
-    assert loaded[9]["label"] == source.label(9) == 9 % len(dummy.CLASSES) and len(source) == len(loaded) == 10
+    assert loaded[9]["label"] == source.label(9) and len(source) == len(loaded) == 10
     assert not dummy.write(tmp_path / "own", 10, 2)  # somebody else was there first
     assert [p.name for p in tmp_path.iterdir()] == ["own"]
 
@@ -115,6 +115,32 @@ def test_columns(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"image": ["a.jpg"]}).save_to_disk(str(tmp_path / "text"))
     with pytest.raises(UserError, match="holds string"):
         ArrowSource(tmp_path / "text")
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "wanted", "labels", "count"),
+    [
+        ([1, 0, None], datasets.ClassLabel(names=["a", "b", "c"]), None, [1, 0, -1], 3),
+        ([4, 0, 2], datasets.Value("int16"), None, [4, 0, 2], 5),
+        (["x", "y", "x"], datasets.Value("string"), None, [None] * 3, None),
+        ([[1], [2, 3], []], datasets.List(datasets.Value("int64")), None, [None] * 3, None),
+        ([4, 0, 2], datasets.Value("int64"), "kind", [4, 0, 2], 5),
+        (["x", "y", "x"], datasets.Value("string"), "kind", "string in that column.*: other.*class_encode", None),
+        ([1, 2, 3], datasets.Value("int64"), "sort", "no such column.*kind, other", None),
+    ],
+)
+def test_label_columns(values: list, kind: object, wanted: str | None, labels: object, count: int | None, tmp_path: Path) -> None:  # fmt: skip
+    column = "label" if wanted is None else "kind"
+    rows = {"image": [{"bytes": FILES[i], "path": None} for i in range(3)], column: values, "other": [7, 8, 9]}
+    kinds = {"image": datasets.Image(), column: kind, "other": datasets.Value("int32")}
+    datasets.Dataset.from_dict(rows, features=datasets.Features(kinds)).save_to_disk(str(tmp_path / "set"))
+    if isinstance(labels, str):
+        with pytest.raises(UserError, match=f"(?s)data.label={wanted}.*{labels}"):
+            ArrowSource(tmp_path / "set", wanted)
+        return
+    source = pickle.loads(pickle.dumps(ArrowSource(tmp_path / "set", wanted)))
+    assert [source.label(i) for i in range(3)] == labels
+    assert source.num_classes == count
 
 
 def test_image_tree(tmp_path: Path) -> None:

@@ -21,10 +21,9 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from src.core.launch import Launch
 from src.core.weights import PROJECT_ROOT, read
 from src.formats.official import write_official
-from src.training.folder import run_folder
+from src.training.record import make_folder
 from tests.tiny_models import tiny_rae
 from tests.training import composed, train
 
@@ -219,13 +218,11 @@ def test_a_requeued_slurm_job_goes_on_with_its_own_run(tmp_path):
     assert again.trainer.num_nodes == 2
 
 
-def test_a_run_resumes_in_its_own_folder(tmp_path, monkeypatch):
+def test_a_run_resumes_in_its_own_folder(tmp_path):
     """As that job does: the folder is there already, and the checkpoint that it goes on from is the one that it replaces."""
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
     last = tmp_path / "job/checkpoints/last.ckpt"
     for start in (0, 1):
-        monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
-        folder = run_folder(str(tmp_path / "logs"), str(tmp_path / "job"), Launch(0, 2, "slurm"))
+        folder = make_folder(str(tmp_path / "logs"), str(tmp_path / "job"))
         steps = 2 * (start + 1)
         run = train(folder, *OFTEN, f"trainer.max_steps={steps}", checkpoint=last if last.exists() else None)
         assert run.trainer.global_step == steps

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from src import eval_generation, reconstruct
+from src.data.latents import LatentStore
 from src.formats.checkpoint import load_trained
 from src.formats.folder import write_folder
 from src.metrics.generation import GenerationReference, GenerationStatistics, compute_scores
@@ -122,6 +123,17 @@ def test_latents_through_several_decoders(evaluate, refused, files, tmp_path):
     assert str(file) in out and f"{tmp_path}/other" in out
     _, (alone,) = evaluate(f"{latents} --checkpoint {file} {reference} --num_samples 6")
     assert alone["images"] == 6
+
+    z = load_trained(file).rae.normalize(
+        torch.cat([z for _, _, z in LatentStore.open(tmp_path / "out/latents").batches(4)])
+    )
+    np.savez(tmp_path / "z.npz", latents=z.numpy(), labels=np.zeros(len(z)))
+    _, (packed,) = evaluate(f"--latents {tmp_path}/z.npz --checkpoint {file} {reference} --num_samples 6")
+    assert [packed[name] for name in SCORES] == pytest.approx([alone[name] for name in SCORES], rel=1e-3)
+    np.savez(tmp_path / "z.npz", latents=z[:, :3].numpy())
+    assert "latents of (3, 4, 4), the model of" in refused(
+        f"--latents {tmp_path}/z.npz --checkpoint {file} {reference}"
+    )
 
     index = tmp_path / "out" / "latents" / "index.json"
     content = json.loads(index.read_text())

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from torch.utils.tensorboard import SummaryWriter
 from src.callbacks.metrics_csv import MetricsCsv
 from src.core import metrics_file
 from src.core.weights import PROJECT_ROOT
-from src.training.folder import ENVIRONMENT_KEY
 from src.training.run import run as run_program
 from tests.test_report import curves, made, make_run, marks
 from tests.training import SMALL, composed
@@ -72,7 +70,6 @@ def real_run(folder: Path, *overrides: str) -> None:
         root.handlers[:] = handlers
         root.setLevel(level)
         logging.captureWarnings(False)
-        os.environ.pop(ENVIRONMENT_KEY, None)
 
 
 def test_real_runs_and_the_one_that_resumed(tmp_path):

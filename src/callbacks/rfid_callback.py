@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from src.callbacks.throughput import training_paused
+from src.callbacks.progress import training_paused
 from src.core.distributed import Process
 from src.core.errors import UserError
 from src.core.images import Quantization

@@ -1,4 +1,4 @@
-"""Pictures while training: originals above reconstructions by the EMA weights, always of the same images."""
+"""Draw originals above reconstructions by the EMA weights while training, always of the same images."""
 
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,8 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from src.callbacks.throughput import training_paused
-from src.core.images import save_png, sheet, unit_to_bytes
+from src.callbacks.progress import training_paused
+from src.core.images import save_png, sheet
 
 
 class SampleImages(pl.Callback):
@@ -42,8 +42,7 @@ class SampleImages(pl.Callback):
             items = (dataset[i] for i in range(len(dataset)))
             self._originals = torch.stack([item.image for item in items if item.image is not None]).to(pl_module.device)
         with trainer.precision_plugin.forward_context():
-            reconstructions = unit_to_bytes(pl_module.reconstruct(self._originals))
-        picture = sheet([self._originals, reconstructions])
+            picture = sheet(pl_module.sample_rows(self._originals))
         self.last_file = Path(trainer.default_root_dir) / "samples" / f"step_{trainer.global_step:07d}.png"
         save_png(picture, self.last_file)
         for logger in trainer.loggers:

@@ -13,11 +13,13 @@ from src.core.errors import UserError
 
 @contextmanager
 def replacing(path: str | Path, tag: str | None = None, durable: bool = True) -> Iterator[IO[bytes]]:
-    """A file that takes its name when the block ends without an error; until then it lies beside it. Folders above it are
-    made. `durable`: all of it is on the disk by then; false, where thousands of small files would wait for that.
+    """Open a file that takes the name `path` when the block ends without an error; until then it lies beside it.
 
-    `tag` tells apart those who write the same file at once; None: this process. What a killed process leaves under a
-    fixed tag, the next one overwrites.
+    Args:
+        path: folders above it are made.
+        tag: tells apart those who write the same file at once; None: this process. What a killed process leaves under a
+            fixed tag, the next one overwrites.
+        durable: all of it is on the disk at the end; false, where thousands of small files would wait for that.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,6 +38,7 @@ def replacing(path: str | Path, tag: str | None = None, durable: bool = True) ->
 
 
 def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8."""
     with replacing(path) as file:
         file.write(text.encode("utf-8", "surrogateescape"))
 
@@ -59,14 +62,17 @@ def file_digest(path: str | Path, algorithm: str) -> str:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for `source`, replacing `target` at once; a copy where the file system has no hard links."""
+    """Give `source` the second name `target`, replacing what was there; copy where the file system has no hard links."""
     beside = target.with_name(f".{target.name}.link")
     beside.unlink(missing_ok=True)
     try:
-        os.link(source, beside)
-    except OSError:
-        shutil.copyfile(source, beside)
-    os.replace(beside, target)
+        try:
+            os.link(source, beside)
+        except OSError:
+            shutil.copyfile(source, beside)
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def check_folder(folder: Path, overwrite: bool, marks: Sequence[str], what: str, option: str = "--output") -> None:

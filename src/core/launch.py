@@ -1,4 +1,4 @@
-"""Who this process is among those of one launch, before anything distributed has been set up."""
+"""Find which process of a launch this one is, before a process group exists."""
 
 import os
 from dataclasses import dataclass
@@ -11,19 +11,16 @@ class Launch:
     rank: int
     world: int
     kind: str
-    """`single`, `torchrun`, `slurm` or `child` (started by Lightning from the first process)."""
+    """`single`, `torchrun`, `slurm` or `child` (started by Lightning from the first process; `world` is 0 then)."""
 
     @classmethod
     def detect(cls) -> "Launch":
         env = os.environ
-        if "TORCHELASTIC_RUN_ID" in env or ("RANK" in env and "WORLD_SIZE" in env and "LOCAL_RANK" in env):
+        if "TORCHELASTIC_RUN_ID" in env or {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= env.keys():
             return cls(int(env["RANK"]), int(env["WORLD_SIZE"]), "torchrun")
-        if (
-            "SLURM_PROCID" in env
-            and int(env.get("SLURM_NTASKS", "1")) > 1
-            and env.get("SLURM_JOB_NAME") not in ("bash", "interactive")
-        ):
-            return cls(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), "slurm")
+        tasks = int(env.get("SLURM_NTASKS", "1")) if "SLURM_PROCID" in env else 1
+        if tasks > 1 and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+            return cls(int(env["SLURM_PROCID"]), tasks, "slurm")
         if "LOCAL_RANK" in env:
             return cls(int(env.get("NODE_RANK", "0")) or int(env["LOCAL_RANK"]), 0, "child")
         return cls(0, 1, "single")

@@ -9,9 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from src.core.errors import UserError
+from src.data.arrow_writer import UNKNOWN_LABEL
 from src.data.decode import BadImage
 from src.data.sources import read_file
 
@@ -30,8 +33,8 @@ class ArrowSource:
         UserError: half-written, cut short, empty, or without an image column.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, label: str | None = None) -> None:
+        self.folder, self._label = folder, label
         self._state = read_json(self.folder / "state.json")
         info = read_json(self.folder / "dataset_info.json")
         self._shards = [self.folder / f["filename"] for f in self._state.get("_data_files", [])]
@@ -44,8 +47,10 @@ class ArrowSource:
             self._starts.append(self._starts[-1] + len(data))
         if not len(self):
             raise UserError(f"{self.folder} (data.data_dir) is a dataset of 0 images.")
-        self.class_names: list[str] | None = (features.get("label") or {}).get("names")
-        self._labels = table.column("label") if "label" in table.column_names else None
+        self._labels, self.class_names = _labels(folder, table, features, label)
+        self.num_classes = None
+        if self._labels is not None:
+            self.num_classes = max(len(self.class_names or ()), int(self._labels.max(initial=-1)) + 1)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -62,7 +67,7 @@ class ArrowSource:
         return memoryview(read_file(self.folder / path))
 
     def label(self, index: int) -> int | None:
-        return self._labels[index].as_py() if self._labels is not None else None
+        return int(self._labels[index]) if self._labels is not None else None
 
     def name(self, index: int) -> str:
         chunk, row = self._locate(index)
@@ -83,7 +88,7 @@ class ArrowSource:
         return chunk, index - self._starts[chunk]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ArrowSource, (self.folder,)
+        return ArrowSource, (self.folder, self._label)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -146,6 +151,26 @@ def _image_column(folder: Path, features: dict[str, Any], columns: list[str]) ->
         f"{folder} has {'no' if not images else 'more than one'} image column; expected one called `image` of the type "
         f"Image. Its columns: {', '.join(columns) or 'none'}."
     )
+
+
+def _labels(
+    folder: Path, table: pa.Table, features: dict[str, Any], wanted: str | None
+) -> tuple[np.ndarray | None, list[str] | None]:
+    """Return the labels, int64, -1 where a row has none, and the names of the classes where there are some. A column that
+    nobody asked for and that holds no whole numbers is none of labels."""
+    name = wanted or "label"
+    kind = table.schema.field(name).type if name in table.column_names else None
+    if kind is None or not pa.types.is_integer(kind):
+        if wanted is None:
+            return None, None
+        whole = [field.name for field in table.schema if pa.types.is_integer(field.type)]
+        raise UserError(
+            f"data.label={wanted}: {folder} has {f'{kind} in that column' if kind else 'no such column'}; expected whole "
+            f"numbers. Its columns of these: {', '.join(whole) or 'none'}. Text becomes classes with "
+            f"`datasets.load_from_disk({str(folder)!r}).class_encode_column(...)`; null takes the labels that are there."
+        )
+    filled = pc.fill_null(table.column(name).cast(pa.int64()), UNKNOWN_LABEL)
+    return filled.to_numpy(), (features.get(name) or {}).get("names")
 
 
 def _image_chunks(folder: Path, column: pa.ChunkedArray, name: str) -> list[tuple[pa.Array, pa.Array | None]]:

@@ -35,6 +35,7 @@ class RAEDataModule(LightningDataModule):
         hf_split: str,
         hf_validation_split: str | None,
         train_split: float,
+        label: str | None,
         image_size: int,
         batch_size: int,
         accumulate: int,
@@ -61,7 +62,7 @@ class RAEDataModule(LightningDataModule):
         if not 0 <= max_bad_share <= 1:
             raise UserError(f"data.max_bad_share={max_bad_share}: expected a share from 0 to 1.")
         self.data_dir, self.use_hf_dataset, self.train_split = weights.resolve(data_dir), use_hf_dataset, train_split
-        self._split_names = hf_split, hf_validation_split
+        self._split_names, self.label = (hf_split, hf_validation_split), label
         self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
         self.num_workers, self.max_bad_share = num_workers, max_bad_share
         decoder = Decoder(exif, max_megapixels)
@@ -80,7 +81,9 @@ class RAEDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Open the data. Raises UserError where there is none."""
         if self._splits is None:
-            self._splits = open_splits(self.data_dir, self.use_hf_dataset, *self._split_names, self.train_split)
+            self._splits = open_splits(
+                self.data_dir, self.use_hf_dataset, *self._split_names, self.train_split, self.label
+            )
             log.info("Data: %s", self._splits.description)
 
     def teardown(self, stage: str | None = None) -> None:
@@ -105,6 +108,11 @@ class RAEDataModule(LightningDataModule):
     def val_size(self) -> int:
         """Count the held-out images."""
         return len(self.splits.validation_rows)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Count the classes of the labels that batches carry as `label`; None where they carry none."""
+        return self.splits.train.num_classes
 
     @property
     def fingerprint(self) -> str:

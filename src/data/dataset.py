@@ -4,7 +4,7 @@ Legend: B batch, S image_size. Images leave here as uint8 0..255, 3 x S x S, RGB
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -14,11 +14,12 @@ from torch.utils.data import Dataset
 from src.core import random_streams as stream
 from src.core.errors import UserError
 from src.data import crops
+from src.data.arrow_writer import UNKNOWN_LABEL
 from src.data.decode import BadImage, Decoder
 from src.data.order import Item
 from src.data.sources import Source
 
-TrainCrop = Literal["random", "center"]
+TrainCrop = Literal["random", "center", "adm"]
 ATTEMPTS = 16
 """Replacements tried for one bad image. Half of a set would have to be bad for this to fail once in 65,000 times."""
 
@@ -38,12 +39,15 @@ class Sample:
     """uint8 3 x S x S; None where there is nothing to show."""
     item: Item
     failures: tuple[Failure, ...] = ()
+    label: int | None = None
+    """-1: of no class; None: the source has no labels."""
 
 
 @dataclass(frozen=True)
 class TrainTransform:
     """The training crop. train_crop `random`: shorter side to resize_shorter_px, a random square (RAE); `center`:
-    shorter side to image_size, the middle (RAEv2). resize_shorter_px null: 1.5 times image_size."""
+    shorter side to image_size, the middle (RAEv2); `adm`: as in evaluation (stage 2 of RAE). resize_shorter_px null: 1.5
+    times image_size."""
 
     image_size: int
     train_crop: TrainCrop
@@ -52,13 +56,13 @@ class TrainTransform:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.train_crop not in ("random", "center"):
-            raise UserError(f"data.train_crop={self.train_crop}: expected random or center.")
+        if self.train_crop not in get_args(TrainCrop):
+            raise UserError(f"data.train_crop={self.train_crop}: expected {' or '.join(get_args(TrainCrop))}.")
         if self.resize_shorter_px is None:
             return
-        if self.train_crop == "center":
+        if self.train_crop != "random":
             raise UserError(
-                f"data.train_crop=center resizes the shorter side to data.image_size={self.image_size}; "
+                f"data.train_crop={self.train_crop} resizes the shorter side to data.image_size={self.image_size}; "
                 f"data.resize_shorter_px={self.resize_shorter_px} has no effect with it. Set "
                 "data.resize_shorter_px=null."
             )
@@ -71,12 +75,14 @@ class TrainTransform:
 
     @property
     def shorter_px(self) -> int:
-        if self.train_crop == "center":
+        if self.train_crop != "random":
             return self.image_size
         return self.resize_shorter_px or crops.default_shorter_px(self.image_size)
 
     def __call__(self, data: bytes | memoryview, epoch: int, position: int) -> np.ndarray:
         """Crop a complete file: uint8 S x S x 3. The draw belongs to (seed, epoch, position). Raises BadImage."""
+        if self.train_crop == "adm":
+            return crops.adm_center_crop(self.decoder.decode(data).pixels, self.image_size)
         picture = self.decoder.decode(data, min_shorter_px=self.shorter_px)
         if self.train_crop == "center":
             window = crops.center_window(picture.width, picture.height, self.image_size)
@@ -105,6 +111,12 @@ class _Rows(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def _label(self, index: int) -> int | None:
+        if self.source.num_classes is None:
+            return None
+        label = self.source.label(index)
+        return UNKNOWN_LABEL if label is None else label
+
 
 class TrainDataset(_Rows):
     """Rows of a source through a TrainTransform. A bad image is replaced by a row drawn from (seed, epoch, position)."""
@@ -116,13 +128,14 @@ class TrainDataset(_Rows):
             index = int(self.rows[row])
             try:
                 image = self.transform(self.source.encoded(index), item.epoch, item.position)
-                return Sample(_to_tensor(image), item._replace(row=index), tuple(failures))
+                return Sample(_to_tensor(image), item._replace(row=index), tuple(failures), self._label(index))
             except BadImage as error:
                 failures.append(Failure(index, self.source.name(index), str(error)))
             if draws is None:
                 draws = stream.generator(self.transform.seed, stream.Purpose.REPLACEMENT, item.epoch, item.position)
             row = int(draws.integers(len(self.rows)))
-        return Sample(None, item._replace(row=int(self.rows[item.row])), tuple(failures))
+        index = int(self.rows[item.row])
+        return Sample(None, item._replace(row=index), tuple(failures), self._label(index))
 
 
 class EvaluationDataset(_Rows):
@@ -133,24 +146,29 @@ class EvaluationDataset(_Rows):
         index = int(self.rows[position])
         item = Item(0, position, index)
         try:
-            return Sample(_to_tensor(self.transform(self.source.encoded(index))), item)
+            image = _to_tensor(self.transform(self.source.encoded(index)))
+            return Sample(image, item, label=self._label(index))
         except BadImage as error:
-            return Sample(None, item, (Failure(index, self.source.name(index), str(error)),))
+            return Sample(None, item, (Failure(index, self.source.name(index), str(error)),), self._label(index))
 
 
 def collate(samples: list[Sample]) -> dict[str, Any]:
     """Make a batch of samples. Those without an image are left out (B may be 0); their failures travel along.
 
     image (B, 3, S, S) uint8; position and index (row of the source) (B,) int64; bad (B,) bool, True where the image is
-    a replacement; epoch int; failures tuple[Failure, ...].
+    a replacement; label (B,) int64, -1 for an image of no class, where the source has labels; epoch int; failures
+    tuple[Failure, ...].
     """
     kept = [s for s in samples if s.image is not None]
     images = [s.image for s in kept if s.image is not None]
+    labels = [s.label for s in kept if s.label is not None]
+    labelled = samples[0].label is not None
     return {
         "image": torch.stack(images) if images else torch.empty(0, dtype=torch.uint8),
         "position": torch.tensor([s.item.position for s in kept], dtype=torch.int64),
         "index": torch.tensor([s.item.row for s in kept], dtype=torch.int64),
         "bad": torch.tensor([bool(s.failures) for s in kept], dtype=torch.bool),
+        **({"label": torch.tensor(labels, dtype=torch.int64)} if labelled else {}),
         "epoch": samples[0].item.epoch,
         "failures": tuple(f for s in samples for f in s.failures),
     }

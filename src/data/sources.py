@@ -20,13 +20,20 @@ class Source(Protocol):
     @property
     def class_names(self) -> Sequence[str] | None: ...
 
+    @property
+    def num_classes(self) -> int | None:
+        """Return how many classes the labels count; None where there are no labels."""
+        ...
+
     def __len__(self) -> int: ...
 
     def encoded(self, index: int) -> bytes | memoryview:
         """Return the row's file as it is stored, undecoded. Raises BadImage where it can't be read."""
         ...
 
-    def label(self, index: int) -> int | None: ...
+    def label(self, index: int) -> int | None:
+        """Return the row's class, 0..num_classes-1; None or -1 where it has none."""
+        ...
 
     def name(self, index: int) -> str:
         """Return the file's name where it is known, for messages."""
@@ -45,6 +52,7 @@ class FileSource:
     ) -> None:
         self.root, self.files, self.labels = root, files, labels
         self.class_names = list(class_names) or None
+        self.num_classes = len(class_names) or None
 
     def __len__(self) -> int:
         return len(self.files)

@@ -57,7 +57,7 @@ class DataFolder:
             return None
         return next((name for name in wanted if name and self.find(name) not in (None, own)), None)
 
-    def open(self, split: str) -> Source:
+    def open(self, split: str, label: str | None = None) -> Source:
         """Open a split. Without splits, everything is what is asked for; of an image tree, only the training split.
 
         Raises:
@@ -65,14 +65,23 @@ class DataFolder:
         """
         found = self.find(split)
         if found is not None:
-            return ArrowSource(self.folder / found) if self.is_dataset else open_image_tree(self.folder / found)
+            return self._source(self.folder / found, label)
         others = self.names if self.is_dataset else [n for n in self.names if any(n in same for same in SPLIT_NAMES)]
         if others and (self.is_dataset or split not in TRAIN_SPLITS):
             raise UserError(
                 f"{self.folder} has no split {split!r} (data.hf_split); it has {', '.join(others)}. "
                 f"Set data.hf_split={others[0]}."
             )
-        return ArrowSource(self.folder) if self.is_dataset else open_image_tree(self.folder)
+        return self._source(self.folder, label)
+
+    def _source(self, folder: Path, label: str | None) -> Source:
+        if self.is_dataset:
+            return ArrowSource(folder, label)
+        if label is not None:
+            raise UserError(
+                f"data.label={label}: {folder} holds image files, whose labels are their folders. Set data.label=null."
+            )
+        return open_image_tree(folder)
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,12 @@ class Splits:
 
 
 def open_splits(
-    data_dir: Path, use_hf_dataset: bool, hf_split: str, hf_validation_split: str | None, train_split: float
+    data_dir: Path,
+    use_hf_dataset: bool,
+    hf_split: str,
+    hf_validation_split: str | None,
+    train_split: float,
+    label: str | None = None,
 ) -> Splits:
     """Open the data of a run.
 
@@ -101,13 +115,13 @@ def open_splits(
     if not 0 < train_split <= 1:
         raise UserError(f"data.train_split={train_split}: expected a share above 0 and up to 1.")
     data = DataFolder(data_dir, use_hf_dataset)
-    train = data.open(hf_split)
+    train = data.open(hf_split, label)
     rows, held_out = split_rows(len(train), train_split)
     if not len(rows):
         raise UserError(f"data.train_split={train_split} leaves none of the {len(train)} images for training.")
     validation_split = data.held_out_split(hf_split, hf_validation_split)
     if validation_split is not None:
-        validation = data.open(validation_split)
+        validation = data.open(validation_split, label)
         text = f"{len(rows)} of {len(train)} images of {hf_split!r} for training, {len(validation)} of "
         text = f"{data_dir}: {text}{validation_split!r} for evaluation"
         return Splits(train, rows, validation, np.arange(len(validation)), text)

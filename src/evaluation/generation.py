@@ -3,7 +3,7 @@
 Legend: B batch, S side of the images, px.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,11 @@ from src.metrics.generation import (
     load_generation_reference,
 )
 from src.metrics.inception import InceptionFeatures
-from src.metrics.npz import ImageNpz
+from src.metrics.npz import ImageNpz, LatentNpz, NpzRows
 from src.metrics.reference import Preparation
 
 TRY_OUT = "For a try-out without the file: --inception_weights tiny (names of the scores then say `untrained`)."
-Batches = Iterable[tuple[Tensor, Tensor]]
+Batches = Iterator[tuple[Tensor, Tensor]]
 """(positions in the whole (B,), uint8 B x 3 x S x S)"""
 
 
@@ -50,7 +50,7 @@ class GeneratedSet:
     label: str
     count: int
     image_size: int
-    batches: Any  # () -> Batches
+    batches: Callable[[], Batches]
 
 
 def evaluate(options: GenerationOptions, process: Process) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -121,8 +121,8 @@ def _reference(
 
 def _generated(options: GenerationOptions, process: Process) -> list[GeneratedSet]:
     if options.latents:
-        store = LatentStore.open(resolve(options.latents))
-        return [_decoded(options, store, open_model(model), process) for model in options.models()]
+        path = resolve(options.latents)
+        return [_decoded(options, path, open_model(model), process) for model in options.models()]
     path = resolve(options.samples or "")
     if path.suffix == ".npz":
         return [_of_npz(options, path, process)]
@@ -134,21 +134,14 @@ def _generated(options: GenerationOptions, process: Process) -> list[GeneratedSe
 
 
 def _of_npz(options: GenerationOptions, path: Path, process: Process) -> GeneratedSet:
-    archive, size = ImageNpz(path), options.batch_size
+    archive = ImageNpz(path)
     count, height, width, _ = archive.shape
     if height != width:
         raise UserError(f"{path} has images of {height} x {width} px: expected squares.")
     taken = min(count, options.num_samples or count)
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for number, images in enumerate(archive.batches(size, process.rank, process.world)):
-            first = (number * process.world + process.rank) * size
-            if first >= taken:
-                return
-            images = images[: taken - first]
-            yield torch.arange(first, first + len(images)), images
-
-    return GeneratedSet(str(path), taken, height, batches)
+    return GeneratedSet(
+        str(path), taken, height, lambda: _first(taken, _positioned(archive, options.batch_size, process))
+    )
 
 
 def _of_folder(options: GenerationOptions, path: Path, process: Process) -> GeneratedSet:
@@ -157,7 +150,7 @@ def _of_folder(options: GenerationOptions, path: Path, process: Process) -> Gene
     rows = inputs.rows[process.rank :: process.world]
     transform = EvaluationTransform(size, Decoder("ignore", MAX_MEGAPIXELS))
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+    def batches() -> Batches:
         for batch in evaluation_loader(inputs.source, rows, transform, options, process):
             yield batch["position"] * process.world + process.rank, batch["image"]
 
@@ -180,20 +173,43 @@ def _common_size(inputs: Inputs) -> int:
     return next(iter(sizes))[0]
 
 
-def _decoded(options: GenerationOptions, store: LatentStore, loaded: LoadedModel, process: Process) -> GeneratedSet:
-    check_store(store, loaded)
-    rae, taken = loaded.rae, min(len(store), options.num_samples or len(store))
+def _decoded(options: GenerationOptions, path: Path, loaded: LoadedModel, process: Process) -> GeneratedSet:
+    rae, size = loaded.rae, options.batch_size
+    latents: LatentNpz | LatentStore = LatentNpz(path) if path.suffix == ".npz" else LatentStore.open(path)
+    if isinstance(latents, LatentStore):
+        check_store(latents, loaded)
+    elif latents.shape[1:] != rae.latent_shape:
+        raise UserError(
+            f"{path} holds latents of {latents.shape[1:]}, the model of {loaded.description['source']} takes "
+            f"{rae.latent_shape} (C x h x w)."
+        )
+    raw = isinstance(latents, LatentStore) and latents.scale == "raw"
+    taken = min(len(latents), options.num_samples or len(latents))
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+    def stored() -> Batches:
+        if isinstance(latents, LatentNpz):
+            return _positioned(latents, size, process)
+        return ((places, z) for places, _, z in latents.batches(size, process.rank, process.world))
+
+    def batches() -> Batches:
         rae.to(process.device)
         with torch.no_grad(), full_float32(process.device):
-            for places, _, latents in store.batches(options.batch_size, process.rank, process.world):
-                kept = places < taken
-                if not kept.any():
-                    continue
-                latents = latents[kept].to(process.device)
-                images = rae.decode(latents) if store.scale == "normalized" else rae.decode_raw(latents)
-                yield places[kept], unit_to_bytes(images, options.quantization)
+            for places, z in _first(taken, stored()):
+                decoded = (rae.decode_raw if raw else rae.decode)(z.to(process.device))
+                yield places, unit_to_bytes(decoded, options.quantization)
         rae.to("cpu")
 
     return GeneratedSet(str(loaded.description["source"]), taken, rae.geometry.image_size, batches)
+
+
+def _positioned(archive: NpzRows, size: int, process: Process) -> Batches:
+    for number, rows in enumerate(archive.batches(size, process.rank, process.world)):
+        first = (number * process.world + process.rank) * size
+        yield torch.arange(first, first + len(rows)), rows
+
+
+def _first(count: int, batches: Batches) -> Batches:
+    """Leave out what is at positions from `count` on."""
+    for positions, rows in batches:
+        if (kept := positions < count).any():
+            yield positions[kept], rows[kept]

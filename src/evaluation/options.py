@@ -151,7 +151,10 @@ class GenerationOptions(shared.DeviceOptions, shared.InceptionOptions, shared.Lo
         (),
     )
     samples: str | None = option("generated images: `arr_0` of an npz, or a folder", "NPZ|DIR")
-    latents: str | None = option("instead of --samples: latents that were generated, with models to decode them", "DIR")
+    latents: str | None = option(
+        "instead of --samples: generated latents (of `sample.py --latents`, or a store) with models to decode them",
+        "NPZ|DIR",
+    )
     quantization: Literal["round", "truncate"] = option("of decoded latents to 8 bits", default="round")
     reference: str = option(
         "npz with `mu`, `sigma`, `mu_s`, `sigma_s` and images `arr_0` (ADM's has all, fewer scores without), or a data "
@@ -177,3 +180,42 @@ class GenerationOptions(shared.DeviceOptions, shared.InceptionOptions, shared.Lo
         given = [self.checkpoint] * bool(self.checkpoint) + list(self.decoder)
         kinds = [{"checkpoint": p} if str(p).endswith(".ckpt") else {"decoder": p} for p in given]
         return [shared.ModelOptions(**{**common, "checkpoint": None, "decoder": None, **kind}) for kind in kinds]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(shared.DeviceOptions):
+    """`src/sample.py`."""
+
+    checkpoint: str = option(".ckpt of a stage-2 run, or a file of the official code", "FILE", MISSING)
+    model: str | None = option("of an official file: its experiment (ditdh_xl, dit_xl, raev2_dit_k7, ...)", "NAME")
+    autoencoder: str | None = option(
+        "where it lies here: a .ckpt, an export, or a mapping like '{decoder: model.pt, encoder_cls: ...}' "
+        "(default: as in training)",
+        "PATH",
+    )
+    guide: str | None = option("the weaker model of autoguidance, with --auto", "FILE")
+    guide_model: str | None = option("of an official file at --guide: its experiment", "NAME")
+    num_images: shared.Positive = option("images", "N", 50_000)
+    labels: str = option("equal (each class equally often), random, null, or classes such as 207,360", "WHICH", "equal")
+    seed: shared.NotNegative = option("of noise and labels", "N", 0)
+    batch_size: shared.Positive = option("images of a block, the unit of work and of going on", "N", 64)
+    decode_batch: shared.Positive = option("images decoded at once", "N", 16)
+    precision: Literal["fp32", "bf16"] = option("of the transformer; published scores are of fp32", default="fp32")
+    steps: shared.Positive | None = option("points (rae) or steps (raev2) (default: as in training)", "N")
+    time_grid: Literal["rae", "raev2"] | None = option("where times end (default: as in training)")
+    method: Literal["euler", "heun", "dopri5"] | None = option("solver (default: as in training)")
+    cfg: tuple[float, ...] = option("scales of classifier-free guidance, a file each; 1: none", "SCALE", ())
+    interval: tuple[str, ...] = option("times at which guidance is used, a file each", "T_MIN:T_MAX", ())
+    internal: float | None = option("scale of internal guidance, of models with a base head", "SCALE")
+    auto: float | None = option("scale of autoguidance by --guide", "SCALE")
+    output: Path = option("the samples, .npz", "FILE", MISSING)
+    latents: Path | None = option("also the normalised latents, .npz", "FILE")
+    grid: Path | None = option("also a picture with a row of images for each of 8 classes, .png", "FILE")
+    overwrite: bool = option("replace an existing or half-made --output", default=False)
+
+    def __post_init__(self) -> None:
+        if (self.guide is None) != (self.auto is None):
+            raise ValueError("--guide and --auto go together")
+        for name in ("internal", "auto"):
+            if (value := getattr(self, name)) is not None and not value >= 1:
+                raise ValueError(f"--{name} {value:g}: expected at least 1")

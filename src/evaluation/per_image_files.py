@@ -5,9 +5,11 @@ Legend: B batch, V variants, H, W image px.
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -54,31 +56,37 @@ class CsvTable:
         write_text(target, self._text.getvalue())
 
 
-class ImageStack:
-    """Images as `arr_0` of an npz: reconstructions (of the first variant), or originals. Use as a context.
+@contextmanager
+def image_stack(target: Path, image_size: int, process: Process, originals: bool = False) -> Iterator["ImageStack"]:
+    """Open a stack of images that becomes an npz. All ranks fill one file beside `target`.
 
-    All ranks fill one file beside the target in place, and rank 0 packs it as it reads. It is written to and not
-    mapped: maps of one file on two nodes of a network file system don't see each other. Leaving the context removes it.
+    It loses its name as soon as all have opened it, so that a killed process leaves nothing behind; over several nodes,
+    at the end. It is written to and not mapped: on a network file system, two nodes' maps of one file differ.
     """
-
-    def __init__(self, target: Path, image_size: int, process: Process, originals: bool = False) -> None:
-        self.target, self.size, self.process, self.originals = target, image_size, process, originals
-        self._entry = 3 * image_size**2
-        self._beside = target.with_name(f".{target.name}.images")
-        self._places: list[Tensor] = []
-
-    def __enter__(self) -> Self:
-        if self.process.main:
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            self._beside.touch()
+    beside = target.with_name(f".{target.name}.images")
+    one_node = int(os.environ.get("LOCAL_WORLD_SIZE", process.world)) == process.world
+    try:
+        if process.main:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            beside.touch()
         wait_for_all()
-        self._file = self._beside.open("r+b", buffering=0)
-        return self
+        with beside.open("r+b", buffering=0) as file:
+            wait_for_all()
+            if process.main and one_node and os.name == "posix":
+                beside.unlink()
+            yield ImageStack(file, target, image_size, process, originals)
+    finally:
+        if process.main:
+            beside.unlink(missing_ok=True)
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        self._file.close()
-        if self.process.main:
-            self._beside.unlink(missing_ok=True)
+
+class ImageStack:
+    """Images as `arr_0` of an npz: reconstructions (of the first variant), or originals. Use `image_stack`."""
+
+    def __init__(self, file: IO[bytes], target: Path, image_size: int, process: Process, originals: bool) -> None:
+        self._file, self.target, self.size, self.process, self.originals = file, target, image_size, process, originals
+        self._entry = 3 * image_size**2
+        self._places: list[Tensor] = []
 
     def observe(self, variants: Sequence[ScoredBatch]) -> None:
         self.write(variants[0].places, variants[0].original if self.originals else variants[0].decoded)

@@ -25,7 +25,7 @@ from src.evaluation.image_pairs import KeptPairs, PngWriter, contact_sheet
 from src.evaluation.images import MAX_MEGAPIXELS, evaluation_loader
 from src.evaluation.networks import lpips_of
 from src.evaluation.options import ReconstructionOptions
-from src.evaluation.per_image_files import CsvTable, ImageStack
+from src.evaluation.per_image_files import CsvTable, image_stack
 from src.evaluation.reconstruction_inputs import FitTransform, Inputs
 from src.evaluation.scoring_pass import Observer, ScoredBatch, score_images
 from src.formats.checkpoint import LoadedModel, statistics_digest
@@ -156,7 +156,7 @@ class _Files:
         self.table = CsvTable(quality_names)
         self.png = stack.enter_context(PngWriter())
         kinds = {NPZ: False, ORIGINALS_NPZ: True} if self.compared else {NPZ: False}
-        packed = [ImageStack(self.output / file, size, process, kind) for file, kind in kinds.items()]
+        packed = [image_stack(self.output / file, size, process, kind) for file, kind in kinds.items()]
         self.packed = [stack.enter_context(part) for part in packed] if "npz" in self.wanted else []
         self.observers: list[Observer] = [self.pairs, *self.packed, *([self.table] if "scores" in self.wanted else [])]
 

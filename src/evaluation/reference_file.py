@@ -12,7 +12,7 @@ from src.core.weights import resolve
 from src.evaluation.images import ALL, HELD_OUT, Images, centre_crops, open_images
 from src.evaluation.networks import inception_of
 from src.evaluation.options import EvaluationOptions, ReferenceOptions
-from src.evaluation.per_image_files import ImageStack
+from src.evaluation.per_image_files import image_stack
 from src.evaluation.protocol import decoder_of, stored
 from src.formats.opening import DEFAULT_IMAGE_PX, run_config
 from src.metrics.fid import save_npz
@@ -48,7 +48,7 @@ def write_reference(options: ReferenceOptions, process: Process) -> tuple[int, s
             if process.main:
                 save_npz(target, statistics, inception.name, prepared.facts())
             return statistics.count, f"mu and sigma ({inception.name}; {made_of})"
-        with ImageStack(target, size, process) as stack:
+        with image_stack(target, size, process) as stack:
             for batch in batches:
                 stack.write(batch["position"] * process.world + process.rank, batch["image"])
             return stack.finish(prepared.facts()), f"arr_0 ({made_of})"

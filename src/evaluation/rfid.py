@@ -19,7 +19,7 @@ from src.evaluation.image_pairs import KeptPairs, contact_sheet, save_pairs
 from src.evaluation.images import Images, centre_crops, open_images
 from src.evaluation.networks import inception_of, lpips_of
 from src.evaluation.options import EvaluationOptions
-from src.evaluation.per_image_files import CsvTable, ImageStack
+from src.evaluation.per_image_files import CsvTable, ImageStack, image_stack
 from src.evaluation.protocol import choose, compare_precision, decoder_of
 from src.evaluation.reference_file import command_for
 from src.evaluation.scoring_pass import Observer, score_images
@@ -53,7 +53,7 @@ def evaluate(options: EvaluationOptions, process: Process) -> tuple[list[dict[st
         packed = None
         if options.save_npz:
             target = resolve(options.save_npz)
-            packed = stack.enter_context(ImageStack(target, evaluation.image_size, process))
+            packed = stack.enter_context(image_stack(target, evaluation.image_size, process))
         for images, reference, folder in zip(sets, moments, folders, strict=True):
             results += evaluation.score(images, reference, folder, packed)
         if packed is not None:
