@@ -1,7 +1,7 @@
 """The options of the evaluation programs (the shared ones: `src/core/options.py`). No heavy imports."""
 
 import argparse
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -133,6 +133,47 @@ class StatisticsOptions(shared.LoadingOptions):
     def __post_init__(self) -> None:
         if sum(map(bool, (self.config, self.checkpoint, self.decoder))) != 1:
             raise ValueError("give one of --config, --checkpoint and --decoder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions(shared.DeviceOptions, shared.InceptionOptions, shared.LoadingOptions, shared.ModelOptions):
+    """`src/eval_generation.py`."""
+
+    decoder: tuple[str, ...] = option(  # type: ignore[assignment]
+        "with --latents: decoder files with the official names, exported folders or .ckpt files; a row for each",
+        "PATH",
+        (),
+    )
+    samples: str | None = option("generated images: `arr_0` of an npz, or a folder", "NPZ|DIR")
+    latents: str | None = option(
+        "instead of --samples: generated latents (of `sample.py --latents`, or a store) with models to decode them",
+        "NPZ|DIR",
+    )
+    quantization: Literal["round", "truncate"] = option("of decoded latents to 8 bits", default="round")
+    reference: str = option(
+        "npz with `mu`, `sigma`, `mu_s`, `sigma_s` and images `arr_0` (ADM's has all, fewer scores without), or a data "
+        "set on disk",
+        "NPZ|DIR",
+        MISSING,
+    )
+    reference_split: str | None = option("of a data set: a split, or `all` (default: as eval_rfid.py --split)", "NAME")
+    exif: Literal["apply", "ignore"] = option("of the images of a data set", default="apply")
+    json: str | None = option("all numbers, and all they depend on", "FILE")
+
+    def __post_init__(self) -> None:
+        if bool(self.samples) == bool(self.latents):
+            raise ValueError("give one of --samples and --latents")
+        if self.samples and (self.decoder or self.checkpoint):
+            raise ValueError("--samples are images already; --decoder and --checkpoint go with --latents")
+        if self.latents and not (self.decoder or self.checkpoint):
+            raise ValueError("--latents need models to decode them: --decoder A B ..., or --checkpoint")
+
+    def models(self) -> list[shared.ModelOptions]:
+        """Return the options of each model that decodes."""
+        common = {entry.name: getattr(self, entry.name) for entry in fields(shared.ModelOptions)}
+        given = [self.checkpoint] * bool(self.checkpoint) + list(self.decoder)
+        kinds = [{"checkpoint": p} if str(p).endswith(".ckpt") else {"decoder": p} for p in given]
+        return [shared.ModelOptions(**{**common, "checkpoint": None, "decoder": None, **kind}) for kind in kinds]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,7 +119,7 @@ def decode_latents(
         UserError: latents of another encoder or size, or normalised with other statistics.
     """
     rae = loaded.rae
-    _check_store(store, loaded)
+    check_store(store, loaded)
     count = 0
     batches = -(-sum(-(-shard["count"] // options.batch_size) for shard in store.index["shards"]) // process.world)
     with ExitStack() as stack, torch.no_grad():
@@ -199,7 +199,8 @@ def _latent_facts(loaded: LoadedModel, options: ReconstructionOptions) -> dict[s
     }
 
 
-def _check_store(store: LatentStore, loaded: LoadedModel) -> None:
+def check_store(store: LatentStore, loaded: LoadedModel) -> None:
+    """Check that a model can decode stored latents: their shape, encoder and statistics. Raises UserError."""
     rae, own = loaded.rae, loaded.description["encoder"]
     if store.shape != rae.latent_shape:
         raise UserError(

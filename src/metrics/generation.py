@@ -221,6 +221,9 @@ def compute_scores(
         scores["inception_score"] = generated.inception_score.compute()
     if reference.features is not None:
         pair = generated.features.to(device), reference.features.to(device)
-        scores["precision"], scores["recall"] = precision_recall(*pair)
+        if min(map(len, pair)) > NEIGHBOURS:
+            scores["precision"], scores["recall"] = precision_recall(*pair)
+        else:
+            log.warning("Less than %d images on one side: no precision and recall.", NEIGHBOURS + 1)
     suffix = "_untrained" if generated.inception.untrained else ""
     return {**{name + suffix: value for name, value in scores.items()}, "images": generated.count}

@@ -4,6 +4,7 @@ Images are `arr_0`, the format of the ADM evaluation suite. Legend: N images, B 
 N x H x W x 3, in memory uint8 B x 3 x H x W.
 """
 
+import math
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -51,47 +52,77 @@ def scalar(archive: np.lib.npyio.NpzFile, name: str, kind: type[Scalar]) -> Scal
     return value if isinstance(value, kind) else None
 
 
-class ImageNpz:
-    """The images of an npz, streamed: memory for one batch, compressed or not. UserError for any other content."""
+class NpzRows:
+    """One array of an npz, streamed by rows: memory for one batch, compressed or not. UserError for any other content."""
+
+    member: str
+    dtype: type[np.generic]
+    content: str
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         with npz_errors(self.path), zipfile.ZipFile(self.path) as archive:
-            if IMAGES not in archive.namelist():
-                raise UserError(f"{self.path} has no `arr_0`, only {archive.namelist()}: no npz of images.")
-            with archive.open(IMAGES) as file:
-                self.shape = self._header(file)  # N H W 3
+            if self.member not in archive.namelist():
+                name = self.member.removesuffix(".npy")
+                raise UserError(f"{self.path} has no `{name}`, only {archive.namelist()}: expected {self.content}.")
+            with archive.open(self.member) as file:
+                self.shape = self._header(file)
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
-        """Yield uint8 B x 3 x H x W: every world_size-th batch from `rank` on, so that ranks share the images."""
-        count, height, width, _ = self.shape
-        with npz_errors(self.path), zipfile.ZipFile(self.path) as archive, archive.open(IMAGES) as file:
+        """Yield batches of rows: every world_size-th from `rank` on, so that ranks share them."""
+        count, *entry = self.shape
+        with npz_errors(self.path), zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
             self._header(file)
             for index, start in enumerate(range(0, count, batch_size)):
                 size = min(batch_size, count - start)
-                wanted = size * height * width * 3
+                wanted = size * math.prod(entry) * np.dtype(self.dtype).itemsize
                 data = file.read(wanted)
                 if len(data) != wanted:
                     raise UserError(f"{self.path} ends after image {start + len(data) * size // wanted} of {count}")
                 if index % world_size == rank:
-                    images = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(size, height, width, 3)
-                    yield images.permute(0, 3, 1, 2).contiguous()  # B 3 H W
+                    yield self._batch(
+                        torch.from_numpy(np.frombuffer(bytearray(data), self.dtype).reshape(size, *entry))
+                    )
+
+    def _batch(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def _fits(self, shape: tuple[int, ...]) -> bool:
+        return len(shape) == 4
 
     def _header(self, file: IO[bytes]) -> tuple[int, int, int, int]:
-        version = np.lib.format.read_magic(file)
+        version, name = np.lib.format.read_magic(file), self.member.removesuffix(".npy")
         readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         if version not in readers:
-            raise UserError(f"{self.path}: `arr_0` has npy version {version}, expected 1.0 or 2.0")
+            raise UserError(f"{self.path}: `{name}` has npy version {version}, expected 1.0 or 2.0")
         shape, fortran, dtype = readers[version](file)
-        if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3:
+        if dtype != self.dtype or fortran or not self._fits(shape):
             raise UserError(
-                f"{self.path}: `arr_0` is {dtype} {shape}{' in column order' if fortran else ''}, expected uint8 "
-                "images N x H x W x 3 (arrays of Python objects are refused)"
+                f"{self.path}: `{name}` is {dtype} {shape}{' in column order' if fortran else ''}, expected "
+                f"{self.content} (arrays of Python objects are refused)"
             )
         return shape
+
+
+class ImageNpz(NpzRows):
+    """The images `arr_0` of an npz; batches are uint8 B x 3 x H x W."""
+
+    member, dtype, content = IMAGES, np.uint8, "uint8 images N x H x W x 3"
+
+    def _fits(self, shape: tuple[int, ...]) -> bool:
+        return len(shape) == 4 and shape[3] == 3
+
+    def _batch(self, rows: Tensor) -> Tensor:
+        return rows.permute(0, 3, 1, 2).contiguous()  # B 3 H W
+
+
+class LatentNpz(NpzRows):
+    """The normalised latents that `src/sample.py --latents` writes; batches are float32 B x C x h x w."""
+
+    member, dtype, content = "latents.npy", np.float32, "float32 latents N x C x h x w"
 
 
 def write_image_npz(
