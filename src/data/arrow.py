@@ -16,9 +16,9 @@ import pyarrow as pa
 
 from src.core.errors import UserError
 from src.core.json_files import read_json
-from src.data.arrow_index import Damaged, FileRows, index_rows, read_schema
+from src.data.arrow_index import FileRows, index_rows, read_schema
 from src.data.decode import BadImage
-from src.data.packed import PackedIndex, PackedSource
+from src.data.packed import Damaged, PackedIndex, PackedSource
 from src.data.sources import read_file
 
 COPY_AGAIN = (
@@ -163,9 +163,7 @@ def _whole(path: Path, read: Any) -> Any:
         return read()
     except (Damaged, OSError) as error:
         size = f" ({path.stat().st_size:,} bytes)" if path.is_file() else ""
-        raise UserError(
-            f"{path}{size} is cut short or damaged: {error}. Copy it again, or convert the dataset again."
-        ) from error
+        raise UserError(f"{path}{size} is cut short or damaged: {error}") from error
 
 
 def _listed(schema: pa.Schema) -> str:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from src.data.packed import NO_BYTES, OpenFile
+from src.data.packed import NO_BYTES, Damaged, OpenFile
 
 FILE_MAGIC = b"ARROW1"
 CONTINUATION = 0xFFFFFFFF
@@ -22,10 +22,6 @@ SCHEMA, DICTIONARY_BATCH, RECORD_BATCH = 1, 2, 3  # Message.fbs, MessageHeader
 PAGE = 4096
 MAX_METADATA = 1 << 26
 """Bytes of metadata of one message."""
-
-
-class Damaged(Exception):
-    """A file is no whole Arrow stream; the message says why."""
 
 
 class Message(NamedTuple):
@@ -211,7 +207,7 @@ class _Batch:
         self.file, self.message, self.rows = file, message, table.number(0, "<q")
         self._nodes, self._buffers = table.pairs(1), table.pairs(2)
         if table.place(3):
-            raise Damaged("its record batches are compressed; write it again without compression")
+            raise Damaged("its record batches are compressed", "Write it again without compression.")
         if self.rows < 0 or self.rows > 1 << 40:
             raise Damaged(f"a record batch of {self.rows} rows")
 

@@ -7,7 +7,7 @@ row of a shuffled set.
 import bisect
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,13 @@ OPEN_FILES = 128
 """Files of a source kept open at once; a quarter of the process's limit where that is less."""
 NO_BYTES = 0xFFFFFFFF
 """Size of a row whose bytes are not in the file."""
+
+
+class Damaged(Exception):
+    """A file of rows can't be read; the message says why and, in its last sentence, what to do."""
+
+    def __init__(self, reason: str, remedy: str = "Copy or download it again.") -> None:
+        super().__init__(f"{reason}. {remedy}")
 
 
 @dataclass(frozen=True)
@@ -49,16 +56,16 @@ class PackedSource:
         files: Sequence[Path],
         index: PackedIndex,
         class_names: Sequence[str] | None = None,
-        open_file: Callable[[Path], "OpenFile"] | None = None,
+        num_classes: int | None = None,
     ) -> None:
+        """num_classes: None counts them by names and labels."""
         self.files, self.index = files, index
         self.class_names = list(class_names) if class_names else None
-        self.num_classes: int | None = None
-        if index.labels is not None:
+        self.num_classes = num_classes
+        if index.labels is not None and num_classes is None:
             self.num_classes = max(len(class_names or ()), int(index.labels.max(initial=-1)) + 1)
         self._starts: list[int] = index.starts.tolist()
-        opened, files = open_file or OpenFile, list(files)  # the cache must not hold this object
-        self._open = functools.lru_cache(open_files_limit())(lambda number: opened(files[number]))
+        self._open = functools.lru_cache(open_files_limit())(lambda number: OpenFile(files[number]))
 
     def __len__(self) -> int:
         return self._starts[-1]
