@@ -12,7 +12,7 @@ import pytest
 
 from src.core.errors import UserError
 from src.data import dummy
-from src.data.arrow import ArrowSource
+from src.data.arrow import ArrowSource, Columns
 from src.data.arrow_writer import write_metadata
 from src.data.decode import BadImage
 from src.data.sources import open_image_tree
@@ -67,9 +67,6 @@ def test_rows_equal_what_datasets_reads(single: Path, tmp_path: Path) -> None:
         for i in (-1, 20):
             with pytest.raises(IndexError):
                 source.encoded(i)
-    before = pa.total_allocated_bytes()
-    views = [source.encoded(i) for i in range(20)]
-    assert pa.total_allocated_bytes() - before < 10_000 < sum(map(len, views))  # nothing is copied
     assert ArrowSource(single).fingerprint() == source.fingerprint()
     hf_dataset(19).save_to_disk(str(tmp_path / "other"))
     assert ArrowSource(tmp_path / "other").fingerprint() != source.fingerprint()
@@ -110,7 +107,7 @@ def test_columns(tmp_path: Path) -> None:
     hf_dataset(4).rename_column("image", "picture").save_to_disk(str(tmp_path / "another name"))
     assert bytes(ArrowSource(tmp_path / "another name").encoded(2)) == FILES[2]
     datasets.Dataset.from_dict({"text": ["a"], "label": [0]}).save_to_disk(str(tmp_path / "none"))
-    with pytest.raises(UserError, match=r"no image column.*text, label"):
+    with pytest.raises(UserError, match=r"no image column.*text .string., label"):
         ArrowSource(tmp_path / "none")
     datasets.Dataset.from_dict({"image": ["a.jpg"]}).save_to_disk(str(tmp_path / "text"))
     with pytest.raises(UserError, match="holds string"):
@@ -136,9 +133,9 @@ def test_label_columns(values: list, kind: object, wanted: str | None, labels: o
     datasets.Dataset.from_dict(rows, features=datasets.Features(kinds)).save_to_disk(str(tmp_path / "set"))
     if isinstance(labels, str):
         with pytest.raises(UserError, match=f"(?s)data.label={wanted}.*{labels}"):
-            ArrowSource(tmp_path / "set", wanted)
+            ArrowSource(tmp_path / "set", Columns(label=wanted))
         return
-    source = pickle.loads(pickle.dumps(ArrowSource(tmp_path / "set", wanted)))
+    source = pickle.loads(pickle.dumps(ArrowSource(tmp_path / "set", Columns(label=wanted))))
     assert [source.label(i) for i in range(3)] == labels
     assert source.num_classes == count
 
@@ -257,16 +254,16 @@ def arrow(path: Path, number: int) -> Path:
 
 # fmt: off
 DAMAGED = {  # what becomes of a dataset of three Arrow files, and what is said of it
-    "no dataset_info": (lambda p: (p / "dataset_info.json").unlink(), "no dataset_info.json.*half-"),
-    "no state": (lambda p: (p / "state.json").unlink(), "no state.json.*half-"),
+    "no dataset_info": (lambda p: (p / "dataset_info.json").unlink(), "No such file.*dataset_info.json.*half-"),
+    "no state": (lambda p: (p / "state.json").unlink(), "No such file.*state.json.*half-"),
     "no JSON": (lambda p: [file.unlink() for file in p.glob("*.json")], "3 Arrow files but no dataset_info.json.*half-"),
     "cut": (lambda p: os.truncate(arrow(p, 1), arrow(p, 1).stat().st_size - 3000), "data-00001.*cut short or damaged"),
     "cut after a batch": (lambda p: os.truncate(arrow(p, 1), arrow(p, 1).stat().st_size - 8), "data-00001.*cut short or damaged"),
     "empty shard": (lambda p: os.truncate(arrow(p, 0), 0), "data-00000.*cut short or damaged"),
     "garbage": (lambda p: arrow(p, 0).write_bytes(bytes(range(256)) * 9), "data-00000.*cut short or damaged"),
     "lost shard": (lambda p: arrow(p, 2).unlink(), "lacks 1 of its 3 Arrow files: data-00002"),
-    "half JSON": (lambda p: (p / "state.json").write_text('{"_data_files": ['), "state.json can't be read"),
-    "no object": (lambda p: (p / "state.json").write_text("[]"), "state.json holds no JSON object"),
+    "half JSON": (lambda p: (p / "state.json").write_text('{"_data_files": ['), "state.json is no readable JSON.*half-"),
+    "no object": (lambda p: (p / "state.json").write_text("[]"), "state.json holds a JSON list"),
     "no shards": (lambda p: (p / "state.json").write_text(json.dumps({"_data_files": []})), "no Arrow files"),
 }
 ELSEWHERE = {  # what is given instead of a dataset

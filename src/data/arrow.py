@@ -1,188 +1,249 @@
-"""Read one Hugging Face dataset on disk (`state.json`, `dataset_info.json`, Arrow files), mapped with pyarrow alone.
+"""Open Hugging Face datasets on disk: `state.json`, `dataset_info.json` and Arrow files, by their places alone.
 
 The `datasets` library is not used: its import takes longer than opening ImageNet.
 """
 
-import bisect
+import functools
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from src.core.errors import UserError
-from src.data.arrow_writer import UNKNOWN_LABEL
+from src.core.json_files import read_json
+from src.data.arrow_index import FileRows, index_rows, read_schema
 from src.data.decode import BadImage
+from src.data.packed import Damaged, PackedIndex, PackedSource
 from src.data.sources import read_file
 
-# The last 8 bytes of a complete Arrow stream: continuation marker and a length of 0 (Arrow columnar format, IPC
-# streaming).
-END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+COPY_AGAIN = (
+    "It was half-written or half-copied. Copy it again, or convert the images again into another folder with "
+    "`python scripts/create_hf_test_data.py`."
+)
 
 
-class ArrowSource:
-    """Rows of `image` (a struct of bytes and path) and, where there is one, `label`.
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns to read. image: None for the one called `image`, else the only one of the type Image. label:
+    None for the one called `label`, where it holds whole numbers."""
 
-    The image column is the one called `image`, else the only one of the type Image. Pickles as its path: a worker maps
-    the files itself.
+    image: str | None = None
+    label: str | None = None
+
+
+class ArrowSource(PackedSource):
+    """Images of the Arrow files of one folder. Pickles as its arguments: another process opens it itself.
+
+    files: names in `folder`; None: those that its state.json lists.
 
     Raises:
-        UserError: half-written, cut short, empty, or without an image column.
+        UserError: half-written, damaged, empty, or without the columns wanted.
     """
 
-    def __init__(self, folder: Path, label: str | None = None) -> None:
-        self.folder, self._label = folder, label
-        self._state = read_json(self.folder / "state.json")
-        info = read_json(self.folder / "dataset_info.json")
-        self._shards = [self.folder / f["filename"] for f in self._state.get("_data_files", [])]
-        table = _read(self.folder, self._shards)
-        features = info.get("features") or {}
-        column = _image_column(self.folder, features, table.column_names)
-        self._chunks = _image_chunks(self.folder, table.column(column), column)
-        self._starts = [0]
-        for data, _ in self._chunks:
-            self._starts.append(self._starts[-1] + len(data))
-        if not len(self):
-            raise UserError(f"{self.folder} (data.data_dir) is a dataset of 0 images.")
-        self._labels, self.class_names = _labels(folder, table, features, label)
-        self.num_classes = None
-        if self._labels is not None:
-            self.num_classes = max(len(self.class_names or ()), int(self._labels.max(initial=-1)) + 1)
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def encoded(self, index: int) -> memoryview:
-        """Return a view into the mapped file; a row that has only a path is read from there."""
-        chunk, row = self._locate(index)
-        data, paths = self._chunks[chunk]
-        if data[row].is_valid:
-            return memoryview(data[row].as_buffer())
-        path = paths[row].as_py() if paths is not None else None
-        if not path:
-            raise BadImage("neither bytes nor a path in its row")
-        return memoryview(read_file(self.folder / path))
-
-    def label(self, index: int) -> int | None:
-        return int(self._labels[index]) if self._labels is not None else None
+    def __init__(self, folder: Path, columns: Columns = Columns(), files: Sequence[str] | None = None) -> None:
+        self._arguments = folder, columns, files
+        self.folder = folder
+        info, self._state = _metadata(folder, files)
+        names = [entry["filename"] for entry in self._state["_data_files"]]
+        paths = _present(folder, names)
+        schema = _schema(paths)
+        features = _features(info, schema)
+        image = _image_column(folder, features, schema, columns.image)
+        label = _label_column(folder, schema, columns.label)
+        rows = list(_rows(paths, schema, image, label))
+        self._paths = [part.paths for part in rows]
+        index = PackedIndex(
+            np.cumsum([0, *(len(part.offsets) for part in rows)], dtype=np.int64),
+            np.concatenate([part.offsets for part in rows]),
+            np.concatenate([part.sizes for part in rows]),
+            np.concatenate([part.labels for part in rows if part.labels is not None]) if label is not None else None,
+        )
+        if not index.starts[-1]:
+            raise UserError(f"{folder} (data.data_dir) is a dataset of 0 images.")
+        feature = features.get(label) if label is not None else None
+        super().__init__(paths, index, feature.get("names") if isinstance(feature, dict) else None)
 
     def name(self, index: int) -> str:
-        chunk, row = self._locate(index)
-        paths = self._chunks[chunk][1]
-        path = paths[row].as_py() if paths is not None else None
+        path = self._path(index)
         return f"row {index} of {self.folder}" + (f" ({path})" if path else "")
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(str(self._state.get("_fingerprint")).encode())
-        for shard in self._shards:
-            digest.update(f"{shard.name}:{shard.stat().st_size}\0".encode())
+        for file in self.files:
+            digest.update(f"{file.name}:{file.stat().st_size}\0".encode())
         return digest.hexdigest()[:16]
 
-    def _locate(self, index: int) -> tuple[int, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        chunk = bisect.bisect_right(self._starts, index) - 1
-        return chunk, index - self._starts[chunk]
+    def _elsewhere(self, index: int) -> bytes:
+        path = self._path(index)
+        if not path:
+            raise BadImage("neither bytes nor a path in its row")
+        return read_file(self.folder / path)
+
+    def _path(self, index: int) -> str | None:
+        """Read what the row says about its file; None where that is nothing."""
+        number = self.file_of(index)
+        batches, row = self._paths[number], index - int(self.index.starts[number])
+        if not len(batches):
+            return None
+        first, offsets, text, width = (int(n) for n in batches[np.searchsorted(batches[:, 0], row, "right") - 1])
+        try:
+            places = np.frombuffer(self.read(number, offsets + (row - first) * width, 2 * width), f"<i{width}")
+            return (
+                self.read(number, text + int(places[0]), int(places[1]) - int(places[0])).decode("utf-8", "replace")
+                or None
+            )
+        except (BadImage, ValueError):
+            return None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ArrowSource, (self.folder, self._label)
+        return ArrowSource, self._arguments
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object of a dataset. Raises UserError where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path.parent} has no {path.name}: the dataset was half-written or half-copied. Copy it again, or convert it "
-            "again into another folder with `python scripts/create_hf_test_data.py --input_dir IMAGES --output_dir "
-            f"{path.parent}_new`."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read ({error}): the dataset was half-written or half-copied.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object: it belongs to no dataset.")
-    return value
-
-
-def _read(folder: Path, shards: list[Path]) -> pa.Table:
-    if not shards:
+def _metadata(folder: Path, files: Sequence[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return dataset_info.json and state.json; of named files, what stands in for them."""
+    if files is not None:
+        info = read_json(folder / "dataset_info.json", COPY_AGAIN) if (folder / "dataset_info.json").is_file() else {}
+        return info, {"_data_files": [{"filename": name} for name in files]}
+    state = read_json(folder / "state.json", COPY_AGAIN, _data_files=list)
+    info = read_json(folder / "dataset_info.json", COPY_AGAIN)
+    entries = state["_data_files"]
+    for entry in entries:
+        name = entry.get("filename") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(
+                f"{folder / 'state.json'}: `_data_files` lists {entry!r:.80}; expected {{'filename': a file in that folder}}. "
+                + COPY_AGAIN
+            )
+    if not entries:
         raise UserError(f"{folder / 'state.json'} lists no Arrow files: the dataset is empty.")
-    missing = [shard.name for shard in shards if not shard.is_file()]
+    if state.get("_indices_data_files"):
+        raise UserError(
+            f'{folder} is a selection of rows. Write them out with `python -c "import datasets; '
+            f'datasets.load_from_disk({str(folder)!r}).flatten_indices().save_to_disk({str(folder) + "_flat"!r})"` and set '
+            f"data.data_dir={folder}_flat."
+        )
+    return info, state
+
+
+def _present(folder: Path, names: Sequence[str]) -> list[Path]:
+    missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise UserError(
-            f"{folder} lacks {len(missing)} of its {len(shards)} Arrow files: {', '.join(missing[:5])}"
+            f"{folder} lacks {len(missing)} of its {len(names)} Arrow files: {', '.join(missing[:5])}"
             f"{' …' if len(missing) > 5 else ''}. Copy them again."
         )
-    try:
-        return pa.concat_tables([_map(shard) for shard in shards])
-    except pa.ArrowInvalid as error:
-        raise UserError(f"The Arrow files of {folder} don't belong together: {error}") from error
+    return [folder / name for name in names]
 
 
-def _map(shard: Path) -> pa.Table:
-    size = shard.stat().st_size
+def _schema(paths: Sequence[Path]) -> pa.Schema:
+    """Read the schema that all files share."""
+    schemas = [_whole(path, lambda file=path: read_schema(file)) for path in paths]
+    for path, schema in zip(paths, schemas, strict=True):
+        if not schema.equals(schemas[0]):
+            raise UserError(
+                f"The Arrow files of {path.parent} don't belong together: {path.name} has the columns {_listed(schema)}, "
+                f"{paths[0].name} {_listed(schemas[0])}."
+            )
+    return schemas[0]
+
+
+def _rows(paths: Sequence[Path], schema: pa.Schema, image: str, label: str | None) -> Iterator[FileRows]:
+    for path in paths:
+        yield _whole(path, functools.partial(index_rows, path, schema, image, label))
+
+
+def _whole(path: Path, read: Any) -> Any:
+    """Call `read`. Raises UserError where the file is damaged."""
     try:
-        if size < len(END_OF_STREAM):
-            raise pa.ArrowInvalid("the file is empty" if not size else "no Arrow stream")
-        mapped = pa.memory_map(str(shard))
-        table = pa.ipc.open_stream(mapped).read_all()
-        mapped.seek(size - len(END_OF_STREAM))
-        if mapped.read() != END_OF_STREAM:
-            raise pa.ArrowInvalid("the end of the stream is missing")
-        return table
-    except (pa.ArrowException, OSError) as error:
+        return read()
+    except (Damaged, OSError) as error:
+        size = f" ({path.stat().st_size:,} bytes)" if path.is_file() else ""
+        raise UserError(f"{path}{size} is cut short or damaged: {error}") from error
+
+
+def _listed(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} ({field.type})" for field in schema) or "none"
+
+
+def _features(info: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:
+    """Return what `datasets` says of the columns: dataset_info.json, else the metadata of the Arrow schema."""
+    features = info.get("features") or schema_features(schema)
+    return features if isinstance(features, dict) else {}
+
+
+def schema_features(schema: pa.Schema) -> dict[str, Any]:
+    """Return the features that `datasets` noted in a schema; empty where there are none."""
+
+    try:
+        return dict(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
+    except (KeyError, ValueError, TypeError):
+        return {}
+
+
+def image_columns(features: dict[str, Any], schema: pa.Schema) -> list[str]:
+    """Return the names of the columns that hold images by what `datasets` says, else by their type."""
+    marked = [n for n, f in features.items() if isinstance(f, dict) and f.get("_type") == "Image" and n in schema.names]
+    return marked or [field.name for field in schema if holds_images(field.type)]
+
+
+def holds_images(kind: pa.DataType) -> bool:
+    """Return whether a column of this type can hold encoded images: bytes, or a struct of `bytes` and perhaps `path`."""
+    if pa.types.is_struct(kind):
+        at = kind.get_field_index("bytes")
+        return at >= 0 and _is_binary(kind.field(at).type)
+    return _is_binary(kind)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _image_column(folder: Path, features: dict[str, Any], schema: pa.Schema, wanted: str | None) -> str:
+    images = image_columns(features, schema)
+    if wanted is not None and wanted not in schema.names:
+        raise UserError(f"data.image_column={wanted}: {folder} has no such column. Its columns: {_listed(schema)}.")
+    name = wanted or ("image" if "image" in schema.names and (not images or "image" in images) else None)
+    if name is None and len(images) == 1:
+        name = images[0]
+    if name is None:
+        which = f"more than one image column ({', '.join(images)})" if images else "no image column"
         raise UserError(
-            f"{shard} ({size:,} bytes) is cut short or damaged: {str(error).splitlines()[0]}. Copy it again, or "
-            "convert the dataset again."
-        ) from error
+            f"{folder} has {which}; expected one of encoded images. Its columns: {_listed(schema)}. "
+            + (f"Choose one: data.image_column={images[0]}." if images else "If one of them holds images, cast it:")
+            + ("" if images else f" {_cast(folder, 'COLUMN')}")
+        )
+    kind = schema.field(name).type
+    if not holds_images(kind):
+        raise UserError(
+            f"The column {name!r} of {folder} holds {kind}; expected encoded images (the type datasets.Image, a struct of "
+            f"bytes and path). If it names files, make it a column of images: {_cast(folder, name)}"
+        )
+    return name
 
 
-def _image_column(folder: Path, features: dict[str, Any], columns: list[str]) -> str:
-    images = [n for n, f in features.items() if isinstance(f, dict) and f.get("_type") == "Image" and n in columns]
-    if "image" in columns and (not images or "image" in images):
-        return "image"
-    if len(images) == 1:
-        return images[0]
-    raise UserError(
-        f"{folder} has {'no' if not images else 'more than one'} image column; expected one called `image` of the type "
-        f"Image. Its columns: {', '.join(columns) or 'none'}."
+def _cast(folder: Path, column: str) -> str:
+    return (
+        f'`python -c "import datasets; datasets.load_from_disk({str(folder)!r}).cast_column({column!r}, datasets.Image())'
+        f'.save_to_disk({str(folder) + "_images"!r})"` and set data.data_dir={folder}_images.'
     )
 
 
-def _labels(
-    folder: Path, table: pa.Table, features: dict[str, Any], wanted: str | None
-) -> tuple[np.ndarray | None, list[str] | None]:
-    """Return the labels, int64, -1 where a row has none, and the names of the classes where there are some. A column that
-    nobody asked for and that holds no whole numbers is none of labels."""
+def _label_column(folder: Path, schema: pa.Schema, wanted: str | None) -> str | None:
+    """Return the column of the labels. One that nobody asked for and that holds no whole numbers is none of labels."""
     name = wanted or "label"
-    kind = table.schema.field(name).type if name in table.column_names else None
-    if kind is None or not pa.types.is_integer(kind):
-        if wanted is None:
-            return None, None
-        whole = [field.name for field in table.schema if pa.types.is_integer(field.type)]
-        raise UserError(
-            f"data.label={wanted}: {folder} has {f'{kind} in that column' if kind else 'no such column'}; expected whole "
-            f"numbers. Its columns of these: {', '.join(whole) or 'none'}. Text becomes classes with "
-            f"`datasets.load_from_disk({str(folder)!r}).class_encode_column(...)`; null takes the labels that are there."
-        )
-    filled = pc.fill_null(table.column(name).cast(pa.int64()), UNKNOWN_LABEL)
-    return filled.to_numpy(), (features.get(name) or {}).get("names")
-
-
-def _image_chunks(folder: Path, column: pa.ChunkedArray, name: str) -> list[tuple[pa.Array, pa.Array | None]]:
-    """Return (bytes, path) of each record batch."""
-    kind = column.type
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        return [(chunk, None) for chunk in column.chunks]
-    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        at, path_at = kind.get_field_index("bytes"), kind.get_field_index("path")
-        fields = [chunk.flatten() for chunk in column.chunks]  # a missing row has missing fields; no bytes are copied
-        return [(f[at], f[path_at] if path_at >= 0 else None) for f in fields]
+    kind = schema.field(name).type if name in schema.names else None
+    if kind is not None and pa.types.is_integer(kind):
+        return name
+    if wanted is None:
+        return None
+    whole = [field.name for field in schema if pa.types.is_integer(field.type)]
     raise UserError(
-        f"The column {name!r} of {folder} holds {kind}; expected encoded images (the type datasets.Image, a struct of "
-        "bytes and path)."
+        f"data.label={wanted}: {folder} has {f'{kind} in that column' if kind else 'no such column'}; expected whole numbers. "
+        f'Its columns of these: {", ".join(whole) or "none"}. Text becomes classes with `python -c "import datasets; '
+        f'datasets.load_from_disk({str(folder)!r}).class_encode_column({wanted!r}).save_to_disk({str(folder) + "_classes"!r})"`.'
     )

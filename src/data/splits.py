@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from src.core.errors import UserError
-from src.data.arrow import ArrowSource, read_json
+from src.core.json_files import read_json
+from src.data.arrow import ArrowSource, Columns
 from src.data.order import split_rows
 from src.data.sources import Source, folders, is_image, loose_files, open_image_tree, walk
 
@@ -76,7 +77,7 @@ class DataFolder:
 
     def _source(self, folder: Path, label: str | None) -> Source:
         if self.is_dataset:
-            return ArrowSource(folder, label)
+            return ArrowSource(folder, Columns(label=label))
         if label is not None:
             raise UserError(
                 f"data.label={label}: {folder} holds image files, whose labels are their folders. Set data.label=null."

@@ -1,0 +1,123 @@
+"""Keep the index of packed files on the disk, to be mapped: 16 bytes a row.
+
+8 bytes     magic
+8 bytes     length of the header, little-endian
+header      JSON: rows of each file, and what the index was made of
+padding     to a multiple of 64
+offsets     (n,) int64
+sizes       (n,) uint32
+labels      (n,) int32
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from src.core.files import replacing
+from src.data.packed import PackedIndex
+
+MAGIC = b"RAEIDX1\n"
+FOLDER = ".image_index"
+"""Beside the data; elsewhere in the user's cache folder."""
+
+
+class Found(NamedTuple):
+    """An index, its header, the file that it is mapped from, and whether it was made just now."""
+
+    index: PackedIndex
+    header: dict[str, Any]
+    path: Path
+    built: bool
+
+
+def find_or_build(root: Path, what: Any, state: Any, build: Callable[[], tuple[PackedIndex, dict[str, Any]]]) -> Found:
+    """Map the index of files below `root`, or build and keep it, in one process at a time.
+
+    what: plain values that name the files and how they are read. state: those that change with their contents (sizes,
+    times): an index of the same files in another state is deleted.
+    """
+    place, name = _place(root), f"{digest(what)}-{digest(state)}.idx"
+    for folder in dict.fromkeys((root / FOLDER, place)):
+        if (found := read(folder / name)) is not None:
+            return found
+    place.mkdir(parents=True, exist_ok=True)
+    with _locked(place / f"{digest(what)}.lock"):
+        if (found := read(place / name)) is not None:
+            return found
+        index, header = build()
+        write(place / name, index, header)
+        for old in place.glob(f"{digest(what)}-*.idx"):
+            if old.name != name:
+                with suppress(OSError):
+                    old.unlink()
+    found = read(place / name)
+    if found is None:
+        raise OSError(f"the index just written can't be read: {place / name}")
+    return found._replace(built=True)
+
+
+def digest(value: Any) -> str:
+    """Return 16 hex digits of plain values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write(path: Path, index: PackedIndex, header: dict[str, Any]) -> None:
+    """Write an index whole."""
+    count = int(index.starts[-1])
+    labels = index.labels if index.labels is not None else np.full(count, -1, np.int32)
+    text = json.dumps(header | {"starts": index.starts.tolist()}).encode()
+    with replacing(path) as file:
+        file.write(MAGIC + len(text).to_bytes(8, "little") + text)
+        file.write(bytes(-file.tell() % 64))
+        for array, kind in ((index.offsets, "<i8"), (index.sizes, "<u4"), (labels, "<i4")):
+            file.write(np.ascontiguousarray(array, kind).data)
+
+
+def read(path: Path) -> Found | None:
+    """Map an index; None where there is none that is whole."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(len(MAGIC)) != MAGIC:
+                return None
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            start = (file.tell() + 63) // 64 * 64
+        starts = np.array(header.pop("starts"), np.int64)
+        count = int(starts[-1])
+        if path.stat().st_size != start + 16 * count:
+            return None
+        if not count:
+            return Found(PackedIndex(starts, *(np.empty(0, kind) for kind in ("i8", "u4", "i4"))), header, path, False)
+        mapped = np.memmap(path, np.uint8, "r", start)
+        parts = np.split(np.asarray(mapped), [8 * count, 12 * count])
+        arrays = (part.view(kind) for part, kind in zip(parts, ("<i8", "<u4", "<i4"), strict=True))
+        return Found(PackedIndex(starts, *arrays), header, path, False)
+    except (OSError, ValueError, KeyError, IndexError, MemoryError):
+        return None
+
+
+def user_cache() -> Path:
+    """Return the folder for what is made once and can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rae"
+
+
+def _place(root: Path) -> Path:
+    """Return where an index of `root` is written."""
+    beside = root / FOLDER
+    return beside if os.access(beside if beside.is_dir() else root, os.W_OK) else user_cache() / "index"
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that ends with its process. Without locks (some network file systems) two may build the same."""
+    with open(path, "ab") as file:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

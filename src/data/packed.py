@@ -1,0 +1,135 @@
+"""Rows of encoded images packed in large files, read by their place: one `pread` a row.
+
+Opening keeps no file open. Each file is opened at its first row, without read-ahead, which would fetch megabytes for every
+row of a shuffled set.
+"""
+
+import bisect
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from src.data.decode import BadImage
+from src.data.sources import MAX_FILE_BYTES
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+OPEN_FILES = 128
+"""Files of a source kept open at once; a quarter of the process's limit where that is less."""
+NO_BYTES = 0xFFFFFFFF
+"""Size of a row whose bytes are not in the file."""
+
+
+class Damaged(Exception):
+    """A file of rows can't be read; the message says why and, in its last sentence, what to do."""
+
+    def __init__(self, reason: str, remedy: str = "Copy or download it again.") -> None:
+        super().__init__(f"{reason}. {remedy}")
+
+
+@dataclass(frozen=True)
+class PackedIndex:
+    """Where n rows lie in files, in the order of files and of rows in them. The arrays may be mapped from a file.
+
+    starts: (files + 1,) int64, the first row of each file, and n. offsets: (n,) int64, bytes. sizes: (n,) uint32, bytes,
+    `NO_BYTES` where there are none. labels: (n,) whole numbers, -1 for none; None where there are no labels.
+    """
+
+    starts: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    labels: np.ndarray | None = None
+
+
+class PackedSource:
+    """The rows of an index. What a kind of file adds to it (`name`, `fingerprint`, pickling) stands with that kind."""
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        index: PackedIndex,
+        class_names: Sequence[str] | None = None,
+        num_classes: int | None = None,
+    ) -> None:
+        """num_classes: None counts them by names and labels."""
+        self.files, self.index = files, index
+        self.class_names = list(class_names) if class_names else None
+        self.num_classes = num_classes
+        if index.labels is not None and num_classes is None:
+            self.num_classes = max(len(class_names or ()), int(index.labels.max(initial=-1)) + 1)
+        self._starts: list[int] = index.starts.tolist()
+        self._open = functools.lru_cache(open_files_limit())(lambda number: OpenFile(files[number]))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def encoded(self, index: int) -> bytes:
+        number = self.file_of(index)
+        size = int(self.index.sizes[index])
+        if size == NO_BYTES:
+            return self._elsewhere(index)
+        if size > MAX_FILE_BYTES:
+            raise BadImage(f"a file of {size:,} bytes")
+        return self.read(number, int(self.index.offsets[index]), size)
+
+    def label(self, index: int) -> int | None:
+        return int(self.index.labels[index]) if self.index.labels is not None else None
+
+    def file_of(self, index: int) -> int:
+        """Return the number of the file that holds a row."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return bisect.bisect_right(self._starts, index) - 1
+
+    def read(self, number: int, offset: int, size: int) -> bytes:
+        """Read a range of a file whole. Raises BadImage where that can't be done."""
+        try:
+            data = self._open(number).read(offset, size)
+        except OSError as error:
+            raise BadImage(f"can't be read: {error.strerror or error}") from error
+        if len(data) < size:
+            raise BadImage(f"{self.files[number]} ends before it")
+        return data
+
+    def _elsewhere(self, index: int) -> bytes:
+        raise BadImage("no bytes in its row")
+
+
+class OpenFile:
+    """A file read by position. Closed with its last reference, so that no thread loses it while reading."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = -1
+        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self._descriptor).st_size
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return `size` bytes from `offset` on; fewer only at the end of the file."""
+        data = os.pread(self._descriptor, size, offset)
+        while 0 < len(data) < size and (more := os.pread(self._descriptor, size - len(data), offset + len(data))):
+            data += more
+        return data
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+
+def open_files_limit() -> int:
+    """Return how many files a source keeps open."""
+    if resource is None:
+        return OPEN_FILES
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return OPEN_FILES if soft == resource.RLIM_INFINITY else max(4, min(OPEN_FILES, soft // 4))

@@ -1,0 +1,132 @@
+"""Open tar files of images, read in place through an index that is made once."""
+
+import hashlib
+import logging
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.core.errors import UserError
+from src.data import index_files
+from src.data.packed import Damaged, OpenFile, PackedIndex, PackedSource
+from src.data.tar_index import BLOCK, ODD_LABEL, TarRows, check_label, header_name, index_tar
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+"""Of what the index says; another one makes it anew."""
+
+
+class TarSource(PackedSource):
+    """Samples with an image of tar files, in the order of the names. Pickles as its arguments.
+
+    root: folder that the names are relative to. label: None for `.cls` where there are whole numbers in it, `cls`, or
+    `json:KEY`.
+
+    Raises:
+        UserError: cut short, compressed, no tar, without images, or without the labels wanted.
+    """
+
+    def __init__(self, root: Path, names: Sequence[str], label: str | None = None, quiet: bool = False) -> None:
+        check_label(label)
+        self.root, self.names = root, list(names)
+        found = self._find_index(label)
+        self._arguments = root, self.names, label, True
+        self.index_path, self.index_built = found.path, found.built
+        header = found.header
+        labels = found.index.labels
+        if label is not None and (header["odd_labels"] or header["largest_label"] < 0):
+            count = f"{header['odd_labels']:,} of" if header["largest_label"] >= 0 else "all of"
+            raise UserError(
+                f"data.label={label}: {count} the {len(found.index.offsets):,} samples in {root} have no whole number there. "
+                "Set data.label to `cls`, to `json:KEY` of another key, or to null."
+            )
+        if header["odd_labels"] or header["largest_label"] < 0:
+            labels = None
+        index = PackedIndex(found.index.starts, found.index.offsets, found.index.sizes, labels)
+        count = header["largest_label"] + 1 if labels is not None else None
+        super().__init__([root / name for name in self.names], index, num_classes=count)
+        if not len(self):
+            raise UserError(
+                f"No images in the {len(self.names)} tar files of {root} (data.data_dir): expected members such as 0001.jpg. "
+                f"Samples there: {', '.join(header['examples']) or 'none'}."
+            )
+        if header["without_image"] and not quiet:
+            log.warning(
+                "%s: %s samples have no image and are left out, such as %s.",
+                root, f"{header['without_image']:,}", ", ".join(header["examples"]),
+            )  # fmt: skip
+
+    def name(self, index: int) -> str:
+        number = self.file_of(index)
+        try:
+            header = self.read(number, int(self.index.offsets[index]) - BLOCK, BLOCK)
+            return f"{header_name(header)} in {self.files[number]}"
+        except Exception:  # of a file that was replaced; this is for a message
+            return f"row {index} in {self.files[number]}"
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self.index.starts.tobytes())
+        for name, file in zip(self.names, self.files, strict=True):
+            digest.update(f"{name}:{file.stat().st_size}\0".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()[:16]
+
+    def _find_index(self, label: str | None) -> index_files.Found:
+        state = []
+        for name in self.names:
+            try:
+                status = (self.root / name).stat()
+            except OSError as error:
+                raise UserError(f"{self.root / name} can't be read: {error.strerror or error}.") from error
+            state.append([status.st_size, status.st_mtime_ns])
+        what = {"version": VERSION, "names": self.names, "label": label or "cls"}
+        return index_files.find_or_build(self.root, what, state, lambda: self._build(label))
+
+    def _build(self, label: str | None) -> tuple[PackedIndex, dict[str, Any]]:
+        log.info("Indexing %s tar files of %s, once.", f"{len(self.names):,}", self.root)
+        began, parts = time.monotonic(), []
+        for number, name in enumerate(self.names):
+            parts.append(read_tar(self.root / name, label))
+            if time.monotonic() - began > 30:
+                log.info("Indexed %s of %s tar files.", f"{number + 1:,}", f"{len(self.names):,}")
+                began = time.monotonic()
+        return join(parts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TarSource, self._arguments
+
+
+def read_tar(path: Path, label: str | None) -> TarRows:
+    """Index one tar. Raises UserError where it can't be read."""
+    try:
+        return index_tar(OpenFile(path), label)
+    except (Damaged, OSError) as error:
+        size = f" ({path.stat().st_size:,} bytes)" if path.is_file() else ""
+        raise UserError(f"{path}{size} can't be read as a tar: {error}") from error
+
+
+def join(parts: Sequence[TarRows]) -> tuple[PackedIndex, dict[str, Any]]:
+    """Make one index, and the header that is kept with it, of the rows of several tars."""
+    labels = np.concatenate([part.labels for part in parts]).astype(np.int32)
+    header = {
+        "without_image": sum(part.without_image for part in parts),
+        "examples": [name for part in parts for name in part.examples][:3],
+        "odd_labels": int(np.count_nonzero(labels == ODD_LABEL)),
+        "largest_label": int(labels.max(initial=-1)),
+    }
+    index = PackedIndex(
+        np.cumsum([0, *(len(part.offsets) for part in parts)], dtype=np.int64),
+        np.concatenate([part.offsets for part in parts]),
+        np.concatenate([part.sizes for part in parts]),
+        labels,
+    )
+    return index, header
+
+
+def words(name: str) -> list[str]:
+    """Return the words of a file's or folder's name, in lower case."""
+    return [word for word in re.split(r"[^a-z]+", name.lower()) if word]
