@@ -20,10 +20,9 @@ from src.losses.diffaug import UNIFORMS_PER_BATCH, UNIFORMS_PER_SAMPLE, DiffAug
 from src.losses.lpips import LPIPS
 from src.models.discriminator import DinoDiscriminator
 from src.models.rae import RAE
-from src.training.module import compile_in_place
-from src.training.optimisation import adamw, gradient_norm
+from src.training.module import compile_in_place, gradient_norm
 from src.training.settings import OptimizerSettings
-from src.training.stage1 import parts_to_compile
+from src.training.stage1 import adamw, parts_to_compile
 from src.training.stage1_step import LatentNoise, Phase, TrainingStep
 
 PHASES = {"warmup": Phase(True, False, False), "disc": Phase(True, False, True), "gan": Phase(True, True, True)}

@@ -48,6 +48,7 @@ def test_what_a_run_leaves(run):
     assert torch.__version__.startswith(record["packages"]["torch"])
     assert record["data"]["train"] == 230 and record["data"]["validation"] == 58
     assert fitted.trainer.global_step == 6
+    assert not fitted.module.lpips.fused  # nothing is compiled unless asked for
 
 
 def test_val_loss_is_l1_plus_weighted_lpips_of_the_average(run):

@@ -283,11 +283,7 @@ class RAEModule(StageModule):
 def parts_to_compile(
     rae: RAE, ema_decoder: nn.Module, lpips: LPIPS | None, discriminator: DinoDiscriminator | None
 ) -> list[nn.Module]:
-    """Return the parts where torch.compile pays, and let LPIPS use compiled kernels."""
-    parts = [*rae.encoder.blocks(), *rae.decoder.decoder_layers, *ema_decoder.decoder_layers]
-    if lpips is not None:
-        parts.append(lpips.vgg)
-        lpips.fused = True
-    if discriminator is not None:
-        parts.append(discriminator.trunk)
-    return parts
+    """Return where torch.compile pays."""
+    losses = [lpips, None if discriminator is None else discriminator.trunk]
+    blocks = [*rae.encoder.blocks(), *rae.decoder.decoder_layers, *ema_decoder.decoder_layers]
+    return [*blocks, *(part for part in losses if part is not None)]
