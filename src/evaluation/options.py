@@ -136,7 +136,7 @@ class StatisticsOptions(shared.LoadingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationOptions(shared.DeviceOptions, shared.InceptionOptions, shared.LoadingOptions, shared.ModelOptions):
+class GenerationOptions(shared.InceptionOptions, shared.LoadingOptions, shared.ModelOptions):
     """`src/eval_generation.py`."""
 
     decoder: tuple[str, ...] = option(  # type: ignore[assignment]
@@ -177,7 +177,7 @@ class GenerationOptions(shared.DeviceOptions, shared.InceptionOptions, shared.Lo
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions(shared.DeviceOptions):
+class SampleOptions:
     """`src/sample.py`."""
 
     checkpoint: str = option(".ckpt of a stage-2 run, or a file of the official code", "FILE", MISSING)
@@ -189,6 +189,7 @@ class SampleOptions(shared.DeviceOptions):
     )
     guide: str | None = option("the weaker model of autoguidance, with --auto", "FILE")
     guide_model: str | None = option("of an official file at --guide: its experiment", "NAME")
+    device: str = option("cuda, cuda:N or cpu", "NAME", "cuda")
     num_images: shared.Positive = option("images", "N", 50_000)
     labels: str = option("equal (each class equally often), random, null, or classes such as 207,360", "WHICH", "equal")
     seed: shared.NotNegative = option("of noise and labels", "N", 0)
