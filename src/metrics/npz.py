@@ -93,7 +93,7 @@ class NpzRows:
     def _fits(self, shape: tuple[int, ...]) -> bool:
         return len(shape) == 4
 
-    def _header(self, file: IO[bytes]) -> tuple[int, int, int, int]:
+    def _header(self, file: IO[bytes]) -> tuple[int, ...]:
         version, name = np.lib.format.read_magic(file), self.member.removesuffix(".npy")
         readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         if version not in readers:
