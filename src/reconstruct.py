@@ -55,27 +55,25 @@ def _run(options: ReconstructionOptions) -> int:
         loaded.rae.to(process.device)
         with _output_folder(options.output, process):
             if store is not None:
-                outcome, given = decode_latents(options, loaded, store, process), len(store)
+                given, (count, means, written) = len(store), decode_latents(options, loaded, store, process)
             else:
                 assert inputs is not None
-                outcome, given = reconstruct(options, loaded, inputs, process), len(inputs.rows)
-    if outcome is None:
+                given, (count, means, written) = len(inputs.rows), reconstruct(options, loaded, inputs, process)
+    if not process.main:
         return 0
     model = {name: value for name, value in loaded.description.items() if name != "config"}
-    untrained, left_out = loaded.rae.encoder.untrained, given - outcome.images
-    facts = {"model": model, "untrained_encoder": untrained, "images": outcome.images, "left_out": left_out}
-    _write_record(options.output, {"status": "finished", **facts, **outcome.means})
-    images = "1 image" if outcome.images == 1 else f"{outcome.images:,} images"
+    untrained, left_out = loaded.rae.encoder.untrained, given - count
+    facts = {"model": model, "untrained_encoder": untrained, "images": count, "left_out": left_out}
+    _write_record(options.output, {"status": "finished", **facts, **means})
+    images = "1 image" if count == 1 else f"{count:,} images"
     rest = f", {left_out:,} left out (not decodable)" if left_out else ""
     print(f"{images} through {model['source']} ({model['weights']}){rest}")
-    if outcome.means:
-        means = ", ".join(
-            FIGURES.get(name, name.upper() + " {:.4f}").format(value) for name, value in outcome.means.items()
-        )
-        print(f"{means} (means of per-image values)")
+    if means:
+        figures = (FIGURES.get(name, name.upper() + " {:.4f}").format(value) for name, value in means.items())
+        print(f"{', '.join(figures)} (means of per-image values)")
     if untrained:
         print("UNTRAINED encoder: random weights, not a result.")
-    for path in outcome.written:
+    for path in written:
         print(f"Written: {path}")
     return 0
 

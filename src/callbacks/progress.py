@@ -9,10 +9,10 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TextColumn
 
 from src.core.distributed import mean_over_ranks
+from src.core.terminal import progress_bar
 from src.core.text import duration, table
 
 log = logging.getLogger(__name__)
@@ -62,15 +62,7 @@ class TrainingProgress(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._restart_clock()
         if trainer.is_global_zero and sys.stderr.isatty():
-            figures = TextColumn("{task.fields[figures]}")
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                figures,
-            )
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar = progress_bar(TextColumn("{task.fields[figures]}"))
             self._bar.start()
             self._task = self._bar.add_task("epoch", total=pl_module.steps_per_epoch, figures="")
 

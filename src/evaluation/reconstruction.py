@@ -6,7 +6,6 @@ Legend: B batch, C latent channels, h = w latent grid, H = W image px.
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +38,12 @@ RECONSTRUCTIONS, SHEET, SCORES, NPZ, ORIGINALS_NPZ, LATENTS = (
 )  # fmt: skip
 
 
-@dataclass
-class Outcome:
-    """What the first process can say of a pass."""
-
-    images: int
-    means: dict[str, float]
-    written: list[Path]
+Outcome = tuple[int, dict[str, float], list[Path]]
+"""Images, means of their values, and what was written; the numbers are right on the first process alone."""
 
 
-def reconstruct(
-    options: ReconstructionOptions, loaded: LoadedModel, inputs: Inputs, process: Process
-) -> Outcome | None:
-    """Send images through encoder and decoder; None on other ranks than the first. On all; each takes its share.
+def reconstruct(options: ReconstructionOptions, loaded: LoadedModel, inputs: Inputs, process: Process) -> Outcome:
+    """Send images through encoder and decoder. On all processes; each takes its share.
 
     Raises:
         UserError: no image that can be decoded, or latents asked for in a scale that the model does not have.
@@ -94,25 +86,18 @@ def reconstruct(
         if process.main and not total:
             raise UserError(f"None of the {len(inputs.rows)} files of {inputs.place} is an image that can be decoded.")
         written = files.finish(inputs)
-    if not process.main:
-        return None
     if writer is not None:
-        names_of_classes = inputs.source.class_names
-        write_index(options.output / LATENTS, shards, {
-            **_latent_facts(loaded, options),
-            "data": inputs.place,
-            "fit": options.fit,
-            "class_names": None if names_of_classes is None else list(names_of_classes),
-        })  # fmt: skip
         written.append(options.output / LATENTS)
+        if process.main:
+            write_index(options.output / LATENTS, shards, _latent_facts(options, loaded, inputs))
     means = scores[0].compute() if scores else {}
     means.pop("images", None)
-    return Outcome(total, means, written)
+    return total, means, written
 
 
 def decode_latents(
     options: ReconstructionOptions, loaded: LoadedModel, store: LatentStore, process: Process
-) -> Outcome | None:
+) -> Outcome:
     """Send stored latents through the decoder; there are no originals, so no scores. Otherwise as `reconstruct`.
 
     Raises:
@@ -133,8 +118,7 @@ def decode_latents(
             files.observe([ScoredBatch(places, rows, decoded, decoded, {})])
             count += len(rows)
         total = sum(gather_on_main(count))
-        written = files.finish(None)
-    return Outcome(total, {}, written) if process.main else None
+        return total, {}, files.finish(None)
 
 
 class _Files:
@@ -186,8 +170,8 @@ class _Files:
         return written + [part.target for part in self.packed]
 
 
-def _latent_facts(loaded: LoadedModel, options: ReconstructionOptions) -> dict[str, Any]:
-    rae = loaded.rae
+def _latent_facts(options: ReconstructionOptions, loaded: LoadedModel, inputs: Inputs) -> dict[str, Any]:
+    rae, names = loaded.rae, inputs.source.class_names
     return {
         "scale": options.latents,
         "shape": list(rae.latent_shape),
@@ -196,6 +180,9 @@ def _latent_facts(loaded: LoadedModel, options: ReconstructionOptions) -> dict[s
         "encoder": dict(loaded.description["encoder"]),
         "statistics": statistics_digest(rae) if options.latents == "normalized" else None,
         "model": Path(loaded.description["source"]).name,
+        "data": inputs.place,
+        "fit": options.fit,
+        "class_names": None if names is None else list(names),
     }
 
 

@@ -250,7 +250,8 @@ class TrainingStep:
         fakes = [self.fake(result) for result in results]
         labels: tuple[Label, Label] = ("fake", "real")
         for update in range(self.settings.disc_updates):
-            scale, terms = loss_scale(), {}
+            scale = loss_scale()
+            terms: dict[str, Tensor] = {}
             for label in labels:
                 self.discriminator.power_iteration()
                 for number, result in enumerate(results):
