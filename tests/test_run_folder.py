@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 
 from src.core.errors import UserError
+from src.core.folder_lock import owner_of
 from src.core.launch import Launch
 from src.core.weights import PROJECT_ROOT
 from src.training import record as module
-from src.training.record import make_folder
-from tests.training import SMALL
+from src.training.record import make_folder, take_lock
+from src.training.run import run
+from tests.training import SMALL, composed
 
 FAST = [*SMALL, "~callbacks.rfid", "logger=csv", "trainer.max_epochs=1", "trainer.limit_train_batches=1"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -39,6 +41,104 @@ def test_runs_that_start_in_the_same_second_get_one_each(tmp_path, monkeypatch):
 def test_a_folder_that_was_asked_for_may_exist(tmp_path):
     for _ in range(2):
         assert make_folder("unused", str(tmp_path / "above" / "mine")) == tmp_path / "above" / "mine"
+
+
+def folder_with_a_run(folder, job=None, saved=True):
+    """What a run leaves that matters here."""
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"status": "failed", "slurm_job": job}))
+    last = folder / "checkpoints/last.ckpt"
+    if saved:
+        last.write_bytes(b"weights")
+    return last
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "job", "saved", "allowed"),
+    [
+        (None, None, True, False),
+        (None, None, False, False),
+        ("inside", None, True, True),
+        ("elsewhere", None, True, False),
+        ("elsewhere", "7", True, False),
+        (None, "7", True, False),  # the batch script gives its checkpoint
+        (None, "7", False, True),
+        ("elsewhere", "7", False, True),
+        (None, "8", False, False),
+        ("inside", "8", True, True),
+    ],
+)
+def test_a_folder_that_holds_a_run_is_taken_again_in_two_cases(tmp_path, monkeypatch, checkpoint, job, saved, allowed):
+    last = folder_with_a_run(tmp_path / "run", job, saved)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    given = {
+        None: None,
+        "inside": tmp_path / "x/../run/checkpoints/best.ckpt",
+        "elsewhere": tmp_path / "run2/last.ckpt",
+    }
+    if allowed:
+        assert make_folder("unused", str(tmp_path / "run"), given[checkpoint]) == tmp_path / "run"
+        return
+    with pytest.raises(UserError, match=r"holds a run already.*paths\.run_dir=null") as caught:
+        make_folder("unused", str(tmp_path / "run"), given[checkpoint])
+    assert (f"ckpt_path={last}" in str(caught.value)) == saved
+    monkeypatch.delenv("SLURM_JOB_ID")
+    with pytest.raises(UserError, match="holds a run already"):
+        make_folder("unused", str(tmp_path / "run"), given[checkpoint])
+
+
+def test_a_folder_with_other_things_is_no_run(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert make_folder("unused", str(tmp_path)) == tmp_path
+
+
+def test_a_running_run_locks_its_folder_until_its_process_ends(tmp_path):
+    pytest.importorskip("fcntl")
+    code = "import sys, time; from pathlib import Path; from src.core.folder_lock import lock\nheld = lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=PROJECT_ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=rf"still going on in {tmp_path} \(process {process.pid} on .*kill -INT"):
+            take_lock(tmp_path)
+        assert f"process {process.pid} on" in owner_of(tmp_path)
+    finally:
+        process.kill()
+        process.wait()
+    assert owner_of(tmp_path) == ""
+    with take_lock(tmp_path):
+        with pytest.raises(UserError, match=f"process {os.getpid()} on"):
+            take_lock(tmp_path)
+    take_lock(tmp_path).close()
+
+
+def test_without_fcntl_nothing_is_locked(tmp_path, monkeypatch):
+    monkeypatch.setattr("src.core.folder_lock.fcntl", None)
+    with take_lock(tmp_path), take_lock(tmp_path):
+        assert owner_of(tmp_path) == ""
+
+
+def test_the_same_folder_twice_keeps_the_first_runs_checkpoints(tmp_path, caplog):
+    """The program's body: refused, resumed inside, and beside a run that still goes on."""
+
+    def start(*overrides):
+        run(composed([*FAST, "model.disc_weight=0", f"paths.log_dir={tmp_path}", *overrides]))
+
+    start(f"paths.run_dir={tmp_path / 'run'}")
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    saved = {path.name: path.read_bytes() for path in last.parent.iterdir()}
+    with pytest.raises(SystemExit):
+        start(f"paths.run_dir={tmp_path / 'run'}")
+    assert {path.name: path.read_bytes() for path in last.parent.iterdir()} == saved
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "finished"
+    start(f"paths.run_dir={tmp_path / 'run'}", f"ckpt_path={last}", "trainer.max_epochs=2")
+    assert json.loads((tmp_path / "run/run.json").read_text())["result"]["step"] == 2
+    with take_lock(tmp_path / "run"):
+        caplog.clear()
+        start(f"ckpt_path={last}", "trainer.max_epochs=2")
+        (beside,) = tmp_path.glob("runs/*/*")
+        assert "still going on" in (beside / "run.log").read_text()
 
 
 @pytest.mark.parametrize(("log_dir", "wanted"), [("file", None), ("logs", "file"), ("logs", "file/mine")])

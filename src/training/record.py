@@ -5,12 +5,13 @@ import importlib.metadata
 import itertools
 import json
 import logging
+import os
 import platform
 import sys
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
@@ -20,8 +21,9 @@ from src.callbacks.progress import TrainingProgress
 from src.callbacks.samples import SampleImages
 from src.core.errors import UserError
 from src.core.files import write_text
+from src.core.folder_lock import lock
 from src.core.run_names import git_state
-from src.core.text import table
+from src.core.text import hydra_quoted, table
 from src.core.weights import resolve
 
 log = logging.getLogger(__name__)
@@ -31,10 +33,18 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-def make_folder(log_dir: str, wanted: str | None) -> Path:
-    """Make the folder of a run: `wanted`, which may exist, or a new LOG_DIR/runs/YYYY-MM-DD/HH-MM-SS (`-2` when taken).
+def make_folder(log_dir: str, wanted: str | None, checkpoint: Path | None = None) -> Path:
+    """Make the folder of a run: `wanted`, or a new LOG_DIR/runs/YYYY-MM-DD/HH-MM-SS (`-2` when taken).
 
-    Only the first process of a launch calls it. Raises UserError where the folder can't be made.
+    Only the first process of a launch calls it.
+
+    Args:
+        wanted: may exist. If it holds a run, `checkpoint` lies in it, or that run was an earlier start of this SLURM job
+            and has saved nothing.
+        checkpoint: that the run goes on from.
+
+    Raises:
+        UserError: the folder can't be made, or holds another run.
     """
     now = datetime.now()
     base = resolve(wanted) if wanted else resolve(log_dir) / "runs" / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}"
@@ -42,6 +52,7 @@ def make_folder(log_dir: str, wanted: str | None) -> Path:
         base.parent.mkdir(parents=True, exist_ok=True)
         if wanted:
             base.mkdir(exist_ok=True)
+            _check_free(base, checkpoint)
             return base
         for number in itertools.count(1):
             folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
@@ -53,6 +64,43 @@ def make_folder(log_dir: str, wanted: str | None) -> Path:
         raise UserError(
             f"The run's folder can't be made: {error}. Set paths.log_dir to a place that can be written."
         ) from error
+
+
+def _check_free(folder: Path, checkpoint: Path | None) -> None:
+    saved = sorted((folder / "checkpoints").glob("*.ckpt"))
+    record = folder / "run.json"
+    if not saved and not record.exists():
+        return
+    if checkpoint is not None and checkpoint.resolve().is_relative_to(folder.resolve()):
+        return
+    try:
+        job = json.loads(record.read_text()).get("slurm_job")
+    except (OSError, ValueError, AttributeError):
+        job = None
+    if not saved and job is not None and job == os.environ.get("SLURM_JOB_ID"):
+        return
+    last = folder / "checkpoints" / "last.ckpt"
+    goes_on = (
+        f"Go on with that run: ckpt_path={hydra_quoted(str(last))}. Or" if last in saved else "It saved no last.ckpt;"
+    )
+    raise UserError(
+        f"paths.run_dir={folder} holds a run already, which would be overwritten. {goes_on} choose another folder "
+        "(paths.run_dir=null makes a new one)."
+    )
+
+
+def take_lock(folder: Path) -> IO[str]:
+    """Lock the folder of this run until the file that is returned is closed. Raises UserError where a run lives in it."""
+    try:
+        held, owner = lock(folder)
+    except OSError as error:
+        raise UserError(f"The run's folder can't be written: {error}. Set paths.log_dir to another place.") from error
+    if held is None:
+        raise UserError(
+            f"A run is still going on in {folder} ({owner}). Wait for its end or stop it (kill -INT lets it save), or "
+            "choose another folder (paths.run_dir=null makes a new one)."
+        )
+    return held
 
 
 def save_config(config: DictConfig, folder: Path) -> None:
@@ -77,6 +125,7 @@ class RunRecord:
             "status": "running",
             "started": datetime.now().isoformat(timespec="seconds"),
             "command": [Path(sys.executable).name, *sys.argv],
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
             "git": git_state() if folder else None,
             "python": platform.python_version(),
             "packages": {name: _version(name) for name in _PACKAGES},

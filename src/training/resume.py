@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from src.core.errors import UserError
+from src.core.folder_lock import owner_of
 from src.core.text import flat
 from src.core.weights import read, resolve
 from src.formats.checkpoint_content import with_current_keys
@@ -62,6 +63,9 @@ def announce_resume(checkpoint: Path, config: Mapping[str, Any], processes: int)
     before = content.get("config") or {}
     before = {**before, "model": with_current_keys(before.get("model") or {})}
     log.info("Resuming at step %s (epoch %s).", content.get("global_step"), content.get("epoch"))
+    run = checkpoint.parent.parent
+    if run.resolve() != resolve(config["paths"]["run_dir"] or "").resolve() and (owner := owner_of(run)):
+        log.warning("The run of that checkpoint is still going on in %s (%s); this one goes on beside it.", run, owner)
     epochs = config["trainer"]["max_epochs"]
     old = before.get("trainer", {}).get("max_epochs", epochs)
     done = content.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {}).get("current", {}).get("completed", 0)

@@ -6,7 +6,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from src.core.stopping import STOP, end_with_parent, listening, signal_name, sta
 from src.models.encoder_presets import expand_encoder
 from src.training import logs
 from src.training.preflight import preflight
-from src.training.record import RunRecord, make_folder, save_config, summary
+from src.training.record import RunRecord, make_folder, save_config, summary, take_lock
 from src.training.resume import announce_resume, find_checkpoint
 from src.training.trainer import build_trainer
 
@@ -46,8 +46,8 @@ ENDED_AT_ONCE = "ended at once by a second Ctrl-C"
 def run(config: DictConfig) -> float | None:
     """Train. A mistake of the user ends with one message and status 1, everything else with its traceback."""
     try:
-        with _process_state(), listening() as stop:
-            result = _run(config)
+        with _process_state(), listening() as stop, ExitStack() as held:
+            result = _run(config, held)
         if stop.code >= 128 and HydraConfig.get().mode == RunMode.MULTIRUN:  # too late for this job, not for the next
             raise SystemExit(stop.code)
         return result
@@ -58,7 +58,8 @@ def run(config: DictConfig) -> float | None:
     raise SystemExit(1)
 
 
-def _run(config: DictConfig) -> float | None:
+def _run(config: DictConfig, held: ExitStack) -> float | None:
+    """Train. `held`: what is given back when the run is over."""
     launch, sweep = Launch.detect(), HydraConfig.get().mode == RunMode.MULTIRUN
     STOP.loud = launch.main
     if launch.kind == "child":  # without the first process nothing can be saved
@@ -73,7 +74,8 @@ def _run(config: DictConfig) -> float | None:
     folder = None
     if launch.main and not config.preflight:
         wanted = config.paths.run_dir or (HydraConfig.get().runtime.output_dir if sweep else None)
-        folder = make_folder(config.paths.log_dir, wanted)
+        folder = make_folder(config.paths.log_dir, wanted, checkpoint)
+        held.enter_context(take_lock(folder))
         config.paths.run_dir = str(folder)
         save_config(config, folder)
     warnings = logs.set_up(folder, launch.main)
