@@ -15,7 +15,7 @@ from pytorch_lightning.plugins.io import CheckpointIO
 
 from src.callbacks.progress import training_paused
 from src.core.errors import UserError
-from src.core.files import link_or_copy, write_torch
+from src.core.files import disk_message, link_or_copy, write_torch
 from src.core.launch import command_to_resume
 from src.core.nonfinite import FIRST_STEP, REMEDY, NonFiniteError, nonfinite_tensors
 from src.core.rank_requests import RankRequests
@@ -221,10 +221,7 @@ class AtomicCheckpointIO(CheckpointIO):
         try:  # one tag for all processes: several GB that a killed run leaves are overwritten
             write_torch(path, checkpoint, tag="next")
         except OSError as error:
-            raise UserError(
-                f"The checkpoint {path} can't be written: {error}. The previous one is untouched; make room and use "
-                "ckpt_path=last."
-            ) from error
+            raise UserError(f"The checkpoint {disk_message(error, path)}") from error
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
