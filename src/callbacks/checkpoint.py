@@ -15,14 +15,18 @@ from pytorch_lightning.plugins.io import CheckpointIO
 
 from src.callbacks.progress import training_paused
 from src.core.errors import UserError
-from src.core.files import link_or_copy, write_torch
+from src.core.files import disk_message, link_or_copy, write_torch
 from src.core.launch import command_to_resume
-from src.core.nonfinite import NonFiniteError
+from src.core.nonfinite import FIRST_STEP, REMEDY, NonFiniteError, nonfinite_tensors
 from src.core.rank_requests import RankRequests
 from src.core.stopping import FAILED, STOP, signal_name
-from src.core.weights import read
+from src.core.weights import check_finite, read
 
 log = logging.getLogger(__name__)
+
+
+CHECKED = ("state_dict", "optimizer_states")
+"""Parts of a checkpoint whose numbers must be finite to be saved and to be loaded."""
 
 
 class RunCheckpoint(pl.callbacks.Checkpoint):
@@ -42,7 +46,9 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         self._best_step = -1
         self._saved_step: int | None = None  # None: training has not begun
         self._saved_at = time.monotonic()
+        self._began: int | None = None  # the step of the first update
         self._epoch_ended = False
+        self._stopped = False
         self._requests = RankRequests()
 
     # -- when
@@ -68,6 +74,7 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % pl_module.settings.loop.accumulate_grad_batches:
             return
+        self._began = trainer.global_step - 1 if self._began is None else self._began
         late = bool(self.every_n_minutes) and time.monotonic() - self._saved_at > 60 * self.every_n_minutes
         stop, late = self._requests.exchange([STOP.code, late], trainer.world_size)
         if stop:
@@ -101,13 +108,19 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Give a run too short for an evaluation a best.ckpt."""
         last, best = self.folder / "last.ckpt", self.folder / "best.ckpt"
-        if trainer.is_global_zero and last.exists() and not best.exists():
-            link_or_copy(last, best)
-            log.info("Nothing was evaluated: best.ckpt is the last checkpoint.")
+        if not trainer.is_global_zero or not last.exists() or best.exists():
+            return
+        if self.monitor in pl_module.scores:
+            log.error("%s was never a finite number: there is no best.ckpt, only last.ckpt.", self.monitor)
+            return
+        link_or_copy(last, best)
+        log.info("Nothing was evaluated: best.ckpt is the last checkpoint.")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Save the state after the last whole update; on one process only, since others may not answer any more."""
         if isinstance(exception, (SystemExit, NonFiniteError)) or trainer.world_size > 1 or trainer.sanity_checking:
+            return
+        if self._began is None or self._stopped:
             return
         done = trainer.fit_loop.epoch_loop.batch_progress.current
         whole = done.ready == done.processed and done.ready % pl_module.settings.loop.accumulate_grad_batches == 0
@@ -124,6 +137,7 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
 
     def _save_and_stop(self, trainer: pl.Trainer, pl_module: Any, code: int) -> None:
         """Save and end the run with an exit code that all ranks agreed on. On all ranks."""
+        self._stopped = True
         STOP.code = max(STOP.code, code)  # where another rank was asked: Ctrl-C from now on is the second one
         self.save(trainer, pl_module)
         where = self.folder / "last.ckpt"
@@ -149,6 +163,15 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         make_canonical(checkpoint["loops"], _batches_per_epoch(pl_module))
+        if names := nonfinite_tensors({part: checkpoint[part] for part in CHECKED}):
+            last = self.folder / "last.ckpt"
+            kept = f"{last} stays as it was" if last.exists() else "There is no earlier checkpoint"
+            done = trainer.global_step - (self._began or 0)
+            raise NonFiniteError(
+                f"At step {trainer.global_step}, when it was to be saved, {len(names)} of the tensors held NaN or infinity: "
+                f"{', '.join(names[:4])}{' …' if len(names) > 4 else ''}. Nothing was saved. {kept}. "
+                + (FIRST_STEP if done <= 1 else REMEDY)
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {"monitor": self.monitor, "best": self.best}
@@ -175,7 +198,12 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         if step <= self._best_step:
             return False
         self._best_step = step
-        if not math.isfinite(score) or (self.best is not None and score >= self.best):
+        if not math.isfinite(score):
+            log.error(
+                "%s is %s at step %d: something is wrong with the weights or the data.", self.monitor, score, step
+            )
+            return False
+        if self.best is not None and score >= self.best:
             return False
         self.best = score
         return True
@@ -193,10 +221,7 @@ class AtomicCheckpointIO(CheckpointIO):
         try:  # one tag for all processes: several GB that a killed run leaves are overwritten
             write_torch(path, checkpoint, tag="next")
         except OSError as error:
-            raise UserError(
-                f"The checkpoint {path} can't be written: {error}. The previous one is untouched; make room and use "
-                "ckpt_path=last."
-            ) from error
+            raise UserError(f"The checkpoint {disk_message(error, path)}") from error
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -207,6 +232,11 @@ class AtomicCheckpointIO(CheckpointIO):
                 f"{path} is no checkpoint of a training run. Weights of others go into model.pretrained_decoder_path, not "
                 "ckpt_path."
             )
+        check_finite(
+            {part: content.get(part) for part in CHECKED},
+            path,
+            "Resume from an earlier one: best.ckpt, epoch_XXX.ckpt.",
+        )
         return content
 
     def remove_checkpoint(self, path: str | Path) -> None:

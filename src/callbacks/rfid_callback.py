@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from src.callbacks.progress import training_paused
 from src.core.distributed import Process
 from src.core.errors import UserError
+from src.core.files import disk_message
 from src.core.images import Quantization
 from src.core.run_names import run_id
 from src.core.weights import resolve
@@ -107,7 +108,13 @@ class RFIDCallback(pl.Callback):
         key = "callbacks.rfid.inception_path"
         self._inception = load_inception(self.inception_path, self.inception_weights, key, REMEDY, self.inception_width)
         if self._pairs and trainer.is_global_zero:
-            self._folder(trainer).mkdir(parents=True, exist_ok=True)
+            try:
+                self._folder(trainer).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(
+                    f"callbacks.rfid.rfid_output_dir={self.rfid_output_dir}: {error}. Set it to a place that can be "
+                    "written, or callbacks.rfid.rfid_save_samples=false."
+                ) from error
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         accumulate = pl_module.settings.loop.accumulate_grad_batches
@@ -175,7 +182,10 @@ class RFIDCallback(pl.Callback):
         self._latest = (trainer.global_step, images, values)
         kept = pairs.gather() if self._pairs else []
         if kept:
-            save_pairs(kept, self._folder(trainer) / name)
+            try:
+                save_pairs(kept, self._folder(trainer) / name)
+            except OSError as error:
+                log.warning("The pictures in %s", disk_message(error, self._folder(trainer) / name))
         return values
 
     def _publish(self, trainer: pl.Trainer, pl_module: Any, group: str, figures: dict[str, float]) -> None:

@@ -1,5 +1,6 @@
 """Draw originals above reconstructions by the EMA weights while training, always of the same images."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from src.callbacks.progress import training_paused
+from src.core.files import disk_message
 from src.core.images import save_png, sheet
+
+log = logging.getLogger(__name__)
 
 
 class SampleImages(pl.Callback):
@@ -43,8 +47,12 @@ class SampleImages(pl.Callback):
             self._originals = torch.stack([item.image for item in items if item.image is not None]).to(pl_module.device)
         with trainer.precision_plugin.forward_context():
             picture = sheet(pl_module.sample_rows(self._originals))
-        self.last_file = Path(trainer.default_root_dir) / "samples" / f"step_{trainer.global_step:07d}.png"
-        save_png(picture, self.last_file)
+        file = Path(trainer.default_root_dir) / "samples" / f"step_{trainer.global_step:07d}.png"
+        try:
+            save_png(picture, file)
+            self.last_file = file
+        except OSError as error:
+            log.warning("The picture %s", disk_message(error, file))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("samples", picture, trainer.global_step)

@@ -1,5 +1,6 @@
 """Write files atomically, and check beforehand that they may be written."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -59,7 +60,41 @@ def write_torch(path: str | Path, content: Any, tag: str | None = None) -> None:
     import torch
 
     with replacing(path, tag) as file:
-        torch.save(content, file)
+        target = _Remembering(file)
+        try:
+            torch.save(content, target)
+        except RuntimeError as error:  # what torch makes of a full disk when it closes the archive
+            raise target.failure or error from error
+
+
+class _Remembering:
+    """Passes on what is written and remembers the first error, which torch.save replaces by one of its own."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""What the system says of a disk that is full, over quota, read-only or broken."""
+
+
+def disk_message(error: OSError, path: str | Path | None = None) -> str:
+    """Return the message for a file that can't be written."""
+    return (
+        f"{path or error.filename or 'A file'} can't be written: {error.strerror or error}. Make room (or set "
+        "paths.log_dir to another place); what was saved before is untouched, ckpt_path=last goes on from it."
+    )
 
 
 def file_digest(path: str | Path, algorithm: str) -> str:

@@ -3,7 +3,10 @@
 import logging
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
+
+from src.core.files import disk_message
 
 # Harmless and not ours to mend; everything else is left alone.
 _SILENCED = (
@@ -39,6 +42,24 @@ class WarningCollector(logging.Handler):
             self.messages.append(message)
 
 
+class LogFile(logging.FileHandler):
+    """A log file that says once on the terminal when it can't be written, and lets the run go on."""
+
+    _failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._failed:
+            self._failed = True
+            error = sys.exc_info()[1]
+            reason = disk_message(error, self.baseFilename) if isinstance(error, OSError) else str(error)
+            with suppress(OSError, ValueError):
+                sys.stderr.write(f"{reason} The run goes on.\n")
+
+    def close(self) -> None:
+        with suppress(OSError):  # what could not be written before
+            super().close()
+
+
 def set_up(folder: Path | None, main: bool) -> WarningCollector:
     """Log to the terminal and to FOLDER/run.log from the first process; from the others log errors only."""
     root, collector = logging.getLogger(), WarningCollector()
@@ -53,7 +74,7 @@ def set_up(folder: Path | None, main: bool) -> WarningCollector:
     root.addHandler(terminal)
     root.addHandler(collector)
     if folder is not None and main:
-        file = logging.FileHandler(folder / "run.log", encoding="utf-8")
+        file = LogFile(folder / "run.log", encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root.addHandler(file)
     logging.getLogger("transformers").setLevel(logging.ERROR)  # reports unused weights, which our strict load looks at

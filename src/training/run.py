@@ -6,7 +6,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from src.callbacks.metrics_csv import MetricsCsv
 from src.callbacks.progress import StartupTable, device_name
 from src.core.errors import UserError
+from src.core.files import DISK_ERRORS, disk_message
 from src.core.launch import Launch
 from src.core.settings import check_keys
 from src.core.stopping import STOP, end_with_parent, listening, signal_name, status_of
@@ -53,6 +54,10 @@ def run(config: DictConfig) -> float | None:
         return result
     except UserError as error:
         log.error("%s", error)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        log.error("%s", disk_message(error))
     except OmegaConfBaseException as error:
         log.error("Configuration: %s", str(error).strip())
     raise SystemExit(1)
@@ -92,7 +97,8 @@ def _run(config: DictConfig, held: ExitStack) -> float | None:
     except BaseException as error:
         status = status_of(STOP.code) if isinstance(error, SystemExit) else "failed"
         reason = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception_only(error)).strip()
-        record.finish(status, warnings.messages, error=signal_name(STOP.code) if status != "failed" else reason)
+        with suppress(OSError):  # of the first error is to be told
+            record.finish(status, warnings.messages, error=signal_name(STOP.code) if status != "failed" else reason)
         if built is not None and status == "failed":
             _end_children(built.trainer)
         raise
