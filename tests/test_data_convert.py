@@ -23,7 +23,8 @@ from src.core.errors import UserError
 from src.data import convert as conversion
 from src.data import dummy
 from src.data.arrow import ArrowSource
-from src.data.convert import convert, scan
+from src.data.convert import convert
+from src.data.convert_scan import scan
 from src.data.convert_shard import Settings
 from src.data.sources import MAX_FILE_BYTES
 

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import re
 from pathlib import Path
 
 import datasets
@@ -268,9 +267,8 @@ DAMAGED = {  # what becomes of a dataset of three Arrow files, and what is said 
 }
 ELSEWHERE = {  # what is given instead of a dataset
     "nothing": (lambda p: p / "nothing_here", "No dataset at .*data.data_dir.*create_hf_test_data.py"),
-    "only files": (lambda p: tree(p / "tree"), "--output_dir .*tree_hf`.*use_hf_dataset=false"),
-    "Parquet": (lambda p: made(p / "hub", "data/train-00000-of-00001.parquet"), "holds Parquet files.*load_dataset.*hub.*save_to_disk.*hub_hf.*data.data_dir=.*hub_hf"),
-    "something else": (lambda p: made(p / "other", "deep/notes.txt"), "no Hugging Face dataset.*--output_dir .*other_hf` and set data.data_dir=.*other_hf"),
+    "something else": (lambda p: made(p / "other", "deep/notes.txt"), "holds no images that can be read.*deep/notes.txt"),
+    "packed files": (lambda p: made(p / "packed", "train.tar.gz"), "holds packed files, such as train.tar.gz. Unpack"),
     "empty folder": (lambda p: made(p / "empty", ".hidden/x").parent / "empty", "is empty.*--output_dir .*empty`"),
     "a file": (lambda p: p / "state.json", "is a file"),
     "one up": (lambda p: p.parent, "data.data_dir=.*single"),
@@ -286,23 +284,6 @@ def test_what_is_not_a_dataset_says_so(case: str, single: Path) -> None:
     with pytest.raises(UserError, match=f"(?s){says}") as error:
         open_splits(single if case in DAMAGED else folder, True, "train", "validation", 1.0)
     assert "--overwrite" not in str(error.value)  # what lies there may be the only copy, and no dataset as yet
-
-
-def test_the_route_from_parquet_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = tmp_path / "imagenet"
-    (hub / "data").mkdir(parents=True)
-    hf_dataset(20).to_parquet(hub / "data/train-00000-of-00001.parquet")
-    hf_dataset(6).to_parquet(hub / "data/validation-00000-of-00001.parquet")
-    with pytest.raises(UserError) as error:
-        open_splits(hub, True, "train", "validation", 1.0)
-    command = re.search(r'`python -c "(.*?)"`', str(error.value))
-    assert command is not None
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    exec(command[1], {})
-    splits = open_splits(tmp_path / "imagenet_hf", True, "train", "validation", 1.0)
-    assert (len(splits.train_rows), len(splits.validation_rows)) == (20, 6)
-    assert [bytes(splits.train.encoded(i)) for i in range(20)] == FILES
-    assert splits.train.class_names == ["cat", "dog"]
 
 
 @pytest.mark.parametrize(("share", "says"), [(0, "share above 0"), (1.5, "share above 0"), (-1, "share above 0"), (0.01, "leaves none")])  # fmt: skip

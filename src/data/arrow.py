@@ -36,6 +36,9 @@ class Columns:
     label: str | None = None
 
 
+DEFAULT_COLUMNS = Columns()
+
+
 class ArrowSource(PackedSource):
     """Images of the Arrow files of one folder. Pickles as its arguments: another process opens it itself.
 
@@ -45,7 +48,7 @@ class ArrowSource(PackedSource):
         UserError: half-written, damaged, empty, or without the columns wanted.
     """
 
-    def __init__(self, folder: Path, columns: Columns = Columns(), files: Sequence[str] | None = None) -> None:
+    def __init__(self, folder: Path, columns: Columns = DEFAULT_COLUMNS, files: Sequence[str] | None = None) -> None:
         self._arguments = folder, columns, files
         self.folder = folder
         info, self._state = _metadata(folder, files)
@@ -123,9 +126,7 @@ def _metadata(folder: Path, files: Sequence[str] | None) -> tuple[dict[str, Any]
         raise UserError(f"{folder / 'state.json'} lists no Arrow files: the dataset is empty.")
     if state.get("_indices_data_files"):
         raise UserError(
-            f'{folder} is a selection of rows. Write them out with `python -c "import datasets; '
-            f'datasets.load_from_disk({str(folder)!r}).flatten_indices().save_to_disk({str(folder) + "_flat"!r})"` and set '
-            f"data.data_dir={folder}_flat."
+            f"{folder} is a selection of rows. Write them out with " + _rewrite(folder, "flatten_indices()", "flat")
         )
     return info, state
 
@@ -210,27 +211,23 @@ def _image_column(folder: Path, features: dict[str, Any], schema: pa.Schema, wan
     name = wanted or ("image" if "image" in schema.names and (not images or "image" in images) else None)
     if name is None and len(images) == 1:
         name = images[0]
-    if name is None:
-        which = f"more than one image column ({', '.join(images)})" if images else "no image column"
+    if name is None and images:
         raise UserError(
-            f"{folder} has {which}; expected one of encoded images. Its columns: {_listed(schema)}. "
-            + (f"Choose one: data.image_column={images[0]}." if images else "If one of them holds images, cast it:")
-            + ("" if images else f" {_cast(folder, 'COLUMN')}")
+            f"{folder} has more than one image column ({', '.join(images)}). Choose one: data.image_column={images[0]}."
+        )
+    if name is None:
+        raise UserError(
+            f"{folder} has no image column. Its columns: {_listed(schema)}. If one of them names or holds images, cast it: "
+            + _rewrite(folder, "cast_column('COLUMN', datasets.Image())", "images")
         )
     kind = schema.field(name).type
     if not holds_images(kind):
         raise UserError(
             f"The column {name!r} of {folder} holds {kind}; expected encoded images (the type datasets.Image, a struct of "
-            f"bytes and path). If it names files, make it a column of images: {_cast(folder, name)}"
+            "bytes and path). If it names files, make it a column of images: "
+            + _rewrite(folder, f"cast_column({name!r}, datasets.Image())", "images")
         )
     return name
-
-
-def _cast(folder: Path, column: str) -> str:
-    return (
-        f'`python -c "import datasets; datasets.load_from_disk({str(folder)!r}).cast_column({column!r}, datasets.Image())'
-        f'.save_to_disk({str(folder) + "_images"!r})"` and set data.data_dir={folder}_images.'
-    )
 
 
 def _label_column(folder: Path, schema: pa.Schema, wanted: str | None) -> str | None:
@@ -243,7 +240,14 @@ def _label_column(folder: Path, schema: pa.Schema, wanted: str | None) -> str | 
         return None
     whole = [field.name for field in schema if pa.types.is_integer(field.type)]
     raise UserError(
-        f"data.label={wanted}: {folder} has {f'{kind} in that column' if kind else 'no such column'}; expected whole numbers. "
-        f'Its columns of these: {", ".join(whole) or "none"}. Text becomes classes with `python -c "import datasets; '
-        f'datasets.load_from_disk({str(folder)!r}).class_encode_column({wanted!r}).save_to_disk({str(folder) + "_classes"!r})"`.'
+        f"data.label={wanted}: {folder} has {f'{kind} in that column' if kind else 'no such column'}; expected whole "
+        f"numbers. Its columns of these: {', '.join(whole) or 'none'}. Text becomes classes with "
+        + _rewrite(folder, f"class_encode_column({wanted!r})", "classes")
     )
+
+
+def _rewrite(folder: Path, change: str, ending: str) -> str:
+    """Return the command that writes a changed copy of a dataset, and what to set then."""
+    target = f"{folder}_{ending}"
+    program = f"import datasets; datasets.load_from_disk({str(folder)!r}).{change}.save_to_disk({target!r})"
+    return f'`python -c "{program}"` and set data.data_dir={target}.'

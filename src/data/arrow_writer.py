@@ -22,9 +22,15 @@ class Row(NamedTuple):
 
 
 def features(class_names: Sequence[str] | None) -> dict[str, Any]:
-    """Return the `features` of dataset_info.json: an image and, where there are classes, its label."""
-    image = {"image": {"_type": "Image"}}
-    return image | ({"label": {"names": list(class_names), "_type": "ClassLabel"}} if class_names else {})
+    """Return the `features` of dataset_info.json: an image and its label.
+
+    class_names: None where there are no labels; empty where they are numbers without names.
+    """
+    image: dict[str, Any] = {"image": {"_type": "Image"}}
+    if class_names is None:
+        return image
+    label = {"names": list(class_names), "_type": "ClassLabel"} if class_names else {"dtype": "int64", "_type": "Value"}
+    return image | {"label": label}
 
 
 def shard_name(index: int, count: int) -> str:
@@ -38,7 +44,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_shard(path: Path, rows: Iterable[Row], class_names: Sequence[str] | None) -> int:
     """Write the rows as one Arrow stream, taking one record batch of them at a time; return how many there were."""
     kinds = [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))]
-    kinds += [("label", pa.int64())] if class_names else []
+    kinds += [("label", pa.int64())] if class_names is not None else []
     schema = pa.schema(kinds, metadata={"huggingface": json.dumps({"info": {"features": features(class_names)}})})
     total, remaining = 0, iter(rows)
     with replacing(path) as file, pa.ipc.new_stream(file, schema) as writer:

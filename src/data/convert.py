@@ -1,4 +1,4 @@
-"""Convert a tree of image files to a Hugging Face dataset on disk, in parallel, restartable, complete or not there.
+"""Convert image files, tars or Parquet to a Hugging Face dataset on disk, in parallel, restartable, complete or not there.
 
 Work goes on in `OUTPUT.partial`. One shard is one unit of work: its Arrow file appears whole under its name, then a
 journal entry beside it says that it is done. A later run with the same settings and files takes finished shards as they
@@ -19,37 +19,21 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from src.core.errors import UserError
 from src.core.files import check_folder
 from src.data.arrow_writer import shard_name, write_json, write_metadata
-from src.data.convert_shard import Job, Settings, convert_shard, printable
-from src.data.sources import FileSource, class_files, folders, loose_files
-from src.data.splits import MARKS, SPLIT_NAMES
+from src.data.convert_scan import Tree
+from src.data.convert_shard import Job, Settings, convert_shard
+from src.data.places import MARKS
+from src.data.sources import printable
 
 JOURNAL = ".conversion"
 REPORT = "conversion_report.json"
 SHARD_IMAGES = (64, 2500)  # at least and at most; about 280 MB of ImageNet
-
-
-@dataclass(frozen=True)
-class Tree:
-    """What a folder of images holds: every file is tried, whatever its name."""
-
-    root: Path
-    splits: dict[str, FileSource]
-    has_splits: bool
-    """False: classes (or images) directly in the root; the one split is then called `train`."""
-    class_names: list[str]
-    outside: list[tuple[str, str]]
-    """(path, reason) of files that belong to no split or class."""
-
-    @property
-    def count(self) -> int:
-        return sum(map(len, self.splits.values()))
 
 
 @dataclass(frozen=True)
@@ -63,37 +47,6 @@ class Report:
     """`file` and `reason` of everything left out."""
     shards_reused: int
     seconds: float
-
-
-def scan(root: Path) -> Tree:
-    """List a tree: splits with classes below, classes at once, or one flat folder. Hidden files are left out.
-
-    Class numbers follow the sorted names over all splits.
-
-    Raises:
-        UserError: no folder, or no file in it.
-    """
-    if not root.is_dir():
-        raise UserError(f"--input_dir {root}: no such folder.")
-    names = folders(root)
-    by_split = {same[0]: name for same in SPLIT_NAMES for name in reversed(same) if name in names}
-    has_splits = "train" in by_split or (bool(by_split) and len(by_split) == len(names))
-    places = by_split if has_splits else {"train": ""}
-    class_names = sorted({name for place in places.values() for name in folders(root / place)})
-    outside = [(n, "a folder beside the splits") for n in names if n not in places.values()] if has_splits else []
-    splits = {}
-    for split, place in places.items():
-        files, labels = class_files(root, class_names, place=place)
-        loose = [os.path.join(place, name) for name in loose_files(root / place)]
-        if folders(root / place):
-            outside += [(path, "beside the class folders, so of no class") for path in loose]
-        else:
-            files, labels = loose, []
-        if files:
-            splits[split] = FileSource(root, files, labels, class_names)
-    if not splits:
-        raise UserError(f"--input_dir {root}: no files in it; expected images in one folder per class.")
-    return Tree(root, splits, has_splits, class_names, outside)
 
 
 def convert(
@@ -119,7 +72,7 @@ def convert(
         _prepare(partial, tree, settings, overwrite)
         jobs = _jobs(partial, tree, settings)
         open_jobs = [job for job in jobs if not Path(job.journal).is_file()]
-        done = tree.count - sum(len(job.source) for job in open_jobs)
+        done = tree.count - sum(len(job.part) for job in open_jobs)
         progress(done)
         for finished in _run(open_jobs, num_workers):
             done += finished
@@ -150,7 +103,7 @@ def check_output(output: Path, overwrite: bool) -> None:
 def _check_apart(tree: Tree, output: Path, partial: Path) -> None:
     """Check that no folder of images, linked ones included, is replaced or mixed with what is written."""
     root = tree.root.resolve()
-    places = {os.path.dirname(file) for source in tree.splits.values() for file in source.files}
+    places = {place for rows in tree.splits.values() for place in rows.places()}
     for images in [root, *((root / place).resolve() for place in sorted(places))]:
         for place in (output, partial):
             if place.is_relative_to(images) or images.is_relative_to(place):
@@ -164,9 +117,9 @@ def _check_apart(tree: Tree, output: Path, partial: Path) -> None:
 def _prepare(partial: Path, tree: Tree, settings: Settings, overwrite: bool) -> None:
     """Make `partial`, or check that what is there was begun with the same settings and files."""
     digest = hashlib.sha256(json.dumps(tree.class_names).encode())
-    for split, source in tree.splits.items():
-        for index, file in enumerate(source.files):
-            digest.update(os.fsencode(f"{split}\0{file}\0{source.label(index)}\n"))
+    for split, rows in tree.splits.items():
+        for line in rows.identity():
+            digest.update(os.fsencode(f"{split}\0{line}\n"))
     wanted = asdict(settings) | {"input_dir": str(tree.root), "files": tree.count, "digest": digest.hexdigest()[:16]}
     noted = partial / JOURNAL / "settings.json"
     if partial.exists():
@@ -190,18 +143,15 @@ def _prepare(partial: Path, tree: Tree, settings: Settings, overwrite: bool) -> 
 
 def _jobs(partial: Path, tree: Tree, settings: Settings) -> list[Job]:
     jobs = []
-    for split, source in tree.splits.items():
+    for split, rows in tree.splits.items():
         folder = partial / split if tree.has_splits else partial
         folder.mkdir(exist_ok=True)
-        size = min(SHARD_IMAGES[1], max(SHARD_IMAGES[0], -(-len(source) // 16)))
-        count = -(-len(source) // size)
-        own = settings if split == "train" else Settings(None, settings.max_megapixels)
-        for i in range(count):
-            name = shard_name(i, count)
+        parts = rows.parts(min(SHARD_IMAGES[1], max(SHARD_IMAGES[0], -(-len(rows) // 16))))
+        own = settings if split == "train" else replace(settings, resize_shorter_px=None)
+        for i, part in enumerate(parts):
+            name = shard_name(i, len(parts))
             journal = partial / JOURNAL / f"{split}-{name}.json"
-            rows = slice(i * size, (i + 1) * size)
-            part = FileSource(tree.root, source.files[rows], source.labels[rows], tree.class_names)
-            jobs.append(Job(part, str(folder / name), str(journal), own))
+            jobs.append(Job(part, str(folder / name), str(journal), own, tree.class_names))
     return jobs
 
 
@@ -241,14 +191,14 @@ def _finish(partial: Path, tree: Tree, jobs: list[Job], reused: int, started: fl
         journals: list[dict[str, Any]] = [json.loads(Path(job.journal).read_text()) for job in mine]
         images[split] = sum(j["rows"] for j in journals)
         bad += [entry for j in journals for entry in j["bad"]]
-        write_metadata(folder, [Path(job.target).name for job in mine], tree.class_names or None, split)
+        write_metadata(folder, [Path(job.target).name for job in mine], tree.class_names, split)
     if not images.get("train", sum(images.values())):
         first = "; ".join(f"{b['file']}: {b['reason']}" for b in bad[:3])
         shutil.rmtree(partial)
         raise UserError(f"None of the {tree.count} files in {tree.root} is a readable image ({first} …).")
     for left in partial.rglob(".*.writing"):  # of processes that were killed
         left.unlink()
-    report = Report(images, len(tree.class_names), bad, reused, round(time.monotonic() - started, 1))
+    report = Report(images, len(tree.class_names or ()), bad, reused, round(time.monotonic() - started, 1))
     if tree.has_splits:
         write_json(partial / "dataset_dict.json", {"splits": list(tree.splits)})
     write_json(partial / REPORT, {"input_dir": str(tree.root)} | asdict(report))

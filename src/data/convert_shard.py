@@ -1,7 +1,6 @@
 """Convert one shard: read the files, find the bad ones, resize where asked, write. Runs in a worker process."""
 
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,8 @@ from PIL import Image
 
 from src.data import crops
 from src.data.arrow_writer import UNKNOWN_LABEL, Row, write_json, write_shard
+from src.data.convert_scan import Part
 from src.data.decode import BadImage, Decoder, jpeg_orientation
-from src.data.sources import FileSource
 
 JPEG_QUALITY = 95
 MAX_JPEG_SIDE = 65500  # the longest that libjpeg writes, px
@@ -27,40 +26,47 @@ class Settings:
         that the shorter side has exactly that many px, smaller images included; the validation split is copied still,
         because rFID's reference images have to be the original ones.
     max_megapixels: larger images are left out.
+    trust: rows are copied unseen, where they are not resized: damaged ones are found in training.
     """
 
     resize_shorter_px: int | None
     max_megapixels: float
+    trust: bool = False
 
 
 @dataclass(frozen=True)
 class Job:
     """One shard."""
 
-    source: FileSource
+    part: Part
     target: str
     journal: str
     settings: Settings
+    class_names: Sequence[str] | None
 
 
 def convert_shard(job: Job) -> int:
     """Write a shard, then the journal entry that says it is done; return the number of files tried."""
     bad: list[dict[str, str]] = []
-    rows = write_shard(Path(job.target), _rows(job, bad), job.source.class_names)
+    rows = write_shard(Path(job.target), _rows(job, bad), job.class_names)
     write_json(Path(job.journal), {"rows": rows, "bad": bad})
-    return len(job.source)
+    return len(job.part)
 
 
 def _rows(job: Job, bad: list[dict[str, str]]) -> Iterable[Row]:
-    decoder = Decoder("apply", job.settings.max_megapixels)
-    for index, file in enumerate(job.source.files):
+    settings = job.settings
+    decoder = None
+    if not settings.trust or settings.resize_shorter_px is not None:
+        decoder = Decoder("apply", settings.max_megapixels)
+    for entry in job.part.entries():
         try:
-            data = encode(job.source.encoded(index), decoder, job.settings.resize_shorter_px)
+            data = entry.read()
+            if decoder is not None:
+                data = encode(data, decoder, settings.resize_shorter_px)
         except BadImage as error:
-            bad.append({"file": printable(file), "reason": str(error)})
+            bad.append({"file": entry.name, "reason": str(error)})
             continue
-        label = job.source.label(index)
-        yield Row(data, printable(file), UNKNOWN_LABEL if label is None else label)
+        yield Row(data, entry.name, UNKNOWN_LABEL if entry.label is None else entry.label)
 
 
 def encode(data: bytes, decoder: Decoder, shorter_px: int | None) -> bytes:
@@ -80,8 +86,3 @@ def encode(data: bytes, decoder: Decoder, shorter_px: int | None) -> bytes:
     with suppress(ValueError):  # no JPEG, or one that only Pillow reads
         subsampling = "420" if simplejpeg.decode_jpeg_header(data)[3] == "420" else "444"
     return simplejpeg.encode_jpeg(np.ascontiguousarray(resized), JPEG_QUALITY, "RGB", subsampling)
-
-
-def printable(path: str) -> str:
-    """Return a file name with escapes for what is no valid UTF-8."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")

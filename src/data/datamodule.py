@@ -10,6 +10,7 @@ from pytorch_lightning import LightningDataModule
 from src.core import weights
 from src.core.errors import UserError
 from src.data import dummy
+from src.data.arrow import Columns
 from src.data.dataset import EvaluationDataset, EvaluationTransform, TrainCrop, TrainDataset, TrainTransform
 from src.data.decode import Decoder, Exif
 from src.data.loader import EvaluationLoader, TrainLoader, WorkerOptions
@@ -31,10 +32,11 @@ class RAEDataModule(LightningDataModule):
     def __init__(
         self,
         data_dir: str,
-        use_hf_dataset: bool,
+        use_hf_dataset: bool | None,
         hf_split: str,
         hf_validation_split: str | None,
         train_split: float,
+        image_column: str | None,
         label: str | None,
         image_size: int,
         batch_size: int,
@@ -59,10 +61,12 @@ class RAEDataModule(LightningDataModule):
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise UserError(f"data.{key}={value}: expected a whole number of at least {least}.")
+        if use_hf_dataset not in (None, True, False):
+            raise UserError(f"data.use_hf_dataset={use_hf_dataset}: expected true, false, or null (by what is there).")
         if not 0 <= max_bad_share <= 1:
             raise UserError(f"data.max_bad_share={max_bad_share}: expected a share from 0 to 1.")
         self.data_dir, self.use_hf_dataset, self.train_split = weights.resolve(data_dir), use_hf_dataset, train_split
-        self._split_names, self.label = (hf_split, hf_validation_split), label
+        self._split_names, self.columns = (hf_split, hf_validation_split), Columns(image_column, label)
         self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
         self.num_workers, self.max_bad_share = num_workers, max_bad_share
         decoder = Decoder(exif, max_megapixels)
@@ -75,14 +79,14 @@ class RAEDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Make the project's own small data sets where they are asked for and missing."""
-        if self.use_hf_dataset:
+        if self.use_hf_dataset is not False:
             dummy.ensure(self.data_dir)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the data. Raises UserError where there is none."""
         if self._splits is None:
             self._splits = open_splits(
-                self.data_dir, self.use_hf_dataset, *self._split_names, self.train_split, self.label
+                self.data_dir, self.use_hf_dataset, *self._split_names, self.train_split, self.columns
             )
             log.info("Data: %s", self._splits.description)
 

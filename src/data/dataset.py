@@ -16,7 +16,7 @@ from src.core.errors import UserError
 from src.data import crops
 from src.data.arrow_writer import UNKNOWN_LABEL
 from src.data.decode import BadImage, Decoder
-from src.data.order import Item
+from src.data.order import Item, Rows
 from src.data.sources import Source
 
 TrainCrop = Literal["random", "center", "adm"]
@@ -105,7 +105,7 @@ class EvaluationTransform:
 
 
 class _Rows(Dataset[Sample]):
-    def __init__(self, source: Source, rows: np.ndarray, transform: Any) -> None:
+    def __init__(self, source: Source, rows: Rows, transform: Any) -> None:
         self.source, self.rows, self.transform = source, rows, transform
 
     def __len__(self) -> int:

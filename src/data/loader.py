@@ -13,6 +13,7 @@ from src.core.errors import UserError
 from src.core.stopping import ignore_in_worker
 from src.data.dataset import EvaluationDataset, Failure, Sample, TrainDataset, collate
 from src.data.order import EpochOrder, Item
+from src.data.sources import printable
 
 log = logging.getLogger(__name__)
 
@@ -67,13 +68,13 @@ class BadImages:
         for failure in failures:
             if failure.name not in self.names:
                 self.names.add(failure.name)
-                log.warning("Bad image %s: %s", failure.name, failure.reason)
+                log.warning("Bad image %s: %s", printable(failure.name), printable(failure.reason))
         allowed = self.max_share * max(self.seen, min(JUDGE_AFTER, self.epoch_images))
         if failures and (stuck or self.bad > allowed):
-            last = failures[-1]
+            last = printable(f"{failures[-1].name}: {failures[-1].reason}")
             raise UserError(
                 f"{self.bad} bad images among the first {self.seen} ({len(self.names)} different ones), more than "
-                f"data.max_bad_share={self.max_share:g} allows. The last: {last.name}: {last.reason}. Mend or remove "
+                f"data.max_bad_share={self.max_share:g} allows. The last: {last}. Mend or remove "
                 "the files (create_hf_test_data.py leaves bad ones out and lists them), or raise data.max_bad_share."
             )
 

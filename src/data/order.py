@@ -9,7 +9,7 @@ images for any W, b, k of equal product. The last, partial global batch is dropp
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -99,11 +99,35 @@ def evaluation_rows(length: int, num_images: int | None = None, world: int = 1, 
     return order[:num_images][rank::world]
 
 
-def split_rows(length: int, train_share: float) -> tuple[np.ndarray, np.ndarray]:
+@dataclass(frozen=True)
+class AllRows:
+    """All rows of a source, as an array of 0..length-1 would list them. Takes no memory."""
+
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return np.arange(*index.indices(self.length))
+        return index
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.length))
+
+
+Rows = np.ndarray | AllRows
+"""Rows of a source, to be indexed by a number or an array of numbers."""
+
+
+def split_rows(length: int, train_share: float) -> tuple[Rows, np.ndarray]:
     """Return (training rows, held-out rows), each sorted; a function of length and share, whatever the seed of a run.
 
     round(length * train_share) rows are for training. They are drawn, so that both parts hold all classes.
     """
-    order = stream.generator(0, stream.Purpose.SPLIT).permutation(length)
     cut = round(length * train_share)
+    if cut == length:
+        return AllRows(length), np.empty(0, np.int64)
+    order = stream.generator(0, stream.Purpose.SPLIT).permutation(length)
     return np.sort(order[:cut]), np.sort(order[cut:])

@@ -1,6 +1,7 @@
 """Rows of encoded images, and the source that reads image files one by one."""
 
 import hashlib
+import logging
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +10,8 @@ from typing import Protocol
 
 from src.core.errors import UserError
 from src.data.decode import BadImage
+
+log = logging.getLogger(__name__)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
 MAX_FILE_BYTES = 1 << 29  # an encoded image of half a GiB is no photograph
@@ -48,11 +51,17 @@ class FileSource:
     """Image files, in the order given. files: relative to `root`; labels: by file, or None where there are no classes."""
 
     def __init__(
-        self, root: Path, files: Sequence[str], labels: Sequence[int | None] = (), class_names: Sequence[str] = ()
+        self,
+        root: Path,
+        files: Sequence[str],
+        labels: Sequence[int | None] = (),
+        class_names: Sequence[str] = (),
+        num_classes: int | None = None,
     ) -> None:
+        """num_classes: None counts the names."""
         self.root, self.files, self.labels = root, files, labels
         self.class_names = list(class_names) or None
-        self.num_classes = len(class_names) or None
+        self.num_classes = num_classes or len(class_names) or None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -103,40 +112,86 @@ def open_image_tree(root: Path) -> FileSource:
         return FileSource(root, files)
     raise UserError(
         f"No images in {root} (data.data_dir): expected files ending in {', '.join(SUFFIXES[:4])} … in one "
-        "folder per class, or `train` and `val` folders with such classes below. For a Hugging Face dataset "
-        "set data.use_hf_dataset=true."
+        "folder per class, or `train` and `val` folders with such classes below."
     )
 
 
 def class_files(
-    root: Path, class_names: Sequence[str], wanted: Callable[[str], bool] = lambda name: True, place: str = ""
+    root: Path, class_names: Sequence[str], wanted: Callable[[str], bool] | None = None, place: str = ""
 ) -> tuple[list[str], list[int | None]]:
-    """List the files (relative to `root`) and labels of the classes that are folders in `root`/`place`."""
-    pairs = [(f, i) for i, name in enumerate(class_names) for f in walk(root, os.path.join(place, name)) if wanted(f)]
-    return [file for file, _ in pairs], [label for _, label in pairs]
+    """List the files (relative to `root`) and labels of the classes that are folders in `root`/`place`.
+
+    wanted: which names to take; None: all, those of what is no regular file too.
+    """
+    files: list[str] = []
+    labels: list[int | None] = []
+    here = (root / place).resolve()
+    seen = {_identity(folder) for folder in (here, *here.parents)}  # a link to one of these would bring in other splits
+    for i, name in enumerate(class_names):
+        for file in walk(root, os.path.join(place, name), seen, every=wanted is None):
+            if wanted is None or wanted(file):
+                files.append(file)
+                labels.append(i)
+    return files, labels
 
 
 def is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def walk(root: Path, place: str = "") -> Iterator[str]:
-    """Yield the files below `root`/`place`, relative to `root`, in the order of sorted names; hidden ones are left out."""
-    for here, below, names in os.walk(root / place, followlinks=True):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        relative = os.path.relpath(here, root)
-        prefix = "" if relative == "." else relative + os.sep
-        yield from (prefix + name for name in sorted(names) if not name.startswith("."))
+def walk(root: Path, place: str = "", seen: set[tuple[int, int]] | None = None, every: bool = False) -> Iterator[str]:
+    """Yield the regular files below `root`/`place`, relative to `root`, in the order of sorted names.
+
+    Links are followed, but each folder is entered once, so that loops end. Hidden files and folders are left out.
+
+    Args:
+        seen: folders entered before; those entered here are added.
+        every: pipes, devices and broken links too.
+
+    Raises:
+        UserError: a folder that can't be listed.
+    """
+    seen = set() if seen is None else seen
+    waiting = [place] if (root / place).is_dir() else []
+    while waiting:
+        here = waiting.pop()
+        if (identity := _identity(root / here)) in seen:
+            log.warning("%s leads to a folder that was read already; left out.", root / here)
+            continue
+        seen.add(identity)
+        entries = _entries(root / here)
+        below = [os.path.join(here, entry.name) for entry in entries if _is(entry.is_dir)]
+        yield from (os.path.join(here, e.name) for e in entries if _is(e.is_file) or (every and not _is(e.is_dir)))
+        waiting.extend(reversed(below))
 
 
 def folders(path: Path) -> list[str]:
     """Return the names of the folders in `path`, sorted; hidden ones are left out."""
-    return [entry.name for entry in _entries(path) if entry.is_dir()]
+    return [entry.name for entry in _entries(path) if _is(entry.is_dir)]
 
 
 def loose_files(path: Path) -> list[str]:
     """Return the names of everything in `path` that is no folder, sorted; hidden ones are left out."""
-    return [entry.name for entry in _entries(path) if not entry.is_dir()]
+    return [entry.name for entry in _entries(path) if not _is(entry.is_dir)]
+
+
+def printable(text: str) -> str:
+    """Return text for one line of a log: escapes for control characters and for what is no valid UTF-8."""
+    decoded = os.fsencode(text).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in decoded)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _is(question: Callable[[], bool]) -> bool:
+    """Ask an entry for its kind; a link that leads to itself is of none."""
+    try:
+        return question()
+    except OSError:
+        return False
 
 
 def _entries(path: Path) -> list[os.DirEntry[str]]:

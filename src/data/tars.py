@@ -12,6 +12,7 @@ import numpy as np
 
 from src.core.errors import UserError
 from src.data import index_files
+from src.data.decode import BadImage
 from src.data.packed import Damaged, OpenFile, PackedIndex, PackedSource
 from src.data.tar_index import BLOCK, ODD_LABEL, TarRows, check_label, header_name, index_tar
 
@@ -62,12 +63,16 @@ class TarSource(PackedSource):
             )  # fmt: skip
 
     def name(self, index: int) -> str:
-        number = self.file_of(index)
+        file = self.files[self.file_of(index)]
         try:
-            header = self.read(number, int(self.index.offsets[index]) - BLOCK, BLOCK)
-            return f"{header_name(header)} in {self.files[number]}"
-        except Exception:  # of a file that was replaced; this is for a message
-            return f"row {index} in {self.files[number]}"
+            return f"{self.member(index)} in {file}"
+        except BadImage:
+            return f"row {index} in {file}"
+
+    def member(self, index: int) -> str:
+        """Return the name of the row's member; of a long one the beginning. Raises BadImage where it can't be read."""
+        number = self.file_of(index)
+        return header_name(self.read(number, int(self.index.offsets[index]) - BLOCK, BLOCK))
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(self.index.starts.tobytes())

@@ -18,7 +18,8 @@ from src.data.decode import Decoder
 from src.data.loader import EvaluationLoader, WorkerOptions
 from src.data.order import evaluation_rows, split_rows
 from src.data.sources import Source
-from src.data.splits import TEST_SPLITS, VALIDATION_SPLITS, DataFolder
+from src.data.split_names import TEST_SPLITS, VALIDATION_SPLITS
+from src.data.splits import DataFolder
 from src.metrics.reference import Preparation
 
 log = logging.getLogger(__name__)

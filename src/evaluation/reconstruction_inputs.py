@@ -16,8 +16,8 @@ from PIL import Image
 from src.core.errors import UserError
 from src.data.crops import adm_center_crop
 from src.data.decode import Decoder
+from src.data.places import holds_rows
 from src.data.sources import SUFFIXES, FileSource, Source, is_image, walk
-from src.data.splits import is_dataset
 from src.evaluation.images import ALL, open_images
 
 Fit = Literal["crop", "pad", "resize"]
@@ -46,7 +46,7 @@ def open_inputs(paths: Sequence[str], split: str | None, limit: int | None = Non
         UserError: nothing there, or no image among it.
     """
     first = Path(paths[0]).expanduser()
-    if len(paths) == 1 and first.is_dir() and (split is not None or is_dataset(first)):
+    if len(paths) == 1 and first.is_dir() and (split is not None or holds_rows(first)):
         images = open_images(first.absolute(), split or ALL, None)
         return Inputs(images.source, images.rows[:limit], f"{first} ({images.split})", lambda row: f"{row:07d}")
     if split is not None:

@@ -1,0 +1,256 @@
+"""List what is to be converted: image files, tars or Parquet, by split, cut into parts of one shard each.
+
+Every kind gives its rows in a fixed order as `Entry`, whose bytes are read when asked for.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from src.core.errors import UserError
+from src.data import parquet, patterns
+from src.data.arrow import schema_features
+from src.data.decode import BadImage
+from src.data.places import nested_splits, telling_file
+from src.data.sources import FileSource, class_files, folders, loose_files, printable, walk
+from src.data.split_names import SPLIT_NAMES, group_by_split
+from src.data.tars import TarSource
+
+
+class Entry(NamedTuple):
+    """One row. read: raises BadImage."""
+
+    name: str
+    read: Callable[[], bytes]
+    label: int | None
+
+
+class Part(Protocol):
+    """Rows that become one shard, to be read in another process."""
+
+    def __len__(self) -> int: ...
+
+    def entries(self) -> Iterator[Entry]: ...
+
+
+class SplitRows(Part, Protocol):
+    """The rows of one split."""
+
+    def parts(self, rows: int) -> Sequence[Part]:
+        """Cut into parts of about `rows` rows."""
+        ...
+
+    def identity(self) -> Iterator[str]:
+        """Yield lines that change with the rows, so that nothing half-finished is gone on with for other ones."""
+        ...
+
+    def places(self) -> set[str]:
+        """Return the folders, relative to the root, that hold the rows."""
+        ...
+
+
+@dataclass(frozen=True)
+class Tree:
+    """What is to be converted."""
+
+    root: Path
+    splits: dict[str, SplitRows]
+    has_splits: bool
+    """False: one split, then called `train`."""
+    class_names: Sequence[str] | None
+    """None: no labels; empty: whole numbers without names."""
+    outside: list[tuple[str, str]] = field(default_factory=list)
+    """(path, reason) of files that belong to no split or class."""
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.splits.values()))
+
+
+def scan(root: Path) -> Tree:
+    """List a folder, a file or a pattern: Parquet, tars, or a tree of files.
+
+    Of a tree every file is tried, whatever its name: splits with classes below, classes at once, or one flat folder. Hidden
+    files are left out. Class numbers follow the sorted names over all splits.
+
+    Raises:
+        UserError: nothing there, no file in it, or Parquet without images.
+    """
+    if patterns.is_pattern(str(root)) or root.is_file():
+        files = patterns.expand(str(root)) if patterns.is_pattern(str(root)) else [root]
+        first = files[0]
+        root = Path(os.path.commonpath([file.parent for file in files]))
+        names = [str(file.relative_to(root)) for file in files]
+    elif root.is_dir():
+        found = telling_file(root)
+        if found is None or found.suffix.lower() not in (".tar", ".parquet"):
+            return _tree(root)
+        first = found
+        names = [name for name in walk(root) if name.lower().endswith(first.suffix.lower())]
+    else:
+        raise UserError(f"--input_dir {root}: no such folder.")
+    groups = group_by_split(names, str(root))
+    if first.suffix.lower() == ".tar":
+        tars = {split: TarRows(TarSource(root, group)) for split, group in groups.items()}
+        labelled = all(split.source.num_classes is not None for split in tars.values())
+        return Tree(root, tars, len(tars) > 1 or "train" not in tars, () if labelled else None)  # type: ignore[arg-type]
+    if first.suffix.lower() == ".parquet":
+        return _parquet(root, groups)
+    raise UserError(f"--input_dir {first}: expected a folder of images, tar files or Parquet files.")
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """Image files."""
+
+    source: FileSource
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def entries(self) -> Iterator[Entry]:
+        for i, file in enumerate(self.source.files):
+            yield Entry(printable(file), partial(self.source.encoded, i), self.source.label(i))
+
+    def parts(self, rows: int) -> Sequence["FileRows"]:
+        one, names = self.source, self.source.class_names or ()
+        cuts = [slice(i, i + rows) for i in range(0, len(self), rows)]
+        return [FileRows(FileSource(one.root, one.files[cut], one.labels[cut], names)) for cut in cuts]
+
+    def identity(self) -> Iterator[str]:
+        return (f"{file}\0{self.source.label(i)}" for i, file in enumerate(self.source.files))
+
+    def places(self) -> set[str]:
+        return {os.path.dirname(file) for file in self.source.files}
+
+
+@dataclass(frozen=True)
+class TarRows:
+    """Samples of tars, those from `start` to `stop`."""
+
+    source: TarSource
+    start: int = 0
+    stop: int | None = None
+
+    def __len__(self) -> int:
+        return (len(self.source) if self.stop is None else self.stop) - self.start
+
+    def entries(self) -> Iterator[Entry]:
+        for i in range(self.start, self.start + len(self)):
+            yield Entry(printable(self.source.member(i)), partial(self.source.encoded, i), self.source.label(i))
+
+    def parts(self, rows: int) -> Sequence["TarRows"]:
+        return [TarRows(self.source, i, min(i + rows, len(self))) for i in range(0, len(self), rows)]
+
+    def identity(self) -> Iterator[str]:
+        yield self.source.fingerprint()
+
+    def places(self) -> set[str]:
+        return {os.path.dirname(name) for name in self.source.names}
+
+
+class RowGroup(NamedTuple):
+    file: str
+    number: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class ParquetRows:
+    """Row groups of Parquet files."""
+
+    root: Path
+    groups: tuple[RowGroup, ...]
+    image: str
+    label: str | None
+
+    def __len__(self) -> int:
+        return sum(group.rows for group in self.groups)
+
+    def entries(self) -> Iterator[Entry]:
+        columns = [self.image, *([self.label] if self.label else [])]
+        for group in self.groups:
+            row = 0
+            for batch in parquet.batches(self.root / group.file, [group.number], columns, 100):
+                images, labels = batch.column(0), batch.column(1).to_pylist() if self.label else [None] * len(batch)
+                data, paths = (images, None) if images.type.num_fields == 0 else (images.field("bytes"), None)
+                if images.type.num_fields and images.type.get_field_index("path") >= 0:
+                    paths = images.field("path")
+                for i in range(len(batch)):
+                    name = paths[i].as_py() if paths is not None else None
+                    name = name or f"{group.file}, row {row} of group {group.number}"
+                    yield Entry(printable(name), partial(_bytes, data, i), labels[i])
+                    row += 1
+
+    def parts(self, rows: int) -> Sequence["ParquetRows"]:
+        found: list[list[RowGroup]] = [[]]
+        for group in self.groups:
+            if found[-1] and sum(one.rows for one in found[-1]) + group.rows > rows:
+                found.append([])
+            found[-1].append(group)
+        return [ParquetRows(self.root, tuple(part), self.image, self.label) for part in found]
+
+    def identity(self) -> Iterator[str]:
+        for file in dict.fromkeys(group.file for group in self.groups):
+            yield f"{file}\0{(self.root / file).stat().st_size}"
+        yield f"{self.image}\0{self.label}\0{len(self)}"
+
+    def places(self) -> set[str]:
+        return {os.path.dirname(group.file) for group in self.groups}
+
+
+def _bytes(column: Any, row: int) -> bytes:
+    value = column[row].as_py()
+    if value is None:
+        raise BadImage("no bytes in its row")
+    return value
+
+
+def _parquet(root: Path, groups: dict[str, list[str]]) -> Tree:
+    first = root / next(iter(groups.values()))[0]
+    image = parquet.image_column(first)
+    if image is None:
+        raise UserError(
+            f"--input_dir {root}: {first.name} has no images in its columns ({', '.join(parquet.read_schema(first).names[:8])}): "
+            "metadata, or a list of addresses. img2dataset downloads those as tars; give its output folder."
+        )
+    schema = parquet.read_schema(first)
+    feature = schema_features(schema).get("label")
+    names = feature.get("names") if isinstance(feature, dict) else None
+    whole = "label" in schema.names and str(schema.field("label").type).lstrip("u").startswith("int")
+    splits = {}
+    for split, files in groups.items():
+        for file in files:
+            if missing := {image, *(["label"] if whole else [])} - set(parquet.read_schema(root / file).names):
+                raise UserError(f"--input_dir {root}: {file} has no column {missing.pop()!r}, {first.name} has.")
+        found = [RowGroup(f, i, n) for f in files for i, n in enumerate(parquet.row_groups(root / f))]
+        splits[split] = ParquetRows(root, tuple(found), image, "label" if whole else None)
+    has_splits = len(splits) > 1 or "train" not in splits
+    return Tree(root, splits, has_splits, (names or ()) if whole else None)  # type: ignore[arg-type]
+
+
+def _tree(root: Path) -> Tree:
+    names = folders(root)
+    by_split = {same[0]: name for same in SPLIT_NAMES for name in reversed(same) if name in names}
+    has_splits = "train" in by_split or (bool(by_split) and len(by_split) == len(names))
+    if not has_splits and (nested := nested_splits(root)) is not None:
+        return _tree(nested)
+    places = by_split if has_splits else {"train": ""}
+    class_names = sorted({name for place in places.values() for name in folders(root / place)})
+    outside = [(n, "a folder beside the splits") for n in names if n not in places.values()] if has_splits else []
+    splits: dict[str, SplitRows] = {}
+    for split, place in places.items():
+        files, labels = class_files(root, class_names, place=place)
+        loose = [os.path.join(place, name) for name in loose_files(root / place)]
+        if folders(root / place):
+            outside += [(path, "beside the class folders, so of no class") for path in loose]
+        else:
+            files, labels = loose, []
+        if files:
+            splits[split] = FileRows(FileSource(root, files, labels, class_names))
+    if not splits:
+        raise UserError(f"--input_dir {root}: no files in it; expected images in one folder per class.")
+    return Tree(root, splits, has_splits, class_names or None, outside)

@@ -1,0 +1,96 @@
+"""Lists of image files: csv and tsv with a header, jsonl with an object a line, txt with a path a line."""
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from src.core.errors import UserError
+from src.data.arrow_writer import UNKNOWN_LABEL
+from src.data.sources import FileSource
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".txt")
+PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path")
+LABEL_COLUMN = "label"
+_WITH_NUMBER = re.compile(r"^(.*\S)[ \t]+(\d+)$")
+
+
+def open_list(file: Path, image_column: str | None, label_column: str | None) -> FileSource:
+    """Open the images of a list. Paths are relative to the folder of the list.
+
+    A label that is no whole number becomes a class by its text. In a txt whose every line ends in a number, that is the
+    label.
+
+    Raises:
+        UserError: not readable, empty, without such a column, or of URLs or files that are not there.
+    """
+    try:
+        rows = list(_text_rows(file) if file.suffix.lower() == ".txt" else _rows(file))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{file} can't be read as a list of images: {error}") from error
+    if not rows:
+        raise UserError(f"{file} lists no images.")
+    path, label = _column(file, rows[0], image_column), label_column or LABEL_COLUMN
+    if label_column is not None and label not in rows[0]:
+        raise UserError(f"data.label={label}: {file} has no such column; it has {', '.join(rows[0])}.")
+    files = [row.get(path) for row in rows]
+    odd = next((i for i, name in enumerate(files) if not isinstance(name, str) or not name), None)
+    if odd is not None:
+        raise UserError(f"{file}: entry {odd + 1} names no file under {path!r}.")
+    if re.match(r"[a-z0-9]+://", str(files[0])):
+        raise UserError(
+            f"{file} lists addresses, such as {files[0]}: the images themselves are not there. img2dataset downloads them as "
+            "tars; set data.data_dir to its output folder."
+        )
+    if not (file.parent / str(files[0])).exists():
+        raise UserError(f"{file}: its first image is not there: {file.parent / str(files[0])}.")
+    names = [str(name) for name in files]
+    if label not in rows[0]:
+        return FileSource(file.parent, names)
+    numbers, classes = _labels([row.get(label) for row in rows])
+    return FileSource(file.parent, names, numbers, classes, None if classes else max(numbers) + 1)
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as text:
+        if file.suffix.lower() != ".jsonl":
+            yield from csv.DictReader(text, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
+            return
+        for number, line in enumerate(text, 1):
+            if line.strip():
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"line {number} is no JSON object")
+                yield row
+
+
+def _text_rows(file: Path) -> Iterator[dict[str, Any]]:
+    text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    numbered = [_WITH_NUMBER.match(line) for line in lines]
+    if all(numbered) and not (lines and (file.parent / lines[0]).exists()):
+        return ({"path": match[1], LABEL_COLUMN: match[2]} for match in numbered if match)
+    return ({"path": line} for line in lines)
+
+
+def _column(file: Path, row: dict[str, Any], wanted: str | None) -> str:
+    found = wanted or next((name for name in PATH_COLUMNS if name in row), None)
+    if found is None or found not in row:
+        given = f"data.image_column={wanted}: " if wanted else ""
+        raise UserError(
+            f"{given}{file} has the columns {', '.join(map(str, row))}; expected one of {', '.join(PATH_COLUMNS)}, or set "
+            "data.image_column to the one that names the files."
+        )
+    return found
+
+
+def _labels(values: Sequence[Any]) -> tuple[list[int], list[str]]:
+    """Return the labels and, where they are text, the names of the classes; nothing there is -1."""
+    texts = ["" if value is None else str(value).strip() for value in values]
+    if all(re.fullmatch(r"\d{1,9}", text) for text in texts if text):
+        return [int(text) if text else UNKNOWN_LABEL for text in texts], []
+    classes = sorted({text for text in texts if text})
+    numbers = {name: i for i, name in enumerate(classes)}
+    return [numbers.get(text, UNKNOWN_LABEL) for text in texts], classes

@@ -1,0 +1,303 @@
+"""Decide by its content what lies at a `data_dir`. The one place that knows every format."""
+
+import difflib
+import logging
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from src.core.errors import UserError
+from src.core.json_files import read_json
+from src.data import lists, parquet, patterns
+from src.data.arrow import DEFAULT_COLUMNS, ArrowSource, Columns
+from src.data.sources import Source, folders, is_image, loose_files, open_image_tree, walk
+from src.data.split_names import ALIASES, TEST_SPLITS, TRAIN_SPLITS, VALIDATION_SPLITS, group_by_split
+from src.data.tars import TarSource
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["dataset", "cache", "arrow", "tars", "tree", "list"]
+KINDS: dict[Kind, str] = {
+    "dataset": "Hugging Face dataset",
+    "cache": "cache of load_dataset",
+    "arrow": "Arrow file",
+    "tars": "tar files",
+    "tree": "image files",
+    "list": "list of image files",
+}
+MARKS = ("dataset_dict.json", "dataset_info.json", "state.json")
+"""One of these lies in every Hugging Face dataset on disk."""
+CONVERT = "python scripts/create_hf_test_data.py --input_dir"
+NESTED_DEPTH, NESTED_FOLDERS = 5, 20_000
+"""How far splits are looked for below the folder of an image tree."""
+LOOK_AT = 200
+"""Entries of a folder, or files below it, by which it is judged."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Data of one kind. splits: by their names there, what to open; of a tree its folders, which may be classes; empty:
+    everything is one."""
+
+    kind: Kind
+    root: Path
+    splits: dict[str, Any] = field(default_factory=dict)
+
+    def open(self, split: str | None, columns: Columns = DEFAULT_COLUMNS) -> Source:
+        """Open a split of `splits`; None: everything. Raises UserError where it is damaged or holds no images."""
+        inside = self.root if split is None else self.root / split
+        if self.kind == "dataset":
+            return ArrowSource(inside, columns)
+        if self.kind in ("cache", "arrow"):
+            files = [name for names in self.splits.values() for name in names] if split is None else self.splits[split]
+            return ArrowSource(self.root, columns, files)
+        if self.kind == "list":
+            return lists.open_list(self.root, columns.image, columns.label)
+        for key, value in (("image_column", columns.image), ("label", columns.label)):
+            if value is not None and (self.kind == "tree" or key == "image_column"):
+                raise UserError(
+                    f"data.{key}={value}: {self.root} holds {KINDS[self.kind]}, which have no columns. Set data.{key}=null"
+                    + ("; their labels are their folders." if self.kind == "tree" else ".")
+                )
+        if self.kind == "tars":
+            files = [name for names in self.splits.values() for name in names] if split is None else self.splits[split]
+            return TarSource(self.root, files, columns.label)
+        return open_image_tree(inside)
+
+
+def look(path: Path) -> Place:
+    """Return what lies at a path, or what a pattern names.
+
+    Raises:
+        UserError: nothing there, or nothing that can be read as it is; names what to do.
+    """
+    if patterns.is_pattern(str(path)):
+        return _files(patterns.expand(str(path)), str(path))
+    if path.is_file():
+        return _files([path], str(path))
+    if not path.is_dir():
+        raise _nothing_there(path)
+    if is_dataset(path):
+        return _dataset(path)
+    return _folder(path)
+
+
+def is_dataset(folder: Path) -> bool:
+    """Return whether the folder holds a Hugging Face dataset on disk, complete or not."""
+    return any((folder / mark).is_file() for mark in MARKS) or any(folder.glob("*.arrow"))
+
+
+def holds_rows(folder: Path) -> bool:
+    """Return whether the folder holds a dataset or tars, and no image files to be taken one by one."""
+    return is_dataset(folder) or any(folder.glob("*.tar"))
+
+
+def nested_splits(root: Path) -> Path | None:
+    """Return the folder below `root` in which the splits of an image tree lie; None where there is none.
+
+    Raises:
+        UserError: several such folders, or images outside of it: taken together they would mix validation into training.
+    """
+    found, classes = [], []
+    waiting = [(root, 0)]
+    for _ in range(NESTED_FOLDERS):
+        if not waiting:
+            break
+        here, depth = waiting.pop()
+        if depth and _has_splits(here):
+            found.append(here)
+        elif _first_image(here):
+            classes.append(here)
+        elif depth < NESTED_DEPTH:
+            waiting += [(here / name, depth + 1) for name in folders(here)]
+    if not found or (len(found) == 1 and not classes):
+        return found[0] if found else None
+    outside = f"; images outside of it lie in {classes[0]}" if len(found) == 1 else ""
+    raise UserError(
+        f"{root} (data.data_dir) holds folders with splits of their own ({', '.join(map(str, sorted(found)[:4]))}"
+        f"{' …' if len(found) > 4 else ''}{outside}). Read as one they would mix validation into training. Set "
+        f"data.data_dir={min(found)}."
+    )
+
+
+def _has_splits(folder: Path) -> bool:
+    """Return whether the folders here are splits of images: training and another one, or training alone."""
+    train = [name for name in TRAIN_SPLITS if (folder / name).is_dir()]
+    if not train:
+        return False
+    others = any((folder / name).is_dir() for name in (*VALIDATION_SPLITS, *TEST_SPLITS))
+    if not others and (len(folders(folder)) > 1 or _first_image(folder)):
+        return False
+    return any(is_image(file) for name in train for file in islice(walk(folder / name), LOOK_AT))
+
+
+def _first_image(folder: Path) -> bool:
+    """Return whether images lie directly in the folder, as in that of a class."""
+    try:
+        with os.scandir(folder) as entries:
+            return any(is_image(entry.name) for entry in islice(entries, LOOK_AT))
+    except OSError:
+        return False
+
+
+def _dataset(folder: Path) -> Place:
+    if (folder / "dataset_dict.json").is_file():
+        names = read_json(folder / "dataset_dict.json", "", splits=list)["splits"]
+        odd = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+        if odd:
+            raise UserError(
+                f"{folder / 'dataset_dict.json'}: `splits` lists {odd[0]!r:.60}; expected names of folders there."
+            )
+        return Place("dataset", folder, {name: name for name in names})
+    arrow = sorted(file.name for file in folder.glob("*.arrow") if not file.name.startswith("cache-"))
+    if not (folder / "state.json").is_file():
+        if cached := _cached_splits(folder, arrow):
+            return Place("cache", folder, cached)
+        if not (folder / "dataset_info.json").is_file():
+            raise UserError(
+                f"{folder} (data.data_dir) holds {len(arrow)} Arrow files but no dataset_info.json and state.json: it was "
+                f"half-written or half-copied. Copy it again, or move it away and convert again with `{CONVERT} IMAGES "
+                f"--output_dir {folder}`."
+            )
+    return Place("dataset", folder)
+
+
+def _cached_splits(folder: Path, arrow: list[str]) -> dict[str, list[str]]:
+    """Return the files of each split as `load_dataset` caches them: NAME-SPLIT-00000-of-00002.arrow."""
+    splits: dict[str, list[str]] = {}
+    for name in arrow:
+        match = re.fullmatch(r".+-([A-Za-z_.]+)(?:-(\d{5})-of-(\d{5}))?\.arrow", name)
+        if match is None:
+            return {}
+        splits.setdefault(match[1], []).append(name)
+    for split, names in splits.items():
+        match = re.search(r"-of-(\d{5})\.arrow$", names[0])
+        if match and int(match[1]) != len(names):
+            raise UserError(
+                f"{folder} holds {len(names)} of the {int(match[1])} Arrow files of {split!r}. Copy it again."
+            )
+    return splits
+
+
+def _files(files: list[Path], shown: str) -> Place:
+    """Return what files given one by one hold."""
+    suffix = files[0].suffix.lower()
+    if odd := [file for file in files if file.suffix.lower() != suffix]:
+        raise UserError(
+            f"data.data_dir={shown}: {files[0]} and {odd[0]} are of different kinds. Give one pattern of one kind."
+        )
+    root = Path(os.path.commonpath([file.absolute().parent for file in files]))
+    names = [os.path.relpath(file.absolute(), root) for file in files]
+    if suffix == ".tar":
+        return Place("tars", root, group_by_split(names, shown))
+    if suffix == ".arrow":
+        return Place("arrow", root, group_by_split(names, shown))
+    if suffix == ".parquet":
+        raise UserError(_parquet_message(files[0], shown if len(files) == 1 else str(root)))
+    if suffix in lists.SUFFIXES and len(files) == 1:
+        return Place("list", files[0])
+    if re.search(r"\.(tar\.(gz|bz2|xz|zst)|tgz)$", files[0].name.lower()):
+        raise UserError(
+            f"{files[0]} (data.data_dir) is a compressed tar, whose members can't be read singly. Unpack it first."
+        )
+    raise UserError(
+        f"{shown} (data.data_dir) is a file; expected the folder of a dataset or of images, tar or Arrow files, or a list "
+        f"of images ({', '.join(lists.SUFFIXES)})."
+    )
+
+
+def _folder(folder: Path) -> Place:
+    """Return what a folder without the marks of a dataset holds; the first files found in it decide."""
+    if below := [name for name in folders(folder) if (folder / name / "dataset_info.json").is_file()]:
+        raise UserError(
+            f"{folder} (data.data_dir) is no dataset itself, but these folders in it are: {', '.join(below[:8])}. "
+            f"Set data.data_dir={folder / below[0]}."
+        )
+    splits = [name for name in folders(folder) if name in ALIASES]
+    first = telling_file(folder)
+    if first is None:
+        raise UserError(f"{folder} (data.data_dir) {_unreadable(folder)}")
+    if first.suffix.lower() == ".parquet":
+        raise UserError(_parquet_message(first, str(folder)))
+    if first.suffix.lower() == ".tar":
+        tars = [name for name in walk(folder) if name.lower().endswith(".tar")]
+        return Place("tars", folder, group_by_split(tars, str(folder)))
+    if splits and (TRAIN_SPLITS[0] in splits or TRAIN_SPLITS[1] in splits):
+        return Place("tree", folder, {name: name for name in folders(folder)})
+    nested = nested_splits(folder)
+    if nested is not None:
+        log.info("The splits of %s lie in %s.", folder, nested)
+        return Place("tree", nested, {name: name for name in folders(nested)})
+    return Place("tree", folder, {name: name for name in folders(folder)})
+
+
+def telling_file(folder: Path) -> Path | None:
+    """Return the first image, tar or Parquet file in the splits of a folder, else in it, which tells its kind."""
+    splits = [name for name in folders(folder) if name in ALIASES]
+    return next(_telling_files(folder, splits), None) or next(_telling_files(folder, [""]), None)
+
+
+def _telling_files(folder: Path, places: list[str]) -> Iterator[Path]:
+    """Yield the first file that tells the kind, tars before all else in its folder: img2dataset puts its Parquet beside
+    them. Parquet without images tells nothing while there may be images."""
+    without = None
+    for place in places:
+        for name in walk(folder, place):
+            lower = name.lower()
+            if lower.endswith(".tar") or is_image(name):
+                yield folder / name
+            elif lower.endswith(".parquet"):
+                beside = sorted((folder / name).parent.glob("*.tar"))
+                if beside:
+                    yield beside[0]
+                elif without is None:
+                    if parquet.image_column(folder / name) is not None:
+                        yield folder / name
+                    without = folder / name
+    if without is not None:
+        yield without
+
+
+def _parquet_message(first: Path, shown: str) -> str:
+    """Say what to do with Parquet. Nothing at its place is overwritten: it may be the only copy."""
+    if parquet.image_column(first) is None:
+        columns = ", ".join(parquet.read_schema(first).names[:8])
+        return (
+            f"{shown} (data.data_dir) holds Parquet without images (columns of {first.name}: {columns}): metadata, or a list of "
+            "addresses. img2dataset downloads the images as tars; set data.data_dir to its output folder."
+        )
+    beside = re.sub(r"\.parquet$", "", shown.rstrip("/")) + "_hf"
+    return (
+        f"{shown} (data.data_dir) holds Parquet files, of which single rows can't be read. Make a dataset beside them with "
+        f"`{CONVERT} {shown} --output_dir {beside}` and set data.data_dir={beside}."
+    )
+
+
+def _nothing_there(path: Path) -> UserError:
+    if path.exists():
+        return UserError(f"{path} (data.data_dir) is neither a file nor a folder.")
+    parent = next(p for p in path.parents if p.is_dir())
+    there = folders(parent) if os.access(parent, os.R_OK) else []
+    close = difflib.get_close_matches(path.relative_to(parent).parts[0], there, n=5, cutoff=0.4) or there[:5]
+    return UserError(
+        f"No dataset at {path} (data.data_dir).{f' Folders in {parent}: ' + ', '.join(close) + '.' if close else ''} "
+        f"Set data.data_dir, or make the dataset from a folder of images with `{CONVERT} IMAGES --output_dir {path}`."
+    )
+
+
+def _unreadable(folder: Path) -> str:
+    """Say what is there, and what to do. Nothing at `folder` is overwritten: it may be the only copy."""
+    if not folders(folder) and not loose_files(folder):
+        return f"is empty. Make a dataset there with `{CONVERT} IMAGES --output_dir {folder}`."
+    packed = next((name for name in walk(folder) if re.search(r"\.(tar\.\w+|tgz|zip|rar|7z)$", name.lower())), None)
+    if packed:
+        return f"holds packed files, such as {packed}. Unpack them, and set data.data_dir to what comes out."
+    names = ", ".join(list(islice(walk(folder), 3))) or "none"
+    return (
+        f"holds no images that can be read: no Hugging Face dataset ({', '.join(MARKS)}), tars or image files. Files there: "
+        f"{names}. Set data.data_dir to the folder of the images."
+    )

@@ -1,0 +1,313 @@
+"""What can lie at a `data_dir`: each kind is read, or the message names the command that makes it readable."""
+
+import csv
+import json
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+
+from src.core.errors import UserError
+from src.core.weights import PROJECT_ROOT
+from src.data import dummy
+from src.data.arrow import DEFAULT_COLUMNS, Columns
+from src.data.decode import BadImage
+from src.data.places import look
+from src.data.sources import walk
+from src.data.splits import DataFolder, Splits, open_splits
+from src.evaluation.images import open_images
+from tests.test_data_sources import hf_dataset, tree
+from tests.test_data_tars import tar
+
+FILES = [dummy.jpeg(i) for i in range(20)]
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    datasets.disable_progress_bars()
+
+
+def opened(path: Path | str, hf: bool | None = None, columns: Columns = DEFAULT_COLUMNS, share: float = 1.0) -> Splits:
+    return open_splits(Path(path), hf, "train", "validation", share, columns)
+
+
+def counts(path: Path | str, **options: object) -> tuple[int, int]:
+    splits = opened(path, **options)  # type: ignore[arg-type]
+    return len(splits.train_rows), len(splits.validation_rows)
+
+
+def image_tar(path: Path, count: int) -> Path:
+    files = [
+        (f"{i:04d}.{kind}", data) for i in range(count) for kind, data in (("jpg", FILES[i]), ("cls", b"%d" % (i % 3)))
+    ]
+    return tar(path, files)
+
+
+def parquet(folder: Path, splits: tuple[str, ...] = ("train", "validation"), count: int = 6) -> Path:
+    (folder / "data").mkdir(parents=True)
+    for split in splits:
+        for i in range(2):
+            rows = hf_dataset(2 * count).select(range(i * count, (i + 1) * count))
+            rows.to_parquet(folder / f"data/{split}-{i:05d}-of-00002.parquet", batch_size=4)
+    return folder
+
+
+# -- kinds
+
+
+def test_a_dataset_dict_and_one_dataset_and_the_cache_of_load_dataset(tmp_path: Path) -> None:
+    hub = parquet(tmp_path / "hub")
+    loaded = datasets.load_dataset(str(hub), cache_dir=str(tmp_path / "cache"))
+    cached = next((tmp_path / "cache").rglob("dataset_info.json")).parent
+    splits = opened(cached)
+    assert splits.kind == "cache of load_dataset"
+    assert (len(splits.train_rows), len(splits.validation_rows)) == (12, 12)
+    assert [splits.train.encoded(i) for i in range(12)] == FILES[:12]
+    assert splits.train.class_names == ["cat", "dog"]
+    assert [splits.train.label(i) for i in range(12)] == loaded["train"]["label"]
+    arrow = next(cached.glob("*train*.arrow"))
+    assert counts(arrow) == (12, 0)
+    os.rename(arrow, tmp_path / "part.arrow")  # a single file, without what lay beside it
+    assert counts(tmp_path / "part.arrow") == (12, 0)
+    assert opened(tmp_path / "part.arrow").train.class_names == ["cat", "dog"]
+
+
+def test_tars_with_splits_in_their_names_or_folders(tmp_path: Path) -> None:
+    timm = tmp_path / "timm"
+    for i in range(2):
+        image_tar(timm / f"imagenet1k-train-{i:04d}.tar", 4)
+        image_tar(timm / f"imagenet1k-validation-{i:02d}.tar", 2)
+    assert counts(timm) == (8, 4)
+    assert [opened(timm).train.label(i) for i in range(4)] == [0, 1, 2, 0]
+    assert counts(f"{timm}/imagenet1k-train-{{0000..0001}}.tar") == (8, 0)
+    assert counts(f"{timm}/imagenet1k-train-*.tar", share=0.5) == (4, 4)
+    assert counts(timm / "imagenet1k-train-0000.tar") == (4, 0)
+    image_tar(tmp_path / "folders/train/0.tar", 3)
+    image_tar(tmp_path / "folders/val/0.tar", 2)
+    assert counts(tmp_path / "folders") == (3, 2)
+    assert len(open_images(tmp_path / "folders", None, None).rows) == 2
+    plain = tmp_path / "web"
+    image_tar(plain / "00000.tar", 5)
+    assert counts(plain) == (5, 0)
+    image_tar(timm / "more.tar", 2)
+    with pytest.raises(UserError, match="1 of 5 files, such as more.tar, say no split"):
+        opened(timm)
+    with pytest.raises(UserError, match="train and validation; rename"):
+        opened(image_tar(tmp_path / "x/train-val.tar", 2).parent)
+    with pytest.raises(UserError, match=r"1 of 3 files are missing, such as .*0002.tar"):
+        opened(f"{timm}/imagenet1k-train-{{0000..0002}}.tar")
+    with pytest.raises(UserError, match="no file has such a name"):
+        opened(f"{timm}/nothing-*.tar")
+
+
+def test_img2dataset_lays_metadata_beside_its_tars(tmp_path: Path) -> None:
+    folder = tmp_path / "laion"
+    image_tar(folder / "00000.tar", 4)
+    datasets.Dataset.from_dict({"url": ["http://x/a.jpg"], "caption": ["a"]}).to_parquet(folder / "00000.parquet")
+    (folder / "00000_stats.json").write_text("{}")
+    assert counts(folder) == (4, 0)
+    (folder / "00000.tar").unlink()
+    with pytest.raises(UserError, match="Parquet without images .columns of 00000.parquet: url, caption") as error:
+        opened(folder)
+    assert "--output_dir" not in str(error.value)
+    (folder / "00000").mkdir()  # its `files` format
+    (folder / "00000/0.jpg").write_bytes(FILES[0])
+    assert counts(folder) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "columns", "expected"),
+    [
+        ("a.txt", "0.jpg\n1.jpg\n", Columns(), (None, [None, None])),
+        ("a.txt", "0.jpg 4\n1.jpg 0\n", Columns(), (5, [4, 0])),
+        ("a.csv", "path,label\n0.jpg,dog\n1.jpg,cat\n", Columns(), (2, [1, 0])),
+        ("a.csv", "n,picture,kind\n1,0.jpg,3\n2,1.jpg,\n", Columns("picture", "kind"), (4, [3, -1])),
+        ("a.tsv", "file_name\tlabel\n0.jpg\t1\n1.jpg\t0\n", Columns(), (2, [1, 0])),
+        ("a.jsonl", '{"image": "0.jpg", "label": 1}\n\n{"image": "1.jpg", "label": 0}\n', Columns(), (2, [1, 0])),
+        ("a.csv", "url,label\nhttp://x/0.jpg,1\n", Columns("url"), "lists addresses.*img2dataset"),
+        ("a.csv", "a,b\n1,2\n", Columns(), "columns a, b; expected one of path"),
+        ("a.csv", "path\n0.jpg\n", Columns(label="kind"), "data.label=kind.*no such column"),
+        ("a.csv", "path,label\n,1\n", Columns(), "entry 1 names no file"),
+        ("a.txt", "gone.jpg\n", Columns(), "first image is not there"),
+        ("a.txt", "", Columns(), "lists no images"),
+        ("a.jsonl", "{", Columns(), "can't be read as a list"),
+        ("a.jsonl", "[1]\n", Columns(), "line 1 is no JSON object"),
+    ],
+)
+def test_lists(name: str, text: str, columns: Columns, expected: object, tmp_path: Path) -> None:
+    for i in range(2):
+        (tmp_path / f"{i}.jpg").write_bytes(FILES[i])
+    (tmp_path / name).write_text(text)
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            opened(tmp_path / name, columns=columns)
+        return
+    source = opened(tmp_path / name, columns=columns).train
+    assert [source.encoded(i) for i in range(2)] == FILES[:2]
+    assert (source.num_classes, [source.label(i) for i in range(2)]) == expected
+
+
+# -- image trees
+
+
+def test_splits_below_are_found_or_refused_and_never_mixed(tmp_path: Path) -> None:
+    kaggle = tmp_path / "kaggle"
+    tree(kaggle / "ILSVRC/Data/CLS-LOC", "train", "val", "test", per_class=3)
+    for split in ("train", "val"):
+        (kaggle / "ILSVRC/Annotations/CLS-LOC" / split / "cat").mkdir(parents=True)
+        (kaggle / "ILSVRC/Annotations/CLS-LOC" / split / "cat/0.xml").touch()
+    for root in (kaggle, kaggle / "ILSVRC", kaggle / "ILSVRC/Data/CLS-LOC"):
+        splits = opened(root)
+        assert (len(splits.train_rows), len(splits.validation_rows)) == (6, 6)
+        assert splits.train.class_names == ["cat", "dog"]
+    tree(tmp_path / "only/imagenet", "train")
+    assert counts(tmp_path / "only") == (8, 0)
+    tree(kaggle / "more", "train", "val")
+    with pytest.raises(UserError, match=r"mix validation into training.*data.data_dir=.*CLS-LOC"):
+        opened(kaggle)
+    beside = tmp_path / "beside"
+    tree(beside / "imagenet", "train", "val")
+    tree(beside / "sketches")
+    with pytest.raises(UserError, match="images outside of it"):
+        opened(beside)
+    tree(tmp_path / "untrained", "val", "test")
+    with pytest.raises(UserError, match=r"no split 'train'.*it has test, val"):
+        opened(tmp_path / "untrained")
+    assert len(open_images(tmp_path / "untrained", "val", None).rows) == 8
+
+
+def test_links_pipes_and_devices(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = tree(tmp_path / "set", "train", "val")
+    plain = list(walk(root))
+    (root / "train/cat/up").symlink_to("..")
+    (root / "train/cat/top").symlink_to(root)
+    (root / "train/cat/self").symlink_to("self")
+    (root / "train/dog/down").symlink_to(root / "train/cat")
+    (root / "train/loop").mkdir()
+    (root / "train/loop/a").symlink_to("b")
+    (root / "train/loop/b").symlink_to("a")
+    os.mkfifo(root / "train/cat/pipe.jpg")
+    (root / "train/cat/zero.jpg").symlink_to("/dev/zero")
+    (root / "train/cat/gone.jpg").symlink_to("gone")
+    assert sorted(walk(root)) == sorted(plain)
+    splits = opened(root)
+    assert (len(splits.train_rows), len(splits.validation_rows)) == (8, 8)
+    assert "was read already" in caplog.text
+    (tmp_path / "linked").mkdir()
+    for name in ("cat", "dog"):  # a tree of links is a tree
+        (tmp_path / "linked" / name).symlink_to(root / "val" / name)
+    assert counts(tmp_path / "linked") == (8, 0)
+
+
+def test_names_with_line_breaks_forge_no_log_lines(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/a\n2026-01-01 ERROR forged.jpg").write_bytes(b"")
+    (tmp_path / "set/b\x1b[31m.jpg").write_bytes(b"")
+    from tests.test_data_loader import module
+
+    with pytest.raises(UserError) as error:
+        list(module(tmp_path / "set", batch_size=2).train_dataloader())
+    assert "\n" not in str(error.value) and "\x1b" not in str(error.value)
+
+
+# -- what contradicts, and advice
+
+
+def test_use_hf_dataset_against_the_content_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dummy.write(tmp_path / "hf", 4)
+    image_tar(tmp_path / "tars/0.tar", 2)
+    tree(tmp_path / "tree")
+    for folder, told, warned in (
+        ("hf", True, 0), ("hf", False, 1), ("tree", False, 0), ("tree", True, 1), ("tars", None, 0), ("tars", True, 1),
+    ):  # fmt: skip
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert counts(tmp_path / folder, hf=told)[0] > 0
+        assert sum("use_hf_dataset" in r.getMessage() for r in caplog.records) == warned, (folder, told)
+
+
+@pytest.mark.parametrize(
+    ("make", "columns", "says"),
+    [
+        (lambda p: tree(p / "x"), Columns(label="kind"), "data.label=kind: .*no columns. Set data.label=null"),
+        (lambda p: tree(p / "x"), Columns(image="low"), "data.image_column=low"),
+        (lambda p: image_tar(p / "x/0.tar", 2).parent, Columns(image="low"), "data.image_column=low"),
+        (lambda p: image_tar(p / "x/0.tar", 2).rename(p / "x/0.tar.gz"), Columns(), "compressed tar"),
+        (lambda p: image_tar(p / "x/0.tar", 2).rename(p / "x/photo.jpg"), Columns(), "is a file; expected"),
+        (lambda p: Path("/dev/zero"), Columns(), "neither a file nor a folder"),
+    ],
+)
+def test_refused(make: object, columns: Columns, says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        opened(make(tmp_path), columns=columns)  # type: ignore[operator]
+
+
+def run_advice(message: str) -> str:
+    """Run the command that a message names, from anywhere; return the data_dir that it says to set."""
+    command = re.search(r"`(python .*?)`( and|\.)", message)
+    assert command is not None, message
+    words = shlex.split(command[1])
+    words[:2] = [sys.executable, *([str(PROJECT_ROOT / words[1])] if words[1].endswith(".py") else [words[1]])]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=PROJECT_ROOT)
+    assert done.returncode == 0, done.stderr
+    place = re.search(r"set data\.data_dir=(\S+?)\.?$", message.strip())
+    assert place is not None, message
+    return place[1]
+
+
+def test_advice_for_parquet(tmp_path: Path) -> None:
+    hub = parquet(tmp_path / "hub")
+    for path in (hub, hub / "data"):
+        with pytest.raises(UserError, match="holds Parquet files") as error:
+            opened(path)
+        splits = opened(run_advice(str(error.value)))
+        assert (len(splits.train_rows), len(splits.validation_rows)) == (12, 12)
+        assert [splits.train.encoded(i) for i in range(12)] == FILES[:12]
+        assert splits.train.class_names == ["cat", "dog"] and splits.train.label(1) == 1
+
+
+@pytest.mark.parametrize("case", ["paths", "text labels", "selection"])
+def test_advice_for_columns(case: str, tmp_path: Path) -> None:
+    (tmp_path / "0.jpg").write_bytes(FILES[0])
+    folder, columns = tmp_path / "set", Columns()
+    if case == "paths":
+        datasets.Dataset.from_dict({"image": [str(tmp_path / "0.jpg")] * 3}).save_to_disk(str(folder))
+    elif case == "text labels":
+        hf_dataset(3).remove_columns("label").add_column("kind", ["x", "y", "x"]).save_to_disk(str(folder))
+        columns = Columns(label="kind")
+    else:
+        hf_dataset(3).save_to_disk(str(folder))
+        state = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps(state | {"_indices_data_files": [{"filename": "indices.arrow"}]}))
+    with pytest.raises(UserError) as error:
+        opened(folder, columns=columns)
+    if case == "selection":
+        assert "flatten_indices" in str(error.value)
+        return
+    splits = opened(run_advice(str(error.value)), columns=columns)
+    assert splits.train.encoded(0) == FILES[0]
+    assert splits.train.num_classes == (2 if case == "text labels" else None)
+
+
+def test_csv_of_csv_module_with_odd_names(tmp_path: Path) -> None:
+    name = 'a, "b"\n.jpg'
+    (tmp_path / name).write_bytes(FILES[0])
+    with open(tmp_path / "list.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["path"], [name]])
+    source = opened(tmp_path / "list.csv").train
+    assert source.encoded(0) == FILES[0]
+    (tmp_path / name).unlink()
+    with pytest.raises(BadImage):
+        source.encoded(0)
+
+
+def test_look_names_the_kind(tmp_path: Path) -> None:
+    dummy.write(tmp_path / "hf", 4)
+    assert look(tmp_path / "hf").kind == "dataset"
+    assert DataFolder(image_tar(tmp_path / "t/0.tar", 2)).names == ["train"]
