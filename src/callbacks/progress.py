@@ -114,7 +114,9 @@ class TrainingProgress(pl.Callback):
         pl_module.check_numbers()
         names = sorted(pl_module.train_terms)
         means = mean_over_ranks(torch.stack([pl_module.train_terms[name].float() for name in names]))
-        self.latest = dict(zip(names, means.tolist(), strict=True))
+        found = zip(names, means.tolist(), strict=True)
+        sparse = pl_module.sparse_terms
+        self.latest = {name: value for name, value in found if value == value or not name.startswith(sparse)}
         self._measure(trainer, pl_module)
         rates = {f"lr/{name}": lr for name, lr in pl_module.learning_rates(trainer.global_step - 1).items()}
         counter = pl_module.nonfinite

@@ -4,11 +4,11 @@ Legend: B images, C latent channels, h = w latent grid, K classes.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from src.core import random_streams as streams
@@ -36,6 +36,12 @@ class SamplerSettings(Settings):
     t_min: float = Field(ge=0, le=1)
     t_max: float = Field(ge=0, le=1)
     """Times between which guidance is used, both included."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.t_min > self.t_max:
+            raise ValueError(f"t_min={self.t_min:g} exceeds t_max={self.t_max:g}: guidance would never be used.")
+        return self
 
 
 class Sampler:

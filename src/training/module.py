@@ -35,6 +35,8 @@ class StageModule(pl.LightningModule):
     """Prefixes of the names of what is never trained: in no checkpoint, no average, no gradient exchange."""
     on_device: ClassVar[tuple[str, ...]] = ("image",)
     """Parts of a batch that the device needs; the others stay on the host as arrays."""
+    sparse_terms: ClassVar[tuple[str, ...]] = ()
+    """Beginnings of the names of terms that a few micro-batches may have no image for; NaN then, and not logged."""
     published_batch: ClassVar[int]
     """Images in a global batch of the published recipe."""
     ema: EMA

@@ -30,6 +30,10 @@ from src.training.stage2_step import FlowDraws, FlowStep
 log = logging.getLogger(__name__)
 
 QUARTERS = 4
+NO_LABELS = (
+    "The data has no labels, and a diffusion transformer is trained on classes. Use a data set with a label column (data.label "
+    "names it), class folders, or .cls members of tars."
+)
 STUCK_AFTER = 500
 """Updates after which a run whose loss is that of an untrained network is told so."""
 STUCK_SHARE = 0.97
@@ -75,6 +79,7 @@ class DiffusionModule(StageModule):
     frozen: ClassVar[tuple[str, ...]] = ("rae.",)
     on_device: ClassVar[tuple[str, ...]] = ("image", "latent", "label")
     published_batch: ClassVar[int] = 1024
+    sparse_terms: ClassVar[tuple[str, ...]] = ("train/loss_q",)
     settings: Stage2Settings
 
     def __init__(self, **config: Any) -> None:
@@ -136,10 +141,7 @@ class DiffusionModule(StageModule):
 
     def _labels(self, batch: Mapping[str, Any]) -> Tensor:
         if "label" not in batch:
-            raise UserError(
-                "The data has no labels, and a diffusion transformer is trained on classes. Use a data set with a label column "
-                "(data.label names it), class folders, or .cls members of tars."
-            )
+            raise UserError(NO_LABELS)
         return batch["label"]
 
     def _add_to_window(self, step: int, terms: Mapping[str, Tensor], draws: FlowDraws) -> None:
@@ -184,7 +186,8 @@ class DiffusionModule(StageModule):
     def on_validation_epoch_end(self) -> None:
         sums, counts = sum_over_ranks(self._totals).chunk(2)
         values = {"val/loss": float(sums.sum() / counts.sum())}
-        self.record_scores(values | {f"val/loss_q{n}": float(v) for n, v in enumerate(sums / counts, 1)})
+        quarters = zip(range(1, QUARTERS + 1), sums.tolist(), counts.tolist(), strict=True)
+        self.record_scores(values | {f"val/loss_q{n}": total / count for n, total, count in quarters if count})
 
     def sampler(self, settings: SamplerSettings | None = None) -> Sampler:
         """Return a sampler of the averaged network."""
@@ -241,6 +244,16 @@ class DiffusionModule(StageModule):
         return ["encoder"] * self.rae.encoder.untrained
 
     # -- set-up and checkpoints
+
+    def on_fit_start(self) -> None:
+        classes, known = self.trainer.datamodule.num_classes, self.settings.num_classes
+        if classes is None:
+            raise UserError(NO_LABELS)
+        if classes > known:
+            raise UserError(
+                f"The data has {classes} classes, the network's table model.num_classes={known}: set model.num_classes={classes}."
+            )
+        super().on_fit_start()
 
     def cast_when_half(self) -> Sequence[nn.Module]:
         return []  # the encoder runs in float32
