@@ -46,7 +46,7 @@ def untrained(run: Run) -> list[str]:
         said = [
             f"{key} ({value})"
             for key, value in flat(run.config).items()
-            if key.endswith("weights") and value == "untrained"
+            if key.endswith("weights") and value in ("untrained", "tiny")
         ]
     elif any(name.startswith("rfid_untrained") for name in run.series):
         said.append("Inception network")

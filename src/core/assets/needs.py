@@ -56,10 +56,10 @@ def needs(config: Mapping[str, Any], weights_dir: Path, root: Path) -> list[Need
 def _references(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """(dotted key, value) of every leaf that names weights, in the order of the config."""
     if isinstance(node, Mapping):
-        if node.get("weights") == "untrained":
+        if node.get("weights") in ("untrained", "tiny"):
             return
         for name, value in node.items():
-            if node.get(str(name).removesuffix("_path") + "_weights") == "untrained":
+            if node.get(str(name).removesuffix("_path") + "_weights") in ("untrained", "tiny"):
                 continue
             yield from _references(value, (*path, str(name)))
     elif isinstance(node, Sequence) and not isinstance(node, str):
