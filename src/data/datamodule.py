@@ -13,6 +13,7 @@ from src.data import dummy
 from src.data.arrow import Columns
 from src.data.dataset import EvaluationDataset, EvaluationTransform, TrainCrop, TrainDataset, TrainTransform
 from src.data.decode import Decoder, Exif
+from src.data.fingerprint import compare_fingerprints, source_state
 from src.data.loader import EvaluationLoader, TrainLoader, WorkerOptions
 from src.data.order import EpochOrder, evaluation_rows
 from src.data.splits import Splits, open_splits
@@ -47,6 +48,7 @@ class RAEDataModule(LightningDataModule):
         exif: Exif,
         max_megapixels: float,
         max_bad_share: float,
+        allow_changed: bool,
         num_workers: int,
         **removed: Any,
     ) -> None:
@@ -68,11 +70,13 @@ class RAEDataModule(LightningDataModule):
         self.data_dir, self.use_hf_dataset, self.train_split = weights.resolve(data_dir), use_hf_dataset, train_split
         self._split_names, self.columns = (hf_split, hf_validation_split), Columns(image_column, label)
         self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
-        self.num_workers, self.max_bad_share = num_workers, max_bad_share
+        self.num_workers, self.max_bad_share, self.allow_changed = num_workers, max_bad_share, allow_changed
         decoder = Decoder(exif, max_megapixels)
         self.train_transform = TrainTransform(image_size, train_crop, resize_shorter_px, decoder, seed)
         self.evaluation_transform = EvaluationTransform(image_size, decoder)
         self._splits: Splits | None = None
+        self._fingerprint_state: dict[str, Any] | None = None
+        self._compared = False
         self._persistent: list[TrainLoader | EvaluationLoader] = []
 
     # -- what is there
@@ -125,6 +129,41 @@ class RAEDataModule(LightningDataModule):
         validation = f"+{held_out.fingerprint()}" if held_out is not None and held_out is not source else ""
         return f"{source.fingerprint()}{validation}-{self.train_size}-{self.val_size}"
 
+    def fingerprint_state(self) -> dict[str, Any]:
+        """Return what tells this data from any other, file by file: plain values, for checkpoints. Made once."""
+        if self._fingerprint_state is None:
+            splits = self.splits
+            held_out = splits.validation if splits.validation is not splits.train else None
+            self._fingerprint_state = {
+                "rows": {"training": self.train_size, "evaluation": self.val_size},
+                "sources": {"training": source_state(splits.train)}
+                | ({"evaluation": source_state(held_out)} if held_out is not None else {}),
+            }
+        return self._fingerprint_state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what Lightning keeps of the data in a checkpoint."""
+        return {"fingerprint": self.fingerprint_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare the data of a checkpoint with this one.
+
+        Raises:
+            UserError: other data, unless `allow_changed`.
+        """
+        self._compared = True
+        changes = compare_fingerprints(state_dict.get("fingerprint") or {}, self.fingerprint_state())
+        if not changes:
+            return
+        named = "; ".join(changes[:10]) + (f"; and {len(changes) - 10} more" if len(changes) > 10 else "")
+        if self.allow_changed:
+            log.warning("The data is not that of the checkpoint (data.allow_changed=true): %s.", named)
+            return
+        raise UserError(
+            f"The data is not that of the checkpoint: {named}. Order, split and held-out images would differ. Bring back the data "
+            "of that run, or go on with this one by data.allow_changed=true."
+        )
+
     # -- training
 
     @property
@@ -134,6 +173,10 @@ class RAEDataModule(LightningDataModule):
         return EpochOrder(self.train_size, self.seed, self.batch_size, world, rank, self.accumulate)
 
     def train_dataloader(self) -> TrainLoader:
+        self.fingerprint_state()  # of the data as it is before training
+        if self.trainer is not None and self.trainer.ckpt_path and not self._compared:
+            log.warning("The checkpoint has no fingerprint of its data, so nobody knows whether this is the same.")
+            self._compared = True
         dataset = TrainDataset(self.splits.train, self.splits.train_rows, self.train_transform)
         loader = TrainLoader(dataset, self.order, self._workers(), self.max_bad_share)
         self._persistent.append(loader)

@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 
 _FREE = {
     *("data._target_", "model._target_"),  # a class that has moved
+    *("data.use_hf_dataset", "data.allow_changed"),  # the data itself is compared by its fingerprint
     *(
         f"data.{key}"
         for key in ("num_workers", "prefetch_factor", "pin_memory", "worker_start", "max_bad_share", "val_batch_size")
