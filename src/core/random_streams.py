@@ -30,6 +30,7 @@ class Purpose(IntEnum):
     SPLIT = 9
     EVALUATION_ORDER = 10
     NOISE_LEVEL = 11
+    MIX = 18
 
 
 def generator(seed: int, purpose: Purpose, epoch: int = 0, position: int = 0) -> np.random.Generator:
