@@ -115,7 +115,7 @@ def peak_bytes(arguments: argparse.Namespace, variant: str, batch: int) -> tuple
         cast_frozen(models.rae.encoder, dtype)
         cast_frozen(models.discriminator.trunk, dtype)
     images, draws = make_inputs(arguments, models, device)
-    tiles = patch.object(lpips_distance, "TILE_ON_CPU", lpips_distance.TILE_ON_DEVICE)
+    tiles = patch.object(lpips_distance, "PART_ON_CPU", lpips_distance.PART_ON_DEVICE)
     with tiles, FakeTensorMode(allow_non_fake_inputs=True) as fake, LiveBytes() as live:
         for module in (models.rae, models.lpips, models.discriminator):
             make_fake(module, fake, live)

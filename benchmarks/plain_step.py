@@ -9,18 +9,21 @@ softmax, and each layer keeps what autograd wants to keep.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from torch import Tensor
 from torch.profiler import record_function
 
+from src.core.weights import PROJECT_ROOT
 from src.losses.diffaug import DiffAug, Draws
 from src.losses.lpips import LPIPS
 from src.models import decoder, dino
 from src.models.discriminator import DinoDiscriminator
 from src.models.rae import RAE
-from src.training.stage1_step import LatentNoise, Phase
+from src.training.stage1_step import LatentNoise, Phase, StepSettings
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,12 @@ class PlainStep:
             total = total + ((unit_x - unit_y).square() * weight.view(1, -1, 1, 1)).sum(1).mean((1, 2))
         assert isinstance(total, Tensor)
         return total.mean()
+
+
+def step_settings(**changes: Any) -> StepSettings:
+    """Return the settings of our step as configs/model/base.yaml has them, with `changes`."""
+    defaults = OmegaConf.load(PROJECT_ROOT / "configs/model/base.yaml")
+    return StepSettings.parse({name: defaults[name] for name in StepSettings.field_names()} | changes, "model")
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.plain_step import PlainStep
+from benchmarks.plain_step import PlainStep, step_settings
 from src.core.ema import EMA
 from src.core.images import bytes_to_unit
 from src.core.nonfinite import NonFiniteCounter
@@ -20,11 +20,10 @@ from src.losses.diffaug import UNIFORMS_PER_BATCH, UNIFORMS_PER_SAMPLE, DiffAug
 from src.losses.lpips import LPIPS
 from src.models.discriminator import DinoDiscriminator
 from src.models.rae import RAE
-from src.training.module import compile_in_place
-from src.training.optimisation import adamw, gradient_norm
+from src.training.module import compile_in_place, gradient_norm
 from src.training.settings import OptimizerSettings
-from src.training.stage1 import parts_to_compile
-from src.training.stage1_step import LatentNoise, Phase, StepSettings, TrainingStep
+from src.training.stage1 import adamw, parts_to_compile
+from src.training.stage1_step import LatentNoise, Phase, TrainingStep
 
 PHASES = {"warmup": Phase(True, False, False), "disc": Phase(True, False, True), "gan": Phase(True, True, True)}
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
@@ -80,10 +79,7 @@ class OurRunner:
 
     def __init__(self, models: Models, device: torch.device, options: dict[str, Any]) -> None:
         self.models = models
-        settings = StepSettings(
-            perceptual_weight=1.0, disc_weight=0.75, max_d_weight=1e4, adaptive_weight="global", disc_loss="hinge",
-            gen_loss="hinge", disc_updates=1, disc_fake=options["disc_fake"], loss_chunk_size=options["loss_chunk_size"],
-        )  # fmt: skip
+        settings = step_settings(disc_fake=options["disc_fake"], loss_chunk_size=options["loss_chunk_size"])
         self.step = TrainingStep(models.rae, models.lpips, models.discriminator, models.augment, settings)
         models.rae.decoder.activation_checkpointing = options["activation_checkpointing"]
         self.ema = EMA(models.rae.decoder, 0.9978)

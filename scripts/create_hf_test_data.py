@@ -111,9 +111,7 @@ def make_own(with_dummy: bool, overwrite: bool) -> int:
 
 
 def convert(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+    from src.core.terminal import progress
     from src.data.convert import REPORT
     from src.data.convert import convert as run
     from src.data.convert_scan import scan
@@ -121,12 +119,8 @@ def convert(args: argparse.Namespace) -> int:
 
     tree, output = scan(args.input_dir.expanduser().resolve()), args.output_dir.expanduser().resolve()
     settings = Settings(args.resize_shorter, args.max_megapixels, args.trust)
-    columns = (TextColumn("Converting"), BarColumn(), MofNCompleteColumn(), TextColumn("files"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("convert", total=tree.count)
-        report = run(
-            tree, output, settings, args.num_workers, args.overwrite, lambda done: bar.update(task, completed=done)
-        )
+    with progress("files converted") as update:
+        report = run(tree, output, settings, args.num_workers, args.overwrite, lambda done: update(done, tree.count))
     counts = ", ".join(f"{count} images ({split})" for split, count in report.images.items())
     print(f"{output}: {counts}, {report.classes} classes, {report.seconds} s")
     if report.shards_reused:

@@ -75,8 +75,10 @@ def _wanted(args: argparse.Namespace) -> list[Asset]:
         overrides.append(f"paths.weights_dir='{weights_dir}'")
     for experiment in args.experiment:
         from src.core.compose import compose  # imports torch
+        from src.models.encoder_presets import expand_encoder
 
         config = compose([f"experiment={experiment}", *overrides])
+        config["model"] = expand_encoder(config["model"])
         if config["model"].get("pretrained_decoder_path") == USERS_CHOICE:
             print(
                 f"left out: the decoder that {experiment} starts from. Add model.pretrained_decoder_path=PATH to look for "

@@ -2,9 +2,11 @@
 
     python scripts/kill_and_resume.py --kills 20
 
-A kill (SIGKILL) comes at a random moment, while a checkpoint is being written, or at an epoch's last batch. After each,
-every checkpoint on disk must be readable. At the end weights, averages, optimiser states and counters must equal the
-uninterrupted run's bit for bit. Exit status 0: they do; 1: they don't, or a checkpoint was unreadable.
+A kill (SIGKILL) comes at a random moment, while a checkpoint is being written, or at an epoch's last batch; in between,
+SIGINT, SIGHUP and SIGUSR1 come at random moments (the run must save and exit with 128 + the signal's number), and a
+loading process is killed (the run must save and exit with 1). After each, every checkpoint on disk must be readable. At
+the end weights, averages, optimiser states and counters must equal the uninterrupted run's bit for bit. Exit status 0:
+they do; 1: they don't, a checkpoint was unreadable, or an exit status was another one.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 ROOT = Path(sys.path[0])
 STEPS_PER_EPOCH, EPOCHS = 8, 3
-MODES = ("random", "writing", "last_batch")
+MODES = ("random", "writing", "last_batch", "SIGINT", "SIGHUP", "SIGUSR1", "loader")
 RUN = [
     "experiment=rae_dummy", "~callbacks.rfid", "logger=csv", "trainer.accelerator=cpu", "data.image_size=64", "data.batch_size=4",
     f"trainer.limit_train_batches={STEPS_PER_EPOCH}", f"trainer.max_epochs={EPOCHS}", "trainer.limit_val_batches=1",
@@ -81,10 +83,11 @@ def start(log_dir: Path, processes: int, *overrides: str) -> subprocess.Popen:
 def kill_once(log_dir: Path, processes: int, mode: str, rng: random.Random) -> bool:
     """True where the run came to its end first."""
     seen = set(log_dir.glob("runs/*/*"))
-    process = start(log_dir, processes, f"data.num_workers={rng.choice([0, 2])}")
+    workers = 2 if mode == "loader" else rng.choice([0, 2])
+    process = start(log_dir, processes, f"data.num_workers={workers}")
     folder = wait_for(lambda: next(iter(set(log_dir.glob("runs/*/*")) - seen), None), process)
     moment = None
-    if mode == "random":
+    if mode not in ("writing", "last_batch"):
         wait_for(lambda: "step " in text(folder / "run.log"), process)
         moment = time.monotonic() + rng.uniform(0, 3)
     wanted_step = STEPS_PER_EPOCH * rng.randint(1, EPOCHS)
@@ -104,10 +107,37 @@ def kill_once(log_dir: Path, processes: int, mode: str, rng: random.Random) -> b
         process,
     )
     ended = process.poll() is not None
-    if not ended:
+    if not ended and mode.startswith("SIG"):
+        os.killpg(process.pid, signal.Signals[mode])
+        process.wait()
+        # torchrun ends with 1 after any signal, or by the signal itself where it knows it not
+        expected = (128 + signal.Signals[mode],) if processes == 1 else (1, -signal.Signals[mode])
+        ended = process.returncode == 0  # the signal came after the last update
+        if not ended and process.returncode not in expected:
+            raise SystemExit(f"exit status {process.returncode} after {mode}; see {log_dir / 'output.txt'}")
+    elif not ended and mode == "loader":
+        kill_loader(process.pid)
+        process.wait()
+        ended = process.returncode == 0
+        if not ended and process.returncode != 1:
+            raise SystemExit(f"exit status {process.returncode}; see {log_dir / 'output.txt'}")
+    elif not ended:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     return ended and process.returncode == 0
+
+
+def children(pid: int) -> list[int]:
+    """Return the processes that `pid` started and those that they started."""
+    found = [int(word) for file in Path(f"/proc/{pid}/task").glob("*/children") for word in text(file).split()]
+    return found + [further for child in found for further in children(child)]
+
+
+def kill_loader(pid: int) -> None:
+    """Kill one loading process of a run; a loading process is one that has started none."""
+    leaves = [child for child in children(pid) if not children(child)]
+    if leaves:
+        os.kill(leaves[-1], signal.SIGKILL)
 
 
 def finish(log_dir: Path, processes: int, rng: random.Random) -> None:

@@ -4,27 +4,19 @@ python src/eval_rfid.py --checkpoint logs/runs/DATE/TIME/checkpoints/best.ckpt -
 torchrun --nproc_per_node=8 src/eval_rfid.py …                       several processes, the same number
 """
 
+import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-import argparse
-from collections.abc import Sequence
 from typing import Any
 
-from src.core.options import (
-    add_data_options,
-    add_device_option,
-    add_inception_options,
-    add_model_options,
-    make_parser,
-    not_negative,
-    option,
-)
-from src.core.terminal import progress, run_program
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root instead of src/
 
-EPILOG = r"""
+from src.core.options import EXIT_CODES, parse
+from src.core.terminal import run_program
+from src.evaluation.options import EvaluationOptions
+
+EPILOG = rf"""
 the published figures of the released DINOv2-B decoder (rFID .57, PSNR 18.9 dB on the 50,000 images of ImageNet val):
 
     python scripts/download_weights.py inception vgg16 lpips decoder-dinov2 stats-dinov2 \
@@ -39,145 +31,57 @@ the published figures of the released DINOv2-B decoder (rFID .57, PSNR 18.9 dB o
 with our own defaults (EXIF rotation applied, 8-bit values rounded) the numbers differ a little; compare like with like.
 A checkpoint is scored as its training scored it: --exif and --quantization are those of its configuration.
 A DDP run of N processes, or another batch size, gives the same number up to float32 rounding of the features.
-"""
 
+{EXIT_CODES}"""
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__)
-    parser.epilog = f"{EPILOG}\n{parser.epilog}"
-    add_model_options(parser)
-    add_data_options(parser, num_samples=10000)
-    add_inception_options(parser)
-    add_device_option(parser)
-    option(
-        parser,
-        "precision",
-        choices=("32", "16", "bf16"),
-        default="32",
-        help="of encoder and decoder, whatever training used; 16 on a CPU is bf16 (default: %(default)s)",
-    )
-    option(
-        parser,
-        "quantization",
-        choices=("round", "truncate"),
-        help="to 8 bits; truncate is what the official code does (default: the checkpoint's "
-        "callbacks.rfid.quantization, else round)",
-    )
-    option(
-        parser,
-        "reference",
-        nargs="+",
-        metavar="NPZ",
-        help="score against `mu` and `sigma`, or the images `arr_0`, of a file instead of the originals; one for all "
-        "data sets or one for each. Another image size is refused, another preparation is warned of",
-    )
-    option(
-        parser,
-        "noise_sigma",
-        nargs="+",
-        type=_sigma,
-        default=[0.0],
-        metavar="S",
-        help="standard deviations of noise on the latents, before their normalisation: a row for each (default: 0)",
-    )
-    option(
-        parser,
-        "layers",
-        nargs="+",
-        metavar="BLOCKS",
-        help="blocks of the encoder to decode from, k1, k7, k23 or numbers such as 11.13.15: a row for each "
-        "(default: the model's own)",
-    )
-    option(
-        parser,
-        "vgg_path",
-        metavar="FILE",
-        help="VGG16 for LPIPS (default: the checkpoint's, else weights/vgg16-397923af.pth)",
-    )
-    option(
-        parser,
-        "lpips_path",
-        metavar="FILE",
-        help="linear weights of LPIPS (default: the checkpoint's, else weights/lpips_vgg_v0.1.pth)",
-    )
-    output = parser.add_argument_group("output")
-    option(
-        output,
-        "output_dir",
-        metavar="DIR",
-        help="save originals and reconstructions as PNG, and a sheet with their differences",
-    )
-    option(
-        output,
-        "save_samples_count",
-        type=not_negative,
-        default=64,
-        metavar="N",
-        help="pairs in --output_dir (default: %(default)s)",
-    )
-    option(
-        output,
-        "worst",
-        type=not_negative,
-        default=0,
-        metavar="K",
-        help="sheet of the K worst (by LPIPS, else PSNR) as --output_dir/worst.png",
-    )
-    option(output, "json", metavar="FILE", help="all numbers, and all they depend on")
-    option(output, "csv", metavar="FILE", help="PSNR, SSIM and LPIPS of each image")
-    option(
-        output,
-        "save_npz",
-        metavar="FILE",
-        help="reconstructions as `arr_0` (uint8 N x H x W x 3) for the ADM evaluation suite",
-    )
-    return parser
+SCORES = {"rfid": "rFID", "rfid_untrained": "rFID (untrained Inception)"}
+QUALITY = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS", "lpips_untrained": "LPIPS (untrained)"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = build_parser()
-    options = parser.parse_args(argv)
-    if options.worst and options.output_dir is None:
-        parser.error("--worst needs --output_dir: the sheet goes there")
-    if options.save_npz and len(options.data_dir) > 1:
-        parser.error("--save_npz takes the images of one data set, --data_dir names several")
+    options = parse(EvaluationOptions, __doc__, argv, EPILOG)
     return run_program(lambda: _run(options))
 
 
-def _run(options: argparse.Namespace) -> int:
-    from src.core.processes import processes
-    from src.evaluation.report import text, write_json
-    from src.evaluation.rfid import Evaluation, output_folders, references
+def _run(options: EvaluationOptions) -> int:
+    from src.core.distributed import processes
+    from src.core.files import write_text
+    from src.core.weights import resolve
+    from src.evaluation.rfid import evaluate
 
-    results: list[dict[str, Any]] = []
-    folders = output_folders(options.output_dir, options.data_dir)
-    files = references(options.reference, options.data_dir)
-    with processes(options.device) as place, Evaluation(options, place) as evaluation:
-        # before the first long pass, what is wrong is said
-        sets = [evaluation.open(data_dir) for data_dir in options.data_dir]
-        moments = [evaluation.reference(images, file) for images, file in zip(sets, files, strict=True)]
-        with progress(place.main) as track:
-            for images, reference, folder in zip(sets, moments, folders, strict=True):
-                loader = evaluation.loader(images)
-                results += evaluation.score(images, track(loader, len(loader), images.folder.name), reference, folder)
-        protocol = evaluation.protocol
+    with processes(options.device) as process:
+        results, protocol = evaluate(options, process)
     if results:
         print(text(results))
         if options.output_dir:
             print(f"Sample images saved to: {options.output_dir}")
         if options.json:
-            command = [Path(sys.argv[0]).name, *sys.argv[1:]]
-            write_json(options.json, {"command": command, **protocol, "results": results})
+            content = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], **protocol, "results": results}
+            write_text(resolve(options.json), json.dumps(content, indent=2) + "\n")
         for file in filter(None, (options.json, options.csv, options.save_npz)):
             print(f"Written: {file}")
     return 0
 
 
-def _sigma(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: expected a standard deviation of 0 or more")
-    return value
+def text(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return a paragraph for each data set: its first variant in words, all of several variants as a table."""
+    paragraphs = []
+    for data_dir in dict.fromkeys(result["data_dir"] for result in results):
+        own = [result for result in results if result["data_dir"] == data_dir]
+        first = own[0]
+        lines = [f"Images: {first['images']:,} of {first['available']:,}, {first['split']} of {data_dir}"]
+        lines += [f"{label} Score: {first[key]:.4f}" for key, label in SCORES.items() if key in first]
+        lines.append(", ".join(f"{label}: {first[key]:.4f}" for key, label in QUALITY.items() if key in first))
+        paragraphs.append("\n".join(lines + (_table(own) if len(own) > 1 else [])) + "\n")
+    return "\n".join(paragraphs)
+
+
+def _table(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    columns = {key: label for key, label in (SCORES | QUALITY).items() if key in results[0]}
+    rows = [["blocks", "sigma", *columns.values()]]
+    rows += [[r["layers"] or "own", f"{r['noise_sigma']:g}", *(f"{r[key]:.4f}" for key in columns)] for r in results]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
 if __name__ == "__main__":

@@ -11,75 +11,61 @@ are read back by `model.pretrained_decoder_path`, `model.normalization_stat_path
 
 import sys
 from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root instead of src/
 
+from src.core.options import ModelOptions, option, parse
+from src.core.terminal import run_program
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(ModelOptions):
+    """What is exported, and how."""
+
+    format: Literal["official", "diffusers", "folder"] = option(
+        "official: model.pt; diffusers: AutoencoderRAE with its encoder; folder: ours", default=MISSING
+    )
+    output: Path = option("a new folder", "DIR", MISSING)
+    dtype: Literal["fp32", "bf16", "fp16"] = option("of the weights; statistics stay fp32", default="fp32")
+    overwrite: bool = option("replace an earlier export in --output", default=False)
+    with_encoder: bool = option("folder: put the encoder in (diffusers always does)", default=False)
+    published_names: bool = option(
+        "diffusers: name the encoder's parameters as transformers 4 does, instead of as the installed one",
+        default=False,
+    )
+    scores: tuple[str, ...] = option("results of src/eval_rfid.py for the model card", "JSON", ())
+    push: str | None = option("send the export to the Hugging Face hub", "NAME/MODEL")
+    private: bool = option("with --push: a private repository", default=False)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 where the export is there, 1 where something is wrong with what was given."""
-    from src.core.options import add_model_options, make_parser, option
-
-    parser = make_parser(__doc__)
-    add_model_options(parser)
-    out = parser.add_argument_group("export")
-    option(
-        out,
-        "format",
-        choices=("official", "diffusers", "folder"),
-        required=True,
-        help="official: model.pt; diffusers: AutoencoderRAE with its encoder; folder: ours",
-    )
-    option(out, "output", type=Path, required=True, metavar="DIR", help="a new folder")
-    option(
-        out,
-        "dtype",
-        choices=("fp32", "bf16", "fp16"),
-        default="fp32",
-        help="of the weights; statistics stay fp32 (default: %(default)s)",
-    )
-    option(out, "overwrite", action="store_true", help="replace an earlier export in --output")
-    option(out, "with_encoder", action="store_true", help="folder: put the encoder in (diffusers always does)")
-    option(
-        out,
-        "published_names",
-        action="store_true",
-        help="diffusers: name the encoder's parameters as transformers 4 does, instead of as the installed one",
-    )
-    option(out, "scores", nargs="+", default=[], metavar="JSON", help="results of src/eval_rfid.py for the model card")
-    option(out, "push", metavar="NAME/MODEL", help="send the export to the Hugging Face hub")
-    option(out, "private", action="store_true", help="with --push: a private repository")
-    arguments = parser.parse_args(argv)
-
-    from src.core.terminal import run_program
-
-    return run_program(lambda: _run(arguments))
+    """Return 0 where the export is there, 1 where something is wrong with what was given."""
+    options = parse(Options, __doc__, argv)
+    return run_program(lambda: _run(options))
 
 
-def _run(arguments: Any) -> int:
+def _run(options: Options) -> int:
     from src.formats.export import ExportOptions, check_output, export
-    from src.formats.opening import ModelChoice, open_model
+    from src.formats.opening import open_model
     from src.formats.upload import check_repo_id, push
 
-    if arguments.push:
-        check_repo_id(arguments.push)
-    check_output(arguments.output, arguments.overwrite)
-    loaded = open_model(ModelChoice.of(arguments))
-    options = ExportOptions(
-        arguments.format, arguments.dtype, arguments.with_encoder, arguments.published_names, arguments.overwrite
-    )
-    remarks = export(loaded, arguments.output, options, arguments.scores)
-    print(
-        f"{arguments.format} export of {loaded.description['source']} ({loaded.description['weights']}, "
-        f"{arguments.dtype}):"
-    )
-    for file in sorted(path for path in arguments.output.rglob("*") if path.is_file()):
+    if options.push:
+        check_repo_id(options.push)
+    check_output(options.output, options.overwrite)
+    loaded = open_model(options)
+    how = ExportOptions(options.format, options.dtype, options.with_encoder, options.published_names, options.overwrite)
+    remarks = export(loaded, options.output, how, options.scores)
+    source, weights = loaded.description["source"], loaded.description["weights"]
+    print(f"{options.format} export of {source} ({weights}, {options.dtype}):")
+    for file in sorted(path for path in options.output.rglob("*") if path.is_file()):
         print(f"  {file}  {file.stat().st_size:,} bytes")
     for remark in remarks:
         print(f"Note: {remark}")
-    if arguments.push:
-        print(f"Pushed to {push(arguments.output, arguments.push, arguments.private)}")
+    if options.push:
+        print(f"Pushed to {push(options.output, options.push, options.private)}")
     return 0
 
 

@@ -11,69 +11,28 @@ any other. Both files say how their images were prepared, and `eval_rfid.py` com
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root instead of src/
 
-import argparse
-from collections.abc import Sequence
-
-from src.core.options import (
-    add_data_options,
-    add_device_option,
-    add_inception_options,
-    make_parser,
-    option,
-    positive,
-)
-from src.core.terminal import progress, run_program
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__)
-    add_data_options(parser, num_samples=None)
-    add_inception_options(parser)
-    add_device_option(parser)
-    option(
-        parser,
-        "checkpoint",
-        metavar="FILE",
-        help="take the images, the size and --exif that `eval_rfid.py --checkpoint FILE` takes: without a validation "
-        "split those that its training held out",
-    )
-    option(
-        parser,
-        "image_size",
-        type=positive,
-        metavar="PX",
-        help="side of the centre crop (default: the checkpoint's, else 256)",
-    )
-    option(
-        parser,
-        "kind",
-        choices=("statistics", "images"),
-        default="statistics",
-        help="what to write (default: %(default)s)",
-    )
-    option(parser, "output", required=True, metavar="FILE", help="the npz")
-    return parser
+from src.core.options import parse
+from src.core.terminal import run_program
+from src.evaluation.options import ReferenceOptions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = build_parser()
-    options = parser.parse_args(argv)
-    if len(options.data_dir) > 1:
-        parser.error("one reference is made of one data set; --data_dir names several")
+    options = parse(ReferenceOptions, __doc__, argv)
     return run_program(lambda: _run(options))
 
 
-def _run(options: argparse.Namespace) -> int:
-    from src.core.processes import processes
+def _run(options: ReferenceOptions) -> int:
+    from src.core.distributed import processes
     from src.evaluation.reference_file import write_reference
 
-    with processes(options.device) as place, progress(place.main) as track:
-        count, description = write_reference(options, place, track)
-    if place.main:
+    with processes(options.device) as process:
+        count, description = write_reference(options, process)
+    if process.main:
         print(f"{options.output}: {description} of {count:,} images")
     return 0
 

@@ -13,27 +13,28 @@ going, or that broke, makes a page too; what is missing or damaged is told there
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root instead of src/
 
+from src.core.options import option, parse
+
 EPILOG = """exit codes: 0 the page is written; 1 a folder is no run's, or the page can't be written; 2 wrong options"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    from src.core.options import make_parser, option
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Which runs, and where the page goes."""
 
-    parser = make_parser(__doc__)
-    parser.epilog = EPILOG
-    parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="folder of a run, logs/runs/DATE/TIME")
-    option(
-        parser,
-        "out",
-        metavar="FILE",
-        help="the page (default: report.html in the run's folder, comparison.html in the first one's for several)",
+    run_dirs: tuple[str, ...] = option("folder of a run, logs/runs/DATE/TIME", "RUN_DIR", (), positional=True)
+    out: str | None = option(
+        "the page (default: report.html in the first run's folder, comparison.html for several)", "FILE"
     )
-    arguments = parser.parse_args(argv)
 
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(Options, __doc__, argv, EPILOG)
     from src.core.errors import UserError
 
     try:

@@ -20,4 +20,8 @@ def main(config: DictConfig) -> float | None:
 if __name__ == "__main__":
     if {"--help", "-h", "--cfg", "-c", "--info"} & set(sys.argv):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… --help | head` ends quietly
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # before the run listens for it
+        print("interrupted before the run began", file=sys.stderr)
+        sys.exit(130)

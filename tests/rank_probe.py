@@ -15,8 +15,7 @@ import torch
 
 from src.core.launch import Launch
 from src.training import stage1 as rae_module
-from src.training.folder import run_folder
-from src.training.record import RunRecord
+from src.training.record import RunRecord, make_folder
 from src.training.run import build_run, fit
 from tests.training import SMALL, composed
 
@@ -53,14 +52,15 @@ def main() -> None:
     )
     config = composed([*SMALL, "~callbacks.rfid", "logger=csv", "callbacks=no_checkpoint", *overrides])
     launch = Launch.detect()
-    config.paths.run_dir = str(run_folder(config.paths.log_dir, None, launch))
+    folder = make_folder(config.paths.log_dir, None) if launch.main else None
+    config.paths.run_dir = folder and str(folder)
     run = build_run(config, launch)
     watch = Watch()
     run.trainer.callbacks.append(watch)
-    fit(run, None, RunRecord(Path(config.paths.run_dir), "probe", launch.main))
+    fit(run, None, RunRecord(folder, "probe"))
     content = {
         "digests": watch.digests, "positions": watch.positions, "weights": watch.weights, "gradients": GRADIENTS,
-        "state": run.module.state_dict(), "scores": run.module.scores, "run_dir": config.paths.run_dir,
+        "state": run.module.state_dict(), "scores": run.module.scores, "run_dir": run.trainer.default_root_dir,
     }  # fmt: skip
     torch.save(content, out / f"rank{os.environ.get('RANK', '0')}.pt")
 

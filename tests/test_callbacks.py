@@ -1,78 +1,91 @@
-"""What watches a run and saves it, where no whole run is needed to see it."""
+"""What watches a run and saves it, seen from its log, its figures and its files."""
 
 import logging
-import time
 from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
 import torch
 
-from src.callbacks import checkpoint as checkpoint_module
-from src.callbacks.checkpoint import RunCheckpoint
+from src.callbacks import progress
 from src.callbacks.samples import SampleImages
-from src.callbacks.startup import warn
-from src.callbacks.throughput import Throughput, training_paused
+from src.core import metrics_file
+from src.core.rank_requests import RankRequests
+from src.data.loader import TrainLoader
 from src.training.stage1 import RAEModule
 from tests.training import composed, train
 
 QUIET = ["~callbacks.rfid", "logger=csv"]
 
 
-class OneCallLate:
-    """An `Agreement` among two processes: each call is answered with the wishes of the call before."""
-
-    def __init__(self) -> None:
-        self.before = [False, False]
-
-    def exchange(self, wishes, world_size):
-        self.before, heard = wishes, self.before
-        return heard
+def logged(folder, name):
+    return [value for _, found, value, _ in metrics_file.read(folder / "metrics.csv") if found == name]
 
 
-def test_a_timed_save_on_several_ranks_happens_once(monkeypatch):
-    callback = RunCheckpoint(every_n_steps=0, every_n_minutes=1, every_n_epochs=0, keep_epochs=0)
-    callback._agreement = OneCallLate()
+def test_a_timed_save_on_several_ranks_happens_once(tmp_path, monkeypatch):
+    """Requests of two ranks are answered a step later; the one repeated meanwhile is the same request."""
+    pending, saved = [[False, False]], []
+
+    def answer_a_step_later(self, requests, world_size):
+        pending.append(requests)
+        return pending.pop(0)
+
+    save = pl.Trainer.save_checkpoint
+    monkeypatch.setattr(RankRequests, "exchange", answer_a_step_later)
+    monkeypatch.setattr(
+        pl.Trainer, "save_checkpoint", lambda self, *a, **k: (saved.append(self.global_step), save(self, *a, **k))
+    )
+    often = ["callbacks.checkpoint.every_n_steps=0", "callbacks.checkpoint.every_n_minutes=1e-9"]
+    train(tmp_path, *QUIET, *often, "trainer.limit_train_batches=7", "trainer.max_epochs=1", "model.disc_weight=0")
+    assert saved == [2, 4, 6, 7]  # the last one at the end of the epoch
+
+
+def advance(monkeypatch, clock, owner, name, seconds):
+    original = getattr(owner, name)
+
+    def slow(*args, **kwargs):
+        clock.now += seconds
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, slow)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Of the speed: a step takes 1 s, and all that is no training takes long."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(checkpoint_module.time, "monotonic", lambda: clock.now)
-    callback._saved_at, saved = 0.0, []
-    trainer = SimpleNamespace(
-        global_step=0, world_size=2, is_global_zero=True, callbacks=[], default_root_dir="nowhere",
-        save_checkpoint=lambda path, weights_only: saved.append(trainer.global_step),
-    )  # fmt: skip
-    module = SimpleNamespace(
-        settings=SimpleNamespace(loop=SimpleNamespace(accumulate_grad_batches=1)),
-        steps_per_epoch=1000, scores={}, check_numbers=lambda: None,
-    )  # fmt: skip
-    for step in range(1, 13):
-        trainer.global_step, clock.now = step, step * 12.0  # 60 s are over after five steps
-        callback.on_train_batch_end(trainer, module, None, None, step - 1)
-    assert saved == [7]  # wished at step 6, heard of at 7; the wish repeated at 7 is the same one
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    advance(monkeypatch, clock, RAEModule, "training_step", 1.0)
+    advance(monkeypatch, clock, RAEModule, "validation_step", 100.0)
+    advance(monkeypatch, clock, SampleImages, "draw", 1000.0)
+    advance(monkeypatch, clock, pl.Trainer, "save_checkpoint", 10000.0)
+    return clock
 
 
-def test_saving_counts_neither_as_training_nor_as_waiting_for_data():
-    throughput = Throughput()
-    throughput._reset()
-    trainer = SimpleNamespace(callbacks=[throughput])
-    with training_paused(trainer):
-        time.sleep(0.05)
-    throughput.on_train_batch_start(trainer, None, None, 0)
-    assert throughput._paused >= 0.05 and throughput._waited < 0.02
+@pytest.mark.parametrize("terminal", [False, True])
+def test_evaluation_pictures_and_checkpoints_are_no_training_time(tmp_path, monkeypatch, clock, terminal):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)  # then a bar is shown
+    train(tmp_path, *QUIET, "model.sample_every=1", "callbacks.checkpoint.every_n_steps=1")
+    assert logged(tmp_path, "perf/images_per_s") == [4.0] * 6
+    assert logged(tmp_path, "perf/data_wait") == [0.0] * 6
 
 
-@pytest.mark.parametrize("part", ["pictures", "checkpoint"])
-def test_pictures_and_checkpoints_are_no_training_time(tmp_path, monkeypatch, part):
-    owner, name = {"pictures": (SampleImages, "draw"), "checkpoint": (pl.Trainer, "save_checkpoint")}[part]
-    slow = getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda *a, **k: (time.sleep(0.3), slow(*a, **k))[1])
-    paused = []
-    publish = Throughput._publish
-    monkeypatch.setattr(Throughput, "_publish", lambda self, *a: (paused.append(self._paused), publish(self, *a))[1])
-    options = ["model.sample_every=1", "callbacks.checkpoint.every_n_steps=0"]
-    if part == "checkpoint":
-        options = ["callbacks.checkpoint.every_n_steps=1"]
-    train(tmp_path, *QUIET, *options, "trainer.max_steps=2", "trainer.max_epochs=1")
-    assert paused[1] >= 0.3  # what came after the first entry
+@pytest.mark.parametrize(("seconds", "warned"), [(0.2, False), (1.0, True)])
+def test_waiting_for_data_is_measured_and_warned_of(tmp_path, monkeypatch, clock, caplog, seconds, warned):
+    original = TrainLoader.__iter__
+
+    def slow(self):
+        for batch in original(self):
+            clock.now += seconds
+            yield batch
+
+    monkeypatch.setattr(TrainLoader, "__iter__", slow)
+    fast = ["model.disc_weight=0", "model.perceptual_weight=0", "trainer.max_epochs=1", "callbacks=watch"]
+    train(tmp_path, "logger=csv", *fast, "trainer.limit_train_batches=44", "trainer.log_every_n_steps=22")
+    waits = logged(tmp_path, "perf/data_wait")
+    assert waits[1] == pytest.approx(seconds / (1 + seconds), rel=0.1)
+    said = [record for record in caplog.records if "data path is the bottleneck" in record.getMessage()]
+    assert len(said) == warned
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +95,9 @@ def fitted(tmp_path_factory):
 
 def test_the_discriminators_rate_is_never_negative(fitted):
     """Preflight updates it at steps that lie before its start."""
-    warming_up = fitted.module.settings.disc_scheduler.model_copy(update={"warmup_epochs": 1.0, "warmup_from_zero": True})
+    warming_up = fitted.module.settings.disc_scheduler.model_copy(
+        update={"warmup_epochs": 1.0, "warmup_from_zero": True}
+    )
     settings = fitted.module.settings.model_copy(update={"disc_scheduler": warming_up})
     module = SimpleNamespace(settings=settings, steps_per_epoch=10)
     first = settings.starts.steps(10)["disc"]
@@ -100,21 +115,27 @@ def test_all_but_the_images_leaves_the_tensors_behind(fitted):
     assert moved["position"].tolist() == batch["position"].tolist()
 
 
-def test_warnings_at_the_start(fitted, caplog, monkeypatch):
-    starts = SimpleNamespace(disc_start_epoch=0, disc_upd_start_epoch=6)
-    module = SimpleNamespace(
-        settings=SimpleNamespace(starts=starts), discriminator=fitted.module.discriminator, lpips=None,
-        rae=SimpleNamespace(encoder=SimpleNamespace(untrained=False)),
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    ("starts", "pretrained", "said"),
+    [
+        ((0, 6), True, ["GAN term starts at epoch 0, the discriminator's updates only at epoch 6", "No GPU is used", "UNTRAINED by request: LPIPS"]),
+        ((6, 6), True, ["GAN term starts at epoch 6, but trainer.max_epochs=2", "No GPU is used"]),
+        ((0, 0), False, ["UNTRAINED by request: encoder, LPIPS, discriminator trunk"]),
+    ],
+)  # fmt: skip
+def test_warnings_at_the_start(fitted, caplog, monkeypatch, starts, pretrained, said):
+    gan, disc = starts
+    epochs = {"disc_start_epoch": gan, "disc_upd_start_epoch": disc}
+    starts = fitted.module.settings.starts.model_copy(update=epochs)
+    monkeypatch.setattr(fitted.module, "settings", fitted.module.settings.model_copy(update={"starts": starts}))
+    monkeypatch.setattr(fitted.module.rae.encoder, "untrained", not pretrained)
     with caplog.at_level(logging.WARNING):
-        warn(fitted.trainer, module)
-    said = "\n".join(record.getMessage() for record in caplog.records)
-    assert "GAN term starts at epoch 0" in said and "No GPU is used" in said
-    caplog.clear()
-    starts.disc_upd_start_epoch, module.rae.encoder.untrained = 0, True
-    with caplog.at_level(logging.WARNING):
-        warn(fitted.trainer, module)
-    assert "GAN term" not in caplog.text and "No GPU" not in caplog.text
+        progress.warn(fitted.trainer, fitted.module)
+    messages = [record.getMessage() for record in caplog.records]
+    for words in said:
+        assert any(words in message for message in messages), messages
+    assert any("GAN term" in message for message in messages) == (disc > 0)
+    assert any("No GPU" in message for message in messages) == pretrained
 
 
 @pytest.mark.parametrize("held_out", [1, 5])

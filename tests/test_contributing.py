@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -50,10 +51,9 @@ def test_the_examples_do_what_they_say(tmp_path):
             text = text.replace(old, new)
         (tmp_path / target).write_text(text, encoding="utf-8")
     checks = []
-    for block in [*blocks("python"), *blocks("yaml")]:
-        file = tmp_path / block.split("\n", 1)[0].removeprefix("# ").strip()
-        file.write_text(block, encoding="utf-8")
-        checks += [str(file)] if file.suffix == ".py" else []
+    for block in blocks("python"):
+        checks.append(str(tmp_path / block.split("\n", 1)[0].removeprefix("# ").strip()))
+        Path(checks[-1]).write_text(block, encoding="utf-8")
     (tmp_path / "tests/test_compose.py").write_text(COMPOSE)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *checks, "tests/test_compose.py"]
     done = subprocess.run(
@@ -61,7 +61,7 @@ def test_the_examples_do_what_they_say(tmp_path):
         env={**os.environ, "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"\b4 passed", done.stdout), done.stdout
+    assert re.search(r"\b5 passed", done.stdout), done.stdout
 
 
 # The model config and the names of the losses, as a run would take them; and that it is the copy that is tested.
@@ -69,22 +69,20 @@ COMPOSE = """
 from hydra import compose, initialize_config_dir
 
 import src.losses.gan
-from src.losses.gan import discriminator_loss, generator_loss
 from src.models.encoders import encoder_class
 from src.training.settings import ModelSettings
 from src.core.weights import PROJECT_ROOT
 
 
 def test_the_configuration_reaches_the_new_parts():
-    assert PROJECT_ROOT.joinpath("configs/model/rae_vit.yaml").is_file()
-    overrides = ["model=rae_vit", "model.disc_loss=least_squares", "model.gen_loss=least_squares"]
+    names = ["model.encoder=deit-b", "model.disc_loss=least_squares", "model.gen_loss=least_squares", "model.mse_weight=0.5"]
     with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        config = compose("train", overrides=overrides)
+        config = compose("train", overrides=["model=rae_encoder", *names])
     from omegaconf import OmegaConf
 
     model = OmegaConf.to_container(config.model, resolve=True)
     model.pop("_target_")
-    settings = ModelSettings.parse({**model, "lpips_arch": {}})
-    assert encoder_class(settings.rae.encoder_cls).__name__ == "ViTwNorm"
-    assert discriminator_loss(settings.loop.disc_loss).name == generator_loss(settings.loop.gen_loss).name == "least_squares"
+    settings = ModelSettings.parse(model)
+    assert encoder_class(settings.rae.encoder_cls).__name__ == "DeiTwNorm"
+    assert settings.step.disc_loss == settings.step.gen_loss == "least_squares" and settings.step.mse_weight == 0.5
 """

@@ -21,10 +21,9 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from src.core.launch import Launch
 from src.core.weights import PROJECT_ROOT, read
 from src.formats.official import write_official
-from src.training.folder import run_folder
+from src.training.record import RunRecord, make_folder
 from tests.tiny_models import tiny_rae
 from tests.training import composed, train
 
@@ -207,25 +206,28 @@ def slurm_script(folder: Path, *arguments: str) -> list[str]:
     return lines[lines.index("src/train.py") + 1 :]
 
 
-def test_a_requeued_slurm_job_goes_on_with_its_own_run(tmp_path):
+def test_a_requeued_slurm_job_goes_on_with_its_own_run(tmp_path, monkeypatch):
     asked = ["experiment=rae_dummy", "ckpt_path=another.ckpt"]  # a first checkpoint gives way to the job's own
     first = slurm_script(tmp_path, *asked)
     assert first == [*asked, "trainer.strategy=ddp", "trainer.num_nodes=2", "paths.run_dir=logs/runs/slurm/7"]
     own = tmp_path / "logs/runs/slurm/7/checkpoints/last.ckpt"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     own.parent.mkdir(parents=True)
+    RunRecord(own.parents[1], "slurm").update({})
+    assert slurm_script(tmp_path, *asked) == first  # requeued before anything was saved: it starts again in its folder
+    assert make_folder("logs", str(own.parents[1]), tmp_path / "another.ckpt") == own.parents[1]
     own.touch()
+    assert make_folder("logs", str(own.parents[1]), own) == own.parents[1]
     again = composed(slurm_script(tmp_path, *asked))
     assert (again.paths.run_dir, again.ckpt_path) == ("logs/runs/slurm/7", "logs/runs/slurm/7/checkpoints/last.ckpt")
     assert again.trainer.num_nodes == 2
 
 
-def test_a_run_resumes_in_its_own_folder(tmp_path, monkeypatch):
+def test_a_run_resumes_in_its_own_folder(tmp_path):
     """As that job does: the folder is there already, and the checkpoint that it goes on from is the one that it replaces."""
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
     last = tmp_path / "job/checkpoints/last.ckpt"
     for start in (0, 1):
-        monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
-        folder = run_folder(str(tmp_path / "logs"), str(tmp_path / "job"), Launch(0, 2, "slurm"))
+        folder = make_folder(str(tmp_path / "logs"), str(tmp_path / "job"), last)
         steps = 2 * (start + 1)
         run = train(folder, *OFTEN, f"trainer.max_steps={steps}", checkpoint=last if last.exists() else None)
         assert run.trainer.global_step == steps
@@ -388,7 +390,10 @@ def test_options_that_are_named_exist(page):
         ]
     )
     for name in set(re.findall(r"`--([a-z][\w-]*)", text(page))) - {"help", "cfg", "no-index"}:
-        assert re.search(rf"[\"'](?:--)?{name.replace('-', '[_-]')}[\"']", known), f"{page.name}: --{name}"
+        spelled = name.replace("-", "[_-]")  # quoted, or a field of a class of options
+        assert re.search(rf"[\"'](?:--)?{spelled}[\"']|^    {spelled}: .*= option\(", known, re.M), (
+            f"{page.name}: --{name}"
+        )
 
 
 def test_every_experiment_stands_in_the_readme():

@@ -10,7 +10,7 @@ import torch
 from src.core.errors import UserError
 from src.core.random_streams import Purpose
 from src.losses.diffaug import DiffAug
-from src.models.layers import FUSIONS, check_fusion, parse_layers, random_subset
+from src.models.layers import FUSIONS, check_choice, parse_layers, random_subset
 from src.training.settings import LayerSubset
 from src.training.step_noise import StepNoise
 
@@ -62,9 +62,14 @@ def test_mistakes(layers, depth, message):
 def test_the_key_of_the_caller_and_unknown_fusions():
     with pytest.raises(UserError, match=r"^--layers='k9': expected"):
         parse_layers("k9", 24, "--layers")
-    check_fusion("sum", FUSIONS, "Some")
-    with pytest.raises(UserError, match="'max' is unknown to Some: expected mean, mean_plus_spatial_mean, sum"):
-        check_fusion("max", FUSIONS, "Some")
+
+
+def test_unknown_fusions_fail_with_the_list():
+    check_choice("layer_fusion", "sum", FUSIONS, "Some")
+    with pytest.raises(
+        UserError, match="layer_fusion='max' is unknown to Some: expected mean, mean_plus_spatial_mean, sum"
+    ):
+        check_choice("layer_fusion", "max", FUSIONS, "Some")
 
 
 # -- random subsets

@@ -66,3 +66,17 @@ def test_plain_folders_know_neither_lightning_nor_hydra(folder):
     for file in files(folder):
         heads = {name.split(".")[0] for name in imports(file)} & {"pytorch_lightning", "lightning", "hydra"}
         assert heads == FRAMEWORKS.get(str(file.relative_to(PROJECT_ROOT)), set()), file
+
+
+def test_the_table_of_places_names_what_exists():
+    text = (PROJECT_ROOT / "docs/architecture.md").read_text()
+    table = text.split("## Where is X?")[1].split("## To change")[0]
+    rows = [[cell.strip(" `") for cell in line.strip("| ").split("|")] for line in table.splitlines() if "`" in line]
+    assert len(rows) >= 10
+    for _, place, name, test in rows:
+        content = (PROJECT_ROOT / place).read_text()
+        owner, *inner = name.split(".")
+        assert all(word in content for word in (owner, *inner)) and (PROJECT_ROOT / test).is_file(), (place, name, test)
+        if place.endswith(".py"):
+            defined = {n.name for n in ast.walk(ast.parse(content)) if isinstance(n, ast.ClassDef | ast.FunctionDef)}
+            assert {owner, *inner} <= defined, (place, name)

@@ -12,26 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from src.core.errors import UserError
-from src.metrics.fid import (
-    FeatureStatistics,
-    Gaussian,
-    few_images_warning,
-    frechet_distance,
-    load_npz,
-    save_npz,
-)
-from src.metrics.image_npz import ImageNpz, ImageNpzWriter
+from src.metrics.fid import FeatureStatistics, Gaussian, few_images_warning, frechet_distance, load_npz, save_npz
 from src.metrics.inception import InceptionFeatures
-from src.metrics.npz import append_arrays, npz_names
+from src.metrics.npz import ImageNpz, write_image_npz
 from src.metrics.reference import Preparation, image_statistics, load_reference
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def features(count: int, dim: int, seed: int, offset: float = 0.4) -> Tensor:
@@ -103,9 +87,8 @@ def test_any_split_and_any_merge_give_the_same(count: int, offset: float) -> Non
     whole = frechet_distance(statistics(real), statistics(fake))
     for batch in (1, 7, 64):
         assert frechet_distance(statistics(real, batch), statistics(fake, batch)) == pytest.approx(whole, rel=1e-8)
-    merged = FeatureStatistics(128)
-    for part in (fake[: count // 3], fake[:0], fake[count // 3 : -1], fake[-1:]):
-        merged.merge(statistics(part, 5))
+    parts = (statistics(part, 5) for part in (fake[: count // 3], fake[:0], fake[count // 3 : -1], fake[-1:]))
+    merged = FeatureStatistics(128).merge(next(parts)).merge(*parts)
     assert merged.count == count
     assert frechet_distance(statistics(real), merged) == pytest.approx(whole, rel=1e-8)
 
@@ -114,14 +97,6 @@ def test_any_split_and_any_merge_give_the_same(count: int, offset: float) -> Non
 def test_a_set_has_no_distance_to_itself(count: int) -> None:
     rows = features(count, 256, 1)
     assert 0 <= frechet_distance(statistics(rows), statistics(rows.flip(0), 33)) < 1e-6
-
-
-def test_state_round_trip() -> None:
-    made = statistics(features(20, 8, 1))
-    again = FeatureStatistics.from_state(made.state())
-    made.update(features(5, 8, 2))
-    again.update(features(5, 8, 2))
-    assert again.count == 25 and torch.equal(made.mean, again.mean) and torch.equal(made.covariance, again.covariance)
 
 
 def test_fewer_than_two_images_and_other_networks_are_errors() -> None:
@@ -151,15 +126,11 @@ def test_npz_round_trip_and_files_of_other_tools(tmp_path: Path) -> None:
     assert torch.equal(loaded.mean, made.mean) and torch.equal(loaded.covariance, made.covariance)
     with np.load(tmp_path / "deep" / "ours.npz") as plain:
         assert plain["mu"].shape == (8,) and plain["sigma"].shape == (8, 8)
-    np.savez(tmp_path / "theirs.npz", mu=plain_mean(made), sigma=made.covariance.numpy().astype(np.float32))
+    np.savez(tmp_path / "theirs.npz", mu=made.mean.numpy(), sigma=made.covariance.numpy().astype(np.float32))
     theirs = load_npz(tmp_path / "theirs.npz")
     assert theirs.count is None and theirs.features is None and theirs.mean.dtype == torch.float64
     assert frechet_distance(theirs, made) < 1e-6
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["ours.npz"]  # nothing left beside it
-
-
-def plain_mean(made: FeatureStatistics) -> np.ndarray:
-    return made.mean.numpy()
 
 
 def test_hostile_and_broken_npz_are_refused(tmp_path: Path) -> None:
@@ -188,6 +159,10 @@ def test_hostile_and_broken_npz_are_refused(tmp_path: Path) -> None:
             ImageNpz(tmp_path / name)
     with pytest.raises(UserError, match="single"):
         load_npz(tmp_path / "single.npy")
+    for pixels in (np.zeros((2, 4, 4, 3)), np.zeros((2, 3, 4, 4), np.uint8), np.zeros(4, np.uint8)):
+        np.savez(tmp_path / "a.npz", pixels)
+        with pytest.raises(UserError, match="expected uint8"):
+            ImageNpz(tmp_path / "a.npz")
     assert not (tmp_path / "ran").exists()
 
 
@@ -203,13 +178,6 @@ def test_images_are_read_in_batches_and_shared_by_ranks(tmp_path: Path, save) ->
     assert torch.equal(torch.cat([shares[0][0], shares[1][0], shares[0][1]]), pixels)
 
 
-@pytest.mark.parametrize("pixels", [np.zeros((2, 4, 4, 3)), np.zeros((2, 3, 4, 4), np.uint8), np.zeros(4, np.uint8)])
-def test_other_arrays_are_no_images(tmp_path: Path, pixels: np.ndarray) -> None:
-    np.savez(tmp_path / "a.npz", pixels)
-    with pytest.raises(UserError, match="expected uint8"):
-        ImageNpz(tmp_path / "a.npz")
-
-
 def test_a_member_that_ends_early_is_an_error(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive, archive.open("arr_0.npy", "w") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": (5, 4, 4, 3)}
@@ -219,73 +187,70 @@ def test_a_member_that_ends_early_is_an_error(tmp_path: Path) -> None:
         list(ImageNpz(tmp_path / "a.npz").batches(3))
 
 
-def test_the_writer_makes_what_numpy_reads_and_only_when_complete(tmp_path: Path) -> None:
+def write_images(path: Path, pixels: Tensor, **facts: str | int) -> None:
+    shape = (len(pixels), *pixels.shape[2:], 3)
+    write_image_npz(path, shape, (image.permute(1, 2, 0).numpy().tobytes() for image in pixels), facts)
+
+
+def test_written_images_are_what_numpy_reads_and_only_when_complete(tmp_path: Path) -> None:
     pixels, path = images(10, size=6), tmp_path / "new" / "a.npz"
-    with ImageNpzWriter(path, 10, 6, 6) as out:
-        out.write(pixels[:7])
-        assert not path.exists()
-        out.write(pixels[7:])
+    write_images(path, pixels, exif="apply")
     with np.load(path) as plain:
-        assert plain.files == ["arr_0"]
+        assert plain.files == ["arr_0", "exif"]
         assert np.array_equal(plain["arr_0"], pixels.permute(0, 2, 3, 1).numpy())
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="3 images written, 10 announced"), ImageNpzWriter(path, 10, 6, 6) as out:
-        out.write(pixels[:3])
-    with pytest.raises(KeyError), ImageNpzWriter(path, 10, 6, 6) as out:
+
+    def broken():
+        yield bytes(108)
         raise KeyError
-    with pytest.raises(ValueError, match="expected uint8 B x 3 x 6 x 6"), ImageNpzWriter(path, 10, 6, 6) as out:
-        out.write(images(2, size=7))
+
+    with pytest.raises(KeyError):
+        write_image_npz(path, (10, 6, 6, 3), broken(), {})
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["a.npz"]
 
 
-def test_a_reference_is_statistics_or_images(tmp_path: Path) -> None:
-    inception = InceptionFeatures(None, "untrained", width=0.05)
-    pixels = images(6)
-    with ImageNpzWriter(tmp_path / "images.npz", 6, 16, 16) as out:
-        out.write(pixels)
-    made = image_statistics(pixels.split(4), inception, batch_size=3)
-    save_npz(tmp_path / "statistics.npz", made, inception.name)
-    assert npz_names(tmp_path / "statistics.npz") == ["mu", "sigma", "features", "count"]
-    wanted = Preparation(image_size=16)
-    for name in ("images", "statistics"):
-        reference = load_reference(tmp_path / f"{name}.npz", inception, 4, wanted)
-        assert reference.count == 6 and frechet_distance(reference, made) < 1e-6
-    with pytest.raises(UserError, match="seed0.*seed1"):
-        load_reference(tmp_path / "statistics.npz", InceptionFeatures(None, "untrained", 1, width=0.05), 4, wanted)
-    with pytest.raises(UserError, match="102 features"):
-        load_reference(tmp_path / "statistics.npz", InceptionFeatures(None, "untrained", width=0.1), 4, wanted)
-    np.savez(tmp_path / "foreign.npz", mu=made.mean.numpy(), sigma=made.covariance.numpy())
-    with pytest.raises(UserError, match="untrained"):
-        load_reference(tmp_path / "foreign.npz", inception, 4, wanted)
-    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
-    with pytest.raises(UserError, match="arr_0"):
-        load_reference(tmp_path / "other.npz", inception, 4, wanted)
-
-
+INCEPTION = InceptionFeatures(None, "tiny")
 PREPARED = Preparation(16, "apply", "validation", "0123456789abcdef", 6, 6)
 
 
-def write_both_kinds(folder: Path, inception: InceptionFeatures, prepared: Preparation | None, size: int = 16) -> None:
+def load(path: Path, wanted: Preparation = PREPARED, inception: InceptionFeatures = INCEPTION):
+    return load_reference(path, inception, 4, wanted, "Type this.")
+
+
+def write_both_kinds(folder: Path, prepared: Preparation | None = PREPARED) -> FeatureStatistics:
     """`statistics.npz` and `images.npz` of the same 6 images, which say of themselves what `prepared` says."""
-    pixels = images(6, size=size)
-    facts = {} if prepared is None else prepared.facts()
-    save_npz(folder / "statistics.npz", image_statistics([pixels], inception, 6), inception.name, facts)
-    with ImageNpzWriter(folder / "images.npz", 6, size, size) as out:
-        out.write(pixels)
-    append_arrays(folder / "images.npz", facts)
+    facts, made = {} if prepared is None else prepared.facts(), image_statistics(images(6).split(4), INCEPTION, 3)
+    save_npz(folder / "statistics.npz", made, INCEPTION.name, facts)
+    write_images(folder / "images.npz", images(6), **facts)
+    return made
+
+
+def test_a_reference_is_statistics_or_images(tmp_path: Path) -> None:
+    made = write_both_kinds(tmp_path)
+    for name in ("images", "statistics"):
+        reference = load(tmp_path / f"{name}.npz")
+        assert reference.count == 6 and frechet_distance(reference, made) < 1e-6
+    with pytest.raises(UserError, match="seed0.*seed1"):
+        load(tmp_path / "statistics.npz", inception=InceptionFeatures(None, "tiny", 1))
+    for name, arrays, words in (
+        ("small", {"mu": np.zeros(8), "sigma": np.eye(8)}, "8 features"),
+        ("foreign", {"mu": made.mean.numpy(), "sigma": made.covariance.numpy()}, "untrained"),
+        ("other", {"weights": np.zeros(3)}, "arr_0"),
+        ("oblong", {"arr_0": np.zeros((3, 16, 24, 3), np.uint8)}, "16 x 24 px"),
+    ):
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        with pytest.raises(UserError, match=words):
+            load(tmp_path / f"{name}.npz")
 
 
 def test_a_reference_says_how_it_was_prepared_and_others_read_it_as_ever(tmp_path: Path) -> None:
-    inception = InceptionFeatures(None, "untrained", width=0.05)
-    write_both_kinds(tmp_path, inception, PREPARED)
+    write_both_kinds(tmp_path)
     for name in ("statistics", "images"):
         assert Preparation.of_file(tmp_path / f"{name}.npz") == PREPARED
     with np.load(tmp_path / "images.npz") as plain:
         assert plain["arr_0"].shape == (6, 16, 16, 3) and plain["image_size"] == 16 and plain["exif"] == "apply"
     with np.load(tmp_path / "statistics.npz") as plain:
-        assert plain.files[:2] == ["mu", "sigma"] and plain["split"] == "validation"
-    assert torch.equal(torch.cat(list(ImageNpz(tmp_path / "images.npz").batches(4))), images(6))
-    assert load_npz(tmp_path / "statistics.npz").count == 6
+        assert plain.files[:2] == ["mu", "sigma"] and plain["split"] == "validation" and plain["count"] == 6
     odd = {"image_size": np.zeros(2), "exif": np.arange(3), "split": np.array(7), "count": np.arange(3)}
     np.savez(tmp_path / "odd.npz", mu=np.zeros(3), sigma=np.eye(3), **odd)
     assert Preparation.of_file(tmp_path / "odd.npz") == Preparation()
@@ -294,30 +259,20 @@ def test_a_reference_says_how_it_was_prepared_and_others_read_it_as_ever(tmp_pat
 
 @pytest.mark.parametrize("name", ["statistics", "images"])
 def test_a_reference_of_another_size_is_refused_with_both_sizes(tmp_path: Path, name: str) -> None:
-    inception = InceptionFeatures(None, "untrained", width=0.05)
-    write_both_kinds(tmp_path, inception, PREPARED)
+    write_both_kinds(tmp_path)
     with pytest.raises(UserError, match=r"16 x 16 px.*32 x 32 px.*Type this"):
-        load_reference(tmp_path / f"{name}.npz", inception, 4, Preparation(image_size=32), "Type this.")
-
-
-def test_images_that_are_no_squares_are_refused(tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", np.zeros((3, 16, 24, 3), np.uint8))
-    with pytest.raises(UserError, match="16 x 24 px"):
-        load_reference(
-            tmp_path / "a.npz", InceptionFeatures(None, "untrained", width=0.05), 4, Preparation(image_size=16)
-        )
+        load(tmp_path / f"{name}.npz", Preparation(image_size=32))
 
 
 def test_statistics_beside_images_have_their_size(tmp_path: Path, caplog) -> None:
     """The ADM suite's reference files hold both."""
-    inception = InceptionFeatures(None, "untrained", width=0.05)
-    write_both_kinds(tmp_path, inception, None)
+    write_both_kinds(tmp_path, None)
     with np.load(tmp_path / "statistics.npz") as a, np.load(tmp_path / "images.npz") as b:
         np.savez(tmp_path / "both.npz", **a, **b)
-    load_reference(tmp_path / "both.npz", inception, 4, Preparation(image_size=16))
+    load(tmp_path / "both.npz")
     assert "does not say" not in caplog.text
     with pytest.raises(UserError, match="16 x 16 px.*8 x 8 px"):
-        load_reference(tmp_path / "both.npz", inception, 4, Preparation(image_size=8))
+        load(tmp_path / "both.npz", Preparation(image_size=8))
 
 
 @pytest.mark.parametrize("name", ["statistics", "images"])
@@ -334,10 +289,8 @@ def test_statistics_beside_images_have_their_size(tmp_path: Path, caplog) -> Non
     ],
 )
 def test_a_reference_prepared_otherwise_is_warned_of(tmp_path: Path, caplog, name, changes, words) -> None:
-    inception = InceptionFeatures(None, "untrained", width=0.05)
-    write_both_kinds(tmp_path, inception, PREPARED)
-    caplog.clear()
-    load_reference(tmp_path / f"{name}.npz", inception, 4, replace(PREPARED, **changes), "Type this.")
+    write_both_kinds(tmp_path)
+    load(tmp_path / f"{name}.npz", replace(PREPARED, **changes))
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(warnings) == bool(words)
     for word in [*words, "Type this."] if words else []:
@@ -345,11 +298,10 @@ def test_a_reference_prepared_otherwise_is_warned_of(tmp_path: Path, caplog, nam
 
 
 def test_files_of_others_are_read_with_a_warning_where_they_are_silent(tmp_path: Path, caplog) -> None:
-    inception = InceptionFeatures(None, "untrained", width=0.05)
-    write_both_kinds(tmp_path, inception, None)
-    load_reference(tmp_path / "images.npz", inception, 4, PREPARED)
+    write_both_kinds(tmp_path, None)
+    load(tmp_path / "images.npz")
     assert "does not say" not in caplog.text  # the images themselves do
-    load_reference(tmp_path / "statistics.npz", inception, 4, PREPARED)
+    load(tmp_path / "statistics.npz")
     assert "statistics.npz does not say of which size" in caplog.text and "16 px" in caplog.text
-    load_reference(tmp_path / "statistics.npz", inception, 4, replace(PREPARED, selected=5))
+    load(tmp_path / "statistics.npz", replace(PREPARED, selected=5))
     assert "6 images, here 5" in caplog.text  # `count` is as good

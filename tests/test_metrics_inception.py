@@ -1,6 +1,7 @@
 """Inception features against an independent forward pass of the published graph, and what files are refused."""
 
 import logging
+import math
 import pickle
 from pathlib import Path
 
@@ -11,166 +12,76 @@ from torch.nn import functional as F
 
 from src.core.errors import UserError
 from src.core.precision import full_float32
-from src.metrics.inception import InceptionFeatures
-from src.metrics.inception_network import InceptionNetwork
-from src.metrics.resize import resize_tf1
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-# The layout of pt_inception-2015-12-05-6726825d.pth, written down from its published shapes: outputs, inputs, kernel.
-def _block_5(inputs: int, pool: int) -> dict[str, tuple[int, int, int, int]]:
-    return {
-        "branch1x1": (64, inputs, 1, 1),
-        "branch5x5_1": (48, inputs, 1, 1),
-        "branch5x5_2": (64, 48, 5, 5),
-        "branch3x3dbl_1": (64, inputs, 1, 1),
-        "branch3x3dbl_2": (96, 64, 3, 3),
-        "branch3x3dbl_3": (96, 96, 3, 3),
-        "branch_pool": (pool, inputs, 1, 1),
-    }
-
-
-def _block_6(c: int) -> dict[str, tuple[int, int, int, int]]:
-    return {
-        "branch1x1": (192, 768, 1, 1),
-        "branch7x7_1": (c, 768, 1, 1),
-        "branch7x7_2": (c, c, 1, 7),
-        "branch7x7_3": (192, c, 7, 1),
-        "branch7x7dbl_1": (c, 768, 1, 1),
-        "branch7x7dbl_2": (c, c, 7, 1),
-        "branch7x7dbl_3": (c, c, 1, 7),
-        "branch7x7dbl_4": (c, c, 7, 1),
-        "branch7x7dbl_5": (192, c, 1, 7),
-        "branch_pool": (192, 768, 1, 1),
-    }
-
-
-def _block_7(inputs: int) -> dict[str, tuple[int, int, int, int]]:
-    return {
-        "branch1x1": (320, inputs, 1, 1),
-        "branch3x3_1": (384, inputs, 1, 1),
-        "branch3x3_2a": (384, 384, 1, 3),
-        "branch3x3_2b": (384, 384, 3, 1),
-        "branch3x3dbl_1": (448, inputs, 1, 1),
-        "branch3x3dbl_2": (384, 448, 3, 3),
-        "branch3x3dbl_3a": (384, 384, 1, 3),
-        "branch3x3dbl_3b": (384, 384, 3, 1),
-        "branch_pool": (192, inputs, 1, 1),
-    }
-
-
-LAYOUT: dict[str, dict[str, tuple[int, int, int, int]]] = {
-    "": {
-        "Conv2d_1a_3x3": (32, 3, 3, 3),
-        "Conv2d_2a_3x3": (32, 32, 3, 3),
-        "Conv2d_2b_3x3": (64, 32, 3, 3),
-        "Conv2d_3b_1x1": (80, 64, 1, 1),
-        "Conv2d_4a_3x3": (192, 80, 3, 3),
-    },
-    "Mixed_5b.": _block_5(192, 32),
-    "Mixed_5c.": _block_5(256, 64),
-    "Mixed_5d.": _block_5(288, 64),
-    "Mixed_6a.": {
-        "branch3x3": (384, 288, 3, 3),
-        "branch3x3dbl_1": (64, 288, 1, 1),
-        "branch3x3dbl_2": (96, 64, 3, 3),
-        "branch3x3dbl_3": (96, 96, 3, 3),
-    },
-    "Mixed_6b.": _block_6(128),
-    "Mixed_6c.": _block_6(160),
-    "Mixed_6d.": _block_6(160),
-    "Mixed_6e.": _block_6(192),
-    "Mixed_7a.": {
-        "branch3x3_1": (192, 768, 1, 1),
-        "branch3x3_2": (320, 192, 3, 3),
-        "branch7x7x3_1": (192, 768, 1, 1),
-        "branch7x7x3_2": (192, 192, 1, 7),
-        "branch7x7x3_3": (192, 192, 7, 1),
-        "branch7x7x3_4": (192, 192, 3, 3),
-    },
-    "Mixed_7b.": _block_7(1280),
-    "Mixed_7c.": _block_7(2048),
-}
-
-
-def standard_state(seed: int = 0) -> dict[str, Tensor]:
-    """Random weights laid out as the standard file, with norms that do something."""
-    generator = torch.Generator().manual_seed(seed)
-    state: dict[str, Tensor] = {}
-    for block, convs in LAYOUT.items():
-        for name, shape in convs.items():
-            fan_in = shape[1] * shape[2] * shape[3]
-            state[f"{block}{name}.conv.weight"] = torch.randn(shape, generator=generator) * (2 / fan_in) ** 0.5
-            for key, low in (("weight", 0.8), ("bias", -0.2), ("running_mean", -0.2), ("running_var", 0.5)):
-                state[f"{block}{name}.bn.{key}"] = low + 0.4 * torch.rand(shape[0], generator=generator)
-    state["fc.weight"] = torch.zeros(1008, 2048)
-    state["fc.bias"] = torch.zeros(1008)
-    return state
+from src.metrics.inception import InceptionFeatures, resize_tf1
 
 
 def published_forward(state: dict[str, Tensor], x: Tensor) -> Tensor:
-    """The graph of the FID network in functional form and float64, written apart from src."""
-    state = {name: value.double() for name, value in state.items()}
+    """The graph of the FID network in functional form and float64, written apart from src: names, outputs and kernels are
+    those of pt_inception-2015-12-05-6726825d.pth. A layer that `state` lacks gets random weights there, with norms that do
+    something."""
 
-    def conv(name: str, x: Tensor, stride: int = 1, padding: int | tuple[int, int] = 0) -> Tensor:
-        x = F.conv2d(x, state[f"{name}.conv.weight"], stride=stride, padding=padding)
-        bn = [state[f"{name}.bn.{key}"] for key in ("running_mean", "running_var", "weight", "bias")]
+    def conv(name: str, x: Tensor, outputs: int, height: int = 1, width: int = 1, stride: int = 1, same: bool = True):
+        if f"{name}.conv.weight" not in state:
+            generator = torch.Generator().manual_seed(len(state))
+            shape = (outputs, x.shape[1], height, width)
+            state[f"{name}.conv.weight"] = torch.randn(shape, generator=generator) * (2 / math.prod(shape[1:])) ** 0.5
+            for key, low in (("weight", 0.8), ("bias", -0.2), ("running_mean", -0.2), ("running_var", 0.5)):
+                state[f"{name}.bn.{key}"] = low + 0.4 * torch.rand(outputs, generator=generator)
+        bn = [state[f"{name}.bn.{key}"].double() for key in ("running_mean", "running_var", "weight", "bias")]
+        padding = (height // 2, width // 2) if same else 0
+        x = F.conv2d(x, state[f"{name}.conv.weight"].double(), stride=stride, padding=padding)
         return F.relu(F.batch_norm(x, *bn, training=False, eps=0.001))
 
     def average(x: Tensor) -> Tensor:
-        ones = torch.ones_like(x[:1, :1])
-        return 9 * F.avg_pool2d(x, 3, 1, 1) / (9 * F.avg_pool2d(ones, 3, 1, 1))
+        return F.avg_pool2d(x, 3, 1, 1) / F.avg_pool2d(torch.ones_like(x[:1, :1]), 3, 1, 1)
 
-    def block_5(n: str, x: Tensor) -> Tensor:
-        b5 = conv(f"{n}.branch5x5_2", conv(f"{n}.branch5x5_1", x), padding=2)
-        b3 = conv(f"{n}.branch3x3dbl_2", conv(f"{n}.branch3x3dbl_1", x), padding=1)
-        b3 = conv(f"{n}.branch3x3dbl_3", b3, padding=1)
-        return torch.cat([conv(f"{n}.branch1x1", x), b5, b3, conv(f"{n}.branch_pool", average(x))], 1)
+    def block_5(n: str, x: Tensor, pool: int) -> Tensor:
+        b5 = conv(f"{n}.branch5x5_2", conv(f"{n}.branch5x5_1", x, 48), 64, 5, 5)
+        b3 = conv(f"{n}.branch3x3dbl_2", conv(f"{n}.branch3x3dbl_1", x, 64), 96, 3, 3)
+        b3 = conv(f"{n}.branch3x3dbl_3", b3, 96, 3, 3)
+        return torch.cat([conv(f"{n}.branch1x1", x, 64), b5, b3, conv(f"{n}.branch_pool", average(x), pool)], 1)
 
-    def block_6(n: str, x: Tensor) -> Tensor:
-        row, column = (0, 3), (3, 0)
-        b7 = conv(f"{n}.branch7x7_2", conv(f"{n}.branch7x7_1", x), padding=row)
-        b7 = conv(f"{n}.branch7x7_3", b7, padding=column)
-        bd = conv(f"{n}.branch7x7dbl_1", x)
-        for i, padding in ((2, column), (3, row), (4, column), (5, row)):
-            bd = conv(f"{n}.branch7x7dbl_{i}", bd, padding=padding)
-        return torch.cat([conv(f"{n}.branch1x1", x), b7, bd, conv(f"{n}.branch_pool", average(x))], 1)
+    def block_6(n: str, x: Tensor, c: int) -> Tensor:
+        b7 = conv(f"{n}.branch7x7_2", conv(f"{n}.branch7x7_1", x, c), c, 1, 7)
+        b7 = conv(f"{n}.branch7x7_3", b7, 192, 7, 1)
+        bd = conv(f"{n}.branch7x7dbl_2", conv(f"{n}.branch7x7dbl_1", x, c), c, 7, 1)
+        bd = conv(f"{n}.branch7x7dbl_4", conv(f"{n}.branch7x7dbl_3", bd, c, 1, 7), c, 7, 1)
+        bd = conv(f"{n}.branch7x7dbl_5", bd, 192, 1, 7)
+        return torch.cat([conv(f"{n}.branch1x1", x, 192), b7, bd, conv(f"{n}.branch_pool", average(x), 192)], 1)
 
     def block_7(n: str, x: Tensor, pooled: Tensor) -> Tensor:
-        b3 = conv(f"{n}.branch3x3_1", x)
-        bd = conv(f"{n}.branch3x3dbl_2", conv(f"{n}.branch3x3dbl_1", x), padding=1)
-        row, column = (0, 1), (1, 0)
-        parts = [conv(f"{n}.branch1x1", x)]
-        parts += [conv(f"{n}.branch3x3_2a", b3, padding=row), conv(f"{n}.branch3x3_2b", b3, padding=column)]
-        parts += [conv(f"{n}.branch3x3dbl_3a", bd, padding=row), conv(f"{n}.branch3x3dbl_3b", bd, padding=column)]
-        return torch.cat([*parts, conv(f"{n}.branch_pool", pooled)], 1)
+        b3 = conv(f"{n}.branch3x3_1", x, 384)
+        bd = conv(f"{n}.branch3x3dbl_2", conv(f"{n}.branch3x3dbl_1", x, 448), 384, 3, 3)
+        parts = [conv(f"{n}.branch1x1", x, 320)]
+        parts += [conv(f"{n}.branch3x3_2a", b3, 384, 1, 3), conv(f"{n}.branch3x3_2b", b3, 384, 3, 1)]
+        parts += [conv(f"{n}.branch3x3dbl_3a", bd, 384, 1, 3), conv(f"{n}.branch3x3dbl_3b", bd, 384, 3, 1)]
+        return torch.cat([*parts, conv(f"{n}.branch_pool", pooled, 192)], 1)
 
-    x = conv("Conv2d_2b_3x3", conv("Conv2d_2a_3x3", conv("Conv2d_1a_3x3", x, stride=2)), padding=1)
-    x = F.max_pool2d(x, 3, 2)
-    x = F.max_pool2d(conv("Conv2d_4a_3x3", conv("Conv2d_3b_1x1", x)), 3, 2)
-    for name in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
-        x = block_5(name, x)
-    n = "Mixed_6a"
-    b3 = conv(f"{n}.branch3x3dbl_2", conv(f"{n}.branch3x3dbl_1", x), padding=1)
-    b3 = conv(f"{n}.branch3x3dbl_3", b3, stride=2)
-    x = torch.cat([conv(f"{n}.branch3x3", x, stride=2), b3, F.max_pool2d(x, 3, 2)], 1)
-    for name in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
-        x = block_6(name, x)
-    n = "Mixed_7a"
-    b3 = conv(f"{n}.branch3x3_2", conv(f"{n}.branch3x3_1", x), stride=2)
-    b7 = conv(f"{n}.branch7x7x3_2", conv(f"{n}.branch7x7x3_1", x), padding=(0, 3))
-    b7 = conv(f"{n}.branch7x7x3_4", conv(f"{n}.branch7x7x3_3", b7, padding=(3, 0)), stride=2)
+    x = conv("Conv2d_2a_3x3", conv("Conv2d_1a_3x3", x, 32, 3, 3, stride=2, same=False), 32, 3, 3, same=False)
+    x = F.max_pool2d(conv("Conv2d_2b_3x3", x, 64, 3, 3), 3, 2)
+    x = F.max_pool2d(conv("Conv2d_4a_3x3", conv("Conv2d_3b_1x1", x, 80), 192, 3, 3, same=False), 3, 2)
+    for name, pool in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
+        x = block_5(name, x, pool)
+    b3 = conv("Mixed_6a.branch3x3dbl_2", conv("Mixed_6a.branch3x3dbl_1", x, 64), 96, 3, 3)
+    b3 = conv("Mixed_6a.branch3x3dbl_3", b3, 96, 3, 3, stride=2, same=False)
+    whole = conv("Mixed_6a.branch3x3", x, 384, 3, 3, stride=2, same=False)
+    x = torch.cat([whole, b3, F.max_pool2d(x, 3, 2)], 1)
+    for name, c in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192)):
+        x = block_6(name, x, c)
+    b3 = conv("Mixed_7a.branch3x3_2", conv("Mixed_7a.branch3x3_1", x, 192), 320, 3, 3, stride=2, same=False)
+    b7 = conv("Mixed_7a.branch7x7x3_2", conv("Mixed_7a.branch7x7x3_1", x, 192), 192, 1, 7)
+    b7 = conv("Mixed_7a.branch7x7x3_3", b7, 192, 7, 1)
+    b7 = conv("Mixed_7a.branch7x7x3_4", b7, 192, 3, 3, stride=2, same=False)
     x = torch.cat([b3, b7, F.max_pool2d(x, 3, 2)], 1)
     x = block_7("Mixed_7b", x, average(x))
-    x = block_7("Mixed_7c", x, F.max_pool2d(x, 3, 1, 1))
-    return x.mean((2, 3))
+    return block_7("Mixed_7c", x, F.max_pool2d(x, 3, 1, 1)).mean((2, 3))
+
+
+def standard_state() -> dict[str, Tensor]:
+    """Random weights laid out as the standard file."""
+    state: dict[str, Tensor] = {}
+    published_forward(state, torch.zeros(1, 3, 75, 75).double())
+    return {**state, "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
 
 
 @pytest.fixture(scope="module")
@@ -212,20 +123,12 @@ def test_resize_is_that_of_tensorflow_1_worked_by_hand() -> None:
     # a product of both directions, and not square
     both = resize_tf1(torch.tensor([[[[0.0, 4.0, 8.0], [12.0, 16.0, 20.0]]]]), 4)
     assert both[0, 0, 1].tolist() == pytest.approx([6, 9, 12, 14])
-
-
-def test_resize_keeps_299_px_untouched() -> None:
     images = torch.rand(1, 3, 299, 299)
     assert resize_tf1(images, 299) is images
 
 
-def test_sizes_of_the_standard_file_are_those_of_the_network() -> None:
-    own = {name: value.shape for name, value in InceptionNetwork().state_dict().items() if "tracked" not in name}
-    assert own == {name: value.shape for name, value in standard_state().items() if not name.startswith("fc.")}
-
-
 def test_frozen_in_eval_and_no_gradient() -> None:
-    inception = InceptionFeatures(None, "untrained", width=0.05)
+    inception = InceptionFeatures(None, "tiny")
     inception.train()
     assert not any(module.training for module in inception.modules())
     assert not any(parameter.requires_grad for parameter in inception.parameters())
@@ -233,7 +136,7 @@ def test_frozen_in_eval_and_no_gradient() -> None:
 
 
 def test_autocast_and_chunks_do_not_change_the_features() -> None:
-    inception = InceptionFeatures(None, "untrained", width=0.05)
+    inception = InceptionFeatures(None, "tiny")
     images = torch.randint(0, 256, (5, 3, 48, 40), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     whole = inception(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -253,7 +156,7 @@ def test_precision_settings_are_given_back() -> None:
 def test_untrained_only_by_name_seeded_and_without_disturbing_anyone() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first, second, other = (InceptionFeatures(None, "untrained", seed, width=0.05) for seed in (3, 3, 4))
+    first, second, other = (InceptionFeatures(None, "tiny", seed) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), before)
     images = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     assert first.untrained and torch.equal(first(images), second(images))
@@ -308,4 +211,4 @@ def test_a_file_that_is_not_the_published_one_is_named_in_the_log(
 @pytest.mark.parametrize("images", [torch.zeros(1, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8)])
 def test_only_batches_of_uint8_rgb(images: Tensor) -> None:
     with pytest.raises(ValueError, match="uint8 B x 3"):
-        InceptionFeatures(None, "untrained", width=0.05)(images)
+        InceptionFeatures(None, "tiny")(images)

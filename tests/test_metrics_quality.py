@@ -6,8 +6,7 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from src.core.errors import UserError
-from src.metrics.means import RunningMeans
-from src.metrics.quality import MAX_PSNR_DB, psnr, ssim
+from src.metrics.quality import MAX_PSNR_DB, RunningMeans, psnr, ssim
 
 
 def pair(height: int, width: int, noise: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -72,26 +71,14 @@ def test_unlike_or_too_small_images_are_errors() -> None:
         ssim(a[..., :5], a[..., :5])
 
 
-def test_means_add_up_over_batches_merges_and_states() -> None:
+def test_means_add_up_over_batches() -> None:
     values = torch.rand(30, generator=torch.Generator().manual_seed(0))
-    whole = RunningMeans(["a", "b"])
-    for part in values.split(7):
-        whole.update({"b": -part, "a": part})
-    first, second = RunningMeans(["a", "b"]), RunningMeans(["a", "b"])
-    first.update({"a": values[:4], "b": -values[:4]})
-    second.update({"a": values[4:], "b": -values[4:]})
-    merged = RunningMeans.from_state(first.state()).merge(second)
-    mean = values.double().mean().item()
-    assert whole.count == merged.count == 30 and first.count == 4
-    assert whole.means() == pytest.approx({"a": mean, "b": -mean}, rel=1e-12)
-    assert merged.means() == pytest.approx(whole.means(), rel=1e-12)
-
-
-def test_means_need_every_name_and_one_value_per_image() -> None:
     means = RunningMeans(["a", "b"])
     assert all(value != value for value in means.means().values())  # nan without images
+    for part in values.split(7):
+        means.update({"b": -part, "a": part})
+    mean = values.double().mean().item()
+    assert means.count == 30 and means.means() == pytest.approx({"a": mean, "b": -mean}, rel=1e-12)
     for wrong in ({"a": torch.zeros(2)}, {"a": torch.zeros(2), "b": torch.zeros(3)}):
         with pytest.raises(ValueError, match="expected"):
             means.update(wrong)
-    with pytest.raises(ValueError, match="merge"):
-        means.merge(RunningMeans(["a"]))

@@ -18,20 +18,10 @@ from src.metrics.quality import psnr, ssim
 from src.metrics.reconstruction import ReconstructionScore
 from src.metrics.reference import image_statistics
 
-WIDTH = 0.03
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 @pytest.fixture(scope="module")
 def inception() -> InceptionFeatures:
-    return InceptionFeatures(None, "untrained", width=WIDTH)
+    return InceptionFeatures(None, "tiny")
 
 
 def lpips(x: Tensor, y: Tensor) -> Tensor:
@@ -50,7 +40,9 @@ def data(count: int = 24) -> tuple[Tensor, Tensor]:
     return original, bytes_to_unit(original) + 0.1 * torch.rand(original.shape, generator=generator) - 0.05
 
 
-def score_of(inception: InceptionFeatures, batches: list[tuple[Tensor, Tensor]], **options) -> ReconstructionScore:
+def score_of(
+    inception: InceptionFeatures | None, batches: list[tuple[Tensor, Tensor]], **options
+) -> ReconstructionScore:
     score = ReconstructionScore(inception, inception_batch_size=5, **options)
     for original, reconstruction in batches:
         score.update(original, reconstruction)
@@ -93,19 +85,22 @@ def test_perfect_reconstructions_have_no_distance(inception: InceptionFeatures) 
 
 
 def test_a_score_is_called_rfid_only_with_real_weights(tmp_path: Path) -> None:
-    inception = InceptionFeatures(None, "untrained", width=WIDTH)
-    assert ReconstructionScore(inception, 5).score_name == "rfid_untrained"
+    inception = InceptionFeatures(None, "tiny")
+    assert "rfid_untrained" in score_of(inception, [data(4)]).compute()
     inception.untrained = False  # as after loading a file
-    original, reconstruction = data(4)
-    assert "rfid" in score_of(inception, [(original, reconstruction)]).compute()
+    assert "rfid" in score_of(inception, [data(4)]).compute()
+    result = score_of(None, [data(4)], lpips=lpips).compute()
+    assert list(result) == ["psnr", "ssim", "lpips", "images"]  # without a network, no FID
+    lpips_untrained = InceptionFeatures(None, "tiny")
+    lpips_untrained.forward = lpips
+    assert "lpips_untrained" in score_of(None, [data(4)], lpips=lpips_untrained).compute()
 
 
 def test_a_reference_takes_the_place_of_the_originals(inception: InceptionFeatures) -> None:
     original, reconstruction = data()
     clean = score_of(inception, [(original, reconstruction)])
-    noisy = score_of(inception, [(original, reconstruction * 0.8)], reference=clean.originals)
+    noisy = score_of(inception, [(original, reconstruction * 0.8)], reference=clean.reference)
     alone = score_of(inception, [(original, reconstruction * 0.8)])
-    assert noisy.originals is None
     assert noisy.compute() == pytest.approx(alone.compute(), rel=1e-12)
 
 
@@ -160,11 +155,12 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
     original, reconstruction = data()
-    network = InceptionFeatures(None, "untrained", width=WIDTH)
+    network = InceptionFeatures(None, "tiny")
     shares = [(slice(0, 5), slice(5, 19)), (slice(19, 24),)]
     uneven = score_of(network, [(original[s], reconstruction[s]) for s in shares[rank]], lpips=lpips).reduce()
     idle = score_of(network, [(original, reconstruction)] * (rank == 1), lpips=lpips).reduce()  # rank 0 has no image
-    torch.save([uneven.compute(), idle.compute(), uneven.originals.state()], f"{folder}/{rank}.pt")
+    content = [uneven.compute(), idle.compute(), uneven.reference.count, uneven.reference.covariance]
+    torch.save(content, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -174,8 +170,8 @@ def test_two_ranks_give_the_number_of_one(inception: InceptionFeatures, tmp_path
     expected = alone.compute()
     mp.spawn(_rank, (2, str(tmp_path)), nprocs=2)
     for rank in (0, 1):
-        uneven, idle, state = torch.load(tmp_path / f"{rank}.pt")
-        assert uneven["images"] == idle["images"] == 24 and state["count"] == 24
+        uneven, idle, count, covariance = torch.load(tmp_path / f"{rank}.pt")
+        assert uneven["images"] == idle["images"] == count == 24
         assert idle == pytest.approx(expected, rel=1e-8)
         assert uneven == pytest.approx(expected, rel=1e-5)  # other batches, so float32 features rounded otherwise
-        torch.testing.assert_close(state["scatter"], alone.originals.state()["scatter"], rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(covariance, alone.reference.covariance, rtol=1e-4, atol=1e-9)

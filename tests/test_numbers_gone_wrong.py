@@ -1,15 +1,19 @@
 """NaN and infinity: which term, at which step, how often, and what is left of the weights."""
 
 import math
+import re
+import zipfile
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from src.callbacks.checkpoint import RunCheckpoint
-from src.core.nonfinite import NonFiniteCounter, NonFiniteError
-from src.core.weights import read
+from src.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoint
+from src.core.errors import UserError
+from src.core.nonfinite import NonFiniteCounter, NonFiniteError, _tensors, nonfinite_tensors
+from src.core.weights import load_strict, read
 from src.losses.gan import GENERATOR_LOSSES
+from src.training.stage1 import RAEModule
 from src.training.stage1_step import TrainingStep
 from tests.training import same, train
 
@@ -125,3 +129,115 @@ def test_clipping_bounds_the_update(tmp_path):
         moments[name] = sum(state["exp_avg_sq"].sum() for state in states.values())
     assert moments["clipped"] == pytest.approx(0.05 * 1e-6, rel=1e-2)  # (1 - beta2) * norm^2
     assert moments["free"] > 100 * moments["clipped"]
+
+
+# -- checkpoints and weight files
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    train(folder, *QUIET, "trainer.max_steps=2")
+    return folder / "checkpoints" / "last.ckpt"
+
+
+@pytest.mark.parametrize("file_type", [".ckpt", ".pt", ".pth"])
+def test_every_flipped_bit_is_noticed(tmp_path, file_type):
+    """In each entry of an archive, that of the tensors among them, and nothing in a whole one."""
+    torch.manual_seed(0)
+    whole = tmp_path / f"whole{file_type}"
+    torch.save({"a": torch.randn(500), "b": torch.arange(7), "c": {"d": 1.5}}, whole)
+    assert read(whole)["c"] == {"d": 1.5}
+    content = whole.read_bytes()
+    with zipfile.ZipFile(whole) as archive:
+        entries = [(entry.header_offset, archive.read(entry)) for entry in archive.infolist()]
+    places = [content.index(data, start + 30) + len(data) // 2 for start, data in entries if data]
+    assert len(places) >= 4
+    for place in places:
+        damaged = tmp_path / f"damaged{file_type}"
+        damaged.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
+        with pytest.raises(UserError, match=r"damaged.*(CRC-32|cut short)|can't be read|was refused"):
+            read(damaged)
+
+
+def test_archives_without_crcs_are_read(tmp_path):
+    from torch.serialization import get_crc32_options, set_crc32_options
+
+    before = get_crc32_options()
+    try:
+        set_crc32_options(False)
+        torch.save({"a": torch.ones(100)}, tmp_path / "file.pt")
+    finally:
+        set_crc32_options(before)
+    assert read(tmp_path / "file.pt")["a"].sum() == 100
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("part", ["state_dict.ema_decoder", "state_dict.rae.decoder", "optimizer_states.0"])
+def test_a_checkpoint_with_such_a_number_is_refused(tmp_path, checkpoint, part, value):
+    content = read(checkpoint)
+    found = dict(_tensors(content, ""))
+    name = next(name for name, tensor in found.items() if name.startswith(part) and tensor.is_floating_point())
+    found[name].view(-1)[-1] = value
+    file = tmp_path / "bad.ckpt"
+    torch.save(content, file)
+    with pytest.raises(
+        UserError, match=rf"bad\.ckpt holds numbers that are NaN or infinite, in [12] tensor.*{re.escape(name)}"
+    ):
+        AtomicCheckpointIO().load_checkpoint(file)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_weight_file_with_such_a_number_is_refused(value):
+    layer = torch.nn.Linear(2, 2)
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    state["bias"][1] = value
+    with pytest.raises(UserError, match=r"some\.pt holds numbers .* in 1 tensor\(s\): bias"):
+        load_strict(layer, state, "some.pt")
+
+
+@pytest.mark.parametrize("large", [torch.full((4,), 3e38), torch.full((4,), 6e4, dtype=torch.float16)])
+def test_sums_that_overflow_are_no_such_numbers(large):
+    assert nonfinite_tensors({"a": [large, torch.arange(3)]}) == []
+    assert nonfinite_tensors({"a": [large * 2, torch.ones(2)], "b": large * 9}) == ["a.0", "b"]
+
+
+@pytest.mark.parametrize(("at", "blamed"), [(0, "what was loaded"), (2, "a lower model.optimizer.lr")])
+def test_such_weights_are_never_saved(tmp_path, monkeypatch, at, blamed):
+    """Whatever made them: here the update itself, whose loss and gradient were finite."""
+    original_step = RAEModule.training_step
+
+    def training_step(self, batch, batch_idx):
+        original_step(self, batch, batch_idx)
+        if self.global_step == at + 1:
+            with torch.no_grad():
+                next(self.rae.decoder.parameters()).view(-1)[0] = math.nan
+
+    monkeypatch.setattr(RAEModule, "training_step", training_step)
+    with pytest.raises(
+        NonFiniteError, match=rf"At step {at + 1}, when it was to be saved, [12] of the tensors.*{blamed}"
+    ) as caught:
+        train(tmp_path, *QUIET)
+    kept = tmp_path / "checkpoints/last.ckpt"
+    assert kept.exists() == (at > 0) and (at == 0 or read(kept)["global_step"] == at)
+    assert ("stays as it was" in str(caught.value)) == (at > 0)
+
+
+def test_a_validation_that_is_not_a_number_is_loud_and_never_the_best(tmp_path, monkeypatch, caplog):
+    original = RAEModule.record_scores
+    monkeypatch.setattr(
+        RAEModule, "record_scores", lambda self, values: original(self, {**values, "val/loss": math.nan})
+    )
+    train(tmp_path, *QUIET, "trainer.max_epochs=1", "model.disc_weight=0")
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert any("val/loss is nan at step 3" in text for text in errors) and any(
+        "no best.ckpt" in text for text in errors
+    )
+    assert sorted(file.name for file in (tmp_path / "checkpoints").iterdir()) == ["epoch_001.ckpt", "last.ckpt"]
+
+
+def test_a_bad_first_step_blames_what_was_loaded():
+    counter, bad = NonFiniteCounter(max_skipped_steps=0), torch.tensor(math.nan)
+    counter.observe(7, {"l1": bad})
+    with pytest.raises(NonFiniteError, match="first step, so look at what was loaded.*ckpt_path"):
+        counter.check()

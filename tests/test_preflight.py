@@ -1,13 +1,15 @@
 """The preflight checks what training would, times each stretch of the run, and leaves nothing behind."""
 
 import logging
+from unittest.mock import PropertyMock, patch
 
 import pytest
 
 from src.core.errors import UserError
 from src.core.launch import Launch
-from src.training.preflight import preflight, stretches
+from src.training.preflight import preflight
 from src.training.run import build_run
+from src.training.stage1 import RAEModule
 from src.training.stage1_step import Phase
 from tests.training import SMALL, composed
 
@@ -62,8 +64,9 @@ def test_stretches_cut_the_run_where_a_loss_starts():
         Launch(0, 1, "single"),
         bare=True,
     )
-    found = stretches(run.module, steps_per_epoch=10, planned=50)
-    assert [(s.steps, s.phase) for s in found] == [
-        (10, Phase(False, False, False)), (10, Phase(True, False, False)), (10, Phase(True, False, True)), (20, Phase(True, True, True)),
-    ]  # fmt: skip
-    assert [s.steps for s in stretches(run.module, 10, planned=15)] == [10, 5]
+    steps_per_epoch = PropertyMock(return_value=10)
+    with patch.object(RAEModule, "steps_per_epoch", steps_per_epoch):
+        assert [part[1:] for part in run.module.stretches(planned=50)] == [
+            (10, Phase(False, False, False)), (10, Phase(True, False, False)), (10, Phase(True, False, True)), (20, Phase(True, True, True)),
+        ]  # fmt: skip
+        assert [steps for _, steps, _ in run.module.stretches(planned=15)] == [10, 5]

@@ -14,8 +14,8 @@ from src.models.decoder import sincos_positions, unpatchify
 from src.models.encoders import ENCODERS
 from src.models.frozen_encoder import FrozenEncoder
 from src.models.rae import read_statistics
-from src.training.module import compile_in_place
 from src.training.run import build_run
+from src.training.stage1 import parts_to_compile
 from tests.conftest import TINY_ENCODERS, make_rae
 from tests.training import composed, same, train
 
@@ -234,14 +234,13 @@ def test_numbers_joined_by_dots_on_the_command_line(tmp_path):
     assert build_run(config, Launch(0, 1, "single")).module.rae.encoder.layers == (11, 13, 23)
 
 
-def test_compiling_reaches_the_encoders_blocks(tmp_path, monkeypatch):
+def test_compiling_reaches_the_encoders_blocks(tmp_path):
     """The encoder is run block by block, so compiling its transformers model as a whole would do nothing."""
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *_, **__: compiled.append(self))
-    config = composed([*small("raev2_dinov3l_k7"), f"paths.run_dir={tmp_path}"])
-    module = build_run(config, Launch(0, 1, "single")).module
-    compile_in_place(module.parts_to_compile())
-    assert {id(block) for block in module.rae.encoder.blocks()} <= {id(part) for part in compiled}
+    module = build_run(
+        composed([*small("raev2_dinov3l_k7"), f"paths.run_dir={tmp_path}"]), Launch(0, 1, "single")
+    ).module
+    parts = parts_to_compile(module.rae, module.ema_decoder, None, None)
+    assert {id(block) for block in module.rae.encoder.blocks()} <= {id(part) for part in parts}
 
 
 def test_untrained_encoders_say_so(caplog):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -20,8 +21,8 @@ from src.reconstruct import main
 from tests.tiny_models import checkpoint, photos, two_processes
 
 
-def run(*words) -> int:
-    return main([str(word) for word in (*words, "--device", "cpu", "--num_workers", 0)])
+def run(line: str) -> int:
+    return main(shlex.split(f"{line} --device cpu --num_workers 0"))
 
 
 def picture(path):
@@ -30,24 +31,8 @@ def picture(path):
 
 def test_pictures_scores_and_npz_agree(tmp_path, capsys):
     file, folder, out = checkpoint(tmp_path), photos(tmp_path / "photos"), tmp_path / "out"
-    assert (
-        run(
-            "--checkpoint",
-            file,
-            "--input",
-            folder,
-            "--output",
-            out,
-            "--batch_size",
-            4,
-            "--write",
-            "images",
-            "sheet",
-            "scores",
-            "npz",
-        )
-        == 0
-    )
+    words = f"--checkpoint {file} --input {folder} --output {out} --batch_size 4"
+    assert run(f"{words} --write images sheet scores npz") == 0
     rae, inputs = load_trained(file).rae, open_inputs([str(folder)], None)
     crop = FitTransform(64, "crop", Decoder("apply", 80))
     rows = list(csv.DictReader((out / "scores.csv").open()))
@@ -58,52 +43,32 @@ def test_pictures_scores_and_npz_agree(tmp_path, capsys):
         found = picture(out / "reconstructions" / f"{inputs.output_name(i)}.png")
         expected = unit_to_bytes(rae(original[None]))[0]
         assert (found.int() - expected.int()).abs().max() <= 1  # another batch size may round the other way
-        assert torch.equal(found, torch.from_numpy(npz[i]).permute(2, 0, 1)) and torch.equal(
-            original, torch.from_numpy(originals[i]).permute(2, 0, 1)
-        )
+        assert torch.equal(found, torch.from_numpy(npz[i]).permute(2, 0, 1))
+        assert torch.equal(original, torch.from_numpy(originals[i]).permute(2, 0, 1))
         assert float(row["psnr"]) == pytest.approx(psnr(original[None], found[None]).item(), abs=1e-3)
         assert row["file"] == inputs.source.name(i)
     assert Image.open(out / "sheet.png").size == (6 * 66 - 2, 3 * 66 - 2)
     record = json.loads((out / "reconstruct.json").read_text())
     assert record["status"] == "finished" and record["images"] == 6 and record["untrained_encoder"]
+    assert record["psnr"] == pytest.approx(np.mean([float(row["psnr"]) for row in rows]), rel=1e-5)
     assert "UNTRAINED" in capsys.readouterr().out
 
 
 def test_two_processes_write_the_same(tmp_path):
     file, folder = checkpoint(tmp_path), photos(tmp_path / "photos", 5)
-    words = (
-        "--checkpoint",
-        file,
-        "--input",
-        folder,
-        "--batch_size",
-        1,
-        "--write",
-        "images",
-        "sheet",
-        "scores",
-        "npz",
-        "--latents",
-        "raw",
-    )
-    two_processes("src/reconstruct.py", *words, "--device", "cpu", "--num_workers", 0, "--output", tmp_path / "two")
-    assert run(*words, "--output", tmp_path / "one") == 0
-    names = [
-        path.relative_to(tmp_path / "one")
-        for path in (tmp_path / "one").rglob("*")
-        if path.is_file() and path.suffix in (".png", ".csv", ".npz")
-    ]
+    words = f"--checkpoint {file} --input {folder} --batch_size 1 --write images sheet scores npz --latents raw"
+    two = f"{words} --device cpu --num_workers 0 --output {tmp_path}/two"
+    two_processes("src/reconstruct.py", *shlex.split(two))
+    assert run(f"{words} --output {tmp_path}/one") == 0
+    one = tmp_path / "one"
+    names = [p.relative_to(one) for p in one.rglob("*") if p.suffix in (".png", ".csv", ".npz")]
     assert len(names) == 5 + 4
     for name in names:
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
-    latents = [
-        {
-            int(r): z
-            for _, rows, zs in LatentStore.open(tmp_path / n / "latents").batches(3)
-            for r, z in zip(rows, zs, strict=True)
-        }
-        for n in ("one", "two")
-    ]
+        assert (one / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    latents = []
+    for name in ("one", "two"):
+        batches = LatentStore.open(tmp_path / name / "latents").batches(3)
+        latents.append({int(r): z for _, rows, zs in batches for r, z in zip(rows, zs, strict=True)})
     assert latents[0].keys() == latents[1].keys() == set(range(5))
     assert all(torch.equal(latents[0][row], latents[1][row]) for row in range(5))
 
@@ -111,57 +76,27 @@ def test_two_processes_write_the_same(tmp_path):
 @pytest.mark.parametrize("scale", ["raw", "normalized"])
 def test_stored_latents_decode_to_the_same_pictures(tmp_path, scale):
     file, folder = checkpoint(tmp_path, statistics=True), photos(tmp_path / "photos", 5)
-    words = ("--checkpoint", file, "--batch_size", 2)
-    assert (
-        run(*words, "--input", folder, "--latents", scale, "--write", "images", "npz", "--output", tmp_path / "a") == 0
-    )
-    assert (
-        run(
-            *words,
-            "--from_latents",
-            tmp_path / "a/latents",
-            "--write",
-            "images",
-            "sheet",
-            "npz",
-            "--output",
-            tmp_path / "b",
-        )
-        == 0
-    )
-    a, b = (np.load(tmp_path / n / "reconstructions.npz")["arr_0"].astype(int) for n in "ab")
-    assert np.abs(a - b).max() <= 1
-    assert (tmp_path / "b/reconstructions/0000000.png").is_file() and not (tmp_path / "b/originals.npz").exists()
-    index = json.loads((tmp_path / "a/latents/index.json").read_text())
-    assert (
-        index["scale"] == scale
-        and index["shape"] == [64, 4, 4]
-        and index["count"] == 5
-        and index["class_names"] == ["cats", "dogs"]
-    )
-    shard = load_file(tmp_path / "a/latents" / index["shards"][0]["file"])
+    words, a, b = f"--checkpoint {file} --batch_size 2", tmp_path / "a", tmp_path / "b"
+    assert run(f"{words} --input {folder} --latents {scale} --write images npz --output {a}") == 0
+    assert run(f"{words} --from_latents {a}/latents --write images sheet npz --output {b}") == 0
+    arrays = [np.load(place / "reconstructions.npz")["arr_0"].astype(int) for place in (a, b)]
+    assert np.abs(arrays[0] - arrays[1]).max() <= 1
+    assert (b / "reconstructions/0000000.png").is_file() and not (b / "originals.npz").exists()
+    assert Image.open(b / "sheet.png").size == (5 * 66 - 2, 64)
+    index = json.loads((a / "latents/index.json").read_text())
+    facts = {"scale": scale, "shape": [64, 4, 4], "count": 5, "class_names": ["cats", "dogs"]}
+    assert facts.items() <= index.items() and (index["statistics"] is None) == (scale == "raw")
+    shard = load_file(a / "latents" / index["shards"][0]["file"])
     assert shard["labels"].tolist() == [0, 0, 1, 1, 1] and shard["rows"].tolist() == [0, 1, 2, 3, 4]
-    assert (shard["latents"].mean().abs() < 5) and ((index["statistics"] is None) == (scale == "raw"))
+    assert shard["latents"].mean().abs() < 5
 
 
 def test_latents_alone_decode_nothing(tmp_path):
     file, folder = checkpoint(tmp_path), photos(tmp_path / "photos", 3)
-    assert (
-        run(
-            "--checkpoint",
-            file,
-            "--input",
-            folder,
-            "--latents",
-            "raw",
-            "--latents_dtype",
-            "bf16",
-            "--output",
-            tmp_path / "a",
-        )
-        == 0
-    )
+    words = f"--checkpoint {file} --input {folder} --output {tmp_path}/a"
+    assert run(f"{words} --latents raw --latents_dtype bf16") == 0
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["latents", "reconstruct.json"]
+    assert json.loads((tmp_path / "a/reconstruct.json").read_text())["images"] == 3
     assert load_file(next((tmp_path / "a/latents").glob("*.safetensors")))["latents"].dtype == torch.bfloat16
 
 
@@ -178,17 +113,15 @@ def test_shards_have_their_size_and_any_batch_reads_them(tmp_path):
         parts = [entry for rank in range(world) for entry in LatentStore.open(tmp_path).batches(batch, rank, world)]
         places, rows, latents = (torch.cat([part[i] for part in parts]) for i in range(3))
         order = places.argsort()
-        assert (
-            places[order].tolist() == list(range(11)) and torch.equal(rows, places) and torch.equal(latents[order], z)
-        )
+        assert places[order].tolist() == list(range(11))
+        assert torch.equal(rows, places) and torch.equal(latents[order], z)
 
 
 def test_images_of_any_size_and_kind(tmp_path):
-    decoder = Decoder("apply", 80)
     image = np.zeros((20, 80, 3), np.uint8)
     image[:, :40] = 255
     Image.fromarray(image).save(tmp_path / "wide.png")
-    data = (tmp_path / "wide.png").read_bytes()
+    data, decoder = (tmp_path / "wide.png").read_bytes(), Decoder("apply", 80)
     crop, pad, resize = (FitTransform(64, fit, decoder)(data) for fit in ("crop", "pad", "resize"))
     assert crop.shape == pad.shape == resize.shape == (64, 64, 3)
     assert (pad[0] == pad[32]).all() and pad[:, :30].min() == 255 and pad[:, 34:].max() == 0
@@ -198,14 +131,16 @@ def test_images_of_any_size_and_kind(tmp_path):
 def test_inputs(tmp_path):
     folder = photos(tmp_path / "photos", 4)
     (folder / "cats/1.jpg").write_bytes((folder / "cats/1.png").read_bytes())
-    (folder / "notes.txt").write_text("no image")
+    for name in ("notes.txt", ".hidden.png"):
+        (folder / name).write_text("no image")
     names = [open_inputs([str(folder)], None).output_name(i) for i in range(5)]
-    assert (
-        sorted(names) == ["cats/1.jpg", "cats/1.png", "cats/3.png", "dogs/0.png", "dogs/2.png"] or len(set(names)) == 5
-    )
-    assert len(open_inputs([str(folder / "*/*.png")], None).rows) == 4
-    assert len(open_inputs([str(folder / "cats"), str(folder / "cats/1.png")], None).rows) == 3
-    assert len(open_inputs([str(folder)], None, limit=2).rows) == 2
+    assert names == ["cats/1.jpg", "cats/1.png", "cats/3", "dogs/0", "dogs/2"]
+    for paths, limit, count in (
+        ([folder / "*/*.png"], None, 4),
+        ([folder / "cats", folder / "cats/1.png"], None, 3),
+        ([folder], 2, 2),
+    ):
+        assert len(open_inputs([str(path) for path in paths], None, limit).rows) == count
     with pytest.raises(UserError, match="no such file"):
         open_inputs([str(tmp_path / "nothing*")], None)
 
@@ -213,61 +148,61 @@ def test_inputs(tmp_path):
 def test_images_that_can_not_be_decoded_are_counted(tmp_path, capsys):
     file, folder = checkpoint(tmp_path), photos(tmp_path / "photos", 3)
     (folder / "cats/broken.jpg").write_bytes(b"no image")
-    assert run("--checkpoint", file, "--input", folder, "--output", tmp_path / "a") == 0
+    words = f"--checkpoint {file} --input {folder}"
+    assert run(f"{words} --output {tmp_path}/a") == 0
     assert "1 left out" in capsys.readouterr().out
-    assert run("--checkpoint", file, "--input", folder / "cats/broken.jpg", "--output", tmp_path / "b") == 1
-    assert "can be decoded" in capsys.readouterr().err
+    assert run(f"{words}/cats/broken.jpg --output {tmp_path}/b --write npz scores") == 1
+    assert "can be decoded" in capsys.readouterr().err and not (tmp_path / "b").exists()
 
 
 def test_bad_input(tmp_path, capsys):
     file, folder = checkpoint(tmp_path), photos(tmp_path / "photos", 2)
     (tmp_path / "empty").mkdir()
-    for number, (words, text) in enumerate((
-        (("--input", tmp_path / "empty"), "No images"),
-        (("--input", folder, "--latents", "normalized"), "no latent statistics"),
-        (("--from_latents", folder), "no index.json"),
-        (("--input", folder, "--split", "test"), "test"),
-    )):  # fmt: skip
-        assert run("--checkpoint", file, *words, "--output", tmp_path / f"out{number}") == 1
-        assert text in capsys.readouterr().err and not (tmp_path / f"out{number}").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("precious")
-    for extra in ((), ("--overwrite",)):
-        assert run("--checkpoint", file, "--input", folder, "--output", tmp_path / "mine", *extra) == 1
-        assert "--overwrite" in capsys.readouterr().err and (tmp_path / "mine/thesis.txt").exists()
-    assert run("--checkpoint", file, "--input", folder, "--output", "/proc/x") == 1
-    assert "can't be written" in capsys.readouterr().err
-    for words in ((), ("--input", folder, "--from_latents", folder), ("--from_latents", folder, "--write", "scores")):
+    for words, text in (
+        (f"--input {tmp_path}/empty --output {tmp_path}/out", "No images"),
+        (f"--input {folder} --latents normalized --output {tmp_path}/out", "no latent statistics"),
+        (f"--from_latents {folder} --output {tmp_path}/out", "no index.json"),
+        (f"--input {folder} --split test --output {tmp_path}/out", "test"),
+        (f"--input {folder} --output {tmp_path}/mine", "--overwrite"),
+        (f"--input {folder} --output {tmp_path}/mine --overwrite", "--overwrite"),
+        (f"--input {folder} --output {file}", "is a file"),
+        (f"--input {folder} --output /proc/x", "can't be written"),
+    ):
+        assert run(f"--checkpoint {file} {words}") == 1
+        assert text in capsys.readouterr().err
+        assert not (tmp_path / "out").exists() and (tmp_path / "mine/thesis.txt").exists()
+    for words in ("", f"--input {folder} --from_latents {folder}", f"--from_latents {folder} --write scores"):
         with pytest.raises(SystemExit) as stop:
-            run("--checkpoint", file, *words, "--output", tmp_path / "x")
+            run(f"--checkpoint {file} {words} --output {tmp_path}/x")
         assert stop.value.code == 2
+
+
+def test_an_earlier_output_is_replaced_when_asked_for(tmp_path, capsys):
+    words = f"--checkpoint {checkpoint(tmp_path)} --input {photos(tmp_path / 'photos', 2)} --output {tmp_path}/a"
+    assert run(f"{words} --write images") == 0 and run(f"{words} --write npz") == 1
+    assert "is there already" in capsys.readouterr().err
+    assert run(f"{words} --write npz --overwrite") == 0
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == ["originals.npz", "reconstruct.json", "reconstructions.npz"]
 
 
 def test_latents_of_another_model_or_cut_short(tmp_path, capsys):
     file, folder = checkpoint(tmp_path, statistics=True), photos(tmp_path / "photos", 3)
-    assert run("--checkpoint", file, "--input", folder, "--latents", "normalized", "--output", tmp_path / "a") == 0
+    assert run(f"--checkpoint {file} --input {folder} --latents normalized --output {tmp_path}/a") == 0
     store = tmp_path / "a/latents"
-    for number, (options, text) in enumerate(
-        (({"image_size": 96}, "takes"), ({"encoder": {"layer_norm_eps": 1e-5}}, "another encoder"), ({}, "statistics"))
-    ):
-        other = tmp_path / f"other{number}"
-        other.mkdir()
-        assert (
-            run(
-                "--checkpoint",
-                checkpoint(other, **options),
-                "--from_latents",
-                store,
-                "--output",
-                tmp_path / f"b{number}",
-            )
-            == 1
-        )
-        assert text in capsys.readouterr().err
+
+    def refused(model) -> str:
+        assert run(f"--checkpoint {model} --from_latents {store} --output {tmp_path}/b") == 1
+        return capsys.readouterr().err
+
+    others = {"takes": {"image_size": 96}, "another encoder": {"encoder": {"layer_norm_eps": 1e-5}}, "statistics": {}}
+    for text, options in others.items():
+        (tmp_path / text).mkdir()
+        assert text in refused(f"'{checkpoint(tmp_path / text, **options)}'")
     shard = next(store.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-100])
-    assert run("--checkpoint", file, "--from_latents", store, "--output", tmp_path / "c") == 1
-    assert "cut short" in capsys.readouterr().err
+    assert "cut short" in refused(file)
     shard.unlink()
-    assert run("--checkpoint", file, "--from_latents", store, "--output", tmp_path / "d") == 1
-    assert "lacks 1 of 1" in capsys.readouterr().err
+    assert "lacks 1 of 1" in refused(file)

@@ -1,6 +1,10 @@
-"""One folder for all processes of a launch, never one that exists."""
+"""One folder for all processes of a launch and one for each job of a sweep, never one that exists."""
 
+import json
 import os
+import socket
+import subprocess
+import sys
 import threading
 from datetime import datetime
 from pathlib import Path
@@ -8,110 +12,247 @@ from pathlib import Path
 import pytest
 
 from src.core.errors import UserError
+from src.core.folder_lock import owner_of
 from src.core.launch import Launch
-from src.training import folder as module
-from src.training.folder import ENVIRONMENT_KEY, run_folder
+from src.core.weights import PROJECT_ROOT
+from src.training import record as module
+from src.training.record import make_folder, take_lock
+from src.training.run import run
+from tests.training import SMALL, composed
 
-SINGLE = Launch(0, 1, "single")
-
-
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch):
-    for name in (
-        ENVIRONMENT_KEY,
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "TORCHELASTIC_RUN_ID",
-        "SLURM_PROCID",
-        "SLURM_NTASKS",
-        "SLURM_JOB_NAME",
-    ):
-        monkeypatch.delenv(name, raising=False)
+FAST = [*SMALL, "~callbacks.rfid", "logger=csv", "trainer.max_epochs=1", "trainer.limit_train_batches=1"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-class FixedClock:
-    @staticmethod
-    def now():
-        return datetime(2026, 1, 2, 3, 4, 5)
-
-
-def test_runs_that_start_in_the_same_second(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "datetime", FixedClock)
-    names = [run_folder(str(tmp_path), None, SINGLE).relative_to(tmp_path) for _ in range(3)]
-    base = Path("runs/2026-01-02")
-    assert names == [base / "03-04-05", base / "03-04-05-2", base / "03-04-05-3"]
-
-
-def test_many_at_once_get_one_each(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "datetime", FixedClock)
-    found = []
-    threads = [
-        threading.Thread(target=lambda: found.append(run_folder(str(tmp_path), None, SINGLE))) for _ in range(16)
-    ]
+def test_runs_that_start_in_the_same_second_get_one_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        module, "datetime", type("Fixed", (), {"now": staticmethod(lambda: datetime(2026, 1, 2, 3, 4, 5))})
+    )
+    base, found = tmp_path / "runs/2026-01-02", []
+    threads = [threading.Thread(target=lambda: found.append(make_folder(str(tmp_path), None))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(set(found)) == 16
+    assert set(found) == {base / "03-04-05", *(base / f"03-04-05-{number}" for number in range(2, 9))}
+    assert all(folder.is_dir() for folder in found)
 
 
 def test_a_folder_that_was_asked_for_may_exist(tmp_path):
-    assert run_folder("unused", str(tmp_path / "mine"), SINGLE) == tmp_path / "mine"
-    assert run_folder("unused", str(tmp_path / "mine"), SINGLE) == tmp_path / "mine"
+    for _ in range(2):
+        assert make_folder("unused", str(tmp_path / "above" / "mine")) == tmp_path / "above" / "mine"
 
 
-def test_processes_that_lightning_starts_inherit_it(tmp_path):
-    made = run_folder(str(tmp_path), None, SINGLE)
-    assert run_folder("elsewhere", None, Launch(1, 0, "child")) == made
-    del os.environ[ENVIRONMENT_KEY]
+def folder_with_a_run(folder, job=None, saved=True):
+    """What a run leaves that matters here."""
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"status": "failed", "slurm_job": job}))
+    last = folder / "checkpoints/last.ckpt"
+    if saved:
+        last.write_bytes(b"weights")
+    return last
 
 
-def test_slurm_tasks_meet_at_a_file_of_their_job_step(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("checkpoint", "job", "saved", "allowed"),
+    [
+        (None, None, True, False),
+        (None, None, False, False),
+        ("inside", None, True, True),
+        ("elsewhere", None, True, False),
+        ("elsewhere", "7", True, False),
+        (None, "7", True, False),  # the batch script gives its checkpoint
+        (None, "7", False, True),
+        ("elsewhere", "7", False, True),
+        (None, "8", False, False),
+        ("inside", "8", True, True),
+    ],
+)
+def test_a_folder_that_holds_a_run_is_taken_again_in_two_cases(tmp_path, monkeypatch, checkpoint, job, saved, allowed):
+    last = folder_with_a_run(tmp_path / "run", job, saved)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setenv("SLURM_STEP_ID", "0")
-    found = {}
-    others = [
-        threading.Thread(
-            target=lambda r=rank: found.update({r: run_folder(str(tmp_path), None, Launch(r, 3, "slurm"))})
-        )
-        for rank in (1, 2)
-    ]
-    for thread in others:
-        thread.start()
-    found[0] = run_folder(str(tmp_path), None, Launch(0, 3, "slurm"))
-    for thread in others:
-        thread.join()
-    assert len(set(found.values())) == 1 and found[0].is_dir()
-    monkeypatch.setenv("SLURM_JOB_ID", "8")
-    assert run_folder(str(tmp_path), None, Launch(0, 3, "slurm")) != found[0]
+    given = {
+        None: None,
+        "inside": tmp_path / "x/../run/checkpoints/best.ckpt",
+        "elsewhere": tmp_path / "run2/last.ckpt",
+    }
+    if allowed:
+        assert make_folder("unused", str(tmp_path / "run"), given[checkpoint]) == tmp_path / "run"
+        return
+    with pytest.raises(UserError, match=r"holds a run already.*paths\.run_dir=null") as caught:
+        make_folder("unused", str(tmp_path / "run"), given[checkpoint])
+    assert (f"ckpt_path={last}" in str(caught.value)) == saved
+    monkeypatch.delenv("SLURM_JOB_ID")
+    with pytest.raises(UserError, match="holds a run already"):
+        make_folder("unused", str(tmp_path / "run"), given[checkpoint])
 
 
-def test_slurm_with_a_chosen_folder_where_nothing_was_logged_before(tmp_path, monkeypatch):
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    wanted = str(tmp_path / "mine")
-    folders = [run_folder(str(tmp_path / "logs"), wanted, Launch(rank, 2, "slurm")) for rank in (0, 1)]
-    assert folders == [tmp_path / "mine"] * 2
+def test_a_folder_with_other_things_is_no_run(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert make_folder("unused", str(tmp_path)) == tmp_path
 
 
-def test_a_place_that_cannot_be_written(tmp_path):
+def test_a_running_run_locks_its_folder_until_its_process_ends(tmp_path):
+    pytest.importorskip("fcntl")
+    code = "import sys, time; from pathlib import Path; from src.core.folder_lock import lock\nheld = lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=PROJECT_ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=rf"still going on in {tmp_path} \(process {process.pid} on .*kill -INT"):
+            take_lock(tmp_path)
+        assert f"process {process.pid} on" in owner_of(tmp_path)
+    finally:
+        process.kill()
+        process.wait()
+    assert owner_of(tmp_path) == ""
+    with take_lock(tmp_path):
+        with pytest.raises(UserError, match=f"process {os.getpid()} on"):
+            take_lock(tmp_path)
+    take_lock(tmp_path).close()
+
+
+def test_without_fcntl_nothing_is_locked(tmp_path, monkeypatch):
+    monkeypatch.setattr("src.core.folder_lock.fcntl", None)
+    with take_lock(tmp_path), take_lock(tmp_path):
+        assert owner_of(tmp_path) == ""
+
+
+def test_the_same_folder_twice_keeps_the_first_runs_checkpoints(tmp_path, caplog):
+    """The program's body: refused, resumed inside, and beside a run that still goes on."""
+
+    def start(*overrides):
+        run(composed([*FAST, "model.disc_weight=0", f"paths.log_dir={tmp_path}", *overrides]))
+
+    start(f"paths.run_dir={tmp_path / 'run'}")
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    saved = {path.name: path.read_bytes() for path in last.parent.iterdir()}
+    with pytest.raises(SystemExit):
+        start(f"paths.run_dir={tmp_path / 'run'}")
+    assert {path.name: path.read_bytes() for path in last.parent.iterdir()} == saved
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "finished"
+    start(f"paths.run_dir={tmp_path / 'run'}", f"ckpt_path={last}", "trainer.max_epochs=2")
+    assert json.loads((tmp_path / "run/run.json").read_text())["result"]["step"] == 2
+    with take_lock(tmp_path / "run"):
+        caplog.clear()
+        start(f"ckpt_path={last}", "trainer.max_epochs=2")
+        (beside,) = tmp_path.glob("runs/*/*")
+        assert "still going on" in (beside / "run.log").read_text()
+
+
+@pytest.mark.parametrize(("log_dir", "wanted"), [("file", None), ("logs", "file"), ("logs", "file/mine")])
+def test_a_place_that_cannot_be_written(tmp_path, log_dir, wanted):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"paths\.log_dir"):
-        run_folder(str(tmp_path / "file"), None, SINGLE)
+        make_folder(str(tmp_path / log_dir), wanted and str(tmp_path / wanted))
 
 
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, SINGLE),
+        ({}, Launch(0, 1, "single")),
         ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "TORCHELASTIC_RUN_ID": "none"}, Launch(3, 8, "torchrun")),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}, Launch(3, 8, "torchrun")),
         ({"SLURM_PROCID": "2", "SLURM_NTASKS": "4"}, Launch(2, 4, "slurm")),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, SINGLE),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "interactive"}, SINGLE),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, Launch(0, 1, "single")),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "interactive"}, Launch(0, 1, "single")),
         ({"LOCAL_RANK": "1"}, Launch(1, 0, "child")),
+        ({"LOCAL_RANK": "1", "NODE_RANK": "2"}, Launch(2, 0, "child")),
     ],
 )
 def test_who_started_this_process(monkeypatch, environment, expected):
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "NODE_RANK",
+        "TORCHELASTIC_RUN_ID",
+        "SLURM_PROCID",
+        "SLURM_NTASKS",
+    ):
+        monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert Launch.detect() == expected
+    assert expected.main == (expected.rank == 0)
+
+
+LATE = """
+import os, sys, time, runpy, torch.distributed as dist
+get = dist.TCPStore.get
+
+def late(store, key):
+    dist.TCPStore.get = get
+    time.sleep(3 * int(os.environ["RANK"]))
+    return get(store, key)
+
+dist.TCPStore.get = late
+del sys.argv[0]
+sys.path.insert(0, "")
+runpy.run_path("src/train.py", run_name="__main__")
+"""
+
+
+def test_three_processes_without_torchrun_meet_in_one_folder(tmp_path):
+    """As mpirun or Kubernetes start them; nothing that rank 0 offers may be gone before the others have read it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    command = [sys.executable, "-c", LATE, "src/train.py", *FAST, "data.batch_size=1", f"paths.log_dir={tmp_path}"]
+    ranks = [
+        subprocess.Popen(
+            command, cwd=PROJECT_ROOT, env={**ENVIRONMENT, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(3)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=150)[1] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [0, 0, 0], said
+    (folder,) = tmp_path.glob("runs/*/*")
+    assert json.loads((folder / "run.json").read_text())["processes"] == 3
+
+
+SWEEP = """
+import os, sys, threading, torch
+sys.path[0] = {root!r}
+from src.training import run as module
+job = module.run
+
+def state():
+    return [dict(os.environ), list(sys.argv), torch.get_num_threads(), torch.distributed.is_initialized()]
+
+def checked(config):
+    before = state()
+    result = job(config)
+    after = state()
+    assert before == after, (before, after)
+    return result
+
+module.run = checked
+program = os.path.join({root!r}, "src", "train.py")
+exec(compile(open(program).read(), program, "exec"), {{"__name__": "__main__", "__file__": program}})
+"""
+
+
+def test_a_sweep_of_two_processes_each_leaves_every_job_its_own(tmp_path):
+    """Nothing of one job is left in the process of the next: ranks, ports, arguments, thread counts."""
+    script = tmp_path / "train.py"
+    script.write_text(SWEEP.format(root=str(PROJECT_ROOT)))
+    command = [sys.executable, str(script), "-m", *FAST, "trainer=ddp_sim", f"paths.log_dir={tmp_path}"]
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [*command, "experiment_name=first,second"], cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for number, name in enumerate(["first", "second"]):
+        (folder,) = tmp_path.glob(f"multiruns/*/*/{number}")
+        record = json.loads((folder / "run.json").read_text())
+        assert (record["experiment_name"], record["status"], record["processes"]) == (name, "finished", 2)
+        assert f"experiment_name={name}" in record["command"] and "-m" not in record["command"]
+        assert (folder / "checkpoints" / "last.ckpt").is_file()
+    assert not list(Path(tmp_path).glob("runs"))

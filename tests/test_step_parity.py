@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.plain_step import PlainStep
+from benchmarks.plain_step import PlainStep, step_settings
 from src.core.ema import EMA
 from src.losses.diffaug import UNIFORMS_PER_BATCH, UNIFORMS_PER_SAMPLE, DiffAug
 from src.losses.lpips import LPIPS
 from src.models.discriminator import DinoDiscriminator
-from src.training.stage1_step import LatentNoise, Phase, StepSettings, TrainingStep
+from src.training.stage1_step import LatentNoise, Phase, TrainingStep
 from tests.conftest import make_rae
 
 TOLERANCE = 1e-5
@@ -33,10 +33,7 @@ def make_pair(train_positions=False, statistics=False, augment_prob=1.0, **setti
     augment = DiffAug(prob=augment_prob, cutout=0.3)
     weights = {"perceptual_weight": 0.7, "disc_weight": 0.75, "max_d_weight": 1e4}
     plain = PlainStep(deepcopy(rae), lpips, deepcopy(disc), augment, **weights)
-    fixed = {
-        "adaptive_weight": "global", "disc_fake": "fresh", "disc_updates": 1, "disc_loss": "hinge", "gen_loss": "hinge", "loss_chunk_size": None,
-    }  # fmt: skip
-    ours = TrainingStep(rae, lpips, disc, augment, StepSettings(**{**weights, **fixed, **settings}))
+    ours = TrainingStep(rae, lpips, disc, augment, step_settings(**weights, **settings))
 
     def draw():
         return augment.draw(

@@ -40,7 +40,7 @@ def train(folder: Path, *overrides: str, checkpoint: Path | None = None, small: 
     folder.mkdir(parents=True, exist_ok=True)
     config = composed([*(SMALL if small else []), *overrides, f"paths.run_dir={folder}"])
     run = build_run(config, Launch(0, 1, "single"))
-    fit(run, checkpoint, RunRecord(folder, config.experiment_name, main=True))
+    fit(run, checkpoint, RunRecord(folder, config.experiment_name))
     return run
 
 

@@ -1,74 +1,72 @@
-"""Checkpoints: `last.ckpt`, `best.ckpt`, `epoch_XXX.ckpt`, and the exact way back.
+"""Checkpoints: `last.ckpt`, `best.ckpt`, `epoch_XXX.ckpt`, written so that a resumed run goes on exactly.
 
 One file is written at a time; `best` and `epoch_XXX` are further names (hard links) of it.
 """
 
 import logging
 import math
-import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.plugins.io import CheckpointIO
 
-from src.callbacks.lightning_counters import make_canonical
-from src.callbacks.throughput import training_paused
+from src.callbacks.progress import training_paused
 from src.core.errors import UserError
-from src.core.files import link_or_copy
-from src.core.launch import Launch
-from src.core.nonfinite import NonFiniteError
-from src.core.rank_requests import Agreement
+from src.core.files import disk_message, link_or_copy, write_torch
+from src.core.launch import command_to_resume
+from src.core.nonfinite import FIRST_STEP, REMEDY, NonFiniteError, nonfinite_tensors
+from src.core.rank_requests import RankRequests
+from src.core.stopping import FAILED, STOP, signal_name
+from src.core.weights import check_finite, read
 
 log = logging.getLogger(__name__)
 
-TERMINATED = 128 + signal.SIGTERM  # 143, what a shell reports of a process that SIGTERM ended
+
+CHECKED = ("state_dict", "optimizer_states")
+"""Parts of a checkpoint whose numbers must be finite to be saved and to be loaded."""
 
 
 class RunCheckpoint(pl.callbacks.Checkpoint):
-    """Saves RUN/checkpoints/last.ckpt by steps, minutes and epochs, at SIGTERM and at an exception."""
+    """Saves RUN/checkpoints/last.ckpt by steps, minutes and epochs, when asked to stop and at an exception."""
 
     def __init__(self, every_n_steps: int, every_n_minutes: float, every_n_epochs: int, keep_epochs: int) -> None:
-        """0 switches a rule off; `keep_epochs` newest epoch_XXX.ckpt stay, -1 keeps all."""
-        for key, value in (
-            ("every_n_steps", every_n_steps),
-            ("every_n_minutes", every_n_minutes),
-            ("every_n_epochs", every_n_epochs),
-        ):
-            if value < 0:
-                raise UserError(f"callbacks.checkpoint.{key}={value}: expected 0 (off) or more.")
+        """0 switches a rule off; `keep_epochs` newest epoch_XXX.ckpt stay, -1 keeps all. Raises UserError."""
         self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
         self.every_n_epochs, self.keep_epochs = every_n_epochs, keep_epochs
-        # Asked for now: once Lightning has started its children, its first process looks like one of them.
-        self._is_child = Launch.detect().kind == "child"
+        for key in ("every_n_steps", "every_n_minutes", "every_n_epochs"):
+            if getattr(self, key) < 0:
+                raise UserError(f"callbacks.checkpoint.{key}={getattr(self, key)}: expected 0 (off) or more.")
         self.monitor: str | None = None
         """Logged name that best.ckpt follows, lower is better; None: it is the last one."""
         self.best: float | None = None
-        self.resumed_from: Path | None = None
+        self._restored_monitor: str | None = None
         self._best_step = -1
-        self._saved_step = -1
+        self._saved_step: int | None = None  # None: training has not begun
         self._saved_at = time.monotonic()
+        self._began: int | None = None  # the step of the first update
         self._epoch_ended = False
-        self._signalled = False
-        self._agreement = Agreement()
-        self._previous_handler: Any = None
+        self._stopped = False
+        self._requests = RankRequests()
 
     # -- when
 
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        self.folder = Path(trainer.default_root_dir) / "checkpoints"
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
-        self._previous_handler = signal.signal(
-            signal.SIGTERM, self._on_sigterm
-        )  # instead of Lightning's, which exits with 0
-        # Its own question whether another rank was signalled makes the host wait for the device at every batch.
+        STOP.deferred = True
+        # Lightning's own question whether another rank was signalled makes the host wait for the device at every batch.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         self.monitor = self._choose_monitor(trainer)
-        if self.resumed_from is not None and self.best is not None and trainer.is_global_zero:
-            old = self.resumed_from.with_name("best.ckpt")
-            if old.is_file() and old.parent != self._folder(trainer):
-                self._folder(trainer).mkdir(parents=True, exist_ok=True)
-                link_or_copy(old, self._folder(trainer) / "best.ckpt")
+        if trainer.ckpt_path and self.best is not None and trainer.is_global_zero:
+            old = Path(trainer.ckpt_path).with_name("best.ckpt")
+            if old.is_file() and old.parent != self.folder:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                link_or_copy(old, self.folder / "best.ckpt")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._epoch_ended = False
@@ -76,142 +74,200 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % pl_module.settings.loop.accumulate_grad_batches:
             return
+        self._began = trainer.global_step - 1 if self._began is None else self._began
         late = bool(self.every_n_minutes) and time.monotonic() - self._saved_at > 60 * self.every_n_minutes
-        stop, heard_late = self._agreement.exchange([self._signalled, late], trainer.world_size)
-        late = heard_late and trainer.global_step > self._saved_step + 1  # or it is the wish that has just been granted
+        stop, late = self._requests.exchange([STOP.code, late], trainer.world_size)
         if stop:
-            self.save(trainer, pl_module)
-            where = self._folder(trainer) / "last.ckpt"
-            log.warning("SIGTERM: saved %s at step %d. Go on with ckpt_path=%s", where, trainer.global_step, where)
-            raise SystemExit(0 if self._is_child else TERMINATED)  # Lightning kills all processes where a child fails
+            self._save_and_stop(trainer, pl_module, stop)
         if batch_idx + 1 >= _batches_per_epoch(pl_module):
             return  # the end of the epoch saves, once its evaluation is over
-        by_steps = bool(self.every_n_steps) and trainer.global_step % self.every_n_steps == 0
+        by_steps = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
+        by_time = late and trainer.global_step > self._saved_step + 1  # else it is the request granted a step ago
         better = self._is_better(pl_module)
-        if by_steps or better or late:
+        if by_steps or by_time or better:
             self.save(trainer, pl_module)
         if better and trainer.is_global_zero:
-            self._name_best(trainer)
+            self._link_best(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._epoch_ended = True
         better = self._is_better(pl_module)
         self.save(trainer, pl_module)
         epoch = trainer.current_epoch + 1
-        if trainer.is_global_zero:
-            if better or self.monitor is None:
-                self._name_best(trainer)
-            whole = trainer.fit_loop.epoch_loop.batch_progress.current.ready >= _batches_per_epoch(pl_module)
-            if whole and self.every_n_epochs and epoch % self.every_n_epochs == 0:
-                link_or_copy(self._folder(trainer) / "last.ckpt", self._folder(trainer) / f"epoch_{epoch:03d}.ckpt")
-                self._prune(trainer)
+        if not trainer.is_global_zero:
+            return
+        if better or self.monitor is None:
+            self._link_best(trainer)
+        whole = trainer.fit_loop.epoch_loop.batch_progress.current.ready >= _batches_per_epoch(pl_module)
+        if whole and self.every_n_epochs and epoch % self.every_n_epochs == 0:
+            link_or_copy(self.folder / "last.ckpt", self.folder / f"epoch_{epoch:03d}.ckpt")
+            saved = sorted(self.folder.glob("epoch_*.ckpt"))
+            for file in saved[: max(len(saved) - self.keep_epochs, 0)] if self.keep_epochs >= 0 else []:
+                file.unlink()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """A run too short for an evaluation still has a best.ckpt."""
-        last, best = (self._folder(trainer) / name for name in ("last.ckpt", "best.ckpt"))
-        if trainer.is_global_zero and last.exists() and not best.exists():
-            link_or_copy(last, best)
-            log.info("Nothing was evaluated: best.ckpt is the last checkpoint.")
+        """Give a run too short for an evaluation a best.ckpt."""
+        last, best = self.folder / "last.ckpt", self.folder / "best.ckpt"
+        if not trainer.is_global_zero or not last.exists() or best.exists():
+            return
+        if self.monitor in pl_module.scores:
+            log.error("%s was never a finite number: there is no best.ckpt, only last.ckpt.", self.monitor)
+            return
+        link_or_copy(last, best)
+        log.info("Nothing was evaluated: best.ckpt is the last checkpoint.")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """The state after the last whole update; on one process only, since others may not answer any more."""
-        unfinished = trainer.global_step == self._saved_step or trainer.world_size > 1 or trainer.sanity_checking
-        if (
-            unfinished
-            or isinstance(exception, (SystemExit, NonFiniteError))
-            or not self._at_update_boundary(trainer, pl_module)
-        ):
+        """Save the state after the last whole update; on one process only, since others may not answer any more."""
+        if isinstance(exception, (SystemExit, NonFiniteError)) or trainer.world_size > 1 or trainer.sanity_checking:
+            return
+        if self._began is None or self._stopped:
+            return
+        done = trainer.fit_loop.epoch_loop.batch_progress.current
+        whole = done.ready == done.processed and done.ready % pl_module.settings.loop.accumulate_grad_batches == 0
+        if not whole or self._saved_step in (None, trainer.global_step):
             return
         try:
             self.save(trainer, pl_module)
-            log.warning(
-                "Saved %s at step %d before giving up.", self._folder(trainer) / "last.ckpt", trainer.global_step
-            )
+            log.warning("Saved %s at step %d before giving up.", self.folder / "last.ckpt", trainer.global_step)
         except Exception as error:  # the first exception is the one to show
             log.warning("No checkpoint could be saved: %s", error)
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGTERM, self._previous_handler)
-            self._previous_handler = None
+        STOP.deferred = False
+
+    def _save_and_stop(self, trainer: pl.Trainer, pl_module: Any, code: int) -> None:
+        """Save and end the run with an exit code that all ranks agreed on. On all ranks."""
+        self._stopped = True
+        STOP.code = max(STOP.code, code)  # where another rank was asked: Ctrl-C from now on is the second one
+        self.save(trainer, pl_module)
+        where = self.folder / "last.ckpt"
+        why = "Stopped" if code == FAILED else signal_name(code)
+        log.warning(
+            "%s: saved %s at step %d. Go on with:\n%s", why, where, trainer.global_step, command_to_resume(where)
+        )
+        if code == FAILED and STOP.error is not None:
+            raise STOP.error
+        # Lightning kills all processes where one that it started exits with another status than 0.
+        raise SystemExit(code if trainer.is_global_zero else 0)
 
     # -- what
 
     def save(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """RUN/checkpoints/last.ckpt, whole or not at all. On all ranks."""
+        """Write RUN/checkpoints/last.ckpt. On all ranks."""
         if trainer.global_step == self._saved_step and not self._epoch_ended:
             return
         pl_module.check_numbers()
         with training_paused(trainer):
-            trainer.save_checkpoint(self._folder(trainer) / "last.ckpt", weights_only=False)
+            trainer.save_checkpoint(self.folder / "last.ckpt", weights_only=False)
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         make_canonical(checkpoint["loops"], _batches_per_epoch(pl_module))
+        if names := nonfinite_tensors({part: checkpoint[part] for part in CHECKED}):
+            last = self.folder / "last.ckpt"
+            kept = f"{last} stays as it was" if last.exists() else "There is no earlier checkpoint"
+            done = trainer.global_step - (self._began or 0)
+            raise NonFiniteError(
+                f"At step {trainer.global_step}, when it was to be saved, {len(names)} of the tensors held NaN or infinity: "
+                f"{', '.join(names[:4])}{' …' if len(names) > 4 else ''}. Nothing was saved. {kept}. "
+                + (FIRST_STEP if done <= 1 else REMEDY)
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {"monitor": self.monitor, "best": self.best}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.best = state["best"]
-        self._carried_monitor = state["monitor"]
-
-    _carried_monitor: str | None = None
+        self.best, self._restored_monitor = state["best"], state["monitor"]
 
     # -- best
 
     def _choose_monitor(self, trainer: pl.Trainer) -> str | None:
         names = [c.monitor for c in trainer.callbacks if getattr(c, "scores_checkpoints", False)]
-        if names:
-            monitor = names[0]
-        elif trainer.val_dataloaders or trainer.datamodule.val_size:
-            monitor = "val/loss"
-        else:
-            monitor = None
+        validates = trainer.val_dataloaders or trainer.datamodule.val_size
+        monitor = names[0] if names else "val/loss" if validates else None
+        if monitor is None:
             log.warning("Neither rFID nor validation is on: best.ckpt will be the last checkpoint.")
-        if self._carried_monitor is not None and monitor != self._carried_monitor:
-            log.warning("best.ckpt followed %s and now follows %s; it starts afresh.", self._carried_monitor, monitor)
+        if self._restored_monitor not in (None, monitor):
+            log.warning("best.ckpt followed %s and now follows %s; it starts afresh.", self._restored_monitor, monitor)
             self.best = None
         return monitor
 
     def _is_better(self, pl_module: Any) -> bool:
-        """Takes note of a score that has not been looked at; True where it is the best so far."""
-        step, score = pl_module.scores.get(self.monitor, (-1, float("nan")))
+        """Take note of a score that is new; return whether it is the best so far."""
+        step, score = pl_module.scores.get(self.monitor, (-1, math.nan))
         if step <= self._best_step:
             return False
         self._best_step = step
-        if not math.isfinite(score) or (self.best is not None and score >= self.best):
+        if not math.isfinite(score):
+            log.error(
+                "%s is %s at step %d: something is wrong with the weights or the data.", self.monitor, score, step
+            )
+            return False
+        if self.best is not None and score >= self.best:
             return False
         self.best = score
         return True
 
-    def _name_best(self, trainer: pl.Trainer) -> None:
-        link_or_copy(self._folder(trainer) / "last.ckpt", self._folder(trainer) / "best.ckpt")
+    def _link_best(self, trainer: pl.Trainer) -> None:
+        link_or_copy(self.folder / "last.ckpt", self.folder / "best.ckpt")
         if self.monitor is not None:
             log.info("best.ckpt: %s %.4f at step %d", self.monitor, self.best, self._best_step)
 
-    # -- stopping and time
 
-    def _on_sigterm(self, signum: int, frame: Any) -> None:
-        self._signalled = True
+class AtomicCheckpointIO(CheckpointIO):
+    """Writes a checkpoint beside its target before it takes its place; reads one without running code."""
 
-    def _at_update_boundary(self, trainer: pl.Trainer, pl_module: Any) -> bool:
-        progress = trainer.fit_loop.epoch_loop.batch_progress.current
-        return (
-            progress.ready == progress.processed
-            and progress.ready % pl_module.settings.loop.accumulate_grad_batches == 0
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        try:  # one tag for all processes: several GB that a killed run leaves are overwritten
+            write_torch(path, checkpoint, tag="next")
+        except OSError as error:
+            raise UserError(f"The checkpoint {disk_message(error, path)}") from error
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        content = read(path)
+        if not isinstance(content, dict) or not {"state_dict", "loops"} <= content.keys():
+            raise UserError(
+                f"{path} is no checkpoint of a training run. Weights of others go into model.pretrained_decoder_path, not "
+                "ckpt_path."
+            )
+        check_finite(
+            {part: content.get(part) for part in CHECKED},
+            path,
+            "Resume from an earlier one: best.ckpt, epoch_XXX.ckpt.",
         )
+        return content
 
-    # -- files
+    def remove_checkpoint(self, path: str | Path) -> None:
+        Path(path).unlink(missing_ok=True)
 
-    def _folder(self, trainer: pl.Trainer) -> Path:
-        return Path(trainer.default_root_dir) / "checkpoints"
 
-    def _prune(self, trainer: pl.Trainer) -> None:
-        if self.keep_epochs >= 0:
-            saved = sorted(self._folder(trainer).glob("epoch_*.ckpt"))
-            for file in saved[: max(len(saved) - self.keep_epochs, 0)]:
-                file.unlink()
+def make_canonical(loops: dict[str, Any], batches_per_epoch: int) -> None:
+    """Rewrite Lightning's counters in a checkpoint as «in the middle of epoch e, k batches done» or «e epochs done».
+
+    As they stand they mean different things in different hooks, and one of those meanings makes the next epoch empty.
+
+    Args:
+        loops: of the checkpoint; `fit_loop` in it is changed in place.
+        batches_per_epoch: micro-batches that an epoch uses on this rank. With all of them done the epoch counts as done:
+            whoever saves there has evaluated already, or goes without that one evaluation.
+    """
+    fit = loops["fit_loop"]
+    batches, epochs = fit["epoch_loop.batch_progress"], fit["epoch_progress"]
+    done, epoch = batches["current"]["ready"], epochs["current"]["ready"]  # epochs: begun
+    if done >= batches_per_epoch:
+        batches["current"] = dict.fromkeys(batches["current"], 0)
+        for part in ("current", "total"):
+            epochs[part] = dict.fromkeys(epochs[part], epoch)
+    else:
+        batches["current"] = dict.fromkeys(batches["current"], done)
+        for part in ("current", "total"):
+            epochs[part] |= {"ready": epoch, "started": epoch, "processed": epoch - 1, "completed": epoch - 1}
+    batches["total"] = dict.fromkeys(batches["total"], batches["total"]["ready"])
+    batches["is_last_batch"] = False
+    fit["epoch_loop.state_dict"]["_batches_that_stepped"] = batches["total"]["ready"]
+    fit.pop("combined_loader", None)  # where the data goes on follows from the counters
 
 
 def _batches_per_epoch(pl_module: Any) -> int:

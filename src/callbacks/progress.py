@@ -1,117 +1,235 @@
-"""What a run tells while it goes: the loggers' training figures, a line in the log, a bar on a terminal."""
+"""Show how a run is doing: the start-up table, figures for the loggers, a line in the log or a bar, speed and time left."""
 
 import logging
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TextColumn
 
-from src.callbacks.throughput import Throughput
 from src.core.distributed import mean_over_ranks
+from src.core.terminal import progress_bar
+from src.core.text import duration, table
 
 log = logging.getLogger(__name__)
 
+BOTTLENECK_SHARE = 0.2
+"""Share of time spent waiting for data above which a warning names the data path."""
+_SETTLED_STEPS = 20  # before that, start-up and compilation would be called a bottleneck
+
+
+class StartupTable(pl.Callback):
+    """Logs what a run is, and what looks wrong with it, before its first step; tells all ranks the run's folder."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        trainer._default_root_dir = trainer.strategy.broadcast(trainer.default_root_dir)  # the first process made it
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            log.info("This run:\n%s", table(describe(trainer, pl_module)))
+            warn(trainer, pl_module)
+
 
 class TrainingProgress(pl.Callback):
-    """Once every `trainer.log_every_n_steps` updates the host waits for the device here, and nowhere else in training."""
+    """Logs the training figures and the speed every `trainer.log_every_n_steps` updates.
+
+    The host waits for the device there, and nowhere else in training. Speed is training's alone: what happens inside
+    `training_paused` (evaluation, pictures, saving) is left out.
+    """
 
     def __init__(self) -> None:
         self.latest: dict[str, float] = {}
         """Training figures of the last log entry by their logged names."""
+        self.speed: dict[str, float] = {}
+        """Since the log entry before: images_per_s (all ranks), data_wait (share of time), memory_gb (peak of this device),
+        seconds_left."""
+        self._start = self._mark = self._waited = self._paused = 0.0  # seconds
+        self._images = self._steps = 0
+        self._intervals: list[tuple[int, float]] = []  # images and seconds between log entries
+        self._warned = False
         self._bar: Progress | None = None
 
+    @property
+    def mean_images_per_s(self) -> float:
+        """Over the whole run, without its first interval where there are others."""
+        settled = self._intervals[1:] or self._intervals
+        return sum(images for images, _ in settled) / max(sum(seconds for _, seconds in settled), 1e-9)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._restart_clock()
         if trainer.is_global_zero and sys.stderr.isatty():
-            figures = TextColumn("{task.fields[figures]}")
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                figures,
-            )
-            self._bar = Progress(*columns, transient=True)
+            self._bar = progress_bar(TextColumn("{task.fields[figures]}"))
             self._bar.start()
             self._task = self._bar.add_task("epoch", total=pl_module.steps_per_epoch, figures="")
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._mark = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._waited += time.perf_counter() - self._mark
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         loop = pl_module.settings.loop
-        if (batch_idx + 1) % loop.accumulate_grad_batches:
-            return
-        step = trainer.global_step
-        if pl_module.device.type == "cpu":
-            pl_module.check_numbers()  # costs nothing there
-        due = step % loop.log_every_n_steps == 0
-        if due:
-            self._publish(trainer, pl_module)
-        if self._bar is not None:
-            self._bar.update(
-                self._task, completed=(batch_idx + 1) // loop.accumulate_grad_batches,
-                description=f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}",
-                **({"figures": self._short(trainer)} if due else {}),
-            )  # fmt: skip
-        elif due and trainer.is_global_zero:
-            log.info(
-                "epoch %d/%s step %d: %s", trainer.current_epoch + 1, trainer.max_epochs, step, self._line(trainer)
-            )
+        self._images += len(batch["position"]) * trainer.world_size
+        if (batch_idx + 1) % loop.accumulate_grad_batches == 0:
+            self._steps += 1
+            if pl_module.device.type == "cpu":
+                pl_module.check_numbers()  # costs nothing there
+            due = trainer.global_step % loop.log_every_n_steps == 0
+            if due:
+                self._publish(trainer, pl_module)
+            if trainer.is_global_zero:
+                self._show(trainer, (batch_idx + 1) // loop.accumulate_grad_batches, due)
+        self._mark = time.perf_counter()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.pause()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.resume()
         if trainer.is_global_zero and not trainer.sanity_checking:
             values = {name: value for name, (_, value) in pl_module.scores.items() if name.startswith("val/")}
-            log.info(
-                "step %d, validation: %s",
-                trainer.global_step,
-                ", ".join(f"{name[4:]} {value:.4g}" for name, value in values.items()),
-            )
+            scores = ", ".join(f"{name[4:]} {value:.4g}" for name, value in values.items())
+            log.info("step %d, validation: %s", trainer.global_step, scores)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._stop()
+        self._stop_bar()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        self._stop()
+        self._stop_bar()
+
+    def pause(self) -> None:
+        """Stop the clock until `resume`."""
+        self._paused -= time.perf_counter()
+
+    def resume(self) -> None:
+        self._paused += time.perf_counter()
+        self._mark = time.perf_counter()
 
     def _publish(self, trainer: pl.Trainer, pl_module: Any) -> None:
         pl_module.check_numbers()
         names = sorted(pl_module.train_terms)
         means = mean_over_ranks(torch.stack([pl_module.train_terms[name].float() for name in names]))
-        self.latest = dict(zip(names, means.tolist(), strict=True))
+        found = zip(names, means.tolist(), strict=True)
+        sparse = pl_module.sparse_terms
+        self.latest = {name: value for name, value in found if value == value or not name.startswith(sparse)}
+        self._measure(trainer, pl_module)
         rates = {f"lr/{name}": lr for name, lr in pl_module.learning_rates(trainer.global_step - 1).items()}
         counter = pl_module.nonfinite
         skipped = {"train/skipped_steps": float(counter.skipped)} if counter.max_skipped_steps else {}
-        pl_module.write_metrics({**self.latest, **rates, **skipped})
+        speed = {f"perf/{name}": value for name, value in self.speed.items() if name != "seconds_left"}
+        pl_module.write_metrics({**self.latest, **rates, **skipped, **speed})
 
-    def _line(self, trainer: pl.Trainer) -> str:
-        shown = {
-            name.removeprefix("train/"): value
-            for name, value in self.latest.items()
-            if name.startswith(("train/", "disc/loss"))
+    def _measure(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
+        by_epochs = (trainer.max_epochs or 0) * pl_module.steps_per_epoch
+        limits = [steps for steps in (by_epochs, trainer.max_steps) if steps > 0]
+        self.speed = {
+            "images_per_s": self._images / seconds,
+            "data_wait": min(self._waited / seconds, 1.0),
+            "memory_gb": peak_memory_gb(pl_module.device),
+            "seconds_left": seconds / self._steps * (min(limits, default=0) - trainer.global_step),
         }
-        text = " ".join(f"{name} {value:.4g}" for name, value in shown.items())
-        figures = next((c.figures for c in trainer.callbacks if isinstance(c, Throughput)), {})
-        if figures:
-            text += (
-                f" | {figures['images_per_s']:.4g} images/s, {100 * figures['data_wait']:.0f} % waiting for data, "
-                f"{figures['memory_gb']:.1f} GB, {duration(figures['seconds_left'])} left"
+        self._intervals.append((self._images, seconds))
+        waits = self.speed["data_wait"] > BOTTLENECK_SHARE and self._steps >= _SETTLED_STEPS
+        if waits and len(self._intervals) > 1 and not self._warned:
+            self._warned = True
+            log.warning(
+                "The data path is the bottleneck: %.0f %% of the time goes into waiting for batches. Raise data.num_workers, "
+                "or convert the data once with `scripts/create_hf_test_data.py --resize_shorter 384`.",
+                100 * self.speed["data_wait"],
             )
-        return text
+        self._restart_clock()
 
-    def _short(self, trainer: pl.Trainer) -> str:
-        """What fits beside a bar."""
-        figures = next((c.figures for c in trainer.callbacks if isinstance(c, Throughput)), {})
-        speed = f", {figures['images_per_s']:.4g} images/s, {duration(figures['seconds_left'])} left" if figures else ""
-        return f"loss {self.latest['train/loss']:.4g}{speed}"
+    def _restart_clock(self) -> None:
+        self._start = self._mark = time.perf_counter()
+        self._waited = self._paused = 0.0
+        self._images = self._steps = 0
 
-    def _stop(self) -> None:
+    def _show(self, trainer: pl.Trainer, step_of_epoch: int, due: bool) -> None:
+        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+            self._bar.update(self._task, completed=step_of_epoch, description=epoch)
+        if not due:
+            return
+        rate, left = f"{self.speed['images_per_s']:.4g} images/s", f"{duration(self.speed['seconds_left'])} left"
+        if self._bar is not None:
+            self._bar.update(self._task, figures=f"loss {self.latest['train/loss']:.4g}, {rate}, {left}")
+            return
+        shown = [name for name in self.latest if name.startswith(("train/", "disc/loss"))]
+        terms = " ".join(f"{name.removeprefix('train/')} {self.latest[name]:.4g}" for name in shown)
+        wait, memory = f"{100 * self.speed['data_wait']:.0f} % waiting for data", f"{self.speed['memory_gb']:.1f} GB"
+        log.info("%s step %d: %s | %s, %s, %s, %s", epoch, trainer.global_step, terms, rate, wait, memory, left)
+
+    def _stop_bar(self) -> None:
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            with suppress(OSError):  # a terminal that was closed
+                bar.stop()
 
 
-def duration(seconds: float) -> str:
-    """90 -> `2 min`, 9000 -> `2 h 30 min`."""
-    minutes = round(seconds / 60)
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+@contextmanager
+def training_paused(trainer: pl.Trainer) -> Iterator[None]:
+    """Leave the time in here out of training's speed."""
+    clocks = [callback for callback in trainer.callbacks if isinstance(callback, TrainingProgress)]
+    for clock in clocks:
+        clock.pause()
+    try:
+        yield
+    finally:
+        for clock in clocks:
+            clock.resume()
+
+
+def describe(trainer: pl.Trainer, pl_module: Any) -> list[tuple[str, str]]:
+    """Return (name, text) rows about a run that is about to start."""
+    data, loop, published = trainer.datamodule, pl_module.settings.loop, pl_module.published_batch
+    batch = data.batch_size * trainer.world_size * loop.accumulate_grad_batches
+    share = "as" if batch == published else f"{batch / published:g} of the"
+    limit = f", at most {trainer.max_steps:,}" if trainer.max_steps > 0 else ""
+    return [
+        ("device", f"{trainer.world_size} x {device_name(trainer.strategy.root_device)}"),
+        ("precision", str(trainer.precision)),
+        ("data", f"{data.train_size:,} training images, {data.val_size:,} held out; {data.data_dir}"),
+        (
+            "global batch",
+            f"{data.batch_size} x {trainer.world_size} process(es) x {loop.accumulate_grad_batches} micro-batch(es) = "
+            f"{batch} ({share} published{'' if batch == published else f' {published}'})",
+        ),
+        *pl_module.facts(),
+        ("steps", f"{pl_module.steps_per_epoch:,} an epoch, {trainer.max_epochs} epoch(s){limit}"),
+        ("seed", str(loop.seed)),
+        ("folder", trainer.default_root_dir),
+    ]
+
+
+def warn(trainer: pl.Trainer, pl_module: Any) -> None:
+    """Log what is likely not meant: what the module says, no GPU, untrained networks."""
+    for text in pl_module.doubts(trainer.max_epochs):
+        log.warning("%s", text)
+    untrained = pl_module.untrained_parts()
+    if trainer.strategy.root_device.type == "cpu" and "encoder" not in untrained:
+        cuda = torch.version.cuda or "none"
+        log.warning("No GPU is used (torch is built for CUDA %s). trainer=gpu makes that an error.", cuda)
+    if untrained:
+        log.warning("UNTRAINED by request: %s. Random weights: not a result.", ", ".join(untrained))
+
+
+def device_name(device: torch.device) -> str:
+    """Return the GPU's name, or the number of CPU threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({torch.get_num_threads()} threads)"
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Return the peak of the GPU's allocations, or of the process on a CPU, in GB (1e9 bytes)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

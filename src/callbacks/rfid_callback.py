@@ -1,26 +1,29 @@
-"""Reconstruction FID while training. Protocol: design §6; the pass itself is that of `src/evaluation`."""
+"""Reconstruction FID while training. Protocol: docs/evaluation.md; the pass itself is that of `src/evaluation`."""
 
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from src.callbacks.throughput import training_paused
+from src.callbacks.progress import training_paused
+from src.core.distributed import Process
 from src.core.errors import UserError
+from src.core.files import disk_message
 from src.core.images import Quantization
 from src.core.run_names import run_id
-from src.core.weights import Weights, resolve
-from src.evaluation.image_pairs import FirstPairs, save_pairs
+from src.core.weights import resolve
+from src.evaluation.image_pairs import KeptPairs, save_pairs
 from src.evaluation.networks import load_inception
 from src.evaluation.scoring_pass import score_images
-from src.metrics.fid import FeatureStatistics
-from src.metrics.inception import InceptionFeatures
+from src.metrics.fid import Moments
+from src.metrics.inception import InceptionFeatures, InceptionWeights
 from src.metrics.reconstruction import ReconstructionScore
 
 log = logging.getLogger(__name__)
@@ -32,6 +35,7 @@ REMEDY = (
 )
 
 
+@dataclass(eq=False)
 class RFIDCallback(pl.Callback):
     """Scores the EMA weights on held-out images; every process takes its share. Arguments: configs/callbacks/rfid.yaml.
 
@@ -39,56 +43,47 @@ class RFIDCallback(pl.Callback):
     `rfid_untrained`; for the whole evaluation set at the end `_full` is added to it. Training loses nothing but time.
     """
 
-    def __init__(
-        self,
-        rfid_every_n_steps: int,
-        rfid_every_epoch: bool,
-        rfid_num_samples: int,
-        rfid_batch_size: int,
-        rfid_device: str,
-        rfid_output_dir: str,
-        rfid_save_samples: bool,
-        save_samples_count: int,
-        use_train_dataloader: bool,
-        full_at_end: bool,
-        quantization: Quantization,
-        inception_path: str | None,
-        inception_weights: Weights,
-        inception_width: float,
-    ) -> None:
-        for key, value, least in (
-            ("rfid_every_n_steps", rfid_every_n_steps, 0),
-            ("rfid_num_samples", rfid_num_samples, 2),
-            ("rfid_batch_size", rfid_batch_size, 1),
-            ("save_samples_count", save_samples_count, 0),
-        ):
-            if not isinstance(value, int) or value < least:
-                raise UserError(f"callbacks.rfid.{key}={value}: expected a whole number of at least {least}.")
-        for key, text, known in (
-            ("quantization", quantization, ("round", "truncate")),
-            ("inception_weights", inception_weights, ("pretrained", "untrained")),
-        ):
-            if text not in known:
-                raise UserError(f"callbacks.rfid.{key}={text}: expected {' or '.join(known)}.")
-        self.every_n_steps, self.every_epoch, self.full_at_end = rfid_every_n_steps, rfid_every_epoch, full_at_end
-        self.num_samples, self.batch_size = rfid_num_samples, rfid_batch_size
-        self.device = _parse_device(rfid_device)
-        self.output_dir = rfid_output_dir
-        self.save_count = save_samples_count if rfid_save_samples else 0
-        self.train_fallback = use_train_dataloader
-        self.quantization: Quantization = quantization
-        self._inception_arguments = (inception_path, inception_weights, inception_width)
-        self.group = "rfid_untrained" if inception_weights == "untrained" else "rfid"
+    rfid_every_n_steps: int
+    rfid_every_epoch: bool
+    rfid_num_samples: int
+    rfid_batch_size: int
+    rfid_device: str
+    rfid_output_dir: str
+    rfid_save_samples: bool
+    save_samples_count: int
+    use_train_dataloader: bool
+    full_at_end: bool
+    quantization: Quantization
+    inception_path: str | None
+    inception_weights: InceptionWeights
+    inception_width: float | None = None
+    """In the configurations of older runs: below 1 it makes untrained weights tiny."""
+
+    def __post_init__(self) -> None:
+        least = {"rfid_every_n_steps": 0, "rfid_num_samples": 2, "rfid_batch_size": 1, "save_samples_count": 0}
+        for key, smallest in least.items():
+            value = getattr(self, key)
+            if not isinstance(value, int) or value < smallest:
+                raise UserError(f"callbacks.rfid.{key}={value}: expected a whole number of at least {smallest}.")
+        for key, known in {
+            "quantization": get_args(Quantization),
+            "inception_weights": get_args(InceptionWeights),
+        }.items():
+            if getattr(self, key) not in known:
+                raise UserError(f"callbacks.rfid.{key}={getattr(self, key)}: expected {' or '.join(known)}.")
+        self._device = _parse_device(self.rfid_device)
+        self._pairs = self.save_samples_count if self.rfid_save_samples else 0
+        self.group = "rfid" if self.inception_weights == "pretrained" else "rfid_untrained"
         """First part of the logged names."""
         self._inception: InceptionFeatures | None = None
-        self._reals: dict[int, FeatureStatistics] = {}  # by number of images: they are the same ones each time
+        self._reals: dict[int, Moments] = {}  # by number of images: they are the same ones each time
         self._latest: tuple[int, int, dict[str, float]] = (-1, 0, {})  # step, images wanted, result
         self._warned_of_few = False
 
     @property
     def scores_checkpoints(self) -> bool:
         """Whether there are scores during training that `best.ckpt` can follow."""
-        return bool(self.every_n_steps) or self.every_epoch
+        return bool(self.rfid_every_n_steps) or self.rfid_every_epoch
 
     @property
     def monitor(self) -> str:
@@ -97,10 +92,10 @@ class RFIDCallback(pl.Callback):
     # -- when
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        """Before training: what would fail at the first evaluation fails now. Raises UserError."""
+        """Check before training what would fail at the first evaluation. Raises UserError."""
         if stage != "fit" or not (self.scores_checkpoints or self.full_at_end):
             return
-        dataset, training_images = trainer.datamodule.evaluation_dataset(self.train_fallback)
+        dataset, training_images = trainer.datamodule.evaluation_dataset(self.use_train_dataloader)
         if len(dataset) < 2:
             raise UserError(
                 f"rFID needs at least 2 images, the evaluation data has {len(dataset)}. Hold out more "
@@ -110,27 +105,33 @@ class RFIDCallback(pl.Callback):
             log.warning(
                 "rFID is measured on training images: nothing is held out (data.train_split, data.hf_validation_split)."
             )
-        path, weights, width = self._inception_arguments
-        self._inception = load_inception(path, weights, width, "callbacks.rfid.inception_path", REMEDY)
-        if self.save_count and trainer.is_global_zero:
-            self._folder(trainer).mkdir(parents=True, exist_ok=True)
+        key = "callbacks.rfid.inception_path"
+        self._inception = load_inception(self.inception_path, self.inception_weights, key, REMEDY, self.inception_width)
+        if self._pairs and trainer.is_global_zero:
+            try:
+                self._folder(trainer).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(
+                    f"callbacks.rfid.rfid_output_dir={self.rfid_output_dir}: {error}. Set it to a place that can be "
+                    "written, or callbacks.rfid.rfid_save_samples=false."
+                ) from error
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         accumulate = pl_module.settings.loop.accumulate_grad_batches
-        if not self.every_n_steps or (batch_idx + 1) % accumulate or trainer.global_step % self.every_n_steps:
+        every = self.rfid_every_n_steps
+        if not every or (batch_idx + 1) % accumulate or trainer.global_step % every:
             return
-        if self.every_epoch and batch_idx + 1 >= pl_module.steps_per_epoch * accumulate:
+        if self.rfid_every_epoch and batch_idx + 1 >= pl_module.steps_per_epoch * accumulate:
             return  # the end of the epoch does it
-        self._evaluate(trainer, pl_module, f"step_{trainer.global_step:07d}", self.num_samples)
+        self._evaluate(trainer, pl_module, f"step_{trainer.global_step:07d}", self.rfid_num_samples)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if self.every_epoch and self._latest[0] != trainer.global_step:
-            self._evaluate(trainer, pl_module, f"epoch_{trainer.current_epoch + 1:03d}", self.num_samples)
+        if self.rfid_every_epoch and self._latest[0] != trainer.global_step:
+            self._evaluate(trainer, pl_module, f"epoch_{trainer.current_epoch + 1:03d}", self.rfid_num_samples)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.full_at_end:
-            everything = len(trainer.datamodule.evaluation_dataset(self.train_fallback)[0])
-            self._evaluate(trainer, pl_module, "end", everything, f"{self.group}_full")
+            self._evaluate(trainer, pl_module, "end", None, f"{self.group}_full")
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         self._inception = None
@@ -138,55 +139,60 @@ class RFIDCallback(pl.Callback):
 
     # -- what
 
-    def _evaluate(self, trainer: pl.Trainer, pl_module: Any, name: str, images: int, group: str | None = None) -> None:
-        group, start = group or self.group, time.perf_counter()
-        images = min(images, len(trainer.datamodule.evaluation_dataset(self.train_fallback)[0]))
+    def _evaluate(
+        self, trainer: pl.Trainer, pl_module: Any, name: str, images: int | None, group: str | None = None
+    ) -> None:
+        """Score `images` (None: all) and log the figures; pictures go into the folder `name`."""
+        start = time.perf_counter()
+        available = len(trainer.datamodule.evaluation_dataset(self.use_train_dataloader)[0])
+        images = min(images or available, available)
         with training_paused(trainer):
             if self._latest[:2] == (trainer.global_step, images):
                 values = self._latest[2]  # the same images through the same weights
             else:
                 with _evaluation_mode(pl_module.rae, pl_module.ema_decoder):
                     values = self._score(trainer, pl_module, name, images)
-            values = {f"{group}/{key}": value for key, value in values.items()}
-            values[f"{group}/seconds"] = time.perf_counter() - start
-            self._publish(trainer, pl_module, group, values)
+            self._publish(trainer, pl_module, group or self.group, {**values, "seconds": time.perf_counter() - start})
 
     def _score(self, trainer: pl.Trainer, pl_module: Any, name: str, images: int) -> dict[str, float]:
-        """On all ranks, the same result on all of them."""
-        rank, world = trainer.global_rank, trainer.world_size
-        reals = self._reals.get(images)
+        """Score the EMA weights on all ranks, with the same result on all of them."""
+        process = Process(pl_module.device, trainer.global_rank, trainer.world_size)
         score = ReconstructionScore(
-            self._network(pl_module.device), self.batch_size, pl_module.lpips, self.quantization, reals
+            self._network(pl_module.device), self.rfid_batch_size, pl_module.lpips, self.quantization,
+            self._reals.get(images),
+        )  # fmt: skip
+        loader = trainer.datamodule.evaluation_loader(
+            self.rfid_batch_size, images, process.rank, process.world, self.use_train_dataloader
         )
-        pairs = FirstPairs(self.save_count)
-        loader = trainer.datamodule.evaluation_loader(self.batch_size, images, rank, world, self.train_fallback)
+        pairs = KeptPairs(self._pairs)
 
         def reconstruct(batch: Tensor, rows: Tensor) -> list[Tensor]:
             with trainer.precision_plugin.forward_context():
                 return [pl_module.reconstruct(batch, "ema")]
 
-        score_images(loader, reconstruct, [score], pl_module.device, rank, world, [pairs] if self.save_count else [])
+        score_images(loader, reconstruct, [score], process, [pairs] if self._pairs else [])
         score.reduce()
-        if score.reconstructions.count < 2:  # on all ranks, so that none waits for the others
-            raise UserError(f"rFID needs at least 2 images that can be decoded, got {score.reconstructions.count}.")
-        if reals is None and score.originals is not None:
-            self._reals[images] = score.originals
-        values = score.compute(warn_of_few=not self._warned_of_few) if trainer.is_global_zero else None
+        if score.count < 2:  # on all ranks, so that none waits for the others
+            raise UserError(f"rFID needs at least 2 images that can be decoded, got {score.count}.")
+        self._reals[images] = score.reference
+        values = score.compute(warn_of_few=not self._warned_of_few) if process.main else {}
         self._warned_of_few = True
         values = dict(trainer.strategy.broadcast(values))
-        values["score"] = values.pop(score.score_name)
+        values = {key.removesuffix("_untrained").replace("rfid", "score"): value for key, value in values.items()}
         self._latest = (trainer.global_step, images, values)
-        if self.save_count:
-            kept = pairs.gather()
-            if trainer.is_global_zero:
+        kept = pairs.gather() if self._pairs else []
+        if kept:
+            try:
                 save_pairs(kept, self._folder(trainer) / name)
+            except OSError as error:
+                log.warning("The pictures in %s", disk_message(error, self._folder(trainer) / name))
         return values
 
-    def _publish(self, trainer: pl.Trainer, pl_module: Any, group: str, values: dict[str, float]) -> None:
+    def _publish(self, trainer: pl.Trainer, pl_module: Any, group: str, figures: dict[str, float]) -> None:
+        values = {f"{group}/{key}": value for key, value in figures.items()}
         pl_module.scores |= {key: (trainer.global_step, value) for key, value in values.items()}
         pl_module.write_metrics(values)
         if trainer.is_global_zero:
-            figures = {key.split("/")[1]: value for key, value in values.items()}
             rest = ", ".join(f"{key.upper()} {figures[key]:.4g}" for key in ("psnr", "ssim", "lpips") if key in figures)
             log.info(
                 "step %d, %s: %.4f over %s images (%s) in %.1f s", trainer.global_step, group, figures["score"],
@@ -194,22 +200,20 @@ class RFIDCallback(pl.Callback):
             )  # fmt: skip
 
     def _network(self, module_device: torch.device) -> InceptionFeatures:
-        """On `rfid_device`; `cuda` is the module's own GPU, or the module's device where there is none."""
+        """Return it on `rfid_device`: `cuda` is the module's own GPU, or the module's device where there is none."""
         assert self._inception is not None, "setup has not run"
-        device = self.device
+        device = self._device
         if device.type == "cuda" and not torch.cuda.is_available():
             log.warning(
                 "callbacks.rfid.rfid_device=%s, but no CUDA device is visible: rFID runs on %s.", device, module_device
             )
-            device = self.device = module_device
+            device = self._device = module_device
         if device.type == module_device.type and device.index is None:
             device = module_device
-        if self._inception.device != device:
-            self._inception.to(device)
-        return self._inception
+        return self._inception.to(device)
 
     def _folder(self, trainer: pl.Trainer) -> Path:
-        return resolve(self.output_dir) / run_id(Path(trainer.default_root_dir))
+        return resolve(self.rfid_output_dir) / run_id(Path(trainer.default_root_dir))
 
 
 def _parse_device(name: str) -> torch.device:
@@ -224,7 +228,7 @@ def _parse_device(name: str) -> torch.device:
 
 @contextmanager
 def _evaluation_mode(*modules: nn.Module) -> Iterator[None]:
-    """Borrows the mode of every part and gives it back."""
+    """Put every part in eval mode and give its own mode back afterwards."""
     modes = [(part, part.training) for module in modules for part in module.modules()]
     for module in modules:
         module.eval()

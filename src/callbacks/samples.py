@@ -1,5 +1,6 @@
-"""Pictures while training: originals above reconstructions by the EMA weights, always of the same images."""
+"""Draw originals above reconstructions by the EMA weights while training, always of the same images."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from src.callbacks.throughput import training_paused
-from src.core.images import unit_to_bytes
-from src.core.sheets import save_png, sheet
+from src.callbacks.progress import training_paused
+from src.core.files import disk_message
+from src.core.images import save_png, sheet
+
+log = logging.getLogger(__name__)
 
 
 class SampleImages(pl.Callback):
@@ -43,10 +46,13 @@ class SampleImages(pl.Callback):
             items = (dataset[i] for i in range(len(dataset)))
             self._originals = torch.stack([item.image for item in items if item.image is not None]).to(pl_module.device)
         with trainer.precision_plugin.forward_context():
-            reconstructions = unit_to_bytes(pl_module.reconstruct(self._originals))
-        picture = sheet([self._originals, reconstructions])
-        self.last_file = Path(trainer.default_root_dir) / "samples" / f"step_{trainer.global_step:07d}.png"
-        save_png(picture, self.last_file)
+            picture = sheet(pl_module.sample_rows(self._originals))
+        file = Path(trainer.default_root_dir) / "samples" / f"step_{trainer.global_step:07d}.png"
+        try:
+            save_png(picture, file)
+            self.last_file = file
+        except OSError as error:
+            log.warning("The picture %s", disk_message(error, file))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("samples", picture, trainer.global_step)

@@ -1,39 +1,125 @@
-"""Sums over the processes of a torch.distributed group, in float64, with gloo and nccl alike."""
+"""The processes of an evaluation, and sums over the processes of any torch.distributed group, with gloo and nccl."""
 
-from typing import Any
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from src.core.errors import UserError
+
+T = TypeVar("T")
+# Rank 0 works out distances (seconds) and writes files (minutes) while the others wait for the next data set.
+TIMEOUT = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those of its launch."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def processes(device: str) -> Iterator[Process]:
+    """Join the processes that torchrun started, where it did; `device` is cpu, cuda or cuda:N.
+
+    Raises:
+        UserError: no such device.
+    """
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in defaults.items())
+    chosen = find_device(device, local)
+    if world == 1:
+        yield Process(chosen)
+        return
+    on_gpu = chosen.type == "cuda"
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=chosen if on_gpu else None)
+    try:
+        yield Process(chosen, rank, world)
+    finally:
+        dist.destroy_process_group()
+
+
+def find_device(name: str, local_rank: int = 0) -> torch.device:
+    """Return the device of that name; `cuda` is the GPU of this process. UserError where there is none."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise UserError(f"--device {name}: expected cpu, cuda or cuda:N.")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        raise UserError(
+            f"--device {name}, but no CUDA device is visible. Use --device cpu, or check nvidia-smi and "
+            "CUDA_VISIBLE_DEVICES."
+        )
+    index = local_rank if device.index is None else device.index
+    if index >= count:
+        raise UserError(
+            f"--device {name}: process {local_rank} of this machine wants GPU {index}, there are {count}. Start at "
+            f"most {count}, or use --device cpu."
+        )
+    chosen = torch.device("cuda", index)
+    torch.cuda.set_device(chosen)
+    return chosen
+
 
 def is_distributed() -> bool:
-    """Whether a process group runs. Without one every sum over ranks is the value itself."""
+    """Return whether a process group runs. Without one every sum over ranks is the value itself."""
     return dist.is_available() and dist.is_initialized()
 
 
-def sum_over_ranks(values: Tensor, group: Any | None = None) -> Tensor:
-    """The elementwise sum of `values` (same shape on all ranks) over the ranks of `group`; None is the default group.
+def wait_for_all() -> None:
+    """Wait until every rank is here."""
+    if is_distributed():
+        dist.barrier()
 
-    Every rank of the group must call it. dtype and device come back as they were; nccl takes a detour over the GPU.
+
+def gather_on_main(value: T) -> list[T]:
+    """Return on rank 0 what each rank holds, in their order; an empty list on the others. On all ranks."""
+    if not is_distributed():
+        return [value]
+    found: list[T | None] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, found, dst=0)
+    return found or []  # type: ignore[return-value]
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Return the elementwise sum of `values` (same shape on all ranks) over the ranks. On all ranks.
+
+    dtype and device come back as they were; nccl takes a detour over the GPU.
     """
     if not is_distributed():
         return values
-    backend = str(dist.get_backend(group))
-    on = torch.device("cuda", torch.cuda.current_device()) if "nccl" in backend else torch.device("cpu")
+    on = torch.device("cuda", torch.cuda.current_device()) if "nccl" in str(dist.get_backend()) else torch.device("cpu")
     total = values.detach().to(on, copy=True)
-    dist.all_reduce(total, group=group)
+    dist.all_reduce(total)
     return total.to(values.device)
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """Mean over ranks in place; the tensor itself where there is one process."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    """Replace `tensor` by its mean over ranks and return it; itself where there is one process."""
+    if is_distributed() and dist.get_world_size() > 1:
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
     return tensor
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Where float64 sums of tensors on `device` can be kept: there, or on the CPU if the device has no float64."""
+    """Return where float64 sums of tensors on `device` can be kept: there, or on the CPU if it has no float64."""
     return torch.device("cpu") if device.type == "mps" else device

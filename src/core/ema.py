@@ -21,8 +21,8 @@ class EMA:
         for source, target in pairs:
             if not source.requires_grad:
                 target.data = source.data
-        self._sources = [source for source, _ in pairs if source.requires_grad]
-        self._targets = [target for source, target in pairs if source.requires_grad]
+        self._sources: list[torch.Tensor] = [source for source, _ in pairs if source.requires_grad]
+        self._targets: list[torch.Tensor] = [target for source, target in pairs if source.requires_grad]
 
     @torch.no_grad()
     def update(self) -> None:

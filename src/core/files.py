@@ -1,25 +1,33 @@
-"""Files that are there whole or not at all."""
+"""Write files atomically, and check beforehand that they may be written."""
 
+import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+from src.core.errors import UserError
+
+_UNFINISHED: set[Path] = set()
 
 
 @contextmanager
 def replacing(path: str | Path, tag: str | None = None, durable: bool = True) -> Iterator[IO[bytes]]:
-    """A file that takes its name when the block ends without an error; until then it lies beside it. Folders above it are
-    made. `durable`: all of it is on the disk by then; false, where thousands of small files would wait for that.
+    """Open a file that takes the name `path` when the block ends without an error; until then it lies beside it.
 
-    `tag` tells apart those who write the same file at once; None: this process. What a killed process leaves under a
-    fixed tag, the next one overwrites.
+    Args:
+        path: folders above it are made.
+        tag: tells apart those who write the same file at once; None: this process. What a killed process leaves under a
+            fixed tag, the next one overwrites.
+        durable: all of it is on the disk at the end; false, where thousands of small files would wait for that.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid() if tag is None else tag}.writing")
+    _UNFINISHED.add(beside)
     try:
         with open(beside, "wb") as file:
             yield file
@@ -31,11 +39,62 @@ def replacing(path: str | Path, tag: str | None = None, durable: bool = True) ->
             _sync_folder(path.parent)
     finally:
         beside.unlink(missing_ok=True)
+        _UNFINISHED.discard(beside)
+
+
+def remove_unfinished() -> None:
+    """Remove what this process has begun to write, before it ends without unwinding."""
+    for path in list(_UNFINISHED):
+        with suppress(OSError):
+            path.unlink()
 
 
 def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8."""
     with replacing(path) as file:
         file.write(text.encode("utf-8", "surrogateescape"))
+
+
+def write_torch(path: str | Path, content: Any, tag: str | None = None) -> None:
+    """Write with torch.save. `tag`: as of `replacing`."""
+    import torch
+
+    with replacing(path, tag) as file:
+        target = _Remembering(file)
+        try:
+            torch.save(content, target)
+        except RuntimeError as error:  # what torch makes of a full disk when it closes the archive
+            raise target.failure or error from error
+
+
+class _Remembering:
+    """Passes on what is written and remembers the first error, which torch.save replaces by one of its own."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""What the system says of a disk that is full, over quota, read-only or broken."""
+
+
+def disk_message(error: OSError, path: str | Path | None = None) -> str:
+    """Return the message for a file that can't be written."""
+    return (
+        f"{path or error.filename or 'A file'} can't be written: {error.strerror or error}. Make room (or set "
+        "paths.log_dir to another place); what was saved before is untouched, ckpt_path=last goes on from it."
+    )
 
 
 def file_digest(path: str | Path, algorithm: str) -> str:
@@ -49,14 +108,54 @@ def file_digest(path: str | Path, algorithm: str) -> str:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for `source`, replacing `target` at once; a copy where the file system has no hard links."""
+    """Give `source` the second name `target`, replacing what was there; copy where the file system has no hard links."""
     beside = target.with_name(f".{target.name}.link")
     beside.unlink(missing_ok=True)
+    _UNFINISHED.add(beside)
     try:
-        os.link(source, beside)
-    except OSError:
-        shutil.copyfile(source, beside)
-    os.replace(beside, target)
+        try:
+            os.link(source, beside)
+        except OSError:
+            shutil.copyfile(source, beside)
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
+        _UNFINISHED.discard(beside)
+
+
+def check_folder(folder: Path, overwrite: bool, marks: Sequence[str], what: str, option: str = "--output") -> None:
+    """Check that a program may write a new folder, or (`overwrite`) replace an earlier one of its own.
+
+    Args:
+        marks: names of files; one of them is in every folder that the program wrote.
+        what: the program's name for such a folder.
+
+    Raises:
+        UserError: a file is there, something of others, or an earlier one that is not to be replaced.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{option} {folder} is a file; give a folder.")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not any((folder / mark).is_file() for mark in marks):
+        raise UserError(
+            f"{option} {folder} is not empty and holds no {' and no '.join(marks)}: it is no {what}, so --overwrite "
+            "does not delete it. Choose another folder."
+        )
+    if not overwrite:
+        raise UserError(f"{option} {folder} is there already. Choose another folder, or replace it with --overwrite.")
+
+
+def check_writable(file: Path, option: str) -> None:
+    """Check before long work that `file` can be written at its end; folders above it are made. Raises UserError."""
+    try:
+        with replacing(file.with_name(f".{file.name}.probe"), durable=False):
+            pass
+        file.with_name(f".{file.name}.probe").unlink()
+    except OSError as error:
+        raise UserError(
+            f"{option} {file} can't be written: {error.strerror or error}. Choose another place."
+        ) from error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,17 +1,23 @@
-"""Conversions between the three ranges an image lives in. All of them are here and nowhere else.
+"""Conversions between the three ranges an image lives in, all of them here and nowhere else; contact sheets; PNG files.
 
-Legend: B batch, H height, W width. Images are B x 3 x H x W (or 3 x H x W), RGB.
+Legend: B batch, H height, W width; R rows of a sheet, N images in a row. Images are B x 3 x H x W (or 3 x H x W), RGB.
     bytes   uint8 0..255        files, loaders, metrics
     unit    float [0, 1]        what `RAE.encode` takes and `RAE.decode` gives
     signed  float [-1, 1]       what LPIPS and the discriminator take
 """
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from src.core.files import replacing
+
 Quantization = Literal["round", "truncate"]
+GAP_PX, WHITE = 2, 255
 
 
 def bytes_to_unit(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -32,3 +38,26 @@ def unit_to_bytes(images: Tensor, quantization: Quantization = "round") -> Tenso
 def unit_to_signed(images: Tensor) -> Tensor:
     """[0, 1] -> [-1, 1]."""
     return images * 2 - 1
+
+
+def sheet(rows: Sequence[Tensor]) -> Tensor:
+    """Lay out R rows of uint8 N x 3 x H x W, all of one size -> uint8 3 x height x width, thin white gaps."""
+    columns, height, width = max(len(row) for row in rows), *rows[0].shape[-2:]
+    size = (len(rows) * (height + GAP_PX) - GAP_PX, columns * (width + GAP_PX) - GAP_PX)
+    canvas = torch.full((3, *size), WHITE, dtype=torch.uint8)
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row.cpu()):
+            top, left = r * (height + GAP_PX), c * (width + GAP_PX)
+            canvas[:, top : top + height, left : left + width] = image
+    return canvas
+
+
+def difference(a: Tensor, b: Tensor, gain: float = 4.0) -> Tensor:
+    """Return |a - b| times `gain`, uint8 in and out; shows where a reconstruction errs."""
+    return ((a.int() - b.int()).abs() * gain).clamp_(max=255).to(torch.uint8)
+
+
+def save_png(image: Tensor, path: Path) -> None:
+    """Write uint8 3 x H x W as PNG; a reader never sees half a file."""
+    with replacing(path, durable=False) as file:
+        Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()).save(file, format="PNG")

@@ -4,7 +4,8 @@ A bad step is recognised on the device, where the fused optimiser leaves the wei
 the counters only now and then; the weights are safe in the meantime.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +25,42 @@ CAUSAL_ORDER = (
 """Names of watched values, each before those that it makes go wrong. Others count as causes of all of these."""
 
 
+REMEDY = (
+    "Try a lower model.optimizer.lr, trainer.gradient_clip_val=1.0, trainer.precision=bf16 instead of 16, or allow more "
+    "with trainer.max_skipped_steps."
+)
+FIRST_STEP = (
+    "It is this run's first step, so look at what was loaded rather than at the optimisation: ckpt_path, "
+    "model.pretrained_decoder_path, model.normalization_stat_path, the encoder's weights, trainer.precision=16."
+)
+
+
 class NonFiniteError(UserError):
-    """Losses or gradients became NaN or infinite more often than allowed."""
+    """Losses or gradients became NaN or infinite more often than allowed, or weights at all."""
+
+
+def nonfinite_tensors(content: Any) -> list[str]:
+    """Return the names (`state_dict.decoder.head.weight`) of tensors in nested containers that hold NaN or infinity.
+
+    Sums are looked at first, which reads each tensor once and waits for the device once.
+    """
+    found = [(name, value) for name, value in _tensors(content, "") if value.is_floating_point() or value.is_complex()]
+    if not found:
+        return []
+    device = found[0][1].device
+    sums = [value.sum().abs().to(device, torch.float32) for _, value in found]
+    if bool(torch.isfinite(torch.stack(sums)).all()):
+        return []
+    return [name for name, value in found if not bool(torch.isfinite(value).all())]
+
+
+def _tensors(content: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(content, Tensor):
+        yield name, content.detach()
+    elif isinstance(content, (Mapping, list, tuple)):
+        parts = content.items() if isinstance(content, Mapping) else enumerate(content)
+        for key, value in parts:
+            yield from _tensors(value, f"{name}.{key}" if name else str(key))
 
 
 class NonFiniteCounter:
@@ -37,11 +72,13 @@ class NonFiniteCounter:
         self._last = torch.empty(0)  # the latest step that went wrong
         self._first: dict[str, Tensor] = {}  # step at which a name first went wrong, -1: never
         self._restored = 0
+        self._began: int | None = None  # the first step of this process
 
     def observe(self, step: int, values: Mapping[str, Tensor]) -> Tensor:
         """Return 1.0 if any of `values` (scalars) is not finite, else 0.0: float32 on the device."""
         flags = ~torch.isfinite(torch.stack([value.detach().float() for value in values.values()]))
         bad = flags.any()
+        self._began = step if self._began is None else self._began
         if self._skipped is None:
             self._skipped = torch.full((), self._restored, dtype=torch.int64, device=bad.device)
             self._last = torch.full_like(self._skipped, -1)
@@ -74,7 +111,6 @@ class NonFiniteCounter:
         also = ", ".join(name for _, name in rest)
         raise NonFiniteError(
             f"{cause} is NaN or infinite at step {step}" + (f" (then: {also})" if also else "") + f"; {skipped} such "
-            f"step(s), trainer.max_skipped_steps={self.max_skipped_steps}. The weights were not touched by them and the "
-            "last checkpoint is good. Try a lower model.optimizer.lr, trainer.gradient_clip_val=1.0, "
-            "trainer.precision=bf16 instead of 16, or allow more with trainer.max_skipped_steps."
+            f"step(s), trainer.max_skipped_steps={self.max_skipped_steps}. Such steps change no weights. "
+            + (FIRST_STEP if step == self._began else REMEDY)
         )

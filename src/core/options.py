@@ -1,171 +1,19 @@
-"""Options that the evaluation programs share, in both spellings (`--batch_size`, `--batch-size`). Light imports."""
+"""Command line options from dataclasses: each field is an option in both spellings (`--batch_size`, `--batch-size`).
+
+The groups of options that several programs share are here too. No heavy imports, so that `--help` is quick.
+"""
 
 import argparse
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from inspect import get_annotations
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
 
 INCEPTION_FILE = "weights/pt_inception-2015-12-05-6726825d.pth"
+LPIPS_FILES = {"vgg_path": "weights/vgg16-397923af.pth", "linear_path": "weights/lpips_vgg_v0.1.pth"}
 EXIT_CODES = "exit codes: 0 done; 1 something is wrong with what was given; 2 wrong options; 130 interrupted"
-
-
-def make_parser(description: str | None) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        description=description,
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
-
-def option(group: Any, name: str, **arguments: Any) -> None:
-    """`--a_b` and `--a-b` of a parser or of one of its groups."""
-    group.add_argument(*dict.fromkeys(("--" + name, "--" + name.replace("_", "-"))), **arguments)
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Read by `src.formats.opening.open_model`."""
-    model = parser.add_argument_group("model (one of --checkpoint and --decoder)")
-    option(model, "checkpoint", metavar="FILE", help=".ckpt that training wrote; it says everything about the model")
-    option(
-        model,
-        "weights",
-        choices=("ema", "online"),
-        default="ema",
-        help="of a checkpoint: averaged weights or the optimiser's (default: %(default)s)",
-    )
-    option(
-        model,
-        "decoder",
-        metavar="PATH",
-        help="decoder file with the official names, or an exported folder (diffusers AutoencoderRAE, or ours)",
-    )
-    option(
-        model,
-        "encoder",
-        metavar="PATH",
-        help="folder or hub id of the encoder; with --checkpoint: where the same encoder lies on this machine",
-    )
-    option(
-        model,
-        "encoder_cls",
-        metavar="CLASS",
-        help="with a decoder file: Dinov2withNorm, SigLIP2wNorm, MAEwNorm or DINOv3wNorm",
-    )
-    option(
-        model,
-        "encoder_layers",
-        metavar="BLOCKS",
-        help="with a decoder file of RAEv2: k1, k7, k23 or numbers such as 11.13.15 (default: the last block)",
-    )
-    option(model, "stats", metavar="FILE", help="with a decoder file: its latent statistics")
-    option(
-        model,
-        "decoder_config",
-        metavar="PATH",
-        default="configs/decoder/ViTXL",
-        help="with a decoder file: JSON or its folder (default: %(default)s)",
-    )
-    option(
-        model,
-        "decoder_patch_size",
-        type=positive,
-        default=16,
-        metavar="PX",
-        help="with a decoder file (default: %(default)s)",
-    )
-    option(
-        model,
-        "decoder_output",
-        choices=("normalized", "image"),
-        default="normalized",
-        help="with a decoder file: in the encoder's normalised pixel space (RAE), or the image itself (RAEv2) "
-        "(default: %(default)s)",
-    )
-    option(
-        model,
-        "image_size",
-        type=positive,
-        metavar="PX",
-        help="comes from the model; with a decoder file 256 if not given",
-    )
-
-
-def add_data_options(parser: argparse.ArgumentParser, num_samples: int | None) -> None:
-    """Read by `src.evaluation.images.open_images` and `evaluation_loader`."""
-    data = parser.add_argument_group("images")
-    option(
-        data,
-        "data_dir",
-        nargs="+",
-        required=True,
-        metavar="DIR",
-        help="Hugging Face dataset on disk (with splits or without) or a tree of image files; several are scored one "
-        "after the other",
-    )
-    option(
-        data,
-        "split",
-        metavar="NAME",
-        help="a split by its name, `held_out` (what training held out of the set) or `all` (default: validation, "
-        "else what training held out, else all)",
-    )
-    option(
-        data,
-        "num_samples",
-        type=positive,
-        default=num_samples,
-        metavar="N",
-        help="images, the first ones of a fixed mixed order (default: %(default)s)"
-        if num_samples
-        else "images (default: all)",
-    )
-    option(data, "batch_size", type=positive, default=64, metavar="N", help="images at once (default: %(default)s)")
-    option(
-        data, "num_workers", type=not_negative, default=4, metavar="N", help="loading processes (default: %(default)s)"
-    )
-    option(
-        data,
-        "exif",
-        choices=("apply", "ignore"),
-        help="turn images as their EXIF says, or take them as stored like published references (default: the "
-        "checkpoint's data.exif, else apply)",
-    )
-    option(
-        data,
-        "max_bad_share",
-        type=float,
-        default=0.01,
-        metavar="SHARE",
-        help="stop when more of the images can't be decoded (default: %(default)s)",
-    )
-
-
-def add_inception_options(parser: argparse.ArgumentParser) -> None:
-    inception = parser.add_argument_group("Inception network")
-    option(
-        inception,
-        "inception_path",
-        metavar="FILE",
-        help=f"FID weights (default: the checkpoint's callbacks.rfid.inception_path, else {INCEPTION_FILE})",
-    )
-    option(
-        inception,
-        "inception_weights",
-        choices=("pretrained", "untrained"),
-        default="pretrained",
-        help="untrained: for a try-out without the file; the score is then not called rFID (default: %(default)s)",
-    )
-    option(
-        inception,
-        "inception_width",
-        type=float,
-        default=1.0,
-        metavar="SHARE",
-        help="of the channels; below 1 with untrained weights only (default: %(default)s)",
-    )
-
-
-def add_device_option(parser: argparse.ArgumentParser) -> None:
-    option(parser, "device", default="cuda", metavar="NAME", help="cuda, cuda:N or cpu (default: %(default)s)")
 
 
 def positive(text: str) -> int:
@@ -178,3 +26,153 @@ def not_negative(text: str) -> int:
     if (value := int(text)) < 0:
         raise argparse.ArgumentTypeError(f"{text}: expected 0 or more")
     return value
+
+
+Positive = Annotated[int, positive]
+NotNegative = Annotated[int, not_negative]
+
+
+def option(help: str, metavar: str | None = None, default: Any = None, **more: Any) -> Any:
+    """Declare a field of a class of options; `default=MISSING`: it must be given.
+
+    `more` goes to `add_argument`, such as `action="append", nargs=None`; `positional=True` takes the dashes away.
+    """
+    return field(default=default, metadata={"help": help, **({"metavar": metavar} if metavar else {}), **more})
+
+
+def build_parser(options: type, description: str | None, epilog: str = EXIT_CODES) -> argparse.ArgumentParser:
+    """Return a parser for the fields of a dataclass, in the groups that the classes it is built from name by `GROUP`.
+
+    A field's type says what is parsed: `bool` is a switch, `Literal` a choice, `tuple[X, ...]` one value or more,
+    `Annotated[X, function]` what the function makes of the text.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    groups: dict[str | None, Any] = {None: parser}
+    declared = {name: part for part in options.__mro__ for name in get_annotations(part)}  # where it came up first
+    hints = get_type_hints(options, include_extras=True)
+    for entry in fields(options):
+        title = vars(declared[entry.name]).get("GROUP")
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        arguments = {**_arguments(hints[entry.name]), **entry.metadata}
+        if entry.default not in (MISSING, None, False, ()) and "(default" not in arguments["help"]:
+            arguments["help"] += f" (default: {entry.default})"
+        flags = [entry.name]
+        if not arguments.pop("positional", False):
+            flags = list(dict.fromkeys(("--" + entry.name, "--" + entry.name.replace("_", "-"))))
+            arguments["required"] = entry.default is MISSING
+        groups[title].add_argument(*flags, **arguments)
+    return parser
+
+
+def parse(options: type[T], description: str | None, argv: Sequence[str] | None, epilog: str = EXIT_CODES) -> T:
+    """Return the options of a command line (None: this program's own).
+
+    Wrong ones, and a ValueError of the class's `__post_init__`, end the program with the usage and status 2.
+    """
+    parser = build_parser(options, description, epilog)
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    try:
+        return options(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _arguments(kind: Any) -> dict[str, Any]:
+    """Return what argparse is to know of a type."""
+    parts = get_args(kind)
+    if type(None) in parts:
+        return _arguments(parts[0])
+    if get_origin(kind) is Literal:
+        return {"choices": parts}
+    if get_origin(kind) is tuple:
+        return {"nargs": "+", **_arguments(parts[0])}
+    if get_origin(kind) is Annotated:
+        return {"type": parts[1]}
+    return {"action": "store_true"} if kind is bool else {"type": kind}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The model, read by `src.formats.opening.open_model`."""
+
+    GROUP: ClassVar = "model (one of --checkpoint and --decoder)"
+    checkpoint: str | None = option(".ckpt that training wrote; it says everything about the model", "FILE")
+    weights: Literal["ema", "online"] = option("of a checkpoint: averaged weights or the optimiser's", default="ema")
+    decoder: str | None = option(
+        "decoder file with the official names, or an exported folder (diffusers or ours)", "PATH"
+    )
+    encoder: str | None = option(
+        "folder or hub id of the encoder; with --checkpoint: where the same one lies here", "PATH"
+    )
+    encoder_cls: str | None = option(
+        "of a decoder file: Dinov2withNorm, SigLIP2wNorm, MAEwNorm or DINOv3wNorm", "CLASS"
+    )
+    encoder_layers: str | None = option(
+        "of a RAEv2 decoder file: k1, k7, k23 or 11.13.15 (default: the last block)", "BLOCKS"
+    )
+    stats: str | None = option("with a decoder file: its latent statistics", "FILE")
+    decoder_config: str = option("with a decoder file: JSON or its folder", "PATH", "configs/decoder/ViTXL")
+    decoder_patch_size: Positive = option("with a decoder file", "PX", 16)
+    decoder_output: Literal["normalized", "image"] = option(
+        "of a decoder file: the encoder's normalised pixels (RAE), or the image itself (RAEv2)", default="normalized"
+    )
+    image_size: Positive | None = option("comes from the model; with a decoder file 256 if not given", "PX")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadingOptions:
+    """How images are loaded and where the work is done, read by `evaluation_loader` and `processes`."""
+
+    GROUP: ClassVar = "images and device"
+    device: str = option("cuda, cuda:N or cpu", "NAME", "cuda")
+    num_samples: Positive | None = option("only the first N images (default: all)", "N")
+    batch_size: Positive = option("images at once and process", "N", 64)
+    num_workers: NotNegative = option("loading processes", "N", 4)
+    max_bad_share: float = option("stop when more of the images can't be decoded", "SHARE", 0.01)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(LoadingOptions):
+    """The images of an evaluation, read by `src.evaluation.images.open_images`."""
+
+    GROUP: ClassVar = "images and device"
+    data_dir: tuple[str, ...] = option(
+        "Hugging Face dataset on disk or tree of image files; several are scored one after the other", "DIR", MISSING
+    )
+    split: str | None = option(
+        "a split, `held_out` or `all` (default: validation, else what training held out, else all)", "NAME"
+    )
+    exif: Literal["apply", "ignore"] | None = option(
+        "turn images as their EXIF says or, like published references, not (default: the checkpoint's data.exif, else "
+        "apply)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InceptionOptions:
+    """The Inception network, read by `src.evaluation.networks.load_inception`."""
+
+    GROUP: ClassVar = "Inception network"
+    inception_path: str | None = option(
+        f"FID weights (default: the checkpoint's callbacks.rfid.inception_path, else {INCEPTION_FILE})", "FILE"
+    )
+    inception_weights: Literal["pretrained", "untrained", "tiny"] = option(
+        "untrained, or tiny (an eighth of the channels, untrained): a try-out without the file, its score no rFID",
+        default="pretrained",
+    )
+    inception_width: float | None = option("an older option: untrained weights of a width below 1 are tiny", "SHARE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LpipsOptions:
+    """The files of LPIPS, read by `src.evaluation.networks.lpips_of`."""
+
+    vgg_path: str | None = option(
+        f"VGG16 for LPIPS (default: the checkpoint's, else {LPIPS_FILES['vgg_path']})", "FILE"
+    )
+    lpips_path: str | None = option(
+        f"linear weights of LPIPS (default: the checkpoint's, else {LPIPS_FILES['linear_path']})", "FILE"
+    )

@@ -30,6 +30,12 @@ class Purpose(IntEnum):
     SPLIT = 9
     EVALUATION_ORDER = 10
     NOISE_LEVEL = 11
+    FLOW_NOISE = 12
+    FLOW_SCALARS = 13
+    EVAL_NOISE = 14
+    EVAL_SCALARS = 15
+    SAMPLE_NOISE = 16
+    SAMPLE_LABELS = 17
     MIX = 18
 
 

@@ -1,32 +1,35 @@
-"""What one rank wishes and all have to do together: saving a checkpoint, stopping."""
+"""Agree across ranks on requests to save a checkpoint or to stop."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-class Agreement:
-    """Wishes go round among the ranks while the next step runs, so that nobody waits for them.
+class RankRequests:
+    """Exchanges requests while the next step runs, so that no rank waits for another one.
 
-    `exchange` returns, on all ranks alike, what somebody wished at the call before (at once where there is one process).
-    They go from host to host (gloo): through nccl, each host would wait for all that its GPU still has to do.
+    Goes from host to host (gloo): through nccl, each host would wait for all that its GPU still has to do.
     """
 
     def __init__(self) -> None:
         self._group: dist.ProcessGroup | None = None
-        self._under_way: Tensor | None = None
-        self._work: dist.Work | None = None
+        self._pending: tuple[Tensor, dist.Work] | None = None
 
-    def exchange(self, wishes: list[bool], world_size: int) -> list[bool]:
-        """On all ranks at the same places."""
+    def exchange(self, requests: list[int], world_size: int) -> list[int]:
+        """Return, on all ranks alike, the largest value of each request at the call before; at once with one process.
+
+        0: no request. Every rank must call it, at the same places.
+        """
         if world_size == 1:
-            return wishes
+            return requests
         if self._group is None:
             self._group = dist.new_group(backend="gloo")
-        heard = [False] * len(wishes)
-        if self._work is not None and self._under_way is not None:
-            self._work.wait()
-            heard = [bool(value) for value in self._under_way.tolist()]
-        self._under_way = torch.tensor([float(wish) for wish in wishes])
-        self._work = dist.all_reduce(self._under_way, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        heard = [0] * len(requests)
+        if self._pending is not None:
+            values, work = self._pending
+            work.wait()
+            heard = values.tolist()
+        values = torch.tensor([int(request) for request in requests], dtype=torch.int32)
+        work = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending = values, work
         return heard

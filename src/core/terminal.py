@@ -2,55 +2,61 @@
 
 import logging
 import os
+import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
-Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
-"""(batches, their number, a name) -> the same batches."""
+T = TypeVar("T")
+Update = Callable[[int, int], None]
+"""(done, total)"""
+_LINE_EVERY_S = 30.0
+
+
+def progress_bar(*columns: Any) -> Any:
+    """Return a `rich.progress.Progress` on stderr that leaves nothing behind; `columns` come last."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    own = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*own, *columns, console=Console(stderr=True), transient=True)
 
 
 @contextmanager
-def progress(shown: bool) -> Iterator[Track]:
-    """Passes batches through and shows a bar for them."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+def progress(what: str, shown: bool = True) -> Iterator[Update]:
+    """Yield a function that shows progress: a bar on a terminal, else a line every 30 s; nothing unless `shown`."""
+    if not (shown and sys.stderr.isatty()):
+        yield _lines(what) if shown else lambda done, total: None
+        return
+    from rich.progress import TimeRemainingColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
-        yield lambda batches, count, name: bar.track(batches, total=count, description=name)
+    with progress_bar(TimeRemainingColumn()) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def log_to_stderr(main: bool) -> None:
-    """The first process tells everything of ours, others errors only."""
-    warnings.filterwarnings(
-        "ignore", message=".*This DataLoader will create .* worker processes.*"
-    )  # the user's choice
-    logging.basicConfig(level=logging.WARNING if main else logging.ERROR, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("src").setLevel(logging.INFO if main else logging.ERROR)
+def counted(items: Iterable[T], total: int, update: Update) -> Iterator[T]:
+    """Pass the items through and count them for `progress`."""
+    for done, item in enumerate(items):
+        update(done, total)
+        yield item
+    update(total, total)
 
 
 def run_program(body: Callable[[], int]) -> int:
-    """The exit status of a command line program: `body`'s own, 1 and one message for the user's mistakes, 130 for Ctrl-C."""
+    """Run a command line program and return its exit status.
+
+    It is that of `body`, 1 with one message for a mistake of the user, 130 for Ctrl-C. SIGTERM ends the program as an
+    exception would (143), so that what is half written is removed.
+    """
     from src.core.errors import UserError
 
     rank = int(os.environ.get("RANK", "0"))
-    log_to_stderr(rank == 0)
+    _log_to_stderr(rank == 0)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         return body()
     except UserError as error:
@@ -62,3 +68,25 @@ def run_program(body: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _log_to_stderr(main: bool) -> None:
+    """Log all that the first process says; of the others errors only."""
+    warnings.filterwarnings("ignore", message=".*This DataLoader will create .* worker processes.*")
+    logging.basicConfig(level=logging.WARNING if main else logging.ERROR, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("src").setLevel(logging.INFO if main else logging.ERROR)
+
+
+def _lines(what: str) -> Update:
+    started = last = time.monotonic()
+
+    def update(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _LINE_EVERY_S:
+            last = now
+            print(f"{done:,} of {total:,} {what} after {now - started:.0f} s", file=sys.stderr, flush=True)
+
+    return update

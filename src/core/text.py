@@ -1,5 +1,6 @@
 """Write durations, nested keys and two-column tables as text."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,3 +29,11 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
     """One line for each (name, text), indented, the texts below each other."""
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
+
+
+def hydra_quoted(value: str) -> str:
+    """Return a value of an override as it is typed in a shell; quoted, for Hydra and the shell, where Hydra needs it."""
+    if re.fullmatch(r"[A-Za-z0-9_/.@%+-]+", value):
+        return value
+    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + found[2].replace("'", "\\'"), value)
+    return '"' + re.sub(r'(["$`\\])', r"\\\1", f"'{escaped}'") + '"'

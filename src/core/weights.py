@@ -1,6 +1,7 @@
 """Weight files: where they are, how they are read, and how they enter a module. Never online, never by pickle."""
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -9,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from src.core.errors import UserError
-from src.core.files import replacing
+from src.core.nonfinite import nonfinite_tensors
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 Weights = Literal["pretrained", "untrained"]
 SizedWeights = Literal["pretrained", "untrained", "tiny"]
 """`tiny`: untrained and of a few channels, for tests and the dummy experiments."""
 RANDOM = ("untrained", "tiny")
+_CHECKED: set[tuple[str, int, int, int]] = set()
+"""Archives whose CRCs were checked by this process."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Float types by the names that options use."""
 
@@ -50,6 +53,7 @@ def read(path: str | Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
+        check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"No such file: {path}") from error
@@ -58,7 +62,7 @@ def read(path: str | Path) -> Any:
             f"{path} was refused: it holds Python objects other than tensors and plain containers, or is no weights "
             "file. Loading those could run code. Re-save it as a plain state dict, or download it again."
         ) from error
-    except MemoryError:
+    except (MemoryError, UserError):
         raise
     except Exception as error:  # what a damaged file raises depends on where it is damaged
         raise UserError(
@@ -67,16 +71,54 @@ def read(path: str | Path) -> Any:
         ) from error
 
 
-def write(content: Any, path: str | Path) -> None:
-    """Save plain containers and tensors as torch does, atomically."""
-    with replacing(path) as file:
-        torch.save(content, file)
+def check_archive(path: Path) -> None:
+    """Check the CRCs of an archive that torch.save wrote, which torch.load doesn't; other files pass.
+
+    Costs one pass over the file, 1.5 ms per MB.
+
+    Raises:
+        UserError: a damaged entry. Where all entries are wrong, the writer computed none (torch allows that).
+    """
+    if not zipfile.is_zipfile(path) or _key(path) in _CHECKED:
+        return
+    with zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None and any(_intact(archive, entry) for entry in archive.infolist()):
+            raise UserError(
+                f"{path} ({path.stat().st_size:,} bytes) is damaged: its entry {damaged} is not what was written (CRC-32). "
+                "Copy or download it again, or take another checkpoint of that run."
+            )
+    _CHECKED.add(_key(path))
+
+
+def _key(path: Path) -> tuple[str, int, int, int]:
+    """Return what says whether a file has changed since it was checked."""
+    status = path.stat()
+    return str(path.absolute()), status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _intact(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
+    try:
+        with archive.open(entry) as file:
+            while file.read(1 << 20):
+                pass
+    except zipfile.BadZipFile:
+        return False
+    return True
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
-    """Load `state` into `module`; every missing, unexpected and misshapen name is listed at once."""
+    """Load `state` into `module`; every missing, unexpected and misshapen name is listed at once, and what is not finite."""
     check_fit(module.state_dict(), state, source, type(module).__name__)
+    check_finite(state, source)
     module.load_state_dict(state)
+
+
+def check_finite(content: Any, source: str | Path, remedy: str = "Take another file.") -> None:
+    """Raise UserError where a tensor in nested containers holds NaN or infinity; `source` names the file."""
+    if names := nonfinite_tensors(content):
+        raise UserError(
+            f"{source} holds numbers that are NaN or infinite, in {len(names)} tensor(s): {_abbreviate(names, 4)}. {remedy}"
+        )
 
 
 def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str | Path, model: str) -> None:

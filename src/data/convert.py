@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from src.core.errors import UserError
+from src.core.files import check_folder
 from src.data.arrow_writer import shard_name, write_json, write_metadata
 from src.data.convert_scan import Tree
 from src.data.convert_shard import Job, Settings, convert_shard
@@ -95,23 +96,8 @@ def convert(
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Check that `output` may be written.
-
-    Raises:
-        UserError: something is there that is not to be replaced; anything but a dataset never is, because nobody knows
-            what would be lost.
-    """
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output_dir {output} is a file; give a folder.")
-    if not output.exists() or not any(output.iterdir()):
-        return
-    if not any((output / mark).is_file() for mark in (REPORT, *MARKS)):
-        raise UserError(
-            f"--output_dir {output} is not empty and holds none of {', '.join((REPORT, *MARKS))}: it is no dataset, "
-            "so --overwrite does not delete it. Choose another folder."
-        )
-    if not overwrite:
-        raise UserError(f"{output} is there already. Choose another --output_dir, or replace it with --overwrite.")
+    """Check that `output` is free, or a dataset that is to be replaced. Raises UserError."""
+    check_folder(output, overwrite, (REPORT, *MARKS), "dataset", "--output_dir")
 
 
 def _check_apart(tree: Tree, output: Path, partial: Path) -> None:

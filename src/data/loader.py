@@ -1,7 +1,6 @@
 """Load batches. Training: in the order of `EpochOrder`, resumable at any batch. Evaluation: a fixed order."""
 
 import logging
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from src.core.errors import UserError
+from src.core.stopping import ignore_in_worker
 from src.data.dataset import ATTEMPTS, EvaluationDataset, Failure, MixDataset, Sample, TrainDataset, collate
 from src.data.order import EpochOrder, Item
 from src.data.sources import printable
@@ -42,14 +42,9 @@ class WorkerOptions:
                 "prefetch_factor": PREFETCH_BATCHES,
                 "persistent_workers": persistent,
                 "multiprocessing_context": self.start,
-                "worker_init_fn": ignore_sigterm,
+                "worker_init_fn": ignore_in_worker,
             }
         return arguments
-
-
-def ignore_sigterm(worker: int) -> None:
-    """Keep loading when a scheduler signals the process group: training needs its next batch to stop cleanly."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @dataclass

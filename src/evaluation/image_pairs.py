@@ -1,99 +1,112 @@
-"""Originals beside their reconstructions, as PNG pairs and contact sheets.
+"""Originals beside their reconstructions, as PNG files and contact sheets.
 
 Legend: B batch, H, W image px. Images are uint8 3 x H x W.
 """
 
 import heapq
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from src.core.processes import gather_on_main
-from src.core.sheets import difference, save_png, sheet
+from src.core.distributed import gather_on_main
+from src.core.images import difference, save_png, sheet
 from src.evaluation.scoring_pass import ScoredBatch
 
 COLUMNS = 8
 """Images in a row of a contact sheet."""
-_WRITERS = 4  # Pillow compresses outside of Python's lock
+_THREADS = 4  # Pillow compresses outside of Python's lock
+_WAITING = 256  # pictures in memory at most
 
 
 class Pair(NamedTuple):
+    key: float
+    """The larger, the sooner it is shown."""
     place: int
-    """In the evaluation order."""
+    """In the order of evaluation."""
     row: int
     """Of the data set."""
-    value: float
-    """By which the worst are found; 0 where nobody asks."""
     original: Tensor
     reconstruction: Tensor
 
 
-class FirstPairs:
-    """Keeps the pairs of the first `count` images of the evaluation order (of the first variant)."""
+class KeptPairs:
+    """Keeps `count` pairs (of the first variant): the first ones of the order of evaluation, or the worst ones, those
+    of largest LPIPS, else of smallest PSNR."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._kept: list[Pair] = []
-
-    def observe(self, variants: Sequence[ScoredBatch]) -> None:
-        batch = variants[0]
-        for i, (place, row) in enumerate(zip(batch.places.tolist(), batch.rows.tolist(), strict=True)):
-            if place < self.count:
-                self._kept.append(Pair(place, row, 0.0, batch.original[i].cpu(), batch.decoded[i].cpu()))
-
-    def gather(self) -> list[Pair]:
-        """In their order on rank 0, empty on the others. On all ranks."""
-        return sorted((pair for part in gather_on_main(self._kept) for pair in part), key=lambda pair: pair.place)
-
-
-class WorstPairs:
-    """Keeps the `count` worst pairs (of the first variant): largest LPIPS, else smallest PSNR."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._heap: list[tuple[float, int, Pair]] = []  # the best of the worst on top
+    def __init__(self, count: int, worst: bool = False) -> None:
+        self.count, self.worst = count, worst
+        self._heap: list[tuple[float, int, Pair]] = []  # what goes next on top
 
     def observe(self, variants: Sequence[ScoredBatch]) -> None:
         batch = variants[0]
-        badness = batch.values["lpips"] if "lpips" in batch.values else -batch.values["psnr"]
-        for i, value in enumerate(badness.tolist()):
-            if len(self._heap) == self.count and value <= self._heap[0][0]:
-                continue
-            place, row = int(batch.places[i]), int(batch.rows[i])
-            pair = Pair(place, row, value, batch.original[i].cpu(), batch.decoded[i].cpu())
-            heapq.heappush(self._heap, (value, -place, pair))
-            if len(self._heap) > self.count:
-                heapq.heappop(self._heap)
+        keys = -batch.places
+        if self.worst:
+            lpips = [value for name, value in batch.values.items() if name.startswith("lpips")]
+            keys = lpips[0] if lpips else -batch.values["psnr"]
+        for i, (key, place) in enumerate(zip(keys.tolist(), batch.places.tolist(), strict=True)):
+            if len(self._heap) < self.count or (self.count and key > self._heap[0][0]):
+                pair = Pair(key, place, int(batch.rows[i]), batch.original[i].cpu(), batch.decoded[i].cpu())
+                heapq.heappush(self._heap, (key, -place, pair))
+                if len(self._heap) > self.count:
+                    heapq.heappop(self._heap)
 
     def gather(self) -> list[Pair]:
-        """Worst first on rank 0, empty on the others. On all ranks."""
+        """Return the first, or the worst, first on rank 0, none on the others. On all ranks."""
         found = [entry[2] for part in gather_on_main(self._heap) for entry in part]
-        return sorted(found, key=lambda pair: (-pair.value, pair.place))[: self.count]
+        return sorted(found, key=lambda pair: (-pair.key, pair.place))[: self.count]
+
+
+class PngWriter:
+    """Writes PNG files beside the computation; leaving the context waits for them and raises what went wrong."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(_THREADS)
+        self._jobs: list[Future[None]] = []
+
+    def write(self, image: Tensor, path: Path) -> None:
+        """Write uint8 3 x H x W; folders above it are made."""
+        self._jobs.append(self._pool.submit(save_png, image, path))
+        self._wait(_WAITING)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        try:
+            if kind is None:
+                self._wait(0)
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _wait(self, at_most: int) -> None:
+        while len(self._jobs) > at_most:
+            self._jobs.pop(0).result()
 
 
 def save_pairs(pairs: Sequence[Pair], folder: Path) -> None:
-    """FOLDER/00000_original.png, FOLDER/00000_reconstruction.png … and FOLDER/sheet.png."""
+    """Write FOLDER/00000_original.png, FOLDER/00000_reconstruction.png … and FOLDER/sheet.png."""
     if not pairs:
         return
-    jobs = [(pair.original, folder / f"{pair.place:05d}_original.png") for pair in pairs]
-    jobs += [(pair.reconstruction, folder / f"{pair.place:05d}_reconstruction.png") for pair in pairs]
-    jobs.append((contact_sheet(pairs), folder / "sheet.png"))
-    folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(_WRITERS) as pool:
-        list(pool.map(lambda job: save_png(*job), jobs))
+    with PngWriter() as png:
+        for pair in pairs:
+            png.write(pair.original, folder / f"{pair.place:05d}_original.png")
+            png.write(pair.reconstruction, folder / f"{pair.place:05d}_reconstruction.png")
+        png.write(contact_sheet(pairs), folder / "sheet.png")
 
 
-def contact_sheet(pairs: Sequence[Pair]) -> Tensor:
-    """Rows of originals, below them the reconstructions, below these the magnified differences: uint8 3 x H x W."""
+def contact_sheet(pairs: Sequence[Pair], compared: bool = True) -> Tensor:
+    """Return uint8 3 x H x W: rows of originals, the reconstructions below, below these the magnified differences.
+
+    `compared` false: rows of reconstructions alone.
+    """
     rows: list[Tensor] = []
     for start in range(0, len(pairs), COLUMNS):
         part = pairs[start : start + COLUMNS]
-        originals, decoded = (
-            torch.stack([getattr(pair, name) for pair in part]) for name in ("original", "reconstruction")
-        )
-        rows += [originals, decoded, difference(originals, decoded)]
+        decoded = torch.stack([pair.reconstruction for pair in part])
+        originals = torch.stack([pair.original for pair in part])
+        rows += [originals, decoded, difference(originals, decoded)] if compared else [decoded]
     return sheet(rows)

@@ -1,15 +1,16 @@
 """The images of an evaluation: any kind of data set, opened without being told its kind."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from src.core.distributed import Process
 from src.core.errors import UserError
+from src.core.options import LoadingOptions
 from src.core.weights import resolve
 from src.data import dummy
 from src.data.dataset import EvaluationDataset, EvaluationTransform
@@ -17,7 +18,9 @@ from src.data.decode import Decoder
 from src.data.loader import EvaluationLoader, WorkerOptions
 from src.data.order import evaluation_rows, split_rows
 from src.data.sources import Source
-from src.data.splits import VALIDATION_SPLITS, DataFolder
+from src.data.split_names import TEST_SPLITS, VALIDATION_SPLITS
+from src.data.splits import DataFolder
+from src.metrics.reference import Preparation
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +46,19 @@ class Images:
             "fingerprint": self.source.fingerprint(),
         }
 
+    def preparation(self, image_size: int, exif: str, num_images: int | None) -> Preparation:
+        """Return what a reference of these images says of itself, and is asked for."""
+        available = len(self.rows)
+        selected = min(available, num_images or available)
+        return Preparation(image_size, exif, self.split, self.source.fingerprint(), available, selected)
+
 
 def open_images(data_dir: str | Path, split: str | None, trained_on: Mapping[str, Any] | None) -> Images:
-    """
+    """Open the images that an evaluation takes.
+
     Args:
-        split: a name, `held_out`, `all`, or None: the validation split, else what training held out, else all.
+        split: a name, `held_out`, `all`, or None: the validation split, else what training held out, else a test split,
+            else all.
         trained_on: the node `data:` of the run that trained the model; None where nobody knows.
 
     Raises:
@@ -55,47 +66,19 @@ def open_images(data_dir: str | Path, split: str | None, trained_on: Mapping[str
     """
     folder = resolve(data_dir)
     dummy.ensure(folder)
-    data = DataFolder(folder)
-    train = str((trained_on or {}).get("hf_split") or "train")
-    own = (trained_on or {}).get("hf_validation_split")
+    data, training = DataFolder(folder), trained_on or {}
+    train = str(training.get("hf_split") or "train")
     if split not in (None, ALL, HELD_OUT):
         return _named(data, str(split))
-    validation = data.held_out_split(train, own, VALIDATION_SPLITS[0], "test")
+    validation = data.held_out_split(train, training.get("hf_validation_split"), VALIDATION_SPLITS[0])
     if split is None and validation is not None:
         return _named(data, validation)
     known = next((name for name in (train, "train") if data.find(name)), None)
     source = data.open(known or (data.names[0] if data.is_dataset and data.names else train))
-    share = float((trained_on or {}).get("train_split") or 1.0)
-    return _without_validation(folder, source, split, share, trained_on)
-
-
-def evaluation_loader(
-    images: Images,
-    image_size: int,
-    num_images: int | None,
-    batch_size: int,
-    num_workers: int,
-    decoder: Decoder,
-    max_bad_share: float,
-    device: torch.device,
-    rank: int = 0,
-    world: int = 1,
-) -> EvaluationLoader:
-    """This rank's share of the first `num_images` centre crops, uint8, in the order of evaluation."""
-    rows = images.rows[evaluation_rows(len(images.rows), num_images, world, rank)]
-    transform = EvaluationTransform(image_size, decoder)
-    workers = WorkerOptions(min(num_workers, len(rows)), device.type == "cuda")
-    return EvaluationLoader(
-        EvaluationDataset(images.source, rows, transform), batch_size, workers, max_bad_share, persistent=False
-    )
-
-
-def _without_validation(
-    folder: Path, source: Source, split: str | None, share: float, trained_on: Mapping[str, Any] | None
-) -> Images:
-    everything = np.arange(len(source))
+    everything = Images(folder, source, np.arange(len(source)), ALL)
     if split == ALL:
-        return Images(folder, source, everything, ALL)
+        return everything
+    share = float(training.get("train_split") or 1.0)
     _, held_out = split_rows(len(source), share)
     if split == HELD_OUT and not len(held_out):
         raise UserError(
@@ -103,11 +86,13 @@ def _without_validation(
             "or a split's name."
         )
     if split is None and (not len(held_out) or _is_other_data(folder, trained_on)):
+        if test := data.held_out_split(train, *TEST_SPLITS):
+            return _named(data, test)
         if trained_on is not None and folder == resolve(trained_on["data_dir"]):
             log.warning(
                 "%s has no validation split and training held nothing out: the score is one of training images.", folder
             )
-        return Images(folder, source, everything, ALL)
+        return everything
     log.info(
         "%s has no validation split: the %s of %s images that training held out (data.train_split=%g). --split all "
         "takes all.",
@@ -116,8 +101,25 @@ def _without_validation(
     return Images(folder, source, held_out, HELD_OUT)
 
 
+def centre_crops(
+    images: Images, image_size: int, decoder: Decoder, options: LoadingOptions, process: Process
+) -> EvaluationLoader:
+    """Return a loader of this process's share of the first --num_samples images in the order of evaluation."""
+    rows = images.rows[evaluation_rows(len(images.rows), options.num_samples, process.world, process.rank)]
+    return evaluation_loader(images.source, rows, EvaluationTransform(image_size, decoder), options, process)
+
+
+def evaluation_loader(
+    source: Source, rows: np.ndarray, transform: Callable[[Any], np.ndarray], options: LoadingOptions, process: Process
+) -> EvaluationLoader:
+    """Return a loader of rows in their order; `transform` makes the bytes of a file uint8 S x S x 3."""
+    workers = WorkerOptions(min(options.num_workers, len(rows)), process.device.type == "cuda")
+    dataset = EvaluationDataset(source, rows, transform)  # type: ignore[arg-type]
+    return EvaluationLoader(dataset, options.batch_size, workers, options.max_bad_share, persistent=False)
+
+
 def _is_other_data(folder: Path, trained_on: Mapping[str, Any] | None) -> bool:
-    """Whether the training data is here and is not `folder`. If it is not here, `folder` may be a copy of it."""
+    """Return whether the training data is here and is not `folder`. If it is not here, `folder` may be a copy of it."""
     if trained_on is None:
         return True
     trained = resolve(trained_on["data_dir"])

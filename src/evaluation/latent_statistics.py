@@ -5,58 +5,56 @@ output, so an interrupted pass repeats one piece at most, also with another batc
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from src.core.distributed import Process
 from src.core.errors import UserError
+from src.core.files import write_torch
 from src.core.precision import full_float32
-from src.core.processes import Place
-from src.core.weights import read, write
-from src.evaluation.images import Images, evaluation_loader
-from src.evaluation.latent_moments import LatentSums
+from src.core.terminal import Update
+from src.core.weights import read
+from src.data.decode import Decoder
+from src.evaluation.images import MAX_MEGAPIXELS, Images, centre_crops
+from src.evaluation.latent_moments import LatentMoments
+from src.evaluation.options import StatisticsOptions
 from src.models.rae import RAE
 
 log = logging.getLogger(__name__)
 
 PIECE_IMAGES = 16_384
-Progress = Callable[[int, int], None]
-"""(images done, images in all)"""
 
 
 def latent_statistics(
     rae: RAE,
     images: Images,
-    num_images: int | None,
-    loading: Mapping[str, Any],
-    place: Place,
-    output: Path,
-    progress: Progress,
+    options: StatisticsOptions,
+    process: Process,
+    update: Update,
     piece_images: int = PIECE_IMAGES,
 ) -> dict[str, Any]:
-    """What `src/latent_stats.py` writes: mean and var (float32, C x h x w) of raw latents, and what they are of.
+    """Return what `src/latent_stats.py` writes: mean and var (float32, C x h x w) of raw latents, and what they are of.
 
-    Args:
-        loading: `batch_size`, `num_workers`, `decoder` and `max_bad_share` of `evaluation_loader`.
-        output: where the caller will write; the sums so far lie beside it until then.
+    The sums so far lie beside `options.output` until the caller has written it. `update(done, total)` counts images.
 
     Raises:
         UserError: fewer than two images, or too many bad ones.
     """
-    rows = images.rows[:num_images]
-    pass_over = {"encoder": rae.encoder.identity(), "image_size": rae.geometry.image_size, "images": len(rows),
-                 "data": images.source.fingerprint(), "exif": loading["decoder"].exif, "piece_images": piece_images}  # fmt: skip
-    partial = partial_file(output)
-    total, done = _resume(partial, pass_over, rae, place)
-    progress(done, len(rows))
+    rows = images.rows[: options.num_samples]
+    identity = {"encoder": rae.encoder.identity(), "image_size": rae.geometry.image_size, "images": len(rows),
+                "data": images.source.fingerprint(), "exif": options.exif, "piece_images": piece_images}  # fmt: skip
+    partial = partial_file(options.output)
+    total, done = _resume(partial, identity, rae, process)
+    update(done, len(rows))
     for start in range(done, len(rows), piece_images):
         piece = replace(images, rows=rows[start : start + piece_images])
-        total.merge(_piece(rae, piece, loading, place, lambda n, s=start: progress(s + n, len(rows))))
-        if place.main and start + piece_images < len(rows):
-            write({"pass": pass_over, "done": start + piece_images, **total.state()}, partial)
+        total.merge(_piece(rae, piece, options, process, lambda n, s=start: update(s + n, len(rows))))
+        if process.main and start + piece_images < len(rows):
+            write_torch(partial, {"pass": identity, "done": start + piece_images, **total.state()})
     if total.count < 2:
         raise UserError(f"Statistics need at least two images, {images.folder} gave {total.count}.")
     if total.count < len(rows):
@@ -64,7 +62,7 @@ def latent_statistics(
     return {
         "mean": total.mean().float().cpu(),
         "var": total.var().float().cpu(),
-        "encoder": pass_over["encoder"],
+        "encoder": identity["encoder"],
         "image_size": rae.geometry.image_size,
         "images": total.count,
         "data": images.description() | {"data_dir": images.folder.name},
@@ -76,25 +74,21 @@ def partial_file(output: Path) -> Path:
 
 
 @torch.no_grad()
-def _piece(
-    rae: RAE, piece: Images, loading: Mapping[str, Any], place: Place, progress: Callable[[int], None]
-) -> LatentSums:
-    sums = LatentSums(rae.latent_shape, place.device)
-    if len(piece.rows) > place.rank:  # else this process has no share of it
-        loader = evaluation_loader(
-            piece, rae.geometry.image_size, None, device=place.device, rank=place.rank, world=place.world, **loading
-        )
-        seen = 0
-        with full_float32(place.device):
-            for batch in loader:
-                sums.update(rae.encode_raw(batch["image"].to(place.device, non_blocking=True)))
+def _piece(rae: RAE, piece: Images, options: StatisticsOptions, process: Process, update: Any) -> LatentMoments:
+    """Return the moments of a piece, of all processes; `update(images done)`."""
+    moments, seen = LatentMoments(rae.latent_shape, process.device), 0
+    decoder = Decoder(options.exif, MAX_MEGAPIXELS)
+    if len(piece.rows) > process.rank:  # else this process has no share of it
+        with full_float32(process.device):
+            for batch in centre_crops(piece, rae.geometry.image_size, decoder, options, process):
+                moments.update(rae.encode_raw(batch["image"].to(process.device, non_blocking=True)))
                 seen += len(batch["image"])
-                progress(min(seen * place.world, len(piece.rows)))
-    return sums.reduce()
+                update(min(seen * process.world, len(piece.rows)))
+    return moments.reduce()
 
 
-def _resume(partial: Path, pass_over: Mapping[str, Any], rae: RAE, place: Place) -> tuple[LatentSums, int]:
-    nothing = LatentSums(rae.latent_shape, place.device), 0
+def _resume(partial: Path, identity: Mapping[str, Any], rae: RAE, process: Process) -> tuple[LatentMoments, int]:
+    nothing = LatentMoments(rae.latent_shape, process.device), 0
     if not partial.is_file():
         return nothing
     try:
@@ -102,8 +96,8 @@ def _resume(partial: Path, pass_over: Mapping[str, Any], rae: RAE, place: Place)
     except UserError as error:
         log.warning("The sums of an earlier pass can't be used: %s", error)
         return nothing
-    if state.get("pass") != pass_over:
+    if state.get("pass") != identity:
         log.warning("%s is of other images or another encoder: starting afresh.", partial)
         return nothing
     log.warning("Continuing an earlier pass at image %s.", f"{state['done']:,}")
-    return LatentSums.from_state(state, place.device), int(state["done"])
+    return LatentMoments.from_state(state, process.device), int(state["done"])

@@ -1,18 +1,19 @@
-"""What `src/make_reference.py` does."""
+"""Make a file to score against, as `src/make_reference.py` does."""
 
 import logging
 import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from src.core.distributed import Process
 from src.core.errors import UserError
-from src.core.processes import Place
-from src.core.terminal import Track
+from src.core.terminal import counted, progress
 from src.core.weights import resolve
-from src.evaluation.images import ALL, HELD_OUT, Images, open_images
-from src.evaluation.networks import load_inception
-from src.evaluation.per_image_files import NpzSpool
-from src.evaluation.protocol import ImageProtocol, inception_path
+from src.evaluation.images import ALL, HELD_OUT, Images, centre_crops, open_images
+from src.evaluation.networks import inception_of
+from src.evaluation.options import EvaluationOptions, ReferenceOptions
+from src.evaluation.per_image_files import image_stack
+from src.evaluation.protocol import decoder_of, stored
 from src.formats.opening import DEFAULT_IMAGE_PX, run_config
 from src.metrics.fid import save_npz
 from src.metrics.reference import Preparation, image_statistics
@@ -22,8 +23,8 @@ log = logging.getLogger(__name__)
 TRY_OUT = "For a try-out without the file: --inception_weights untrained (of use with such an evaluation only)."
 
 
-def write_reference(options: Any, place: Place, track: Track) -> tuple[int, str]:
-    """(images, what was written); complete on rank 0. On all ranks.
+def write_reference(options: ReferenceOptions, process: Process) -> tuple[int, str]:
+    """Return (images, what was written); complete on rank 0. On all ranks.
 
     Raises:
         UserError: no data, no Inception weights, fewer than two images, another image size than the checkpoint's.
@@ -33,35 +34,29 @@ def write_reference(options: Any, place: Place, track: Track) -> tuple[int, str]
         raise UserError(f"--output {options.output}: expected a name that ends in .npz.")
     config = run_config(options.checkpoint) if options.checkpoint else {}
     images = _open(options, config)
-    protocol = ImageProtocol.choose(_image_size(options, config), options.exif, config)
-    prepared = protocol.preparation(images, options.num_samples)
+    size, decoder = _image_size(options, config), decoder_of(options, config)
+    prepared = images.preparation(size, decoder.exif, options.num_samples)
+    made_of = f"{images.split} of {images.folder}, {size} px, EXIF {decoder.exif}"
     inception = None
     if options.kind == "statistics":
-        path = inception_path(options.inception_path, config)
-        inception = load_inception(
-            path, options.inception_weights, options.inception_width, "--inception_path", TRY_OUT
-        ).to(place.device)
-    loader = protocol.loader(images, options, place)
-    batches = track(loader, len(loader), images.folder.name)
-    made_of = f"{images.split} of {images.folder}, {prepared.image_size} px, EXIF {prepared.exif}"
-    if inception is not None:
-        statistics = image_statistics((batch["image"] for batch in batches), inception, options.batch_size).reduce()
-        if place.main:
-            save_npz(target, statistics, inception.name, prepared.facts())
-        return statistics.count, f"mu and sigma ({inception.name}; {made_of})"
-    spool = NpzSpool(target, protocol.image_size, place.rank, place.world)
-    try:
-        for batch in batches:
-            spool.write(batch["position"] * place.world + place.rank, batch["image"])
-        return spool.finish(prepared.facts()), f"arr_0 ({made_of})"
-    except BaseException:
-        spool.abandon()
-        raise
+        inception = inception_of(options, config, TRY_OUT).to(process.device)
+    loader = centre_crops(images, size, decoder, options, process)
+    with progress(images.folder.name, process.main) as update:
+        batches = counted(loader, len(loader), update)
+        if inception is not None:
+            statistics = image_statistics((batch["image"] for batch in batches), inception, options.batch_size).reduce()
+            if process.main:
+                save_npz(target, statistics, inception.name, prepared.facts())
+            return statistics.count, f"mu and sigma ({inception.name}; {made_of})"
+        with image_stack(target, size, process) as stack:
+            for batch in batches:
+                stack.write(batch["position"] * process.world + process.rank, batch["image"])
+            return stack.finish(prepared.facts()), f"arr_0 ({made_of})"
 
 
-def command_for(options: Any, images: Images, prepared: Preparation) -> str:
-    """The command that makes the reference which an evaluation with `options` wants. Its output is a new name: the file
-    at hand may be somebody else's."""
+def command_for(options: EvaluationOptions, images: Images, prepared: Preparation) -> str:
+    """Return the command that makes the reference which an evaluation with `options` wants. Its output is a new name:
+    the file at hand may be somebody else's."""
     parts: list[Any] = ["python", "src/make_reference.py"]
     if options.checkpoint:
         parts += ["--checkpoint", options.checkpoint]
@@ -69,17 +64,16 @@ def command_for(options: Any, images: Images, prepared: Preparation) -> str:
     parts += ["--exif", prepared.exif]
     if prepared.selected != prepared.available:
         parts += ["--num_samples", prepared.selected]
-    if options.inception_path:
-        parts += ["--inception_path", options.inception_path]
-    if options.inception_weights != "pretrained":
-        parts += ["--inception_weights", options.inception_weights, "--inception_width", options.inception_width]
+    for name, usual in (("inception_path", None), ("inception_weights", "pretrained"), ("inception_width", None)):
+        if (value := getattr(options, name)) != usual:
+            parts += [f"--{name}", value]
     if options.device != "cuda":
         parts += ["--device", options.device]
     parts += ["--output", f"reference_{images.folder.name}_{images.split}_{prepared.image_size}px.npz"]
     return shlex.join(map(str, parts))
 
 
-def _open(options: Any, config: Mapping[str, Any]) -> Images:
+def _open(options: ReferenceOptions, config: Mapping[str, Any]) -> Images:
     if options.split == HELD_OUT and not options.checkpoint:
         raise UserError(
             "--split held_out: only a checkpoint says what its training held out. Add --checkpoint FILE, or use "
@@ -96,8 +90,8 @@ def _open(options: Any, config: Mapping[str, Any]) -> Images:
     return images
 
 
-def _image_size(options: Any, config: Mapping[str, Any]) -> int:
-    trained: int | None = (config.get("model") or {}).get("image_size")
+def _image_size(options: ReferenceOptions, config: Mapping[str, Any]) -> int:
+    trained: int | None = stored(config, "model.image_size")
     if None not in (trained, options.image_size) and trained != options.image_size:
         raise UserError(
             f"--image_size {options.image_size}, but the model of {options.checkpoint} works at {trained} px. Drop the "

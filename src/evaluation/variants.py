@@ -32,8 +32,8 @@ class Variant:
     """Standard deviation of the noise on raw latents, before latent normalisation."""
 
 
-def variants_of(layers: Sequence[str] | None, sigmas: Sequence[float], encoder: Any) -> list[Variant]:
-    """Every choice of blocks with every sigma. UserError for blocks that the encoder does not have."""
+def variants_of(layers: Sequence[str], sigmas: Sequence[float], encoder: Any) -> list[Variant]:
+    """Return every choice of blocks with every sigma. UserError for blocks that the encoder does not have."""
     choices: list[tuple[str, tuple[int, ...] | None]] = [("", None)]
     if layers:
         choices = [(text, parse_layers(text, encoder.depth, "--layers")) for text in layers]
@@ -54,7 +54,7 @@ class Reconstructions:
         self.rae, self.variants, self.precision = rae, variants, precision
 
     def __call__(self, images: Tensor, rows: Tensor) -> Iterator[Tensor]:
-        """uint8 B 3 H W and the rows (B,) -> float B 3 H W in [0, 1] scale, not clamped."""
+        """Yield float B 3 H W in [0, 1] scale, not clamped, of uint8 B 3 H W and their rows (B,)."""
         noise: Tensor | None = None
         for i, variant in enumerate(self.variants):
             if i == 0 or variant.layers != self.variants[i - 1].layers:
@@ -72,7 +72,7 @@ class Reconstructions:
             yield output.float()
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        """fp16 is for GPUs; on a CPU it is bf16, as in training."""
+        """Return the context of `precision`; fp16 is for GPUs, on a CPU it is bf16, as in training."""
         if self.precision == "32":
             return nullcontext()
         half = self.precision == "16" and device.type == "cuda"

@@ -1,10 +1,13 @@
 """A trained model out of a training checkpoint, without being told anything about it again."""
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
+
+import torch
 
 from src.core.errors import UserError
 from src.core.weights import freeze, load_strict, read, resolve
@@ -46,7 +49,7 @@ def load_trained(path: str | Path, which: Which = "ema", changes: Mapping[str, A
         UserError: no such file, cut short, code in it, not a checkpoint of this trainer, another encoder than it was
             trained with.
     """
-    file = _existing(path)
+    file = existing(path)
     content = read(file)
     if not isinstance(content, Mapping) or content.get("format_version") != FORMAT_VERSION or "config" not in content:
         raise UserError(
@@ -69,10 +72,21 @@ def load_trained(path: str | Path, which: Which = "ema", changes: Mapping[str, A
     return LoadedModel.of(rae, file, dict(stored), facts)
 
 
-def _existing(path: str | Path) -> Path:
+def existing(path: str | Path) -> Path:
+    """Return the file of a checkpoint. UserError where there is none."""
     file = resolve(path)
     if file.is_file():
         return file
     beside = sorted(other.name for other in file.parent.glob("*.ckpt")) if file.parent.is_dir() else []
     hint = f"That folder has {', '.join(beside)}." if beside else "Checkpoints lie in logs/runs/DATE/TIME/checkpoints."
     raise UserError(f"Checkpoint not found: {file} (from --checkpoint). {hint}")
+
+
+def statistics_digest(rae: RAE) -> str | None:
+    """Return 16 hex digits of the mean and variance that latents are normalised with; None without."""
+    if not rae.has_statistics:
+        return None
+    mean = torch.zeros(rae.latent_shape) if rae.latent_mean is None else rae.latent_mean
+    var = torch.ones(rae.latent_shape) if rae.latent_var is None else rae.latent_var
+    data = torch.stack([mean, var]).float().cpu().contiguous().numpy().tobytes()
+    return hashlib.sha256(data).hexdigest()[:16]

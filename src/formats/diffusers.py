@@ -60,7 +60,11 @@ def obstacles(rae: RAE) -> list[str]:
         found.append(f"its latent is taken from the blocks {list(encoder.layers)}; diffusers takes the last one alone")
     if family is None:
         return [*found, f"diffusers has no {type(encoder).__name__}, only {', '.join(f.name for f in FAMILIES)}"]
+    if choices := [choice for choice in encoder.other_choices if not choice.startswith("statistics")]:
+        found.append(f"its encoder is used with {', '.join(choices)}; diffusers has no such choice")
     config = encoder.model.config
+    if config.model_type != family.model_type:
+        return [*found, f"its encoder is a {config.model_type}; diffusers has {family.model_type} in its place"]
     if config.num_attention_heads * HEAD_WIDTH != config.hidden_size:
         found.append(
             f"its attention heads are {config.hidden_size / config.num_attention_heads:g} wide; diffusers fixes "

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from src.core.errors import UserError
+from src.core.files import check_folder
 from src.core.weights import DTYPES
 from src.formats.card import model_card
 from src.formats.checkpoint import LoadedModel
@@ -86,18 +87,5 @@ def new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Said before the model is loaded, too."""
-    if output.is_file():
-        raise UserError(f"--output {output} is a file; give a folder, each format is one.")
-    if not output.exists() or not any(output.iterdir()):
-        return
-    if not overwrite:
-        raise UserError(
-            f"--output {output} exists and is not empty. Add --overwrite to replace an earlier export, or choose "
-            "another folder."
-        )
-    if not (output / RECORD).is_file():
-        raise UserError(
-            f"--output {output} holds no {RECORD}: it is no earlier export, so --overwrite does not delete it. "
-            "Choose another folder."
-        )
+    """Check that `output` is free, or an earlier export that is to be replaced. Raises UserError."""
+    check_folder(output, overwrite, (RECORD,), "earlier export")

@@ -141,9 +141,8 @@ def _encoder_params(loaded: LoadedModel, with_encoder: bool) -> dict[str, Any]:
 
 
 def _write_encoder(rae: RAE, folder: Path, dtype: torch.dtype) -> None:
-    state = {name: value.to(dtype) for name, value in rae.encoder.model.state_dict().items()}
     disable_progress_bar()  # transformers shows one for a single shard
-    rae.encoder.model.save_pretrained(folder, state_dict=state)
+    rae.encoder.save(folder, dtype)
     means = {"image_mean": rae.image_mean.flatten().tolist(), "image_std": rae.image_std.flatten().tolist()}
     (folder / "preprocessor_config.json").write_text(json.dumps(means) + "\n")
 

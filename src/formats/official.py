@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src.core.weights import write
+from src.core.files import write_torch
 from src.formats.decoder_files import STATISTICS
 from src.models.rae import RAE
 
@@ -28,7 +28,7 @@ def write_official(rae: RAE, folder: str | Path, dtype: torch.dtype = torch.floa
     state = {
         name: value.detach().to(dtype).cpu().contiguous().clone() for name, value in rae.decoder.state_dict().items()
     }
-    write(state, Path(folder) / DECODER)
+    write_torch(Path(folder) / DECODER, state)
     remarks = [
         f"The official code builds the decoder for its own grid: use it at {rae.geometry.image_size} px with "
         f"patches of {rae.geometry.decoder_patch} px."
@@ -44,7 +44,7 @@ def write_official(rae: RAE, folder: str | Path, dtype: torch.dtype = torch.floa
 def write_statistics(mean: Tensor | None, var: Tensor | None, encoder: Mapping[str, Any], path: str | Path) -> None:
     """Write the official file, {mean, var} each float32 C x h x w or None, and the encoder's identity."""
     values = {name: None if v is None else v.float().cpu().clone() for name, v in (("mean", mean), ("var", var))}
-    write({**values, "encoder": dict(encoder)}, path)
+    write_torch(path, {**values, "encoder": dict(encoder)})
 
 
 def write_own_statistics(rae: RAE, folder: str | Path, encoder: Mapping[str, Any]) -> None:

@@ -8,12 +8,14 @@ Legend: B batch, C latent channels, h = w latent grid. Latents are B C h w, time
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from src.core.errors import UserError
+from src.core.settings import Settings
 
 Time = TypeVar("Time", float, Tensor)
 LAST_TIME = 0.999
@@ -148,3 +150,34 @@ def _check_prediction(prediction: str) -> None:
 def _check_sigma(sigma: float) -> None:
     if sigma <= 0:
         raise UserError(f"sigma={sigma} of the logit-normal times: expected more than 0.")
+
+
+class FlowSettings(Settings):
+    """The node `model.flow`."""
+
+    prediction: Literal["velocity", "x"]
+    """What the network's output is: eps - z, or the clean latent (RAEv2)."""
+    t_eps: float = Field(ge=0, lt=1)
+    """Velocities are divided by max(t, t_eps): 0 in RAE, 0.05 in RAEv2."""
+    time: Literal["uniform", "truncated_logit_normal", "logit_normal"]
+    time_mu: float
+    time_sigma: float = Field(gt=0)
+    shift: float | None = Field(ge=1)
+    """Of times, s; None: sqrt(C h w / 4096)."""
+    base_weight: float = Field(ge=0)
+    """Of the base head's loss, where the network has one (RAEv2's internal guidance)."""
+
+    def draw_time(self, uniforms: Tensor, shift: float) -> Tensor:
+        """Turn U[0, 1) into times before noise is added: monotone, so quartiles of draws are quartiles of t."""
+        if self.time == "uniform":
+            t = uniform_time(uniforms)
+        elif self.time == "truncated_logit_normal":
+            t = truncated_logit_normal_time(uniforms, self.time_mu, self.time_sigma)
+        else:
+            normals = torch.special.ndtri(uniforms.double().clamp(min=2**-26)).to(uniforms.dtype)
+            t = logit_normal_time(normals, self.time_mu, self.time_sigma)
+        return shift_time(t, shift)
+
+    def shift_for(self, latent_shape: Sequence[int]) -> float:
+        """Return s for latents of that shape."""
+        return time_shift(latent_shape) if self.shift is None else self.shift

@@ -5,6 +5,7 @@ Legend: B batch, H height, W width. Images are B x 3 x H x W, RGB, float in [-1,
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +52,7 @@ class LPIPS(nn.Module):
         """Read both files, or draw random weights from `seed`. Raises UserError: a file is missing or does not fit."""
         super().__init__()
         self.untrained = weights != "pretrained"
-        self.fused = False
-        """True: uses kernels that torch.compile makes."""
+        self.fused = False  # by kernels that torch.compile makes
         channels = TINY_CHANNELS if weights == "tiny" else CHANNELS
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -74,6 +74,11 @@ class LPIPS(nn.Module):
     def train(self, mode: bool = True) -> "LPIPS":
         """Stay in eval mode, whatever is asked."""
         return super().train(False)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile in place: VGG16, and the kernels of the distance."""
+        self.vgg.compile(*args, **kwargs)
+        self.fused = True
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the distance of each pair of images, (B,). Differentiable in both."""

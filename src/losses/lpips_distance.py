@@ -6,8 +6,8 @@ Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual M
 
 Autograd would keep the normalised maps, their difference and its square, in float32 under autocast: the largest tensors
 of the whole training step. Here the backward is written out. It keeps x and y as they came (which the ReLU in front
-keeps anyway) and one norm per pixel; float32 exists for one tile of samples and pixels at a time. Compiled, the whole map
-is one tile: a fused kernel writes no float32 map at all.
+keeps anyway) and one norm per pixel; float32 exists for a few samples at a time. Compiled, a fused kernel takes the whole
+batch and writes no float32 map at all.
 
 Legend: B batch, C channels, h w feature grid, P = h w pixels.
 """
@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 EPS = 1e-10
-TILE_ON_CPU = 1 << 18
-"""Elements of one tile: what stays in a core's cache."""
-TILE_ON_DEVICE = 1 << 24
+PART_ON_CPU = 1 << 18
+"""Elements of a part: what stays in a core's cache, where a sample is that small."""
+PART_ON_DEVICE = 1 << 24
 """64 MiB in float32: large enough that few kernels are launched."""
 
 
@@ -38,18 +38,13 @@ def feature_distance(x: Tensor, y: Tensor, weight: Tensor, fused: bool = False) 
 class _FeatureDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, y: Tensor, weight: Tensor, fused: bool) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        weight = weight.detach().to(dtype)[:, None]
+        weight = weight.detach().to(torch.promote_types(x.dtype, torch.float32))[:, None]
         flat_x, flat_y = x.flatten(2), y.flatten(2)  # B C P: views, whatever the memory format
         if fused:
             distance, norm_x, norm_y = _compiled(_measure)(_any_batch(flat_x), _any_batch(flat_y), weight)
         else:
-            norm_x = x.new_empty(len(x), 1, flat_x.shape[2], dtype=dtype)
-            norm_y = torch.empty_like(norm_x)
-            distance = x.new_zeros(len(x), dtype=dtype)
-            for tile in _tiles(flat_x):
-                part, norm_x[tile], norm_y[tile] = _measure(flat_x[tile], flat_y[tile], weight)
-                distance[tile[0]] += part
+            parts = [_measure(flat_x[part], flat_y[part], weight) for part in _parts(x)]
+            distance, norm_x, norm_y = (torch.cat(found) for found in zip(*parts, strict=True))
         ctx.save_for_backward(x, y, weight, norm_x, norm_y)
         ctx.fused = fused
         return distance / flat_x.shape[2]
@@ -66,15 +61,19 @@ class _FeatureDistance(torch.autograd.Function):
 
 def _gradient(x: Tensor, y: Tensor, norm_x: Tensor, norm_y: Tensor, scale: Tensor, fused: bool) -> Tensor:
     """Return the gradient to x in its dtype and memory format; the distance is the same with x and y exchanged."""
-    flat_x, flat_y = x.flatten(2), y.flatten(2)
+    tensors = (x.flatten(2), y.flatten(2), norm_x, norm_y, scale)
     if fused:
-        flat = _compiled(_pull_back)(*(_any_batch(t) for t in (flat_x, flat_y, norm_x, norm_y, scale)))
-        return flat.view_as(x)
+        return _compiled(_pull_back)(*map(_any_batch, tensors)).view_as(x)
     result = torch.empty_like(x)
-    flat = result.flatten(2)
-    for tile in _tiles(flat_x):
-        flat[tile] = _pull_back(flat_x[tile], flat_y[tile], norm_x[tile], norm_y[tile], scale[tile[0]])
+    for part in _parts(x):
+        result.flatten(2)[part] = _pull_back(*(tensor[part] for tensor in tensors))
     return result
+
+
+def _parts(x: Tensor) -> list[slice]:
+    """Cut a batch of maps into parts of a sample or more."""
+    samples = max(1, (PART_ON_CPU if x.device.type == "cpu" else PART_ON_DEVICE) // x[0].numel())
+    return [slice(first, first + samples) for first in range(0, len(x), samples)]
 
 
 def _measure(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,19 +102,6 @@ def _through_norm(pull: Tensor, x: Tensor, norm: Tensor) -> Tensor:
     r = torch.where(nonzero, (norm + EPS).reciprocal(), 0)
     along = (pull * x).sum(1, keepdim=True) * r * r / torch.where(nonzero, norm, 1)
     return (pull * r).addcmul_(x, along, value=-1)
-
-
-def _tiles(flat: Tensor) -> list[tuple[slice, slice, slice]]:
-    """Cut B x C x P into parts of all channels: whole samples where they fit, else runs of pixels of one sample."""
-    batch, channels, pixels = flat.shape
-    at_once = max(1, (TILE_ON_CPU if flat.device.type == "cpu" else TILE_ON_DEVICE) // channels)
-    samples = max(1, at_once // pixels)
-    run = min(pixels, at_once)
-    return [
-        (slice(b, b + samples), slice(None), slice(p, p + run))
-        for b in range(0, batch, samples)
-        for p in range(0, pixels, run)
-    ]
 
 
 @cache

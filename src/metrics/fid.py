@@ -5,10 +5,11 @@ Heusel et al., arXiv 1706.08500, eq. 6. Everything is float64.
 Legend: B batch, D feature dimensions, R rank of a covariance.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ class Moments(Protocol):
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Ready moments, e.g. of a reference file. `features` names the network they come from, where the file says so."""
+    """Moments as of a reference file. `features` names the network they come from, where the file says so."""
 
     mean: Tensor  # (D,) float64
     covariance: Tensor  # (D, D) float64
@@ -49,7 +50,6 @@ class FeatureStatistics:
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
-        self.dim = dim
         self._count = 0
         self._mean = torch.zeros(dim, dtype=torch.float64, device=device)
         self._scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
@@ -72,8 +72,8 @@ class FeatureStatistics:
 
     def update(self, features: Tensor) -> None:
         """Take in features (B, D), any float type and device."""
-        if features.ndim != 2 or features.shape[1] != self.dim:
-            raise ValueError(f"features must be B x {self.dim}, got {tuple(features.shape)}")
+        if features.ndim != 2 or features.shape[1] != len(self._mean):
+            raise ValueError(f"features must be B x {len(self._mean)}, got {tuple(features.shape)}")
         if len(features) == 0:
             return
         rows = features.detach().to(self._mean.device).double()
@@ -86,52 +86,27 @@ class FeatureStatistics:
         self._mean += shift * (len(rows) - 1) / total
         self._count = total
 
-    def merge(self, other: "FeatureStatistics") -> "FeatureStatistics":
-        """Add the images of `other` to this one, in place."""
-        if other.dim != self.dim:
-            raise ValueError(f"can't merge statistics of {other.dim} features into {self.dim}")
-        total = self._count + other._count
-        if other._count == 0:
-            return self
-        shift = other._mean.to(self._mean.device) - self._mean
-        self._scatter += other._scatter.to(self._mean.device)
-        self._scatter.addr_(shift, shift, alpha=self._count * other._count / total)
-        self._mean += shift * other._count / total
-        self._count = total
-        return self
-
-    def reduce(self, group: Any | None = None) -> "FeatureStatistics":
-        """Replace this rank's statistics by those of all ranks of `group`, in place; once, and on every rank."""
-        weighted = torch.cat([self._mean * self._count, self._mean.new_tensor([self._count])])
-        weighted = sum_over_ranks(weighted, group)
-        total = round(weighted[-1].item())
+    def merge(self, *others: Self, across: Callable[[Tensor], Tensor] = lambda sums: sums) -> Self:
+        """Add the images of `others`, in place; `across` adds up what several processes have, each its own sums."""
+        parts = (self, *others)
+        weighted = [torch.cat([part._mean * part._count, part._mean.new_tensor([part._count])]) for part in parts]
+        sums = across(functools.reduce(torch.add, weighted))
+        total = round(sums[-1].item())
         if total == 0:
             return self
-        mean = weighted[:-1] / total
-        shift = self._mean - mean
-        self._scatter = sum_over_ranks(self._scatter.addr(shift, shift, alpha=self._count), group)
+        mean = sums[:-1] / total
+        scatters = (part._scatter.addr(part._mean - mean, part._mean - mean, alpha=part._count) for part in parts)
+        self._scatter = across(functools.reduce(torch.add, scatters))
         self._mean, self._count = mean, total
         return self
 
-    def state(self) -> dict[str, Any]:
-        """Plain containers, for `from_state`: {"count": int, "mean": (D,), "scatter": (D, D)}, copies on the CPU."""
-        return {
-            "count": self._count,
-            "mean": self._mean.cpu().clone(),
-            "scatter": self._scatter.cpu().clone(),
-        }
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any], device: torch.device | str = "cpu") -> "FeatureStatistics":
-        statistics = cls(len(state["mean"]), device)
-        statistics._count = int(state["count"])
-        statistics._mean.copy_(state["mean"])
-        statistics._scatter.copy_(state["scatter"])
-        return statistics
+    def reduce(self) -> Self:
+        """Replace this rank's statistics by those of all ranks, in place; once, and on every rank."""
+        return self.merge(across=sum_over_ranks)
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)); nan where a moment is not finite.
+    """Return |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)); nan where a moment is not finite.
 
     The trace of the root is the sum of the singular values of A^T B with C_a = A A^T and C_b = B B^T: no root of an
     unsymmetric, often singular matrix is taken, so few images are no trouble (the official scipy root errs by 1e-5).
@@ -150,14 +125,14 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def _factor(covariance: Tensor) -> Tensor:
-    """D x R with factor @ factor.T = covariance; eigenvalues that are rounding of zero are left out."""
+    """Return D x R with factor @ factor.T = covariance; eigenvalues that are rounding of zero are left out."""
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     keep = values > len(values) * torch.finfo(values.dtype).eps * values.abs().max()
     return vectors[:, keep] * values[keep].sqrt()
 
 
 def few_images_warning(count: int | None, dim: int) -> str | None:
-    """What to tell people when the covariance can't have full rank; None when there are enough images (or unknown)."""
+    """Return a warning where the covariance can't have full rank; None for enough images, or an unknown number."""
     if count is None or count >= dim:
         return None
     return (
@@ -167,34 +142,31 @@ def few_images_warning(count: int | None, dim: int) -> str | None:
 
 
 def save_npz(path: str | Path, moments: Moments, features: str, facts: Mapping[str, str | int] | None = None) -> None:
-    """Write `mu` and `sigma` as every FID tool reads them. Beside them, which others pass over: `count`, the name of
-    the feature network, and `facts` (how the images were prepared, see `src.metrics.reference.Preparation`)."""
-    arrays = {
-        "mu": moments.mean.cpu().numpy(),
-        "sigma": moments.covariance.cpu().numpy(),
-        "features": np.array(features),
-        **{name: np.array(value) for name, value in (facts or {}).items()},
-    }
-    if moments.count is not None:
-        arrays["count"] = np.array(moments.count)
+    """Write `mu` and `sigma` as every FID tool reads them. Beside them, which others pass over: the name of the feature
+    network, `count`, and `facts` (how the images were prepared, see `src.metrics.reference.Preparation`)."""
+    count = {} if moments.count is None else {"count": moments.count}
+    arrays = {"mu": moments.mean.cpu().numpy(), "sigma": moments.covariance.cpu().numpy(), "features": features}
     with replacing(path) as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes every name for its flag
+        np.savez(file, **arrays, **count, **(facts or {}))  # type: ignore[arg-type]  # numpy's stub
 
 
-def load_npz(path: str | Path) -> Gaussian:
-    """Read `mu` (D,) and `sigma` (D, D); `count` and `features` where there are any. UserError for anything else."""
+def load_npz(path: str | Path, names: tuple[str, str] = ("mu", "sigma")) -> Gaussian:
+    """Read `mu` (D,) and `sigma` (D, D), or arrays of other `names`; `count` and `features` where there are any.
+
+    UserError for anything else.
+    """
     with opened_npz(path) as archive:
-        missing = [name for name in ("mu", "sigma") if name not in archive.files]
+        missing = [name for name in names if name not in archive.files]
         if missing:
             raise UserError(
-                f"{path} has no {' and no '.join(missing)}, only {archive.files}. Expected `mu` and `sigma`."
+                f"{path} has no {' and no '.join(missing)}, only {archive.files}. Expected `{names[0]}` and `{names[1]}`."
             )
-        mu, sigma = archive["mu"], archive["sigma"]
+        mu, sigma = (archive[name] for name in names)
         count, features = scalar(archive, "count", int), scalar(archive, "features", str)
     numbers = all(np.issubdtype(x.dtype, np.floating) and np.isfinite(x).all() for x in (mu, sigma))
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not numbers or not np.allclose(sigma, sigma.T, atol=1e-6):
         raise UserError(
-            f"{path}: mu {mu.dtype} {mu.shape} and sigma {sigma.dtype} {sigma.shape} are no mean and covariance; "
+            f"{path}: {names[0]} {mu.dtype} {mu.shape} and {names[1]} {sigma.dtype} {sigma.shape} are no mean and covariance; "
             "expected finite floats of shapes (D,) and (D, D), sigma symmetric."
         )
     return Gaussian(torch.from_numpy(mu).double(), torch.from_numpy(sigma).double(), count, features)

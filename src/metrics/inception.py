@@ -1,56 +1,55 @@
 """Inception features for FID: uint8 images in, 2,048 numbers per image out, from the standard weights file.
 
-Legend: B batch, H, W image px (any size), F features (2048).
+Legend: B batch, C channels, H, W image px (any size), S output side, F features (2048).
 """
 
 import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from src.core.errors import UserError
 from src.core.precision import full_float32
-from src.core.weights import Weights, freeze, load_strict, read, require
-from src.metrics.inception_network import InceptionNetwork
-from src.metrics.resize import resize_tf1
+from src.core.weights import freeze, load_strict, read, require
+from src.metrics.inception_network import TF_CLASSES, InceptionNetwork, InceptionOutputs
 
 logger = logging.getLogger(__name__)
 
+InceptionWeights = Literal["pretrained", "untrained", "tiny"]
+"""Those of the file; random ones; random ones in a network of an eighth of the channels, for tests and try-outs."""
+TINY_WIDTH = 0.125
 INPUT_PX = 299
 PUBLISHED_SHA256 = "6726825d"  # in the file names of pytorch-fid and torch-fidelity, which hold the same tensors
-# Names of the standard file that the features don't need. Everything else must be there and fit.
-CLASSIFIER = ("fc.weight", "fc.bias")
+# In the standard file, and not needed. Everything else must be there and fit.
+UNUSED = "fc.bias"
 COUNTER = "num_batches_tracked"  # only in files re-saved by a newer PyTorch; eval mode doesn't read it
-TF_CLASSES = 1008  # the network of 2015-12-05; torchvision's ImageNet Inception-v3 has 1000 and gives other scores
 
 
 class InceptionFeatures(nn.Module):
     """`InceptionFeatures(path)(uint8 B x 3 x H x W) -> B x F float32` on the device of its weights.
 
     Always frozen, in eval mode, float32 (autocast and TF32 are switched off inside). Raises UserError when the file is
-    missing or holds another network. Random weights only by `weights="untrained"` (drawn from `seed`): then
-    `untrained` is true and scores must not be called rFID. `width` scales all channels; 1.0 is the published network.
-    `key` names the config key or option of the path in error messages.
+    missing or holds another network. Random weights only by `weights`, drawn from `seed`: then `untrained` is true and
+    scores must not be called rFID. `key` names the config key or option of the path in error messages.
     """
 
     def __init__(
         self,
         weights_path: str | Path | None,
-        weights: Weights = "pretrained",
+        weights: InceptionWeights = "pretrained",
         seed: int = 0,
-        width: float = 1.0,
         key: str = "weights_path",
     ) -> None:
         super().__init__()
-        if weights not in ("pretrained", "untrained"):
-            raise UserError(f"weights must be 'pretrained' or 'untrained', got {weights!r}")
-        with torch.device("meta"):  # no time and no draw spent on an initialisation that is overwritten
-            network = InceptionNetwork(width)
-        network.to_empty(device="cpu")
-        self.untrained = weights == "untrained"
+        if weights not in get_args(InceptionWeights):
+            raise UserError(f"weights must be one of {', '.join(get_args(InceptionWeights))}, got {weights!r}")
+        width = TINY_WIDTH if weights == "tiny" else 1.0
+        network = InceptionNetwork(width)
+        self.untrained = weights != "pretrained"
         self.feature_dim = network.feature_dim
         if self.untrained:
             self.name = f"inception-untrained-seed{seed}-width{width:g}"
@@ -66,18 +65,48 @@ class InceptionFeatures(nn.Module):
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    def train(self, mode: bool = True) -> "InceptionFeatures":
-        """Stays in eval mode, whatever its owner does."""
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode, whatever the owner does."""
         return super().train(False)
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
+        return self.outputs(images).pool
+
+    @torch.no_grad()
+    def outputs(self, images: Tensor) -> InceptionOutputs:
+        """Return pooled and spatial features and logits of uint8 images B x 3 x H x W, each B x D float32."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be uint8 B x 3 x H x W, got {images.dtype} {tuple(images.shape)}")
         with full_float32(self.device):
             x = resize_tf1(images.to(self.device).float(), INPUT_PX)
             x = x.sub(128).div_(128)  # TensorFlow's own scaling: 255 becomes 0.992
-            return self.network(x.contiguous(memory_format=torch.channels_last))  # B F
+            return self.network.outputs(x.contiguous(memory_format=torch.channels_last))
+
+
+def resize_tf1(images: Tensor, size: int) -> Tensor:
+    """Resize B x C x H x W float -> B x C x S x S, as `tf.image.resize_bilinear(align_corners=False)` of TensorFlow 1,
+    on which every published FID rests.
+
+    Output pixel i reads the input at i * H / S, not at (i + .5) * H / S - .5 as `torch.nn.functional.interpolate` does:
+    no half-pixel centres, no antialias, the last row and column repeated beyond the edge.
+    """
+    height, width = images.shape[-2:]
+    if (height, width) == (size, size):
+        return images
+    return _lerp(_lerp(images, -1, size), -2, size)  # TensorFlow blends along the row first
+
+
+def _lerp(images: Tensor, axis: int, size: int) -> Tensor:
+    length = images.shape[axis]
+    # float32 positions, as TensorFlow computes them
+    position = torch.arange(size, dtype=torch.float32, device=images.device) * (length / size)
+    low = position.long().clamp_(max=length - 1)
+    high = (low + 1).clamp_(max=length - 1)
+    weight = (position - low).to(images.dtype)
+    if axis == -2:
+        weight = weight[:, None]
+    start = images.index_select(axis, low)
+    return torch.addcmul(start, images.index_select(axis, high) - start, weight)
 
 
 def _load(network: InceptionNetwork, weights_path: str | Path | None, key: str) -> None:
@@ -99,23 +128,22 @@ def _load(network: InceptionNetwork, weights_path: str | Path | None, key: str) 
             "torchvision's ImageNet Inception-v3 gives other scores; use pt_inception-2015-12-05-6726825d.pth."
         )
     counters = {name: value for name, value in network.state_dict().items() if name.endswith(COUNTER)}
-    needed = {name: value for name, value in state.items() if name not in CLASSIFIER and not name.endswith(COUNTER)}
+    needed = {name: value for name, value in state.items() if name != UNUSED and not name.endswith(COUNTER)}
     load_strict(network, {**needed, **{name: torch.zeros_like(value) for name, value in counters.items()}}, path)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not digest.startswith(PUBLISHED_SHA256):
         logger.warning(
             "%s is not the published file byte for byte (sha256 %s…, published %s…): scores compare with published "
-            "ones only if its tensors are the same",
-            *(path, digest[:8], PUBLISHED_SHA256),
-        )
+            "ones only if its tensors are the same", path, digest[:8], PUBLISHED_SHA256,
+        )  # fmt: skip
 
 
 def _initialise(network: InceptionNetwork, seed: int) -> None:
-    """Weights that keep the variance through the ReLUs, so that features differ between images. No global draws."""
+    """Draw weights that keep the variance through the ReLUs, so that features differ between images. No global draws."""
     generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
         elif isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()

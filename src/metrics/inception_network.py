@@ -1,19 +1,37 @@
-"""The Inception-v3 of FID: TensorFlow's network of 2015-12-05 up to the 2,048 pooled features, as a table.
+"""The Inception-v3 of FID: TensorFlow's network of 2015-12-05, with what ADM's metrics take of it.
 
 Architecture: Szegedy et al., arXiv 1512.00567; names of the layers as in the standard weights file (pytorch-fid,
 torch-fidelity). It differs from the Inception-v3 of image classification in two places:
   - average pools inside the blocks don't count their padding;
   - the last block (Mixed_7c) pools by maximum where Mixed_7b pools by average.
 
-Legend: B batch, C channels, F features (2048).
+Legend: B batch, C channels, F features (2048), K classes (1008), S spatial features (7 x 17 x 17 = 2023).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+TF_CLASSES = 1008  # the network of 2015-12-05; torchvision's ImageNet Inception-v3 has 1000 and gives other scores
+SPATIAL_BLOCK = "Mixed_6d"  # its first branch is `mixed_6/conv` of TensorFlow's graph
+SPATIAL_CHANNELS = 7
+SPATIAL_DIM = SPATIAL_CHANNELS * 17 * 17
+ROW, COLUMN, SQUARE = (1, 7), (7, 1), (3, 3)
+FORK = (("a", (1, 3)), ("b", (3, 1)))
+
+
+class InceptionOutputs(NamedTuple):
+    """What ADM's evaluation suite takes of an image."""
+
+    pool: Tensor
+    """B F, for FID, precision and recall"""
+    spatial: Tensor
+    """B S, for sFID: 7 channels of `mixed_6/conv` after its ReLU, flattened as (row, column, channel)"""
+    logits: Tensor
+    """B K, for the Inception Score: without the bias"""
 
 
 class Conv(NamedTuple):
@@ -26,104 +44,13 @@ class Conv(NamedTuple):
     same: bool = True
 
 
-class Fork(NamedTuple):
-    """Convolutions that read the same input; their outputs are concatenated."""
-
-    convs: tuple[Conv, ...]
-
-
-class Pool(NamedTuple):
-    kind: str  # "max" or "average", window 3 x 3
-    stride: int
-
-
-Chain = tuple[Conv | Fork | Pool, ...]
-SHRINK = Pool("max", 2)
-AVERAGE = Pool("average", 1)
-MAXIMUM = Pool("max", 1)
-
-STEM: Chain = (
-    Conv("Conv2d_1a_3x3", 32, (3, 3), stride=2),
-    Conv("Conv2d_2a_3x3", 32, (3, 3), same=False),
-    Conv("Conv2d_2b_3x3", 64, (3, 3)),
-    SHRINK,
-    Conv("Conv2d_3b_1x1", 80),
-    Conv("Conv2d_4a_3x3", 192, (3, 3), same=False),
-    SHRINK,
-)
-
-
-def _block_5(pooled: int) -> tuple[Chain, ...]:
-    return (
-        (Conv("branch1x1", 64),),
-        (Conv("branch5x5_1", 48), Conv("branch5x5_2", 64, (5, 5))),
-        (Conv("branch3x3dbl_1", 64), Conv("branch3x3dbl_2", 96, (3, 3)), Conv("branch3x3dbl_3", 96, (3, 3))),
-        (AVERAGE, Conv("branch_pool", pooled)),
-    )
-
-
-def _block_6(inner: int) -> tuple[Chain, ...]:
-    row, column = (1, 7), (7, 1)
-    return (
-        (Conv("branch1x1", 192),),
-        (Conv("branch7x7_1", inner), Conv("branch7x7_2", inner, row), Conv("branch7x7_3", 192, column)),
-        (
-            Conv("branch7x7dbl_1", inner),
-            Conv("branch7x7dbl_2", inner, column),
-            Conv("branch7x7dbl_3", inner, row),
-            Conv("branch7x7dbl_4", inner, column),
-            Conv("branch7x7dbl_5", 192, row),
-        ),
-        (AVERAGE, Conv("branch_pool", 192)),
-    )
-
-
-def _block_7(pool: Pool) -> tuple[Chain, ...]:
-    def fork(name: str) -> Fork:
-        return Fork((Conv(f"{name}a", 384, (1, 3)), Conv(f"{name}b", 384, (3, 1))))
-
-    return (
-        (Conv("branch1x1", 320),),
-        (Conv("branch3x3_1", 384), fork("branch3x3_2")),
-        (Conv("branch3x3dbl_1", 448), Conv("branch3x3dbl_2", 384, (3, 3)), fork("branch3x3dbl_3")),
-        (pool, Conv("branch_pool", 192)),
-    )
-
-
-BLOCKS: dict[str, tuple[Chain, ...]] = {  # spatial size at 299 px input
-    "Mixed_5b": _block_5(32),  # 35
-    "Mixed_5c": _block_5(64),
-    "Mixed_5d": _block_5(64),
-    "Mixed_6a": (  # 17
-        (Conv("branch3x3", 384, (3, 3), stride=2),),
-        (Conv("branch3x3dbl_1", 64), Conv("branch3x3dbl_2", 96, (3, 3)), Conv("branch3x3dbl_3", 96, (3, 3), stride=2)),
-        (SHRINK,),
-    ),
-    "Mixed_6b": _block_6(128),
-    "Mixed_6c": _block_6(160),
-    "Mixed_6d": _block_6(160),
-    "Mixed_6e": _block_6(192),
-    "Mixed_7a": (  # 8
-        (Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, (3, 3), stride=2)),
-        (
-            Conv("branch7x7x3_1", 192),
-            Conv("branch7x7x3_2", 192, (1, 7)),
-            Conv("branch7x7x3_3", 192, (7, 1)),
-            Conv("branch7x7x3_4", 192, (3, 3), stride=2),
-        ),
-        (SHRINK,),
-    ),
-    "Mixed_7b": _block_7(AVERAGE),
-    "Mixed_7c": _block_7(MAXIMUM),
-}
-
-
 class ConvNorm(nn.Module):
     """Convolution without bias, batch norm (eps 1e-3, running statistics), ReLU."""
 
-    def __init__(self, inputs: int, outputs: int, spec: Conv) -> None:
+    def __init__(self, inputs: int, spec: Conv, width: float) -> None:
         super().__init__()
-        padding = tuple(k // 2 for k in spec.kernel) if spec.same and spec.stride == 1 else 0
+        outputs = max(1, round(spec.outputs * width))
+        padding = (spec.kernel[0] // 2, spec.kernel[1] // 2) if spec.same and spec.stride == 1 else 0
         self.conv = nn.Conv2d(inputs, outputs, spec.kernel, spec.stride, padding, bias=False)
         self.bn: nn.Module = nn.BatchNorm2d(outputs, eps=1e-3)
 
@@ -136,34 +63,22 @@ class ConvNorm(nn.Module):
         return functional.relu_(self.bn(self.conv(x)))
 
 
-class Block(nn.Module):
-    """Chains that read the same input, concatenated over the channels in the order of the table."""
-
-    def __init__(self, inputs: int, chains: tuple[Chain, ...], width: float) -> None:
-        super().__init__()
-        self.chains = chains
-        self.outputs = sum(_build(self, inputs, chain, width) for chain in chains)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([_run(self, chain, x) for chain in self.chains], dim=1)
-
-
 class InceptionNetwork(nn.Module):
     """B x 3 x 299 x 299 float in [-1, 1) -> B x F, the mean over the 8 x 8 positions of the last block.
 
-    `width` scales every channel count (1.0 is the published network, F = 2048); tests use a narrow one.
+    `width` scales every channel count (1.0 is the published network, F = 2048). Its weights are not initialised.
     """
 
     def __init__(self, width: float = 1.0) -> None:
         super().__init__()
-        channels = _build(self, 3, STEM, width)
-        for name, chains in BLOCKS.items():
-            block = Block(channels, chains, width)
-            self.add_module(name, block)
-            channels = block.outputs
-        self.feature_dim = channels
+        self._width: float | None = width
+        with torch.device("meta"):  # a first pass, without numbers, makes the layers
+            self.feature_dim = self(torch.empty(1, 3, 299, 299)).shape[1]
+            self.fc = nn.Linear(self.feature_dim, TF_CLASSES, bias=False)
+        self._width = None
+        self.to_empty(device="cpu")
 
-    def fuse(self) -> "InceptionNetwork":
+    def fuse(self) -> Self:
         """Fold every norm into its convolution (in eval mode, after the weights are loaded)."""
         for module in self.modules():
             if isinstance(module, ConvNorm):
@@ -171,32 +86,71 @@ class InceptionNetwork(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        x = _run(self, STEM, images)  # B 192 35 35
-        for name in BLOCKS:
-            x = self.get_submodule(name)(x)
-        return x.mean(dim=(2, 3))  # B F
+        return self._features(images)[0]
+
+    def outputs(self, images: Tensor) -> InceptionOutputs:
+        pool, spatial = self._features(images)
+        # as a convolution, whose precision `full_float32` guards
+        logits = functional.conv2d(pool[:, :, None, None], self.fc.weight[:, :, None, None]).flatten(1)  # B K
+        return InceptionOutputs(pool, spatial, logits)
+
+    def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        x = self._chain("", images, ("Conv2d_1a_3x3", 32, SQUARE, 2), ("Conv2d_2a_3x3", 32, SQUARE, 1, False))
+        x = functional.max_pool2d(self._chain("", x, ("Conv2d_2b_3x3", 64, SQUARE)), 3, 2)
+        x = self._chain("", x, ("Conv2d_3b_1x1", 80), ("Conv2d_4a_3x3", 192, SQUARE, 1, False))
+        x = functional.max_pool2d(x, 3, 2)  # B 192 35 35
+        for name, pooled in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
+            x = self._block_5(name, x, pooled)
+        double = ("branch3x3dbl_1", 64), ("branch3x3dbl_2", 96, SQUARE), ("branch3x3dbl_3", 96, SQUARE, 2)
+        x = self._shrink("Mixed_6a", x, (("branch3x3", 384, SQUARE, 2),), double)  # B 768 17 17
+        for name, inner in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192)):
+            x = self._block_6(name, x, inner)
+            if name == SPATIAL_BLOCK:
+                spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # B S
+        seven = ("branch7x7x3_1", 192), ("branch7x7x3_2", 192, ROW), ("branch7x7x3_3", 192, COLUMN)
+        single = ("branch3x3_1", 192), ("branch3x3_2", 320, SQUARE, 2)
+        x = self._shrink("Mixed_7a", x, single, (*seven, ("branch7x7x3_4", 192, SQUARE, 2)))  # B 1280 8 8
+        x = self._block_7("Mixed_7b", x, _average)
+        x = self._block_7("Mixed_7c", x, lambda x: functional.max_pool2d(x, 3, 1, padding=1))
+        return x.mean(dim=(2, 3)), spatial  # B F, B S
+
+    def _block_5(self, name: str, x: Tensor, pooled: int) -> Tensor:
+        parts = [self._chain(name, x, ("branch1x1", 64))]
+        parts += [self._chain(name, x, ("branch5x5_1", 48), ("branch5x5_2", 64, (5, 5)))]
+        double = ("branch3x3dbl_1", 64), ("branch3x3dbl_2", 96, SQUARE), ("branch3x3dbl_3", 96, SQUARE)
+        parts += [self._chain(name, x, *double), self._chain(name, _average(x), ("branch_pool", pooled))]
+        return torch.cat(parts, dim=1)
+
+    def _block_6(self, name: str, x: Tensor, inner: int) -> Tensor:
+        parts = [self._chain(name, x, ("branch1x1", 192))]
+        seven = ("branch7x7_1", inner), ("branch7x7_2", inner, ROW), ("branch7x7_3", 192, COLUMN)
+        double = ("branch7x7dbl_1", inner), ("branch7x7dbl_2", inner, COLUMN), ("branch7x7dbl_3", inner, ROW)
+        parts += [self._chain(name, x, *seven)]
+        parts += [self._chain(name, x, *double, ("branch7x7dbl_4", inner, COLUMN), ("branch7x7dbl_5", 192, ROW))]
+        return torch.cat([*parts, self._chain(name, _average(x), ("branch_pool", 192))], dim=1)
+
+    def _block_7(self, name: str, x: Tensor, pool: Any) -> Tensor:
+        parts = [self._chain(name, x, ("branch1x1", 320))]
+        single = self._chain(name, x, ("branch3x3_1", 384))
+        parts += [self._chain(name, single, (f"branch3x3_2{end}", 384, kernel)) for end, kernel in FORK]
+        double = self._chain(name, x, ("branch3x3dbl_1", 448), ("branch3x3dbl_2", 384, SQUARE))
+        parts += [self._chain(name, double, (f"branch3x3dbl_3{end}", 384, kernel)) for end, kernel in FORK]
+        return torch.cat([*parts, self._chain(name, pool(x), ("branch_pool", 192))], dim=1)
+
+    def _shrink(self, name: str, x: Tensor, *chains: Any) -> Tensor:
+        parts = [self._chain(name, x, *chain) for chain in chains]
+        return torch.cat([*parts, functional.max_pool2d(x, 3, 2)], dim=1)
+
+    def _chain(self, block: str, x: Tensor, *convs: tuple[Any, ...]) -> Tensor:
+        """Apply convolutions, each given as the arguments of `Conv`, one after the other."""
+        for conv in (Conv(*arguments) for arguments in convs):
+            if self._width is not None:
+                if block and block not in self._modules:
+                    self.add_module(block, nn.Module())
+                self.get_submodule(block).add_module(conv.name, ConvNorm(x.shape[1], conv, self._width))
+            x = self.get_submodule(block).get_submodule(conv.name)(x)
+        return x
 
 
-def _build(owner: nn.Module, channels: int, chain: Chain, width: float) -> int:
-    """Register the convolutions of a chain in `owner` by name; returns the channels that come out."""
-    for step in chain:
-        if isinstance(step, Conv):
-            outputs = max(1, round(step.outputs * width))
-            owner.add_module(step.name, ConvNorm(channels, outputs, step))
-            channels = outputs
-        elif isinstance(step, Fork):
-            channels = sum(_build(owner, channels, (conv,), width) for conv in step.convs)
-    return channels
-
-
-def _run(owner: nn.Module, chain: Chain, x: Tensor) -> Tensor:
-    for step in chain:
-        if isinstance(step, Conv):
-            x = owner.get_submodule(step.name)(x)
-        elif isinstance(step, Fork):
-            x = torch.cat([owner.get_submodule(conv.name)(x) for conv in step.convs], dim=1)
-        elif step.kind == "average":
-            x = functional.avg_pool2d(x, 3, step.stride, padding=1, count_include_pad=False)
-        else:
-            x = functional.max_pool2d(x, 3, step.stride, padding=1 if step.stride == 1 else 0)
-    return x
+def _average(x: Tensor) -> Tensor:
+    return functional.avg_pool2d(x, 3, 1, padding=1, count_include_pad=False)

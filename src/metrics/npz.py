@@ -1,23 +1,31 @@
-"""npz files from strangers: read without ever unpickling, written whole or not at all."""
+"""npz files, those of others included: read without ever unpickling, written atomically.
 
-import os
+Images are `arr_0`, the format of the ADM evaluation suite. Legend: N images, B batch, H, W image px; on disk uint8
+N x H x W x 3, in memory uint8 B x 3 x H x W.
+"""
+
+import math
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from src.core.errors import UserError
+from src.core.files import replacing
 
+IMAGES = "arr_0.npy"
 Scalar = TypeVar("Scalar", str, int)
 
 
 @contextmanager
 def npz_errors(path: Path) -> Iterator[None]:
-    """Turns what zipfile, zlib and numpy raise on a missing, broken or hostile file into one UserError."""
+    """Turn what zipfile, zlib and numpy raise on a missing, broken or hostile file into one UserError."""
     if not path.is_file():
         raise UserError(f"No such file: {path}. Expected an npz with `mu` and `sigma`, or with images in `arr_0`.")
     try:
@@ -31,32 +39,107 @@ def npz_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def opened_npz(path: str | Path) -> Iterator[np.lib.npyio.NpzFile]:
-    """An open npz. Arrays of Python objects are refused (they could run code), broken files say so: UserError."""
+    """Open an npz. Arrays of Python objects are refused (they could run code), broken files say so: UserError."""
     path = Path(path)
     with npz_errors(path), np.lib.npyio.NpzFile(path, allow_pickle=False) as archive:
         yield archive
 
 
-def npz_names(path: str | Path) -> list[str]:
-    """The names of the arrays in an npz, e.g. ["mu", "sigma"] or ["arr_0"]."""
-    with opened_npz(path) as archive:
-        return list(archive.files)
-
-
 def scalar(archive: np.lib.npyio.NpzFile, name: str, kind: type[Scalar]) -> Scalar | None:
-    """One text or whole number of an npz; None where there is none. Other tools may mean something else by the name."""
-    if name not in archive.files:
-        return None
-    array = archive[name]
+    """Return one text or whole number of an npz; None where there is none, or others mean something else by it."""
+    array = archive[name] if name in archive.files else np.empty(0)
     value = array.item() if array.size == 1 else None
     return value if isinstance(value, kind) else None
 
 
-def append_arrays(path: str | Path, values: Mapping[str, str | int]) -> None:
-    """Add `values` to the npz at `path`, in place: for a file that nobody else knows of yet."""
-    with Path(path).open("r+b") as file:
-        with zipfile.ZipFile(file, "a", zipfile.ZIP_STORED) as archive:
-            for name, value in values.items():
-                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as member:
-                    np.lib.format.write_array(member, np.array(value), allow_pickle=False)
-        os.fsync(file.fileno())
+class NpzRows:
+    """One array of an npz, streamed by rows: memory for one batch, compressed or not. UserError for any other content."""
+
+    member: str
+    dtype: type[np.generic]
+    content: str
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        with npz_errors(self.path), zipfile.ZipFile(self.path) as archive:
+            if self.member not in archive.namelist():
+                name = self.member.removesuffix(".npy")
+                raise UserError(f"{self.path} has no `{name}`, only {archive.namelist()}: expected {self.content}.")
+            with archive.open(self.member) as file:
+                self.shape = self._header(file)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
+        """Yield batches of rows: every world_size-th from `rank` on, so that ranks share them."""
+        count, *entry = self.shape
+        with npz_errors(self.path), zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
+            self._header(file)
+            for index, start in enumerate(range(0, count, batch_size)):
+                size = min(batch_size, count - start)
+                wanted = size * math.prod(entry) * np.dtype(self.dtype).itemsize
+                data = file.read(wanted)
+                if len(data) != wanted:
+                    raise UserError(f"{self.path} ends after image {start + len(data) * size // wanted} of {count}")
+                if index % world_size == rank:
+                    yield self._batch(
+                        torch.from_numpy(np.frombuffer(bytearray(data), self.dtype).reshape(size, *entry))
+                    )
+
+    def _batch(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def _fits(self, shape: tuple[int, ...]) -> bool:
+        return len(shape) == 4
+
+    def _header(self, file: IO[bytes]) -> tuple[int, ...]:
+        version, name = np.lib.format.read_magic(file), self.member.removesuffix(".npy")
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in readers:
+            raise UserError(f"{self.path}: `{name}` has npy version {version}, expected 1.0 or 2.0")
+        shape, fortran, dtype = readers[version](file)
+        if dtype != self.dtype or fortran or not self._fits(shape):
+            raise UserError(
+                f"{self.path}: `{name}` is {dtype} {shape}{' in column order' if fortran else ''}, expected "
+                f"{self.content} (arrays of Python objects are refused)"
+            )
+        return shape
+
+
+class ImageNpz(NpzRows):
+    """The images `arr_0` of an npz; batches are uint8 B x 3 x H x W."""
+
+    member, dtype, content = IMAGES, np.uint8, "uint8 images N x H x W x 3"
+
+    def _fits(self, shape: tuple[int, ...]) -> bool:
+        return len(shape) == 4 and shape[3] == 3
+
+    def _batch(self, rows: Tensor) -> Tensor:
+        return rows.permute(0, 3, 1, 2).contiguous()  # B 3 H W
+
+
+class LatentNpz(NpzRows):
+    """The normalised latents that `src/sample.py --latents` writes; batches are float32 B x C x h x w."""
+
+    member, dtype, content = "latents.npy", np.float32, "float32 latents N x C x h x w"
+
+
+def write_image_npz(
+    path: str | Path, shape: tuple[int, int, int, int], images: Iterable[bytes], facts: Mapping[str, str | int]
+) -> None:
+    """Write images as `arr_0`, and `facts` beside it; memory for one of `images`.
+
+    Args:
+        shape: N, H, W, 3.
+        images: the bytes of the N images, H x W x 3 each, cut in any way.
+    """
+    with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open(zipfile.ZipInfo(IMAGES), "w", force_zip64=True) as member:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(member, header)
+            for part in images:
+                member.write(part)
+        for name, value in facts.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as member:
+                np.lib.format.write_array(member, np.array(value), allow_pickle=False)

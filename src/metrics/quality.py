@@ -1,15 +1,17 @@
-"""PSNR and SSIM, one value per image, on the 8-bit images that people see.
+"""PSNR and SSIM, one value per image, on the 8-bit images that people see; means of such values.
 
 Legend: B batch, H, W image px. Images are uint8 B x 3 x H x W.
 """
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from src.core.distributed import float64_device
+from src.core.distributed import float64_device, sum_over_ranks
 from src.core.errors import UserError
 from src.core.images import bytes_to_unit
 
@@ -20,7 +22,7 @@ SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # data range 1
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """(B,) float64 dB, 10 log10(255^2 / mean squared error over all values of an image), at most 100.
+    """Return (B,) float64 dB, 10 log10(255^2 / mean squared error over all values of an image), at most 100.
 
     The squared error is summed in integers, so it is exact. Identical images have 100 dB. A data set's PSNR is the
     mean of these values (not the PSNR of the mean error).
@@ -32,7 +34,7 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """(B,) float32: Wang et al. 2004, eq. 13, per RGB channel on the [0, 1] images, mean over channels and positions.
+    """Return (B,) float32: Wang et al. 2004, eq. 13, per RGB channel on the [0, 1] images, mean over channels and positions.
 
     Equal to torchmetrics' StructuralSimilarityIndexMeasure(data_range=1.0): Gaussian window of 11 x 11 px and sigma
     1.5, reflected edges, K = (.01, .03). Done as two passes of weighted shifts, it takes a tenth of the time.
@@ -43,6 +45,38 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
         raise UserError(f"SSIM needs images of at least {SSIM_RADIUS_PX + 1} px a side, got {tuple(a.shape[-2:])}")
     pairs = zip(a.split(SSIM_CHUNK), b.split(SSIM_CHUNK), strict=True)
     return torch.cat([_ssim(bytes_to_unit(x), bytes_to_unit(y)) for x, y in pairs])
+
+
+class RunningMeans:
+    """Means of named per-image values, kept as float64 sums that add up over batches and ranks.
+
+    `RunningMeans(["psnr", "ssim"])`: the names are fixed, so that a rank without images fits the others.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self.count = 0
+        self._sums = torch.zeros(len(self.names), dtype=torch.float64)
+
+    def update(self, values: Mapping[str, Tensor]) -> None:
+        """Take in one value per image for every name, each (B,)."""
+        sizes = {name: tuple(value.shape) for name, value in values.items()}
+        if set(values) != set(self.names) or len(set(sizes.values())) > 1:
+            raise ValueError(f"expected {self.names}, each (B,), got {sizes}")
+        stacked = torch.stack([values[name].detach().cpu().double() for name in self.names])  # names B
+        self._sums += stacked.sum(dim=1)
+        self.count += stacked.shape[1]
+
+    def reduce(self) -> Self:
+        """Replace this rank's sums by those of all ranks, in place; once, and on every rank."""
+        total = sum_over_ranks(torch.cat([self._sums, self._sums.new_tensor([self.count])]))
+        self._sums, self.count = total[:-1], round(total[-1].item())
+        return self
+
+    def means(self) -> dict[str, float]:
+        """Return the mean of each name over the images so far; nan without images."""
+        sums = zip(self.names, self._sums.tolist(), strict=True)
+        return {name: total / self.count if self.count else float("nan") for name, total in sums}
 
 
 def _ssim(x: Tensor, y: Tensor) -> Tensor:
@@ -57,7 +91,7 @@ def _ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _blur(images: Tensor) -> Tensor:
-    """The Gaussian window of SSIM over the last two axes; the size stays."""
+    """Blur the last two axes with the Gaussian window of SSIM; the size stays."""
     radius = SSIM_RADIUS_PX
     weights = [math.exp(-((i - radius) ** 2) / (2 * SSIM_SIGMA_PX**2)) for i in range(2 * radius + 1)]
     weights = [weight / sum(weights) for weight in weights]

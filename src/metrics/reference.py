@@ -1,19 +1,18 @@
-"""Statistics to score against: from a ready file, an npz of images, or images on the fly."""
+"""Statistics to score against: of an npz with statistics, of an npz of images, or of images on the fly."""
 
 import logging
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Self
 
 from torch import Tensor
 
-from src.core.distributed import float64_device
+from src.core.distributed import Process, float64_device
 from src.core.errors import UserError
 from src.metrics.fid import FeatureStatistics, Gaussian, Moments, load_npz
-from src.metrics.image_npz import ImageNpz
 from src.metrics.inception import InceptionFeatures
-from src.metrics.npz import npz_names, opened_npz, scalar
+from src.metrics.npz import ImageNpz, opened_npz, scalar
 
 log = logging.getLogger(__name__)
 
@@ -31,24 +30,19 @@ class Preparation:
     selected: int | None = None  # of these, as wanted; `count` are those that could be decoded
 
     def facts(self) -> dict[str, str | int]:
-        """What is known, by name."""
+        """Return what is known, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
     def of_file(cls, path: str | Path) -> Self:
-        """What an npz says of itself; nothing, where another tool wrote it."""
+        """Read what an npz says of itself; nothing, where another tool wrote it."""
+        texts = ("exif", "split", "fingerprint")
         with opened_npz(path) as archive:
-            return cls(
-                image_size=scalar(archive, "image_size", int),
-                exif=scalar(archive, "exif", str),
-                split=scalar(archive, "split", str),
-                fingerprint=scalar(archive, "fingerprint", str),
-                available=scalar(archive, "available", int),
-                selected=scalar(archive, "selected", int),
-            )
+            kinds = {field.name: str if field.name in texts else int for field in fields(cls)}
+            return cls(**{name: scalar(archive, name, kind) for name, kind in kinds.items()})  # type: ignore[arg-type]
 
-    def differences(self, here: "Preparation") -> list[str]:
-        """In words, what this reference and the evaluation `here` both know and don't share, except for the size."""
+    def differences(self, here: Self) -> list[str]:
+        """Say what this reference and the evaluation `here` both know and don't share, except for the size."""
         found = []
         if _differ(self.exif, here.exif):
             found.append(f"EXIF orientation {self.exif}, here {here.exif} (--exif)")
@@ -72,7 +66,7 @@ def add_features(statistics: FeatureStatistics, inception: InceptionFeatures, im
 
 
 def image_statistics(batches: Iterable[Tensor], inception: InceptionFeatures, batch_size: int) -> FeatureStatistics:
-    """Statistics of uint8 batches B x 3 x H x W, on this rank; call `reduce` on them where there are several."""
+    """Return statistics of uint8 batches B x 3 x H x W of this rank; call `reduce` on them where there are several."""
     statistics = FeatureStatistics(inception.feature_dim, float64_device(inception.device))
     for images in batches:
         add_features(statistics, inception, images, batch_size)
@@ -85,17 +79,18 @@ def load_reference(
     batch_size: int,
     wanted: Preparation,
     remedy: str = "",
-    rank: int = 0,
-    world_size: int = 1,
+    process: Process | None = None,
+    measure: Callable[[Iterable[Tensor], InceptionFeatures, int], Moments] | None = None,
 ) -> Moments:
-    """`mu` and `sigma` of an npz where it has them, else those of its images `arr_0`.
+    """Read `mu` and `sigma` of an npz where it has them, else make those of its images `arr_0`.
 
     With several ranks each reads its share of the images and all get the whole. `wanted` describes the images that are
     scored: another size is a UserError, any other difference a warning, and so is a file that doesn't state its size.
     `remedy` says what to type instead. UserError also for other files and for statistics that another network made (as
-    far as the file says: ours do, others only by their dimension).
+    far as the file says: ours do, others only by their dimension). `measure` is called instead of `image_statistics`.
     """
-    names = set(npz_names(path))
+    with opened_npz(path) as archive:
+        names = set(archive.files)
     if {"mu", "sigma"} <= names:
         gaussian = load_npz(path)
         _check_network(path, gaussian, inception)
@@ -109,23 +104,26 @@ def load_reference(
         raise UserError(f"{path} holds {sorted(names)}; a reference has `mu` and `sigma`, or uint8 images in `arr_0`.")
     images = ImageNpz(path)
     _check_preparation(path, Preparation.of_file(path), images.shape[1:3], len(images), wanted, remedy)
-    statistics = image_statistics(images.batches(batch_size, rank, world_size), inception, batch_size)
-    return statistics.reduce() if world_size > 1 else statistics
+    rank, world = (process.rank, process.world) if process else (0, 1)
+    batches = images.batches(batch_size, rank, world)
+    return (
+        measure(batches, inception, batch_size)
+        if measure
+        else image_statistics(batches, inception, batch_size).reduce()
+    )
 
 
 def _check_preparation(
     path: str | Path,
     stated: Preparation,
-    size: tuple[int, int] | None,
+    size: tuple[int, ...] | None,
     count: int | None,
     wanted: Preparation,
     remedy: str,
 ) -> None:
-    """size: H, W in px of the reference's images."""
+    """size: H, W in px of the reference's images; count: how many they are."""
     px = wanted.image_size
-    if px is None:
-        pass
-    elif size is None:
+    if size is None:
         log.warning(
             "%s does not say of which size its images were: another tool or an older version made it. Only if they "
             "were centre crops of %d px, prepared like those of this evaluation, does the score mean something. %s",
@@ -147,7 +145,7 @@ def _check_preparation(
 
 
 def _differ(there: str | int | None, here: str | int | None) -> bool:
-    """Only what is known can differ."""
+    """Return whether both are known and not the same."""
     return there is not None and here is not None and there != here
 
 

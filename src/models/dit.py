@@ -9,8 +9,9 @@ Legend: B batch, C latent channels, g latent side, p patch, N = (g/p)^2 tokens, 
 the head, K classes.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from src.core.errors import UserError
+from src.core.settings import check_keys
 from src.models.dit_layers import (
     Block,
     FinalLayer,
@@ -356,3 +358,36 @@ def forward_flops(model: LatentTransformer, batch_size: int = 1) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         torch.func.functional_call(model, state, (x, t, y))
     return counter.get_total_flops()
+
+
+NETWORKS: dict[str, type[LatentTransformer]] = {cls.__name__: cls for cls in (LightningDiT, DiTDH, RAEv2DiT)}
+
+
+def build_network(
+    config: Mapping[str, Any], latent_shape: tuple[int, int, int], num_classes: int, label_dropout: float, seed: int
+) -> LatentTransformer:
+    """Return a transformer with weights drawn from `seed`, trained from nothing.
+
+    Args:
+        config: `name` and arguments of the class; sizes of latents and label table are filled in.
+
+    Raises:
+        UserError: an unknown class or argument, sizes that don't fit.
+    """
+    cls = NETWORKS.get(str(config.get("name")))
+    if cls is None:
+        raise UserError(f"model.network.name={config.get('name')!r}: expected one of {', '.join(NETWORKS)}.")
+    channels, grid, _ = latent_shape
+    derived = {"input_size": grid, "in_channels": channels, "num_classes": num_classes}
+    known = inspect.signature(cls.__init__).parameters.keys() - {"self"}
+    derived |= {"class_dropout_prob": label_dropout} if "class_dropout_prob" in known else {}
+    arguments = {name: value for name, value in config.items() if name != "name"}
+    check_keys(arguments, known - derived.keys(), "model.network")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return cls(**derived, **arguments)
+        except TypeError as error:
+            raise UserError(
+                f"model.network: {error}. Arguments of {cls.__name__}: {', '.join(sorted(known))}."
+            ) from error

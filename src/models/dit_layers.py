@@ -155,11 +155,14 @@ class MLP(nn.Module):
 
 
 def feed_forward(width: int, options: LayerOptions) -> nn.Module:
-    """The MLP of a block. A SwiGLU has two thirds of the hidden width, so that it costs what the MLP costs."""
+    """Return the MLP of a block. A SwiGLU has two thirds of the hidden width, so that it costs what the MLP costs.
+
+    RAEv2 rounds once, RAE twice: they differ by 1 where mlp_ratio * width is no whole number.
+    """
     hidden = int(options.mlp_ratio * width)
     if not options.swiglu:
         return MLP(width, hidden)
-    return (SplitSwiGLU if options.v2 else SwiGLU)(width, hidden * 2 // 3)
+    return SplitSwiGLU(width, int(2 / 3 * width * options.mlp_ratio)) if options.v2 else SwiGLU(width, hidden * 2 // 3)
 
 
 class Modulation(nn.ModuleDict):

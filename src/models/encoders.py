@@ -1,113 +1,96 @@
-"""Frozen vision encoders by family: image in, patch tokens out. The networks are those of transformers.
+"""Frozen vision encoders by family: image in, patch tokens out. The networks are those of transformers, or of timm.
 
-Legend: B batch, T all tokens, N patch tokens, C channels, H = W encoder input px.
-Images arrive B x 3 x H x W, normalised with the encoder's `image_mean` and `image_std`.
+Legend: B batch, N patch tokens, C channels, H = W encoder input px.
+Images arrive B x 3 x H x W, normalised with the encoder's pixel statistics.
 """
 
-import json
-import logging
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 from transformers import (
-    Dinov2WithRegistersConfig,
+    Aimv2VisionModel,
+    CLIPVisionModel,
+    Dinov2Model,
     Dinov2WithRegistersModel,
-    DINOv3ViTConfig,
     DINOv3ViTModel,
-    SiglipVisionConfig,
+    IJepaModel,
+    MetaClip2VisionModel,
+    RadioModel,
     SiglipVisionModel,
-    ViTMAEConfig,
     ViTMAEModel,
+    ViTModel,
+    ViTMSNModel,
 )
 
 from src.core.errors import UserError
-from src.models.frozen_encoder import FrozenEncoder, local_place
-
-log = logging.getLogger(__name__)
+from src.models.frozen_encoder import FrozenEncoder, resample_positions
+from src.models.timm_encoder import TimmViT
 
 
 class Dinov2withNorm(FrozenEncoder):
-    """DINOv2 with registers."""
+    """DINOv2 with and without registers. WebSSL's DINO models have its layout."""
 
-    model_class, config_class = Dinov2WithRegistersModel, Dinov2WithRegistersConfig
+    models = {"dinov2_with_registers": Dinov2WithRegistersModel, "dinov2": Dinov2Model}
+    blocks_at = "encoder.layer"
 
-    def __init__(self, dinov2_path: str, normalize: bool = True, **options: Any) -> None:
+    def __init__(
+        self, dinov2_path: str, normalize: bool = True, antialias_positions: bool = False, **options: Any
+    ) -> None:
+        """`antialias_positions`: at other sizes, as with registers (and in RAEv2) also without them."""
         if not normalize:
             raise UserError(
                 "model.encoder_params.normalize=false: the latent of the recipe is normalised without affine parameters. "
-                "Set it to true."
+                "Set it to true (norm=affine or norm=none are the other choices)."
             )
         super().__init__(dinov2_path, **options)
+        self.antialias = antialias_positions and isinstance(self.model, Dinov2Model)
+        self.other_choices += ["antialias_positions"] * self.antialias
 
     def embed(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        return self.model.embeddings(images), {}
-
-    def blocks(self) -> nn.ModuleList:
-        return self.model.encoder.layer
-
-    @property
-    def prefix_tokens(self) -> int:
-        return 1 + self.model.config.num_register_tokens
+        if not self.antialias:
+            return super().embed(images)
+        parts = self.model.embeddings
+        positions = resample_positions(parts.position_embeddings[:, 1:], images.shape[-1] // self.patch_size, True)
+        patches = parts.patch_embeddings(images) + positions  # B N C
+        cls_token = (parts.cls_token + parts.position_embeddings[:, :1]).expand(len(patches), -1, -1)
+        return torch.cat([cls_token, patches], dim=1), {}
 
 
 class DINOv3wNorm(FrozenEncoder):
     """DINOv3 ViT, rotary positions as the model computes them."""
 
-    model_class, config_class = DINOv3ViTModel, DINOv3ViTConfig
+    models = {"dinov3_vit": DINOv3ViTModel}
+    blocks_at, final_norm = "model.layer", "norm"
     default_fusion = "mean_plus_spatial_mean"
-
-    def __init__(self, model_name: str, **options: Any) -> None:
-        super().__init__(model_name, **options)
 
     def embed(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
         return self.model.embeddings(images), {"position_embeddings": self.model.rope_embeddings(images)}
-
-    def blocks(self) -> nn.ModuleList:
-        return self.model.model.layer
-
-    @property
-    def prefix_tokens(self) -> int:
-        return 1 + self.model.config.num_register_tokens
 
 
 class SigLIP2wNorm(FrozenEncoder):
     """Vision tower of SigLIP and of SigLIP2 (the fixed-size ones, which share SigLIP's architecture)."""
 
-    model_class, config_class = SiglipVisionModel, SiglipVisionConfig
-    default_fusion = "mean_plus_spatial_mean"
-    image_mean = image_std = (0.5, 0.5, 0.5)
+    models = {"siglip_vision_model": SiglipVisionModel, "siglip": SiglipVisionModel}
+    blocks_at, final_norm, cls_tokens = "encoder.layers", "post_layernorm", 0
+    default_fusion, statistics = "mean_plus_spatial_mean", "half"
     ignorable = ("text_model.", "logit_", "head.", "vision_model.head.")
 
     def __init__(self, model_name: str, num_tokens: int | None = None, **options: Any) -> None:
         """`num_tokens` is checked by the geometry and has no other effect."""
         super().__init__(model_name, **options)
 
-    @classmethod
-    def accepted_types(cls) -> tuple[str, ...]:
-        return ("siglip",)
-
     def embed(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
         return self.model.embeddings(images, interpolate_pos_encoding=True), {"attention_mask": None}
-
-    def blocks(self) -> nn.ModuleList:
-        return self.model.encoder.layers
-
-    @property
-    def prefix_tokens(self) -> int:
-        return 0
 
 
 class MAEwNorm(FrozenEncoder):
     """ViT-MAE encoder with nothing masked and the patches in their order."""
 
-    model_class, config_class = ViTMAEModel, ViTMAEConfig
+    models = {"vit_mae": ViTMAEModel}
+    blocks_at = "layers"
     ignorable = ("decoder.",)
-
-    def __init__(self, model_name: str, **options: Any) -> None:
-        super().__init__(model_name, **options)
 
     def embed(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
         parts = self.model.embeddings
@@ -116,43 +99,99 @@ class MAEwNorm(FrozenEncoder):
         tokens = torch.cat([cls_token, patches], dim=1)  # B 1+N C
         return tokens + parts.interpolate_pos_encoding(tokens, *images.shape[2:]), {}
 
-    def blocks(self) -> nn.ModuleList:
-        return self.model.layers
+
+class ViTwNorm(FrozenEncoder):
+    """ViT trained on labels (arXiv 2010.11929), and ViT-MSN (arXiv 2204.07141)."""
+
+    models = {"vit": ViTModel, "vit_msn": ViTMSNModel}
+    blocks_at = "layers"
+    statistics = "half"
+    ignorable = ("pooler.", "classifier.")
+
+    def embed(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        return self.model.embeddings(images, interpolate_pos_encoding=True), {}
+
+
+class IJEPAwNorm(ViTwNorm):
+    """I-JEPA (arXiv 2301.08243): a ViT without CLS."""
+
+    models = {"ijepa": IJepaModel}
+    cls_tokens, statistics = 0, "imagenet"
+
+
+class CLIPTower(FrozenEncoder):
+    """Vision tower of CLIP and MetaCLIP 2: tokens after the block, since post_layernorm is the CLS token's alone."""
+
+    models = {
+        "clip_vision_model": CLIPVisionModel,
+        "clip": CLIPVisionModel,
+        "metaclip_2_vision_model": MetaClip2VisionModel,
+        "metaclip_2": MetaClip2VisionModel,
+    }
+    embedding_parts = ("embeddings", "pre_layrnorm")
+    blocks_at, final_norm = "encoder.layers", "post_layernorm"
+    default_norm, statistics = "none", "clip"
+    ignorable = ("text_model.", "logit_", "text_projection.", "visual_projection.")
+
+    def embed(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        tokens = self.model.embeddings(images, interpolate_pos_encoding=True)
+        return self.model.pre_layrnorm(tokens), {"attention_mask": None}
+
+
+class AIMv2wNorm(FrozenEncoder):
+    """AIMv2 (arXiv 2411.14402): no CLS, RMS norms. Learned positions are resampled bicubically at other sizes."""
+
+    models = {"aimv2_vision_model": Aimv2VisionModel, "aimv2": Aimv2VisionModel}
+    blocks_at, final_norm, cls_tokens = "encoder.layers", "rms_norm", 0
+    statistics = "clip"
+    ignorable = ("text_model.", "logit_", "text_projection.", "visual_projection.", "head.", "vision_model.head.")
+
+    def embed(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        parts = self.model.embeddings
+        if self.model.config.is_native:
+            return parts(images), {}
+        patches = parts.rms_norm(parts.patch_embed(images).flatten(2).transpose(1, 2))  # B N C
+        positions = resample_positions(parts.position_embedding.weight[None], images.shape[-1] // self.patch_size)
+        return patches + positions, {}
+
+    def normalize(self, tokens: Tensor) -> Tensor:
+        if self.norm == "plain":
+            return F.rms_norm(tokens, (self.hidden_size,), eps=self.norm_eps)
+        return super().normalize(tokens)
+
+
+class RADIO(FrozenEncoder):
+    """C-RADIO (arXiv 2412.07679): several CLS and register tokens, no final norm, pixels normalised by the model."""
+
+    models = {"radio": RadioModel}
+    blocks_at, final_norm = "encoder.layer", None
+    default_norm, statistics = "none", "none"
+
+    def embed(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        return self.model.embeddings(self.model.input_conditioner(images)), {}
 
     @property
     def prefix_tokens(self) -> int:
-        return 1
+        return self.model.config.num_summary_tokens
 
 
-ENCODERS: dict[str, type[FrozenEncoder]] = {
-    cls.__name__: cls for cls in (Dinov2withNorm, DINOv3wNorm, SigLIP2wNorm, MAEwNorm)
-}
+FAMILIES = (
+    Dinov2withNorm,
+    DINOv3wNorm,
+    SigLIP2wNorm,
+    MAEwNorm,
+    ViTwNorm,
+    IJEPAwNorm,
+    CLIPTower,
+    AIMv2wNorm,
+    RADIO,
+    TimmViT,
+)
+ENCODERS: dict[str, type[FrozenEncoder]] = {cls.__name__: cls for cls in FAMILIES}
 
 
 def encoder_class(name: str) -> type[FrozenEncoder]:
+    """Return the class by its name. UserError where there is none."""
     if name not in ENCODERS:
         raise UserError(f"model.encoder_cls={name!r} is unknown. Expected one of: {', '.join(ENCODERS)}.")
     return ENCODERS[name]
-
-
-def preprocessing(source: str, default: type[FrozenEncoder]) -> tuple[Sequence[float], Sequence[float]]:
-    """(mean, std) from `preprocessor_config.json` of `source`, or the family's where there is no such file."""
-    from transformers.utils import cached_file
-
-    try:
-        file = cached_file(
-            local_place(source),
-            "preprocessor_config.json",
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.encoder_config_path={source}: {str(error).splitlines()[0]}. Expected a hub id, or a folder with "
-            "preprocessor_config.json."
-        ) from error
-    if not file:
-        log.info("%s has no preprocessor_config.json: mean and std are those of its family.", source)
-    found = json.loads(Path(file).read_text()) if file else {}
-    return found.get("image_mean", default.image_mean), found.get("image_std", default.image_std)

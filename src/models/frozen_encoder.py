@@ -7,10 +7,9 @@ Legend: B batch, T all tokens, N patch tokens, C channels, H = W encoder input p
 import hashlib
 import json
 import logging
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,103 +18,172 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from src.core.errors import UserError
 from src.core.weights import PROJECT_ROOT, Weights, freeze
-from src.models.layers import FUSIONS, LayerChoice, check_fusion, parse_layers
+from src.models.encoder_files import STATISTICS, PixelStatistics, check_folder, read_statistics
+from src.models.layers import FUSIONS, LayerChoice, check_choice, parse_layers
 
 log = logging.getLogger(__name__)
 
 VOLATILE_KEYS = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 """Of an encoder's config: they change when the same weights are saved again or read by another transformers."""
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+Norm = Literal["plain", "affine", "none"]
+NO_GRID = {
+    **dict.fromkeys(("swin", "swinv2", "hiera", "pvt", "pvt_v2", "segformer"), "its tokens get fewer from stage to stage"),
+    **dict.fromkeys(("convnext", "convnextv2", "dinov3_convnext", "resnet", "regnet"), "it is a convolutional network"),
+    **dict.fromkeys(("siglip2", "siglip2_vision_model"), "it takes flattened patches of any aspect ratio (NaFlex)"),
+}  # fmt: skip
+"""model_type of transformers: why no grid of patch tokens comes out of such a model."""
 
 
 class FrozenEncoder(nn.Module):
-    """Patch tokens of a frozen transformer, normalised without affine parameters and fused over the chosen blocks.
+    """Patch tokens of a frozen transformer, normalised and fused over the chosen blocks.
 
     One forward pass: each chosen block's tokens are added to one accumulator as they appear and then forgotten, and
     blocks after the last chosen one are not run. Subclasses name the parts of their transformers model.
     """
 
+    models: ClassVar[Mapping[str, type[PreTrainedModel]]]
+    """The transformers classes by the `model_type` that a config.json may say, that of composites with a text tower
+    included. A config without one is taken for the first."""
+    embedding_parts: ClassVar[tuple[str, ...]] = ("embeddings",)
+    blocks_at: ClassVar[str]
+    final_norm: ClassVar[str | None] = "layernorm"
+    cls_tokens: ClassVar[int] = 1
+    """Tokens in front of the patches; the config's register tokens are counted besides."""
+    default_norm: ClassVar[Norm] = "plain"
+    default_fusion: ClassVar[str] = "mean"
+    statistics: ClassVar[str] = "imagenet"
+    """Of the pixels, a name in `STATISTICS`, where no file says them."""
+    ignorable: ClassVar[tuple[str, ...]] = ()
+    """Prefixes of names that no latent depends on: a checkpoint may hold them, or lack them."""
     model: Any
     """The transformers model; its parts are named differently in each family."""
-    model_class: ClassVar[type[PreTrainedModel]]
-    config_class: ClassVar[type[PretrainedConfig]]
-    default_fusion: ClassVar[str] = "mean"
-    image_mean: Sequence[float] = IMAGENET_MEAN
-    image_std: Sequence[float] = IMAGENET_STD
-    ignorable: ClassVar[tuple[str, ...]] = ()
-    """Prefixes of names that a checkpoint of this family may hold beyond the vision tower."""
 
     def __init__(
         self,
-        source: str,
+        model_name: str,
         *,
         layers: LayerChoice = None,
         layer_fusion: str | None = None,
+        norm: Norm | None = None,
+        norm_eps: float | None = None,
+        statistics: str | None = None,
+        resize: Literal["bicubic", "bilinear"] = "bicubic",
         weights: Weights = "pretrained",
         seed: int = 0,
     ) -> None:
         """
         Args:
-            source: hub id or folder as written by `save_pretrained`; with `weights="untrained"` its config is enough.
+            model_name: hub id or folder as written by `save_pretrained`; with `weights="untrained"` its config is enough.
             layers: see `parse_layers`; None is the last block.
             layer_fusion: `mean`, `mean_plus_spatial_mean` (the spatial mean of the last chosen block's tokens is added to
                 every token) or `sum`; None is the family's default, and the block as it is where only one is chosen
                 (RAEv2's K1 is the plain encoder).
+            norm: of each chosen block's tokens: `plain` (the final norm without its affine parameters), `affine` (the
+                final norm as it is) or `none`; None is the family's default.
+            norm_eps: of the plain norm; None is the final norm's own.
+            statistics: mean and std of the pixels, a name in `STATISTICS`; None is what the encoder's files say.
+            resize: how images are brought to the encoder's input size.
             weights: `untrained` draws them from `seed`, and must be asked for by name.
 
         Raises:
-            UserError: blocks or a fusion that this encoder does not have (before any weight is read), a model of another
-                family, weights that are missing or don't fit.
+            UserError: blocks, a fusion or a norm that this encoder does not have (before any weight is read), a model of
+                another family, weights that are missing, damaged or don't fit.
         """
         super().__init__()
-        if weights not in get_args(Weights):
-            raise UserError(f"model.encoder_params.weights={weights!r}: expected {' or '.join(get_args(Weights))}.")
-        config = self.read_config(source)
-        self.source = source
+        kind = type(self).__name__
+        check_choice("weights", weights, get_args(Weights), kind)
+        check_choice("resize", resize, ("bicubic", "bilinear"), kind)
+        check_choice("statistics", statistics or self.statistics, tuple(STATISTICS), kind)
+        check_choice("norm", norm or self.default_norm, get_args(Norm), kind)
+        config = self.read_config(model_name)
+        self.source = model_name
         self.hidden_size: int = config.hidden_size
         self.patch_size: int = config.patch_size
         self.depth: int = config.num_hidden_layers
-        self.norm_eps: float = config.layer_norm_eps
         self.layers = parse_layers(layers, self.depth)
         self.layer_fusion = layer_fusion or (self.default_fusion if len(self.layers) > 1 else "mean")
-        check_fusion(self.layer_fusion, FUSIONS, type(self).__name__)
+        check_choice("layer_fusion", self.layer_fusion, FUSIONS, kind)
+        self.norm: Norm = norm or self.default_norm
+        self.chosen_statistics = statistics
+        self.resize = resize
         self.untrained = weights == "untrained"
-        model = self._untrained(config, source, seed) if self.untrained else self._pretrained(config, source)
+        model = self._untrained(config, model_name, seed) if self.untrained else self._pretrained(config, model_name)
         said = {key: value for key, value in config.to_diff_dict().items() if key not in VOLATILE_KEYS}
         self.config_digest = _digest(json.dumps(said, sort_keys=True, default=str).encode())
         self.model = freeze(model)
+        if self.norm == "affine" and self.norm_module is None:
+            raise UserError(f"model.encoder_params.norm=affine: {kind} of {model_name} has no final norm.")
+        own_eps = float(getattr(self.norm_module, "eps", getattr(self.norm_module, "variance_epsilon", 1e-6)))
+        self.norm_eps = own_eps if norm_eps is None else norm_eps
+        self.other_choices = [
+            f"{name} {value}"
+            for name, value, usual in (
+                ("norm", self.norm, self.default_norm),
+                ("norm_eps", self.norm_eps if self.norm == "plain" else own_eps, own_eps),
+                ("statistics", statistics, None),
+                ("resize", resize, "bicubic"),
+            )
+            if value != usual
+        ]
+        """What the identity says beside the config, so that identities of the usual choices never change."""
 
-    # -- what a family says about its transformers model
+    # -- what a family may say about its model
 
-    @abstractmethod
     def embed(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """B 3 H W -> tokens B T C in front of the first block, and what each block needs besides."""
+        return self.model.embeddings(images), {}
 
-    @abstractmethod
     def blocks(self) -> nn.ModuleList:
         """In their order; each takes tokens and what `embed` gives besides, and returns tokens."""
+        return self.model.get_submodule(self.blocks_at)
 
     @property
-    @abstractmethod
     def prefix_tokens(self) -> int:
-        """CLS, registers: tokens in front of the patches, by the config's own count."""
+        """CLS, registers: tokens in front of the patches."""
+        return self.cls_tokens + getattr(self.model.config, "num_register_tokens", 0)
 
-    def normalize(self, tokens: Tensor) -> Tensor:
-        return F.layer_norm(tokens, (self.hidden_size,), eps=self.norm_eps)
+    @property
+    def norm_module(self) -> nn.Module | None:
+        return None if self.final_norm is None else self.model.get_submodule(self.final_norm)
+
+    def states(self, images: Tensor, chosen: Sequence[int]) -> Iterator[Tensor]:
+        """B 3 H W -> patch tokens B N C after each of the `chosen` blocks, in their order, before the norm."""
+        tokens, context = self.embed(images)
+        for number, block in enumerate(self.blocks()[: chosen[-1] + 1]):
+            tokens = block(tokens, **context)
+            if number in chosen:
+                yield tokens[:, self.prefix_tokens :]
+
+    def parameters_in_use(self) -> Iterable[nn.Parameter]:
+        """Those that a latent depends on: not a pooling head, nor the final norm unless its affine parameters are used."""
+        parts = [*map(self.model.get_submodule, self.embedding_parts), *self.blocks()]
+        if self.norm == "affine" and self.norm_module is not None:
+            parts.append(self.norm_module)
+        return (parameter for part in parts for parameter in part.parameters())
+
+    def save(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write config and weights, in `dtype`, so that this class reads the folder."""
+        self.model.save_pretrained(folder, state_dict={k: v.to(dtype) for k, v in self.model.state_dict().items()})
 
     # -- what the rest of the project calls
+
+    def normalize(self, tokens: Tensor) -> Tensor:
+        """Return new tokens, so that those of the next block's input stay as they are."""
+        if self.norm == "none":
+            return tokens.clone()
+        if self.norm == "affine":
+            assert self.norm_module is not None
+            return self.norm_module(tokens)
+        return F.layer_norm(tokens, (self.hidden_size,), eps=self.norm_eps)
 
     @torch.no_grad()
     def forward(self, images: Tensor, layers: LayerChoice = None) -> Tensor:
         """B 3 H W (normalised) -> B N C. `layers`: fuse these blocks instead, by the same fusion."""
         chosen = self.layers if layers is None else parse_layers(layers, self.depth, "layers")
-        tokens, context = self.embed(images)
+        states = self.states(images, chosen)
         fused: Tensor | None = None
-        for number, block in enumerate(self.blocks()[: chosen[-1] + 1]):
-            tokens = block(tokens, **context)
-            if number not in chosen:
-                continue
-            latent = self.normalize(tokens[:, self.prefix_tokens :])  # B N C
+        for number in chosen:
+            latent = self.normalize(next(states))  # B N C
             if number == chosen[-1]:
                 spatial_mean = latent.mean(dim=1, keepdim=True)  # B 1 C
             fused = latent if fused is None else fused.add_(latent)
@@ -129,17 +197,25 @@ class FrozenEncoder(nn.Module):
         """Frozen stays frozen: evaluation mode whatever is asked for."""
         return super().train(False)
 
+    def pixel_statistics(self, source: str) -> PixelStatistics:
+        """Return (mean, std) of the pixels: the chosen ones, else those of the files in `source`, else the family's."""
+        if self.chosen_statistics is not None:
+            return STATISTICS[self.chosen_statistics]
+        return self.read_statistics(source)
+
+    @classmethod
+    def read_statistics(cls, source: str) -> PixelStatistics:
+        return read_statistics(local_place(source), STATISTICS[cls.statistics])
+
     def identity(self) -> dict[str, Any]:
         """What a latent depends on, as plain values: stored in checkpoints and beside latent statistics."""
-        # The start of each parameter in use: not of the final norm nor of a pooling head. Sorted, since transformers
-        # renames and moves parameters between releases.
-        used = [p for part in (self.model.embeddings, *self.blocks()) for p in part.parameters()]
-        starts = (p.detach().flatten()[:256].float().cpu().numpy().tobytes() for p in used)
+        # The start of each parameter in use. Sorted, since transformers renames and moves parameters between releases.
+        starts = (p.detach().flatten()[:256].float().cpu().numpy().tobytes() for p in self.parameters_in_use())
         weights = _digest(b"".join(sorted(starts)))
         return {
             "class": type(self).__name__,
             "source": _portable(self.source),
-            "config": self.config_digest,
+            "config": ", ".join([self.config_digest, *self.other_choices]),
             "weights": "untrained " + weights if self.untrained else weights,
             "layers": list(self.layers),
             "layer_fusion": self.layer_fusion,
@@ -148,53 +224,66 @@ class FrozenEncoder(nn.Module):
     # -- loading
 
     @classmethod
-    def read_config(cls, source: str) -> PretrainedConfig:
-        """The config alone: sizes are checked before any weight is read."""
-        if _is_path(source) and not Path(local_place(source)).is_dir():
-            raise UserError(
-                f"{cls.__name__}: there is no folder {source}. model.encoder_params says where the encoder lies: a folder "
-                "written by save_pretrained, or a hub id like facebook/dinov2-with-registers-base."
-            )
+    def read_config(cls, source: str) -> Any:
+        """The config alone, with `hidden_size`, `patch_size` and `num_hidden_layers`: read before any weight.
+
+        What a config.json says of attention kernels is dropped: it could name code on the hub.
+
+        Raises:
+            UserError: no such folder, damaged files, another family, a model without a grid of patch tokens.
+        """
+        check_source(cls.__name__, source)
+        place = local_place(source)
         try:
-            config = cls.config_class.from_pretrained(local_place(source))
-        except (OSError, ValueError) as error:
+            given = PretrainedConfig.get_config_dict(place)[0].get("model_type", next(iter(cls.models)))
+            if given in cls.models:
+                kind: Any = cls.models[given].config_class
+                config = kind.from_pretrained(place)
+                config._attn_implementation = config._experts_implementation = None
+                return _checked(config, source)
+        except UserError:
+            raise
+        except Exception as error:  # what odd values raise depends on the family
             raise UserError(_not_found(cls.__name__, source, error)) from error
-        expected = cls.config_class.model_type
-        given = cls.config_class.get_config_dict(local_place(source))[0].get("model_type", expected)
-        if given not in (expected, *cls.accepted_types()):
-            raise UserError(
-                f"{source} holds a {given!r} model, but encoder_cls={cls.__name__} wants {expected!r}. "
-                "Set model.encoder_cls to the class of that family."
-            )
-        return config
-
-    @classmethod
-    def accepted_types(cls) -> tuple[str, ...]:
-        return ()
-
-    @classmethod
-    def _untrained(cls, config: PretrainedConfig, source: str, seed: int) -> PreTrainedModel:
-        log.warning(
-            "%s from %s is UNTRAINED (seed %d): random weights: not a result.",
-            cls.__name__,
-            source,
-            seed,
+        if given in NO_GRID:
+            raise UserError(f"{source} holds a {given!r} model, which has no grid of patch tokens: {NO_GRID[given]}.")
+        raise UserError(
+            f"{source} holds a {given!r} model, but encoder_cls={cls.__name__} wants {' or '.join(map(repr, cls.models))}. "
+            "Set model.encoder_cls to the class of that family."
         )
+
+    @classmethod
+    def model_class(cls, config: PretrainedConfig) -> type[PreTrainedModel]:
+        return next(model for model in cls.models.values() if model.config_class is type(config))
+
+    @classmethod
+    def _untrained(cls, config: Any, source: str, seed: int) -> nn.Module:
+        log.warning("%s from %s is UNTRAINED (seed %d): random weights, not a result.", cls.__name__, source, seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls.model_class(config)
+            try:
+                return cls.build(config)
+            except Exception as error:  # sizes that don't fit each other
+                raise UserError(_not_found(cls.__name__, source, error)) from error
 
     @classmethod
-    def _pretrained(cls, config: PretrainedConfig, source: str) -> PreTrainedModel:
+    def build(cls, config: Any) -> nn.Module:
+        """Return the model with random weights."""
+        return cls.model_class(config)(config)
+
+    @classmethod
+    def _pretrained(cls, config: Any, source: str) -> nn.Module:
         try:
-            loaded: Any = cls.model_class.from_pretrained(
+            loaded: Any = cls.model_class(config).from_pretrained(
                 local_place(source), config=config, output_loading_info=True, dtype=torch.float32
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:
             raise UserError(_not_found(cls.__name__, source, error)) from error
         model, info = loaded
-        missing = sorted(info["missing_keys"])
-        unexpected = sorted(k for k in info["unexpected_keys"] if not k.startswith(cls.ignorable or ("\0",)))
+        missing, unexpected = (
+            sorted(name for name in info[kind] if not name.startswith(cls.ignorable))
+            for kind in ("missing_keys", "unexpected_keys")
+        )
         mismatched = sorted(str(k) for k in info["mismatched_keys"])
         if missing or unexpected or mismatched:
             raise UserError(
@@ -229,9 +318,39 @@ def local_place(source: str) -> str:
     return str(candidate) if candidate.is_dir() else source
 
 
-def _is_path(source: str) -> bool:
-    """A hub id has one slash at most and starts with neither a dot nor a tilde."""
-    return source.startswith(("/", ".", "~")) or source.count("/") > 1
+def check_source(kind: str, source: str) -> None:
+    """Raise UserError where `source` is a path without a folder, or a folder with damaged files."""
+    place = Path(local_place(source))
+    if place.is_dir():
+        check_folder(place)
+    elif source.startswith(("/", ".", "~")) or source.count("/") > 1:  # a hub id has one slash and starts otherwise
+        raise UserError(
+            f"{kind}: there is no folder {source}. model.encoder_params says where the encoder lies: a folder "
+            "written by save_pretrained, or a hub id like facebook/dinov2-with-registers-base."
+        )
+
+
+def resample_positions(positions: Tensor, side: int, antialias: bool = False) -> Tensor:
+    """Positions 1 x N x C of a square grid -> 1 x side*side x C, bicubically in float32."""
+    before = round(positions.shape[1] ** 0.5)
+    if before == side:
+        return positions
+    grid = positions.float().transpose(1, 2).unflatten(2, (before, before))  # 1 C h w
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False, antialias=antialias)
+    return grid.flatten(2).transpose(1, 2).to(positions.dtype)
+
+
+def _checked(config: Any, source: str) -> Any:
+    """The config with a plain number as its patch. UserError where it is no square, or a tower is quantised."""
+    patch = config.patch_size
+    if isinstance(patch, (list, tuple)) and len(set(patch)) == 1:
+        patch = config.patch_size = patch[0]
+    sizes = (config.hidden_size, patch, config.num_hidden_layers)
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise UserError(f"{source}: hidden_size, patch_size and num_hidden_layers are {sizes}; expected whole numbers.")
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"{source} is quantised, which changes the latents. Give the encoder in float32, bf16 or fp16.")
+    return config
 
 
 def _portable(source: str) -> str:
@@ -245,7 +364,7 @@ def _digest(data: bytes) -> str:
 
 def _not_found(cls: str, source: str, error: Exception) -> str:
     return (
-        f"{cls} can't be loaded from {source!r}: {str(error).splitlines()[0]}\n"
+        f"{cls} can't be loaded from {source!r}: {(str(error).splitlines() or [type(error).__name__])[0]}\n"
         f"Expected a hub id that is in the local cache or reachable, or a folder written by save_pretrained. "
         f"`python scripts/download_weights.py --list` shows what each experiment needs; HF_ENDPOINT chooses a mirror."
     )

@@ -51,10 +51,11 @@ def parse_layers(layers: LayerChoice, depth: int, key: str = "model.encoder_para
     return tuple(sorted(chosen))
 
 
-def check_fusion(fusion: str, allowed: Sequence[str], encoder: str) -> None:
-    if fusion not in allowed:
+def check_choice(name: str, value: object, allowed: Sequence[str], encoder: str) -> None:
+    """Raise UserError unless `value` of `model.encoder_params.NAME` is one of `allowed`."""
+    if value not in allowed:
         raise UserError(
-            f"model.encoder_params.layer_fusion={fusion!r} is unknown to {encoder}: expected {', '.join(allowed)}."
+            f"model.encoder_params.{name}={value!r} is unknown to {encoder}: expected {', '.join(allowed)}."
         )
 
 

@@ -16,7 +16,7 @@ from src.core.errors import UserError
 from src.core.geometry import Geometry
 from src.core.images import bytes_to_unit
 from src.models.decoder import DecoderConfig, ViTDecoder, unpatchify
-from src.models.encoders import encoder_class, preprocessing
+from src.models.encoders import encoder_class
 from src.models.frozen_encoder import FrozenEncoder, identity_differences
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class RAE(nn.Module):
         decoder_config = DecoderConfig.read(decoder_config_path)
         self.noise_tau = noise_tau
         self.encoder = _build(kind, encoder_params)
-        mean, std = preprocessing(encoder_config_path, kind)
+        mean, std = self.encoder.pixel_statistics(encoder_config_path)
         self.register_buffer("image_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.decoder_denormalize = decoder_denormalize
@@ -132,7 +132,7 @@ class RAE(nn.Module):
             images = bytes_to_unit(images)
         size = self.geometry.encoder_input_size
         if images.shape[-2:] != (size, size):
-            images = F.interpolate(images, size=(size, size), mode="bicubic", align_corners=False)
+            images = F.interpolate(images, size=(size, size), mode=self.encoder.resize, align_corners=False)
         tokens = self.encoder((images - self.image_mean) / self.image_std, layers)  # B N C
         return tokens.transpose(1, 2).unflatten(2, self.latent_shape[1:])
 

@@ -91,10 +91,8 @@ def _draw(chart: Chart, names: Sequence[str], runs: Sequence[Run], key: str) -> 
                 hovertemplate="%{y:.5~g}",
             )
             if point := best(chart, name, series):
-                star = {"symbol": "star", "size": 12, "color": color}
-                figure.add_scatter(
-                    x=point[:1], y=point[1:], mode="markers", marker=star, showlegend=False, hoverinfo="skip"
-                )
+                star = {"marker": {"symbol": "star", "size": 12, "color": color}, "hoverinfo": "skip"}
+                figure.add_scatter(x=point[:1], y=point[1:], mode="markers", showlegend=False, **star)
     starts = re.findall(r"(LPIPS|discriminator|GAN term) at step ([\d,]+)", runs[0].log)  # of the losses
     for name, step in {} if several else {**dict(starts), "resumed": str(runs[0].resumed_at)}.items():
         if 0 < (x := int(step.replace(",", ""))) <= max(max(runs[0].series[name]) for name in names):

@@ -1,27 +1,32 @@
-"""Where log lines go: the terminal of the first process, and a file in the run's folder."""
+"""Set up logging: the terminal of the first process, and a file in the run's folder."""
 
 import logging
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
+
+from src.core.files import disk_message
 
 # Harmless and not ours to mend; everything else is left alone.
 _SILENCED = (
     r".*does not have many workers which may be a bottleneck.*",  # num_workers is the user's choice
+    r".*This DataLoader will create .* worker processes.*",  # so is this
     r".*module\(s\) in eval mode at the start of training.*",  # the frozen networks are meant to be
+    r".*You have overridden `transfer_batch_to_device` in `LightningModule`.*",  # on purpose
     r".*The number of training batches .* is smaller than the logging interval.*",
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
-    r".*You have overridden `transfer_batch_to_device` in `LightningModule`.*",  # on purpose
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*is not currently supported on CUDA-enabled.*pin_memory.*",
     r".*'pin_memory' argument is set as true but no accelerator is found.*",
     r".*Grad strides do not match bucket view strides.*",
-    r".*This DataLoader will create .* worker processes.*",  # num_workers is the user's choice
     r".*`broadcast_buffers` is deprecated.*",  # its successor is not in the oldest torch that we support
     r".*barrier\(\): using the device under current context.*",
     r".*The `srun` command is available on your system but is not used.*",
 )
-_QUIET_LOGGERS = ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "matplotlib", "datasets", "huggingface_hub")
+# Lightning's loggers bring handlers of their own, and their news (device tables, tips) stand in our start-up table.
+_LIGHTNING = ("pytorch_lightning", "lightning_fabric", "lightning", "lightning.pytorch", "lightning.fabric")
+_QUIET = ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "matplotlib", "datasets", "huggingface_hub")
 
 
 class WarningCollector(logging.Handler):
@@ -37,36 +42,48 @@ class WarningCollector(logging.Handler):
             self.messages.append(message)
 
 
+class LogFile(logging.FileHandler):
+    """A log file that says once on the terminal when it can't be written, and lets the run go on."""
+
+    _failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._failed:
+            self._failed = True
+            error = sys.exc_info()[1]
+            reason = disk_message(error, self.baseFilename) if isinstance(error, OSError) else str(error)
+            with suppress(OSError, ValueError):
+                sys.stderr.write(f"{reason} The run goes on.\n")
+
+    def close(self) -> None:
+        with suppress(OSError):  # what could not be written before
+            super().close()
+
+
 def set_up(folder: Path | None, main: bool) -> WarningCollector:
-    """Log to the terminal and to FOLDER/run.log from the first process; the others report errors only."""
-    root = logging.getLogger()
+    """Log to the terminal and to FOLDER/run.log from the first process; from the others log errors only."""
+    root, collector = logging.getLogger(), WarningCollector()
     for handler in list(root.handlers):
         root.removeHandler(handler)
+        if isinstance(handler, logging.FileHandler):
+            handler.close()
     root.setLevel(logging.INFO)
     terminal = logging.StreamHandler(sys.stderr)
     terminal.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
     terminal.setLevel(logging.INFO if main else logging.ERROR)
     root.addHandler(terminal)
-    collector = WarningCollector()
     root.addHandler(collector)
     if folder is not None and main:
-        file = logging.FileHandler(folder / "run.log", encoding="utf-8")
+        file = LogFile(folder / "run.log", encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root.addHandler(file)
-    for name in _QUIET_LOGGERS:
-        logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("transformers").setLevel(logging.ERROR)  # reports unused weights, which our strict load looks at
-    _quiet_lightning()
+    for name in (*_LIGHTNING, *_QUIET):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in _LIGHTNING:
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
     logging.captureWarnings(True)
     for message in _SILENCED:
         warnings.filterwarnings("ignore", message=message)
     return collector
-
-
-def _quiet_lightning() -> None:
-    """Its loggers bring handlers of their own, and their news (device tables, tips) stand in our start-up table."""
-    for name in ("pytorch_lightning", "lightning_fabric", "lightning", "lightning.pytorch", "lightning.fabric"):
-        logger = logging.getLogger(name)
-        logger.handlers.clear()
-        logger.propagate = True
-        logger.setLevel(logging.WARNING)

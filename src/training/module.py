@@ -35,8 +35,14 @@ class StageModule(pl.LightningModule):
     """Prefixes of the names of what is never trained: in no checkpoint, no average, no gradient exchange."""
     on_device: ClassVar[tuple[str, ...]] = ("image",)
     """Parts of a batch that the device needs; the others stay on the host as arrays."""
+    sparse_terms: ClassVar[tuple[str, ...]] = ()
+    """Beginnings of the names of terms that a few micro-batches may have no image for; NaN then, and not logged."""
+    published_batch: ClassVar[int]
+    """Images in a global batch of the published recipe."""
     ema: EMA
     """Of the network that is evaluated."""
+    phase_override: Any = None
+    """What a step computes whatever its number, while preflight times the parts of a run; None: as it is due."""
     settings: StageSettings
 
     def __init__(self, settings: StageSettings) -> None:
@@ -78,6 +84,30 @@ class StageModule(pl.LightningModule):
     @abstractmethod
     def parts_to_compile(self) -> Sequence[nn.Module]:
         """Return where torch.compile pays."""
+
+    @abstractmethod
+    def facts(self) -> list[tuple[str, str]]:
+        """Return (name, text) rows about the networks for the start-up table."""
+
+    @abstractmethod
+    def untrained_parts(self) -> list[str]:
+        """Return which networks have random weights by request."""
+
+    @abstractmethod
+    def sample_rows(self, images: Tensor) -> list[Tensor]:
+        """Return the rows of a picture, each uint8 N x 3 x H x W. `images`: of the evaluation, uint8 N x 3 x H x W."""
+
+    def doubts(self, max_epochs: int | None) -> list[str]:
+        """Return what is likely not meant about a run of so many epochs, a sentence each."""
+        return []
+
+    def stretches(self, planned: int) -> list[tuple[str, int, Any]]:
+        """Return the parts of a run of `planned` updates with the same losses on: name, updates, value of `phase_override`."""
+        return [("all", planned, None)]
+
+    @classmethod
+    def check_config(cls, config: Mapping[str, Any]) -> None:
+        """Raise UserError: keys and values of the node `model:` that are wrong. Reads no data and no weights."""
 
     def scalers(self) -> dict[str, torch.amp.GradScaler | None]:
         """Return the loss scalers of fp16 by network; the first belongs to the optimiser that Lightning counts."""
@@ -218,7 +248,7 @@ class StageModule(pl.LightningModule):
         """Move what the device needs, without waiting. All else is for the host and leaves as arrays: tensors DDP would move
         to the GPU, and reading them back would wait for all that the GPU still has to do."""
         host = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in batch.items()}
-        return host | {name: batch[name].to(device, non_blocking=True) for name in self.on_device}
+        return host | {name: batch[name].to(device, non_blocking=True) for name in self.on_device if name in batch}
 
     # -- checkpoints
 
@@ -248,9 +278,9 @@ class StageModule(pl.LightningModule):
                 "checkpoint of this trainer (weights of others go into model.pretrained_decoder_path) or of another release."
             )
         differing = [
-            f"  {name}: checkpoint {checkpoint[part].get(name)!r}, model {own[name]!r}"
+            f"  {name}: checkpoint {(checkpoint.get(part) or {}).get(name)!r}, model {own[name]!r}"
             for part, own in self.identity().items()
-            for name in identity_differences(checkpoint[part], own)
+            for name in identity_differences(checkpoint.get(part) or {}, own)
         ]
         if differing:
             raise UserError(
@@ -285,3 +315,9 @@ def compile_in_place(parts: Sequence[nn.Module]) -> None:
     torch._dynamo.config.optimize_ddp = False
     for part in parts:
         part.compile()
+
+
+def sizes(parts: Mapping[str, nn.Module | None]) -> str:
+    """Return the numbers of parameters in words."""
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
+    return ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in counts.items())

@@ -11,7 +11,10 @@ from src.training.settings import OptimizerSettings
 
 def adamw(module: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
     """Return fused AdamW over what `module` trains."""
-    return torch.optim.AdamW((p for p in module.parameters() if p.requires_grad), **vars(settings), fused=True)
+    trained = (p for p in module.parameters() if p.requires_grad)
+    return torch.optim.AdamW(
+        trained, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+    )
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:

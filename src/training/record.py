@@ -1,57 +1,171 @@
-"""`run.json`: what was run, on what, and how it ended. Enough to do it again."""
+"""What a run leaves besides checkpoints and logs: its folder, its configuration, `run.json`, and its last figures."""
 
+import contextlib
 import importlib.metadata
+import itertools
 import json
+import logging
+import os
 import platform
 import sys
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import pytorch_lightning as pl
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from src.callbacks.progress import TrainingProgress
+from src.callbacks.samples import SampleImages
+from src.core.errors import UserError
 from src.core.files import write_text
+from src.core.folder_lock import lock
 from src.core.run_names import git_state
+from src.core.text import hydra_quoted, table
+from src.core.weights import resolve
+
+log = logging.getLogger(__name__)
 
 _PACKAGES = (
-    "torch",
-    "pytorch-lightning",
-    "hydra-core",
-    "transformers",
-    "datasets",
-    "numpy",
-    "pillow",
-    "simplejpeg",
-    "torchmetrics",
-)
+    "torch", "pytorch-lightning", "hydra-core", "transformers", "datasets", "numpy", "pillow", "simplejpeg", "torchmetrics",
+)  # fmt: skip
+
+
+def make_folder(log_dir: str, wanted: str | None, checkpoint: Path | None = None) -> Path:
+    """Make the folder of a run: `wanted`, or a new LOG_DIR/runs/YYYY-MM-DD/HH-MM-SS (`-2` when taken).
+
+    Only the first process of a launch calls it.
+
+    Args:
+        wanted: may exist. If it holds a run, `checkpoint` lies in it, or that run was an earlier start of this SLURM job
+            and has saved nothing.
+        checkpoint: that the run goes on from.
+
+    Raises:
+        UserError: the folder can't be made, or holds another run.
+    """
+    now = datetime.now()
+    base = resolve(wanted) if wanted else resolve(log_dir) / "runs" / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}"
+    try:
+        base.parent.mkdir(parents=True, exist_ok=True)
+        if wanted:
+            base.mkdir(exist_ok=True)
+            _check_free(base, checkpoint)
+            return base
+        for number in itertools.count(1):
+            folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                break
+        return folder
+    except OSError as error:
+        raise UserError(
+            f"The run's folder can't be made: {error}. Set paths.log_dir to a place that can be written."
+        ) from error
+
+
+def _check_free(folder: Path, checkpoint: Path | None) -> None:
+    saved = sorted((folder / "checkpoints").glob("*.ckpt"))
+    record = folder / "run.json"
+    if not saved and not record.exists():
+        return
+    if checkpoint is not None and checkpoint.resolve().is_relative_to(folder.resolve()):
+        return
+    try:
+        job = json.loads(record.read_text()).get("slurm_job")
+    except (OSError, ValueError, AttributeError):
+        job = None
+    if not saved and job is not None and job == os.environ.get("SLURM_JOB_ID"):
+        return
+    last = folder / "checkpoints" / "last.ckpt"
+    goes_on = (
+        f"Go on with that run: ckpt_path={hydra_quoted(str(last))}. Or" if last in saved else "It saved no last.ckpt;"
+    )
+    raise UserError(
+        f"paths.run_dir={folder} holds a run already, which would be overwritten. {goes_on} choose another folder "
+        "(paths.run_dir=null makes a new one)."
+    )
+
+
+def take_lock(folder: Path) -> IO[str]:
+    """Lock the folder of this run until the file that is returned is closed. Raises UserError where a run lives in it."""
+    try:
+        held, owner = lock(folder)
+    except OSError as error:
+        raise UserError(f"The run's folder can't be written: {error}. Set paths.log_dir to another place.") from error
+    if held is None:
+        raise UserError(
+            f"A run is still going on in {folder} ({owner}). Wait for its end or stop it (kill -INT lets it save), or "
+            "choose another folder (paths.run_dir=null makes a new one)."
+        )
+    return held
+
+
+def save_config(config: DictConfig, folder: Path) -> None:
+    """Write the three files that Hydra users expect in .hydra/."""
+    hydra = HydraConfig.get()
+    for name, content in (
+        ("config", config),
+        ("hydra", OmegaConf.create({"hydra": OmegaConf.to_container(hydra, resolve=False)})),
+        ("overrides", OmegaConf.create(list(hydra.overrides.task))),
+    ):
+        write_text(folder / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(content))
 
 
 class RunRecord:
-    """A JSON file that is rewritten as the run learns more; every write is atomic."""
+    """`run.json`: what was run, on what, and how it ended, rewritten atomically as the run learns more."""
 
-    def __init__(self, folder: Path, experiment: str, main: bool) -> None:
-        self.file = folder / "run.json"
-        self._main = main
-        self.content: dict[str, Any] = {
+    def __init__(self, folder: Path | None, experiment: str) -> None:
+        """`folder`: of the run; None, on the other ranks: nothing is written."""
+        self._file = folder and folder / "run.json"
+        self._content: dict[str, Any] = {
             "experiment_name": experiment,
             "status": "running",
             "started": datetime.now().isoformat(timespec="seconds"),
             "command": [Path(sys.executable).name, *sys.argv],
-            "git": git_state(),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            "git": git_state() if folder else None,
             "python": platform.python_version(),
             "packages": {name: _version(name) for name in _PACKAGES},
         }
 
     def update(self, values: Mapping[str, Any]) -> None:
-        self.content.update(values)
-        if not self._main:
-            return
-        write_text(self.file, json.dumps(self.content, indent=2, default=str) + "\n")
+        self._content.update(values)
+        if self._file:
+            write_text(self._file, json.dumps(self._content, indent=2, default=str) + "\n")
 
     def finish(self, status: str, warnings: list[str], **result: Any) -> None:
-        """`status`: finished, failed, terminated or interrupted."""
-        self.update(
-            {"status": status, "ended": datetime.now().isoformat(timespec="seconds"), "warnings": warnings, **result}
-        )
+        """`status`: finished, failed, terminated (SIGTERM) or interrupted (Ctrl-C, SIGHUP, SIGUSR1)."""
+        ended = datetime.now().isoformat(timespec="seconds")
+        self.update({"status": status, "ended": ended, "warnings": warnings, **result})
+
+
+def summary(trainer: pl.Trainer, module: Any) -> dict[str, Any]:
+    """Return the last values by logged name, the speed and the last picture; log the most asked for as a table."""
+    result: dict[str, Any] = {"step": trainer.global_step, "epochs": trainer.current_epoch}
+    progress = [callback for callback in trainer.callbacks if isinstance(callback, TrainingProgress)]
+    for callback in progress:
+        result |= callback.latest
+    result |= {name: value for name, (_, value) in module.scores.items()}
+    shown = ("train/l", "train/gan", "disc/loss", "val/", "rfid")
+    rows = [(name, f"{result[name]:.4f}") for name in sorted(result) if name.startswith(shown)]
+    if "val/psnr" in module.scores_at_start and "val/psnr" in result:
+        result["psnr_before"] = module.scores_at_start["val/psnr"]
+        change = f"{result['psnr_before']:.2f} -> {result['val/psnr']:.2f} dB (EMA, held-out images)"
+        rows.append(("PSNR before -> after", change))
+    for callback in progress:
+        if callback.mean_images_per_s:
+            result["images_per_s"] = callback.mean_images_per_s
+            rows.append(("images/s", f"{callback.mean_images_per_s:.1f}"))
+    for callback in trainer.callbacks:
+        if isinstance(callback, SampleImages) and callback.last_file is not None:
+            result["picture"] = str(callback.last_file)
+            rows.append(("originals above reconstructions", result["picture"]))
+    if trainer.is_global_zero:
+        log.info("Done after %s steps:\n%s", f"{trainer.global_step:,}", table(rows))
+    return result
 
 
 def _version(name: str) -> str | None:

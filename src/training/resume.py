@@ -1,4 +1,4 @@
-"""Which checkpoint `ckpt_path` means."""
+"""Find the checkpoint that `ckpt_path` means, and log what a resume changes."""
 
 import json
 import logging
@@ -7,31 +7,34 @@ from pathlib import Path
 from typing import Any
 
 from src.core.errors import UserError
+from src.core.folder_lock import owner_of
+from src.core.text import flat
 from src.core.weights import read, resolve
 from src.formats.checkpoint_content import with_current_keys
 
 log = logging.getLogger(__name__)
 
 _FREE = {
-    *("data._target_", "model._target_"),  # a class that has moved
-    *("data.use_hf_dataset", "data.allow_changed"),  # the data itself is compared by its fingerprint
-    *(
-        f"data.{key}"
-        for key in ("num_workers", "prefetch_factor", "pin_memory", "worker_start", "max_bad_share", "val_batch_size")
+    "data": (
+        "_target_",  # a class that has moved
+        "num_workers", "prefetch_factor", "pin_memory", "worker_start", "max_bad_share", "val_batch_size",
+        "use_hf_dataset", "allow_changed",  # the data itself is compared by its fingerprint
+        "batch_size", "accumulate",  # the global batch is compared instead
     ),
-    *(f"data.{key}" for key in ("batch_size", "accumulate")),  # the global batch is compared instead
-    *(
-        f"model.{key}"
-        for key in ("compile", "sample_every", "log_every_n_steps", "activation_checkpointing", "loss_chunk_size")
+    "model": (
+        "_target_", "compile", "sample_every", "log_every_n_steps", "activation_checkpointing", "loss_chunk_size",
+        "accumulate_grad_batches", "max_skipped_steps",
+        "scheduler.decay_end_epoch", "disc_scheduler.decay_end_epoch",  # follow max_epochs, which is compared by itself
     ),
-    *(f"model.{key}" for key in ("accumulate_grad_batches", "max_skipped_steps", "scheduler.decay_end_epoch")),
-    "model.disc_scheduler.decay_end_epoch",  # follows max_epochs, which is announced by itself
-}
+}  # fmt: skip
 """Keys that touch neither the stream of batches nor what an update does with it."""
 
 
 def find_checkpoint(ckpt_path: str | None, log_dir: str, experiment: str) -> Path | None:
-    """None: a fresh start. `last`: the newest last.ckpt among runs of this experiment. Anything else is a path."""
+    """Return the file: None for a fresh start; `last`: the newest last.ckpt among runs of this experiment; else a path.
+
+    Raises UserError where there is none.
+    """
     if ckpt_path is None:
         return None
     if ckpt_path != "last":
@@ -42,48 +45,48 @@ def find_checkpoint(ckpt_path: str | None, log_dir: str, experiment: str) -> Pat
             )
         return path
     runs = resolve(log_dir) / "runs"
-    found = [file for file in runs.glob("*/*/checkpoints/last.ckpt") if _experiment(file.parents[1]) == experiment]
-    if not found:
-        others = sorted(
-            {name for file in runs.glob("*/*/checkpoints/last.ckpt") if (name := _experiment(file.parents[1]))}
-        )
+    found = {file: _experiment(file.parents[1]) for file in runs.glob("*/*/checkpoints/last.ckpt")}
+    own = [file for file, name in found.items() if name == experiment]
+    if not own:
+        others = ", ".join(sorted({name for name in found.values() if name}))
         raise UserError(
             f"ckpt_path=last: no checkpoint of experiment_name={experiment} under {runs} (looked at "
-            f"DATE/TIME/checkpoints/last.ckpt). Experiments with one: {', '.join(others) or 'none'}. "
-            "Drop ckpt_path to start afresh."
+            f"DATE/TIME/checkpoints/last.ckpt). Experiments with one: {others or 'none'}. Drop ckpt_path to start afresh."
         )
-    return max(found, key=lambda file: file.stat().st_mtime_ns)
+    return max(own, key=lambda file: file.stat().st_mtime_ns)
 
 
 def announce_resume(checkpoint: Path, config: Mapping[str, Any], processes: int) -> None:
-    """Say where a resumed run stands, and every change that makes it another run than the one it continues."""
+    """Log where a resumed run stands, and every change that makes it another run than the one it continues."""
     content = read(checkpoint)
     if not isinstance(content, Mapping):
         return  # the trainer will refuse it
     before = content.get("config") or {}
     before = {**before, "model": with_current_keys(before.get("model") or {})}
     log.info("Resuming at step %s (epoch %s).", content.get("global_step"), content.get("epoch"))
+    run = checkpoint.parent.parent
+    if run.resolve() != resolve(config["paths"]["run_dir"] or "").resolve() and (owner := owner_of(run)):
+        log.warning("The run of that checkpoint is still going on in %s (%s); this one goes on beside it.", run, owner)
     epochs = config["trainer"]["max_epochs"]
     old = before.get("trainer", {}).get("max_epochs", epochs)
+    done = content.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {}).get("current", {}).get("completed", 0)
     if old != epochs:
         log.warning(
             "trainer.max_epochs was %s and is now %s: the cosine ends elsewhere, so the learning rate bends here.",
             old,
             epochs,
         )
-    done = content.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {}).get("current", {}).get("completed", 0)
-    if old == epochs and done >= epochs:
+    elif done >= epochs:
         log.warning("That run is finished (%s epochs); nothing is left to do. Raise trainer.max_epochs to go on.", done)
     batches = [_global_batch(c, n) for c, n in ((before, content.get("processes")), (config, processes))]
     if batches[0] != batches[1]:
         log.warning("The global batch was %s and is now %s: steps and epochs no longer match the run before.", *batches)
-    for group in ("data", "model"):
-        was, now = _flat(before.get(group), group), _flat(config[group], group)
-        for key in sorted(was.keys() | now.keys()):
-            if key not in _FREE and was.get(key) != now.get(key):
-                log.warning(
-                    "%s was %s and is now %s: this is no longer the run before.", key, was.get(key), now.get(key)
-                )
+    for group, free in _FREE.items():
+        was, now = flat(before.get(group) or {}), flat(config[group])
+        for key in sorted((was.keys() | now.keys()) - set(free)):
+            if was.get(key) != now.get(key):
+                change = f"{group}.{key} was {was.get(key)} and is now {now.get(key)}"
+                log.warning("%s: this is no longer the run before.", change)
 
 
 def _global_batch(config: Mapping[str, Any], processes: int | None) -> int | None:
@@ -91,13 +94,6 @@ def _global_batch(config: Mapping[str, Any], processes: int | None) -> int | Non
     if processes is None or "batch_size" not in data:
         return None
     return data["batch_size"] * data["accumulate"] * processes
-
-
-def _flat(node: Any, key: str) -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
-    if not isinstance(node, Mapping):
-        return {key: node}
-    return {name: value for part, inner in node.items() for name, value in _flat(inner, f"{key}.{part}").items()}
 
 
 def _experiment(run: Path) -> str | None:

@@ -1,32 +1,36 @@
-"""A training run from its configuration to its record."""
+"""Run a training from its configuration to its record."""
 
 import logging
+import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.callbacks.checkpoint import RunCheckpoint
 from src.callbacks.metrics_csv import MetricsCsv
-from src.callbacks.startup import StartupTable, device_name
+from src.callbacks.progress import StartupTable, device_name
 from src.core.errors import UserError
+from src.core.files import DISK_ERRORS, disk_message
 from src.core.launch import Launch
 from src.core.settings import check_keys
+from src.core.stopping import STOP, end_with_parent, listening, signal_name, status_of
+from src.models.encoder_presets import expand_encoder
 from src.training import logs
-from src.training.folder import run_folder
-from src.training.record import RunRecord
+from src.training.preflight import preflight
+from src.training.record import RunRecord, make_folder, save_config, summary, take_lock
 from src.training.resume import announce_resume, find_checkpoint
-from src.training.settings import check_geometry
-from src.training.summary import summary
 from src.training.trainer import build_trainer
 
 log = logging.getLogger(__name__)
@@ -35,86 +39,109 @@ KNOWN_KEYS = frozenset(
     ("data", "model", "callbacks", "logger", "trainer", "paths", "experiment_name", "seed", "ckpt_path", "preflight")
 )
 """Of `configs/train.yaml`."""
-KNOWN_CALLBACKS = frozenset(("rfid", "checkpoint", "throughput", "samples", "progress"))
+KNOWN_CALLBACKS = frozenset(("rfid", "checkpoint", "samples", "progress"))
 """Those whose settings may stay where the callback itself is left out."""
+ENDED_AT_ONCE = "ended at once by a second Ctrl-C"
 
 
 def run(config: DictConfig) -> float | None:
-    """Train. Mistakes of the user end with one message and status 1, everything else with its traceback."""
+    """Train. A mistake of the user ends with one message and status 1, everything else with its traceback."""
     try:
-        return _run(config)
+        with _process_state(), listening() as stop, ExitStack() as held:
+            result = _run(config, held)
+        if stop.code >= 128 and HydraConfig.get().mode == RunMode.MULTIRUN:  # too late for this job, not for the next
+            raise SystemExit(stop.code)
+        return result
     except UserError as error:
-        if not error.reported:
-            _say(error)
-        raise SystemExit(1) from None
+        log.error("%s", error)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        log.error("%s", disk_message(error))
     except OmegaConfBaseException as error:
-        _say(UserError(f"Configuration: {str(error).strip()}"))
-        raise SystemExit(1) from None
+        log.error("Configuration: %s", str(error).strip())
+    raise SystemExit(1)
 
 
-def _run(config: DictConfig) -> float | None:
-    launch = Launch.detect()
+def _run(config: DictConfig, held: ExitStack) -> float | None:
+    """Train. `held`: what is given back when the run is over."""
+    launch, sweep = Launch.detect(), HydraConfig.get().mode == RunMode.MULTIRUN
+    STOP.loud = launch.main
+    if launch.kind == "child":  # without the first process nothing can be saved
+        end_with_parent(signal.SIGKILL)
+    elif "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun passes on the first Ctrl-C, and a second one ends it
+        end_with_parent(signal.SIGINT)
     logs.set_up(None, launch.main)
-    refuse_unknown(config)
-    _require_given(config)
-    check_geometry(OmegaConf.to_container(config.model, resolve=True))  # type: ignore[arg-type]
+    check_config(config)
+    if sweep:
+        sys.argv[1:] = _arguments_of_one_job(sys.argv[1:])
     checkpoint = find_checkpoint(config.ckpt_path, config.paths.log_dir, config.experiment_name)
-    if config.preflight:
-        return _preflight(config, launch)
-    folder = run_folder(config.paths.log_dir, _wanted_folder(config), launch)
-    config.paths.run_dir = str(folder)
+    folder = None
+    if launch.main and not config.preflight:
+        wanted = config.paths.run_dir or (HydraConfig.get().runtime.output_dir if sweep else None)
+        folder = make_folder(config.paths.log_dir, wanted, checkpoint)
+        held.enter_context(take_lock(folder))
+        config.paths.run_dir = str(folder)
+        save_config(config, folder)
     warnings = logs.set_up(folder, launch.main)
-    record = RunRecord(folder, config.experiment_name, launch.main)
-    if launch.main:
-        _save_config(config, folder)
-        record.update({})
-    if checkpoint is not None:
-        log.info("Resuming from %s", checkpoint)
-        record.update({"resumed_from": str(checkpoint)})
+    record = RunRecord(folder, config.experiment_name)
+    STOP.before_exit = lambda code: record.finish(status_of(code), warnings.messages, error=ENDED_AT_ONCE)
+    record.update({"resumed_from": str(checkpoint)} if checkpoint else {})
     built = None
     try:
-        built = build_run(config, launch)
+        built = build_run(config, launch, bare=config.preflight)
+        if config.preflight:
+            preflight(built)
+            return None
         result = fit(built, checkpoint, record)
     except BaseException as error:
-        status = {SystemExit: "terminated", KeyboardInterrupt: "interrupted"}.get(type(error), "failed")
+        status = status_of(STOP.code) if isinstance(error, SystemExit) else "failed"
         reason = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception_only(error)).strip()
-        if isinstance(error, UserError) and launch.main:
-            log.error("%s", reason)
-            error.reported = True
-        record.finish(status, warnings.messages, error=reason)
+        with suppress(OSError):  # of the first error is to be told
+            record.finish(status, warnings.messages, error=signal_name(STOP.code) if status != "failed" else reason)
         if built is not None and status == "failed":
-            end_children(built.trainer)
+            _end_children(built.trainer)
         raise
     record.finish("finished", warnings.messages, result=result)
     return result.get("val/loss")
 
 
-def refuse_unknown(config: DictConfig) -> None:
-    """Hydra checks what is overridden; what an experiment file or a `+` adds at the top or as a callback, nobody else does."""
+@contextmanager
+def _process_state() -> Iterator[None]:
+    """Give the next job of a sweep the process as it was: Lightning leaves ranks, a process group and thread counts."""
+    environment, arguments, threads = dict(os.environ), list(sys.argv), torch.get_num_threads()
+    try:
+        yield
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.argv[:] = arguments
+        torch.set_num_threads(threads)
+
+
+def _arguments_of_one_job(arguments: list[str]) -> list[str]:
+    """Return the command line of this job of a sweep: the processes that Lightning starts get it instead of the sweep's."""
+    overrides = [a for a in arguments if a.startswith("~") or ("=" in a and not a.startswith("-"))]
+    flags = [a for a in arguments if a not in ("-m", "--multirun", *overrides)]
+    return [*flags, *HydraConfig.get().overrides.task]
+
+
+def check_config(config: DictConfig) -> None:
+    """Check what needs neither data nor weights: unknown keys, sizes that don't fit, what an experiment leaves to the user.
+
+    Hydra checks what is overridden; what an experiment file or a `+` adds, nobody else does. Raises UserError.
+    """
     check_keys(config, KNOWN_KEYS)
-    check_keys(config.callbacks or {}, KNOWN_CALLBACKS | _with_target(config.callbacks), "callbacks")
-
-
-def _with_target(group: DictConfig | None) -> set[str]:
-    return {str(name) for name, node in (group or {}).items() if node and "_target_" in node}
-
-
-def _require_given(config: DictConfig) -> None:
-    """An experiment may leave a place to the user. (`???` can't: it gives way to the null of the model's config.)"""
-    if config.model.pretrained_decoder_path == "required":
-        raise UserError(
-            f"{config.experiment_name} starts from a decoder: add model.pretrained_decoder_path=PATH to the command. PATH is a "
-            "decoder file with the official names (model.pt), a folder that src/export.py wrote, a diffusers AutoencoderRAE "
-            "folder, or a .ckpt of a run."
-        )
-
-
-def _preflight(config: DictConfig, launch: Launch) -> None:
-    from src.training.preflight import preflight
-
-    logs.set_up(None, launch.main)
-    run = build_run(config, launch, bare=True)
-    preflight(run)
+    callbacks = config.callbacks or {}
+    check_keys(callbacks, KNOWN_CALLBACKS | _parts(callbacks).keys(), "callbacks")
+    model: dict[str, Any] = OmegaConf.to_container(config.model, resolve=True)  # type: ignore[assignment]
+    try:
+        module = get_class(str(model.get("_target_")))
+    except (ImportError, ValueError) as error:
+        raise UserError(f"model._target_={model.get('_target_')}: {error}.") from error
+    module.check_config({key: value for key, value in model.items() if key != "_target_"})
 
 
 @dataclass(frozen=True)
@@ -128,16 +155,16 @@ class Run:
 
 
 def build_run(config: DictConfig, launch: Launch, bare: bool = False) -> Run:
-    """Cheap mistakes are found first. `bare`: without loggers and callbacks, so that nothing is written."""
+    """Build all parts, those first whose mistakes show soonest. `bare`: without loggers and callbacks, to write nothing."""
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    plain["model"] = expand_encoder(plain["model"])  # a checkpoint keeps what a preset stood for
     pl.seed_everything(config.seed, workers=False, verbose=False)
     datamodule = build(config.data, "data")
-    callbacks = [] if bare else [StartupTable(), *build_all(config.callbacks, "callbacks")]
+    callbacks = [] if bare else [StartupTable(), *_build_all(config.callbacks, "callbacks")]
     writes = launch.main and not bare
-    loggers = [*build_all(config.logger, "logger"), MetricsCsv(plain["paths"]["run_dir"])] if writes else []
-    trainer = build_trainer(
-        plain["trainer"], launch, callbacks, loggers, plain["paths"]["run_dir"] or plain["paths"]["log_dir"]
-    )
+    loggers = [*_build_all(config.logger, "logger"), MetricsCsv(plain["paths"]["run_dir"])] if writes else []
+    root = plain["paths"]["run_dir"] or plain["paths"]["log_dir"]
+    trainer = build_trainer(plain["trainer"], launch, callbacks, loggers, root)
     datamodule.trainer = trainer
     if trainer.is_global_zero:
         datamodule.prepare_data()
@@ -151,44 +178,24 @@ def build_run(config: DictConfig, launch: Launch, bare: bool = False) -> Run:
 
 
 def fit(run: Run, checkpoint: Path | None, record: RunRecord) -> dict[str, Any]:
-    trainer, datamodule = run.trainer, run.datamodule
-    record.update({"device": device_name(trainer.strategy.root_device), "processes": trainer.world_size})
-    for callback in trainer.callbacks:
-        if isinstance(callback, RunCheckpoint):
-            callback.resumed_from = checkpoint
-    if checkpoint is not None and trainer.is_global_zero:
-        announce_resume(checkpoint, run.config, trainer.world_size)
+    """Train, from `checkpoint` on where there is one, and return the last figures by logged name."""
+    trainer, data = run.trainer, run.datamodule
+    if trainer.is_global_zero:
+        sizes = {"fingerprint": data.fingerprint, "train": data.train_size, "validation": data.val_size}
+        device = device_name(trainer.strategy.root_device)
+        record.update({"device": device, "processes": trainer.world_size, "data": sizes})
+        if checkpoint is not None:
+            log.info("Resuming from %s", checkpoint)
+            announce_resume(checkpoint, run.config, trainer.world_size)
     try:
-        trainer.fit(run.module, datamodule=datamodule, ckpt_path=checkpoint)
+        trainer.fit(run.module, datamodule=data, ckpt_path=checkpoint)
     finally:  # Lightning leaves this out on the way of an exception, and loading processes would outlive their use
-        datamodule.teardown("fit")
-    record.update(
-        {
-            "data": {
-                "fingerprint": datamodule.fingerprint,
-                "train": datamodule.train_size,
-                "validation": datamodule.val_size,
-            }
-        }
-    )
+        data.teardown("fit")
     return summary(trainer, run.module)
 
 
-def end_children(trainer: pl.Trainer) -> None:
-    """Of a run that failed here: the processes that Lightning started would wait for this one and hold their GPUs. The
-    last thing to do, since Lightning ends this process too when it sees one of them fail."""
-    kill = getattr(trainer.strategy.launcher, "kill", None)
-    if kill is not None:
-        kill(signal.SIGKILL)
-
-
-def build_all(group: DictConfig | None, key: str) -> list[Any]:
-    """Nodes without a `_target_` are settings for a part that this run leaves out."""
-    return [build(node, f"{key}.{name}") for name, node in (group or {}).items() if node and "_target_" in node]
-
-
 def build(node: DictConfig, key: str) -> Any:
-    """Instantiate a config node; keys that its class does not know are the user's mistake."""
+    """Instantiate a config node. Raises UserError for keys that its class does not know."""
     try:
         return instantiate(node, _recursive_=False, _convert_="all")
     except Exception as error:
@@ -204,22 +211,20 @@ def build(node: DictConfig, key: str) -> Any:
         raise
 
 
-def _wanted_folder(config: DictConfig) -> str | None:
-    if config.paths.run_dir:
-        return str(config.paths.run_dir)
-    hydra = HydraConfig.get()
-    return str(hydra.runtime.output_dir) if hydra.mode == RunMode.MULTIRUN else None
+def _build_all(group: DictConfig | None, key: str) -> list[Any]:
+    return [build(node, f"{key}.{name}") for name, node in _parts(group).items()]
 
 
-def _save_config(config: DictConfig, folder: Path) -> None:
-    """The three files that Hydra users expect in .hydra/."""
-    target = folder / ".hydra"
-    target.mkdir(exist_ok=True)
-    hydra = HydraConfig.get()
-    OmegaConf.save(config, target / "config.yaml")
-    OmegaConf.save(OmegaConf.create({"hydra": OmegaConf.to_container(hydra, resolve=False)}), target / "hydra.yaml")
-    OmegaConf.save(OmegaConf.create(list(hydra.overrides.task)), target / "overrides.yaml")
+def _parts(group: DictConfig | None) -> dict[str, DictConfig]:
+    """Return the nodes with a `_target_`; others are settings for a part that this run leaves out."""
+    return {str(name): node for name, node in (group or {}).items() if node and "_target_" in node}
 
 
-def _say(error: UserError) -> None:
-    print(f"\nError: {error}", file=sys.stderr)
+def _end_children(trainer: pl.Trainer) -> None:
+    """Kill the processes that Lightning started: where this one ends early they would wait for it and hold their GPUs.
+
+    The last thing to do, since Lightning ends this process too when it sees one of them fail.
+    """
+    kill = getattr(trainer.strategy.launcher, "kill", None)
+    if kill is not None:
+        kill(signal.SIGKILL)

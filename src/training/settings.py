@@ -12,6 +12,7 @@ from src.formats.checkpoint_content import RAESettings, with_current_keys
 from src.losses.diffaug import DiffAug
 from src.losses.lpips import LPIPSSettings
 from src.models.discriminator import DiscriminatorSettings
+from src.models.encoder_presets import expand_encoder
 from src.models.rae import geometry_of
 from src.training.stage1_step import StepSettings
 
@@ -106,7 +107,7 @@ class ModelSettings(StageSettings):
     @classmethod
     def parse(cls, values: Mapping[str, Any], key: str = "model") -> Self:
         """Check the node, that of an earlier version too. Raises UserError with every problem."""
-        return super().parse(with_current_keys(values), key)
+        return super().parse(expand_encoder(with_current_keys(values)), key)
 
 
 def check_geometry(model: Mapping[str, Any]) -> None:

@@ -4,24 +4,26 @@ The mathematics of a step is in `src/training/stage1_step.py`; this file says wh
 optimisers take turns; every count of steps is a count of generator updates.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from src.core.ema import EMA
+from src.core.errors import UserError
 from src.core.images import bytes_to_unit, unit_to_bytes
 from src.core.random_streams import Purpose
 from src.losses.lpips import LPIPS
-from src.metrics.means import RunningMeans
-from src.metrics.quality import psnr, ssim
+from src.metrics.quality import RunningMeans, psnr, ssim
 from src.models.discriminator import DinoDiscriminator
 from src.models.rae import RAE
-from src.training.module import StageModule, loss_scale
+from src.training.module import StageModule, loss_scale, sizes
 from src.training.optimisation import adamw, average_gradients
-from src.training.settings import ModelSettings
+from src.training.settings import ModelSettings, check_geometry
 from src.training.stage1_step import GeneratorResult, Label, Phase, TrainingStep
 from src.training.step_noise import StepNoise
 
@@ -32,6 +34,7 @@ class RAEModule(StageModule):
     """What trains and what is kept: the decoder, its EMA, the discriminator's heads. Arguments: the keys of `model:`."""
 
     frozen: ClassVar[tuple[str, ...]] = ("rae.encoder.", "lpips.", "discriminator.trunk.")
+    published_batch: ClassVar[int] = 512
     settings: ModelSettings
 
     def __init__(self, **config: Any) -> None:
@@ -55,6 +58,8 @@ class RAEModule(StageModule):
 
     def phase(self, step: int) -> Phase:
         """Return what is switched on in `step`."""
+        if self.phase_override is not None:
+            return self.phase_override
         starts = self.settings.starts.steps(self.steps_per_epoch)
         adversarial = self.discriminator is not None
         return Phase(
@@ -167,6 +172,76 @@ class RAEModule(StageModule):
         means["loss"] = sum(weight * means[name] for name, (weight, _) in self._terms.items())
         self.record_scores({f"val/{name}": value for name, value in means.items()})
 
+    def sample_rows(self, images: Tensor) -> list[Tensor]:
+        return [images, unit_to_bytes(self.reconstruct(images))]
+
+    # -- what a run is told of
+
+    @classmethod
+    def check_config(cls, config: Mapping[str, Any]) -> None:
+        """Raise UserError: keys and values that are wrong, sizes that don't fit, what an experiment leaves to the user."""
+        if config.get("pretrained_decoder_path") == "required":  # `???` would give way to the null of the base
+            raise UserError(
+                "This experiment starts from a decoder: add model.pretrained_decoder_path=PATH to the command. PATH is a "
+                "decoder file with the official names (model.pt), a folder that src/export.py wrote, a diffusers "
+                "AutoencoderRAE folder, or a .ckpt of a run."
+            )
+        check_geometry(config)
+
+    def facts(self) -> list[tuple[str, str]]:
+        rae, geometry, encoder = self.rae, self.rae.geometry, self.rae.encoder
+        heads = self.discriminator.heads if self.discriminator is not None else None
+        trunk = self.discriminator.trunk if self.discriminator is not None else None
+        steps = self.settings.starts.steps(self.steps_per_epoch)
+        parts = {"LPIPS": (self.lpips, "lpips"), "discriminator": (heads, "disc"), "GAN term": (heads, "gan")}
+        begin = [
+            (name, steps[key]) for name, (part, key) in parts.items() if part is not None and steps[key] < math.inf
+        ]
+        untrained = " (UNTRAINED)" if encoder.untrained else ""
+        return [
+            (
+                "geometry",
+                f"{geometry.image_size} px image -> {geometry.encoder_input_size} px encoder -> {geometry.grid} x "
+                f"{geometry.grid} latents of {rae.latent_shape[0]} -> patches of {geometry.decoder_patch} px",
+            ),
+            ("encoder", f"{type(encoder).__name__} {encoder.source}, blocks {list(encoder.layers)}{untrained}"),
+            ("trained", sizes({"decoder": rae.decoder, "discriminator heads": heads})),
+            ("frozen", sizes({"encoder": encoder, "LPIPS": self.lpips, "DINO trunk": trunk})),
+            ("starts", ", ".join(f"{name} at step {step:,}" for name, step in begin) or "L1 only"),
+        ]
+
+    def doubts(self, max_epochs: int | None) -> list[str]:
+        starts, found = self.settings.starts, []
+        if self.discriminator is None:
+            return []
+        if max_epochs and 0 < max_epochs <= starts.disc_start_epoch < math.inf:
+            found.append(
+                f"The GAN term starts at epoch {starts.disc_start_epoch:g}, but trainer.max_epochs={max_epochs}: this run trains "
+                "without it. Lower model.disc_start_epoch and model.disc_upd_start_epoch, or set model.disc_weight=0 to do "
+                "without the discriminator."
+            )
+        if starts.disc_start_epoch < starts.disc_upd_start_epoch:
+            found.append(
+                f"The GAN term starts at epoch {starts.disc_start_epoch:g}, the discriminator's updates only at epoch "
+                f"{starts.disc_upd_start_epoch:g}: until then the decoder follows a discriminator that has learnt nothing. Set "
+                f"model.disc_upd_start_epoch to {starts.disc_start_epoch:g} or less."
+            )
+        return found
+
+    def untrained_parts(self) -> list[str]:
+        parts = {"encoder": self.rae.encoder, "LPIPS": self.lpips, "discriminator trunk": self.discriminator}
+        return [name for name, part in parts.items() if part is not None and part.untrained]
+
+    def stretches(self, planned: int) -> list[tuple[str, int, Any]]:
+        starts = self.settings.starts.steps(self.steps_per_epoch)
+        borders = sorted({0, planned, *(min(step, planned) for step in starts.values())})
+        found = []
+        for first, end in pairwise(int(border) for border in borders):
+            phase = self.phase(first)
+            names = ["L1"] + ["LPIPS"] * phase.lpips + ["D"] * phase.disc + ["GAN"] * phase.gan
+            found.append((" + ".join(names), end - first, phase))
+        return found
+
     # -- set-up and checkpoints
 
     def on_fit_start(self) -> None:
@@ -184,7 +259,7 @@ class RAEModule(StageModule):
 
     def identity(self) -> dict[str, dict[str, Any]]:
         geometry, decoder, arch = self.rae.geometry, self.rae.decoder, self.settings.disc_arch.arch
-        sizes = {
+        architecture = {
             "data.image_size": geometry.image_size,
             "model.decoder_patch_size": geometry.decoder_patch,
             "encoder patch": geometry.encoder_patch,
@@ -194,7 +269,7 @@ class RAEModule(StageModule):
             **{f"decoder config: {name}": value for name, value in vars(decoder.config).items()},
             "discriminator": None if self.discriminator is None else arch.name,
         }
-        return {"architecture": sizes, "encoder": self.encoder_identity}
+        return {"architecture": architecture, "encoder": self.encoder_identity}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -208,11 +283,7 @@ class RAEModule(StageModule):
 def parts_to_compile(
     rae: RAE, ema_decoder: nn.Module, lpips: LPIPS | None, discriminator: DinoDiscriminator | None
 ) -> list[nn.Module]:
-    """Return the parts where torch.compile pays, and let LPIPS use compiled kernels."""
-    parts = [*rae.encoder.blocks(), *rae.decoder.decoder_layers, *ema_decoder.decoder_layers]
-    if lpips is not None:
-        parts.append(lpips.vgg)
-        lpips.fused = True
-    if discriminator is not None:
-        parts.append(discriminator.trunk)
-    return parts
+    """Return where torch.compile pays."""
+    losses = [lpips, None if discriminator is None else discriminator.trunk]
+    blocks = [*rae.encoder.blocks(), *rae.decoder.decoder_layers, *ema_decoder.decoder_layers]
+    return [*blocks, *(part for part in losses if part is not None)]

@@ -96,22 +96,15 @@ class GeneratorResult:
     """B 3 H W in [0, 1] scale, not clamped, detached."""
 
 
+@dataclass
 class TrainingStep:
     """Losses and gradients of both networks. `lpips`, `discriminator`: None where no phase of the run switches them on."""
 
-    def __init__(
-        self,
-        rae: RAE,
-        lpips: LPIPS | None,
-        discriminator: DinoDiscriminator | None,
-        augment: DiffAug,
-        settings: StepSettings,
-    ) -> None:
-        self.rae = rae
-        self.lpips = lpips
-        self.discriminator = discriminator
-        self.augment = augment
-        self.settings = settings
+    rae: RAE
+    lpips: LPIPS | None
+    discriminator: DinoDiscriminator | None
+    augment: DiffAug
+    settings: StepSettings
 
     def reconstruction_terms(self, phase: Phase) -> dict[str, tuple[float, LossTerm]]:
         """Return weight and function of each term of R by its name: what training differentiates and validation averages."""
@@ -257,7 +250,8 @@ class TrainingStep:
         fakes = [self.fake(result) for result in results]
         labels: tuple[Label, Label] = ("fake", "real")
         for update in range(self.settings.disc_updates):
-            scale, terms = loss_scale(), {}
+            scale = loss_scale()
+            terms: dict[str, Tensor] = {}
             for label in labels:
                 self.discriminator.power_iteration()
                 for number, result in enumerate(results):

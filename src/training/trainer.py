@@ -1,17 +1,18 @@
-"""From the node `trainer:` to a Lightning Trainer: devices, strategy and precision as people write them."""
+"""Build a Lightning Trainer from the node `trainer:`: devices, strategy and precision as users write them."""
 
 import logging
+import os
 import time
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies import DDPStrategy
-from pytorch_lightning.strategies.strategy import Strategy
 
+from src.callbacks.checkpoint import AtomicCheckpointIO
 from src.core.errors import UserError
 from src.core.launch import Launch
-from src.training.checkpoint_io import AtomicCheckpointIO
 
 log = logging.getLogger(__name__)
 
@@ -27,26 +28,34 @@ _PRECISION = {
 def build_trainer(
     config: dict[str, Any], launch: Launch, callbacks: list[Any], loggers: list[Any], root: str
 ) -> pl.Trainer:
+    """Return the trainer. `root`: the run's folder. Raises UserError for values that don't fit this machine or Lightning."""
     settings = {key: value for key, value in config.items() if key not in (*TAKEN_OVER, "_target_")}
     on_gpu = _uses_gpu(settings["accelerator"])
     distributed = _is_ddp(settings["strategy"]) or launch.world > 1
     settings["accelerator"] = "gpu" if on_gpu else "cpu"
     settings["devices"] = _devices(settings["devices"], on_gpu, distributed, launch)
-    settings["strategy"] = _strategy(distributed)
     settings["precision"] = precision(settings["precision"], on_gpu)
     _set_float32_products(settings.pop("float32_matmul_precision"), on_gpu, settings["precision"])
+    # Every trained parameter gets a gradient in the one backward pass, so nothing has to search for unused ones; there
+    # are no buffers to exchange; gradients that are views of the buckets save a copy of the model.
+    ddp = DDPStrategy(find_unused_parameters=False, broadcast_buffers=False, gradient_as_bucket_view=True)
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if launch.kind != "torchrun" and SLURMEnvironment.detect():  # Lightning's own requeue would start from scratch
+        plugins.append(SLURMEnvironment(auto_requeue=False))
     try:
-        return pl.Trainer(
-            **settings,
+        trainer = pl.Trainer(
+            **{**settings, "strategy": ddp if distributed else "auto"},
             callbacks=callbacks,
             logger=loggers,
-            plugins=[AtomicCheckpointIO()],
+            plugins=plugins,
             default_root_dir=root,
             use_distributed_sampler=False,  # the data module's own order; Lightning's would shuffle evaluation
             enable_checkpointing=any(isinstance(callback, pl.callbacks.Checkpoint) for callback in callbacks),
             enable_progress_bar=False,
             enable_model_summary=False,
         )
+        trainer._signal_connector.register_signal_handlers = lambda: None  # src/core/stopping.py handles them
+        return trainer
     except TypeError as error:
         raise UserError(f"trainer: {error}. Keys are listed in configs/trainer/default.yaml.") from error
     except (ValueError, pl.utilities.exceptions.MisconfigurationException) as error:
@@ -54,7 +63,7 @@ def build_trainer(
 
 
 def precision(wanted: Any, on_gpu: bool) -> str:
-    """Lightning's name of it. fp16 on a CPU becomes bf16."""
+    """Return Lightning's name of `trainer.precision`; fp16 on a CPU becomes bf16. Raises UserError."""
     name = _PRECISION.get(str(wanted))
     if name is None:
         raise UserError(f"trainer.precision={wanted}: expected 32, 16 or bf16.")
@@ -71,7 +80,7 @@ def precision(wanted: Any, on_gpu: bool) -> str:
 
 
 def bf16_slowdown_on_cpu(size: int = 256) -> float:
-    """Time of a bf16 matrix product over that of a float32 one, measured in some tens of milliseconds."""
+    """Return the time of a bf16 matrix product over that of a float32 one, measured in some tens of milliseconds."""
 
     def seconds(dtype: torch.dtype) -> float:
         a = torch.ones(size, size, dtype=dtype)
@@ -119,8 +128,6 @@ def _is_ddp(strategy: Any) -> bool:
 
 
 def _devices(wanted: Any, on_gpu: bool, distributed: bool, launch: Launch) -> Any:
-    import os
-
     if launch.kind == "torchrun":
         started = int(os.environ.get("LOCAL_WORLD_SIZE", launch.world))
         if wanted not in ("auto", started, str(started)):
@@ -133,11 +140,3 @@ def _devices(wanted: Any, on_gpu: bool, distributed: bool, launch: Launch) -> An
     if launch.kind == "slurm":
         return int(os.environ.get("SLURM_NTASKS_PER_NODE", "1") or 1)
     return (torch.cuda.device_count() if on_gpu else 1) if distributed else 1
-
-
-def _strategy(distributed: bool) -> str | Strategy:
-    if not distributed:
-        return "auto"
-    # Every trained parameter gets a gradient in the one backward pass, so nothing has to search for unused ones; there
-    # are no buffers to exchange; gradients that are views of the buckets save a copy of the model.
-    return DDPStrategy(find_unused_parameters=False, broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -1,0 +1,74 @@
+"""Score generated images: gFID, sFID, Inception Score, precision and recall, as ADM's evaluation suite, without TensorFlow.
+
+python src/eval_generation.py --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz
+python src/eval_generation.py --samples FOLDER --reference /path/to/imagenet_hf --reference_split validation
+python src/eval_generation.py --latents latents.npz --decoder exports/a exports/b best.ckpt --reference reference.npz
+torchrun --nproc_per_node=8 src/eval_generation.py ...                several processes, the same numbers
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root instead of src/
+
+from src.core.options import EXIT_CODES, parse
+from src.core.terminal import run_program
+from src.evaluation.options import GenerationOptions
+
+EPILOG = rf"""
+The reference of published gFID is the training set: ADM's npz holds its moments, and 10,000 images for precision and
+recall. Reconstructions are scored against the validation set (eval_rfid.py): the two numbers don't compare. Published
+scores take 50,000 images, the same number of each class. A folder is read in the order of its names, which the Inception
+Score depends on.
+
+several decoders on the same latents tell whether a worse gFID comes from the decoder:
+
+    python src/eval_generation.py --latents latents.npz --decoder exports/a exports/b --reference reference.npz
+
+{EXIT_CODES}"""
+
+COLUMNS = {"gfid": "gFID", "sfid": "sFID", "inception_score": "IS", "precision": "prec.", "recall": "rec."}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(GenerationOptions, __doc__, argv, EPILOG)
+    return run_program(lambda: _run(options))
+
+
+def _run(options: GenerationOptions) -> int:
+    from src.core.distributed import processes
+    from src.core.files import check_writable, write_text
+    from src.core.weights import resolve
+    from src.evaluation.generation import evaluate
+
+    with processes(options.device) as process:
+        if options.json and process.main:
+            check_writable(resolve(options.json), "--json")
+        results, facts = evaluate(options, process)
+    if results:
+        print(table(results))
+        if any(name.endswith("_untrained") for name in results[0]):
+            print("UNTRAINED Inception: random features, not a result.")
+        if options.json:
+            content = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], **facts, "results": results}
+            write_text(resolve(options.json), json.dumps(content, indent=2) + "\n")
+            print(f"Written: {options.json}")
+    return 0
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return a line for each set of images under a line of names; scores that were left out have no column."""
+    columns = {
+        key + end: label for key, label in COLUMNS.items() for end in ("", "_untrained") if key + end in results[0]
+    }
+    rows = [[*columns.values(), "images", "of"]]
+    rows += [[*(f"{r[key]:.4f}" for key in columns), f"{r['images']:,}", r["images_of"]] for r in results]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    return "\n".join("  ".join([*(f"{c:>{w}}" for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

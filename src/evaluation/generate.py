@@ -1,0 +1,108 @@
+"""Draw latents from a diffusion transformer: noise and labels as functions of (seed, index), guidance by settings.
+
+Legend: B images, C latent channels, h = w latent grid, K classes.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from src.core import random_streams as streams
+from src.core.errors import UserError
+from src.core.random_streams import Purpose
+from src.core.settings import Settings
+from src.evaluation import sampling
+from src.evaluation.sampling import Conditional, Guidance
+from src.losses.flow_matching import sampling_grid
+
+
+class SamplerSettings(Settings):
+    """How latents are sampled. The node `sampler` of stage-2 configurations, and the options of `src/sample.py`."""
+
+    num_steps: int = Field(ge=1)
+    """`rae`: points, one step fewer; `raev2`: steps."""
+    grid: Literal["rae", "raev2"]
+    method: Literal["euler", "heun", "dopri5"]
+    cfg: float = Field(ge=1)
+    """Scale of classifier-free guidance; 1: none."""
+    internal: float = Field(ge=1)
+    """Scale of internal guidance, for networks with a base head; 1: none."""
+    auto: float = Field(ge=1)
+    """Scale of autoguidance by a second, weaker network; 1: none."""
+    t_min: float = Field(ge=0, le=1)
+    t_max: float = Field(ge=0, le=1)
+    """Times between which guidance is used, both included."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.t_min > self.t_max:
+            raise ValueError(f"t_min={self.t_min:g} exceeds t_max={self.t_max:g}: guidance would never be used.")
+        return self
+
+
+class Sampler:
+    """Samples by index: image i is the same whatever else is sampled with it, up to the rounding of another batch size."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        settings: SamplerSettings,
+        prediction: str,
+        t_eps: float,
+        shift: float,
+        seed: int,
+        guide: tuple[nn.Module, str, float] | None = None,
+    ) -> None:
+        """
+        Args:
+            network: a transformer of `src/models/dit.py` in evaluation mode.
+            guide: network, prediction and t_eps of the weaker model of autoguidance.
+
+        Raises:
+            UserError: guidance that the networks don't allow.
+        """
+        self.network, self.seed = network, seed
+        self.shape: tuple[int, int, int] = network.latent_shape
+        self.method, self.grid = settings.method, sampling_grid(settings.num_steps, shift, settings.grid)
+        interval = settings.t_min, settings.t_max
+        run: Conditional = sampling.conditional(network, prediction, t_eps)
+        if settings.internal > 1:
+            run = sampling.internal_guidance(network, prediction, Guidance(settings.internal, *interval), t_eps)
+        if settings.auto > 1:
+            if guide is None:
+                raise UserError(f"Autoguidance of scale {settings.auto:g} needs a second network: --guide.")
+            weaker, its_prediction, its_eps = guide
+            if weaker.latent_shape != self.shape:
+                raise UserError(
+                    f"The guide makes latents of {weaker.latent_shape}, the model of {self.shape} (C x h x w): they must agree."
+                )
+            weak = sampling.conditional(weaker, its_prediction, its_eps)
+            run = sampling.autoguidance(run, weak, Guidance(settings.auto, *interval))
+        if settings.cfg > 1:
+            run = sampling.classifier_free(run, network.null_label, Guidance(settings.cfg, *interval))
+        self._run = run
+
+    def latents(self, indices: Sequence[int], labels: Tensor, device: torch.device) -> Tensor:
+        """Return the latents B C h w, float32, of the images with these indices and labels (B,)."""
+        noise = streams.normals(self.seed, Purpose.SAMPLE_NOISE, 0, indices, self.shape, device)
+        return sampling.solve(sampling.for_labels(self._run, labels.to(device)), noise, self.grid, self.method)
+
+
+def balanced_labels(seed: int, num_images: int, num_classes: int) -> np.ndarray:
+    """Return a label for each index, int64 (num_images,): each class equally often up to one, in an order by the seed.
+
+    Where the classes don't come out even, those with one image more are drawn by the seed too.
+    """
+    numbers = streams.generator(seed, Purpose.SAMPLE_LABELS)
+    rounds, rest = divmod(num_images, num_classes)
+    labels = np.concatenate([np.tile(np.arange(num_classes), rounds), numbers.permutation(num_classes)[:rest]])
+    return numbers.permutation(labels).astype(np.int64)
+
+
+def random_labels(seed: int, num_images: int, num_classes: int) -> np.ndarray:
+    """Return a uniformly drawn label for each index, int64 (num_images,); the same for an index whatever the number."""
+    return streams.generator(seed, Purpose.SAMPLE_LABELS, 1).integers(num_classes, size=num_images)

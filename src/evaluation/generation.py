@@ -1,0 +1,215 @@
+"""Score generated images, or generated latents through several decoders, as `src/eval_generation.py` does.
+
+Legend: B batch, S side of the images, px.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from src.core.distributed import Process
+from src.core.errors import UserError
+from src.core.images import unit_to_bytes
+from src.core.precision import full_float32
+from src.core.terminal import progress
+from src.core.weights import resolve
+from src.data.dataset import EvaluationTransform
+from src.data.decode import Decoder
+from src.data.latents import LatentStore
+from src.evaluation.images import MAX_MEGAPIXELS, centre_crops, evaluation_loader, open_images
+from src.evaluation.networks import inception_of
+from src.evaluation.options import GenerationOptions
+from src.evaluation.reconstruction import check_store
+from src.evaluation.reconstruction_inputs import Inputs, open_inputs
+from src.formats.checkpoint import LoadedModel
+from src.formats.opening import open_model
+from src.metrics.generation import (
+    GenerationReference,
+    GenerationStatistics,
+    compute_scores,
+    load_generation_reference,
+)
+from src.metrics.inception import InceptionFeatures
+from src.metrics.npz import ImageNpz, LatentNpz, NpzRows
+from src.metrics.reference import Preparation
+
+TRY_OUT = "For a try-out without the file: --inception_weights tiny (names of the scores then say `untrained`)."
+Batches = Iterator[tuple[Tensor, Tensor]]
+"""(positions in the whole (B,), uint8 B x 3 x S x S)"""
+
+
+@dataclass(frozen=True)
+class GeneratedSet:
+    """Images that are scored: `label` names them, `batches()` goes over this rank's share."""
+
+    label: str
+    count: int
+    image_size: int
+    batches: Callable[[], Batches]
+
+
+def evaluate(options: GenerationOptions, process: Process) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return scores of each set of images (on rank 0, none on the others), and what else they depend on. On all ranks.
+
+    Raises:
+        UserError: missing or broken files, fewer than two images, images of another size than the reference's, latents
+            that a model can't decode.
+    """
+    sets = _generated(options, process)
+    for images in sets:
+        if images.count < 2:
+            raise UserError(
+                f"{images.label} has {images.count} image: a Frechet distance needs at least 2. Generate more."
+            )
+    sizes = {images.image_size for images in sets}
+    if len(sizes) > 1:
+        found = ", ".join(f"{images.label} {images.image_size} px" for images in sets)
+        raise UserError(f"The models make images of different sizes ({found}): score them in calls of their own.")
+    inception = inception_of(options, {}, TRY_OUT).to(process.device)
+    reference = _reference(options, sizes.pop(), inception, process)
+    results = []
+    for images in sets:
+        statistics = GenerationStatistics(inception, options.batch_size, images.count)
+        _measure(statistics, images.batches(), images.count, images.label, process)
+        if process.main:
+            scores = compute_scores(statistics, reference, process.device)
+            results.append({"images_of": images.label, "image_size": images.image_size, **scores})
+    facts = {"reference": options.reference, "features": inception.name, "batch_size": options.batch_size}
+    if options.latents:
+        facts["quantization"] = options.quantization
+    return results, facts
+
+
+def _measure(
+    statistics: GenerationStatistics, batches: Batches, count: int, label: str, process: Process
+) -> GenerationStatistics:
+    done = 0
+    with progress(label, process.main) as update:
+        for positions, images in batches:
+            statistics.update(images, positions)
+            done += len(images)
+            update(done, -(-count // process.world))
+    return statistics.reduce()
+
+
+def _reference(
+    options: GenerationOptions, size: int, inception: InceptionFeatures, process: Process
+) -> GenerationReference:
+    path = resolve(options.reference)
+    if path.suffix == ".npz":
+        remedy = (
+            f"To make one: `python src/make_reference.py --kind images --image_size {size} --data_dir DATA --output "
+            f"reference_{size}px.npz`, or give the data set itself as --reference."
+        )
+        wanted = Preparation(image_size=size)
+        return load_generation_reference(path, inception, options.batch_size, wanted, remedy, process)
+    images = open_images(options.reference, options.reference_split, None)
+    if len(images.rows) < 2:
+        raise UserError(
+            f"--reference {images.folder} ({images.split}) has {len(images.rows)} image: 2 or more are needed."
+        )
+    loader = centre_crops(images, size, Decoder(options.exif, MAX_MEGAPIXELS), options, process)
+    batches = ((batch["position"], batch["image"]) for batch in loader)
+    statistics = GenerationStatistics(inception, options.batch_size)
+    return GenerationReference.of(_measure(statistics, batches, len(images.rows), images.folder.name, process))
+
+
+def _generated(options: GenerationOptions, process: Process) -> list[GeneratedSet]:
+    if options.latents:
+        path = resolve(options.latents)
+        return [_decoded(options, path, open_model(model), process) for model in options.models()]
+    path = resolve(options.samples or "")
+    if path.suffix == ".npz":
+        return [_of_npz(options, path, process)]
+    if not path.is_dir():
+        raise UserError(
+            f"--samples {path}: no such folder, and no .npz. Expected an npz with images in `arr_0`, or a folder."
+        )
+    return [_of_folder(options, path, process)]
+
+
+def _of_npz(options: GenerationOptions, path: Path, process: Process) -> GeneratedSet:
+    archive = ImageNpz(path)
+    count, height, width, _ = archive.shape
+    if height != width:
+        raise UserError(f"{path} has images of {height} x {width} px: expected squares.")
+    taken = min(count, options.num_samples or count)
+    return GeneratedSet(
+        str(path), taken, height, lambda: _first(taken, _positioned(archive, options.batch_size, process))
+    )
+
+
+def _of_folder(options: GenerationOptions, path: Path, process: Process) -> GeneratedSet:
+    inputs = open_inputs([str(path)], None, options.num_samples)
+    size = _common_size(inputs)
+    rows = inputs.rows[process.rank :: process.world]
+    transform = EvaluationTransform(size, Decoder("ignore", MAX_MEGAPIXELS))
+
+    def batches() -> Batches:
+        for batch in evaluation_loader(inputs.source, rows, transform, options, process):
+            yield batch["position"] * process.world + process.rank, batch["image"]
+
+    return GeneratedSet(str(path), len(inputs.rows), size, batches)
+
+
+def _common_size(inputs: Inputs) -> int:
+    """Return the side of all images; broken ones are left to the loader."""
+    sizes: dict[tuple[int, int], str] = {}
+    for row in inputs.rows.tolist():
+        name = inputs.source.name(row)
+        try:
+            with Image.open(name) as image:
+                sizes.setdefault(image.size, name)
+        except (OSError, UnidentifiedImageError):
+            continue
+    if len(sizes) != 1 or len(set(next(iter(sizes)))) != 1:
+        found = ", ".join(f"{w} x {h} px ({name})" for (w, h), name in list(sizes.items())[:3]) or "nothing readable"
+        raise UserError(f"{inputs.place}: generated images are squares of one size, found {found}.")
+    return next(iter(sizes))[0]
+
+
+def _decoded(options: GenerationOptions, path: Path, loaded: LoadedModel, process: Process) -> GeneratedSet:
+    rae, size = loaded.rae, options.batch_size
+    latents: LatentNpz | LatentStore = LatentNpz(path) if path.suffix == ".npz" else LatentStore.open(path)
+    if isinstance(latents, LatentStore):
+        check_store(latents, loaded)
+    elif latents.shape[1:] != rae.latent_shape:
+        raise UserError(
+            f"{path} holds latents of {latents.shape[1:]}, the model of {loaded.description['source']} takes "
+            f"{rae.latent_shape} (C x h x w)."
+        )
+    raw = isinstance(latents, LatentStore) and latents.scale == "raw"
+    taken = min(len(latents), options.num_samples or len(latents))
+
+    def stored() -> Batches:
+        if isinstance(latents, LatentNpz):
+            return _positioned(latents, size, process)
+        return ((places, z) for places, _, z in latents.batches(size, process.rank, process.world))
+
+    def batches() -> Batches:
+        rae.to(process.device)
+        with torch.no_grad(), full_float32(process.device):
+            for places, z in _first(taken, stored()):
+                decoded = (rae.decode_raw if raw else rae.decode)(z.to(process.device))
+                yield places, unit_to_bytes(decoded, options.quantization)
+        rae.to("cpu")
+
+    return GeneratedSet(str(loaded.description["source"]), taken, rae.geometry.image_size, batches)
+
+
+def _positioned(archive: NpzRows, size: int, process: Process) -> Batches:
+    for number, rows in enumerate(archive.batches(size, process.rank, process.world)):
+        first = (number * process.world + process.rank) * size
+        yield torch.arange(first, first + len(rows)), rows
+
+
+def _first(count: int, batches: Batches) -> Batches:
+    """Leave out what is at positions from `count` on."""
+    for positions, rows in batches:
+        if (kept := positions < count).any():
+            yield positions[kept], rows[kept]

@@ -1,0 +1,216 @@
+"""The options of the evaluation programs (the shared ones: `src/core/options.py`). No heavy imports."""
+
+import argparse
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+from src.core import options as shared
+from src.core.options import NotNegative, Positive, option
+
+
+def sigma(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: expected a standard deviation of 0 or more")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(shared.LpipsOptions, shared.InceptionOptions, shared.DataOptions, shared.ModelOptions):
+    """`src/eval_rfid.py`."""
+
+    num_samples: Positive = option("images, the first ones of a fixed mixed order", "N", 10000)
+    precision: Literal["32", "16", "bf16"] = option(
+        "of encoder and decoder, whatever training used; 16 on a CPU is bf16", default="32"
+    )
+    quantization: Literal["round", "truncate"] | None = option(
+        "to 8 bits; the official code truncates (default: the checkpoint's callbacks.rfid.quantization, else round)"
+    )
+    reference: tuple[str, ...] = option(
+        "score against `mu` and `sigma`, or the images `arr_0`, of a file instead of the originals; one for all data "
+        "sets or one for each. Another image size is refused, another preparation is warned of",
+        "NPZ",
+        (),
+    )
+    noise_sigma: tuple[Annotated[float, sigma], ...] = option(
+        "standard deviations of noise on the latents before normalisation: a row for each (default: 0)", "S", (0.0,)
+    )
+    layers: tuple[str, ...] = option(
+        "blocks to decode from, k1, k7, k23 or 11.13.15, say: a row for each (default: the model's)", "BLOCKS", ()
+    )
+    output_dir: str | None = option("originals and reconstructions as PNG, and a sheet with their differences", "DIR")
+    save_samples_count: NotNegative = option("pairs in --output_dir", "N", 64)
+    worst: NotNegative = option("sheet of the K worst (by LPIPS, else PSNR) as --output_dir/worst.png", "K", 0)
+    json: str | None = option("all numbers, and all they depend on", "FILE")
+    csv: str | None = option("PSNR, SSIM and LPIPS of each image", "FILE")
+    save_npz: str | None = option("reconstructions as `arr_0` (uint8 N x H x W x 3) for the ADM suite", "FILE")
+
+    def __post_init__(self) -> None:
+        if self.worst and self.output_dir is None:
+            raise ValueError("--worst needs --output_dir: the sheet goes there")
+        if self.save_npz and len(self.data_dir) > 1:
+            raise ValueError("--save_npz takes the images of one data set, --data_dir names several")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceOptions(shared.InceptionOptions, shared.DataOptions):
+    """`src/make_reference.py`."""
+
+    checkpoint: str | None = option(
+        "take the images, the size and --exif that `eval_rfid.py --checkpoint FILE` takes, held-out ones too", "FILE"
+    )
+    image_size: Positive | None = option("side of the centre crop (default: the checkpoint's, else 256)", "PX")
+    kind: Literal["statistics", "images"] = option("what to write", default="statistics")
+    output: str = option("the npz", "FILE", MISSING)
+
+    def __post_init__(self) -> None:
+        if len(self.data_dir) > 1:
+            raise ValueError("one reference is made of one data set; --data_dir names several")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionOptions(shared.LpipsOptions, shared.LoadingOptions, shared.ModelOptions):
+    """`src/reconstruct.py`."""
+
+    input: tuple[str, ...] = option(
+        "image files, folders, patterns in quotes, or one data set on disk (or --from_latents)", "PATH", ()
+    )
+    from_latents: str | None = option("decode latents that --latents stored", "DIR")
+    split: str | None = option("of a data set (default: all of its training split)", "NAME")
+    fit: Literal["crop", "pad", "resize"] = option("how an image becomes a square", default="crop")
+    exif: Literal["apply", "ignore"] = option("turn images as their EXIF says", default="apply")
+    batch_size: Positive = option("images at once and process", "N", 32)
+    max_bad_share: float = option("stop when more of the images can't be decoded", "SHARE", 1.0)
+    output: Path = option("a new folder", "DIR", MISSING)
+    overwrite: bool = option("replace what an earlier call left in --output", default=False)
+    write: tuple[Literal["images", "sheet", "scores", "npz"], ...] = option(
+        "images: PNG files; sheet: originals, reconstructions, differences; scores: PSNR, SSIM and LPIPS of each image "
+        "as CSV; npz: reconstructions and originals for FID programs (default: images sheet scores, nothing with "
+        "--latents)",
+        "WHAT",
+        (),
+    )
+    sheet_images: Positive = option("on the sheet", "N", 32)
+    latents: Literal["raw", "normalized"] | None = option(
+        "store latents as the encoder gives them, or normalised by the model's statistics"
+    )
+    latents_dtype: Literal["fp32", "bf16", "fp16"] = option("of stored latents", default="fp32")
+
+    def __post_init__(self) -> None:
+        if bool(self.input) == bool(self.from_latents):
+            raise ValueError("give one of --input and --from_latents")
+        if self.from_latents and (self.latents or "scores" in self.write):
+            raise ValueError("--from_latents has no originals: neither --latents nor --write scores goes with it")
+
+    @property
+    def products(self) -> frozenset[str]:
+        """What of `write` is made, by default too."""
+        usual = () if self.latents else ("images", "sheet", *(() if self.from_latents else ("scores",)))
+        return frozenset(self.write or usual)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticsOptions(shared.LoadingOptions):
+    """`src/latent_stats.py`."""
+
+    config: tuple[str, ...] = option(
+        "overrides as for src/train.py, experiment=NAME first (one of --config, --checkpoint and --decoder)",
+        "KEY=VALUE",
+        (),
+    )
+    checkpoint: str | None = option(".ckpt that training wrote", "FILE")
+    decoder: str | None = option("exported folder (ours or diffusers)", "DIR")
+    encoder: str | None = option("with --checkpoint: where the same encoder lies on this machine", "PATH")
+    data_dir: str | None = option(
+        "Hugging Face dataset on disk or tree of image files (default: data.data_dir of the run)", "DIR"
+    )
+    split: str = option("a split by its name, or `all` of the training split", "NAME", "all")
+    exif: Literal["apply", "ignore"] = option("as in training", default="apply")
+    output: Path = option("the statistics, .pt", "FILE", MISSING)
+    overwrite: bool = option("replace an existing --output", default=False)
+
+    def __post_init__(self) -> None:
+        if sum(map(bool, (self.config, self.checkpoint, self.decoder))) != 1:
+            raise ValueError("give one of --config, --checkpoint and --decoder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions(shared.InceptionOptions, shared.LoadingOptions, shared.ModelOptions):
+    """`src/eval_generation.py`."""
+
+    decoder: tuple[str, ...] = option(  # type: ignore[assignment]
+        "with --latents: decoder files with the official names, exported folders or .ckpt files; a row for each",
+        "PATH",
+        (),
+    )
+    samples: str | None = option("generated images: `arr_0` of an npz, or a folder", "NPZ|DIR")
+    latents: str | None = option(
+        "instead of --samples: generated latents (of `sample.py --latents`, or a store) with models to decode them",
+        "NPZ|DIR",
+    )
+    quantization: Literal["round", "truncate"] = option("of decoded latents to 8 bits", default="round")
+    reference: str = option(
+        "npz with `mu`, `sigma`, `mu_s`, `sigma_s` and images `arr_0` (ADM's has all, fewer scores without), or a data "
+        "set on disk",
+        "NPZ|DIR",
+        MISSING,
+    )
+    reference_split: str | None = option("of a data set: a split, or `all` (default: as eval_rfid.py --split)", "NAME")
+    exif: Literal["apply", "ignore"] = option("of the images of a data set", default="apply")
+    json: str | None = option("all numbers, and all they depend on", "FILE")
+
+    def __post_init__(self) -> None:
+        if bool(self.samples) == bool(self.latents):
+            raise ValueError("give one of --samples and --latents")
+        if self.samples and (self.decoder or self.checkpoint):
+            raise ValueError("--samples are images already; --decoder and --checkpoint go with --latents")
+        if self.latents and not (self.decoder or self.checkpoint):
+            raise ValueError("--latents need models to decode them: --decoder A B ..., or --checkpoint")
+
+    def models(self) -> list[shared.ModelOptions]:
+        """Return the options of each model that decodes."""
+        common = {entry.name: getattr(self, entry.name) for entry in fields(shared.ModelOptions)}
+        given = [self.checkpoint] * bool(self.checkpoint) + list(self.decoder)
+        kinds = [{"checkpoint": p} if str(p).endswith(".ckpt") else {"decoder": p} for p in given]
+        return [shared.ModelOptions(**{**common, "checkpoint": None, "decoder": None, **kind}) for kind in kinds]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """`src/sample.py`."""
+
+    checkpoint: str = option(".ckpt of a stage-2 run, or a file of the official code", "FILE", MISSING)
+    model: str | None = option("of an official file: its experiment (ditdh_xl, dit_xl, raev2_dit_k7, ...)", "NAME")
+    autoencoder: str | None = option(
+        "where it lies here: a .ckpt, an export, or a mapping like '{decoder: model.pt, encoder_cls: ...}' "
+        "(default: as in training)",
+        "PATH",
+    )
+    guide: str | None = option("the weaker model of autoguidance, with --auto", "FILE")
+    guide_model: str | None = option("of an official file at --guide: its experiment", "NAME")
+    device: str = option("cuda, cuda:N or cpu", "NAME", "cuda")
+    num_images: shared.Positive = option("images", "N", 50_000)
+    labels: str = option("equal (each class equally often), random, null, or classes such as 207,360", "WHICH", "equal")
+    seed: shared.NotNegative = option("of noise and labels", "N", 0)
+    batch_size: shared.Positive = option("images of a block, the unit of work and of going on", "N", 64)
+    decode_batch: shared.Positive = option("images decoded at once", "N", 16)
+    precision: Literal["fp32", "bf16"] = option("of the transformer; published scores are of fp32", default="fp32")
+    steps: shared.Positive | None = option("points (rae) or steps (raev2) (default: as in training)", "N")
+    time_grid: Literal["rae", "raev2"] | None = option("where times end (default: as in training)")
+    method: Literal["euler", "heun", "dopri5"] | None = option("solver (default: as in training)")
+    cfg: tuple[float, ...] = option("scales of classifier-free guidance, a file each; 1: none", "SCALE", ())
+    interval: tuple[str, ...] = option("times at which guidance is used, a file each", "T_MIN:T_MAX", ())
+    internal: float | None = option("scale of internal guidance, of models with a base head", "SCALE")
+    auto: float | None = option("scale of autoguidance by --guide", "SCALE")
+    output: Path = option("the samples, .npz", "FILE", MISSING)
+    latents: Path | None = option("also the normalised latents, .npz", "FILE")
+    grid: Path | None = option("also a picture with a row of images for each of 8 classes, .png", "FILE")
+    overwrite: bool = option("replace an existing or half-made --output", default=False)
+
+    def __post_init__(self) -> None:
+        if (self.guide is None) != (self.auto is None):
+            raise ValueError("--guide and --auto go together")
+        for name in ("internal", "auto"):
+            if (value := getattr(self, name)) is not None and not value >= 1:
+                raise ValueError(f"--{name} {value:g}: expected at least 1")

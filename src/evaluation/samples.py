@@ -1,0 +1,239 @@
+"""Sample a set of images into one npz: in blocks, by several processes, going on after an interruption.
+
+Legend: N images, K classes, C latent channels, h = w latent grid, H = W image px.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from src.core.distributed import Process, wait_for_all
+from src.core.errors import UserError
+from src.core.files import replacing, write_text
+from src.core.images import save_png, sheet, unit_to_bytes
+from src.core.json_files import read_json
+from src.evaluation.generate import Sampler, SamplerSettings, balanced_labels, random_labels
+from src.evaluation.options import SampleOptions
+from src.formats.stage2 import Generator
+
+GRID_ROWS, GRID_COLUMNS = 8, 8
+
+
+def sample(
+    generator: Generator,
+    guide: Generator | None,
+    options: SampleOptions,
+    output: Path,
+    process: Process,
+    update: Callable[[int, int], None] = lambda done, total: None,
+) -> SamplerSettings:
+    """Write `output`, an npz, and return the settings it was made with. On all ranks.
+
+    Raises:
+        UserError: settings that the networks don't allow, a half-made file of other settings, a full disk.
+    """
+    settings = sampler_settings(generator, options)
+    rae = generator.rae
+    assert rae is not None
+    generator.network.to(process.device)
+    rae.to(process.device)
+    weaker = None
+    if guide is not None:
+        weaker = (guide.network.to(process.device), guide.flow.prediction, guide.flow.t_eps)
+    flow = generator.flow
+    sampler = Sampler(generator.network, settings, flow.prediction, flow.t_eps, generator.shift, options.seed, weaker)
+    labels = _labels(options, generator.network.num_classes)
+    shape = (options.num_images, rae.geometry.image_size, rae.geometry.image_size, 3)
+    work = Blocks(output, shape, rae.latent_shape if options.latents else None, options.batch_size, process)
+    work.open({**settings.model_dump(), **_facts(generator, guide, options)}, options.overwrite)
+    mine = work.remaining()
+    for number, indices in enumerate(mine):
+        update(number * len(indices), sum(map(len, mine)))
+        with torch.no_grad(), torch.autocast(process.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+            latents = sampler.latents(indices, torch.from_numpy(labels[indices]), process.device)
+        with torch.no_grad():
+            images = torch.cat([unit_to_bytes(rae.decode(z)) for z in latents.float().split(options.decode_batch)])
+        work.write(indices, images, latents.float())
+    wait_for_all()
+    if process.main:
+        work.finish(labels)
+        if options.grid is not None:
+            save_png(grid(output, labels), options.grid)
+        if options.latents is not None:
+            work.save_latents(options.latents, labels)
+        work.remove()
+    wait_for_all()
+    return settings
+
+
+def sampler_settings(generator: Generator, options: SampleOptions) -> SamplerSettings:
+    """Return the sampler of the model's configuration with what the options say otherwise."""
+    values = dict(generator.sampler)
+    given = {"num_steps": options.steps, "grid": options.time_grid, "method": options.method,
+             "internal": options.internal, "auto": options.auto}  # fmt: skip
+    values |= {name: value for name, value in given.items() if value is not None}
+    if options.cfg:
+        values["cfg"] = options.cfg[0]
+    if options.interval:
+        values["t_min"], values["t_max"] = _interval(options.interval[0])
+    return SamplerSettings.parse(values, "sampler")
+
+
+def describe(generator: Generator, options: SampleOptions) -> str:
+    """Return a line on the model."""
+    step = "" if generator.step is None else f", step {generator.step:,}"
+    assert generator.rae is not None
+    random = " UNTRAINED encoder: random weights, not a result." if generator.rae.encoder.untrained else ""
+    return f"{generator.source}{step}, seed {options.seed}, labels {options.labels}.{random}"
+
+
+class Blocks:
+    """The half-made file: images in place, and which blocks are done. A block is `size` indices in a row."""
+
+    def __init__(
+        self, output: Path, shape: tuple[int, ...], latents: tuple[int, int, int] | None, size: int, process: Process
+    ) -> None:
+        self.output, self.shape, self.size, self.process = output, shape, size, process
+        self.folder = output.with_name(f".{output.name}.parts")
+        self.latents = latents
+        self._journal = self.folder / f"done.{process.rank}"
+
+    def open(self, settings: dict[str, Any], overwrite: bool) -> None:
+        """Make the folder, or take the one of an interrupted run with the same settings. On all ranks."""
+        said = json.loads(json.dumps({**settings, "batch_size": self.size}, default=str))
+        if self.process.main:
+            found = read_json(self.folder / "settings.json") if (self.folder / "settings.json").is_file() else None
+            if found is not None and found != said and not overwrite:
+                other = ", ".join(
+                    f"{key}: {found.get(key)!r} there, {said.get(key)!r} here"
+                    for key in sorted(said.keys() | found.keys())
+                    if said.get(key) != found.get(key)
+                )
+                raise UserError(
+                    f"{self.folder} holds an unfinished run with other settings ({other}). Go on with those settings, or "
+                    "start over with --overwrite."
+                )
+            if found != said:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.folder.mkdir(parents=True)
+                for name, entry in self._files().items():
+                    with open(self.folder / name, "wb") as file:
+                        file.truncate(self.shape[0] * entry)
+                write_text(self.folder / "settings.json", json.dumps(said))
+        wait_for_all()
+        self._open = {name: os.open(self.folder / name, os.O_RDWR) for name in self._files()}
+
+    def remaining(self) -> list[np.ndarray]:
+        """Return the indices of this rank's blocks that are not done yet."""
+        done = {int(line) for file in self.folder.glob("done.*") for line in file.read_text().split("\n")[:-1]}
+        wait_for_all()  # all have read before anyone writes
+        starts = [start for start in range(0, self.shape[0], self.size) if start not in done]
+        mine = starts[self.process.rank :: self.process.world]
+        return [np.arange(start, min(start + self.size, self.shape[0])) for start in mine]
+
+    def write(self, indices: Sequence[int], images: Tensor, latents: Tensor) -> None:
+        """Put a block in place: uint8 B x 3 x H x W, float32 B x C x h x w; then note that it is done."""
+        data = {"images": images.permute(0, 2, 3, 1), "latents": latents}
+        for name, entry in self._files().items():
+            content = data[name].contiguous().cpu().numpy().tobytes()
+            _write_at(self._open[name], content, int(indices[0]) * entry, self.output)
+            os.fsync(self._open[name])
+        with open(self._journal, "a") as journal:
+            journal.write(f"{int(indices[0])}\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+
+    def finish(self, labels: np.ndarray) -> None:
+        """Pack the npz. On rank 0."""
+        images = np.memmap(self.folder / "images", np.uint8, "r", shape=self.shape)
+        with replacing(self.output) as file:
+            np.savez(file, arr_0=images, labels=labels)
+
+    def save_latents(self, target: Path, labels: np.ndarray) -> None:
+        """Write `latents` (float32 N x C x h x w, normalised) and `labels` into an npz. On rank 0."""
+        assert self.latents is not None
+        latents = np.memmap(self.folder / "latents", np.float32, "r", shape=(self.shape[0], *self.latents))
+        with replacing(target) as file:
+            np.savez(file, latents=latents, labels=labels)
+
+    def remove(self) -> None:
+        """Delete the half-made file. On rank 0."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _files(self) -> dict[str, int]:
+        """Bytes of an image in each file."""
+        files = {"images": int(np.prod(self.shape[1:]))}
+        return files | ({"latents": 4 * int(np.prod(self.latents))} if self.latents else {})
+
+
+def grid(samples: Path, labels: np.ndarray) -> Tensor:
+    """Return a picture of the first images of up to 8 classes, a row each: uint8 3 x height x width."""
+    images = np.load(samples)["arr_0"]
+    chosen = [np.flatnonzero(labels == label)[:GRID_COLUMNS] for label in np.unique(labels)[:GRID_ROWS]]
+    return sheet([torch.from_numpy(images[rows]).permute(0, 3, 1, 2) for rows in chosen])
+
+
+def _labels(options: SampleOptions, num_classes: int) -> np.ndarray:
+    """Return the label of each index, int64 (N,); the null label is `num_classes`."""
+    if options.labels == "equal":
+        return balanced_labels(options.seed, options.num_images, num_classes)
+    if options.labels == "random":
+        return random_labels(options.seed, options.num_images, num_classes)
+    if options.labels == "null":
+        return np.full(options.num_images, num_classes, np.int64)
+    try:
+        classes = np.array([int(label) for label in options.labels.split(",")], np.int64)
+    except ValueError as error:
+        raise UserError(
+            f"--labels {options.labels}: expected equal, random, null or classes such as 207,360."
+        ) from error
+    if classes.min() < 0 or classes.max() >= num_classes:
+        raise UserError(f"--labels {options.labels}: the model has classes 0 to {num_classes - 1}.")
+    return classes[np.arange(options.num_images) % len(classes)]
+
+
+def _interval(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(part) for part in text.split(":"))
+    except ValueError as error:
+        raise UserError(f"--interval {text}: expected T_MIN:T_MAX, such as 0.1:1.") from error
+    if not 0 <= low <= high <= 1:
+        raise UserError(f"--interval {text}: expected 0 <= T_MIN <= T_MAX <= 1.")
+    return low, high
+
+
+def _facts(generator: Generator, guide: Generator | None, options: SampleOptions) -> dict[str, Any]:
+    """Return what the images depend on besides the sampler."""
+
+    def digest(network: torch.nn.Module) -> str:
+        parts = (
+            value.detach().flatten()[:64].float().cpu().numpy().tobytes() for value in network.state_dict().values()
+        )
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+    assert generator.rae is not None
+    return {
+        "seed": options.seed, "num_images": options.num_images, "labels": options.labels, "precision": options.precision,
+        "network": digest(generator.network), "decoder": digest(generator.rae.decoder),
+        "guide": None if guide is None else digest(guide.network), "latents": options.latents is not None,
+    }  # fmt: skip
+
+
+def _write_at(file: int, content: bytes, offset: int, output: Path) -> None:
+    view = memoryview(content)
+    try:
+        while view:
+            written = os.pwrite(file, view, offset)
+            view, offset = view[written:], offset + written
+    except OSError as error:
+        raise UserError(
+            f"--output {output}: {error.strerror or error}. Make room and run the same command again: it goes on where it stopped."
+        ) from error

@@ -1,0 +1,48 @@
+"""Open the autoencoder of a stage-2 model: whatever stage 1 leaves, or released files by name."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from src.core.errors import UserError
+from src.core.options import ModelOptions
+from src.core.settings import check_keys
+from src.formats.checkpoint import LoadedModel
+from src.formats.opening import open_model
+from src.models.rae import read_statistics
+
+
+def open_autoencoder(
+    where: str | Mapping[str, Any] | None, statistics: str | None = None, image_size: int | None = None
+) -> LoadedModel:
+    """Return a frozen RAE with latent statistics.
+
+    Args:
+        where: a `.ckpt` or an export of this trainer, a diffusers folder; or a mapping {encoder_cls, encoder, decoder,
+            statistics, decoder_config, ...} of released files.
+        statistics: a file, where the autoencoder has none or others are wanted.
+        image_size: px that its images must have; None: its own.
+
+    Raises:
+        UserError: files that are missing or don't fit, no statistics, another image size.
+    """
+    if where is None:
+        raise UserError(
+            "model.autoencoder is not set: give a .ckpt of stage 1, the folder of an export, or a mapping such as "
+            "'{encoder_cls: Dinov2withNorm, encoder: facebook/dinov2-with-registers-base, decoder: model.pt, statistics: stat.pt}'."
+        )
+    if isinstance(where, str):
+        choice: dict[str, Any] = {"checkpoint" if where.endswith(".ckpt") else "decoder": where}
+    else:
+        choice = {{"statistics": "stats"}.get(str(key), str(key)): value for key, value in where.items()}
+        check_keys(choice, [field.name for field in fields(ModelOptions)], "model.autoencoder")
+    loaded = open_model(ModelOptions(**{**choice, "image_size": image_size}))
+    rae = loaded.rae
+    if statistics is not None:
+        rae.set_statistics(*read_statistics(statistics, rae.latent_shape, rae.encoder.identity()))
+    if not rae.has_statistics:
+        raise UserError(
+            f"The autoencoder {where} has no latent statistics. Make them with `python src/latent_stats.py --checkpoint CKPT "
+            "--data_dir IMAGES --output stats.pt` and set model.statistics=stats.pt."
+        )
+    return loaded

@@ -1,0 +1,229 @@
+"""Scores of generated images, as ADM's evaluation suite has them: gFID, sFID, Inception Score, precision and recall.
+
+- gFID, sFID: Frechet distance (`src/metrics/fid.py`) of pooled and of spatial Inception features; sFID is of Nash et
+  al., arXiv 2103.03841.
+- Inception Score: Salimans et al., arXiv 1606.03498; mean over splits of 5,000 images in their order.
+- Precision and recall: Kynkaanniemi et al., arXiv 1904.06991; k = 3, on pooled features.
+
+Legend: B batch, N generated images, M reference images, F pooled features, K classes.
+"""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from src.core.distributed import Process, float64_device, gather_on_main, sum_over_ranks
+from src.core.errors import UserError
+from src.metrics.fid import FeatureStatistics, Moments, few_images_warning, frechet_distance, load_npz
+from src.metrics.inception import InceptionFeatures
+from src.metrics.inception_network import SPATIAL_DIM, TF_CLASSES
+from src.metrics.npz import ImageNpz, opened_npz
+from src.metrics.reference import Preparation, load_reference
+
+log = logging.getLogger(__name__)
+
+SPLIT_IMAGES = 5000
+NEIGHBOURS = 3
+CHUNK_NUMBERS = 2**24  # distances at once: 128 MiB
+
+
+class InceptionScore:
+    """exp of the mean KL divergence between an image's classes and those of its split; the mean over splits.
+
+    Keeps sums alone, so that batches and ranks add up. `images`: how many there are, or more.
+    """
+
+    def __init__(self, images: int, classes: int = TF_CLASSES, split_images: int = SPLIT_IMAGES) -> None:
+        self.split_images = split_images
+        splits = -(-images // split_images)
+        self._sums = torch.zeros(splits, classes + 2, dtype=torch.float64)  # probabilities, entropy, images
+
+    def update(self, logits: Tensor, positions: Tensor) -> None:
+        """Take in logits B x K of the images at `positions` (B,) in the whole, from 0."""
+        probabilities = logits.detach().cpu().double().softmax(dim=1)
+        entropy = torch.special.entr(probabilities).sum(dim=1, keepdim=True)
+        rows = torch.cat([probabilities, entropy, torch.ones_like(entropy)], dim=1)
+        self._sums.index_add_(0, positions.cpu() // self.split_images, rows)
+
+    def reduce(self) -> None:
+        """Add up the ranks; once, on every rank."""
+        self._sums = sum_over_ranks(self._sums)
+
+    def compute(self) -> float:
+        sums = self._sums[self._sums[:, -1] > 0]
+        means = sums[:, :-1] / sums[:, -1:]
+        divergence = torch.special.entr(means[:, :-1]).sum(dim=1) - means[:, -1]
+        return divergence.exp().mean().item()
+
+
+def neighbour_distances(features: Tensor, k: int = NEIGHBOURS) -> Tensor:
+    """Return the distance of each of `features` N x F to its k-th nearest neighbour among the others, (N,).
+
+    Memory beside the features is bounded: a part of the N x N distances at a time.
+
+    Raises:
+        UserError: k images or fewer.
+    """
+    if len(features) <= k:
+        raise UserError(
+            f"Precision and recall look at the {k} nearest neighbours of an image among the others, so they need at "
+            f"least {k + 1} images on each side; got {len(features)}. Give more images."
+        )
+    parts = [
+        part.kthvalue(k + 1, dim=1).values for part in _distances(features, features)
+    ]  # the first is the image itself
+    return torch.cat(parts)
+
+
+def share_inside(points: Tensor, centres: Tensor, radii: Tensor) -> float:
+    """Return the share of `points` N x F that lie within `radii` (M,) of any of `centres` M x F."""
+    inside = [(part <= radii).any(dim=1) for part in _distances(points, centres)]
+    return torch.cat(inside).double().mean().item()
+
+
+def precision_recall(generated: Tensor, reference: Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
+    """Return precision (share of `generated` N x F near a reference image) and recall (the other way round)."""
+    generated, reference = generated.double(), reference.double()
+    precision = share_inside(generated, reference, neighbour_distances(reference, k))
+    return precision, share_inside(reference, generated, neighbour_distances(generated, k))
+
+
+def _distances(rows: Tensor, columns: Tensor) -> Iterable[Tensor]:
+    for part in rows.split(max(1, CHUNK_NUMBERS // len(columns))):
+        yield torch.cdist(part, columns, compute_mode="use_mm_for_euclid_dist")
+
+
+class GenerationStatistics:
+    """Everything that the scores take of a set of images. `update` with batches, then `reduce` once on every rank.
+
+    Args:
+        images: how many there are, or more; for the splits of the Inception Score. 0: no Inception Score.
+
+    Memory: two covariances, and of each image its pooled features (400 MB for 50,000).
+    """
+
+    def __init__(self, inception: InceptionFeatures, batch_size: int, images: int = 0) -> None:
+        self.inception, self.batch_size = inception, batch_size
+        device = float64_device(inception.device)
+        self.pool = FeatureStatistics(inception.feature_dim, device)
+        self.spatial = FeatureStatistics(SPATIAL_DIM, device)
+        self.inception_score = InceptionScore(images) if images else None
+        self._features: list[Tensor] = []
+
+    @property
+    def count(self) -> int:
+        return self.pool.count
+
+    @property
+    def mean(self) -> Tensor:
+        """(F,) float64; with `covariance` and `count` these statistics are `Moments`."""
+        return self.pool.mean
+
+    @property
+    def covariance(self) -> Tensor:
+        return self.pool.covariance
+
+    @property
+    def features(self) -> Tensor:
+        """N x F float32 on the CPU; once reduced, of all ranks on rank 0."""
+        return torch.cat(self._features) if self._features else torch.empty(0, self.inception.feature_dim)
+
+    def update(self, images: Tensor, positions: Tensor | None = None) -> None:
+        """Take in uint8 images B x 3 x H x W, and their positions (B,) in the whole where there is an Inception Score."""
+        for start in range(0, len(images), self.batch_size):
+            outputs = self.inception.outputs(images[start : start + self.batch_size])
+            self.pool.update(outputs.pool)
+            self.spatial.update(outputs.spatial)
+            self._features.append(outputs.pool.cpu())
+            if self.inception_score is not None and positions is not None:
+                self.inception_score.update(outputs.logits, positions[start : start + self.batch_size])
+
+    def reduce(self) -> Self:
+        self.pool.reduce()
+        self.spatial.reduce()
+        if self.inception_score is not None:
+            self.inception_score.reduce()
+        self._features = [rows for rank in gather_on_main(self._features) for rows in rank]
+        return self
+
+
+@dataclass(frozen=True)
+class GenerationReference:
+    """What generated images are scored against; without `spatial` no sFID, without `features` no precision and recall."""
+
+    pool: Moments
+    spatial: Moments | None = None
+    features: Tensor | None = None  # M F
+
+    @classmethod
+    def of(cls, statistics: GenerationStatistics) -> Self:
+        return cls(statistics.pool, statistics.spatial, statistics.features)
+
+
+def load_generation_reference(
+    path: str | Path,
+    inception: InceptionFeatures,
+    batch_size: int,
+    wanted: Preparation,
+    remedy: str = "",
+    process: Process | None = None,
+) -> GenerationReference:
+    """Read an npz with `mu`, `sigma`, `mu_s`, `sigma_s` and images `arr_0` (ADM's), or with some of them (ours).
+
+    Stored moments count; what is missing is made of the images, or left out with a warning where there are none.
+    Arguments, checks and errors are those of `load_reference`. On all ranks; whole on rank 0.
+    """
+
+    def measure(batches: Iterable[Tensor], inception: InceptionFeatures, batch_size: int) -> GenerationStatistics:
+        found = GenerationStatistics(inception, batch_size)
+        for images in batches:
+            found.update(images)
+        return found.reduce()
+
+    pool = load_reference(path, inception, batch_size, wanted, remedy, process, measure)
+    if isinstance(pool, GenerationStatistics):
+        return GenerationReference.of(pool)
+    with opened_npz(path) as archive:
+        names = set(archive.files)
+    spatial: Moments | None = load_npz(path, ("mu_s", "sigma_s")) if {"mu_s", "sigma_s"} <= names else None
+    features = None
+    if "arr_0" in names:
+        rank, world = (process.rank, process.world) if process else (0, 1)
+        made = measure(ImageNpz(path).batches(batch_size, rank, world), inception, batch_size)
+        spatial, features = spatial or made.spatial, made.features
+    missing = ["sFID"] * (spatial is None) + ["precision and recall"] * (features is None)
+    if missing:
+        log.warning(
+            "%s has no images (`arr_0`), so there is no %s. A reference of images has everything: "
+            "`python src/make_reference.py --kind images`. %s", path, ", and no ".join(missing), remedy,
+        )  # fmt: skip
+    return GenerationReference(pool, spatial, features)
+
+
+def compute_scores(
+    generated: GenerationStatistics, reference: GenerationReference, device: torch.device | str = "cpu"
+) -> dict[str, float | int]:
+    """Return `gfid`, `sfid`, `inception_score`, `precision`, `recall` (those that can be had) and `images`. On rank 0.
+
+    Names of numbers from an untrained network end in `_untrained`. `device` does the distances of precision and recall.
+    """
+    if warning := few_images_warning(generated.count, generated.inception.feature_dim):
+        log.warning("%s", warning)
+    scores = {"gfid": frechet_distance(reference.pool, generated.pool)}
+    if reference.spatial is not None:
+        scores["sfid"] = frechet_distance(reference.spatial, generated.spatial)
+    if generated.inception_score is not None:
+        scores["inception_score"] = generated.inception_score.compute()
+    if reference.features is not None:
+        pair = generated.features.to(device), reference.features.to(device)
+        if min(map(len, pair)) > NEIGHBOURS:
+            scores["precision"], scores["recall"] = precision_recall(*pair)
+        else:
+            log.warning("Less than %d images on one side: no precision and recall.", NEIGHBOURS + 1)
+    suffix = "_untrained" if generated.inception.untrained else ""
+    return {**{name + suffix: value for name, value in scores.items()}, "images": generated.count}

@@ -1,0 +1,117 @@
+"""Files of an encoder's folder or hub repository: are they whole, and what they say about pixels.
+
+Broken downloads leave pointers of git-lfs, pages of HTML, empty and cut files; each is named with its size and a remedy.
+"""
+
+import json
+import logging
+import math
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from src.core.errors import UserError
+from src.core.json_files import read_json
+
+log = logging.getLogger(__name__)
+
+PixelStatistics = tuple[Sequence[float], Sequence[float]]
+STATISTICS: dict[str, PixelStatistics] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+"""Mean and std of pixels in [0, 1], by name."""
+_WEIGHTS = ("*.safetensors", "*.bin")
+_REMEDY = "Download it again (`hf download ID --local-dir FOLDER`), and compare its size with the one on the hub"
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError where config, preprocessor or weights in `folder` are not what their names say."""
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder} holds a PEFT adapter, which names another model. Merge it and save the whole encoder."
+        )
+    names = ["config.json", "preprocessor_config.json", "model.safetensors.index.json"]
+    found = [folder / name for name in names if (folder / name).is_file()]
+    for file in [*found, *(file for pattern in _WEIGHTS for file in sorted(folder.glob(pattern)))]:
+        if problem := _problem(file):
+            raise UserError(f"{file} ({file.stat().st_size:,} bytes) {problem}.")
+    index = folder / "model.safetensors.index.json"
+    if index in found:
+        shards = set(read_json(index, _REMEDY, weight_map=dict)["weight_map"].values())
+        if missing := sorted(str(name) for name in shards if not (folder / str(name)).is_file()):
+            raise UserError(f"{folder} lacks {', '.join(missing)}, which {index.name} names. {_REMEDY}.")
+
+
+def read_statistics(place: str, default: PixelStatistics) -> PixelStatistics:
+    """Return (mean, std) from `preprocessor_config.json` of a folder or hub id, or `default` where there is none.
+
+    Raises:
+        UserError: neither a folder nor a hub id, or numbers that are no mean and std of three channels.
+    """
+    from transformers.utils import cached_file
+
+    try:
+        file = cached_file(
+            place,
+            "preprocessor_config.json",
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.encoder_config_path={place}: {str(error).splitlines()[0]}. Expected a hub id, or a folder with "
+            "preprocessor_config.json."
+        ) from error
+    if not file:
+        log.info("%s has no preprocessor_config.json: mean and std are those of its family.", place)
+        return default
+    said = read_json(file, _REMEDY)
+    if said.get("do_normalize") is False:
+        return STATISTICS["none"]
+    return checked_statistics(said.get("image_mean", default[0]), said.get("image_std", default[1]), file)
+
+
+def checked_statistics(mean: Any, std: Any, file: object) -> PixelStatistics:
+    """Return (mean, std). UserError unless each is three finite numbers, those of std positive."""
+    for name, values, least in (("mean", mean, -math.inf), ("std", std, 0.0)):
+        numbers = isinstance(values, Sequence) and all(type(value) in (int, float) for value in values)
+        if not numbers or len(values) != 3 or not all(math.isfinite(value) and value > least for value in values):
+            raise UserError(
+                f"{file}: image_{name} is {values!r:.80}; expected three finite numbers{', above 0' * (name == 'std')}."
+            )
+    return mean, std
+
+
+def _problem(file: Path) -> str | None:
+    """Return what a file seems to be instead of what its name says, with the remedy; None where it is whole."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(1024)
+    if not start:
+        return f"is empty. {_REMEDY}"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a pointer of git-lfs, not the file itself. Run `git lfs pull` in that folder, or `hf download`"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return f"is a page of HTML: a log-in or error page was saved. {_REMEDY}, with HF_TOKEN where the model is gated"
+    if file.suffix == ".json":
+        read_json(file, _REMEDY + ".")
+        return None
+    if file.suffix == ".bin":
+        whole = zipfile.is_zipfile(file) or start[:1] == b"\x80"  # torch's zip, or its pickle of before 1.6
+        return None if whole else f"is cut short or no file of torch. {_REMEDY}"
+    length = int.from_bytes(start[:8], "little")
+    if size < 8 or length > size - 8:
+        return f"is cut short or no safetensors file: its header alone would take {length:,} bytes. {_REMEDY}"
+    try:
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(8 + length)[8:])
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        expected = 8 + length + max(ends, default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        return f"is no safetensors file: its header can't be read. {_REMEDY}"
+    return f"is cut short: {expected:,} bytes are expected. {_REMEDY}" if size < expected else None

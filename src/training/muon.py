@@ -1,0 +1,55 @@
+"""Muon for matrices and AdamW for the rest, as one optimiser: one schedule, one entry in a checkpoint.
+
+Source: RAEv2 (arXiv 2605.18324), stage-2 recipe section 8. Named deviation: torch's Muon takes one coefficient triple for
+all Newton-Schulz steps, where RAEv2's private package takes Polar Express coefficients.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Updates 2-D parameters by Muon (momentum .95, Nesterov, learning rates matched to AdamW's), all others by AdamW.
+
+    `found_inf`, where it is set, is a scalar on the device: at 1 weights and moments stay as they are. The host reads it,
+    since torch's Muon can't: one wait for the device an update.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        momentum: float = 0.95,
+    ) -> None:
+        parameters = list(parameters)
+        matrices = [p for p in parameters if p.ndim == 2]
+        others = [p for p in parameters if p.ndim != 2]
+        muon = torch.optim.Muon(
+            matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=True, adjust_lr_fn="match_rms_adamw"
+        )
+        adamw = torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+        self.parts: tuple[torch.optim.Optimizer, ...] = (muon, adamw)
+        self.found_inf: Tensor | None = None
+        super().__init__([{"params": matrices}, {"params": others}], {"lr": lr})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update both parts with the learning rate of the first group."""
+        result = closure() if closure is not None else None
+        if self.found_inf is None or not self.found_inf.item():
+            for part in self.parts:
+                for group in part.param_groups:
+                    group["lr"] = self.param_groups[0]["lr"]
+                part.step()
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"muon": self.parts[0].state_dict(), "adamw": self.parts[1].state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, name in zip(self.parts, ("muon", "adamw"), strict=True):
+            part.load_state_dict(state_dict[name])

@@ -1,0 +1,269 @@
+"""Stage-2 training of a diffusion transformer on RAE latents as a LightningModule. Sources: RAE (arXiv 2510.11690), RAEv2
+(arXiv 2605.18324). The mathematics of a step is in `src/training/stage2_step.py`.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from src.core.distributed import sum_over_ranks
+from src.core.ema import EMA
+from src.core.errors import UserError
+from src.core.images import unit_to_bytes
+from src.core.schedules import Schedule
+from src.core.weights import freeze
+from src.evaluation.generate import Sampler, SamplerSettings
+from src.formats.autoencoder import open_autoencoder
+from src.formats.checkpoint import statistics_digest
+from src.losses.flow_matching import FlowSettings
+from src.models.dit import build_network, forward_flops
+from src.training.module import StageModule, sizes
+from src.training.muon import MuonWithAdamW
+from src.training.optimisation import adamw
+from src.training.settings import OptimizerSettings, StageSettings
+from src.training.stage2_step import FlowDraws, FlowStep
+
+log = logging.getLogger(__name__)
+
+QUARTERS = 4
+NO_LABELS = (
+    "The data has no labels, and a diffusion transformer is trained on classes. Use a data set with a label column (data.label "
+    "names it), class folders, or .cls members of tars."
+)
+STUCK_AFTER = 500
+"""Updates after which a run whose loss is that of an untrained network is told so."""
+STUCK_SHARE = 0.97
+"""Of the loss of the output 0, above which it counts as not learning."""
+
+
+class TransformerOptimizer(OptimizerSettings):
+    """The node `model.optimizer`."""
+
+    name: Literal["adamw", "muon"]
+    """muon: Muon for matrices, AdamW for the rest (RAEv2)."""
+
+
+class Stage2Settings(StageSettings):
+    """The whole node `model:` of stage 2."""
+
+    typed_as: ClassVar[Mapping[str, str]] = {"image_size": "data.image_size"}
+
+    autoencoder: Any
+    """A path or a mapping, see `open_autoencoder`."""
+    statistics: str | None
+    image_size: int = Field(ge=1)
+    network: Mapping[str, Any]
+    """`name`, a class of src/models/dit.py, and its arguments."""
+    num_classes: int = Field(ge=1)
+    label_dropout: float = Field(ge=0, le=1)
+    flip_probability: float = Field(ge=0, le=1)
+    flow: FlowSettings
+    sampler: SamplerSettings
+    sample_classes: Annotated[int, Field(ge=1)]
+    optimizer: TransformerOptimizer
+    scheduler: Schedule
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], key: str = "model") -> Self:
+        """Check the node. Raises UserError with every problem."""
+        return super().parse(values, key)
+
+
+class DiffusionModule(StageModule):
+    """What trains and what is kept: the transformer and its EMA. Arguments: the keys of `model:`."""
+
+    frozen: ClassVar[tuple[str, ...]] = ("rae.",)
+    on_device: ClassVar[tuple[str, ...]] = ("image", "latent", "label")
+    published_batch: ClassVar[int] = 1024
+    sparse_terms: ClassVar[tuple[str, ...]] = ("train/loss_q",)
+    settings: Stage2Settings
+
+    def __init__(self, **config: Any) -> None:
+        settings = Stage2Settings.parse(config)
+        super().__init__(settings)
+        loaded = open_autoencoder(settings.autoencoder, settings.statistics, settings.image_size)
+        self.rae = loaded.rae
+        self.autoencoder_identity = {
+            "encoder": dict(loaded.description["encoder"]),
+            "statistics": {"digest": statistics_digest(self.rae)},
+        }
+        self.network = build_network(
+            settings.network, self.rae.latent_shape, settings.num_classes, settings.label_dropout, settings.loop.seed
+        )
+        self.ema = EMA(self.network, settings.loop.ema_decay)
+        self.ema_network = self.ema.average
+        self.step = FlowStep(
+            self.rae, settings.flow, settings.num_classes, settings.label_dropout, settings.flip_probability
+        )
+        freeze(self.rae)
+        self._window: Tensor | None = None
+        self._window_updates = 0
+        self._warned = False
+        self.exchange_gradients_of("network.")
+
+    # -- training
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        settings = self.settings.optimizer
+        if settings.name == "adamw":
+            return [adamw(self.network, settings)]
+        parameters = (p for p in self.network.parameters() if p.requires_grad)
+        return [MuonWithAdamW(parameters, settings.lr, settings.betas, settings.weight_decay)]
+
+    def learning_rates(self, step: int) -> dict[str, float]:
+        return {"network": self.settings.scheduler.lr(step, self.steps_per_epoch)}
+
+    def compute_gradients(self, batch: Mapping[str, Any], batch_idx: int, step: int, share: float) -> dict[str, Tensor]:
+        labels = self._labels(batch)
+        draws = FlowDraws.at(self.settings.loop.seed, batch, self.rae.latent_shape, self.device, training=True)
+        terms = self.step.training_terms(self.network, batch.get("image"), batch.get("latent"), labels, draws)
+        self.manual_backward(terms["loss"].mean() * share)
+        self._add_to_window(step, terms, draws)
+        return {name: value.detach().mean() for name, value in terms.items() if name != "zero"}
+
+    def update(self, step: int, batch_idx: int, terms: Mapping[str, Tensor]) -> None:
+        self.train_terms["train/grad_norm"] = self.step_optimizer(
+            step,
+            self.optimizer_list()[0],
+            self.learning_rates(step)["network"],
+            {"loss": terms["loss"]},
+            scaler=self.scalers()["network"],
+            clip=self.settings.loop.gradient_clip_val,
+        )
+        assert self._window is not None
+        sums, counts = self._window[:QUARTERS], self._window[QUARTERS : 2 * QUARTERS]
+        for number, value in enumerate(sums / counts, 1):
+            self.train_terms[f"train/loss_q{number}"] = value
+
+    def _labels(self, batch: Mapping[str, Any]) -> Tensor:
+        if "label" not in batch:
+            raise UserError(NO_LABELS)
+        return batch["label"]
+
+    def _add_to_window(self, step: int, terms: Mapping[str, Tensor], draws: FlowDraws) -> None:
+        """Sum losses by quartile of t since the last log entry: 4 sums, 4 counts, the loss of the output 0; no waiting."""
+        if self._window is None or (step % self.settings.loop.log_every_n_steps == 0 and step != self._window_updates):
+            self._window = torch.zeros(2 * QUARTERS + 1, device=self.device)
+            self._window_updates = step
+        quartile = (draws.time * QUARTERS).long().clamp(max=QUARTERS - 1)
+        losses = terms["loss"].detach()
+        self._window.index_add_(0, quartile, losses)
+        self._window.index_add_(0, quartile + QUARTERS, torch.ones_like(losses))
+        self._window[-1] += terms["zero"].sum()
+
+    def check_numbers(self) -> None:
+        super().check_numbers()
+        if self._warned or self._window is None or self.global_step < STUCK_AFTER:
+            return
+        loss, zero = float(self._window[:QUARTERS].sum()), float(self._window[-1])
+        if loss > STUCK_SHARE * zero:
+            self._warned = True
+            log.warning(
+                "After %d updates the loss is still %.0f %% of that of an untrained network: this run is not learning. Is the "
+                "network at least as wide as the latent (%d channels)? Are the statistics those of this encoder? Is the "
+                "learning rate right?",
+                self.global_step, 100 * loss / zero, self.rae.latent_shape[0],
+            )  # fmt: skip
+
+    # -- evaluation
+
+    def on_validation_epoch_start(self) -> None:
+        self._totals = torch.zeros(2 * QUARTERS, dtype=torch.float64)
+
+    @torch.no_grad()
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        draws = FlowDraws.at(self.settings.loop.seed, batch, self.rae.latent_shape, self.device, training=False)
+        latents = batch["latent"] if "latent" in batch else self.step.encode(batch["image"], draws.flip < 0)
+        losses = self.step.losses(self.ema_network, latents, self._labels(batch), draws)["loss"].double().cpu()
+        quartile = (draws.time.cpu() * QUARTERS).long().clamp(max=QUARTERS - 1)
+        self._totals.index_add_(0, quartile, losses)
+        self._totals.index_add_(0, quartile + QUARTERS, torch.ones_like(losses))
+
+    def on_validation_epoch_end(self) -> None:
+        sums, counts = sum_over_ranks(self._totals).chunk(2)
+        values = {"val/loss": float(sums.sum() / counts.sum())}
+        quarters = zip(range(1, QUARTERS + 1), sums.tolist(), counts.tolist(), strict=True)
+        self.record_scores(values | {f"val/loss_q{n}": total / count for n, total, count in quarters if count})
+
+    def sampler(self, settings: SamplerSettings | None = None) -> Sampler:
+        """Return a sampler of the averaged network."""
+        flow = self.settings.flow
+        settings = settings or self.settings.sampler
+        return Sampler(
+            self.ema_network, settings, flow.prediction, flow.t_eps, self.step.shift, self.settings.loop.seed
+        )
+
+    @torch.no_grad()
+    def sample_rows(self, images: Tensor) -> list[Tensor]:
+        """Return a row for each of `sample_classes` classes, always of the same noise; as many columns as `images`."""
+        count, classes = len(images), self.settings.num_classes
+        chosen = torch.linspace(0, classes - 1, min(self.settings.sample_classes, classes)).long().unique().tolist()
+        sampler, rows = self.sampler(), []
+        for row, label in enumerate(chosen):
+            indices = range(row * count, (row + 1) * count)
+            latents = sampler.latents(indices, torch.full((count,), label), self.device)
+            rows.append(unit_to_bytes(self.rae.decode(latents).float()))
+        return rows
+
+    # -- what a run is told of
+
+    @classmethod
+    def check_config(cls, config: Mapping[str, Any]) -> None:
+        Stage2Settings.parse(config)
+
+    def facts(self) -> list[tuple[str, str]]:
+        channels, grid, _ = self.rae.latent_shape
+        encoder = self.rae.encoder
+        untrained = " (UNTRAINED)" if encoder.untrained else ""
+        forward, size = forward_flops(self.network) / 1e9, self.rae.geometry.image_size
+        return [
+            (
+                "latents",
+                f"{size} px image -> {channels} x {grid} x {grid}, time shift {self.step.shift:.4g}",
+            ),
+            ("encoder", f"{type(encoder).__name__} {encoder.source}, blocks {list(encoder.layers)}{untrained}"),
+            ("trained", f"{sizes({type(self.network).__name__: self.network})}, {forward:.3g} GFLOP forward an image"),
+            ("frozen", sizes({"encoder": encoder, "decoder": self.rae.decoder})),
+            ("classes", f"{self.settings.num_classes}, dropped with probability {self.settings.label_dropout:g}"),
+        ]
+
+    def doubts(self, max_epochs: int | None) -> list[str]:
+        width, channels = self.network.final_layer.linear.in_features, self.rae.latent_shape[0]
+        if width >= channels:
+            return []
+        return [
+            f"The network's last width is {width}, the latent has {channels} channels: a narrower network can't fit the latents "
+            "(arXiv 2510.11690). Raise model.network.hidden_size."
+        ]
+
+    def untrained_parts(self) -> list[str]:
+        return ["encoder"] * self.rae.encoder.untrained
+
+    # -- set-up and checkpoints
+
+    def on_fit_start(self) -> None:
+        classes, known = self.trainer.datamodule.num_classes, self.settings.num_classes
+        if classes is None:
+            raise UserError(NO_LABELS)
+        if classes > known:
+            raise UserError(
+                f"The data has {classes} classes, the network's table model.num_classes={known}: set model.num_classes={classes}."
+            )
+        super().on_fit_start()
+
+    def cast_when_half(self) -> Sequence[nn.Module]:
+        return []  # the encoder runs in float32
+
+    def parts_to_compile(self) -> Sequence[nn.Module]:
+        return [*self.network.blocks, *self.ema_network.blocks, *self.rae.encoder.blocks()]
+
+    def identity(self) -> dict[str, dict[str, Any]]:
+        channels, grid, _ = self.rae.latent_shape
+        network = {f"model.network.{name}": value for name, value in self.settings.network.items()}
+        latents = {"latent channels": channels, "latent grid": grid, "model.num_classes": self.settings.num_classes}
+        flow = {"model.flow.prediction": self.settings.flow.prediction, "time shift": self.step.shift}
+        return {"architecture": {"stage": 2, **latents, **network, **flow}, **self.autoencoder_identity}

@@ -1,0 +1,105 @@
+"""One step of stage-2 training, in plain torch: flow matching on RAE latents. Sources: RAE (arXiv 2510.11690), RAEv2 (arXiv
+2605.18324); recipe of stage 2, sections 1, 5 and 8.
+
+    z    = (encode(flip(x)) - mean) / sqrt(var + 1e-5)      frozen, float32
+    t    = shift(draw of the distribution)                  1 is noise, 0 is data
+    z_t  = (1 - t) z + t eps
+    loss = mean |v(z_t, t, y) - (eps - z)|^2                y is the null label with probability label_dropout
+
+Legend: B batch, C latent channels, h = w latent grid, K classes (K itself is the null label).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from src.core import random_streams as streams
+from src.core.images import bytes_to_unit
+from src.core.random_streams import Purpose
+from src.losses import flow_matching as flow
+from src.losses.flow_matching import FlowSettings
+from src.models.rae import RAE
+
+
+@dataclass(frozen=True)
+class FlowDraws:
+    """Everything random about a micro-batch, one row an image."""
+
+    noise: Tensor
+    """eps, B C h w."""
+    time: Tensor
+    """U[0, 1), (B,)."""
+    drop: Tensor
+    """U[0, 1), (B,): below label_dropout the label is dropped."""
+    flip: Tensor
+    """U[0, 1), (B,): below the flip probability the image is mirrored."""
+
+    @classmethod
+    def at(
+        cls, seed: int, batch: Mapping[str, Any], shape: tuple[int, int, int], device: torch.device, training: bool
+    ) -> "FlowDraws":
+        """Return the draws of the batch's positions: functions of (seed, epoch, position), of nothing that ran before."""
+        epoch, positions = int(batch["epoch"]), batch["position"].tolist()
+        noise, scalars = (
+            (Purpose.FLOW_NOISE, Purpose.FLOW_SCALARS) if training else (Purpose.EVAL_NOISE, Purpose.EVAL_SCALARS)
+        )
+        columns = streams.uniforms(seed, scalars, epoch, positions, 3).to(device, non_blocking=True)
+        time, drop, flip = columns.unbind(1)
+        return cls(streams.normals(seed, noise, epoch, positions, shape, device), time, drop, flip)
+
+
+class FlowStep:
+    """The loss of a micro-batch. It knows no optimiser and no Lightning."""
+
+    def __init__(
+        self, rae: RAE, settings: FlowSettings, num_classes: int, label_dropout: float, flip_probability: float
+    ) -> None:
+        self.rae = rae
+        self.settings = settings
+        self.num_classes = num_classes
+        self.label_dropout = label_dropout
+        self.flip_probability = flip_probability
+        self.shift = settings.shift_for(rae.latent_shape)
+
+    def encode(self, images: Tensor, flip: Tensor) -> Tensor:
+        """uint8 B 3 H W -> normalised latents B C h w, float32 whatever autocast says; mirrored where `flip`, (B,) bool."""
+        images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+        with torch.autocast(images.device.type, enabled=False), record_function("encode"):
+            return self.rae.encode(bytes_to_unit(images))
+
+    def losses(self, network: nn.Module, latents: Tensor, labels: Tensor, draws: FlowDraws) -> dict[str, Tensor]:
+        """Return per-image terms (B,): loss; full and base where there is a base head; zero, the loss of the output 0.
+
+        Args:
+            latents: normalised, B C h w float32.
+            labels: (B,) int64 in 0..K; the null label stays what it is.
+        """
+        t = self.settings.draw_time(draws.time, self.shift)
+        with record_function("denoise"):
+            output = network(flow.interpolate(latents, draws.noise, t), t, labels)
+        output = tuple(part.float() for part in output) if isinstance(output, tuple) else output.float()
+        terms = self._loss(output, latents, draws.noise, t)
+        zero = torch.zeros_like(latents)
+        with torch.no_grad():
+            reference = self._loss((zero, zero) if isinstance(output, tuple) else zero, latents, draws.noise, t)
+        return terms | {"zero": reference["loss"]}
+
+    def _loss(self, output: Any, latents: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
+        settings = self.settings
+        return flow.flow_matching_loss(
+            output, latents, noise, t, settings.prediction, settings.t_eps, settings.base_weight
+        )
+
+    def training_terms(
+        self, network: nn.Module, images: Tensor | None, latents: Tensor | None, labels: Tensor, draws: FlowDraws
+    ) -> dict[str, Tensor]:
+        """Return the per-image terms of a training micro-batch, from images (uint8 B 3 H W) or from stored latents."""
+        if latents is None:
+            assert images is not None
+            latents = self.encode(images, draws.flip < self.flip_probability)
+        dropped = torch.where(draws.drop < self.label_dropout, self.num_classes, labels)
+        return self.losses(network, latents, dropped, draws)

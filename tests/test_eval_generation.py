@@ -1,0 +1,176 @@
+"""`src/eval_generation.py`: npz, folder and latents give the same scores; what it refuses."""
+
+import json
+import shlex
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from src import eval_generation, reconstruct
+from src.data.latents import LatentStore
+from src.formats.checkpoint import load_trained
+from src.formats.folder import write_folder
+from src.metrics.generation import GenerationReference, GenerationStatistics, compute_scores
+from src.metrics.inception import InceptionFeatures
+from tests.tiny_models import checkpoint, two_processes
+
+PX = 64
+QUICK = "--device cpu --num_workers 0 --batch_size 4"
+TINY = f"{QUICK} --inception_weights tiny"
+SCORES = [f"{name}_untrained" for name in ("gfid", "sfid", "inception_score", "precision", "recall")]
+
+
+def pictures(count, seed, size=PX):
+    coarse = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
+    return np.stack([np.asarray(Image.fromarray(image).resize((size, size), Image.BICUBIC)) for image in coarse])
+
+
+def as_folder(folder, images):
+    folder.mkdir(parents=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:04d}.png")
+    return folder
+
+
+def as_npz(path, images):
+    np.savez(path, arr_0=images)
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Generated images and a reference, each as npz and as folder."""
+    root = tmp_path_factory.mktemp("images")
+    for name, images in (("generated", pictures(11, 1)), ("reference", pictures(9, 2))):
+        as_npz(root / f"{name}.npz", images)
+        as_folder(root / name, images)
+    return root
+
+
+@pytest.fixture
+def evaluate(capsys, tmp_path):
+    """Run the program; return what it printed, and the results in its JSON file."""
+
+    def run(line):
+        assert eval_generation.main(shlex.split(f"{TINY} --json {tmp_path}/scores.json {line}")) == 0
+        return capsys.readouterr().out, json.loads((tmp_path / "scores.json").read_text())["results"]
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run the program and return its message."""
+
+    def run(line, quick=TINY):
+        assert eval_generation.main(shlex.split(f"{quick} {line}")) == 1
+        captured = capsys.readouterr()
+        assert captured.out == "" and "Traceback" not in captured.err
+        return captured.err
+
+    return run
+
+
+def test_npz_and_folder_give_the_same_and_so_do_the_functions(evaluate, files):
+    out, (result,) = evaluate(f"--samples {files}/generated.npz --reference {files}/reference.npz")
+    assert {*SCORES, "images", "image_size", "images_of"} == result.keys()
+    for word in ("gFID", "sFID", "IS", "prec.", "rec.", f"{result['gfid_untrained']:.4f}", "UNTRAINED"):
+        assert word in out
+    _, (other,) = evaluate(f"--samples {files}/generated --reference {files}/reference --batch_size 5")
+    assert [other[name] for name in SCORES] == pytest.approx([result[name] for name in SCORES], rel=1e-5)
+
+    inception, found = InceptionFeatures(None, "tiny"), []
+    for name in ("generated", "reference"):
+        images = torch.from_numpy(np.load(files / f"{name}.npz")["arr_0"]).permute(0, 3, 1, 2)
+        found.append(GenerationStatistics(inception, 4, len(images)))
+        found[-1].update(images, torch.arange(len(images)))
+    direct = compute_scores(found[0], GenerationReference.of(found[1]))
+    assert {name: result[name] for name in direct} == direct
+
+
+def test_two_processes_and_the_first_images_only(evaluate, files, tmp_path):
+    line = f"--samples {files}/generated --reference {files}/reference.npz --num_samples 7"
+    two_processes("src/eval_generation.py", *shlex.split(f"{TINY} {line} --json {tmp_path}/two.json"))
+    (shared,) = json.loads((tmp_path / "two.json").read_text())["results"]
+    few = as_npz(tmp_path / "few.npz", pictures(11, 1)[:7])
+    _, (alone,) = evaluate(f"--samples {few} --reference {files}/reference.npz")
+    _, (first,) = evaluate(f"--samples {files}/generated.npz --reference {files}/reference.npz --num_samples 7")
+    assert [first[name] for name in SCORES] == pytest.approx([alone[name] for name in SCORES], rel=1e-5)
+    assert [shared[name] for name in SCORES] == pytest.approx([alone[name] for name in SCORES], rel=1e-5)
+    assert shared["images"] == first["images"] == 7
+
+
+def test_latents_through_several_decoders(evaluate, refused, files, tmp_path):
+    file = checkpoint(tmp_path)
+    line = f"--checkpoint {file} --input {files}/generated {QUICK}"
+    words = f"{line} --latents raw --write npz --output {tmp_path}/out"
+    assert reconstruct.main(shlex.split(words)) == 0
+    loaded = load_trained(file)
+    (tmp_path / "other").mkdir()
+    with torch.no_grad():
+        for parameter in loaded.rae.decoder.parameters():
+            parameter.mul_(0.8)
+    write_folder(loaded, tmp_path / "other", with_encoder=True)
+
+    latents, reference = f"--latents {tmp_path}/out/latents", f"--reference {files}/reference.npz"
+    out, (first, second) = evaluate(f"{latents} --decoder {file} {tmp_path}/other {reference}")
+    _, (images,) = evaluate(f"--samples {tmp_path}/out/reconstructions.npz {reference}")
+    assert [first[name] for name in SCORES] == pytest.approx([images[name] for name in SCORES], rel=1e-3)
+    assert second["gfid_untrained"] != pytest.approx(first["gfid_untrained"], rel=1e-3)
+    assert str(file) in out and f"{tmp_path}/other" in out
+    _, (alone,) = evaluate(f"{latents} --checkpoint {file} {reference} --num_samples 6")
+    assert alone["images"] == 6
+
+    z = load_trained(file).rae.normalize(
+        torch.cat([z for _, _, z in LatentStore.open(tmp_path / "out/latents").batches(4)])
+    )
+    np.savez(tmp_path / "z.npz", latents=z.numpy(), labels=np.zeros(len(z)))
+    _, (packed,) = evaluate(f"--latents {tmp_path}/z.npz --checkpoint {file} {reference} --num_samples 6")
+    assert [packed[name] for name in SCORES] == pytest.approx([alone[name] for name in SCORES], rel=1e-3)
+    np.savez(tmp_path / "z.npz", latents=z[:, :3].numpy())
+    assert "latents of (3, 4, 4), the model of" in refused(
+        f"--latents {tmp_path}/z.npz --checkpoint {file} {reference}"
+    )
+
+    index = tmp_path / "out" / "latents" / "index.json"
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps({**content, "shape": [3, 2, 2]}))
+    assert "latents of (3, 2, 2), the model of" in refused(f"{latents} --checkpoint {file} {reference}")
+
+
+def test_what_cannot_be_scored(refused, files, tmp_path):
+    reference, samples = f"--reference {files}/reference.npz", f"--samples {files}/generated.npz"
+    small = as_npz(tmp_path / "small.npz", pictures(5, 1, 48))
+    message = refused(f"--samples {small} {reference}")
+    assert "64 x 64 px, this evaluation has 48 x 48 px" in message
+    assert "make_reference.py --kind images --image_size 48" in message
+    one = as_npz(tmp_path / "one.npz", pictures(1, 1))
+    assert "has 1 image: a Frechet distance needs at least 2" in refused(f"--samples {one} {reference}")
+    assert "has 1 image: 2 or more" in refused(f"{samples} --reference {as_folder(tmp_path / 'one', pictures(1, 1))}")
+    mixed = shutil.copytree(files / "generated", tmp_path / "mixed")
+    Image.fromarray(pictures(1, 1, 32)[0]).save(mixed / "z.png")
+    assert "squares of one size, found 64 x 64 px" in refused(f"--samples {mixed} {reference}")
+    wide = as_npz(tmp_path / "wide.npz", pictures(5, 1)[:, :32])
+    assert "32 x 64 px: expected squares" in refused(f"--samples {wide} {reference}")
+    assert "no such folder, and no .npz" in refused(f"--samples {tmp_path}/nothing {reference}")
+    assert "download_weights.py inception" in refused(
+        f"{samples} {reference} --inception_path {tmp_path}/no.pth", QUICK
+    )
+    np.savez(tmp_path / "foreign.npz", mu=np.zeros(256), sigma=np.eye(256))
+    assert "comes from another tool" in refused(f"{samples} --reference {tmp_path}/foreign.npz")
+
+
+@pytest.mark.parametrize(("line", "words"), [
+    ("--reference r.npz", "give one of --samples and --latents"),
+    ("--samples a --latents b --reference r.npz", "give one of --samples and --latents"),
+    ("--samples a --decoder b --reference r.npz", "go with --latents"),
+    ("--latents a --reference r.npz", "need models to decode them"),
+    ("--samples a", "--reference"),
+])  # fmt: skip
+def test_misuse_exits_with_2(capsys, line, words):
+    with pytest.raises(SystemExit) as error:
+        eval_generation.main(shlex.split(line))
+    assert error.value.code == 2 and words in capsys.readouterr().err

@@ -1,0 +1,73 @@
+"""Command lines from dataclasses: types, both spellings, defaults in the help, contradictions."""
+
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import pytest
+
+from src.core.options import Positive, option, parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """A group."""
+
+    GROUP: ClassVar = "numbers"
+    batch_size: Positive = option("images at once", "N", 64)
+    share: float | None = option("of the whole", "SHARE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Shared):
+    """A program's."""
+
+    names: tuple[str, ...] = option("what", default=(), positional=True, nargs="*")
+    out_dir: Path = option("where", "DIR", MISSING)
+    kind: Literal["a", "b"] = option("which", default="a")
+    over_write: bool = option("anew", default=False)
+    data: tuple[str, ...] = option("sets", "DIR", ())
+    mirror: tuple[str, ...] = option("repeatable", "URL", (), action="append", nargs=None)
+    batch_size: Positive = option("images at once, here", "N", 8)
+
+    def __post_init__(self) -> None:
+        if self.share and not self.data:
+            raise ValueError("--share needs --data")
+
+
+def test_types_defaults_and_both_spellings():
+    assert parse(Options, None, ["--out_dir", "x"]) == Options(out_dir=Path("x"))
+    line = "a k=v --out-dir x --kind b --over-write --data c d --mirror u --mirror v --batch-size 2 --share .5"
+    assert parse(Options, None, line.split()) == Options(
+        names=("a", "k=v"), out_dir=Path("x"), kind="b", over_write=True, data=("c", "d"), mirror=("u", "v"), batch_size=2,
+        share=0.5,
+    )  # fmt: skip
+
+
+def test_help_has_groups_and_defaults(capsys):
+    with pytest.raises(SystemExit):
+        parse(Options, "Does things.", ["--help"], "the end")
+    said = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "Does things.",
+        "numbers: --batch_size N, --batch-size N images at once, here (default: 8)",
+        "the end",
+    ):
+        assert words in said
+    assert "which (default: a)" in said and "anew" in said and "()" not in said
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("", "--out_dir"),
+        ("--out_dir x --kind c", "invalid choice"),
+        ("--out_dir x --batch_size 0", "expected at least 1"),
+        ("--out_dir x --batch 2", "unrecognized"),
+        ("--out_dir x --share 1", "--share needs --data"),
+    ],
+)
+def test_wrong_options_end_with_status_2(line, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(Options, None, line.split())
+    assert stop.value.code == 2 and words in capsys.readouterr().err
