@@ -62,6 +62,12 @@ def parse_evaluation(node: Mapping[str, Any]) -> dict[str, EvaluationSettings]:
     return {name: EvaluationSettings.parse(dict(values), f"data.evaluation.{name}") for name, values in node.items()}
 
 
+def first_source(node: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the node `data:` of a run as one of a single data set: of a mix, with what its first source says."""
+    sources = node.get("sources")
+    return {**node, **next(iter(sources.values()))} if sources else node
+
+
 def _check_names(node: Any, key: str) -> None:
     if not isinstance(node, Mapping) or not node:
         raise UserError(
