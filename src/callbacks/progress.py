@@ -194,7 +194,7 @@ def describe(trainer: pl.Trainer, pl_module: Any) -> list[tuple[str, str]]:
     return [
         ("device", f"{trainer.world_size} x {device_name(trainer.strategy.root_device)}"),
         ("precision", str(trainer.precision)),
-        ("data", f"{data.train_size:,} training images, {data.val_size:,} held out; {data.data_dir}"),
+        *data.describe(),
         (
             "global batch",
             f"{data.batch_size} x {trainer.world_size} process(es) x {loop.accumulate_grad_batches} micro-batch(es) = "

@@ -25,6 +25,7 @@ from src.evaluation.scoring_pass import score_images
 from src.metrics.fid import Moments
 from src.metrics.inception import InceptionFeatures, InceptionWeights
 from src.metrics.reconstruction import ReconstructionScore
+from src.metrics.reference import Preparation, load_reference
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,8 @@ class RFIDCallback(pl.Callback):
     """Scores the EMA weights on held-out images; every process takes its share. Arguments: configs/callbacks/rfid.yaml.
 
     Logs `rfid/{score,psnr,ssim,lpips,images,seconds}`; with untrained Inception weights the first part of the names is
-    `rfid_untrained`; for the whole evaluation set at the end `_full` is added to it. Training loses nothing but time.
+    `rfid_untrained`; for the whole evaluation set at the end `_full` is added to it. Of several sets (`data.evaluation`) the
+    first has these names, `rfid_NAME` are the others. Training loses nothing but time.
     """
 
     rfid_every_n_steps: int
@@ -76,7 +78,7 @@ class RFIDCallback(pl.Callback):
         self.group = "rfid" if self.inception_weights == "pretrained" else "rfid_untrained"
         """First part of the logged names."""
         self._inception: InceptionFeatures | None = None
-        self._reals: dict[int, Moments] = {}  # by number of images: they are the same ones each time
+        self._reals: dict[tuple[str | None, int], Moments] = {}  # by set and number of images: the same ones each time
         self._latest: tuple[int, int, dict[str, float]] = (-1, 0, {})  # step, images wanted, result
         self._warned_of_few = False
 
@@ -143,26 +145,36 @@ class RFIDCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Any, name: str, images: int | None, group: str | None = None
     ) -> None:
         """Score `images` (None: all) and log the figures; pictures go into the folder `name`."""
-        start = time.perf_counter()
-        available = len(trainer.datamodule.evaluation_dataset(self.use_train_dataloader)[0])
-        images = min(images or available, available)
-        with training_paused(trainer):
-            if self._latest[:2] == (trainer.global_step, images):
-                values = self._latest[2]  # the same images through the same weights
-            else:
-                with _evaluation_mode(pl_module.rae, pl_module.ema_decoder):
-                    values = self._score(trainer, pl_module, name, images)
-            self._publish(trainer, pl_module, group or self.group, {**values, "seconds": time.perf_counter() - start})
+        group, sets = group or self.group, trainer.datamodule.evaluation_sets
+        for number, which in enumerate(sets or [""]):
+            start, chosen = time.perf_counter(), which or None
+            settings = sets[which].settings if sets else None
+            available = len(trainer.datamodule.evaluation_dataset(self.use_train_dataloader, name=chosen)[0])
+            wanted = images and settings.num_samples if settings and settings.num_samples else images
+            count = min(wanted or available, available)
+            with training_paused(trainer):
+                if not number and self._latest[:2] == (trainer.global_step, count):
+                    values = self._latest[2]  # the same images through the same weights
+                else:
+                    folder = f"{name}_{which}" if number else name
+                    with _evaluation_mode(pl_module.rae, pl_module.ema_decoder):
+                        values = self._score(trainer, pl_module, folder, count, chosen)
+                    if not number:
+                        self._latest = (trainer.global_step, count, values)
+                figures = {**values, "seconds": time.perf_counter() - start}
+                self._publish(trainer, pl_module, f"{group}_{which}" if number else group, figures)
 
-    def _score(self, trainer: pl.Trainer, pl_module: Any, name: str, images: int) -> dict[str, float]:
-        """Score the EMA weights on all ranks, with the same result on all of them."""
+    def _score(
+        self, trainer: pl.Trainer, pl_module: Any, name: str, images: int, which: str | None
+    ) -> dict[str, float]:
+        """Score the EMA weights on all ranks, with the same result on all of them. which: the evaluation set."""
         process = Process(pl_module.device, trainer.global_rank, trainer.world_size)
         score = ReconstructionScore(
             self._network(pl_module.device), self.rfid_batch_size, pl_module.lpips, self.quantization,
-            self._reals.get(images),
+            self._reals.get((which, images)) or self._given(trainer, which, process),
         )  # fmt: skip
         loader = trainer.datamodule.evaluation_loader(
-            self.rfid_batch_size, images, process.rank, process.world, self.use_train_dataloader
+            self.rfid_batch_size, images, process.rank, process.world, self.use_train_dataloader, name=which
         )
         pairs = KeptPairs(self._pairs)
 
@@ -174,12 +186,11 @@ class RFIDCallback(pl.Callback):
         score.reduce()
         if score.count < 2:  # on all ranks, so that none waits for the others
             raise UserError(f"rFID needs at least 2 images that can be decoded, got {score.count}.")
-        self._reals[images] = score.reference
+        self._reals[which, images] = score.reference
         values = score.compute(warn_of_few=not self._warned_of_few) if process.main else {}
         self._warned_of_few = True
         values = dict(trainer.strategy.broadcast(values))
         values = {key.removesuffix("_untrained").replace("rfid", "score"): value for key, value in values.items()}
-        self._latest = (trainer.global_step, images, values)
         kept = pairs.gather() if self._pairs else []
         if kept:
             try:
@@ -187,6 +198,17 @@ class RFIDCallback(pl.Callback):
             except OSError as error:
                 log.warning("The pictures in %s", disk_message(error, self._folder(trainer) / name))
         return values
+
+    def _given(self, trainer: pl.Trainer, which: str | None, process: Process) -> Moments | None:
+        """Read the reference that `data.evaluation` names for a set; None: its originals are the reference."""
+        settings = trainer.datamodule.evaluation_sets[which].settings if which else None
+        if settings is None or settings.reference is None:
+            return None
+        size = trainer.datamodule.evaluation_transform.image_size
+        remedy = f"Give another file as data.evaluation.{which}.reference, or null for the originals."
+        network = self._network(process.device)
+        file = resolve(settings.reference)
+        return load_reference(file, network, self.rfid_batch_size, Preparation(image_size=size), remedy, process)
 
     def _publish(self, trainer: pl.Trainer, pl_module: Any, group: str, figures: dict[str, float]) -> None:
         values = {f"{group}/{key}": value for key, value in figures.items()}

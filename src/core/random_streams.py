@@ -36,6 +36,7 @@ class Purpose(IntEnum):
     EVAL_SCALARS = 15
     SAMPLE_NOISE = 16
     SAMPLE_LABELS = 17
+    MIX = 18
 
 
 def generator(seed: int, purpose: Purpose, epoch: int = 0, position: int = 0) -> np.random.Generator:

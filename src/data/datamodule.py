@@ -1,7 +1,11 @@
 """The data of a run, from the keys of `configs/data/*.yaml`. The only Lightning in `src/data`."""
 
+import hashlib
 import logging
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -9,18 +13,37 @@ from pytorch_lightning import LightningDataModule
 
 from src.core import weights
 from src.core.errors import UserError
-from src.data import dummy
+from src.data import dummy, mix
 from src.data.arrow import Columns
-from src.data.dataset import EvaluationDataset, EvaluationTransform, TrainCrop, TrainDataset, TrainTransform
+from src.data.dataset import (
+    EvaluationDataset,
+    EvaluationTransform,
+    MixDataset,
+    TrainCrop,
+    TrainDataset,
+    TrainTransform,
+)
 from src.data.decode import Decoder, Exif
+from src.data.fingerprint import compare_fingerprints, source_state
 from src.data.loader import EvaluationLoader, TrainLoader, WorkerOptions
-from src.data.order import EpochOrder, evaluation_rows
-from src.data.splits import Splits, open_splits
+from src.data.order import EpochOrder, Rows, evaluation_rows
+from src.data.source_settings import EvaluationSettings, SourceSettings, parse_evaluation, parse_sources
+from src.data.sources import Source
+from src.data.splits import Splits, open_evaluation, open_splits
 
 log = logging.getLogger(__name__)
 
 REMOVED_KEYS = {"prefetch_factor", "pin_memory", "worker_start", "val_batch_size"}
 """Of run configs written by earlier versions; accepted and without effect."""
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Images to evaluate on. settings: None for what training holds out."""
+
+    source: Source
+    rows: Rows
+    settings: EvaluationSettings | None = None
 
 
 class RAEDataModule(LightningDataModule):
@@ -31,13 +54,17 @@ class RAEDataModule(LightningDataModule):
 
     def __init__(
         self,
-        data_dir: str,
+        data_dir: str | None,
         use_hf_dataset: bool | None,
         hf_split: str,
         hf_validation_split: str | None,
         train_split: float,
         image_column: str | None,
         label: str | None,
+        sources: Mapping[str, Any] | None,
+        epoch_images: int | None,
+        mix_unit: mix.Unit,
+        evaluation: Mapping[str, Any] | None,
         image_size: int,
         batch_size: int,
         accumulate: int,
@@ -47,6 +74,7 @@ class RAEDataModule(LightningDataModule):
         exif: Exif,
         max_megapixels: float,
         max_bad_share: float,
+        allow_changed: bool,
         num_workers: int,
         **removed: Any,
     ) -> None:
@@ -57,38 +85,84 @@ class RAEDataModule(LightningDataModule):
             ("image_size", image_size, 1),
             ("batch_size", batch_size, 1),
             ("resize_shorter_px", image_size if resize_shorter_px is None else resize_shorter_px, 1),
+            ("epoch_images", 1 if epoch_images is None else epoch_images, 1),
             ("num_workers", num_workers, 0),
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise UserError(f"data.{key}={value}: expected a whole number of at least {least}.")
         if use_hf_dataset not in (None, True, False):
             raise UserError(f"data.use_hf_dataset={use_hf_dataset}: expected true, false, or null (by what is there).")
+        if mix_unit not in ("image", "batch"):
+            raise UserError(f"data.mix_unit={mix_unit}: expected image or batch.")
         if not 0 <= max_bad_share <= 1:
             raise UserError(f"data.max_bad_share={max_bad_share}: expected a share from 0 to 1.")
-        self.data_dir, self.use_hf_dataset, self.train_split = weights.resolve(data_dir), use_hf_dataset, train_split
-        self._split_names, self.columns = (hf_split, hf_validation_split), Columns(image_column, label)
+        if (data_dir is None) == (sources is None):
+            raise UserError(
+                f"data.data_dir={data_dir} and data.sources={'null' if sources is None else 'set'}: expected one of them. "
+                + ("Set data.data_dir=PATH." if sources is None else "Set data.data_dir=null.")
+            )
+        if sources is None and epoch_images is not None:
+            raise UserError(
+                f"data.epoch_images={epoch_images} goes with data.sources: one source gives all of its images an epoch."
+            )
+        common = {
+            "use_hf_dataset": use_hf_dataset,
+            "hf_split": hf_split,
+            "hf_validation_split": hf_validation_split,
+            "train_split": train_split,
+            "image_column": image_column,
+            "label": label,
+            "train_crop": train_crop,
+            "resize_shorter_px": resize_shorter_px,
+            "exif": exif,
+            "max_megapixels": max_megapixels,
+            "max_bad_share": max_bad_share,
+        }
+        self.sources = parse_sources(sources, common) if sources is not None else None
+        """Of a mix, by name."""
+        self.evaluation_settings = parse_evaluation(evaluation) if evaluation is not None else None
+        self._all_sources = self.sources or {"": SourceSettings.model_construct(data_dir=cast(str, data_dir), **common)}
+        self.data_dir = weights.resolve(next(iter(self._all_sources.values())).data_dir)
+        """Of the first source."""
+        self.epoch_images, self.mix_unit = epoch_images, mix_unit
         self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
-        self.num_workers, self.max_bad_share = num_workers, max_bad_share
-        decoder = Decoder(exif, max_megapixels)
-        self.train_transform = TrainTransform(image_size, train_crop, resize_shorter_px, decoder, seed)
-        self.evaluation_transform = EvaluationTransform(image_size, decoder)
-        self._splits: Splits | None = None
+        self.num_workers, self.max_bad_share, self.allow_changed = num_workers, max_bad_share, allow_changed
+        self.train_transforms = [
+            TrainTransform(
+                image_size,
+                cast(TrainCrop, s.train_crop),
+                s.resize_shorter_px,
+                Decoder(cast(Exif, s.exif), s.max_megapixels),
+                seed,
+            )
+            for s in self._all_sources.values()
+        ]
+        self.train_transform = self.train_transforms[0]
+        self.evaluation_transform = EvaluationTransform(image_size, Decoder(exif, max_megapixels))
+        self._opened: list[Splits] | None = None
+        self._evaluation_sets: dict[str, EvaluationSet] | None = None
+        self._fingerprint_state: dict[str, Any] | None = None
+        self._compared = False
         self._persistent: list[TrainLoader | EvaluationLoader] = []
 
     # -- what is there
 
     def prepare_data(self) -> None:
         """Make the project's own small data sets where they are asked for and missing."""
-        if self.use_hf_dataset is not False:
-            dummy.ensure(self.data_dir)
+        for place in self._places():
+            dummy.ensure(place)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the data. Raises UserError where there is none."""
-        if self._splits is None:
-            self._splits = open_splits(
-                self.data_dir, self.use_hf_dataset, *self._split_names, self.train_split, self.columns
-            )
-            log.info("Data: %s", self._splits.description)
+        if self._opened is not None:
+            return
+        opened = []
+        for name, s in self._all_sources.items():
+            place, columns = weights.resolve(s.data_dir), Columns(s.image_column, s.label)
+            splits = open_splits(place, s.use_hf_dataset, s.hf_split, s.hf_validation_split, s.train_split, columns)
+            log.info("Data%s: %s", f" {name}" if name else "", splits.description)
+            opened.append(splits)
+        self._opened = opened
 
     def teardown(self, stage: str | None = None) -> None:
         """End the worker processes of the loaders given out."""
@@ -96,79 +170,208 @@ class RAEDataModule(LightningDataModule):
             self._persistent.pop().close()
 
     @property
-    def splits(self) -> Splits:
-        """Open the data on first use."""
-        if self._splits is None:
+    def opened(self) -> list[Splits]:
+        """Open the data on first use; by source."""
+        if self._opened is None:
             self.prepare_data()
             self.setup()
-        assert self._splits is not None
-        return self._splits
+        assert self._opened is not None
+        return self._opened
+
+    @property
+    def splits(self) -> Splits:
+        """Return the first source's splits."""
+        return self.opened[0]
 
     @property
     def train_size(self) -> int:
-        return len(self.splits.train_rows)
+        return sum(len(splits.train_rows) for splits in self.opened)
 
     @property
     def val_size(self) -> int:
-        """Count the held-out images."""
-        return len(self.splits.validation_rows)
+        """Count the images of the first evaluation set."""
+        first = next(iter(self.evaluation_sets.values()), None)
+        return len(first.rows) if first is not None else 0
 
     @property
     def num_classes(self) -> int | None:
         """Count the classes of the labels that batches carry as `label`; None where they carry none."""
-        return self.splits.train.num_classes
+        return max((splits.train.num_classes or 0 for splits in self.opened), default=0) or None
+
+    @property
+    def evaluation_sets(self) -> dict[str, EvaluationSet]:
+        """Return the evaluation sets by name, those of `data.evaluation` or what the first source holds out, which has an
+        empty name; nothing where there is none."""
+        if self._evaluation_sets is None:
+            if self.evaluation_settings is None:
+                splits = self.splits
+                held_out = (
+                    {} if splits.validation is None else {"": EvaluationSet(splits.validation, splits.validation_rows)}
+                )
+                self._evaluation_sets = held_out
+            else:
+                found = {}
+                for name, s in self.evaluation_settings.items():
+                    source, text = open_evaluation(weights.resolve(s.data_dir), s.split, Columns(s.image_column))
+                    rows = np.arange(len(source))
+                    log.info("Evaluation set %s: %s", name, text)
+                    found[name] = EvaluationSet(source, rows, s)
+                self._evaluation_sets = found
+        return self._evaluation_sets
+
+    def describe(self) -> list[tuple[str, str]]:
+        """Return (name, text) rows about each source and evaluation set, for tables."""
+        shares = mix.shares(self._weights()) / mix.BLOCK if self.sources else np.ones(1)
+        rows = []
+        for (name, s), splits, share in zip(self._all_sources.items(), self.opened, shares, strict=True):
+            index = getattr(splits.train, "index_built", None)
+            notes = [
+                f"{len(splits.train_rows):,} training images",
+                *([f"weight {s.weight:g}, {share * self.order_length:,.0f} an epoch"] if self.sources else []),
+                *([f"{self.val_size:,} held out"] if not self.sources and self.evaluation_settings is None else []),
+                *([f"{splits.train.num_classes:,} classes"] if splits.train.num_classes else []),
+                *(["index built" if index else "index read"] if index is not None else []),
+                s.data_dir if self.sources else str(self.data_dir),
+            ]
+            rows.append((f"data {name}".rstrip(), f"{splits.kind}: {', '.join(notes)}"))
+        for name, found in self.evaluation_sets.items():
+            if found.settings is not None:
+                rows.append((f"evaluation {name}", f"{len(found.rows):,} images, {found.settings.data_dir}"))
+        return rows
 
     @property
     def fingerprint(self) -> str:
         """Identify data and division as `HEX-train_rows-validation_rows`; changes with files, not with the seed."""
-        source, held_out = self.splits.train, self.splits.validation
-        validation = f"+{held_out.fingerprint()}" if held_out is not None and held_out is not source else ""
-        return f"{source.fingerprint()}{validation}-{self.train_size}-{self.val_size}"
+        parts = []
+        for splits in self.opened:
+            held_out = splits.validation
+            same = held_out is None or held_out is splits.train
+            parts.append(
+                splits.train.fingerprint() + ("" if same or held_out is None else f"+{held_out.fingerprint()}")
+            )
+        own = parts[0]
+        if self.sources:
+            own = hashlib.sha256(repr((parts, self._weights(), self.order_length, self.mix_unit)).encode()).hexdigest()[
+                :16
+            ]
+        return f"{own}-{self.train_size}-{self.val_size}"
+
+    def fingerprint_state(self) -> dict[str, Any]:
+        """Return what tells this data from any other, file by file: plain values, for checkpoints. Made once."""
+        if self._fingerprint_state is None:
+            states: dict[str, Any] = {}
+            for name, splits in zip(self._all_sources, self.opened, strict=True):
+                states[name or "training"] = source_state(splits.train)
+                if not name and splits.validation is not None and splits.validation is not splits.train:
+                    states["evaluation"] = source_state(splits.validation)
+            for name, found in self.evaluation_sets.items():
+                if found.settings is not None:
+                    states[f"evaluation {name}"] = source_state(found.source)
+            self._fingerprint_state = {
+                "rows": {"training": self.train_size, "evaluation": self.val_size},
+                "sources": states,
+            }
+            if self.sources:
+                mixed = {"weights": list(self._weights()), "epoch_images": self.order_length, "block": mix.BLOCK}
+                self._fingerprint_state["mix"] = mixed | {"unit": self.mix_unit, "names": list(self.sources)}
+        return self._fingerprint_state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what Lightning keeps of the data in a checkpoint."""
+        return {"fingerprint": self.fingerprint_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare the data of a checkpoint with this one.
+
+        Raises:
+            UserError: other data, unless `allow_changed`.
+        """
+        self._compared = True
+        changes = compare_fingerprints(state_dict.get("fingerprint") or {}, self.fingerprint_state())
+        if not changes:
+            return
+        named = "; ".join(changes[:10]) + (f"; and {len(changes) - 10} more" if len(changes) > 10 else "")
+        if self.allow_changed:
+            log.warning("The data is not that of the checkpoint (data.allow_changed=true): %s.", named)
+            return
+        raise UserError(
+            f"The data is not that of the checkpoint: {named}. Order, split and held-out images would differ. Bring back the data "
+            "of that run, or go on with this one by data.allow_changed=true."
+        )
 
     # -- training
+
+    @property
+    def order_length(self) -> int:
+        """Count the images of an epoch, those of the last, partial batch among them."""
+        if self.sources is None:
+            return self.train_size
+        sizes = [len(splits.train_rows) for splits in self.opened]
+        return self.epoch_images or mix.images_per_epoch(sizes, self._weights())
 
     @property
     def order(self) -> EpochOrder:
         """Assign images to the batches of this rank. Raises UserError where a global batch can't be filled."""
         world, rank = self._ranks()
-        return EpochOrder(self.train_size, self.seed, self.batch_size, world, rank, self.accumulate)
+        place = (self.order_length, self.seed, self.batch_size, world, rank, self.accumulate)
+        if len(self._all_sources) == 1 and self.order_length == self.train_size:
+            return EpochOrder(*place)
+        sizes = tuple(len(splits.train_rows) for splits in self.opened)
+        return mix.MixOrder(*place, sizes, self._weights(), self.mix_unit)
 
     def train_dataloader(self) -> TrainLoader:
-        dataset = TrainDataset(self.splits.train, self.splits.train_rows, self.train_transform)
-        loader = TrainLoader(dataset, self.order, self._workers(), self.max_bad_share)
+        self.fingerprint_state()  # of the data as it is before training
+        if self.trainer is not None and self.trainer.ckpt_path and not self._compared:
+            log.warning("The checkpoint has no fingerprint of its data, so nobody knows whether this is the same.")
+            self._compared = True
+        parts = [
+            TrainDataset(splits.train, splits.train_rows, transform)
+            for splits, transform in zip(self.opened, self.train_transforms, strict=True)
+        ]
+        dataset = MixDataset(parts) if self.sources else parts[0]
+        allowed = [s.max_bad_share for s in self._all_sources.values()]
+        loader = TrainLoader(dataset, self.order, self._workers(), allowed)
         self._persistent.append(loader)
         return loader
 
     # -- evaluation
 
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
-        """Load this rank's share of the held-out images; an empty list (no validation) where there are none."""
+        """Load this rank's share of the first evaluation set; an empty list (no validation) where there is none."""
         if not self.val_size:
             return []
         world, rank = self._ranks()
         return self.evaluation_loader(self.batch_size, None, rank, world, persistent=True)
 
     def evaluation_dataset(
-        self, fallback_to_train: bool, num_images: int | None = None, rank: int = 0, world: int = 1
+        self,
+        fallback_to_train: bool,
+        num_images: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+        name: str | None = None,
     ) -> tuple[EvaluationDataset, bool]:
         """Return (images, whether they are training images).
 
-        The held-out images, centre-cropped, in an order that depends on their number alone, mixed over classes; the
-        first `num_images`, of those every `world`-th from `rank` on.
+        The images of a set, centre-cropped, in an order that depends on their number alone, mixed over classes; the first
+        `num_images`, of those every `world`-th from `rank` on. name: of a set of `data.evaluation`; None: the first one.
 
         Raises:
             UserError: nothing is held out and `fallback_to_train` is false.
         """
-        splits = self.splits
-        source, rows, is_train = splits.validation, splits.validation_rows, False
-        if source is None:
+        sets = self.evaluation_sets
+        if sets:
+            found = next(iter(sets.values())) if name is None else sets[name]
+            source, rows, is_train = found.source, found.rows, False
+        else:
             if not fallback_to_train:
+                share = next(iter(self._all_sources.values())).train_split
                 raise UserError(
-                    f"{self.data_dir} has no validation split and data.train_split={self.train_split:g} holds nothing "
+                    f"{self.data_dir} has no validation split and data.train_split={share:g} holds nothing "
                     "out. Set data.train_split=0.95 (say), name a split with data.hf_validation_split, or evaluate on "
                     "training images with callbacks.rfid.use_train_dataloader=true."
                 )
-            source, rows, is_train = splits.train, splits.train_rows, True
+            source, rows, is_train = self.splits.train, self.splits.train_rows, True
         chosen: np.ndarray = rows[evaluation_rows(len(rows), num_images, world, rank)]
         return EvaluationDataset(source, chosen, self.evaluation_transform), is_train
 
@@ -180,16 +383,25 @@ class RAEDataModule(LightningDataModule):
         world: int = 1,
         train_fallback: bool = False,
         persistent: bool = False,
+        name: str | None = None,
     ) -> EvaluationLoader:
         """Load `evaluation_dataset` in batches. persistent: keep the workers between passes."""
-        dataset, _ = self.evaluation_dataset(train_fallback, num_images, rank, world)
-        largest_share = len(self.evaluation_dataset(train_fallback, num_images, 0, world)[0])
+        dataset, _ = self.evaluation_dataset(train_fallback, num_images, rank, world, name)
+        largest_share = len(self.evaluation_dataset(train_fallback, num_images, 0, world, name)[0])
         loader = EvaluationLoader(dataset, batch_size, self._workers(), self.max_bad_share, persistent, largest_share)
         if persistent:
             self._persistent.append(loader)
         return loader
 
     # -- inside
+
+    def _places(self) -> list[Path]:
+        """Return the folders of all sources and evaluation sets."""
+        nodes = [*self._all_sources.values(), *(self.evaluation_settings or {}).values()]
+        return [weights.resolve(node.data_dir) for node in nodes]
+
+    def _weights(self) -> tuple[float, ...]:
+        return tuple(s.weight for s in self._all_sources.values())
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)

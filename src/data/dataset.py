@@ -3,7 +3,10 @@
 Legend: B batch, S image_size. Images leave here as uint8 0..255, 3 x S x S, RGB.
 """
 
-from dataclasses import dataclass
+import bisect
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -26,11 +29,12 @@ ATTEMPTS = 16
 
 @dataclass(frozen=True)
 class Failure:
-    """An image that gave no picture."""
+    """An image that gave no picture. source: its number in a mix."""
 
     row: int
     name: str
     reason: str
+    source: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Sample:
     failures: tuple[Failure, ...] = ()
     label: int | None = None
     """-1: of no class; None: the source has no labels."""
+    source: int | None = None
+    """Number of the source in a mix; None: there is one source."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,26 @@ class TrainDataset(_Rows):
         return Sample(None, item._replace(row=index), tuple(failures), self._label(index))
 
 
+class MixDataset(Dataset[Sample]):
+    """Rows of several sources, counted one source after the other, each through its own transform. A bad image is replaced by
+    one of its own source."""
+
+    def __init__(self, parts: Sequence[TrainDataset]) -> None:
+        self.parts = parts
+        self._starts = list(itertools.accumulate(map(len, parts), initial=0))
+        self._labelled = any(part.source.num_classes is not None for part in parts)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, item: Item) -> Sample:
+        number = bisect.bisect_right(self._starts, item.row) - 1
+        sample = self.parts[number][item._replace(row=item.row - self._starts[number])]
+        failures = tuple(replace(failure, source=number) for failure in sample.failures)
+        label = UNKNOWN_LABEL if sample.label is None and self._labelled else sample.label
+        return replace(sample, source=number, failures=failures, label=label)
+
+
 class EvaluationDataset(_Rows):
     """Rows of a source, in the given order, through an EvaluationTransform or another function of a file's bytes. A bad
     image is left out, never replaced."""
@@ -157,18 +183,19 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
 
     image (B, 3, S, S) uint8; position and index (row of the source) (B,) int64; bad (B,) bool, True where the image is
     a replacement; label (B,) int64, -1 for an image of no class, where the source has labels; epoch int; failures
-    tuple[Failure, ...].
+    tuple[Failure, ...]. Of a mix also source (B,) int64, and index is the row of that source.
     """
     kept = [s for s in samples if s.image is not None]
     images = [s.image for s in kept if s.image is not None]
     labels = [s.label for s in kept if s.label is not None]
-    labelled = samples[0].label is not None
+    labelled, of_mix = samples[0].label is not None, samples[0].source is not None
     return {
         "image": torch.stack(images) if images else torch.empty(0, dtype=torch.uint8),
         "position": torch.tensor([s.item.position for s in kept], dtype=torch.int64),
         "index": torch.tensor([s.item.row for s in kept], dtype=torch.int64),
         "bad": torch.tensor([bool(s.failures) for s in kept], dtype=torch.bool),
         **({"label": torch.tensor(labels, dtype=torch.int64)} if labelled else {}),
+        **({"source": torch.tensor([s.source for s in kept], dtype=torch.int64)} if of_mix else {}),
         "epoch": samples[0].item.epoch,
         "failures": tuple(f for s in samples for f in s.failures),
     }

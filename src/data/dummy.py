@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from src.core import random_streams as stream
 from src.core import weights
@@ -25,9 +25,10 @@ SHAPES = ("disc", "box", "triangle", "ring")
 CLASSES = ("red", "green", "blue")
 # Folder under the project root: (number of images, shards). The guide's 16 / 4 split needs 20; two ranks of batch 8
 # with `limit_train_batches: 0.1` need 160 training images for one step, and held-out ones beside them.
-DATASETS = {"data/dummy_dataset_hf": (288, 2), "data/test_hf": (20, 1)}
+DATASETS = {"data/dummy_dataset_hf": (288, 2), "data/test_hf": (20, 1), "data/dummy_text_hf": (96, 1)}
 SIDES_PX = (160, 400)
 GREY_SHARE = 0.1
+TEXT_PX = 160
 
 
 def ensure(data_dir: Path) -> bool:
@@ -35,20 +36,22 @@ def ensure(data_dir: Path) -> bool:
     for place, (count, shards) in DATASETS.items():
         if data_dir.resolve() == (weights.PROJECT_ROOT / place).resolve() and not data_dir.exists():
             log.info("Making %d pictures in %s", count, data_dir)
-            return write(data_dir, count, shards)
+            return write(data_dir, count, shards, text=place.endswith("text_hf"))
     return False
 
 
-def write(folder: Path, count: int, shards: int = 1) -> bool:
-    """Write `count` pictures as a Hugging Face dataset, complete or not at all. False if another process was faster."""
+def write(folder: Path, count: int, shards: int = 1, text: bool = False) -> bool:
+    """Write `count` pictures, or pictures of text, as a Hugging Face dataset, complete or not at all. False if another
+    process was faster."""
+    classes = None if text else CLASSES
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         temporary.chmod(0o755)
         names = [shard_name(i, shards) for i in range(shards)]
         for name, indices in zip(names, np.array_split(np.arange(count), shards), strict=True):
-            write_shard(temporary / name, map(_row, indices.tolist()), CLASSES)
-        write_metadata(temporary, names, CLASSES, "train")
+            write_shard(temporary / name, map(_text_row if text else _row, indices.tolist()), classes)
+        write_metadata(temporary, names, classes, "train")
         try:
             os.rename(temporary, folder)
         except OSError:
@@ -74,6 +77,21 @@ def _row(index: int) -> Row:
         return Row(simplejpeg.encode_jpeg(np.ascontiguousarray(grey), 92, "GRAY", "Gray"), name, 0)
     label = int(pixels.sum((0, 1), np.int64).argmax())
     return Row(simplejpeg.encode_jpeg(pixels, 92, "RGB", "420"), name, label)
+
+
+def _text_row(index: int) -> Row:
+    """Render lines of letters and digits, dark on light: what a decoder trained on photographs alone loses."""
+    draws = stream.generator(0, stream.Purpose.DUMMY_DATA, 1, index)
+    font, scale = ImageFont.load_default_imagefont(), int(draws.integers(1, 4))
+    small = Image.new("L", (TEXT_PX // scale, TEXT_PX // scale), int(draws.integers(200, 256)))
+    pen, ink = ImageDraw.Draw(small), int(draws.integers(0, 80))
+    for y in range(4, small.height - 11, 14):
+        letters = draws.choice(
+            list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789    "), small.width // 6
+        )
+        pen.text((4, y), "".join(letters), fill=ink, font=font)
+    pixels = np.asarray(small.resize((TEXT_PX, TEXT_PX), Image.Resampling.NEAREST).convert("RGB"))
+    return Row(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), 92, "RGB", "444"), f"text-{index:05d}.jpg", -1)
 
 
 def picture(draws: np.random.Generator, shape: str) -> np.ndarray:

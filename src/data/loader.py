@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from src.core.errors import UserError
 from src.core.stopping import ignore_in_worker
-from src.data.dataset import EvaluationDataset, Failure, Sample, TrainDataset, collate
+from src.data.dataset import ATTEMPTS, EvaluationDataset, Failure, MixDataset, Sample, TrainDataset, collate
 from src.data.order import EpochOrder, Item
 from src.data.sources import printable
 
@@ -83,7 +83,11 @@ class _Loader:
     """A DataLoader whose worker processes can be ended."""
 
     def __init__(
-        self, dataset: TrainDataset | EvaluationDataset, workers: WorkerOptions, persistent: bool, **options: Any
+        self,
+        dataset: TrainDataset | MixDataset | EvaluationDataset,
+        workers: WorkerOptions,
+        persistent: bool,
+        **options: Any,
     ) -> None:
         self.dataset = dataset
         self._loader: DataLoader[Sample] = DataLoader(
@@ -122,12 +126,20 @@ class TrainLoader(_Loader):
     `loader.sampler.set_epoch`.
     """
 
-    def __init__(self, dataset: TrainDataset, order: EpochOrder, workers: WorkerOptions, max_bad_share: float) -> None:
-        if order.length != len(dataset):
-            raise ValueError(f"an order of {order.length} for {len(dataset)} images")
+    def __init__(
+        self,
+        dataset: TrainDataset | MixDataset,
+        order: EpochOrder,
+        workers: WorkerOptions,
+        max_bad_share: float | Sequence[float],
+    ) -> None:
+        """max_bad_share: of the dataset, or of each source of a mix."""
+        if order.images != len(dataset):
+            raise ValueError(f"an order of {order.images} for {len(dataset)} images")
         self.order, self.batch_size = order, order.batch_size
         self.epoch = self.start_batch = 0
-        self.bad_images = BadImages(max_bad_share, order.batches * order.batch_size)
+        allowed = [max_bad_share] if isinstance(max_bad_share, float | int) else max_bad_share
+        self.bad_images = [BadImages(share, order.batches * order.batch_size) for share in allowed]
         self._handed_out: tuple[int, int] | None = None  # epoch, batches
         self._batches = _Batches(order)
         super().__init__(dataset, workers, persistent=True, batch_sampler=self._batches)
@@ -163,7 +175,11 @@ class TrainLoader(_Loader):
         self._handed_out = (epoch, start)
         for number, batch in enumerate(self._loader, start):
             stuck = len(batch["position"]) < self.batch_size
-            self.bad_images.account(self.batch_size, batch.pop("failures"), stuck)
+            failures = batch.pop("failures")
+            for source, bad_images in enumerate(self.bad_images):
+                own = tuple(f for f in failures if f.source == source)
+                seen = int((batch["source"] == source).sum()) if "source" in batch else self.batch_size
+                bad_images.account(seen, own, stuck and len(own) > ATTEMPTS)
             self._handed_out = (epoch, number + 1)
             yield batch
 

@@ -59,6 +59,11 @@ class EpochOrder:
         return self.world * self.batch_size * self.accumulate
 
     @property
+    def images(self) -> int:
+        """Count the rows that it chooses from."""
+        return self.length
+
+    @property
     def batches(self) -> int:
         """Count the micro-batches per epoch and rank; a multiple of `accumulate`."""
         return self.length // self.global_batch * self.accumulate

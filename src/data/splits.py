@@ -9,7 +9,7 @@ from src.data.arrow import DEFAULT_COLUMNS, Columns
 from src.data.order import AllRows, Rows, split_rows
 from src.data.places import KINDS, look
 from src.data.sources import Source
-from src.data.split_names import ALIASES, SPLIT_NAMES, TRAIN_SPLITS, VALIDATION_SPLITS
+from src.data.split_names import ALIASES, SPLIT_NAMES, TEST_SPLITS, TRAIN_SPLITS, VALIDATION_SPLITS
 
 __all__ = ["VALIDATION_SPLITS", "DataFolder", "Splits", "open_splits"]
 log = logging.getLogger(__name__)
@@ -84,6 +84,21 @@ class Splits:
     """What was opened, in words."""
     description: str
     """One sentence for the log."""
+
+
+def open_evaluation(data_dir: Path, split: str | None, columns: Columns = DEFAULT_COLUMNS) -> tuple[Source, str]:
+    """Open an evaluation set: the split asked for, else the validation or test split, else everything.
+
+    Returns:
+        The source, and a sentence about it.
+
+    Raises:
+        UserError: no such split, or nothing there.
+    """
+    data = DataFolder(data_dir, None, columns)
+    chosen = split or next((name for name in (*VALIDATION_SPLITS, *TEST_SPLITS) if data.find(name)), None)
+    source = data.open(chosen) if chosen is not None else data.place.open(None, columns)
+    return source, f"{len(source):,} images of {data_dir}" + (f", split {chosen!r}" if chosen else "")
 
 
 def open_splits(

@@ -17,6 +17,7 @@ from src.data.dataset import EvaluationDataset, EvaluationTransform
 from src.data.decode import Decoder
 from src.data.loader import EvaluationLoader, WorkerOptions
 from src.data.order import evaluation_rows, split_rows
+from src.data.source_settings import first_source
 from src.data.sources import Source
 from src.data.split_names import TEST_SPLITS, VALIDATION_SPLITS
 from src.data.splits import DataFolder
@@ -65,6 +66,7 @@ def open_images(data_dir: str | Path, split: str | None, trained_on: Mapping[str
         UserError: nothing there, no such split, nothing held out.
     """
     folder = resolve(data_dir)
+    trained_on = first_source(trained_on) if trained_on is not None else None
     dummy.ensure(folder)
     data, training = DataFolder(folder), trained_on or {}
     train = str(training.get("hf_split") or "train")

@@ -1,0 +1,107 @@
+"""Tell whether data is the same: by names relative to the source, sizes, rows, and fixed ranges of bytes; never by times.
+
+The cost is bounded: of at most `SAMPLED` files of a source, evenly spread, three ranges are read.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from src.data.packed import OpenFile, PackedSource
+from src.data.sources import FileSource, Source
+
+SAMPLED = 512
+RANGE = 4096
+"""Bytes read at the beginning, in the middle and at the end of a file."""
+LISTED = 4096
+"""Files or folders listed singly; more are one entry."""
+Entries = dict[str, list[Any]]
+
+
+def source_state(source: Source) -> dict[str, Any]:
+    """Return rows and, by file (of image files: by folder), [size or number of files, digest] of a source."""
+    if isinstance(source, FileSource):
+        entries = _folders(source.root, source.files)
+    elif isinstance(source, PackedSource):
+        entries = _packed(source.files)
+    else:
+        entries = {"": [len(source), source.fingerprint()]}
+    if len(entries) > LISTED:
+        digest = hashlib.sha256(repr(sorted(entries.items())).encode("utf-8", "surrogateescape"))
+        entries = {"": [len(entries), digest.hexdigest()[:16]]}
+    return {"rows": len(source), "files": entries}
+
+
+def compare_fingerprints(stored: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """Return what differs between the data of a checkpoint and this one, in words; nothing where they are the same."""
+    found: list[str] = []
+    before, now = stored.get("sources") or {}, own.get("sources") or {}
+    for name in [*before, *(name for name in now if name not in before)]:
+        if name not in now or name not in before:
+            found.append(f"{name}: {'gone' if name not in now else 'new'}")
+            continue
+        found += [f"{name}: {change}" for change in _changes(before[name], now[name])]
+    if not found:
+        keys = [*(stored.keys() | own.keys()) - {"sources"}]
+        found = [
+            f"{key}: {stored.get(key)}, now {own.get(key)}" for key in sorted(keys) if stored.get(key) != own.get(key)
+        ]
+    return found
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    old, new = before.get("files") or {}, now.get("files") or {}
+    found = [f"{name or 'a file'} is gone" for name in old if name not in new]
+    found += [f"{name or 'a file'} is new" for name in new if name not in old]
+    for name in old:
+        if name in new and list(old[name]) != list(new[name]):
+            sizes = "" if old[name][0] == new[name][0] else f" ({old[name][0]:,}, now {new[name][0]:,})"
+            found.append(f"{name or 'the files'} changed{sizes}")
+    if not found and before.get("rows") != now.get("rows"):
+        found.append(f"{before.get('rows'):,} images, now {now.get('rows'):,}")
+    return found
+
+
+def _packed(files: Sequence[Path]) -> Entries:
+    root = os.path.commonpath([file.parent for file in files])
+    sampled = set(_spread(len(files)))
+    return {
+        os.path.relpath(file, root): [file.stat().st_size, _ranges(file) if i in sampled else ""]
+        for i, file in enumerate(files)
+    }
+
+
+def _folders(root: Path, files: Sequence[str]) -> Entries:
+    digests: dict[str, Any] = {}
+    counts: dict[str, int] = {}
+    sampled = set(_spread(len(files)))
+    for i, file in enumerate(files):
+        folder, name = os.path.split(file)
+        digest = digests.setdefault(folder, hashlib.sha256())
+        digest.update(os.fsencode(name) + b"\0")
+        if i in sampled:
+            digest.update(_ranges(root / file).encode())
+        counts[folder] = counts.get(folder, 0) + 1
+    return {folder or ".": [counts[folder], digest.hexdigest()[:16]] for folder, digest in digests.items()}
+
+
+def _spread(count: int) -> Sequence[int]:
+    return range(count) if count <= SAMPLED else [i * count // SAMPLED for i in range(SAMPLED)]
+
+
+def _ranges(file: Path) -> str:
+    """Return the digest of size and three ranges of a file; of one that can't be read, nothing."""
+    try:
+        if not file.is_file():
+            return ""
+        opened = OpenFile(file)
+        size = opened.size
+        places = (0, max(0, size // 2 - RANGE // 2), max(0, size - RANGE))
+        digest = hashlib.sha256(str(size).encode())
+        for place in places:
+            digest.update(opened.read(place, RANGE))
+        return digest.hexdigest()[:16]
+    except OSError:
+        return ""

@@ -1,0 +1,164 @@
+"""Mix sources in exact shares: which row of which source stands at a position, as a function of (seed, epoch, position).
+
+Position p of epoch e is unit P = e N + p, N images an epoch. Each block of 1,000 units holds round(1000 w) of a source of
+weight w (largest remainder), in a permutation drawn for the block. The k-th unit of a source in block b, counted in the
+order of positions, is its draw d = b c + k, c its units in a block; draw d is row `permutation(round d // n)[d % n]` of its n
+rows. So shares are exact in every aligned thousand, no image comes twice before all came once, and resuming is arithmetic.
+
+Legend: s source, n its rows, d draw, N images an epoch, G a global batch.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from src.core import random_streams as stream
+from src.core.errors import UserError
+from src.data.order import EpochOrder, Item
+
+BLOCK = 1000
+"""Units in which the shares are exact."""
+TABLE_ROWS = 1 << 24
+"""Sources of more rows are permuted without a table."""
+FEISTEL_ROUNDS = 8
+Unit = Literal["image", "batch"]
+
+
+@dataclass(frozen=True)
+class MixOrder(EpochOrder):
+    """The batches of one rank from several sources. `length`: images an epoch. Rows of `Item` count over all sources, one
+    after the other.
+
+    sizes: rows of each source. weights: above 0, of any sum. unit: `image`, or `batch` for one source an update, as RAEv2.
+    """
+
+    sizes: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
+    unit: Unit = "image"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.unit not in ("image", "batch"):
+            raise UserError(f"data.mix_unit={self.unit}: expected image or batch.")
+        shares(self.weights)
+
+    @property
+    def images(self) -> int:
+        return sum(self.sizes)
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[list[Item]]:
+        for i in range(start_batch, self.batches):
+            first = (i * self.world + self.rank) * self.batch_size
+            positions = np.arange(first, first + self.batch_size)
+            rows = self.rows(epoch, positions)
+            yield [Item(epoch, p, r) for p, r in zip(positions.tolist(), rows.tolist(), strict=True)]
+
+    def rows(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        """Return the rows, int64, at positions of an epoch."""
+        if self.unit == "batch":
+            units = epoch * (self.length // self.global_batch) + positions // self.global_batch
+        else:
+            units = epoch * self.length + positions
+        sources, draws = np.empty_like(units), np.empty_like(units)
+        counts, blocks = shares(self.weights), units // BLOCK
+        for block in np.unique(blocks).tolist():
+            here = blocks == block
+            pattern, number = _pattern(self.seed, block, self.weights)
+            sources[here] = pattern[units[here] % BLOCK]
+            draws[here] = block * counts[sources[here]] + number[units[here] % BLOCK]
+        if self.unit == "batch":
+            draws = draws * self.global_batch + positions % self.global_batch
+        rows, base = np.empty_like(units), 0
+        for s, size in enumerate(self.sizes):
+            here = sources == s
+            rounds, at = draws[here] // size, draws[here] % size
+            found = np.empty_like(at)
+            for r in np.unique(rounds).tolist():
+                found[rounds == r] = permuted(self.seed, s, r, size, at[rounds == r])
+            rows[here] = base + found
+            base += size
+        return rows
+
+
+def images_per_epoch(sizes: Sequence[int], weights: Sequence[float]) -> int:
+    """Return sum(w n) / sum(w), RAEv2's rule, rounded."""
+    return round(sum(w * n for w, n in zip(weights, sizes, strict=True)) / sum(weights))
+
+
+@functools.lru_cache(16)
+def shares(weights: tuple[float, ...]) -> np.ndarray:
+    """Return the units of each source in a block, int64: largest remainder; equal remainders in the order of sources.
+
+    Raises:
+        UserError: a weight that gives none.
+    """
+    exact = np.array(weights, np.float64) * (BLOCK / sum(weights))
+    counts = np.floor(exact).astype(np.int64)
+    order = np.argsort(-(exact - counts), kind="stable")
+    counts[order[: BLOCK - int(counts.sum())]] += 1
+    if not counts.all():
+        raise UserError(
+            f"data.sources: a weight of {weights[int(counts.argmin())]:g} of {sum(weights):g} in all gives no image in {BLOCK:,}. "
+            "Raise it, or leave the source out."
+        )
+    return counts
+
+
+@functools.lru_cache(8)
+def _pattern(seed: int, block: int, weights: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the source of each unit of a block, and its number among those of its source there."""
+    counts = shares(weights)
+    pattern = stream.generator(seed, stream.Purpose.MIX, 0, block).permutation(
+        np.repeat(np.arange(len(counts)), counts)
+    )
+    number = np.empty(BLOCK, np.int64)
+    for s, count in enumerate(counts.tolist()):
+        number[pattern == s] = np.arange(count)
+    return pattern, number
+
+
+def permuted(seed: int, source: int, round_: int, size: int, at: np.ndarray) -> np.ndarray:
+    """Return places `at`, int64, of the permutation of 0..size-1 that belongs to a round of a source."""
+    if size <= TABLE_ROWS:
+        return _table(seed, source, round_, size)[at].astype(np.int64)
+    return feistel(_keys(seed, source, round_), size, at)
+
+
+@functools.lru_cache(8)
+def _table(seed: int, source: int, round_: int, size: int) -> np.ndarray:
+    rows = np.arange(size, dtype=np.uint32)
+    stream.generator(seed, stream.Purpose.ORDER, round_, source).shuffle(rows)
+    return rows
+
+
+@functools.lru_cache(32)
+def _keys(seed: int, source: int, round_: int) -> tuple[int, ...]:
+    draws = stream.generator(seed, stream.Purpose.ORDER, round_, source)
+    return tuple(draws.integers(0, 1 << 64, FEISTEL_ROUNDS, dtype=np.uint64).tolist())
+
+
+def feistel(keys: Sequence[int], size: int, at: np.ndarray) -> np.ndarray:
+    """Permute 0..size-1 without a table: a Feistel network over an even number of bits, walked until it falls inside.
+
+    For large sizes: of a few hundred places some permutations come more often than others.
+    """
+    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    values, waiting = at.astype(np.uint64), np.arange(len(at))
+    while len(waiting):
+        left, right = values[waiting] >> np.uint64(half), values[waiting] & mask
+        for key in keys:
+            left, right = right, left ^ (_mixed(right + np.uint64(key & 0xFFFFFFFFFFFF) ^ np.uint64(key >> 48)) & mask)
+        values[waiting] = left << np.uint64(half) | right
+        waiting = waiting[values[waiting] >= size]
+    return values.astype(np.int64)
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """Mix the bits of uint64 (the finaliser of SplitMix64, Steele et al. 2014)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

@@ -1,0 +1,231 @@
+"""Mixes: exact shares, rounds that are permutations, the same rows for any ranks, workers and place of resuming."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from src.core.errors import UserError
+from src.data import dummy
+from src.data.datamodule import RAEDataModule
+from src.data.loader import TrainLoader, WorkerOptions
+from src.data.mix import BLOCK, TABLE_ROWS, MixOrder, feistel, images_per_epoch, permuted, shares
+from tests.test_data_loader import arguments, assert_same
+from tests.test_data_places import image_tar
+from tests.test_data_sources import tree
+
+
+def rows_of(sizes: tuple[int, ...], weights: tuple[float, ...], length: int, count: int, seed: int = 3) -> np.ndarray:
+    """The rows at the first `count` positions of all epochs."""
+    order = MixOrder(length, seed, 1, sizes=sizes, weights=weights)
+    parts = [order.rows(e, np.arange(min(length, count - e * length))) for e in range(-(-count // length))]
+    return np.concatenate(parts)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "length"),
+    [
+        ((7, 50), (1, 1), 57),
+        ((30, 2000, 11), (1, 1, 1), 700),
+        ((13, 400), (0.3, 5), 2500),
+        ((1, 1000, 999, 64), (1, 2, 3, 4), 1001),
+        ((50,), (2,), 35),
+    ],
+)
+def test_shares_are_exact_and_rounds_are_permutations(sizes: tuple, weights: tuple, length: int) -> None:
+    count = 6 * BLOCK
+    rows = rows_of(sizes, weights, length, count)
+    borders = np.cumsum([0, *sizes])
+    sources = np.searchsorted(borders, rows, "right") - 1
+    expected = shares(tuple(weights))
+    assert expected.sum() == BLOCK
+    assert np.all(np.abs(expected - BLOCK * np.array(weights) / sum(weights)) < 1)
+    for block in range(count // BLOCK):
+        assert np.array_equal(np.bincount(sources[block * BLOCK : (block + 1) * BLOCK], minlength=len(sizes)), expected)
+    seen_orders = set()
+    for s, size in enumerate(sizes):
+        own = rows[sources == s] - borders[s]
+        for r in range(len(own) // size):
+            once = own[r * size : (r + 1) * size]
+            assert np.array_equal(np.sort(once), np.arange(size))  # all come once before any comes twice
+            seen_orders.add(once.tobytes())
+        if size > 10 and len(own) >= 2 * size:
+            assert own[:size].tobytes() != own[size : 2 * size].tobytes()
+
+
+@pytest.mark.parametrize("unit", ["image", "batch"])
+def test_any_ranks_and_any_place_of_resuming(unit: Any) -> None:
+    place: dict[str, Any] = {"sizes": (30, 200, 11), "weights": (1.0, 2.0, 1.0), "unit": unit}
+
+    def items(batch: int, world: int, accumulate: int, epoch: int, start: int = 0) -> dict[int, int]:
+        orders = [MixOrder(250, 5, batch, world, rank, accumulate, **place) for rank in range(world)]
+        return {i.position: i.row for order in orders for b in order.epoch(epoch, start) for i in b}
+
+    for epoch in (0, 1, 9):
+        reference = items(12, 1, 1, epoch)
+        assert sorted(reference) == list(range(240))
+        assert items(6, 2, 1, epoch) == items(2, 3, 2, epoch) == items(3, 4, 1, epoch) == reference
+        for start in (0, 5, 19):
+            assert items(12, 1, 1, epoch, start) == {p: r for p, r in reference.items() if p >= 12 * start}
+    assert items(12, 1, 1, 0) != items(12, 1, 1, 1)
+
+
+def test_one_source_an_update_and_every_image_before_any_twice() -> None:
+    order = MixOrder(240, 5, 12, sizes=(36, 240), weights=(1.0, 3.0), unit="batch")
+    batches = [[i.row for i in b] for e in range(12) for b in order.epoch(e)]
+    sources = [{row >= 36 for row in b} for b in batches]
+    assert all(len(s) == 1 for s in sources)
+    small = [row for b, s in zip(batches, sources, strict=True) if s == {False} for row in b]
+    assert len(small) > 2 * 36
+    assert all(sorted(small[i : i + 36]) == list(range(36)) for i in (0, 36))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 17, 1000, 4097, 65537])
+def test_a_permutation_without_a_table(size: int) -> None:
+    keys = [int(k) for k in np.random.default_rng(size).integers(0, 1 << 64, 8, dtype=np.uint64)]
+    out = feistel(keys, size, np.arange(size))
+    assert np.array_equal(np.sort(out), np.arange(size))
+    if size > 1000:
+        assert abs(np.corrcoef(out, np.arange(size))[0, 1]) < 0.1
+        assert not np.array_equal(out, feistel(keys[::-1], size, np.arange(size)))
+        few = np.array([5, 0, size - 1])
+        assert np.array_equal(feistel(keys, size, few), out[few])
+
+
+def test_large_sources_need_no_table() -> None:
+    size = TABLE_ROWS + 12345
+    at = np.arange(0, size, 4001)
+    out = permuted(3, 1, 0, size, at)
+    assert len(np.unique(out)) == len(at) and out.min() >= 0 and out.max() < size
+    assert abs(out.mean() / size - 0.5) < 0.05
+    order = MixOrder(16_000_000, 3, 512, sizes=(1_281_167, 31_970_000, 24_390_000), weights=(1.0, 1.0, 1.0))
+    next(order.epoch(0))
+    began = time.process_time()
+    for _, _ in zip(range(20), order.epoch(0, 40), strict=False):
+        pass
+    assert (time.process_time() - began) / 20 < 0.05  # 512 positions; about 1 ms on an idle machine
+
+
+def test_an_epoch_is_the_weighted_mean_of_the_sources() -> None:
+    assert images_per_epoch((1_281_167, 31_970_000, 7_520_000, 24_390_000), (1, 1, 1, 1)) == 16_290_292
+    assert images_per_epoch((10, 40), (3, 1)) == 18
+    with pytest.raises(UserError, match="gives no image in 1,000"):
+        shares((1.0, 1e-5))
+
+
+# -- through the data module
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("mix")
+    dummy.write(root / "arrow", 20)
+    image_tar(root / "tars/0.tar", 12)
+    tree(root / "files", per_class=3)
+    (root / "plain").mkdir()
+    for i in range(5):
+        (root / "plain" / f"{i}.jpg").write_bytes(dummy.jpeg(i))
+    return root
+
+
+def mixed(root: Path, names: str = "arrow tars plain", **changed: Any) -> RAEDataModule:
+    sources = {name: {"data_dir": str(root / name)} for name in names.split()}
+    sources = {n: s | changed.pop(n, {}) for n, s in sources.items()}
+    return RAEDataModule(**arguments(data_dir=None, sources=sources, **{"epoch_images": 40, **changed}))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_of_a_mix(num_workers: int, folders: Path) -> None:
+    data = mixed(folders)
+    whole = list(data.train_dataloader())
+    assert set(whole[0]) == {"image", "position", "index", "bad", "label", "source", "epoch"}
+    sources = [splits.train for splits in data.opened]
+    for batch in whole:
+        for s, i, y in zip(batch["source"].tolist(), batch["index"].tolist(), batch["label"].tolist(), strict=True):
+            assert y == (sources[s].label(i) if sources[s].num_classes else -1)
+    assert data.num_classes == 3 and data.train_size == 37 and len(whole) == 10
+    loader = mixed(folders, num_workers=num_workers).train_dataloader()
+    loader.resume_at(0, 4)
+    assert_same(list(loader), whole[4:])
+    loader.close()
+    ranks = [MixOrder(40, 7, 2, 2, r, 1, (20, 12, 5), (1.0, 1.0, 1.0)) for r in (0, 1)]
+    halves = [list(TrainLoader(loader.dataset, order, WorkerOptions(0, False), [0.0] * 3)) for order in ranks]
+    for one, two, both in zip(*halves, whole, strict=True):
+        assert torch.equal(torch.cat([one["image"], two["image"]]), both["image"])
+
+
+def test_crops_and_bad_share_are_those_of_the_source(folders: Path, tmp_path: Path) -> None:
+    data = mixed(folders, "arrow plain", plain={"train_crop": "center", "weight": 3, "exif": "ignore"})
+    assert [t.train_crop for t in data.train_transforms] == ["random", "center"]
+    assert [t.decoder.exif for t in data.train_transforms] == ["apply", "ignore"]
+    (tmp_path / "bad").mkdir()
+    for i in range(8):
+        (tmp_path / "bad" / f"{i}.jpg").write_bytes(dummy.jpeg(i) if i else b"")
+    sources = {"good": {"data_dir": str(folders / "arrow")}, "bad": {"data_dir": str(tmp_path / "bad")}}
+
+    def batches(share: float) -> list[dict[str, Any]]:
+        given = sources | {"bad": sources["bad"] | {"max_bad_share": share}}
+        return list(
+            RAEDataModule(
+                **arguments(data_dir=None, sources=given, epoch_images=400, max_bad_share=0.0)
+            ).train_dataloader()
+        )
+
+    replaced = [int(s) for b in batches(0.5) for s, bad in zip(b["source"], b["bad"], strict=True) if bad]
+    assert replaced and set(replaced) == {1}  # by images of its own source
+    with pytest.raises(UserError, match="bad images among"):
+        batches(0.01)
+
+
+def test_one_source_named_or_not_gives_the_same_batches(folders: Path) -> None:
+    alone = list(RAEDataModule(**arguments(data_dir=str(folders / "arrow"))).train_dataloader())
+    named = list(mixed(folders, "arrow", epoch_images=None).train_dataloader())
+    for one, other in zip(alone, named, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in one if key != "epoch")
+
+
+def test_the_fingerprint_of_a_mix_names_sources_and_weights(folders: Path) -> None:
+    stored = mixed(folders).state_dict()
+    mixed(folders).load_state_dict(stored)
+    for other in (mixed(folders, arrow={"weight": 2}), mixed(folders, "arrow plain"), mixed(folders, mix_unit="batch")):
+        with pytest.raises(UserError, match=r"mix: \{'weights'|tars: gone"):
+            other.load_state_dict(stored)
+    assert mixed(folders).fingerprint != mixed(folders, arrow={"weight": 2}).fingerprint
+
+
+def test_evaluation_sets(folders: Path) -> None:
+    evaluation = {"arrow": {"data_dir": str(folders / "arrow")}, "files": {"data_dir": str(folders / "files")}}
+    data = mixed(folders, evaluation=evaluation)
+    assert data.val_size == 20 and list(data.evaluation_sets) == ["arrow", "files"]
+    assert sum(len(b["image"]) for b in data.val_dataloader()) == 20
+    assert sum(len(b["image"]) for b in data.evaluation_loader(4, name="files")) == 6
+    rows = dict(data.describe())
+    assert rows["data tars"].startswith("tar files: 12 training images, weight 1, 13 an epoch, 3 classes, index")
+    assert rows["evaluation files"].startswith("6 images")
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"data_dir": "x"}, "expected one of them. Set data.data_dir=null"),
+        ({"sources": None}, "expected one of them. Set data.data_dir=PATH"),
+        ({"sources": {}}, "data.sources={}: expected a name"),
+        ({"sources": {"a": {"weight": 1}}}, "data.sources.a=.*data_dir"),
+        ({"sources": {"a b": {"data_dir": "x"}}}, "is no name"),
+        ({"sources": {"a": {"data_dir": "x", "weight": 0}}}, "data.sources.a.weight"),
+        ({"sources": {"a": {"data_dir": "x", "colour": 1}}}, "data.sources.a.colour"),
+        ({"sources": {"a": {"data_dir": "x", "train_crop": "left"}}}, "train_crop=left"),
+        ({"mix_unit": "row"}, "data.mix_unit=row"),
+        ({"epoch_images": 0}, "data.epoch_images=0"),
+        ({"sources": None, "data_dir": "x", "epoch_images": 5}, "goes with data.sources"),
+        ({"evaluation": {"a": {"split": "val"}}}, "data.evaluation.a=.*data_dir"),
+        ({"evaluation": {"a": {"data_dir": "x", "num_samples": 1}}}, "data.evaluation.a.num_samples"),
+    ],
+)
+def test_wrong_settings_name_their_key(changed: dict[str, Any], says: str) -> None:
+    given = {"data_dir": None, "sources": {"a": {"data_dir": "x"}}} | changed
+    with pytest.raises(UserError, match=says):
+        RAEDataModule(**arguments(**given))
