@@ -22,7 +22,6 @@ from src.core.precision import cast_frozen
 from src.core.weights import check_fit
 from src.formats.checkpoint_content import FORMAT_VERSION
 from src.models.frozen_encoder import identity_differences
-from src.training.optimisation import gradient_norm
 from src.training.settings import StageSettings
 
 HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
