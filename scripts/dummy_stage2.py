@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root instead of scripts/
 
+from src.core.options import EXIT_CODES
 from src.core.terminal import run_program
 from src.core.weights import PROJECT_ROOT
 
@@ -24,7 +25,9 @@ IMAGES = 192
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Return 0 where all of it ran."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, default=PROJECT_ROOT / "logs/dummy2", help="of autoencoder and samples")
     parser.add_argument("--epochs", type=int, default=None, help="of the transformer (default: the experiment's)")
     args = parser.parse_args(argv)

@@ -129,8 +129,9 @@ def _is_other_data(folder: Path, trained_on: Mapping[str, Any] | None) -> bool:
 
 
 def _named(data: DataFolder, split: str) -> Images:
-    if data.find(split) is None:
+    found = data.find(split)
+    if found is None:
         there = f"it has {', '.join(data.names)}. Use one of these, or" if data.names else "it has none. Use"
         raise UserError(f"{data.folder} has no split {split!r}: {there} --split {ALL} or {HELD_OUT}.")
     source = data.open(split)
-    return Images(data.folder, source, np.arange(len(source)), split)
+    return Images(data.folder, source, np.arange(len(source)), found)
