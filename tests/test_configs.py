@@ -8,6 +8,8 @@ from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import OmegaConf
 
 from src.core.weights import PROJECT_ROOT
+from src.training.settings import ModelSettings
+from src.training.stage2 import Stage2Settings
 from tests.training import composed
 
 EXPERIMENTS = sorted(path.stem for path in (PROJECT_ROOT / "configs/experiment").glob("*.yaml"))

@@ -314,7 +314,7 @@ def test_no_inception_file(refused, checkpoint, images, tmp_path):
 def test_no_images_one_image_broken_images(refused, checkpoint, tmp_path):
     (tmp_path / "empty").mkdir()
     words = f"--checkpoint {checkpoint} --data_dir {tmp_path}"
-    assert "No images" in refused(f"{words}/empty")
+    assert "is empty" in refused(f"{words}/empty")
     write_images(tmp_path / "one", 1)
     assert "at least 2 images, got 1" in refused(f"{words}/one")
     two = write_images(tmp_path / "two", 2)

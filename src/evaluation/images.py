@@ -74,7 +74,7 @@ def open_images(data_dir: str | Path, split: str | None, trained_on: Mapping[str
         return _named(data, str(split))
     validation = data.held_out_split(train, training.get("hf_validation_split"), VALIDATION_SPLITS[0])
     if split is None and validation is not None:
-        return _named(data, validation)
+        return _named(data, str(data.find(validation)))
     known = next((name for name in (train, "train") if data.find(name)), None)
     source = data.open(known or (data.names[0] if data.is_dataset and data.names else train))
     everything = Images(folder, source, np.arange(len(source)), ALL)
@@ -129,9 +129,8 @@ def _is_other_data(folder: Path, trained_on: Mapping[str, Any] | None) -> bool:
 
 
 def _named(data: DataFolder, split: str) -> Images:
-    found = data.find(split)
-    if found is None:
+    if data.find(split) is None:
         there = f"it has {', '.join(data.names)}. Use one of these, or" if data.names else "it has none. Use"
         raise UserError(f"{data.folder} has no split {split!r}: {there} --split {ALL} or {HELD_OUT}.")
     source = data.open(split)
-    return Images(data.folder, source, np.arange(len(source)), found)
+    return Images(data.folder, source, np.arange(len(source)), split)
