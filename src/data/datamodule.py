@@ -1,6 +1,7 @@
 """The data of a run, from the keys of `configs/data/*.yaml`. The only Lightning in `src/data`."""
 
 import logging
+import math
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from src.core.errors import UserError
 from src.data import dummy
 from src.data.dataset import EvaluationDataset, EvaluationTransform, TrainCrop, TrainDataset, TrainTransform
 from src.data.decode import Decoder, Exif
-from src.data.loader import EvaluationLoader, TrainLoader, WorkerOptions
+from src.data.loader import PREFETCH_BATCHES, EvaluationLoader, TrainLoader, WorkerOptions
 from src.data.order import EpochOrder, evaluation_rows
 from src.data.splits import Splits, open_splits
+from src.data.worker_faults import prefetched_batches
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class RAEDataModule(LightningDataModule):
         max_megapixels: float,
         max_bad_share: float,
         num_workers: int,
+        worker_timeout_s: float = 0,
         **removed: Any,
     ) -> None:
         super().__init__()
@@ -59,12 +62,15 @@ class RAEDataModule(LightningDataModule):
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise UserError(f"data.{key}={value}: expected a whole number of at least {least}.")
+        if not (isinstance(worker_timeout_s, (int, float)) and 0 <= worker_timeout_s < math.inf):
+            raise UserError(f"data.worker_timeout_s={worker_timeout_s}: expected seconds, 0 for no limit.")
         if not 0 <= max_bad_share <= 1:
             raise UserError(f"data.max_bad_share={max_bad_share}: expected a share from 0 to 1.")
         self.data_dir, self.use_hf_dataset, self.train_split = weights.resolve(data_dir), use_hf_dataset, train_split
         self._split_names, self.label = (hf_split, hf_validation_split), label
         self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
         self.num_workers, self.max_bad_share = num_workers, max_bad_share
+        self.worker_timeout_s, self._image_bytes = worker_timeout_s, 3 * image_size**2
         decoder = Decoder(exif, max_megapixels)
         self.train_transform = TrainTransform(image_size, train_crop, resize_shorter_px, decoder, seed)
         self.evaluation_transform = EvaluationTransform(image_size, decoder)
@@ -192,4 +198,10 @@ class RAEDataModule(LightningDataModule):
 
     def _workers(self) -> WorkerOptions:
         on_gpu = self.trainer is None or self.trainer.strategy.root_device.type == "cuda"
-        return WorkerOptions(self.num_workers, pin_memory=on_gpu and torch.cuda.is_available())
+        here = self.trainer.num_devices if self.trainer is not None else 1
+        loaders = here * (2 if self.val_size else 1)
+        prefetch = prefetched_batches(
+            self.num_workers, PREFETCH_BATCHES, self.batch_size * self._image_bytes, loaders, self.batch_size
+        )
+        pinned = on_gpu and torch.cuda.is_available()
+        return WorkerOptions(self.num_workers, pinned, prefetch, self.worker_timeout_s)
