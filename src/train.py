@@ -22,6 +22,8 @@ if __name__ == "__main__":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… --help | head` ends quietly
     try:
         main()
+        if training := sys.modules.get("src.training.run"):
+            sys.exit(training.sweep_status())
     except KeyboardInterrupt:  # before the run listens for it
         print("interrupted before the run began", file=sys.stderr)
         sys.exit(130)
