@@ -27,7 +27,7 @@ from src.core.files import DISK_ERRORS, disk_message
 from src.core.launch import Launch
 from src.core.settings import check_keys
 from src.core.stopping import STOP, end_with_parent, listening, signal_name, status_of
-from src.core.text import table
+from src.core.text import masked, table
 from src.training import logs
 from src.training.preflight import preflight
 from src.training.record import RunRecord, make_folder, save_config, summary, take_lock
@@ -118,6 +118,11 @@ def _run(config: DictConfig, held: ExitStack) -> float | None:
     elif "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun passes on the first Ctrl-C, and a second one ends it
         end_with_parent(signal.SIGINT)
     logs.set_up(None, launch.main)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and config.ckpt_path is None:
+        raise UserError(
+            "torchrun (--max-restarts) has started the processes again, which would begin at step 0. Start anew with "
+            "ckpt_path=last, which restarts go on from, or with --max-restarts=0."
+        )
     check_config(config)
     if sweep:
         sys.argv[1:] = _arguments_of_one_job(sys.argv[1:])
@@ -216,10 +221,11 @@ def build_run(config: DictConfig, launch: Launch, bare: bool = False) -> Run:
         datamodule.setup()
         _ = datamodule.order  # too few images are noticed before large weights are read
     module = build(config.model, "model")
-    module.run_config = plain
+    kept = masked(plain)
+    module.run_config = kept
     for logger in loggers:
-        logger.log_hyperparams(plain)
-    return Run(trainer, module, datamodule, plain)
+        logger.log_hyperparams(kept)
+    return Run(trainer, module, datamodule, kept)
 
 
 def fit(run: Run, checkpoint: Path | None, record: RunRecord) -> dict[str, Any]:
