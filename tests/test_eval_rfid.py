@@ -474,7 +474,7 @@ def test_splits(images, tmp_path):
     own = {**SPLITS, "data_dir": str(images), "train_split": 0.75}
     elsewhere = own | {"data_dir": str(tree)}
     for folder, split, trained_on, expected in (
-        (tree, None, None, ("validation", 3)),
+        (tree, None, None, ("val", 3)),
         (tree, "train", None, ("train", 6)),
         (images, None, own, ("held_out", 3)),
         (images, "all", own, ("all", 11)),
