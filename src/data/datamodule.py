@@ -126,7 +126,8 @@ class RAEDataModule(LightningDataModule):
         self.sources = parse_sources(sources, common) if sources is not None else None
         """Of a mix, by name."""
         self.evaluation_settings = parse_evaluation(evaluation) if evaluation is not None else None
-        self._all_sources = self.sources or {"": SourceSettings.model_construct(data_dir=cast(str, data_dir), **common)}
+        alone: dict[str, Any] = {"data_dir": data_dir, **common}
+        self._all_sources = self.sources or {"": SourceSettings.model_construct(**alone)}
         self.data_dir = weights.resolve(next(iter(self._all_sources.values())).data_dir)
         """Of the first source."""
         self.epoch_images, self.mix_unit = epoch_images, mix_unit
@@ -403,8 +404,9 @@ class RAEDataModule(LightningDataModule):
 
     def _places(self) -> list[Path]:
         """Return the folders of all sources and evaluation sets."""
-        nodes = [*self._all_sources.values(), *(self.evaluation_settings or {}).values()]
-        return [weights.resolve(node.data_dir) for node in nodes]
+        folders = [node.data_dir for node in self._all_sources.values()]
+        folders += [node.data_dir for node in (self.evaluation_settings or {}).values()]
+        return [weights.resolve(folder) for folder in folders]
 
     def _weights(self) -> tuple[float, ...]:
         return tuple(s.weight for s in self._all_sources.values())
