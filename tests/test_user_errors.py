@@ -1,5 +1,6 @@
 """Mistakes of a user end with one message that says what came, what was expected and what to type; no traceback."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from src.core.compose import quoting_hint
 from src.core.errors import UserError
 from src.core.text import hydra_quoted, masked
 from src.core.weights import PROJECT_ROOT
+from src.training import logs
 from src.training.run import check_config, run
 from tests.training import SMALL, composed, train
 
@@ -217,3 +219,14 @@ def test_restarts_by_torchrun_do_not_begin_at_step_0(tmp_path, monkeypatch, capf
     with pytest.raises(SystemExit):
         run(composed([*SMALL, *QUIET, f"paths.log_dir={tmp_path}"]))
     assert "ckpt_path=last" in capfd.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_name_with_line_breaks_forges_no_log_entry(tmp_path):
+    logs.set_up(tmp_path, True)
+    forged = "2026-01-01 00:00:00,000 ERROR root: forged"
+    for end in ("\n", "\r", "\r\n", "\u2028", "\x85"):
+        logging.getLogger("src").warning("Bad image %s: cut", f"a{end}{forged}.jpg")
+    logging.getLogger("src").info("a table:\n  of two\n  rows")
+    lines = (tmp_path / "run.log").read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if line.startswith(forged)]
+    assert lines[-2:] == ["  of two", "  rows"]

@@ -1,6 +1,7 @@
 """Set up logging: the terminal of the first process, and a file in the run's folder."""
 
 import logging
+import re
 import sys
 import warnings
 from contextlib import suppress
@@ -42,6 +43,14 @@ class WarningCollector(logging.Handler):
             self.messages.append(message)
 
 
+class LineFormatter(logging.Formatter):
+    """Indents the further lines of an entry, so that no text in it, such as a file's name, passes for an entry."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = re.sub(r"[\r\x0b\x0c\x1b\x85\u2028\u2029]", "?", super().format(record))
+        return re.sub(r"\n(?=\S)", "\n  ", text)
+
+
 class LogFile(logging.FileHandler):
     """A log file that says once on the terminal when it can't be written, and lets the run go on."""
 
@@ -69,13 +78,13 @@ def set_up(folder: Path | None, main: bool) -> WarningCollector:
             handler.close()
     root.setLevel(logging.INFO)
     terminal = logging.StreamHandler(sys.stderr)
-    terminal.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+    terminal.setFormatter(LineFormatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
     terminal.setLevel(logging.INFO if main else logging.ERROR)
     root.addHandler(terminal)
     root.addHandler(collector)
     if folder is not None and main:
         file = LogFile(folder / "run.log", encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        file.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root.addHandler(file)
     logging.getLogger("transformers").setLevel(logging.ERROR)  # reports unused weights, which our strict load looks at
     for name in (*_LIGHTNING, *_QUIET):
