@@ -74,22 +74,14 @@ def test_draws_decide_everything_and_a_batch_may_be_split() -> None:
     images, u = batch()
     augment = DiffAug(prob=1, cutout=0.3)
     draws = augment.draw(ON, u)
-    whole = augment.apply(images, draws)
+    before, whole = images.clone(), augment.apply(images, draws)
     torch.manual_seed(99)
-    assert torch.equal(augment.apply(images, draws), whole)
+    assert torch.equal(augment.apply(images, draws), whole) and torch.equal(images, before)
+    assert augment.apply(images.bfloat16(), draws).dtype == torch.float32
     split = torch.cat([augment.apply(images[p], draws[p]) for p in (slice(0, 2), slice(2, 3), slice(3, None))])
     assert torch.equal(split, whole)
     with pytest.raises(ValueError, match="slice both"):
         augment.apply(images[:2], draws)
-
-
-def test_the_input_is_left_alone_and_half_precision_becomes_float32() -> None:
-    images, u = batch()
-    before = images.clone()
-    augment = DiffAug(prob=1, cutout=0.3)
-    augment.apply(images, augment.draw(ON, u))
-    assert torch.equal(images, before)
-    assert augment.apply(images.bfloat16(), augment.draw(ON, u)).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -113,12 +105,9 @@ def test_the_largest_draws_stay_in_range() -> None:
     assert all(int(_whole(largest, count)) == count - 1 for count in range(1, 2000))
 
 
-def test_wrong_numbers_of_uniforms_are_told() -> None:
+def test_wrong_numbers_and_values_out_of_range_are_told() -> None:
     with pytest.raises(ValueError, match="uniforms"):
         DiffAug(prob=1, cutout=0).draw(torch.zeros(2), torch.zeros(4, UNIFORMS_PER_SAMPLE))
-
-
-@pytest.mark.parametrize(("key", "value", "said"), [("prob", 1.1, "at most 1"), ("cutout", -0.1, "at least 0")])
-def test_values_out_of_range_are_told(key: str, value: float, said: str) -> None:
-    with pytest.raises(UserError, match=f"augment.{key}={value}: expected {said}"):
-        DiffAug.parse({"prob": 1, "cutout": 0, key: value}, "augment")
+    for key, value, said in (("prob", 1.1, "at most 1"), ("cutout", -0.1, "at least 0")):
+        with pytest.raises(UserError, match=f"augment.{key}={value}: expected {said}"):
+            DiffAug.parse({"prob": 1, "cutout": 0, key: value}, "augment")

@@ -50,18 +50,14 @@ def plain_lpips(vgg: dict[str, Tensor], linear: dict[str, Tensor], x: Tensor, y:
     return sum(plain_distance(a, b, linear[f"lin{i}.model.1.weight"].to(a).flatten()) for i, (a, b) in enumerate(pairs))
 
 
-def make_files(folder: Path, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    rng = torch.Generator().manual_seed(seed)
-    vgg, width = {}, 3
-    for n in CONVS:
-        out = CHANNELS[sum(n >= first for first in POOL_BEFORE)]
-        vgg[f"features.{n}.weight"] = torch.randn(out, width, 3, 3, generator=rng) * (2 / (9 * width)) ** 0.5
-        vgg[f"features.{n}.bias"] = torch.randn(out, generator=rng) * 0.1
-        width = out
-    for n in (0, 3, 6):
-        vgg[f"classifier.{n}.weight"] = torch.zeros(2, 2)
-        vgg[f"classifier.{n}.bias"] = torch.zeros(2)
-    linear = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1, generator=rng) for i, c in enumerate(CHANNELS)}
+def make_files(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What torchvision and LPIPS have in theirs; `plain_lpips` holds the names."""
+    model, rng = untrained(), torch.Generator().manual_seed(0)
+    vgg = {
+        name: value + 0.1 * torch.randn(value.shape, generator=rng) for name, value in model.vgg.state_dict().items()
+    }
+    vgg |= {f"classifier.{n}.{kind}": torch.zeros(2, 2) for n in (0, 3, 6) for kind in ("weight", "bias")}
+    linear = {f"lin{i}.model.1.weight": w.view(1, -1, 1, 1) for i, w in enumerate(model.linear)}
     torch.save(vgg, folder / "vgg.pth")
     torch.save(linear, folder / "linear.pth")
     return vgg, linear
