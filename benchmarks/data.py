@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def load(folder: Path | None) -> list[bytes]:
-    """The bytes of the images to measure with."""
+    """Read the bytes of the images to measure with."""
     from src.core.errors import UserError
     from src.data import dummy
 
@@ -131,7 +131,7 @@ def measure(files: list[bytes], size: int, rounds: int) -> dict[str, Any]:
 
 
 def two_step(data: bytes, size: int, position: int) -> Any:
-    """The published transform, written plainly: resize the whole image, then crop."""
+    """Apply the published transform, written plainly: resize the whole image, then crop."""
     import io
 
     import numpy as np

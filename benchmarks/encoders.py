@@ -98,7 +98,7 @@ def measure(size: str, batch: int, image_size: int, repeats: int, threads: int) 
 
 
 def variants(size: str, images: Any) -> tuple[dict[str, Callable[[], Any]], dict[str, Any], int]:
-    """Calls by name on one network, what each returns, and the network's number of parameters."""
+    """Return calls by name on one network, what each returns, and the network's number of parameters."""
     import torch
     from transformers import DINOv3ViTConfig
 
@@ -123,7 +123,7 @@ def variants(size: str, images: Any) -> tuple[dict[str, Callable[[], Any]], dict
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """Largest sum of tensors that live at once during `call`, beyond those before it."""
+    """Return the largest sum of tensors that live at once during `call`, beyond those before it."""
     from torch.profiler import ProfilerActivity, profile
 
     with tempfile.TemporaryDirectory() as folder:

@@ -104,7 +104,7 @@ def make_fake(root: nn.Module, fake: FakeTensorMode, live: LiveBytes) -> None:
 
 
 def peak_bytes(arguments: argparse.Namespace, variant: str, batch: int) -> tuple[int, int]:
-    """(bytes between steps: weights, averages, moments; peak within a step)."""
+    """Return bytes between steps (weights, averages, moments) and at the peak within a step."""
     arguments.batch = batch
     device, dtype = torch.device("cpu"), DTYPES[arguments.precision]
     options = {"disc_fake": "fresh", "loss_chunk_size": arguments.loss_chunk_size, "dtype": None,
@@ -163,7 +163,7 @@ def main() -> None:
 
 
 def largest_batches(arguments: argparse.Namespace, variant: str, batch: int, peak: int) -> dict[str, float]:
-    """The largest batch for each of `--fit`, by the memory of two batch sizes."""
+    """Return the largest batch for each of `--fit`, by the memory of two batch sizes."""
     if not arguments.fit:
         return {}
     other = max(1, batch // 2) if batch > 1 else 2

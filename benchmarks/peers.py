@@ -201,7 +201,7 @@ class HubDinov2(nn.Module):
 
 
 def prepare(rae: nn.Module, device: torch.device) -> tuple[nn.Module, nn.Module]:
-    """(average, model to train), in the order of both programs."""
+    """Return (average, model to train), in the order of both programs."""
     rae.encoder.eval(), rae.decoder.train()
     average = deepcopy(rae).eval().requires_grad_(False)
     rae.encoder.requires_grad_(False), rae.decoder.requires_grad_(True)
@@ -219,7 +219,7 @@ def their_autocast(precision: str) -> dict[str, Any]:
 
 
 def stand_in(name: str, **content: Any) -> types.ModuleType:
-    """A module of our own under `name`, and empty packages above it."""
+    """Put a module of our own under `name`, and empty packages above it."""
     for end in range(1, name.count(".") + 1):
         package = ".".join(name.split(".")[:end])
         sys.modules.setdefault(package, types.ModuleType(package))
@@ -229,7 +229,7 @@ def stand_in(name: str, **content: Any) -> types.ModuleType:
 
 
 def stand_in_for_missing() -> None:
-    """torchvision and wandb, where they are not installed: of the first both use VGG16, untrained."""
+    """Replace torchvision and wandb where they are not installed: of the first both use VGG16, untrained."""
     transformers.utils.is_torchvision_available()  # asked before, and remembered
     if importlib.util.find_spec("torchvision") is None:
         top = stand_in("torchvision")
@@ -253,7 +253,7 @@ def vgg16(**_: Any) -> SimpleNamespace:
 
 
 def lpips_file(path: Path) -> None:
-    """Untrained linear weights, where a checkout has none yet: else it would download them."""
+    """Write untrained linear weights where a checkout has none yet: else it would download them."""
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         weights = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate(CHANNELS)}
@@ -261,7 +261,7 @@ def lpips_file(path: Path) -> None:
 
 
 def files(arguments: argparse.Namespace, repository: Path) -> tuple[Path, Path, Path]:
-    """Untrained encoder, decoder config and DINO trunk as both programs want them on disk."""
+    """Write an untrained encoder, decoder config and DINO trunk as both programs want them on disk."""
     scratch = Path(arguments.scratch).resolve()
     encoder, decoder, dino = scratch / "dinov2", scratch / arguments.decoder, scratch / f"dino_{arguments.disc}.pth"
     if not encoder.exists():

@@ -66,7 +66,7 @@ ATTENTION_ON_CPU = {
 def measure(
     runners: dict[str, Any], images: Tensor, draws: Draws, phase: Phase, precision: str, repeats: int, warm: int
 ) -> dict[str, Any]:
-    """Seconds per step of each of `runners`, taken in turns: a change of the machine's speed meets all alike."""
+    """Time each of `runners`, in turns: a change of the machine's speed meets all alike."""
     device = images.device
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     for turn in range(warm + repeats):
@@ -90,12 +90,12 @@ def measure(
 
 
 def turns(variants: Sequence[str], device: torch.device) -> list[list[str]]:
-    """Which variants are measured together. A GPU keeps its speed, and its memory is for one step at a time."""
+    """Group the variants that are measured together. A GPU keeps its speed, and its memory is for one step at a time."""
     return [[name] for name in variants] if device.type == "cuda" else [list(variants)]
 
 
 def memory_alone(variant: str, precision: str) -> dict[str, float | None]:
-    """Peak of each phase in a process of its own, where no other variant's state lies beside; infinite where
+    """Measure the peak of each phase in a process of its own, where no other variant's state lies beside; infinite where
     it did not fit, None where the system does not say."""
     command = [sys.executable, *sys.argv, "--variants", variant, "--precision", precision, "--memory_only"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -114,7 +114,7 @@ def clock(device: torch.device) -> float:
 
 
 def peak_memory(run: Any, device: torch.device) -> float | None:
-    """GB at the peak of a call: allocations on a GPU; on a CPU the resident set, whose mark is reset before."""
+    """Return GB at the peak of a call: allocations on a GPU; on a CPU the resident set, whose mark is reset before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         run()
@@ -129,7 +129,7 @@ def peak_memory(run: Any, device: torch.device) -> float | None:
 
 
 def part_times(run: Any, device: torch.device) -> dict[str, float]:
-    """ms of each part of one step, from the labels in the code."""
+    """Return ms of each part of one step, from the labels in the code."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     # A part's kernels are found through the thread that launched them, so the backward pass has to stay in this one.
     with torch.autograd.set_multithreading_enabled(False), profile(activities=activities) as recorded:
@@ -144,7 +144,7 @@ def part_times(run: Any, device: torch.device) -> dict[str, float]:
 
 
 def matmul_peak(device: torch.device, precision: str) -> float:
-    """TFLOP/s of a large matrix product in this precision: what the share is a share of."""
+    """Measure TFLOP/s of a large matrix product in this precision, what the share is a share of."""
     size = 8192 if device.type == "cuda" else 2048
     dtype = DTYPES[precision] or torch.float32
     a, b = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype)

@@ -81,13 +81,13 @@ class DiffAug(Settings):
 
 
 def _shift(u: Tensor, size: int) -> Tensor:
-    """U -> whole pixels, uniform in [-reach, reach]: int64 (B,)."""
+    """Map U to whole pixels, uniform in [-reach, reach]: int64 (B,)."""
     reach = round(size * MAX_SHIFT)
     return _whole(u, 2 * reach + 1) - reach
 
 
 def _whole(u: Tensor, count: int) -> Tensor:
-    """U[0, 1) -> 0 .. count - 1. In float32 too: (1 - 2^-24) * count never rounds up to count."""
+    """Map U[0, 1) to 0 .. count - 1. In float32 too: (1 - 2^-24) * count never rounds up to count."""
     return (u * count).floor().long()
 
 
@@ -121,7 +121,7 @@ def _source(shift: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _recolour(images: Tensor, brightness: Tensor, saturation: Tensor, contrast: Tensor) -> Tensor:
-    """Brightness + U(-.5, .5); saturation * U(0, 2) around the pixel's grey; contrast * U(.5, 1.5) around the mean.
+    """Change brightness + U(-.5, .5); saturation * U(0, 2) around the pixel's grey; contrast * U(.5, 1.5) around the mean.
 
     All three are affine in the image x with grey g(x) and mean m(x): with b, s, k the result is
     k s x + k (1 - s) g + (1 - k) m + b, since neither saturation nor contrast moves the mean m + b.
@@ -133,7 +133,7 @@ def _recolour(images: Tensor, brightness: Tensor, saturation: Tensor, contrast: 
 
 
 def _square(u_y: Tensor, u_x: Tensor, size: torch.Size, share: float) -> Tensor:
-    """True inside a rectangle whose centre is uniform over the image: bool, B x 1 x H x W."""
+    """Return a mask of a rectangle whose centre is uniform over the image: bool, B x 1 x H x W."""
     rows, columns = (_interval(u, extent, round(extent * share)) for u, extent in zip((u_y, u_x), size, strict=True))
     return (rows[:, :, None] & columns[:, None, :])[:, None]
 

@@ -148,7 +148,7 @@ class ViTDecoder(nn.Module):
         return self.decoder_pred(self.trunk(tokens))
 
     def trunk(self, tokens: Tensor) -> Tensor:
-        """Everything but the last linear layer: B N C -> B N D, cls token dropped."""
+        """Apply everything but the last linear layer: B N C -> B N D, cls token dropped."""
         x = self.decoder_embed(self._fit(tokens))
         cls_token = self.trainable_cls_token.expand(len(x), -1, -1).to(x.dtype)
         x = torch.cat([cls_token, x], dim=1) + self.decoder_pos_embed  # B 1+N D
@@ -160,7 +160,7 @@ class ViTDecoder(nn.Module):
         return self.decoder_norm(x[:, 1:])
 
     def _fit(self, tokens: Tensor) -> Tensor:
-        """Another number of tokens is resampled on the grid, bilinearly (recipe section 1)."""
+        """Resample another number of tokens on the grid, bilinearly (recipe section 1)."""
         if tokens.shape[1] == self.grid**2:
             return tokens
         side = round(tokens.shape[1] ** 0.5)
@@ -172,7 +172,7 @@ class ViTDecoder(nn.Module):
 
 
 def sincos_positions(width: int, grid: int) -> Tensor:
-    """2-D sin-cos positions, (1 + grid*grid) x width: zeros for cls; the first half of `width` encodes the column."""
+    """Return 2-D sin-cos positions, (1 + grid*grid) x width: zeros for cls; the first half encodes the column."""
     quarter = width // 4
     omega = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega  # grid D/4
@@ -184,14 +184,14 @@ def sincos_positions(width: int, grid: int) -> Tensor:
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
-    """B 3 H W -> B N (P*P*3), order (row, column, channel) inside a patch."""
+    """Cut images B 3 H W into patches B N (P*P*3), order (row, column, channel) inside a patch."""
     batch, _, height, width = images.shape
     x = images.reshape(batch, 3, height // patch, patch, width // patch, patch)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch * patch * 3)
 
 
 def unpatchify(patches: Tensor, patch: int) -> Tensor:
-    """The inverse of `patchify` for square images: B N (P*P*3) -> B 3 H W."""
+    """Undo `patchify` for square images: B N (P*P*3) -> B 3 H W."""
     batch, tokens, _ = patches.shape
     side = round(tokens**0.5)
     x = patches.reshape(batch, side, side, patch, patch, 3)

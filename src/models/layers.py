@@ -24,7 +24,7 @@ _NAMED = {
 
 
 def parse_layers(layers: LayerChoice, depth: int, key: str = "model.encoder_params.layers") -> tuple[int, ...]:
-    """Block numbers from 0, ascending. None: the last block alone.
+    """Return block numbers from 0, ascending. None: the last block alone.
 
     Accepts a list, `k1` | `k7` | `k23` (last block; every second of the last 13; the last 23) or numbers joined by
     dots (`11.13.15`).
@@ -60,7 +60,7 @@ def check_choice(name: str, value: object, allowed: Sequence[str], encoder: str)
 
 
 def random_subset(layers: Sequence[int], keep_probability: float, uniforms: np.ndarray) -> tuple[int, ...]:
-    """A random non-empty subset of `layers`, each kept with `keep_probability` on condition that one is kept.
+    """Return a random non-empty subset of `layers`, each kept with `keep_probability` on condition that one is kept.
 
     With p that probability, P(S) = p^|S| (1-p)^(K-|S|) / (1 - (1-p)^K): at 0.5 the same for all 2^K - 1 subsets (FuseReg,
     arXiv 2609.31620). Exact without rejection: `uniforms[0]` chooses the first block that is kept (a geometric law cut off

@@ -30,7 +30,7 @@ class SpectralWeights(nn.Module):
 
     @torch.no_grad()
     def power_iteration(self) -> None:
-        """v <- normalised W^T u, u <- normalised W v; in place, no synchronisation, in the dtype of the weights."""
+        """Set v <- normalised W^T u, u <- normalised W v; in place, no synchronisation, in the dtype of the weights."""
         with torch.autocast(self.weight_orig.device.type, enabled=False):
             matrices = self.weight_orig.flatten(2)
             v = F.normalize((self.weight_u[:, None] @ matrices)[:, 0], dim=1, eps=EPS)
@@ -39,7 +39,7 @@ class SpectralWeights(nn.Module):
             self.weight_u.copy_(u)
 
     def forward(self) -> tuple[Tensor, ...]:
-        """S normalised weights. Changes nothing."""
+        """Return S normalised weights. Changes nothing."""
         with torch.autocast(self.weight_orig.device.type, enabled=False):
             # Copies: the backward of this forward may come after the next power iteration.
             u, v = self.weight_u.clone(), self.weight_v.clone()
@@ -55,7 +55,7 @@ class PlainWeights(nn.Module):
         self.weight = nn.Parameter(weight)
 
     def power_iteration(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def forward(self) -> tuple[Tensor, ...]:
         return self.weight.unbind(0)

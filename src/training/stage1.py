@@ -75,7 +75,7 @@ class RAEModule(StageModule):
         }
 
     def _discriminator_lr(self, step: int, update: int) -> float:
-        """The discriminator's schedule counts its own updates; `update`: from 0 in each `step`."""
+        """Return the rate of an update of D, whose schedule counts those alone; `update`: from 0 in each `step`."""
         first = self.settings.starts.steps(self.steps_per_epoch)["disc"]
         done = int(max(step - first, 0)) * self.settings.step.disc_updates + update
         return self.settings.disc_scheduler.lr(done, self.steps_per_epoch)
