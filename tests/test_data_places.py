@@ -16,9 +16,9 @@ import pytest
 from src.core.errors import UserError
 from src.core.weights import PROJECT_ROOT
 from src.data import dummy
-from src.data.arrow import DEFAULT_COLUMNS, Columns
 from src.data.decode import BadImage
 from src.data.places import look
+from src.data.read_options import DEFAULT_OPTIONS, ReadOptions
 from src.data.sources import walk
 from src.data.splits import DataFolder, Splits, open_splits
 from src.evaluation.images import open_images
@@ -33,7 +33,9 @@ def quiet() -> None:
     datasets.disable_progress_bars()
 
 
-def opened(path: Path | str, hf: bool | None = None, columns: Columns = DEFAULT_COLUMNS, share: float = 1.0) -> Splits:
+def opened(
+    path: Path | str, hf: bool | None = None, columns: ReadOptions = DEFAULT_OPTIONS, share: float = 1.0
+) -> Splits:
     return open_splits(Path(path), hf, "train", "validation", share, columns)
 
 
@@ -124,23 +126,23 @@ def test_img2dataset_lays_metadata_beside_its_tars(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "columns", "expected"),
     [
-        ("a.txt", "0.jpg\n1.jpg\n", Columns(), (None, [None, None])),
-        ("a.txt", "0.jpg 4\n1.jpg 0\n", Columns(), (5, [4, 0])),
-        ("a.csv", "path,label\n0.jpg,dog\n1.jpg,cat\n", Columns(), (2, [1, 0])),
-        ("a.csv", "n,picture,kind\n1,0.jpg,3\n2,1.jpg,\n", Columns("picture", "kind"), (4, [3, -1])),
-        ("a.tsv", "file_name\tlabel\n0.jpg\t1\n1.jpg\t0\n", Columns(), (2, [1, 0])),
-        ("a.jsonl", '{"image": "0.jpg", "label": 1}\n\n{"image": "1.jpg", "label": 0}\n', Columns(), (2, [1, 0])),
-        ("a.csv", "url,label\nhttp://x/0.jpg,1\n", Columns("url"), "lists addresses.*img2dataset"),
-        ("a.csv", "a,b\n1,2\n", Columns(), "columns a, b; expected one of path"),
-        ("a.csv", "path\n0.jpg\n", Columns(label="kind"), "data.label=kind.*no such column"),
-        ("a.csv", "path,label\n,1\n", Columns(), "entry 1 names no file"),
-        ("a.txt", "gone.jpg\n", Columns(), "first image is not there"),
-        ("a.txt", "", Columns(), "lists no images"),
-        ("a.jsonl", "{", Columns(), "can't be read as a list"),
-        ("a.jsonl", "[1]\n", Columns(), "line 1 is no JSON object"),
+        ("a.txt", "0.jpg\n1.jpg\n", ReadOptions(), (None, [None, None])),
+        ("a.txt", "0.jpg 4\n1.jpg 0\n", ReadOptions(), (5, [4, 0])),
+        ("a.csv", "path,label\n0.jpg,dog\n1.jpg,cat\n", ReadOptions(), (2, [1, 0])),
+        ("a.csv", "n,picture,kind\n1,0.jpg,3\n2,1.jpg,\n", ReadOptions("picture", "kind"), (4, [3, -1])),
+        ("a.tsv", "file_name\tlabel\n0.jpg\t1\n1.jpg\t0\n", ReadOptions(), (2, [1, 0])),
+        ("a.jsonl", '{"image": "0.jpg", "label": 1}\n\n{"image": "1.jpg", "label": 0}\n', ReadOptions(), (2, [1, 0])),
+        ("a.csv", "url,label\nhttp://x/0.jpg,1\n", ReadOptions("url"), "lists addresses.*img2dataset"),
+        ("a.csv", "a,b\n1,2\n", ReadOptions(), "columns a, b; expected one of path"),
+        ("a.csv", "path\n0.jpg\n", ReadOptions(label="kind"), "data.label=kind.*no such column"),
+        ("a.csv", "path,label\n,1\n", ReadOptions(), "entry 1 names no file"),
+        ("a.txt", "gone.jpg\n", ReadOptions(), "first image is not there"),
+        ("a.txt", "", ReadOptions(), "lists no images"),
+        ("a.jsonl", "{", ReadOptions(), "can't be read as a list"),
+        ("a.jsonl", "[1]\n", ReadOptions(), "line 1 is no JSON object"),
     ],
 )
-def test_lists(name: str, text: str, columns: Columns, expected: object, tmp_path: Path) -> None:
+def test_lists(name: str, text: str, columns: ReadOptions, expected: object, tmp_path: Path) -> None:
     for i in range(2):
         (tmp_path / f"{i}.jpg").write_bytes(FILES[i])
     (tmp_path / name).write_text(text)
@@ -235,15 +237,15 @@ def test_use_hf_dataset_against_the_content_is_one_warning(tmp_path: Path, caplo
 @pytest.mark.parametrize(
     ("make", "columns", "says"),
     [
-        (lambda p: tree(p / "x"), Columns(label="kind"), "data.label=kind: .*no columns. Set data.label=null"),
-        (lambda p: tree(p / "x"), Columns(image="low"), "data.image_column=low"),
-        (lambda p: image_tar(p / "x/0.tar", 2).parent, Columns(image="low"), "data.image_column=low"),
-        (lambda p: image_tar(p / "x/0.tar", 2).rename(p / "x/0.tar.gz"), Columns(), "compressed tar"),
-        (lambda p: image_tar(p / "x/0.tar", 2).rename(p / "x/photo.jpg"), Columns(), "is a file; expected"),
-        (lambda p: Path("/dev/zero"), Columns(), "neither a file nor a folder"),
+        (lambda p: tree(p / "x"), ReadOptions(label="kind"), "data.label=kind: .*no columns. Set data.label=null"),
+        (lambda p: tree(p / "x"), ReadOptions(image="low"), "data.image_column=low"),
+        (lambda p: image_tar(p / "x/0.tar", 2).parent, ReadOptions(image="low"), "data.image_column=low"),
+        (lambda p: image_tar(p / "x/0.tar", 2).rename(p / "x/0.tar.gz"), ReadOptions(), "compressed tar"),
+        (lambda p: image_tar(p / "x/0.tar", 2).rename(p / "x/photo.jpg"), ReadOptions(), "is a file; expected"),
+        (lambda p: Path("/dev/zero"), ReadOptions(), "neither a file nor a folder"),
     ],
 )
-def test_refused(make: object, columns: Columns, says: str, tmp_path: Path) -> None:
+def test_refused(make: object, columns: ReadOptions, says: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=says):
         opened(make(tmp_path), columns=columns)  # type: ignore[operator]
 
@@ -275,12 +277,12 @@ def test_advice_for_parquet(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", ["paths", "text labels", "selection"])
 def test_advice_for_columns(case: str, tmp_path: Path) -> None:
     (tmp_path / "0.jpg").write_bytes(FILES[0])
-    folder, columns = tmp_path / "set", Columns()
+    folder, columns = tmp_path / "set", ReadOptions()
     if case == "paths":
         datasets.Dataset.from_dict({"image": [str(tmp_path / "0.jpg")] * 3}).save_to_disk(str(folder))
     elif case == "text labels":
         hf_dataset(3).remove_columns("label").add_column("kind", ["x", "y", "x"]).save_to_disk(str(folder))
-        columns = Columns(label="kind")
+        columns = ReadOptions(label="kind")
     else:
         hf_dataset(3).save_to_disk(str(folder))
         state = json.loads((folder / "state.json").read_text())

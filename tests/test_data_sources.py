@@ -11,9 +11,10 @@ import pytest
 
 from src.core.errors import UserError
 from src.data import dummy
-from src.data.arrow import ArrowSource, Columns
+from src.data.arrow import ArrowSource
 from src.data.arrow_writer import write_metadata
 from src.data.decode import BadImage
+from src.data.read_options import ReadOptions
 from src.data.sources import open_image_tree
 from src.data.splits import VALIDATION_SPLITS, open_splits
 from src.evaluation.images import open_images
@@ -132,9 +133,9 @@ def test_label_columns(values: list, kind: object, wanted: str | None, labels: o
     datasets.Dataset.from_dict(rows, features=datasets.Features(kinds)).save_to_disk(str(tmp_path / "set"))
     if isinstance(labels, str):
         with pytest.raises(UserError, match=f"(?s)data.label={wanted}.*{labels}"):
-            ArrowSource(tmp_path / "set", Columns(label=wanted))
+            ArrowSource(tmp_path / "set", ReadOptions(label=wanted))
         return
-    source = pickle.loads(pickle.dumps(ArrowSource(tmp_path / "set", Columns(label=wanted))))
+    source = pickle.loads(pickle.dumps(ArrowSource(tmp_path / "set", ReadOptions(label=wanted))))
     assert [source.label(i) for i in range(3)] == labels
     assert source.num_classes == count
 
