@@ -268,7 +268,7 @@ DAMAGED = {  # what becomes of a dataset of three Arrow files, and what is said 
 }
 ELSEWHERE = {  # what is given instead of a dataset
     "nothing": (lambda p: p / "nothing_here", "No dataset at .*data.data_dir.*create_hf_test_data.py"),
-    "something else": (lambda p: made(p / "other", "deep/notes.txt"), "holds no images that can be read.*deep/notes.txt"),
+    "something else": (lambda p: made(p / "other", "deep/notes.txt"), "No images in .*deep/notes.txt"),
     "packed files": (lambda p: made(p / "packed", "train.tar.gz"), "holds packed files, such as train.tar.gz. Unpack"),
     "empty folder": (lambda p: made(p / "empty", ".hidden/x").parent / "empty", "is empty.*--output_dir .*empty`"),
     "a file": (lambda p: p / "state.json", "is a file"),

@@ -248,7 +248,7 @@ def _folder(folder: Path) -> Place:
     splits = [name for name in folders(folder) if name in ALIASES]
     first = telling_file(folder)
     if first is None:
-        raise UserError(f"{folder} (data.data_dir) {_unreadable(folder)}")
+        raise UserError(f"No images in {folder} (data.data_dir): {_unreadable(folder)}")
     if first.suffix.lower() == ".parquet":
         raise UserError(_parquet_message(first, str(folder)))
     if first.suffix.lower() == ".tar":
@@ -320,12 +320,12 @@ def _nothing_there(path: Path) -> UserError:
 def _unreadable(folder: Path) -> str:
     """Say what is there, and what to do. Nothing at `folder` is overwritten: it may be the only copy."""
     if not folders(folder) and not loose_files(folder):
-        return f"is empty. Make a dataset there with `{CONVERT} IMAGES --output_dir {folder}`."
+        return f"it is empty. Make a dataset there with `{CONVERT} IMAGES --output_dir {folder}`."
     packed = next((name for name in walk(folder) if re.search(r"\.(tar\.\w+|tgz|zip|rar|7z)$", name.lower())), None)
     if packed:
-        return f"holds packed files, such as {packed}. Unpack them, and set data.data_dir to what comes out."
+        return f"it holds packed files, such as {packed}. Unpack them, and set data.data_dir to what comes out."
     names = ", ".join(list(islice(walk(folder), 3))) or "none"
     return (
-        f"holds no images that can be read: no Hugging Face dataset ({', '.join(MARKS)}), tars or image files. Files there: "
+        f"expected a Hugging Face dataset ({', '.join(MARKS)}), tars or image files. Files there: "
         f"{names}. Set data.data_dir to the folder of the images."
     )
