@@ -8,10 +8,10 @@ PUBLIC := $(addprefix src/,core/geometry.py core/images.py core/weights.py core/
 	models/rae.py models/encoders.py models/frozen_encoder.py models/decoder.py models/discriminator.py training/stage1_step.py \
 	losses/lpips.py losses/gan.py losses/diffaug.py metrics/inception.py metrics/fid.py metrics/quality.py data/datamodule.py)
 
-.PHONY: help setup dummy test lint types clean
+.PHONY: help setup dummy dummy2 test quick lint types clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 setup: $(STAMP) ## .venv with the pinned requirements; made once, again when they change
 
@@ -24,8 +24,14 @@ $(STAMP): requirements.txt
 dummy: $(STAMP) ## data, a training run and its figures, without network
 	$(BIN)/python src/train.py experiment=rae_dummy
 
+dummy2: $(STAMP) ## both stages: a tiny autoencoder, a diffusion transformer on its latents, samples by class
+	$(BIN)/python scripts/dummy_stage2.py
+
 test: $(STAMP) ## all tests
 	$(BIN)/python -m pytest -n 2
+
+quick: $(STAMP) ## the tests without those marked slow
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 lint: $(STAMP) ## style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -99,7 +99,7 @@ class PlainStep:
     def _encode(self, images: Tensor, noise: LatentNoise | None) -> Tensor:
         latents = self.rae.encode_raw(images)
         if noise is not None:
-            latents = latents + noise.sigma.view(-1, 1, 1, 1) * noise.normal
+            latents = latents + noise.sigma * noise.normal
         return self.rae.normalize(latents)
 
     def _lpips(self, x: Tensor, y: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from src.losses.diffaug import UNIFORMS_PER_BATCH, UNIFORMS_PER_SAMPLE, DiffAug
 from src.losses.lpips import LPIPS
 from src.models.discriminator import DinoDiscriminator
 from src.models.rae import RAE
-from src.training.module import compile_in_place, gradient_norm
+from src.training.module import compile_in_place
 from src.training.settings import OptimizerSettings
 from src.training.stage1 import adamw, parts_to_compile
 from src.training.stage1_step import LatentNoise, Phase, TrainingStep
@@ -108,7 +108,9 @@ class OurRunner:
 
     def update(self, which: int, module: nn.Module, terms: dict[str, Tensor]) -> None:
         with torch.profiler.record_function("optimizer"):
-            norm = gradient_norm([p for p in module.parameters() if p.requires_grad])
+            norm = torch.nn.utils.get_total_norm(
+                [p.grad for p in module.parameters() if p.grad is not None], foreach=True
+            )
             self.optimizers[which].found_inf = self.counter.observe(self.steps, {**terms, "gradient": norm})
             self.optimizers[which].step()
             self.optimizers[which].zero_grad(set_to_none=True)
@@ -160,10 +162,8 @@ def make_inputs(arguments: argparse.Namespace, models: Models, device: torch.dev
     images = torch.randint(
         0, 256, (batch, 3, arguments.image_size, arguments.image_size), dtype=torch.uint8, generator=rng
     )
-    noise = LatentNoise(
-        torch.rand(batch, generator=rng).to(device),
-        torch.randn(batch, *models.rae.latent_shape, generator=rng).to(device),
-    )
+    sigma = torch.rand(batch, 1, 1, 1, generator=rng)
+    noise = LatentNoise(sigma.to(device), torch.randn(batch, *models.rae.latent_shape, generator=rng).to(device))
     augment = [
         models.augment.draw(
             torch.rand(UNIFORMS_PER_BATCH, generator=rng),

@@ -83,8 +83,9 @@ def replaced(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="into docs/encoders.md")
+    options = parser.parse_args()
     logging.disable(logging.WARNING)  # each stand-in would say that it is untrained
-    if parser.parse_args().write:
+    if options.write:
         PAGE.write_text(replaced(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     else:
         print(table())

@@ -22,6 +22,15 @@ if __name__ == "__main__":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… --help | head` ends quietly
     try:
         main()
+        if training := sys.modules.get("src.training.run"):
+            sys.exit(training.sweep_status())
+    except SystemExit as ended:
+        if ended.code == 1 and "src.training.run" not in sys.modules:  # Hydra's own error
+            from src.core.compose import quoting_hint
+
+            if hint := quoting_hint(sys.argv[1:]):
+                print(hint, file=sys.stderr)
+        raise
     except KeyboardInterrupt:  # before the run listens for it
         print("interrupted before the run began", file=sys.stderr)
         sys.exit(130)

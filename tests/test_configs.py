@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from src.core.weights import PROJECT_ROOT
 from src.training.settings import ModelSettings
+from src.training.stage2 import Stage2Settings
 from tests.training import composed
 
 EXPERIMENTS = sorted(path.stem for path in (PROJECT_ROOT / "configs/experiment").glob("*.yaml"))
@@ -102,8 +103,9 @@ def test_every_experiment_composes_and_its_model_node_is_understood(experiment):
     config = plain(composed([f"experiment={experiment}"]))
     assert config["experiment_name"] == experiment
     settings = {key: value for key, value in config["model"].items() if key != "_target_"}
-    assert ModelSettings.parse(settings).rae.image_size == config["data"]["image_size"]
-    assert {"rfid"} <= config["callbacks"].keys()
+    (Stage2Settings if "autoencoder" in settings else ModelSettings).parse(settings)
+    assert settings["image_size"] == config["data"]["image_size"]
+    assert ("rfid" in config["callbacks"]) == ("autoencoder" not in settings)
 
 
 @pytest.mark.parametrize("line", GUIDE)

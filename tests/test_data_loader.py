@@ -135,7 +135,7 @@ def test_adm_crop_of_training_is_that_of_evaluation(folder: Path) -> None:
 @pytest.mark.parametrize(("num_workers", "start"), [(1, "fork"), (3, "fork"), (2, "spawn")])
 def test_workers_change_nothing_over_epochs(folder: Path, num_workers: int, start: str) -> None:
     reference = module(folder).train_dataloader()
-    loader = TrainLoader(reference.dataset, reference.order, WorkerOptions(num_workers, False, start), 0.01)
+    loader = TrainLoader(reference.dataset, reference.order, WorkerOptions(num_workers, False, start=start), 0.01)
     for epoch in (0, 1, 5):
         for one in (reference, loader):
             one.set_epoch(epoch)

@@ -17,13 +17,14 @@ from src.core.errors import UserError
 from src.core.weights import PROJECT_ROOT
 from src.data import dummy
 from src.data.decode import BadImage
-from src.data.places import look
+from src.data.places import locate, look
 from src.data.read_options import DEFAULT_OPTIONS, ReadOptions
 from src.data.sources import walk
 from src.data.splits import DataFolder, Splits, open_splits
 from src.evaluation.images import open_images
 from tests.test_data_sources import hf_dataset, tree
 from tests.test_data_tars import tar
+from tests.training import composed
 
 FILES = [dummy.jpeg(i) for i in range(20)]
 
@@ -313,3 +314,77 @@ def test_look_names_the_kind(tmp_path: Path) -> None:
     dummy.write(tmp_path / "hf", 4)
     assert look(tmp_path / "hf").kind == "dataset"
     assert DataFolder(image_tar(tmp_path / "t/0.tar", 2)).names == ["train"]
+
+
+# -- docs/data.md
+
+
+def kaggle(root: Path) -> Path:
+    tree(root / "ILSVRC/Data/CLS-LOC", "train")
+    (root / "ILSVRC/Data/CLS-LOC/val").mkdir()
+    (root / "ILSVRC/Data/CLS-LOC/val/0.JPEG").write_bytes(FILES[0])
+    return root / "ILSVRC"
+
+
+def several_tars(root: Path, *names: str) -> Path:
+    for name in names:
+        image_tar(root / name, 4)
+    return root
+
+
+def cached(root: Path) -> Path:
+    datasets.load_dataset(str(parquet(root / "hub")), cache_dir=str(root / "cache"))
+    return next((root / "cache").rglob("dataset_info.json")).parent
+
+
+def listed(root: Path) -> Path:
+    (root / "0.jpg").write_bytes(FILES[0])
+    (root / "list.csv").write_text("path\n0.jpg\n")
+    return root / "list.csv"
+
+
+def saved(root: Path) -> Path:
+    datasets.DatasetDict(train=hf_dataset(8), validation=hf_dataset(4)).save_to_disk(str(root / "set"))
+    return root / "set"
+
+
+HELD = {
+    "ImageNet from Kaggle": (kaggle, "/path/to/ILSVRC", (8, 1)),
+    "ImageNet from the hub (Parquet)": (lambda p: parquet(p / "hub"), "/path/to/hub", (12, 12)),
+    "timm's tars of ImageNet": (lambda p: several_tars(p, "imagenet1k-train-0000.tar", "imagenet1k-validation-00.tar"), "/path/to/imagenet-1k-wds", (4, 4)),
+    "what img2dataset wrote": (lambda p: several_tars(p, "00000.tar", "00001.tar"), "/path/to/img2dataset", (8, 0)),
+    "BLIP3o, or any tars by a pattern": (lambda p: several_tars(p, "0000.tar", "0001.tar"), "/path/to/blip3o", (8, 0)),
+    "a dataset of `save_to_disk`": (saved, "/path/to/dataset", (8, 4)),
+    "the cache of `load_dataset`": (cached, "/path/to/cache/HASH", (12, 12)),
+    "a folder of images": (lambda p: tree(p / "x", "train", "val"), "/path/to/images", (8, 8)),
+    "a list of files (csv, tsv, jsonl, txt)": (listed, "/path/to/list.csv", (1, 0)),
+    "a data set of the hub, of tars": (lambda p: several_tars(p, "0.tar"), "hf:ORG/NAME", (4, 0)),
+    "tars in a bucket": (lambda p: several_tars(p, "0.tar"), "s3://bucket/folder", (4, 0)),
+}  # fmt: skip
+TABLE = dict(
+    re.findall(r"^\| (.+?) \| (.*`) \|$", (PROJECT_ROOT / "docs/data.md").read_text().split("## Converting")[0], re.M)
+)
+
+
+def test_every_row_of_the_table_is_tried() -> None:
+    assert {row for row in TABLE if row != "what you hold"} == set(HELD)
+
+
+@pytest.mark.parametrize("row", HELD)
+def test_what_you_hold_and_what_you_type(row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, shown, expected = HELD[row]
+    folder = make(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folder))
+    typed = [text.replace(shown, str(folder)) for text in re.findall(r"`([^`]+)`", TABLE[row])]
+    if shown.startswith("s3://"):  # another storage of fsspec, without a network
+        typed = [TABLE[row].strip("`").replace(shown, f"file://{folder}")]
+    elif shown.startswith("hf:"):
+        typed = [TABLE[row].strip("`")]
+    for line in typed[:-1]:
+        words = shlex.split(line)
+        done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, cwd=PROJECT_ROOT)
+        assert done.returncode == 0, done.stderr
+    place = composed(["experiment=rae_dino", *shlex.split(typed[-1])]).data.data_dir
+    splits = open_splits(locate(place), None, "train", "validation", 1.0)
+    assert (len(splits.train_rows), len(splits.validation_rows)) == expected

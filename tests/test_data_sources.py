@@ -223,7 +223,7 @@ def test_folders_of_an_image_tree_by_the_names_given(train: str, validation: str
     trained_on = {"data_dir": str(root), "hf_split": train, "hf_validation_split": named, "train_split": 1.0}
     for split in (None, validation, named):
         assert len(open_images(root, split, trained_on).rows) == 4
-    assert open_images(root, None, trained_on).split == named
+    assert open_images(root, None, trained_on).split == validation
     assert len(open_images(root, "all", trained_on).rows) == len(open_images(root, train, trained_on).rows) == 10
     # nobody knows what the model was trained on: a split that is asked for is taken by its folder
     assert [len(open_images(root, name, None).rows) for name in (train, validation, "test")] == [10, 4, 2]

@@ -389,6 +389,6 @@ def test_program_refuses(capsys):
         with pytest.raises(SystemExit, match="2"):
             main(arguments)
         assert said in capsys.readouterr().err
-    for arguments, said in ((["--experiment", "no_such"], "experiments: rae_ddp"), (["no-such"], "Known names")):
+    for arguments, said in ((["--experiment", "no_such"], ", rae_ddp, "), (["no-such"], "Known names")):
         assert main(arguments) == 1
         assert said in capsys.readouterr().err

@@ -314,7 +314,7 @@ def test_no_inception_file(refused, checkpoint, images, tmp_path):
 def test_no_images_one_image_broken_images(refused, checkpoint, tmp_path):
     (tmp_path / "empty").mkdir()
     words = f"--checkpoint {checkpoint} --data_dir {tmp_path}"
-    assert "No images" in refused(f"{words}/empty")
+    assert "is empty" in refused(f"{words}/empty")
     write_images(tmp_path / "one", 1)
     assert "at least 2 images, got 1" in refused(f"{words}/one")
     two = write_images(tmp_path / "two", 2)
@@ -474,7 +474,7 @@ def test_splits(images, tmp_path):
     own = {**SPLITS, "data_dir": str(images), "train_split": 0.75}
     elsewhere = own | {"data_dir": str(tree)}
     for folder, split, trained_on, expected in (
-        (tree, None, None, ("validation", 3)),
+        (tree, None, None, ("val", 3)),
         (tree, "train", None, ("train", 6)),
         (images, None, own, ("held_out", 3)),
         (images, "all", own, ("all", 11)),

@@ -81,24 +81,24 @@ def images(count: int = 3, size: int = 48, dtype: torch.dtype = torch.float32) -
     return x.to(dtype), (0.6 * x + 0.4 * y).to(dtype)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_equals_the_plain_formula_with_its_gradient(tmp_path: Path, dtype: torch.dtype, bound: float) -> None:
+def test_equals_the_plain_formula_with_its_gradient(tmp_path: Path) -> None:
+    """In float64: a ReLU near 0 turns rounding into more."""
     vgg, linear = make_files(tmp_path)
-    model = pretrained(tmp_path).to(dtype)
+    model = pretrained(tmp_path).double()
     assert not model.untrained
-    x, y = images(dtype=dtype)
+    x, y = images(dtype=torch.float64)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     distance, wanted = model(ours, y), plain_lpips(vgg, linear, theirs, y)
-    assert distance.shape == (3,)
-    assert (distance - wanted).abs().max() < bound * wanted.max()
+    assert distance.shape == (3,) and distance.dtype == torch.float64
+    torch.testing.assert_close(distance, wanted, rtol=0, atol=1e-10)
     (got,), (grad,) = torch.autograd.grad(distance.sum(), ours), torch.autograd.grad(wanted.sum(), theirs)
     assert grad.abs().max() > 1e-4
-    assert (got - grad).abs().max() < 10 * bound * grad.abs().max()
+    torch.testing.assert_close(got, grad, rtol=0, atol=1e-10)
 
 
 def test_symmetric_zero_for_equal_differentiable_in_both_and_the_same_in_chunks() -> None:
-    model = untrained()
-    x, y = images()
+    model = untrained().double()
+    x, y = images(dtype=torch.float64)
     x.requires_grad_(), y.requires_grad_()
     torch.testing.assert_close(model(x, y), model(y, x))
     torch.testing.assert_close(torch.cat([model(x[:1], y[:1]), model(x[1:], y[1:])]), model(x, y))

@@ -1,11 +1,14 @@
-"""Command lines from dataclasses: types, both spellings, defaults in the help, contradictions."""
+"""Command lines: options from dataclasses, progress on stderr, exit status."""
 
+import signal
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import pytest
 
+from src.core import terminal
+from src.core.errors import UserError
 from src.core.options import Positive, option, parse
 
 
@@ -71,3 +74,25 @@ def test_wrong_options_end_with_status_2(line, words, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(Options, None, line.split())
     assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_progress_is_lines_where_there_is_no_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(terminal, "_LINE_EVERY_S", 0.0)
+    for shown, lines in ((True, ["0 of 2 images", "1 of 2 images", "2 of 2 images"]), (False, [])):
+        with terminal.progress("images", shown) as update:
+            assert list(terminal.counted("ab", 2, update)) == ["a", "b"]
+        assert [line.split(" after")[0] for line in capsys.readouterr().err.splitlines()] == lines
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"), [(UserError("x y"), 1, "Error: x y"), (KeyboardInterrupt(), 130, "interrupted")]
+)
+def test_a_program_ends_with_a_message_and_a_status(error, status, words, capsys):
+    def body() -> int:
+        raise error
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert terminal.run_program(body) == status and capsys.readouterr().err == f"{words}\n"
+    with pytest.raises(SystemExit) as stop:
+        terminal.run_program(lambda: signal.raise_signal(signal.SIGTERM))
+    assert stop.value.code == 143 and signal.getsignal(signal.SIGTERM) == before

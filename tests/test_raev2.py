@@ -11,52 +11,50 @@ from src.core.errors import UserError
 from src.core.launch import Launch
 from src.formats.diffusers import obstacles
 from src.models.decoder import sincos_positions, unpatchify
-from src.models.encoders import ENCODERS
 from src.models.frozen_encoder import FrozenEncoder
 from src.models.rae import read_statistics
 from src.training.run import build_run
 from src.training.stage1 import parts_to_compile
-from tests.conftest import TINY_ENCODERS, make_rae
+from tests.conftest import make_rae
 from tests.training import composed, same, train
 
 DEEP = {"encoder_cls": "DINOv3wNorm", "encoder_params": {"layers": [0, 1, 3]}}
 LARGE = "facebook/dinov3-vitl16-pretrain-lvd1689m"
+BASE = "facebook/dinov3-vitb16-pretrain-lvd1689m"
 
-# The published stage-1 settings of RAEv2 (recipe section 8), and what plain RAE has there.
-RECIPE = {
-    "model.decoder_config_path": "configs/decoder/ViTXL/config.json", "model.decoder_patch_size": 16, "model.noise_tau": 0.8,
-    "model.image_size": 256, "model.ema_decay": 0.9978, "model.optimizer.lr": 2e-4, "model.optimizer.betas": [0.9, 0.95],
-    "model.optimizer.weight_decay": 0.0, "model.scheduler.type": "cosine", "model.scheduler.warmup_epochs": 1,
-    "model.scheduler.decay_end_epoch": 16, "model.scheduler.final_lr": 2e-5, "model.scheduler.warmup_from_zero": True,
-    "model.disc_optimizer.lr": 2e-4, "model.disc_scheduler.final_lr": 2e-5, "model.disc_weight": 0.75, "model.perceptual_weight": 1.0,
-    "model.disc_start_epoch": 8, "model.disc_upd_start_epoch": 6, "model.lpips_start_epoch": 0, "model.max_d_weight": 1e4,
-    "model.disc_updates": 1, "model.disc_loss": "hinge", "model.gen_loss": "hinge", "model.disc_arch.arch.ks": 9,
-    "model.disc_arch.arch.recipe": "S_8", "model.disc_arch.augment.prob": 1.0, "model.disc_arch.augment.cutout": 0.0,
-    "model.sample_every": 2500, "model.layer_subset.kind": "none", "trainer.max_epochs": 16, "trainer.gradient_clip_val": None,
-    "model.encoder_cls": "DINOv3wNorm",
+# What differs from plain RAE (whose settings tests/test_configs.py looks at): recipe section 8.
+DINOV3 = {"model.encoder_cls": "DINOv3wNorm", "model.encoder_params.layer_fusion": None}
+RAEV2 = DINOV3 | {
+    "model.encoder_config_path": LARGE, "model.encoder_params.model_name": LARGE, "model.decoder_denormalize": False, "model.compile": True,
+    "data.train_crop": "center", "trainer.precision": "bf16",
 }  # fmt: skip
-RAEV2 = RECIPE | {
-    "model.decoder_denormalize": False, "data.train_crop": "center", "trainer.precision": "bf16", "model.compile": True,
-    "model.encoder_params.model_name": LARGE, "model.encoder_params.layer_fusion": None,
-}  # fmt: skip
-PLAIN = RECIPE | {
-    "model.decoder_denormalize": True, "data.train_crop": "random", "model.encoder_params.layers": None,
-    "model.encoder_params.model_name": "facebook/dinov3-vitb16-pretrain-lvd1689m", "model.compile": False,
+EXPERIMENTS = {
+    "raev2_dinov3l_k7": RAEV2 | {"model.encoder_params.layers": "k7"},
+    "raev2_dinov3l_k23": RAEV2 | {"model.encoder_params.layers": "k23"},
+    "rae_dinov3b": DINOV3 | {"model.encoder_config_path": BASE, "model.encoder_params.model_name": BASE, "model.encoder_params.layers": None},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("experiment", "expected"), [
-    ("raev2_dinov3l_k7", RAEV2 | {"model.encoder_params.layers": "k7"}),
-    ("raev2_dinov3l_k23", RAEV2 | {"model.encoder_params.layers": "k23"}),
-    ("rae_dinov3b", PLAIN),
-], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
-def test_the_experiments_are_the_published_recipe(experiment, expected):
-    config = composed([f"experiment={experiment}"])
-    for key, value in expected.items():
-        assert OmegaConf.select(config, key, throw_on_missing=True) == value, key
+def flat(config, key=""):
+    if not isinstance(config, dict):
+        return {key[1:]: config}
+    return {name: value for part, node in config.items() for name, value in flat(node, f"{key}.{part}").items()}
 
 
-@pytest.mark.parametrize("experiment", ["raev2_dinov3l_k7", "raev2_dinov3l_k23", "rae_dinov3b"])
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_experiments_are_the_published_recipe(experiment):
+    plain, ours = (
+        {group: OmegaConf.to_container(config[group], resolve=True) for group in ("model", "data", "trainer")}
+        for config in (composed(["experiment=rae_dino"]), composed([f"experiment={experiment}"]))
+    )
+    plain, ours = flat(plain), flat(ours)
+    found = {key: value for key, value in ours.items() if key not in plain or plain[key] != value}
+    free = {"data.batch_size", "data.num_workers", "trainer.precision"} - EXPERIMENTS[experiment].keys()
+    assert {key: value for key, value in found.items() if key not in free} == EXPERIMENTS[experiment]
+    assert {key.split(".")[-1] for key in plain.keys() - ours.keys()} == {"dinov2_path", "normalize"}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_dummy_siblings_differ_in_sizes_only(experiment):
     """Nothing of what makes the latent, the image or the crops; `model=` brings the real networks."""
     real, dummy = composed([f"experiment={experiment}"]), composed([f"experiment={experiment}_dummy"])
@@ -179,23 +177,20 @@ def test_the_image_is_the_decoders_output():
 
 def test_statistics_of_another_choice_of_blocks_are_refused(tmp_path):
     """The width is the same, so the identity beside them tells."""
-    rae = make_rae(**DEEP)
-    file = tmp_path / "stats.pt"
+    rae, file = make_rae(**DEEP), tmp_path / "stats.pt"
     content = {"mean": torch.zeros(rae.latent_shape), "var": torch.ones(rae.latent_shape)}
-
-    def of(**changes):
-        params = {**TINY_ENCODERS["DINOv3wNorm"], "weights": "untrained", **DEEP["encoder_params"], **changes}
-        return ENCODERS["DINOv3wNorm"](**params).identity()
-
-    torch.save(content | {"encoder": of()}, file)
+    torch.save(content | {"encoder": rae.encoder.identity()}, file)
     read_statistics(file, rae.latent_shape, rae.encoder.identity())
-    different = r"another encoder \(layer_fusion: .*; layers: file \[3\], model \[0, 1, 3\]\).*src/latent_stats.py"
-    for other, message in [
-        (of(layers="k1"), different),
-        (of(layers=[0, 3]), r"\(layers: file \[0, 3\], model \[0, 1, 3\]\)"),
-        (of(layer_fusion="sum"), "layer_fusion: file 'sum', model 'mean_plus_spatial_mean'"),
-        (of(seed=1), "weights: file 'untrained"),
-    ]:
+    for changes, message in (
+        (
+            {"layers": "k1"},
+            r"another encoder \(layer_fusion: .*; layers: file \[3\], model \[0, 1, 3\]\).*src/latent_stats.py",
+        ),
+        ({"layers": [0, 3]}, r"\(layers: file \[0, 3\], model \[0, 1, 3\]\)"),
+        ({"layer_fusion": "sum"}, "layer_fusion: file 'sum', model 'mean_plus_spatial_mean'"),
+        ({"seed": 1}, "weights: file 'untrained"),
+    ):
+        other = make_rae(**{**DEEP, "encoder_params": DEEP["encoder_params"] | changes}).encoder.identity()
         torch.save(content | {"encoder": other}, file)
         with pytest.raises(UserError, match=message):
             make_rae(**DEEP, normalization_stat_path=file)
@@ -220,7 +215,6 @@ def test_a_format_that_cant_say_it_says_why():
     (["model.encoder_params.layers=11.13"], r"decimal number. Write a list"),
     (["model.encoder_params.layer_fusion=max"], "unknown to DINOv3wNorm"),
     (["model.encoder_params.layers=k1", "model.layer_subset.kind=uniform"], "needs several blocks to choose from"),
-    (["model.layer_subset.kind=some"], "expected none or uniform"),
     (["data.train_crop=middle"], "middle"),
 ])  # fmt: skip
 def test_mistakes_on_the_command_line(overrides, message, tmp_path):
@@ -229,16 +223,11 @@ def test_mistakes_on_the_command_line(overrides, message, tmp_path):
         build_run(config, Launch(0, 1, "single"))
 
 
-def test_numbers_joined_by_dots_on_the_command_line(tmp_path):
+def test_numbers_joined_by_dots_and_compiling_block_by_block(tmp_path):
+    """Compiling its transformers model as a whole would do nothing."""
     config = composed([*small("raev2_dinov3l_k7"), "model.encoder_params.layers=11.13.23", f"paths.run_dir={tmp_path}"])
-    assert build_run(config, Launch(0, 1, "single")).module.rae.encoder.layers == (11, 13, 23)
-
-
-def test_compiling_reaches_the_encoders_blocks(tmp_path):
-    """The encoder is run block by block, so compiling its transformers model as a whole would do nothing."""
-    module = build_run(
-        composed([*small("raev2_dinov3l_k7"), f"paths.run_dir={tmp_path}"]), Launch(0, 1, "single")
-    ).module
+    module = build_run(config, Launch(0, 1, "single")).module
+    assert module.rae.encoder.layers == (11, 13, 23)
     parts = parts_to_compile(module.rae, module.ema_decoder, None, None)
     assert {id(block) for block in module.rae.encoder.blocks()} <= {id(part) for part in parts}
 

@@ -256,3 +256,16 @@ def test_a_sweep_of_two_processes_each_leaves_every_job_its_own(tmp_path):
         assert f"experiment_name={name}" in record["command"] and "-m" not in record["command"]
         assert (folder / "checkpoints" / "last.ckpt").is_file()
     assert not list(Path(tmp_path).glob("runs"))
+
+
+def test_a_bad_value_in_a_sweep_leaves_the_other_jobs_alone(tmp_path):
+    command = [sys.executable, "src/train.py", "-m", *FAST, "model.disc_weight=0", f"paths.log_dir={tmp_path}"]
+    swept = ["model.optimizer.lr=1e-3,-1,2e-3"]
+    done = subprocess.run(
+        [*command, *swept], cwd=PROJECT_ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    rows = done.stderr[done.stderr.index("The sweep, 3 jobs:") :].splitlines()[1:4]
+    assert [row.split()[1] for row in rows] == ["finished", "failed", "finished"], rows
+    assert "model.optimizer.lr=-1" in rows[1] and "more than 0" in rows[1] and "val/loss" in rows[0]
+    assert len(list(tmp_path.glob("multiruns/*/*/*/checkpoints/last.ckpt"))) == 2

@@ -7,10 +7,13 @@ import sys
 import pytest
 import torch
 
+from src.callbacks.samples import SampleImages
+from src.core.compose import quoting_hint
 from src.core.errors import UserError
+from src.core.text import hydra_quoted, masked
 from src.core.weights import PROJECT_ROOT
-from src.training.run import check_config
-from tests.training import composed, train
+from src.training.run import check_config, run
+from tests.training import SMALL, composed, train
 
 QUIET = ["~callbacks.rfid", "logger=csv"]
 
@@ -146,3 +149,71 @@ def test_the_program_prints_one_message_and_exits_with_1(tmp_path):
     assert "data.image_size=100" in done.stderr and "Traceback" not in done.stderr
     assert done.stderr.count("is not a multiple") == 1
     assert not list(tmp_path.iterdir())  # nothing is left behind
+
+
+@pytest.mark.parametrize(
+    "value", ["/数据/imagenet_hf", "/x/epoch=9.ckpt", "/a [1]/b", "/a{b}", "it's", "/a,b", "a(b)"],
+)  # fmt: skip
+def test_what_hydra_cannot_parse_is_shown_quoted(value):
+    hint = quoting_hint(["experiment=rae_dummy", f"data.data_dir={value}", "-m"])
+    shown = hydra_quoted(value)
+    assert not hint or hint.endswith(f"data.data_dir={shown}")
+    typed = subprocess.run(["bash", "-c", f"printf %s data.data_dir={shown}"], capture_output=True, text=True).stdout
+    assert composed(["experiment=rae_dummy", typed]).data.data_dir == value
+    assert quoting_hint(["experiment=rae_dummy", typed]) == ""
+
+
+def test_the_line_after_hydras_error(tmp_path):
+    command = [sys.executable, "src/train.py", "experiment=rae_dummy", "ckpt_path=/x/epoch=9.ckpt"]
+    done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("ckpt_path=\"'/x/epoch=9.ckpt'\"")
+
+
+@pytest.mark.parametrize("key", ["token", "hf_token", "logger.wandb.api_key", "a.password", "my_secret", "SECRET_KEY"])
+def test_secrets_are_masked(key):
+    last = key.rsplit(".", 1)[-1]
+    hidden = {"a": {last: "xyz"}, "list": [f"+{key}=xyz", "data.batch_size=4"]}
+    assert "xyz" not in str(masked(hidden)) and "data.batch_size=4" in masked(hidden)["list"]
+
+
+def test_what_is_no_secret_stays():
+    plain = {"num_tokens": 256, "token": None, "seed": 0, "tokens": [1], "list": ["num_tokens=256", "a=b"]}
+    assert masked(plain) == plain
+
+
+def test_a_secret_is_in_no_file_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "+trainer_token=xyzzy"])
+    config = composed([*SMALL, *QUIET, "logger=tensorboard", "model.disc_weight=0", "trainer.max_steps=1", f"paths.run_dir={tmp_path}", "experiment_name=seen"])  # fmt: skip
+    from omegaconf import open_dict
+
+    with open_dict(config):
+        config.data.pin_memory = {"hf_token": "xyzzy"}  # a key of older runs, which takes anything
+    run(config)
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and b"xyzzy" in file.read_bytes()]
+    assert "***" in (tmp_path / "run.json").read_text()
+
+
+@pytest.mark.parametrize("count", [-1, "many", 1.5, True])
+def test_the_number_of_pictures(count):
+    with pytest.raises(UserError, match="callbacks.samples.count"):
+        SampleImages(count)
+
+
+def test_no_pictures(tmp_path):
+    train(tmp_path, *QUIET, "callbacks.samples.count=0", "trainer.max_steps=1", "model.disc_weight=0")
+    assert not (tmp_path / "samples").exists()
+
+
+def test_pictures_follow_log_dir():
+    assert (
+        composed(["experiment=rae_dummy", "paths.log_dir=/elsewhere"]).callbacks.rfid.rfid_output_dir
+        == "/elsewhere/rfid_samples"
+    )
+
+
+def test_restarts_by_torchrun_do_not_begin_at_step_0(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(SystemExit):
+        run(composed([*SMALL, *QUIET, f"paths.log_dir={tmp_path}"]))
+    assert "ckpt_path=last" in capfd.readouterr().err and not list(tmp_path.iterdir())

@@ -29,14 +29,7 @@ DECODER = {
 }  # fmt: skip
 
 
-def tiny_rae(
-    folder: Path,
-    family: str = "dinov2",
-    image_size: int = 64,
-    statistics: bool = False,
-    encoder: dict | None = None,
-    **options,
-) -> RAE:
+def tiny_rae(folder: Path, family="dinov2", image_size=64, statistics=False, encoder=None, **options) -> RAE:
     """Random weights everywhere, biases and norms too. `encoder` changes its config."""
     cls, key, config = _ENCODERS[family]
     config = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 1, **config, **(encoder or {})}
@@ -51,28 +44,18 @@ def tiny_rae(
         if name != "decoder_pos_embed":
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     if statistics:
-        rae.set_statistics(
-            torch.randn(rae.latent_shape, generator=generator), 0.01 + torch.rand(rae.latent_shape, generator=generator)
-        )
+        mean = torch.randn(rae.latent_shape, generator=generator)
+        rae.set_statistics(mean, 0.01 + torch.rand(rae.latent_shape, generator=generator))
     freeze(rae)
     return rae
 
 
 def loaded(rae: RAE, **description) -> LoadedModel:
-    encoder = rae.encoder.identity()
-    params = {
-        "dinov2_path" if type(rae.encoder).__name__ == "Dinov2withNorm" else "model_name": rae.encoder.source,
-        "weights": "untrained",
-    }
+    key = "dinov2_path" if type(rae.encoder).__name__ == "Dinov2withNorm" else "model_name"
     values = {
-        "source": "somewhere.ckpt",
-        "weights": "ema",
-        "step": 7,
-        "epoch": 1,
-        "encoder": encoder,
-        "config": None,
-        "encoder_params": params,
-    }
+        "source": "somewhere.ckpt", "weights": "ema", "step": 7, "epoch": 1, "encoder": rae.encoder.identity(), "config": None,
+        "encoder_params": {key: rae.encoder.source, "weights": "untrained"},
+    }  # fmt: skip
     return LoadedModel(rae, values | description)
 
 
@@ -91,15 +74,12 @@ def checkpoint(folder: Path, statistics: bool = False, **options) -> Path:
         "activation_checkpointing": False,
     }  # fmt: skip
     extra = {"optimizer": {"lr": 2e-4}, "ema_decay": 0.9978, "perceptual_weight": 1.0, "disc_weight": 0.75, "disc_start_epoch": 8,
-             "lpips_arch": {"vgg_path": None, "linear_path": None, "weights": "untrained", "channels": [4, 8, 8, 16, 16]}}  # fmt: skip
+             "lpips_arch": {"vgg_path": None, "linear_path": None, "weights": "tiny"}}  # fmt: skip
     config = {"model": settings | extra, "data": {"data_dir": "/private/place/imagenet_hf", "batch_size": 8, "hf_split": "train", "train_split": 1.0},
               "trainer": {"accumulate_grad_batches": 4, "precision": 16}}  # fmt: skip
-    online = {
-        name: value + 1 if value.is_floating_point() else value for name, value in rae.decoder.state_dict().items()
-    }
-    state = {f"ema_decoder.{name}": value for name, value in rae.decoder.state_dict().items()} | {
-        f"rae.decoder.{name}": value for name, value in online.items()
-    }
+    average = rae.decoder.state_dict()
+    state = {f"ema_decoder.{name}": value for name, value in average.items()}
+    state |= {f"rae.decoder.{name}": value + 1 for name, value in average.items()}
     if statistics:
         state |= {"rae.latent_mean": rae.latent_mean, "rae.latent_var": rae.latent_var}
     sizes = {f"decoder config: {name}": value for name, value in DECODER.items()}

@@ -10,6 +10,7 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from src.callbacks.progress import training_paused
+from src.core.errors import UserError
 from src.core.files import disk_message
 from src.core.images import save_png, sheet
 
@@ -20,7 +21,10 @@ class SampleImages(pl.Callback):
     """Every `model.sample_every` updates and at the end, to the loggers and as RUN/samples/step_XXXXXXX.png."""
 
     def __init__(self, count: int) -> None:
-        """`count`: images in a picture; the first ones of the evaluation images, training images where there are none."""
+        """`count`: images in a picture; the first ones of the evaluation images, training images where there are none; 0: no
+        pictures."""
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise UserError(f"callbacks.samples.count={count}: expected a whole number, 0 for no pictures.")
         self.count = count
         self.last_file: Path | None = None
         self._originals: Tensor | None = None  # uint8 N 3 H W
@@ -39,12 +43,17 @@ class SampleImages(pl.Callback):
     @torch.no_grad()
     def draw(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._drawn_at = trainer.global_step
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or not self.count:
             return
         if self._originals is None:
             dataset, _ = trainer.datamodule.evaluation_dataset(True, self.count)
             items = (dataset[i] for i in range(len(dataset)))
-            self._originals = torch.stack([item.image for item in items if item.image is not None]).to(pl_module.device)
+            images = [item.image for item in items if item.image is not None]
+            if not images:
+                log.warning("No picture is drawn: none of the first %d evaluation images can be decoded.", self.count)
+                self.count = 0
+                return
+            self._originals = torch.stack(images).to(pl_module.device)
         with trainer.precision_plugin.forward_context():
             picture = sheet(pl_module.sample_rows(self._originals))
         file = Path(trainer.default_root_dir) / "samples" / f"step_{trainer.global_step:07d}.png"

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from src.core.errors import UserError
+from src.core.text import hydra_quoted
 from src.core.weights import PROJECT_ROOT
 
 
@@ -31,3 +32,20 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
         ) from error
     assert isinstance(config, dict)
     return {str(key): value for key, value in config.items()}
+
+
+def quoting_hint(arguments: Sequence[str]) -> str:
+    """Return how to type the overrides that Hydra can't parse as they are; empty where there are none."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    typed = []
+    for word in arguments:
+        key, equals, value = word.partition("=")
+        if not equals or word.startswith("-"):
+            continue
+        try:
+            OverridesParser.create().parse_override(word)
+        except HydraException:
+            typed.append(f"{key}={hydra_quoted(value)}")
+    return f"Hydra reads some characters itself. Quoted for it and for the shell: {' '.join(typed)}" if typed else ""

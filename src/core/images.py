@@ -26,7 +26,7 @@ def bytes_to_unit(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def unit_to_bytes(images: Tensor, quantization: Quantization = "round") -> Tensor:
-    """Float, clamped to [0, 1] -> uint8. `truncate` is what the official code does (recipe: defect 6)."""
+    """Float, clamped to [0, 1] -> uint8. `truncate` is what the official code does (docs/recipe.md)."""
     scaled = images.detach().float().clamp(0, 1).mul_(255)
     if quantization == "round":
         scaled = scaled.round_()

@@ -5,7 +5,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 
-from src.core.text import hydra_quoted
+from src.core.text import hydra_quoted, masked
 
 
 @dataclass(frozen=True)
@@ -40,5 +40,5 @@ def command_to_resume(checkpoint: str | os.PathLike[str]) -> str:
     What a launcher such as torchrun was told is unknown; it is left out behind its name.
     """
     start = {"torchrun": ["torchrun", "…"], "slurm": ["srun", "…", "python"]}.get(Launch.detect().kind, ["python"])
-    given = [word for word in sys.argv if not word.startswith("ckpt_path=")]
+    given = [word for word in masked(list(sys.argv)) if not word.startswith("ckpt_path=")]
     return f"{' '.join(start)} {shlex.join(given)} ckpt_path={hydra_quoted(str(checkpoint))}"

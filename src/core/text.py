@@ -37,3 +37,23 @@ def hydra_quoted(value: str) -> str:
         return value
     escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + found[2].replace("'", "\\'"), value)
     return '"' + re.sub(r'(["$`\\])', r"\\\1", f"'{escaped}'") + '"'
+
+
+_SECRET = re.compile(r"(^|[._])(\w*(secret|password|passwd|api_?key)\w*|(\w+_)?token)$", re.IGNORECASE)
+MASK = "***"
+
+
+def masked(content: Any, name: str = "") -> Any:
+    """Return nested plain containers with the values of keys that look like secrets (token, password, api_key) masked.
+
+    Overrides in lists (`logger.wandb.api_key=…`) are masked too.
+    """
+    if isinstance(content, Mapping):
+        return {key: masked(value, str(key)) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return type(content)(masked(value) for value in content)
+    if _SECRET.search(name) and content not in (None, ""):
+        return MASK
+    if isinstance(content, str) and not name and _SECRET.search(content.partition("=")[0].lstrip("+~")):
+        return f"{content.partition('=')[0]}={MASK}"
+    return content

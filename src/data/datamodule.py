@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,14 @@ from src.data.dataset import (
 )
 from src.data.decode import Decoder, Exif
 from src.data.fingerprint import compare_fingerprints, source_state
-from src.data.loader import EvaluationLoader, TrainLoader, WorkerOptions
+from src.data.loader import PREFETCH_BATCHES, EvaluationLoader, TrainLoader, WorkerOptions
 from src.data.order import EpochOrder, Rows, evaluation_rows
 from src.data.places import locate
 from src.data.read_options import ReadOptions
 from src.data.source_settings import EvaluationSettings, SourceSettings, parse_evaluation, parse_sources
 from src.data.sources import Source
 from src.data.splits import Splits, open_evaluation, open_splits
+from src.data.worker_faults import prefetched_batches
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +80,7 @@ class RAEDataModule(LightningDataModule):
         max_bad_share: float,
         allow_changed: bool,
         num_workers: int,
+        worker_timeout_s: float = 0,
         **removed: Any,
     ) -> None:
         super().__init__()
@@ -96,6 +99,8 @@ class RAEDataModule(LightningDataModule):
             raise UserError(f"data.use_hf_dataset={use_hf_dataset}: expected true, false, or null (by what is there).")
         if mix_unit not in ("image", "batch"):
             raise UserError(f"data.mix_unit={mix_unit}: expected image or batch.")
+        if not (isinstance(worker_timeout_s, (int, float)) and 0 <= worker_timeout_s < math.inf):
+            raise UserError(f"data.worker_timeout_s={worker_timeout_s}: expected seconds, 0 for no limit.")
         if not 0 <= max_bad_share <= 1:
             raise UserError(f"data.max_bad_share={max_bad_share}: expected a share from 0 to 1.")
         if not isinstance(cache_gb, float | int) or not 0 <= cache_gb < float("inf"):
@@ -125,7 +130,8 @@ class RAEDataModule(LightningDataModule):
         self.sources = parse_sources(sources, common) if sources is not None else None
         """Of a mix, by name."""
         self.evaluation_settings = parse_evaluation(evaluation) if evaluation is not None else None
-        self._all_sources = self.sources or {"": SourceSettings.model_construct(data_dir=cast(str, data_dir), **common)}
+        alone: dict[str, Any] = {"data_dir": data_dir, **common}
+        self._all_sources = self.sources or {"": SourceSettings.model_construct(**alone)}
         self.data_dir = next(iter(self._all_sources.values())).data_dir
         """Of the first source."""
         self._storage_options, self._cache_gb = storage_options, cache_gb
@@ -148,6 +154,7 @@ class RAEDataModule(LightningDataModule):
         self._evaluation_sets: dict[str, EvaluationSet] | None = None
         self._fingerprint_state: dict[str, Any] | None = None
         self._compared = False
+        self.worker_timeout_s, self._image_bytes = worker_timeout_s, 3 * image_size**2
         self._persistent: list[TrainLoader | EvaluationLoader] = []
 
     # -- what is there
@@ -407,8 +414,8 @@ class RAEDataModule(LightningDataModule):
 
     def _places(self) -> list[str]:
         """Return the `data_dir` of all sources and evaluation sets."""
-        nodes = [*self._all_sources.values(), *(self.evaluation_settings or {}).values()]
-        return [node.data_dir for node in nodes]
+        places = [node.data_dir for node in self._all_sources.values()]
+        return places + [node.data_dir for node in (self.evaluation_settings or {}).values()]
 
     def _weights(self) -> tuple[float, ...]:
         return tuple(s.weight for s in self._all_sources.values())
@@ -418,4 +425,10 @@ class RAEDataModule(LightningDataModule):
 
     def _workers(self) -> WorkerOptions:
         on_gpu = self.trainer is None or self.trainer.strategy.root_device.type == "cuda"
-        return WorkerOptions(self.num_workers, pin_memory=on_gpu and torch.cuda.is_available())
+        here = self.trainer.num_devices if self.trainer is not None else 1
+        loaders = here * (2 if self.val_size else 1)
+        prefetch = prefetched_batches(
+            self.num_workers, PREFETCH_BATCHES, self.batch_size * self._image_bytes, loaders, self.batch_size
+        )
+        pinned = on_gpu and torch.cuda.is_available()
+        return WorkerOptions(self.num_workers, pinned, prefetch, self.worker_timeout_s)

@@ -14,6 +14,7 @@ from src.core.stopping import ignore_in_worker
 from src.data.dataset import ATTEMPTS, EvaluationDataset, Failure, MixDataset, Sample, TrainDataset, collate
 from src.data.order import EpochOrder, Item
 from src.data.sources import printable
+from src.data.worker_faults import batches_of
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +28,14 @@ JUDGE_AFTER = 1000
 class WorkerOptions:
     """Processes that load. num_workers 0: none, the calling process loads. pin_memory: page-locked batches, for a GPU.
 
+    prefetch: batches that each process prepares ahead. timeout_s: longest wait for one batch; 0: no limit.
     start: fork costs no start-up time; workers touch neither the GPU nor threads.
     """
 
     num_workers: int
     pin_memory: bool
+    prefetch: int = PREFETCH_BATCHES
+    timeout_s: float = 0
     start: str = "fork" if sys.platform == "linux" else "spawn"
 
     def arguments(self, persistent: bool) -> dict[str, Any]:
@@ -39,7 +43,8 @@ class WorkerOptions:
         arguments: dict[str, Any] = {"num_workers": self.num_workers, "pin_memory": self.pin_memory}
         if self.num_workers:
             arguments |= {
-                "prefetch_factor": PREFETCH_BATCHES,
+                "prefetch_factor": self.prefetch,
+                "timeout": self.timeout_s,
                 "persistent_workers": persistent,
                 "multiprocessing_context": self.start,
                 "worker_init_fn": ignore_in_worker,
@@ -182,7 +187,7 @@ class TrainLoader(_Loader):
         epoch, start, self.start_batch = self.epoch, self.start_batch, 0
         self._batches.epoch, self._batches.start = epoch, start
         self._handed_out = (epoch, start)
-        for number, batch in enumerate(_without_traceback(self._loader), start):
+        for number, batch in enumerate(_without_traceback(batches_of(self._loader)), start):
             stuck = len(batch["position"]) < self.batch_size
             failures = batch.pop("failures")
             for source, bad_images in enumerate(self.bad_images):
@@ -223,7 +228,7 @@ class EvaluationLoader(_Loader):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         bad_images = BadImages(self.max_bad_share, len(self.dataset))
-        for batch in _without_traceback(self._loader):
+        for batch in _without_traceback(batches_of(self._loader)):
             failures = batch.pop("failures")
             bad_images.account(len(batch["position"]) + len(failures), failures)
             if len(batch["position"]):

@@ -105,7 +105,7 @@ class ReconstructionOptions(shared.LpipsOptions, shared.LoadingOptions, shared.M
 
     @property
     def products(self) -> frozenset[str]:
-        """What of `write` is made, by default too."""
+        """Return what of `write` is made, by default too."""
         usual = () if self.latents else ("images", "sheet", *(() if self.from_latents else ("scores",)))
         return frozenset(self.write or usual)
 

@@ -52,7 +52,7 @@ class CsvTable:
                 self._writer.writerow((data_dir, split, row, source.name(row), *label, *figures))
 
     def write(self, target: Path) -> None:
-        """On rank 0."""
+        """Write the file, on rank 0."""
         write_text(target, self._text.getvalue())
 
 

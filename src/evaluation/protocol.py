@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from src.core.options import DataOptions
-from src.data.decode import Decoder
+from src.data.decode import Decoder, Exif
 from src.evaluation.images import MAX_MEGAPIXELS
 
 log = logging.getLogger(__name__)
@@ -47,5 +47,5 @@ def compare_precision(chosen: str, config: Mapping[str, Any]) -> None:
 
 def decoder_of(options: DataOptions, config: Mapping[str, Any]) -> Decoder:
     """Return how image files are read."""
-    exif = choose("exif", options.exif, config, "data.exif", "apply")
+    exif: Exif = choose("exif", options.exif, config, "data.exif", "apply")
     return Decoder(exif, stored(config, "data.max_megapixels") or MAX_MEGAPIXELS)

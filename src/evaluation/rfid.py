@@ -12,7 +12,7 @@ import torch
 from src.core.distributed import Process
 from src.core.errors import UserError
 from src.core.files import check_writable
-from src.core.images import save_png
+from src.core.images import Quantization, save_png
 from src.core.terminal import counted, progress
 from src.core.weights import resolve
 from src.evaluation.image_pairs import KeptPairs, contact_sheet, save_pairs
@@ -72,7 +72,9 @@ class Evaluation:
         config: Mapping[str, Any] = self.model.description["config"] or {}
         self.trained_on = config.get("data")
         self.image_size, self.decoder = self.model.rae.geometry.image_size, decoder_of(options, config)
-        self.quantization = choose("quantization", options.quantization, config, "callbacks.rfid.quantization", "round")
+        self.quantization: Quantization = choose(
+            "quantization", options.quantization, config, "callbacks.rfid.quantization", "round"
+        )
         compare_precision(options.precision, config)
         self.inception = inception_of(options, config, TRY_OUT)
         self.lpips = lpips_of(options, config)
@@ -180,7 +182,7 @@ def output_folders(output: str | None, data_dirs: Sequence[str]) -> list[Path | 
     return [root / (name if names.count(name) == 1 else f"{i}_{name}") for i, name in enumerate(names)]
 
 
-def references(given: Sequence[str], data_dirs: Sequence[str]) -> list[str | None]:
+def references(given: Sequence[str], data_dirs: Sequence[str]) -> Sequence[str | None]:
     """Return one for each data set; one alone serves all."""
     if not given:
         return [None] * len(data_dirs)

@@ -80,6 +80,11 @@ class LatentTransformer(nn.Module):
         )
         self.final_layer = self._final_layer(parts[-1].width, options)
 
+    @property
+    def label_table(self) -> nn.Parameter:
+        """A row for each label, the null label's last."""
+        return getattr(self, "ctx_embedder" if hasattr(self, "ctx_embedder") else "y_embedder").embedding_table.weight
+
     def _final_layer(self, width: int, options: LayerOptions) -> FinalLayer:
         return FinalLayer(width, self.patch_size**2 * self.latent_shape[0], options)
 

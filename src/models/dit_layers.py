@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+LABEL_STD = 0.02
+"""Of the label table's initial values."""
+
 
 @dataclass(frozen=True)
 class LayerOptions:
@@ -263,7 +266,7 @@ class LabelEmbedder(nn.Module):
     def __init__(self, rows: int, width: int, tokens: int = 0) -> None:
         super().__init__()
         self.embedding_table = nn.Embedding(rows, width)
-        nn.init.normal_(self.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.embedding_table.weight, std=LABEL_STD)
         if tokens:
             self.learnable_tokens = learned_tokens(tokens, width)
 

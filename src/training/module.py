@@ -22,7 +22,6 @@ from src.core.precision import cast_frozen
 from src.core.weights import check_fit
 from src.formats.checkpoint_content import FORMAT_VERSION
 from src.models.frozen_encoder import identity_differences
-from src.training.optimisation import gradient_norm
 from src.training.settings import StageSettings
 
 HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -160,12 +159,11 @@ class StageModule(pl.LightningModule):
         """
         inner = getattr(optimizer, "optimizer", optimizer)
         parameters = [p for group in inner.param_groups for p in group["params"]]
-        norm = gradient_norm(parameters) / loss_scale(scaler, self.device)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True) / loss_scale(scaler, self.device)
         scaled = scaler is not None and scaler.is_enabled()
-        seen = {prefix + name: value for name, value in watched.items()} | (
-            {} if scaled else {f"{prefix}gradient": norm}
-        )
-        found = self.nonfinite.observe(step, seen)
+        seen = watched if scaled else {**watched, "gradient": norm}
+        found = self.nonfinite.observe(step, {prefix + name: value for name, value in seen.items()})
         if clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         for group in inner.param_groups:

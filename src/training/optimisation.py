@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from src.core.distributed import is_distributed, mean_over_ranks
 from src.training.settings import OptimizerSettings
@@ -15,11 +15,6 @@ def adamw(module: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         trained, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
     )
-
-
-def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Return the L2 norm of all gradients, a scalar on their device."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:

@@ -23,7 +23,7 @@ from src.core.errors import UserError
 from src.core.files import write_text
 from src.core.folder_lock import lock
 from src.core.run_names import git_state
-from src.core.text import hydra_quoted, table
+from src.core.text import hydra_quoted, masked, table
 from src.core.weights import resolve
 
 log = logging.getLogger(__name__)
@@ -104,14 +104,15 @@ def take_lock(folder: Path) -> IO[str]:
 
 
 def save_config(config: DictConfig, folder: Path) -> None:
-    """Write the three files that Hydra users expect in .hydra/."""
+    """Write the three files that Hydra users expect in .hydra/, secrets masked."""
     hydra = HydraConfig.get()
     for name, content in (
         ("config", config),
         ("hydra", OmegaConf.create({"hydra": OmegaConf.to_container(hydra, resolve=False)})),
         ("overrides", OmegaConf.create(list(hydra.overrides.task))),
     ):
-        write_text(folder / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(content))
+        plain = masked(OmegaConf.to_container(content, resolve=False))
+        write_text(folder / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
 
 
 class RunRecord:
@@ -124,7 +125,7 @@ class RunRecord:
             "experiment_name": experiment,
             "status": "running",
             "started": datetime.now().isoformat(timespec="seconds"),
-            "command": [Path(sys.executable).name, *sys.argv],
+            "command": masked([Path(sys.executable).name, *sys.argv]),
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
             "git": git_state() if folder else None,
             "python": platform.python_version(),

@@ -1,6 +1,7 @@
 """Run a training from its configuration to its record."""
 
 import logging
+import math
 import os
 import signal
 import sys
@@ -26,6 +27,7 @@ from src.core.files import DISK_ERRORS, disk_message
 from src.core.launch import Launch
 from src.core.settings import check_keys
 from src.core.stopping import STOP, end_with_parent, listening, signal_name, status_of
+from src.core.text import masked, table
 from src.models.encoder_presets import expand_encoder
 from src.training import logs
 from src.training.preflight import preflight
@@ -44,23 +46,68 @@ KNOWN_CALLBACKS = frozenset(("rfid", "checkpoint", "samples", "progress"))
 ENDED_AT_ONCE = "ended at once by a second Ctrl-C"
 
 
+@dataclass(frozen=True)
+class Job:
+    """A job of a sweep in this process: its overrides, how it ended, and its validation loss or the reason."""
+
+    point: str
+    status: str
+    value: str
+
+
+JOBS: list[Job] = []
+"""Of this sweep, those that have ended."""
+
+
 def run(config: DictConfig) -> float | None:
-    """Train. A mistake of the user ends with one message and status 1, everything else with its traceback."""
+    """Train. A mistake of the user ends with one message and status 1, everything else with its traceback.
+
+    In a sweep the next job begins after either (`sweep_status`), but not after a signal.
+    """
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN and "BasicLauncher" in str(HydraConfig.get().launcher._target_)
     try:
         with _process_state(), listening() as stop, ExitStack() as held:
             result = _run(config, held)
-        if stop.code >= 128 and HydraConfig.get().mode == RunMode.MULTIRUN:  # too late for this job, not for the next
+        if sweep and stop.code >= 128:  # too late for this job, not for the next
             raise SystemExit(stop.code)
+        if sweep:
+            JOBS.append(Job(_point(), "finished", "" if result is None else f"val/loss {result:.4f}"))
         return result
-    except UserError as error:
-        log.error("%s", error)
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
+    except Exception as error:
+        text = _message(error)
+        if text is None and not sweep:
             raise
-        log.error("%s", disk_message(error))
-    except OmegaConfBaseException as error:
-        log.error("Configuration: %s", str(error).strip())
-    raise SystemExit(1)
+        log.error("%s", text or traceback.format_exc().strip())
+        if not sweep:
+            raise SystemExit(1) from None
+        JOBS.append(Job(_point(), "failed", " ".join((text or repr(error)).split())[:300]))
+        return math.nan
+
+
+def _message(error: Exception) -> str | None:
+    """Return what the user is told instead of a traceback; None for a defect of ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return disk_message(error)
+    if isinstance(error, OmegaConfBaseException):
+        return f"Configuration: {str(error).strip()}"
+    return None
+
+
+def _point() -> str:
+    """Return the values of this job of a sweep, as they were typed."""
+    swept = [word.split("=", 1)[0] for word in sys.argv[1:] if "," in word]
+    task = list(HydraConfig.get().overrides.task)
+    return " ".join(word for word in task if word.split("=", 1)[0] in swept) or f"job {HydraConfig.get().job.num}"
+
+
+def sweep_status() -> int:
+    """Print the jobs of a sweep as a table and return the exit code: 1 if one of them failed."""
+    if JOBS:
+        rows = [(job.point, f"{job.status:<8}  {job.value}") for job in JOBS]
+        print(f"The sweep, {len(JOBS)} jobs:\n{table(rows)}", file=sys.stderr)  # logging is Hydra's here
+    return int(any(job.status == "failed" for job in JOBS))
 
 
 def _run(config: DictConfig, held: ExitStack) -> float | None:
@@ -72,6 +119,11 @@ def _run(config: DictConfig, held: ExitStack) -> float | None:
     elif "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun passes on the first Ctrl-C, and a second one ends it
         end_with_parent(signal.SIGINT)
     logs.set_up(None, launch.main)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and config.ckpt_path is None:
+        raise UserError(
+            "torchrun (--max-restarts) has started the processes again, which would begin at step 0. Start anew with "
+            "ckpt_path=last, which restarts go on from, or with --max-restarts=0."
+        )
     check_config(config)
     if sweep:
         sys.argv[1:] = _arguments_of_one_job(sys.argv[1:])
@@ -171,10 +223,11 @@ def build_run(config: DictConfig, launch: Launch, bare: bool = False) -> Run:
         datamodule.setup()
         _ = datamodule.order  # too few images are noticed before large weights are read
     module = build(config.model, "model")
-    module.run_config = plain
+    kept = masked(plain)
+    module.run_config = kept
     for logger in loggers:
-        logger.log_hyperparams(plain)
-    return Run(trainer, module, datamodule, plain)
+        logger.log_hyperparams(kept)
+    return Run(trainer, module, datamodule, kept)
 
 
 def fit(run: Run, checkpoint: Path | None, record: RunRecord) -> dict[str, Any]:

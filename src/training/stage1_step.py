@@ -16,7 +16,7 @@ In exact arithmetic this is the published step; `tests/test_step_parity.py` hold
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -71,15 +71,11 @@ class Phase:
     """Updates of the discriminator."""
 
 
-@dataclass(frozen=True)
-class LatentNoise:
-    """z' = z + sigma * normal. sigma: (B,), standard deviation; normal: B C h w."""
+class LatentNoise(NamedTuple):
+    """z' = z + sigma * normal. sigma: B 1 1 1, standard deviation; normal: B C h w."""
 
     sigma: Tensor
     normal: Tensor
-
-    def add_to(self, latents: Tensor) -> Tensor:
-        return torch.addcmul(latents, self.normal, self.sigma.view(-1, 1, 1, 1))
 
 
 @dataclass(frozen=True)
@@ -134,6 +130,7 @@ class TrainingStep:
 
         Args:
             images: B 3 H W, float in [0, 1].
+            augment: draws for DiffAug, where the phase has the GAN term.
             loss_scale: factor for half-precision gradients inside the loss networks; taken out again.
             share: of this micro-batch in the update, 1 / their number.
             layers: blocks of the encoder to use instead of its own choice.
@@ -142,7 +139,7 @@ class TrainingStep:
         with record_function("encode"):
             latents = self.rae.encode_raw(images, layers)
         with record_function("decode"):
-            noisy = noise.add_to(latents) if noise is not None else latents
+            noisy = latents if noise is None else torch.addcmul(latents, noise.normal, noise.sigma)
             features = decoder.trunk(self.rae.to_tokens(noisy))  # B N D
             output = self.rae.to_images(decoder.decoder_pred(features)).float()
         reconstruction = output.detach()

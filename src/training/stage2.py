@@ -21,6 +21,7 @@ from src.formats.autoencoder import open_autoencoder
 from src.formats.checkpoint import statistics_digest
 from src.losses.flow_matching import FlowSettings
 from src.models.dit import build_network, forward_flops
+from src.models.dit_layers import LABEL_STD
 from src.training.module import StageModule, sizes
 from src.training.muon import MuonWithAdamW
 from src.training.optimisation import adamw
@@ -60,6 +61,8 @@ class Stage2Settings(StageSettings):
     """`name`, a class of src/models/dit.py, and its arguments."""
     num_classes: int = Field(ge=1)
     label_dropout: float = Field(ge=0, le=1)
+    label_std: float = Field(gt=0)
+    """Of the label table's initial values."""
     flip_probability: float = Field(ge=0, le=1)
     flow: FlowSettings
     sampler: SamplerSettings
@@ -94,6 +97,8 @@ class DiffusionModule(StageModule):
         self.network = build_network(
             settings.network, self.rae.latent_shape, settings.num_classes, settings.label_dropout, settings.loop.seed
         )
+        with torch.no_grad():
+            self.network.label_table.mul_(settings.label_std / LABEL_STD)
         self.ema = EMA(self.network, settings.loop.ema_decay)
         self.ema_network = self.ema.average
         self.step = FlowStep(

@@ -48,7 +48,7 @@ class StepNoise:
         sigma = self.rae.noise_tau * streams.uniforms(self.seed, Purpose.NOISE_LEVEL, epoch, positions, 1)[:, 0]
         shape = self.rae.latent_shape
         normal = streams.normals(self.seed, Purpose.LATENT_NOISE, epoch, positions, shape, device)
-        return LatentNoise(sigma.to(device, non_blocking=True), normal)
+        return LatentNoise(sigma.to(device, non_blocking=True).view(-1, 1, 1, 1), normal)
 
     def augment(self, purpose: Purpose, batch: Batch, number: int, update: int, device: torch.device) -> Draws:
         """Return the draws of DiffAug. `number`: of the micro-batch in its epoch; `update`: of D's updates in the step."""

@@ -1,0 +1,113 @@
+"""See both stages work on a bare machine: a tiny autoencoder, latent statistics, a diffusion transformer, samples by class.
+
+    python scripts/dummy_stage2.py                 (or `make dummy2`)
+
+Takes the autoencoder of an earlier call where there is one. Ends with the Frechet distance of decoded noise (which is what
+an untrained transformer samples) and of samples, how many samples show their class, and a picture. All networks that judge
+or encode are untrained: the figures show that the machinery works.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root instead of scripts/
+
+from src.core.options import EXIT_CODES
+from src.core.terminal import run_program
+from src.core.weights import PROJECT_ROOT
+
+DATA = "data/dummy_dataset_hf"
+IMAGES = 192
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Return 0 where all of it ran."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=PROJECT_ROOT / "logs/dummy2", help="of autoencoder and samples")
+    parser.add_argument("--epochs", type=int, default=None, help="of the transformer (default: the experiment's)")
+    args = parser.parse_args(argv)
+    return run_program(lambda: _run(args.folder.absolute(), args.epochs))
+
+
+def _run(folder: Path, epochs: int | None) -> int:
+    autoencoder, statistics = folder / "autoencoder/checkpoints/last.ckpt", folder / "stats.pt"
+    if not autoencoder.is_file():
+        quick = [
+            "data.image_size=64",
+            "model.disc_weight=0",
+            "trainer.max_epochs=30",
+            "trainer.check_val_every_n_epoch=10",
+        ]
+        _program("train.py", "experiment=rae_dummy", *quick, f"paths.run_dir='{autoencoder.parents[1]}'")
+    _program("latent_stats.py", "--checkpoint", autoencoder, "--data_dir", DATA, "--device", "cpu", "--output", statistics,
+             "--overwrite", "--num_workers", 0)  # fmt: skip
+    run = _new_folder(folder)
+    length = [] if epochs is None else [f"trainer.max_epochs={epochs}"]
+    _program("train.py", "experiment=dit_dummy", f"model.autoencoder='{autoencoder}'", f"model.statistics='{statistics}'",
+             f"paths.run_dir='{run}'", *length)  # fmt: skip
+    samples = run / "samples.npz"
+    _program("sample.py", "--checkpoint", run / "checkpoints/last.ckpt", "--num_images", IMAGES, "--cfg", 2, "--device", "cpu",
+             "--output", samples, "--grid", run / "samples.png")  # fmt: skip
+    before, after, share = _judge(run / "checkpoints/last.ckpt", samples)
+    print(
+        f"Frechet distance of {IMAGES} images to the data, UNTRAINED features: {before:.4f} before, {after:.4f} after"
+    )
+    print(f"{share:.0%} of the samples show their class (the strongest colour); chance is 33%")
+    print(f"Samples, a row for each class: {run / 'samples.png'}")
+    return 0
+
+
+def _program(name: str, *words: object) -> None:
+    done = subprocess.run([sys.executable, f"src/{name}", *map(str, words)], cwd=PROJECT_ROOT)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def _new_folder(folder: Path) -> Path:
+    number = 1 + sum(1 for _ in folder.glob("run-*"))
+    return folder / f"run-{number}"
+
+
+def _judge(checkpoint: Path, samples: Path) -> tuple[float, float, float]:
+    """Return the distances of decoded noise and of the samples to the data, and the share of samples of the right class."""
+    import numpy as np
+    import torch
+
+    from src.core.images import unit_to_bytes
+    from src.data.dataset import EvaluationDataset, EvaluationTransform
+    from src.data.decode import Decoder
+    from src.data.splits import DataFolder
+    from src.formats.stage2 import open_generator
+    from src.metrics.fid import FeatureStatistics, frechet_distance
+    from src.metrics.inception import InceptionFeatures
+
+    generator = open_generator(checkpoint)
+    rae, inception = generator.rae, InceptionFeatures(None, "tiny")
+    source = DataFolder(PROJECT_ROOT / DATA).open("train")
+    transform = EvaluationTransform(rae.geometry.image_size, Decoder("apply", 80.0))
+    data = EvaluationDataset(source, np.arange(len(source)), transform)
+    noise = torch.randn(IMAGES, *rae.latent_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        decoded = torch.cat([unit_to_bytes(rae.decode(part)) for part in noise.split(32)])
+    archive = np.load(samples)
+    made = torch.from_numpy(archive["arr_0"]).permute(0, 3, 1, 2)
+    sets = [torch.stack([data[i].image for i in range(len(data))]), decoded, made]
+
+    def statistics(images: torch.Tensor) -> FeatureStatistics:
+        found = FeatureStatistics(inception.feature_dim)
+        for part in images.split(32):
+            found.update(inception(part))
+        return found
+
+    real, before, after = map(statistics, sets)
+    right = made.float().mean((2, 3)).argmax(1).numpy() == archive["labels"]
+    return frechet_distance(real, before), frechet_distance(real, after), float(right.mean())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""Loading processes that die, hang, or find no shared memory.
+
+A batch that its processes don't deliver is loaded in the training process, and the run is asked to stop: it finishes its
+update on all ranks, saves, and ends with one message.
+"""
+
+import atexit
+import itertools
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from src.core.errors import UserError
+from src.core.stopping import STOP
+
+log = logging.getLogger(__name__)
+
+SHARED_MEMORY = Path("/dev/shm")
+SHARE_OF_FREE = 0.8
+"""Of the free shared memory that prefetched batches may take."""
+_FEWER = "Use fewer loading processes (data.num_workers)"
+_LARGER = "In a container, give it more shared memory (docker run --shm-size=16g)"
+
+
+class _WorkerDied(Exception):
+    """Raised in the middle of waiting for a batch."""
+
+
+class _DeathWatch:
+    """Handles SIGCHLD: torch's own handler raises wherever the process is, in the middle of an update too."""
+
+    def __init__(self) -> None:
+        self._waiting_for: Any = None
+
+    def install(self) -> None:
+        if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, self._on_child)
+
+    def next(self, iterator: Any) -> Any:
+        """Return the next batch. Raises _WorkerDied if a process of this iterator has died."""
+        self._waiting_for = iterator
+        try:
+            self._check(iterator)
+            return next(iterator)
+        finally:
+            self._waiting_for = None
+
+    def _on_child(self, number: int, frame: object) -> None:
+        if self._waiting_for is not None:
+            self._check(self._waiting_for)
+
+    def _check(self, iterator: Any) -> None:
+        if _dead(iterator):
+            raise _WorkerDied
+
+
+_WATCH = _DeathWatch()
+
+
+def batches_of(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Yield the batches of `loader`, all of them, whatever becomes of its processes."""
+    if not loader.num_workers:
+        yield from loader
+        return
+    iterator = iter(loader)
+    _WATCH.install()
+    done = 0
+    while True:
+        try:
+            batch = _WATCH.next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:  # where a process died, that of its half-sent batch too
+            if not _is_fault(error, iterator):
+                raise
+            _give_up(loader, iterator)
+            break
+        yield batch
+        done += 1
+    for items in itertools.islice(iter(loader.batch_sampler or ()), done, None):
+        yield loader.collate_fn([loader.dataset[item] for item in items])
+
+
+def prefetched_batches(workers: int, wanted: int, batch_bytes: int, loaders: int, batch_size: int) -> int:
+    """Return how many batches each loading process may prepare ahead, at most `wanted`, so that they fit shared memory.
+
+    Args:
+        workers: of one loader.
+        batch_bytes: of one batch.
+        loaders: such loaders that fill shared memory at the same time on this machine.
+        batch_size: images in a batch, for the message.
+
+    Raises:
+        UserError: not even one batch for each process fits.
+    """
+    if not workers or not SHARED_MEMORY.is_dir():
+        return wanted
+    status = os.statvfs(SHARED_MEMORY)
+    free = status.f_bavail * status.f_frsize
+    fit = int(SHARE_OF_FREE * free / (workers * batch_bytes * loaders))
+    if fit >= wanted:
+        return wanted
+    sizes = (
+        f"{workers} loading processes x {loaders} x {wanted} batches of {batch_bytes / 1e6:.0f} MB (data.batch_size="
+        f"{batch_size}) need {workers * loaders * wanted * batch_bytes / 1e6:.0f} MB of shared memory, {SHARED_MEMORY} has "
+        f"{free / 1e6:.0f} MB free."
+    )
+    if fit < 1:
+        raise UserError(f"{sizes} {_LARGER}, or use fewer loading processes or none: data.num_workers=0.")
+    log.warning("%s Each process prepares %d ahead instead. %s.", sizes, fit, _LARGER)
+    return fit
+
+
+def _death(code: int | None) -> str:
+    if code == -signal.SIGKILL:
+        return f"A loading process was killed (SIGKILL), as the kernel does where memory runs out. {_FEWER}."
+    if code == -signal.SIGBUS:
+        return f"A loading process ended by a bus error: shared memory ({SHARED_MEMORY}) is full. {_LARGER}, or {_FEWER.lower()}."
+    if code is None:
+        return f"A loading process ended, perhaps for lack of memory. {_FEWER}."
+    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+    return f"A loading process ended {how}. {_FEWER}; data.num_workers=0 shows what goes wrong."
+
+
+@atexit.register
+def _end_leftovers() -> None:
+    """End loading processes that nobody closed; Python would signal them by SIGTERM, which they ignore, and wait."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+def _is_fault(error: Exception, iterator: Any) -> bool:
+    text = str(error)
+    if "in DataLoader worker process" in text:  # what the data set raised
+        return False
+    lost = isinstance(error, (_WorkerDied, ConnectionError, EOFError)) or "pin memory thread" in text
+    died = bool(_dead(iterator, patience=2 if lost else 0))  # the system may need a moment to say so
+    return lost or died or "DataLoader timed out after" in text
+
+
+def _dead(iterator: Any, patience: float = 0) -> list[Any]:
+    """Return the processes that have ended, by what closes with them: `is_alive` must not be called by a signal handler."""
+    if iterator._shutdown:  # at the end of a pass
+        return []
+    closed = connection.wait([worker.sentinel for worker in iterator._workers], patience)
+    return [worker for worker in iterator._workers if worker.sentinel in closed]
+
+
+def _give_up(loader: DataLoader[Any], iterator: Any) -> None:
+    dead = _dead(iterator)
+    for worker in dead:
+        worker.join(2)
+    text = (
+        _death(dead[0].exitcode)
+        if dead
+        else (
+            f"No batch came for {loader.timeout:g} s (data.worker_timeout_s): a disk that hangs, or shared memory "
+            f"({SHARED_MEMORY}) that is full. {_LARGER}, use fewer loading processes (data.num_workers), or raise the limit."
+        )
+    )
+    for worker in iterator._workers:
+        worker.kill()
+    iterator._shutdown_workers()
+    loader._iterator = None
+    STOP.fail(UserError(text))
+    log.warning("%s Until the run can stop, this process loads the batches itself.", text)

@@ -1,0 +1,94 @@
+"""The node `model:`: every problem at once in the words of the command line, and keys that earlier versions had."""
+
+import math
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from src.core.errors import UserError
+from src.core.settings import check_keys
+from src.core.weights import read
+from src.training.settings import ModelSettings, check_geometry
+from tests.training import composed, same, train
+
+
+@pytest.fixture(scope="module")
+def node():
+    config = composed(["experiment=rae_dummy", "paths.run_dir=somewhere"])
+    return OmegaConf.to_container(config.model, resolve=True)
+
+
+def parse(node, **changes):
+    return ModelSettings.parse({k: v for k, v in (node | changes).items() if k != "_target_"})
+
+
+def test_groups_and_types(node):
+    settings = parse(node, gradient_clip_val=1, disc_start_epoch=math.inf)
+    assert settings.rae.image_size == settings.rae.decoder_patch_size * 8 and settings.optimizer.betas == (0.9, 0.95)
+    assert settings.loop.gradient_clip_val == 1.0 and settings.step.disc_loss == "hinge"
+    assert settings.starts.steps(3) == {"lpips": 0, "disc": 42, "gan": math.inf}
+    assert parse(node, disc_upd_start_epoch=0.5).starts.steps(3)["disc"] == 2  # rounded
+
+
+def test_every_problem_is_named_at_once(node):
+    changes = {
+        "noise_tau": -1, "train_positions": 1, "perceptual_weight": "high", "disc_fake": "resue", "disc_loss": "wgan",
+        "accumulate_grad_batches": 0, "gradient_clip_val": math.inf, "ema_decay": 1, "lpips_start_epoch": math.nan, "image_size": "64px",
+        "optimizer": {"lr": 0, "betas": [0.9, 1.0], "weight_decay": 0}, "scheduler": node["scheduler"] | {"final_lr": 1.0},
+        "lpips_arch": None, "layer_subset": {"kind": "none"}, "disc_weigth": 1, "foo": 2,
+    }  # fmt: skip
+    with pytest.raises(UserError) as caught:
+        parse({k: v for k, v in node.items() if k != "seed"}, **changes)
+    said = [
+        "seed is missing.", "model.noise_tau=-1: expected at least 0.", "model.train_positions=1: expected true or false.",
+        "model.perceptual_weight='high': expected a number.", "model.disc_fake='resue': expected fresh or reuse.",
+        "model.disc_loss='wgan': expected hinge, softplus, vanilla.", "trainer.accumulate_grad_batches=0: expected at least 1.",
+        "trainer.gradient_clip_val=inf: expected a finite number or null.", "model.ema_decay=1: expected less than 1.",
+        "model.lpips_start_epoch=nan: expected at least 0.", "data.image_size='64px': expected a whole number.",
+        "model.optimizer.lr=0: expected more than 0.", "model.optimizer.betas.1=1.0: expected less than 1.",
+        "model.scheduler: final_lr=1 exceeds the learning rate 0.001", "model.lpips_arch=None: expected a node of keys.",
+        "model.layer_subset.keep_probability is missing.", "unknown key model.disc_weigth (did you mean disc_weight?).",
+        "unknown key model.foo. Known keys: accumulate_grad_batches, ",
+    ]  # fmt: skip
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{len(said)} problems in the configuration:"
+    for words in said:
+        assert sum(line.startswith(f"  {words}") for line in lines) == 1, f"{words}\n{caught.value}"
+
+
+def test_keys_are_asked_before_sizes_and_sizes_before_weights(node):
+    with pytest.raises(UserError, match=r"^unknown key model.foo"):
+        check_geometry(node | {"foo": 1, "image_size": 100})
+    with pytest.raises(UserError, match="image_size=100 is not a multiple"):
+        check_geometry(node | {"image_size": 100, "pretrained_decoder_path": "nowhere.pt"})
+    with pytest.raises(UserError, match=r"^unknown key callbacks.rfd \(did you mean rfid\?\)"):
+        check_keys(["rfid", "rfd"], {"rfid", "samples"}, "callbacks")
+
+
+REMOVED = {
+    "lpips_arch": {"vgg_path": None, "linear_path": None, "weights": "untrained", "channels": [4, 8, 8, 16, 16]},
+    "disc_arch": {"arch": {"recipe": "tiny", "weights": "untrained"}},
+}
+
+
+def test_a_checkpoint_with_removed_keys_resumes_in_silence_and_to_the_bit(tmp_path, caplog):
+    options = ["~callbacks.rfid", "logger=csv", "trainer.max_steps=5"]
+    whole = train(tmp_path / "whole", *options)
+    old = read(tmp_path / "whole" / "checkpoints" / "epoch_001.ckpt")
+    model = old["config"]["model"]
+    model |= {"lpips_arch": REMOVED["lpips_arch"], "_target_": "src.models.rae_module.RAEModule"}
+    model["disc_arch"]["arch"] |= REMOVED["disc_arch"]["arch"]
+    torch.save(old, tmp_path / "old.ckpt")
+    caplog.clear()
+    resumed = train(tmp_path / "resumed", *options, checkpoint=tmp_path / "old.ckpt")
+    assert not [record for record in caplog.records if "no longer the run before" in record.getMessage()]
+    assert same(dict(resumed.module.state_dict()), dict(whole.module.state_dict()))
+
+
+def test_a_configuration_with_removed_keys_is_read(node):
+    arch = node["disc_arch"]["arch"]
+    old = {**REMOVED, "disc_arch": {**node["disc_arch"], "arch": {**arch, **REMOVED["disc_arch"]["arch"]}}}
+    assert parse(node, **old) == parse(node)
+    published = node["lpips_arch"] | {"weights": "pretrained", "channels": [64, 128, 256, 512, 512]}
+    assert parse(node, lpips_arch=published).lpips_arch.weights == "pretrained"

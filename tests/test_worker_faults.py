@@ -1,0 +1,168 @@
+"""Loading processes that die or hang, and shared memory that is too small: no batch is lost, the run saves and stops."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from src.core.errors import UserError
+from src.core.stopping import STOP, ignore_in_worker
+from src.core.weights import PROJECT_ROOT, read
+from src.data import worker_faults
+from src.data.worker_faults import batches_of, prefetched_batches
+from src.training.run import run
+from tests.training import SMALL, composed, same, train
+
+QUIET = [*SMALL, "~callbacks.rfid", "logger=csv", "model.disc_weight=0"]
+
+
+@pytest.fixture(autouse=True)
+def no_request():
+    STOP.reset()
+    yield
+    STOP.reset()
+
+
+class Numbers:
+    """Rows 0..19; a loading process that comes to row 9 dies or hangs there."""
+
+    def __init__(self, fault):
+        self.fault, self.parent = fault, os.getpid()
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, row):
+        if row == 9 and os.getpid() != self.parent:
+            if self.fault == "hangs":
+                time.sleep(600)
+            if self.fault == "raises":
+                raise RuntimeError("of its own")
+            os.kill(os.getpid(), self.fault)
+        return torch.tensor(row)
+
+
+def loader_with(fault, timeout=0.0):
+    return DataLoader(
+        Numbers(fault), batch_size=2, num_workers=2, timeout=timeout, worker_init_fn=ignore_in_worker,
+        multiprocessing_context="fork", persistent_workers=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fault", "timeout", "said"),
+    [
+        (signal.SIGKILL, 0, "killed (SIGKILL), as the kernel does where memory runs out"),
+        (signal.SIGBUS, 0, "--shm-size"),
+        (signal.SIGSEGV, 600, "ended by SIGSEGV"),
+        ("hangs", 2, "No batch came for 2 s (data.worker_timeout_s)"),
+    ],
+    ids=str,
+)
+def test_no_batch_is_lost_and_the_run_is_asked_to_stop(fault, timeout, said, caplog):
+    loader = loader_with(fault, timeout)
+    began = time.monotonic()
+    for _ in range(2):  # new processes in the next pass, which fail again
+        assert [batch.tolist() for batch in batches_of(loader)] == [[n, n + 1] for n in range(0, 20, 2)]
+    assert time.monotonic() - began < 60
+    assert STOP.code == 1 and said in str(STOP.error) and "data.num_workers" in str(STOP.error)
+    assert sum(said in record.getMessage() for record in caplog.records) == 2
+
+
+def test_a_death_during_an_update_waits_for_its_end():
+    """torch's own handler would raise in the middle of it."""
+    loader = loader_with(signal.SIGKILL)
+    found, iterator = [], batches_of(loader)
+    for batch in iterator:
+        found.append(batch.tolist())
+        time.sleep(0.3)  # the death falls in here
+    assert len(found) == 10 and STOP.code == 1
+
+
+def test_an_error_of_the_data_itself_is_raised():
+    with pytest.raises(RuntimeError, match="of its own"):
+        list(batches_of(loader_with("raises")))
+    assert STOP.code == 0
+
+
+def test_a_slow_disk_is_no_fault():
+    class Slow(Numbers):
+        def __getitem__(self, row):
+            time.sleep(0.4)
+            return super().__getitem__(row)
+
+    loader = DataLoader(Slow(None), batch_size=2, num_workers=1, timeout=3, multiprocessing_context="fork")
+    loader.dataset.fault = 0  # signal 0 does nothing
+    assert len(list(batches_of(loader))) == 10 and STOP.code == 0
+
+
+def test_a_run_saves_at_the_end_of_the_update_and_goes_on_bit_for_bit(tmp_path, monkeypatch, caplog):
+    """Two micro-batches in an update: the death comes between them."""
+    halves = ["data.batch_size=2", "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=12", "data.num_workers=2", "trainer.max_epochs=1"]  # fmt: skip
+    train(tmp_path / "whole", *QUIET, *halves)
+    from src.training.stage1 import RAEModule
+
+    original = RAEModule.training_step
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 2 and not list((tmp_path / "cut").glob("checkpoints/*")):
+            for worker in self.trainer.train_dataloader._loader._iterator._workers:
+                os.kill(worker.pid, signal.SIGKILL)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(RAEModule, "training_step", training_step)
+    with pytest.raises(SystemExit) as ended:
+        run(composed([*QUIET, *halves, f"paths.run_dir={tmp_path / 'cut'}"]))
+    assert ended.value.code == 1
+    log = (tmp_path / "cut/run.log").read_text()
+    last = tmp_path / "cut/checkpoints/last.ckpt"
+    assert read(last)["global_step"] == 2 and f"saved {last} at step 2" in log and "Traceback" not in log
+    STOP.reset()
+    train(tmp_path / "rest", *QUIET, *halves, checkpoint=last)
+    a, b = (read(tmp_path / name / "checkpoints/last.ckpt") for name in ("whole", "rest"))
+    assert same(a["state_dict"], b["state_dict"]) and same(a["optimizer_states"], b["optimizer_states"])
+
+
+MB = 10**6
+
+
+@pytest.mark.parametrize(
+    ("free_mb", "workers", "batch_mb", "loaders", "expected"),
+    [(1000, 8, 25, 1, 4), (64, 8, 25, 1, None), (64, 2, 10, 1, 2), (64, 2, 10, 2, 1), (64, 2, 10, 4, None), (64, 0, 25, 1, 4), (1, 1, 0.1, 2, 4)],
+)  # fmt: skip
+def test_what_is_prefetched_fits_shared_memory(monkeypatch, caplog, free_mb, workers, batch_mb, loaders, expected):
+    monkeypatch.setattr(worker_faults, "SHARED_MEMORY", PROJECT_ROOT)
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=free_mb, f_frsize=MB))
+    arguments = (workers, 4, int(batch_mb * MB), loaders, 128)
+    if expected is None:
+        with pytest.raises(UserError, match=r"64 MB free.*--shm-size=.*data\.num_workers=0"):
+            prefetched_batches(*arguments)
+        return
+    with caplog.at_level(logging.WARNING):
+        assert prefetched_batches(*arguments) == expected
+    assert bool(caplog.records) == (expected < 4)
+
+
+SMALL_MEMORY = """
+set -e
+mount -t tmpfs -o size=1m tmpfs /dev/shm
+exec "$@"
+"""
+
+
+def test_a_run_in_a_container_with_little_shared_memory_says_so(tmp_path):
+    """In a mount namespace whose /dev/shm holds 1 MB; a batch here is 1.6 MB."""
+    if os.geteuid() or subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespace can be made here")
+    command = ["unshare", "--mount", "bash", "-c", SMALL_MEMORY, "bash", sys.executable, "src/train.py"]
+    arguments = [*QUIET, "data.batch_size=128", "data.num_workers=2", f"paths.log_dir={tmp_path}"]
+    done = subprocess.run([*command, *arguments], cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "MB of shared memory, /dev/shm has 1 MB free" in done.stderr
