@@ -14,10 +14,11 @@ import pyarrow as pa
 import pytest
 
 from src.core.errors import UserError
-from src.data.arrow import ArrowSource, Columns
+from src.data.arrow import ArrowSource
 from src.data.arrow_writer import write_metadata
 from src.data.decode import BadImage
 from src.data.packed import open_files_limit
+from src.data.read_options import ReadOptions
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 ENUM = pa.dictionary(pa.int8(), pa.string())
@@ -160,9 +161,9 @@ def two_images(folder: Path) -> Path:
 )
 def test_the_column_of_the_images(wanted: str | None, says: str, tmp_path: Path) -> None:
     folder = two_images(tmp_path / "set")
-    assert [ArrowSource(folder, Columns(image=name)).encoded(0) for name in ("low", "high")] == [b"l", b"h"]
+    assert [ArrowSource(folder, ReadOptions(image=name)).encoded(0) for name in ("low", "high")] == [b"l", b"h"]
     with pytest.raises(UserError, match=says):
-        ArrowSource(folder, Columns(image=wanted))
+        ArrowSource(folder, ReadOptions(image=wanted))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="needs /proc")

@@ -16,6 +16,7 @@ from src.data.mix import BLOCK, TABLE_ROWS, MixOrder, feistel, images_per_epoch,
 from tests.test_data_loader import arguments, assert_same
 from tests.test_data_places import image_tar
 from tests.test_data_sources import tree
+from tests.training import train
 
 
 def rows_of(sizes: tuple[int, ...], weights: tuple[float, ...], length: int, count: int, seed: int = 3) -> np.ndarray:
@@ -229,3 +230,17 @@ def test_wrong_settings_name_their_key(changed: dict[str, Any], says: str) -> No
     given = {"data_dir": None, "sources": {"a": {"data_dir": "x"}}} | changed
     with pytest.raises(UserError, match=says):
         RAEDataModule(**arguments(**given))
+
+
+def test_a_mix_trains_and_is_judged_on_each_set(tmp_path: Path) -> None:
+    small = [
+        "experiment=rae_general_dummy", "data.image_size=64", "data.batch_size=4", "data.num_workers=0", "data.epoch_images=8",
+        "trainer.max_epochs=1", "trainer.accelerator=cpu", "trainer.limit_val_batches=1", "model.sample_every=0",
+        "callbacks.rfid.rfid_every_epoch=true", "callbacks.rfid.rfid_num_samples=6", "callbacks.rfid.rfid_device=cpu",
+        "+data.evaluation.text.num_samples=4", "callbacks.rfid.rfid_save_samples=false",
+    ]  # fmt: skip
+    run = train(tmp_path / "run", *small, small=False)
+    scores = {name: value for name, (_, value) in run.module.scores.items()}
+    assert scores["rfid_untrained/images"] == 6 and scores["rfid_untrained_text/images"] == 4
+    assert {"rfid_untrained/score", "rfid_untrained_text/score", "rfid_untrained_text/psnr"} <= scores.keys()
+    assert run.trainer.global_step == 2

@@ -16,14 +16,15 @@ import pytest
 from src.core.errors import UserError
 from src.core.weights import PROJECT_ROOT
 from src.data import dummy
-from src.data.arrow import DEFAULT_COLUMNS, Columns
 from src.data.decode import BadImage
-from src.data.places import look
+from src.data.places import locate, look
+from src.data.read_options import DEFAULT_OPTIONS, ReadOptions
 from src.data.sources import walk
 from src.data.splits import DataFolder, Splits, open_splits
 from src.evaluation.images import open_images
 from tests.test_data_sources import hf_dataset, tree
 from tests.test_data_tars import tar
+from tests.training import composed
 
 FILES = [dummy.jpeg(i) for i in range(20)]
 
@@ -33,7 +34,9 @@ def quiet() -> None:
     datasets.disable_progress_bars()
 
 
-def opened(path: Path | str, hf: bool | None = None, columns: Columns = DEFAULT_COLUMNS, share: float = 1.0) -> Splits:
+def opened(
+    path: Path | str, hf: bool | None = None, columns: ReadOptions = DEFAULT_OPTIONS, share: float = 1.0
+) -> Splits:
     return open_splits(Path(path), hf, "train", "validation", share, columns)
 
 
@@ -124,23 +127,23 @@ def test_img2dataset_lays_metadata_beside_its_tars(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "columns", "expected"),
     [
-        ("a.txt", "0.jpg\n1.jpg\n", Columns(), (None, [None, None])),
-        ("a.txt", "0.jpg 4\n1.jpg 0\n", Columns(), (5, [4, 0])),
-        ("a.csv", "path,label\n0.jpg,dog\n1.jpg,cat\n", Columns(), (2, [1, 0])),
-        ("a.csv", "n,picture,kind\n1,0.jpg,3\n2,1.jpg,\n", Columns("picture", "kind"), (4, [3, -1])),
-        ("a.tsv", "file_name\tlabel\n0.jpg\t1\n1.jpg\t0\n", Columns(), (2, [1, 0])),
-        ("a.jsonl", '{"image": "0.jpg", "label": 1}\n\n{"image": "1.jpg", "label": 0}\n', Columns(), (2, [1, 0])),
-        ("a.csv", "url,label\nhttp://x/0.jpg,1\n", Columns("url"), "lists addresses.*img2dataset"),
-        ("a.csv", "a,b\n1,2\n", Columns(), "columns a, b; expected one of path"),
-        ("a.csv", "path\n0.jpg\n", Columns(label="kind"), "data.label=kind.*no such column"),
-        ("a.csv", "path,label\n,1\n", Columns(), "entry 1 names no file"),
-        ("a.txt", "gone.jpg\n", Columns(), "first image is not there"),
-        ("a.txt", "", Columns(), "lists no images"),
-        ("a.jsonl", "{", Columns(), "can't be read as a list"),
-        ("a.jsonl", "[1]\n", Columns(), "line 1 is no JSON object"),
+        ("a.txt", "0.jpg\n1.jpg\n", ReadOptions(), (None, [None, None])),
+        ("a.txt", "0.jpg 4\n1.jpg 0\n", ReadOptions(), (5, [4, 0])),
+        ("a.csv", "path,label\n0.jpg,dog\n1.jpg,cat\n", ReadOptions(), (2, [1, 0])),
+        ("a.csv", "n,picture,kind\n1,0.jpg,3\n2,1.jpg,\n", ReadOptions("picture", "kind"), (4, [3, -1])),
+        ("a.tsv", "file_name\tlabel\n0.jpg\t1\n1.jpg\t0\n", ReadOptions(), (2, [1, 0])),
+        ("a.jsonl", '{"image": "0.jpg", "label": 1}\n\n{"image": "1.jpg", "label": 0}\n', ReadOptions(), (2, [1, 0])),
+        ("a.csv", "url,label\nhttp://x/0.jpg,1\n", ReadOptions("url"), "lists addresses.*img2dataset"),
+        ("a.csv", "a,b\n1,2\n", ReadOptions(), "columns a, b; expected one of path"),
+        ("a.csv", "path\n0.jpg\n", ReadOptions(label="kind"), "data.label=kind.*no such column"),
+        ("a.csv", "path,label\n,1\n", ReadOptions(), "entry 1 names no file"),
+        ("a.txt", "gone.jpg\n", ReadOptions(), "first image is not there"),
+        ("a.txt", "", ReadOptions(), "lists no images"),
+        ("a.jsonl", "{", ReadOptions(), "can't be read as a list"),
+        ("a.jsonl", "[1]\n", ReadOptions(), "line 1 is no JSON object"),
     ],
 )
-def test_lists(name: str, text: str, columns: Columns, expected: object, tmp_path: Path) -> None:
+def test_lists(name: str, text: str, columns: ReadOptions, expected: object, tmp_path: Path) -> None:
     for i in range(2):
         (tmp_path / f"{i}.jpg").write_bytes(FILES[i])
     (tmp_path / name).write_text(text)
@@ -235,15 +238,15 @@ def test_use_hf_dataset_against_the_content_is_one_warning(tmp_path: Path, caplo
 @pytest.mark.parametrize(
     ("make", "columns", "says"),
     [
-        (lambda p: tree(p / "x"), Columns(label="kind"), "data.label=kind: .*no columns. Set data.label=null"),
-        (lambda p: tree(p / "x"), Columns(image="low"), "data.image_column=low"),
-        (lambda p: image_tar(p / "x/0.tar", 2).parent, Columns(image="low"), "data.image_column=low"),
-        (lambda p: image_tar(p / "x/0.tar", 2).rename(p / "x/0.tar.gz"), Columns(), "compressed tar"),
-        (lambda p: image_tar(p / "x/0.tar", 2).rename(p / "x/photo.jpg"), Columns(), "is a file; expected"),
-        (lambda p: Path("/dev/zero"), Columns(), "neither a file nor a folder"),
+        (lambda p: tree(p / "x"), ReadOptions(label="kind"), "data.label=kind: .*no columns. Set data.label=null"),
+        (lambda p: tree(p / "x"), ReadOptions(image="low"), "data.image_column=low"),
+        (lambda p: image_tar(p / "x/0.tar", 2).parent, ReadOptions(image="low"), "data.image_column=low"),
+        (lambda p: image_tar(p / "x/0.tar", 2).rename(p / "x/0.tar.gz"), ReadOptions(), "compressed tar"),
+        (lambda p: image_tar(p / "x/0.tar", 2).rename(p / "x/photo.jpg"), ReadOptions(), "is a file; expected"),
+        (lambda p: Path("/dev/zero"), ReadOptions(), "neither a file nor a folder"),
     ],
 )
-def test_refused(make: object, columns: Columns, says: str, tmp_path: Path) -> None:
+def test_refused(make: object, columns: ReadOptions, says: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=says):
         opened(make(tmp_path), columns=columns)  # type: ignore[operator]
 
@@ -275,12 +278,12 @@ def test_advice_for_parquet(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", ["paths", "text labels", "selection"])
 def test_advice_for_columns(case: str, tmp_path: Path) -> None:
     (tmp_path / "0.jpg").write_bytes(FILES[0])
-    folder, columns = tmp_path / "set", Columns()
+    folder, columns = tmp_path / "set", ReadOptions()
     if case == "paths":
         datasets.Dataset.from_dict({"image": [str(tmp_path / "0.jpg")] * 3}).save_to_disk(str(folder))
     elif case == "text labels":
         hf_dataset(3).remove_columns("label").add_column("kind", ["x", "y", "x"]).save_to_disk(str(folder))
-        columns = Columns(label="kind")
+        columns = ReadOptions(label="kind")
     else:
         hf_dataset(3).save_to_disk(str(folder))
         state = json.loads((folder / "state.json").read_text())
@@ -311,3 +314,77 @@ def test_look_names_the_kind(tmp_path: Path) -> None:
     dummy.write(tmp_path / "hf", 4)
     assert look(tmp_path / "hf").kind == "dataset"
     assert DataFolder(image_tar(tmp_path / "t/0.tar", 2)).names == ["train"]
+
+
+# -- docs/data.md
+
+
+def kaggle(root: Path) -> Path:
+    tree(root / "ILSVRC/Data/CLS-LOC", "train")
+    (root / "ILSVRC/Data/CLS-LOC/val").mkdir()
+    (root / "ILSVRC/Data/CLS-LOC/val/0.JPEG").write_bytes(FILES[0])
+    return root / "ILSVRC"
+
+
+def several_tars(root: Path, *names: str) -> Path:
+    for name in names:
+        image_tar(root / name, 4)
+    return root
+
+
+def cached(root: Path) -> Path:
+    datasets.load_dataset(str(parquet(root / "hub")), cache_dir=str(root / "cache"))
+    return next((root / "cache").rglob("dataset_info.json")).parent
+
+
+def listed(root: Path) -> Path:
+    (root / "0.jpg").write_bytes(FILES[0])
+    (root / "list.csv").write_text("path\n0.jpg\n")
+    return root / "list.csv"
+
+
+def saved(root: Path) -> Path:
+    datasets.DatasetDict(train=hf_dataset(8), validation=hf_dataset(4)).save_to_disk(str(root / "set"))
+    return root / "set"
+
+
+HELD = {
+    "ImageNet from Kaggle": (kaggle, "/path/to/ILSVRC", (8, 1)),
+    "ImageNet from the hub (Parquet)": (lambda p: parquet(p / "hub"), "/path/to/hub", (12, 12)),
+    "timm's tars of ImageNet": (lambda p: several_tars(p, "imagenet1k-train-0000.tar", "imagenet1k-validation-00.tar"), "/path/to/imagenet-1k-wds", (4, 4)),
+    "what img2dataset wrote": (lambda p: several_tars(p, "00000.tar", "00001.tar"), "/path/to/img2dataset", (8, 0)),
+    "BLIP3o, or any tars by a pattern": (lambda p: several_tars(p, "0000.tar", "0001.tar"), "/path/to/blip3o", (8, 0)),
+    "a dataset of `save_to_disk`": (saved, "/path/to/dataset", (8, 4)),
+    "the cache of `load_dataset`": (cached, "/path/to/cache/HASH", (12, 12)),
+    "a folder of images": (lambda p: tree(p / "x", "train", "val"), "/path/to/images", (8, 8)),
+    "a list of files (csv, tsv, jsonl, txt)": (listed, "/path/to/list.csv", (1, 0)),
+    "a data set of the hub, of tars": (lambda p: several_tars(p, "0.tar"), "hf:ORG/NAME", (4, 0)),
+    "tars in a bucket": (lambda p: several_tars(p, "0.tar"), "s3://bucket/folder", (4, 0)),
+}  # fmt: skip
+TABLE = dict(
+    re.findall(r"^\| (.+?) \| (.*`) \|$", (PROJECT_ROOT / "docs/data.md").read_text().split("## Converting")[0], re.M)
+)
+
+
+def test_every_row_of_the_table_is_tried() -> None:
+    assert {row for row in TABLE if row != "what you hold"} == set(HELD)
+
+
+@pytest.mark.parametrize("row", HELD)
+def test_what_you_hold_and_what_you_type(row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, shown, expected = HELD[row]
+    folder = make(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folder))
+    typed = [text.replace(shown, str(folder)) for text in re.findall(r"`([^`]+)`", TABLE[row])]
+    if shown.startswith("s3://"):  # another storage of fsspec, without a network
+        typed = [TABLE[row].strip("`").replace(shown, f"file://{folder}")]
+    elif shown.startswith("hf:"):
+        typed = [TABLE[row].strip("`")]
+    for line in typed[:-1]:
+        words = shlex.split(line)
+        done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, cwd=PROJECT_ROOT)
+        assert done.returncode == 0, done.stderr
+    place = composed(["experiment=rae_dino", *shlex.split(typed[-1])]).data.data_dir
+    splits = open_splits(locate(place), None, "train", "validation", 1.0)
+    assert (len(splits.train_rows), len(splits.validation_rows)) == expected

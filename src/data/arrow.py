@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,13 @@ from src.core.json_files import read_json
 from src.data.arrow_index import FileRows, index_rows, read_schema
 from src.data.decode import BadImage
 from src.data.packed import Damaged, PackedIndex, PackedSource
+from src.data.read_options import DEFAULT_OPTIONS, ReadOptions
 from src.data.sources import read_file
 
 COPY_AGAIN = (
     "It was half-written or half-copied. Copy it again, or convert the images again into another folder with "
     "`python scripts/create_hf_test_data.py`."
 )
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of the columns to read. image: None for the one called `image`, else the only one of the type Image. label:
-    None for the one called `label`, where it holds whole numbers."""
-
-    image: str | None = None
-    label: str | None = None
-
-
-DEFAULT_COLUMNS = Columns()
 
 
 class ArrowSource(PackedSource):
@@ -48,7 +36,9 @@ class ArrowSource(PackedSource):
         UserError: half-written, damaged, empty, or without the columns wanted.
     """
 
-    def __init__(self, folder: Path, columns: Columns = DEFAULT_COLUMNS, files: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, columns: ReadOptions = DEFAULT_OPTIONS, files: Sequence[str] | None = None
+    ) -> None:
         self._arguments = folder, columns, files
         self.folder = folder
         info, self._state = _metadata(folder, files)

@@ -12,10 +12,8 @@ import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
 
-from src.core import weights
 from src.core.errors import UserError
 from src.data import dummy, mix
-from src.data.arrow import Columns
 from src.data.dataset import (
     EvaluationDataset,
     EvaluationTransform,
@@ -28,6 +26,8 @@ from src.data.decode import Decoder, Exif
 from src.data.fingerprint import compare_fingerprints, source_state
 from src.data.loader import PREFETCH_BATCHES, EvaluationLoader, TrainLoader, WorkerOptions
 from src.data.order import EpochOrder, Rows, evaluation_rows
+from src.data.places import locate
+from src.data.read_options import ReadOptions
 from src.data.source_settings import EvaluationSettings, SourceSettings, parse_evaluation, parse_sources
 from src.data.sources import Source
 from src.data.splits import Splits, open_evaluation, open_splits
@@ -67,6 +67,8 @@ class RAEDataModule(LightningDataModule):
         epoch_images: int | None,
         mix_unit: mix.Unit,
         evaluation: Mapping[str, Any] | None,
+        storage_options: Mapping[str, Any] | None,
+        cache_gb: float,
         image_size: int,
         batch_size: int,
         accumulate: int,
@@ -101,6 +103,8 @@ class RAEDataModule(LightningDataModule):
             raise UserError(f"data.worker_timeout_s={worker_timeout_s}: expected seconds, 0 for no limit.")
         if not 0 <= max_bad_share <= 1:
             raise UserError(f"data.max_bad_share={max_bad_share}: expected a share from 0 to 1.")
+        if not isinstance(cache_gb, float | int) or not 0 <= cache_gb < float("inf"):
+            raise UserError(f"data.cache_gb={cache_gb}: expected a number of gigabytes, 0 for no cache.")
         if (data_dir is None) == (sources is None):
             raise UserError(
                 f"data.data_dir={data_dir} and data.sources={'null' if sources is None else 'set'}: expected one of them. "
@@ -128,8 +132,9 @@ class RAEDataModule(LightningDataModule):
         self.evaluation_settings = parse_evaluation(evaluation) if evaluation is not None else None
         alone: dict[str, Any] = {"data_dir": data_dir, **common}
         self._all_sources = self.sources or {"": SourceSettings.model_construct(**alone)}
-        self.data_dir = weights.resolve(next(iter(self._all_sources.values())).data_dir)
+        self.data_dir = next(iter(self._all_sources.values())).data_dir
         """Of the first source."""
+        self._storage_options, self._cache_gb = storage_options, cache_gb
         self.epoch_images, self.mix_unit = epoch_images, mix_unit
         self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
         self.num_workers, self.max_bad_share, self.allow_changed = num_workers, max_bad_share, allow_changed
@@ -155,9 +160,11 @@ class RAEDataModule(LightningDataModule):
     # -- what is there
 
     def prepare_data(self) -> None:
-        """Make the project's own small data sets where they are asked for and missing."""
+        """Make the project's own small data sets, and download those of the hub, where they are missing."""
         for place in self._places():
-            dummy.ensure(place)
+            found = locate(place, download=True)
+            if isinstance(found, Path):
+                dummy.ensure(found)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the data. Raises UserError where there is none."""
@@ -165,7 +172,7 @@ class RAEDataModule(LightningDataModule):
             return
         opened = []
         for name, s in self._all_sources.items():
-            place, columns = weights.resolve(s.data_dir), Columns(s.image_column, s.label)
+            place, columns = locate(s.data_dir), self._options(s.image_column, s.label)
             splits = open_splits(place, s.use_hf_dataset, s.hf_split, s.hf_validation_split, s.train_split, columns)
             log.info("Data%s: %s", f" {name}" if name else "", splits.description)
             opened.append(splits)
@@ -219,7 +226,7 @@ class RAEDataModule(LightningDataModule):
             else:
                 found = {}
                 for name, s in self.evaluation_settings.items():
-                    source, text = open_evaluation(weights.resolve(s.data_dir), s.split, Columns(s.image_column))
+                    source, text = open_evaluation(locate(s.data_dir), s.split, self._options(s.image_column, None))
                     rows = np.arange(len(source))
                     log.info("Evaluation set %s: %s", name, text)
                     found[name] = EvaluationSet(source, rows, s)
@@ -402,11 +409,13 @@ class RAEDataModule(LightningDataModule):
 
     # -- inside
 
-    def _places(self) -> list[Path]:
-        """Return the folders of all sources and evaluation sets."""
-        folders = [node.data_dir for node in self._all_sources.values()]
-        folders += [node.data_dir for node in (self.evaluation_settings or {}).values()]
-        return [weights.resolve(folder) for folder in folders]
+    def _options(self, image: str | None, label: str | None) -> ReadOptions:
+        return ReadOptions(image, label, self._storage_options, self._cache_gb)
+
+    def _places(self) -> list[str]:
+        """Return the `data_dir` of all sources and evaluation sets."""
+        places = [node.data_dir for node in self._all_sources.values()]
+        return places + [node.data_dir for node in (self.evaluation_settings or {}).values()]
 
     def _weights(self) -> tuple[float, ...]:
         return tuple(s.weight for s in self._all_sources.values())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from src.data.packed import OpenFile, PackedSource
+from src.data.remote import RemoteTarSource
 from src.data.sources import FileSource, Source
 
 SAMPLED = 512
@@ -24,6 +25,8 @@ def source_state(source: Source) -> dict[str, Any]:
     """Return rows and, by file (of image files: by folder), [size or number of files, digest] of a source."""
     if isinstance(source, FileSource):
         entries = _folders(source.root, source.files)
+    elif isinstance(source, RemoteTarSource):
+        entries = {name: [size, ""] for name, size in source.sizes.items()}
     elif isinstance(source, PackedSource):
         entries = _packed(source.files)
     else:

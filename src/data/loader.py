@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,6 +109,15 @@ class _Loader:
             iterator._shutdown_workers()
 
 
+def _without_traceback(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the batches of a DataLoader; a UserError of a loading process comes as it was raised there."""
+    try:
+        yield from batches
+    except UserError as error:
+        marker = f"{UserError.__module__}.{UserError.__qualname__}: "
+        raise UserError(str(error).rpartition(marker)[2].strip()) from None
+
+
 class _Batches:
     """The batch sampler of a DataLoader; epoch and start are set before each pass."""
 
@@ -178,7 +187,7 @@ class TrainLoader(_Loader):
         epoch, start, self.start_batch = self.epoch, self.start_batch, 0
         self._batches.epoch, self._batches.start = epoch, start
         self._handed_out = (epoch, start)
-        for number, batch in enumerate(batches_of(self._loader), start):
+        for number, batch in enumerate(_without_traceback(batches_of(self._loader)), start):
             stuck = len(batch["position"]) < self.batch_size
             failures = batch.pop("failures")
             for source, bad_images in enumerate(self.bad_images):
@@ -219,7 +228,7 @@ class EvaluationLoader(_Loader):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         bad_images = BadImages(self.max_bad_share, len(self.dataset))
-        for batch in batches_of(self._loader):
+        for batch in _without_traceback(batches_of(self._loader)):
             failures = batch.pop("failures")
             bad_images.account(len(batch["position"]) + len(failures), failures)
             if len(batch["position"]):

@@ -12,20 +12,25 @@ from typing import Any, Literal
 
 from src.core.errors import UserError
 from src.core.json_files import read_json
+from src.core.weights import resolve
 from src.data import lists, parquet, patterns
-from src.data.arrow import DEFAULT_COLUMNS, ArrowSource, Columns
+from src.data.arrow import ArrowSource
+from src.data.hub import PREFIX, hub_folder
+from src.data.read_options import DEFAULT_OPTIONS, ReadOptions
+from src.data.remote import RemoteTarSource, Storage, is_remote, remote_splits
 from src.data.sources import Source, folders, is_image, loose_files, open_image_tree, walk
 from src.data.split_names import ALIASES, TEST_SPLITS, TRAIN_SPLITS, VALIDATION_SPLITS, group_by_split
 from src.data.tars import TarSource
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["dataset", "cache", "arrow", "tars", "tree", "list"]
+Kind = Literal["dataset", "cache", "arrow", "tars", "remote", "tree", "list"]
 KINDS: dict[Kind, str] = {
     "dataset": "Hugging Face dataset",
     "cache": "cache of load_dataset",
     "arrow": "Arrow file",
     "tars": "tar files",
+    "remote": "tar files in object storage",
     "tree": "image files",
     "list": "list of image files",
 }
@@ -45,9 +50,11 @@ class Place:
 
     kind: Kind
     root: Path
+    """Of object storage, only for messages."""
     splits: dict[str, Any] = field(default_factory=dict)
+    storage: Storage | None = None
 
-    def open(self, split: str | None, columns: Columns = DEFAULT_COLUMNS) -> Source:
+    def open(self, split: str | None, columns: ReadOptions = DEFAULT_OPTIONS) -> Source:
         """Open a split of `splits`; None: everything. Raises UserError where it is damaged or holds no images."""
         inside = self.root if split is None else self.root / split
         if self.kind == "dataset":
@@ -63,18 +70,39 @@ class Place:
                     f"data.{key}={value}: {self.root} holds {KINDS[self.kind]}, which have no columns. Set data.{key}=null"
                     + ("; their labels are their folders." if self.kind == "tree" else ".")
                 )
+        if self.kind == "remote":
+            if split is None and len(self.splits) != 1:
+                raise UserError(f"{self.root} has the splits {', '.join(self.splits)}; name one.")
+            sizes = self.splits[split or next(iter(self.splits))]
+            assert self.storage is not None
+            return RemoteTarSource(self.storage, sizes, columns.label, columns.cache_gb)
         if self.kind == "tars":
             files = [name for names in self.splits.values() for name in names] if split is None else self.splits[split]
             return TarSource(self.root, files, columns.label)
         return open_image_tree(inside)
 
 
-def look(path: Path) -> Place:
-    """Return what lies at a path, or what a pattern names.
+def locate(data_dir: str | Path, download: bool = False) -> Path | str:
+    """Return where a `data_dir` lies: a path, relative ones below the project, or the address of a storage as it is.
+
+    download: fetch a data set of the hub, `hf:ORG/NAME`, where it is missing.
+    """
+    text = str(data_dir)
+    if is_remote(text):
+        return text
+    return hub_folder(text, download) if text.startswith(PREFIX) else resolve(data_dir)
+
+
+def look(path: Path | str, options: ReadOptions = DEFAULT_OPTIONS) -> Place:
+    """Return what lies at a path, at an address, or what a pattern names.
 
     Raises:
         UserError: nothing there, or nothing that can be read as it is; names what to do.
     """
+    if is_remote(path):
+        storage = Storage(str(path), options.storage)
+        return Place("remote", Path(str(path)), remote_splits(storage), storage)
+    path = Path(path)
     if patterns.is_pattern(str(path)):
         return _files(patterns.expand(str(path)), str(path))
     if path.is_file():
@@ -220,7 +248,7 @@ def _folder(folder: Path) -> Place:
     splits = [name for name in folders(folder) if name in ALIASES]
     first = telling_file(folder)
     if first is None:
-        raise UserError(f"{folder} (data.data_dir) {_unreadable(folder)}")
+        raise UserError(f"No images in {folder} (data.data_dir): {_unreadable(folder)}")
     if first.suffix.lower() == ".parquet":
         raise UserError(_parquet_message(first, str(folder)))
     if first.suffix.lower() == ".tar":
@@ -292,12 +320,12 @@ def _nothing_there(path: Path) -> UserError:
 def _unreadable(folder: Path) -> str:
     """Say what is there, and what to do. Nothing at `folder` is overwritten: it may be the only copy."""
     if not folders(folder) and not loose_files(folder):
-        return f"is empty. Make a dataset there with `{CONVERT} IMAGES --output_dir {folder}`."
+        return f"it is empty. Make a dataset there with `{CONVERT} IMAGES --output_dir {folder}`."
     packed = next((name for name in walk(folder) if re.search(r"\.(tar\.\w+|tgz|zip|rar|7z)$", name.lower())), None)
     if packed:
-        return f"holds packed files, such as {packed}. Unpack them, and set data.data_dir to what comes out."
+        return f"it holds packed files, such as {packed}. Unpack them, and set data.data_dir to what comes out."
     names = ", ".join(list(islice(walk(folder), 3))) or "none"
     return (
-        f"holds no images that can be read: no Hugging Face dataset ({', '.join(MARKS)}), tars or image files. Files there: "
+        f"expected a Hugging Face dataset ({', '.join(MARKS)}), tars or image files. Files there: "
         f"{names}. Set data.data_dir to the folder of the images."
     )

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from src.core.errors import UserError
-from src.data.arrow import DEFAULT_COLUMNS, Columns
 from src.data.order import AllRows, Rows, split_rows
 from src.data.places import KINDS, look
+from src.data.read_options import DEFAULT_OPTIONS, ReadOptions
 from src.data.sources import Source
 from src.data.split_names import ALIASES, SPLIT_NAMES, TEST_SPLITS, TRAIN_SPLITS, VALIDATION_SPLITS
 
@@ -24,9 +24,11 @@ class DataFolder:
         UserError: nothing there that can be read.
     """
 
-    def __init__(self, folder: Path, use_hf_dataset: bool | None = None, columns: Columns = DEFAULT_COLUMNS) -> None:
+    def __init__(
+        self, folder: Path | str, use_hf_dataset: bool | None = None, columns: ReadOptions = DEFAULT_OPTIONS
+    ) -> None:
         self.folder, self._columns = folder, columns
-        self.place = look(folder)
+        self.place = look(folder, columns)
         kind = self.place.kind
         is_arrow = kind in ("dataset", "cache", "arrow")
         if (use_hf_dataset is True and not is_arrow) or (use_hf_dataset is False and is_arrow):
@@ -86,7 +88,9 @@ class Splits:
     """One sentence for the log."""
 
 
-def open_evaluation(data_dir: Path, split: str | None, columns: Columns = DEFAULT_COLUMNS) -> tuple[Source, str]:
+def open_evaluation(
+    data_dir: Path | str, split: str | None, columns: ReadOptions = DEFAULT_OPTIONS
+) -> tuple[Source, str]:
     """Open an evaluation set: the split asked for, else the validation or test split, else everything.
 
     Returns:
@@ -102,12 +106,12 @@ def open_evaluation(data_dir: Path, split: str | None, columns: Columns = DEFAUL
 
 
 def open_splits(
-    data_dir: Path,
+    data_dir: Path | str,
     use_hf_dataset: bool | None,
     hf_split: str,
     hf_validation_split: str | None,
     train_split: float,
-    columns: Columns = DEFAULT_COLUMNS,
+    columns: ReadOptions = DEFAULT_OPTIONS,
 ) -> Splits:
     """Open the data of a run.
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,17 +38,8 @@ class TarSource(PackedSource):
         self._arguments = root, self.names, label, True
         self.index_path, self.index_built = found.path, found.built
         header = found.header
-        labels = found.index.labels
-        if label is not None and (header["odd_labels"] or header["largest_label"] < 0):
-            count = f"{header['odd_labels']:,} of" if header["largest_label"] >= 0 else "all of"
-            raise UserError(
-                f"data.label={label}: {count} the {len(found.index.offsets):,} samples in {root} have no whole number there. "
-                "Set data.label to `cls`, to `json:KEY` of another key, or to null."
-            )
-        if header["odd_labels"] or header["largest_label"] < 0:
-            labels = None
+        labels, count = usable_labels(found, label, root)
         index = PackedIndex(found.index.starts, found.index.offsets, found.index.sizes, labels)
-        count = header["largest_label"] + 1 if labels is not None else None
         super().__init__([root / name for name in self.names], index, num_classes=count)
         if not len(self):
             raise UserError(
@@ -132,6 +122,19 @@ def join(parts: Sequence[TarRows]) -> tuple[PackedIndex, dict[str, Any]]:
     return index, header
 
 
-def words(name: str) -> list[str]:
-    """Return the words of a file's or folder's name, in lower case."""
-    return [word for word in re.split(r"[^a-z]+", name.lower()) if word]
+def usable_labels(found: index_files.Found, label: str | None, place: object) -> tuple[np.ndarray | None, int | None]:
+    """Return the labels of an index and how many classes they count; None where not all of them are whole numbers.
+
+    Raises:
+        UserError: such labels, but asked for.
+    """
+    header, largest = found.header, found.header["largest_label"]
+    if not header["odd_labels"] and largest >= 0:
+        return found.index.labels, largest + 1
+    if label is None:
+        return None, None
+    count = f"{header['odd_labels']:,} of" if largest >= 0 else "all of"
+    raise UserError(
+        f"data.label={label}: {count} the {len(found.index.offsets):,} samples in {place} have no whole number there. "
+        "Set data.label to `cls`, to `json:KEY` of another key, or to null."
+    )

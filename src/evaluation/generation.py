@@ -116,7 +116,7 @@ def _reference(
     loader = centre_crops(images, size, Decoder(options.exif, MAX_MEGAPIXELS), options, process)
     batches = ((batch["position"], batch["image"]) for batch in loader)
     statistics = GenerationStatistics(inception, options.batch_size)
-    return GenerationReference.of(_measure(statistics, batches, len(images.rows), images.folder.name, process))
+    return GenerationReference.of(_measure(statistics, batches, len(images.rows), Path(images.folder).name, process))
 
 
 def _generated(options: GenerationOptions, process: Process) -> list[GeneratedSet]:

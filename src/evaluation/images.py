@@ -11,12 +11,12 @@ import numpy as np
 from src.core.distributed import Process
 from src.core.errors import UserError
 from src.core.options import LoadingOptions
-from src.core.weights import resolve
 from src.data import dummy
 from src.data.dataset import EvaluationDataset, EvaluationTransform
 from src.data.decode import Decoder
 from src.data.loader import EvaluationLoader, WorkerOptions
 from src.data.order import evaluation_rows, split_rows
+from src.data.places import locate
 from src.data.source_settings import first_source
 from src.data.sources import Source
 from src.data.split_names import TEST_SPLITS, VALIDATION_SPLITS
@@ -33,7 +33,7 @@ MAX_MEGAPIXELS = 80.0
 class Images:
     """Rows of a source that are evaluated."""
 
-    folder: Path
+    folder: Path | str
     source: Source
     rows: np.ndarray  # (n,) int64
     split: str
@@ -65,9 +65,10 @@ def open_images(data_dir: str | Path, split: str | None, trained_on: Mapping[str
     Raises:
         UserError: nothing there, no such split, nothing held out.
     """
-    folder = resolve(data_dir)
+    folder = locate(data_dir)
     trained_on = first_source(trained_on) if trained_on is not None else None
-    dummy.ensure(folder)
+    if isinstance(folder, Path):
+        dummy.ensure(folder)
     data, training = DataFolder(folder), trained_on or {}
     train = str(training.get("hf_split") or "train")
     if split not in (None, ALL, HELD_OUT):
@@ -90,7 +91,7 @@ def open_images(data_dir: str | Path, split: str | None, trained_on: Mapping[str
     if split is None and (not len(held_out) or _is_other_data(folder, trained_on)):
         if test := data.held_out_split(train, *TEST_SPLITS):
             return _named(data, test)
-        if trained_on is not None and folder == resolve(trained_on["data_dir"]):
+        if trained_on is not None and folder == locate(trained_on["data_dir"]):
             log.warning(
                 "%s has no validation split and training held nothing out: the score is one of training images.", folder
             )
@@ -120,11 +121,13 @@ def evaluation_loader(
     return EvaluationLoader(dataset, options.batch_size, workers, options.max_bad_share, persistent=False)
 
 
-def _is_other_data(folder: Path, trained_on: Mapping[str, Any] | None) -> bool:
+def _is_other_data(folder: Path | str, trained_on: Mapping[str, Any] | None) -> bool:
     """Return whether the training data is here and is not `folder`. If it is not here, `folder` may be a copy of it."""
     if trained_on is None:
         return True
-    trained = resolve(trained_on["data_dir"])
+    trained = locate(trained_on["data_dir"])
+    if isinstance(trained, str) or isinstance(folder, str):
+        return trained != folder
     return trained.is_dir() and trained.resolve() != folder.resolve()
 
 

@@ -65,7 +65,7 @@ def latent_statistics(
         "encoder": identity["encoder"],
         "image_size": rae.geometry.image_size,
         "images": total.count,
-        "data": images.description() | {"data_dir": images.folder.name},
+        "data": images.description() | {"data_dir": Path(images.folder).name},
     }
 
 

@@ -1,0 +1,259 @@
+"""Tar files in object storage, read through fsspec: one ranged GET a row, by an index that is made once.
+
+Order, crops, noise and resuming are as with local files; the cache changes the speed alone. Options of the storage, which may
+hold secrets, are never logged or written.
+"""
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from src.core.errors import UserError
+from src.core.files import replacing
+from src.data import index_files
+from src.data.decode import BadImage
+from src.data.packed import Damaged, PackedIndex, PackedSource
+from src.data.split_names import group_by_split
+from src.data.tar_index import TarRows, check_label, index_tar
+from src.data.tars import VERSION, join, usable_labels
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""Before each new try."""
+THREADS = 16
+BLOCK_BYTES = 1 << 20
+"""What indexing asks for at once: headers lie between images, so it reads the objects whole."""
+CACHE_CHECK_ROWS = 256
+"""Rows between two looks at the size of the cache."""
+
+
+class NotReachable(Exception):
+    """The storage can't be read, after all tries; the message says why."""
+
+
+class Storage:
+    """A folder or pattern of objects. Opened anew in each process: connections do not survive a fork.
+
+    options: for the file system of fsspec (endpoint, keys); never shown.
+    """
+
+    def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:
+        self.url, self._options = url.rstrip("/"), dict(options or {})
+        self._opened: tuple[int, Any, str] | None = None
+
+    def __repr__(self) -> str:
+        return f"Storage({self.url})"
+
+    def list_tars(self) -> dict[str, int]:
+        """Return the sizes of the tars below the address, or matching it, by name relative to it.
+
+        Raises:
+            UserError: nothing there.
+        """
+        system, root = self._system()
+        if any(c in root for c in "*?["):
+            found = self._try(lambda: system.glob(root, detail=True))
+        elif root.endswith(".tar"):
+            found = {root: self._try(lambda: system.info(root))}
+        else:
+            found = self._try(lambda: system.find(root, detail=True))
+        base = self.base(root)
+        sizes = {
+            name[len(base) :].lstrip("/"): int(info["size"]) for name, info in found.items() if name.endswith(".tar")
+        }
+        if not sizes:
+            raise UserError(
+                f"No tar files at {self.url} (data.data_dir): expected a folder, a .tar, or a pattern such as s3://b/*.tar."
+            )
+        return dict(sorted(sizes.items()))
+
+    def read(self, name: str, start: int, size: int) -> bytes:
+        """Read a range with one request, trying again where the network fails. Raises NotReachable."""
+        system, root = self._system()
+        return self._try(lambda: system.cat_file(f"{self.base(root)}/{name}", start=start, end=start + size))
+
+    def base(self, root: str) -> str:
+        """Return the folder that names are relative to."""
+        before = root.split("*")[0].split("?")[0].split("[")[0]
+        return before.rpartition("/")[0] if before != root or root.endswith(".tar") else root
+
+    def _system(self) -> tuple[Any, str]:
+        if self._opened is None or self._opened[0] != os.getpid():
+            try:
+                import fsspec
+
+                system, root = fsspec.core.url_to_fs(self.url, skip_instance_cache=True, **self._options)
+            except (ImportError, ValueError) as error:
+                kind = self.url.partition(":")[0]
+                raise UserError(
+                    f"{self.url}: fsspec can't open {kind}:// addresses here ({error}). Install what it takes, for s3:// "
+                    "`pip install s3fs`."
+                ) from error
+            self._opened = os.getpid(), system, root
+        return self._opened[1], self._opened[2]
+
+    def _try(self, call: Callable[[], T]) -> T:
+        for wait in (*WAITS_S, None):
+            try:
+                return call()
+            except (FileNotFoundError, PermissionError) as error:
+                raise NotReachable(f"{self.url}: {type(error).__name__}: {error}") from error
+            except Exception as error:  # each storage raises its own
+                if wait is None:
+                    raise NotReachable(f"{self.url}: {type(error).__name__}: {error}") from error
+                time.sleep(wait)
+        raise AssertionError
+
+
+class RemoteTar:
+    """An object, read in blocks, for indexing."""
+
+    def __init__(self, storage: Storage, name: str, size: int) -> None:
+        self.storage, self.name, self.size = storage, name, size
+        self._start, self._data = 0, b""
+
+    def read(self, offset: int, size: int) -> bytes:
+        shift = offset - self._start
+        if not 0 <= shift <= len(self._data) - size:
+            end = min(self.size, offset + max(size, BLOCK_BYTES if shift - len(self._data) < BLOCK_BYTES else size))
+            self._data = self.storage.read(self.name, offset, end - offset) if end > offset else b""
+            self._start, shift = offset, 0
+        return self._data[shift : shift + size]
+
+
+class RemoteTarSource(PackedSource):
+    """Samples of tars in object storage. Pickles as its arguments.
+
+    names: relative to the address. cache_gb: size of the local cache; 0: none.
+
+    Raises:
+        UserError: no index yet, not reachable, or no images.
+    """
+
+    def __init__(
+        self, storage: Storage, sizes: Mapping[str, int], label: str | None, cache_gb: float = 0.0, build: bool = True
+    ) -> None:
+        check_label(label)
+        self._arguments = storage, sizes, label, cache_gb, build
+        self.storage, self.sizes, self.names = storage, dict(sizes), list(sizes)
+        what = {"version": VERSION, "url": storage.url, "names": self.names, "label": label or "cls"}
+        root = index_files.user_cache() / "remote"
+        root.mkdir(parents=True, exist_ok=True)
+        found = index_files.find_or_build(root, what, list(sizes.values()), lambda: self._build(sizes, label))
+        self.index_path, self.index_built = found.path, found.built
+        labels, count = usable_labels(found, label, storage.url)
+        index = PackedIndex(found.index.starts, found.index.offsets, found.index.sizes, labels)
+        super().__init__([Path(name) for name in self.names], index, num_classes=count)
+        if not len(self):
+            raise UserError(f"No images in the {len(self.names)} tar files of {storage.url} (data.data_dir).")
+        self._cache = (
+            Cache(index_files.user_cache() / "images" / index_files.digest(what), cache_gb) if cache_gb else None
+        )
+
+    def name(self, index: int) -> str:
+        return f"row {index} in {self.storage.url}/{self.names[self.file_of(index)]}"
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self.index.starts.tobytes())
+        for name, size in self.sizes.items():
+            digest.update(f"{name}:{size}\0".encode())
+        return digest.hexdigest()[:16]
+
+    def read(self, number: int, offset: int, size: int) -> bytes:
+        key = f"{number}-{offset}"
+        if self._cache is not None and (data := self._cache.get(key)) is not None:
+            return data
+        try:
+            data = self.storage.read(self.names[number], offset, size)
+        except NotReachable as error:
+            raise UserError(f"{error}. Tried {len(WAITS_S) + 1} times within {sum(WAITS_S):g} s.") from error
+        if len(data) < size:
+            raise BadImage(f"{self.names[number]} ends before it")
+        if self._cache is not None:
+            self._cache.put(key, data)
+        return data
+
+    def _build(self, sizes: Mapping[str, int], label: str | None) -> tuple[PackedIndex, dict[str, Any]]:
+        log.info("Indexing %s tar files of %s, once; they are read whole for it.", f"{len(sizes):,}", self.storage.url)
+
+        def one(item: tuple[str, int]) -> TarRows:
+            try:
+                return index_tar(RemoteTar(self.storage, *item), label)
+            except Damaged as error:
+                raise UserError(f"{self.storage.url}/{item[0]} can't be read as a tar: {error}") from error
+            except NotReachable as error:
+                raise UserError(str(error)) from error
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            return join(list(pool.map(one, sizes.items())))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RemoteTarSource, self._arguments
+
+
+class Cache:
+    """Rows on the local disk, up to a size; those read longest ago go first. Shared by all processes."""
+
+    def __init__(self, folder: Path, limit_gb: float) -> None:
+        self.folder, self.limit = folder, limit_gb * 1e9
+        self._puts = 0
+
+    def get(self, key: str) -> bytes | None:
+        path = self._path(key)
+        try:
+            data = path.read_bytes()
+        except OSError:
+            return None
+        with suppress(OSError):
+            os.utime(path)
+        return data
+
+    def put(self, key: str, data: bytes) -> None:
+        """Keep a row; a full disk is no error."""
+        with suppress(OSError):
+            with replacing(self._path(key), durable=False) as file:
+                file.write(data)
+            if self._puts % CACHE_CHECK_ROWS == 0:
+                self._shrink()
+            self._puts += 1
+
+    def _path(self, key: str) -> Path:
+        return self.folder / hashlib.sha256(key.encode()).hexdigest()[:2] / key
+
+    def _shrink(self) -> None:
+        files = []
+        for path in self.folder.glob("*/*"):
+            with suppress(OSError):
+                status = path.stat()
+                files.append((status.st_mtime_ns, status.st_size, path))
+        size = sum(file[1] for file in files)
+        for _, length, path in sorted(files):
+            if size <= self.limit:
+                return
+            with suppress(OSError):
+                path.unlink()
+                size -= length
+
+
+def is_remote(data_dir: str | Path) -> bool:
+    """Return whether this is an address of a storage, `s3://bucket/folder`."""
+    scheme, found, _ = str(data_dir).partition("://")
+    return bool(found) and scheme.isalnum()
+
+
+def remote_splits(storage: Storage) -> dict[str, dict[str, int]]:
+    """Return name and size of the tars of each split. Raises UserError where it can't be reached."""
+    try:
+        sizes = storage.list_tars()
+    except NotReachable as error:
+        raise UserError(f"{error} (data.data_dir, data.storage_options).") from error
+    groups: Mapping[str, Sequence[str]] = group_by_split(list(sizes), storage.url)
+    return {split: {name: sizes[name] for name in names} for split, names in groups.items()}
