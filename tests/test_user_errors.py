@@ -172,6 +172,11 @@ def test_the_line_after_hydras_error(tmp_path):
     assert done.stderr.rstrip().endswith("ckpt_path=\"'/x/epoch=9.ckpt'\"")
 
 
+def test_storage_options_are_masked_whatever_their_keys():
+    config = {"data": {"storage_options": {"key": "xyz", "client_kwargs": {"a": "xyz"}}, "data_dir": "s3://b"}}
+    assert "xyz" not in str(masked(config)) and masked(config)["data"]["data_dir"] == "s3://b"
+
+
 @pytest.mark.parametrize("key", ["token", "hf_token", "logger.wandb.api_key", "a.password", "my_secret", "SECRET_KEY"])
 def test_secrets_are_masked(key):
     last = key.rsplit(".", 1)[-1]

@@ -49,7 +49,8 @@ def masked(content: Any, name: str = "") -> Any:
     Overrides in lists (`logger.wandb.api_key=…`) are masked too.
     """
     if isinstance(content, Mapping):
-        return {key: masked(value, str(key)) for key, value in content.items()}
+        secret = {"storage_options"}  # of any kind: names of keys differ between services
+        return {key: MASK if key in secret and value else masked(value, str(key)) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
         return type(content)(masked(value) for value in content)
     if _SECRET.search(name) and content not in (None, ""):

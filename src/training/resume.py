@@ -84,6 +84,8 @@ def announce_resume(checkpoint: Path, config: Mapping[str, Any], processes: int)
     for group, free in _FREE.items():
         was, now = flat(before.get(group) or {}), flat(config[group])
         for key in sorted((was.keys() | now.keys()) - set(free)):
+            if "storage_options" in key:  # may hold secrets
+                continue
             if was.get(key) != now.get(key):
                 change = f"{group}.{key} was {was.get(key)} and is now {now.get(key)}"
                 log.warning("%s: this is no longer the run before.", change)
