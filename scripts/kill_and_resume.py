@@ -106,13 +106,14 @@ def kill_once(log_dir: Path, processes: int, mode: str, rng: random.Random) -> b
         ),
         process,
     )
-    ended = process.poll() is not None
+    ended = process.poll() == 0
     if not ended and mode.startswith("SIG"):
         os.killpg(process.pid, signal.Signals[mode])
         process.wait()
         # torchrun ends with 1 after any signal, or by the signal itself where it knows it not
         expected = (128 + signal.Signals[mode],) if processes == 1 else (1, -signal.Signals[mode])
-        ended = process.returncode == 0  # the signal came after the last update
+        # the signal may come after the last update, while the process goes away
+        ended = process.returncode == 0 or '"status": "finished"' in text(folder / "run.json")
         if not ended and process.returncode not in expected:
             raise SystemExit(f"exit status {process.returncode} after {mode}; see {log_dir / 'output.txt'}")
     elif not ended and mode == "loader":
@@ -124,7 +125,7 @@ def kill_once(log_dir: Path, processes: int, mode: str, rng: random.Random) -> b
     elif not ended:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    return ended and process.returncode == 0
+    return ended
 
 
 def children(pid: int) -> list[int]:

@@ -112,7 +112,7 @@ def test_a_resume_compares_and_says_once_where_it_can_not(tmp_path: Path, caplog
     folder = make("arrow", tmp_path / "set")
 
     class Trainer:
-        ckpt_path, world_size, global_rank = "last.ckpt", 1, 0
+        ckpt_path, world_size, global_rank, num_devices = "last.ckpt", 1, 0, 1
 
         class strategy:
             class root_device:

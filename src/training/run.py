@@ -121,7 +121,7 @@ def _run(config: DictConfig, held: ExitStack) -> float | None:
     logs.set_up(None, launch.main)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and config.ckpt_path is None:
         raise UserError(
-            "torchrun (--max-restarts) has started the processes again, which would begin at step 0. Start anew with "
+            "Started again by torchrun (--max-restarts), this run would begin at step 0. Start anew with "
             "ckpt_path=last, which restarts go on from, or with --max-restarts=0."
         )
     check_config(config)
