@@ -106,14 +106,14 @@ def kill_once(log_dir: Path, processes: int, mode: str, rng: random.Random) -> b
         ),
         process,
     )
-    ended = process.poll() == 0
+    ended = process.poll() is not None
     if not ended and mode.startswith("SIG"):
         os.killpg(process.pid, signal.Signals[mode])
         process.wait()
         # torchrun ends with 1 after any signal, or by the signal itself where it knows it not
         expected = (128 + signal.Signals[mode],) if processes == 1 else (1, -signal.Signals[mode])
         # the signal may come after the last update, while the process goes away
-        ended = process.returncode == 0 or '"status": "finished"' in text(folder / "run.json")
+        ended = process.returncode == 0 or finished(folder)
         if not ended and process.returncode not in expected:
             raise SystemExit(f"exit status {process.returncode} after {mode}; see {log_dir / 'output.txt'}")
     elif not ended and mode == "loader":
@@ -125,7 +125,11 @@ def kill_once(log_dir: Path, processes: int, mode: str, rng: random.Random) -> b
     elif not ended:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    return ended
+    return ended and (process.returncode == 0 or finished(folder))
+
+
+def finished(folder: Path) -> bool:
+    return '"status": "finished"' in text(folder / "run.json")
 
 
 def children(pid: int) -> list[int]:
