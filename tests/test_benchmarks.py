@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,6 +16,7 @@ from src.models.decoder import DecoderConfig
 TINY = ["--encoder", "tiny", "--decoder", "tiny", "--image_size", "64"]
 
 
+@pytest.mark.slow
 def test_the_step_is_timed_and_its_memory_measured(monkeypatch, tmp_path, capsys):
     out = tmp_path / "result.json"
     options = ["--batch", "2", "--repeats", "1", "--phases", "gan", "--scratch", str(tmp_path), "--out", str(out)]
@@ -28,6 +30,7 @@ def test_the_step_is_timed_and_its_memory_measured(monkeypatch, tmp_path, capsys
     assert "ours / plain" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_memory_is_worked_out_and_nothing_in_the_step_waits_for_a_value():
     """On fake tensors there are no numbers: a step that reads one (`item`, `if tensor`, boolean indexing) fails here."""
     options = argparse.Namespace(

@@ -52,6 +52,7 @@ def test_each_rank_has_its_own_share_and_no_image_comes_twice(results):
     assert len(set(everything)) == len(everything) == 4 * STEPS
 
 
+@pytest.mark.slow
 def test_fewer_held_out_images_than_ranks(tmp_path):
     """One validation image on two ranks: the one that has none takes part all the same, or the other would wait for ever."""
     held_out = ["data.hf_validation_split=null", "data.train_split=0.996", "trainer.limit_train_batches=1"]
@@ -89,6 +90,7 @@ def test_one_folder_for_all_ranks(results):
     assert len([p for p in (base / "two" / "runs").glob("*/*") if p.is_dir()]) == 1
 
 
+@pytest.mark.slow
 def test_per_rank_weights_as_published_differ_from_the_global_one(results, tmp_path):
     (first, _), _, _ = results
     published = launch(tmp_path / "per_rank", 2, "data.batch_size=2", "model.adaptive_weight=per_rank")

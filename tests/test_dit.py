@@ -468,6 +468,7 @@ def test_untrained_loss_is_two(make):
     assert flow_matching_loss(output, x, noise, t, "velocity", 0.0)["loss"].mean() == pytest.approx(2, rel=0.05)
 
 
+@pytest.mark.slow
 def test_ditdh_learns_eight_latents_by_heart():
     torch.manual_seed(0)
     model = DiTDH(4, in_channels=8, hidden_size=[64, 96], depth=[1, 1], num_heads=[4, 4], num_classes=8)

@@ -74,6 +74,7 @@ def refused(capsys):
     return run
 
 
+@pytest.mark.slow
 def test_npz_and_folder_give_the_same_and_so_do_the_functions(evaluate, files):
     out, (result,) = evaluate(f"--samples {files}/generated.npz --reference {files}/reference.npz")
     assert {*SCORES, "images", "image_size", "images_of"} == result.keys()
@@ -91,6 +92,7 @@ def test_npz_and_folder_give_the_same_and_so_do_the_functions(evaluate, files):
     assert {name: result[name] for name in direct} == direct
 
 
+@pytest.mark.slow
 def test_two_processes_and_the_first_images_only(evaluate, files, tmp_path):
     line = f"--samples {files}/generated --reference {files}/reference.npz --num_samples 7"
     two_processes("src/eval_generation.py", *shlex.split(f"{TINY} {line} --json {tmp_path}/two.json"))
@@ -103,6 +105,7 @@ def test_two_processes_and_the_first_images_only(evaluate, files, tmp_path):
     assert shared["images"] == first["images"] == 7
 
 
+@pytest.mark.slow
 def test_latents_through_several_decoders(evaluate, refused, files, tmp_path):
     file = checkpoint(tmp_path)
     line = f"--checkpoint {file} --input {files}/generated {QUICK}"

@@ -255,6 +255,7 @@ def start(line: str, *launcher: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(capsys, checkpoint, images, tmp_path):
     def words(folder: Path) -> str:
         files = f"--json {folder}/a.json --csv {folder}/a.csv --save_npz {folder}/a.npz --output_dir {folder}"
@@ -280,6 +281,7 @@ def test_two_processes_give_what_one_gives(capsys, checkpoint, images, tmp_path)
     assert packed[0].shape == packed[1].shape and np.abs(packed[0] - packed[1]).max() <= 1
 
 
+@pytest.mark.slow
 def test_sigterm_leaves_nothing_behind(checkpoint, tmp_path):
     out, many = tmp_path / "out", write_images(tmp_path / "many", 60)
     files = f"--csv {out}/a.csv --save_npz {out}/a.npz --json {out}/a.json --noise_sigma {'0.1 ' * 50}"

@@ -34,6 +34,7 @@ def test_both_networks_learn_in_fp16(monkeypatch, tmp_path):
         assert sum(float(state["exp_avg_sq"].sum()) for state in states) > 0
 
 
+@pytest.mark.slow
 def test_a_loss_scale_too_high_is_lowered_and_no_reason_to_stop(monkeypatch, tmp_path):
     """Overflow inside LPIPS makes the adaptive weight a NaN: of the scaler's making, and the scaler skips the step."""
     with_scaler(monkeypatch, 2.0**24)

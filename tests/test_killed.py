@@ -160,6 +160,7 @@ def test_ctrl_c_in_a_terminal_signals_the_loading_processes_too(tmp_path):
     gone(others)
 
 
+@pytest.mark.slow
 def test_sigterm_of_two_processes_that_lightning_started(tmp_path):
     """The first process's exit code counts; the other one's must not look like a crash to Lightning, which kills all then."""
     process = kill_and_resume.start(tmp_path, 1, *LONG, "trainer=ddp_sim")
@@ -171,6 +172,7 @@ def test_sigterm_of_two_processes_that_lightning_started(tmp_path):
     gone(others)
 
 
+@pytest.mark.slow
 def test_under_torchrun_ctrl_c_saves_and_a_kill_of_the_launcher_too(tmp_path):
     process = kill_and_resume.start(tmp_path, 2, *LONG, "data.num_workers=1")
     at_step(tmp_path, 3, process)
@@ -182,6 +184,7 @@ def test_under_torchrun_ctrl_c_saves_and_a_kill_of_the_launcher_too(tmp_path):
     gone(others)
 
 
+@pytest.mark.slow
 def test_nohup_and_two_times_ctrl_c(tmp_path):
     """SIGHUP changes nothing; while the ranks hang, the second Ctrl-C leaves no process of either and no partial file."""
     script = tmp_path / "train.py"
@@ -233,6 +236,7 @@ def training_step(self, batch, batch_idx):
 )
 
 
+@pytest.mark.slow
 def test_a_failure_of_the_first_process_ends_those_that_lightning_started(tmp_path):
     script, pid = tmp_path / "train.py", tmp_path / "pid"
     script.write_text(FAILING.format(root=str(PROJECT_ROOT), pid=str(pid)))
@@ -245,6 +249,7 @@ def test_a_failure_of_the_first_process_ends_those_that_lightning_started(tmp_pa
     gone([int(pid.read_text())])
 
 
+@pytest.mark.slow
 def test_sigkill_at_hard_moments_and_resumed(tmp_path):
     """The short form; `--kills 20` is the long one."""
     done = subprocess.run(

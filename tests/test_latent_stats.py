@@ -58,6 +58,7 @@ def test_statistics_equal_numpys_for_any_batch(tmp_path, batch):
     assert sorted(path.name for path in tmp_path.glob("*s.pt*")) == ["s.pt"]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same(tmp_path):
     file, folder = checkpoint(tmp_path), photos(tmp_path / "photos", 7)
     words = f"--checkpoint {file} --data_dir {folder} --device cpu --num_workers 0 --batch_size 2"

@@ -118,6 +118,7 @@ def test_backward_passes_gradcheck(
     torch.testing.assert_close(feature_distance(x, y, weight), plain_distance(x, y, weight), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_fused_kernels_give_the_same_numbers_for_any_batch() -> None:
     torch.manual_seed(0)
     weight = torch.rand(16)

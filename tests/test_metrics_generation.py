@@ -116,6 +116,7 @@ def test_outputs_of_the_network(inception):
     torch.testing.assert_close(outputs.logits, outputs.pool @ inception.network.fc.weight.T)
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_features(inception):
     fake, real = images(14, 1), images(12, 2)
     generated, reference = statistics(inception, fake), statistics(inception, real, batch_size=5)
@@ -146,6 +147,7 @@ def adm_file(path, inception, pictures, **more):
     return made
 
 
+@pytest.mark.slow
 def test_a_reference_of_adms_layout(inception, tmp_path, caplog):
     # Moments of other images than those it holds, as the published one.
     made = adm_file(tmp_path / "a.npz", inception, images(9))

@@ -164,6 +164,7 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_number_of_one(inception: InceptionFeatures, tmp_path: Path) -> None:
     original, reconstruction = data()
     alone = score_of(inception, [(original, reconstruction)], lpips=lpips)

@@ -54,6 +54,7 @@ def test_pictures_scores_and_npz_agree(tmp_path, capsys):
     assert "UNTRAINED" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same(tmp_path):
     file, folder = checkpoint(tmp_path), photos(tmp_path / "photos", 5)
     words = f"--checkpoint {file} --input {folder} --batch_size 1 --write images sheet scores npz --latents raw"

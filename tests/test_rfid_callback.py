@@ -200,6 +200,7 @@ def test_run_id(folder, expected):
     assert run_id(Path(folder)) == expected
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_score_of_one(tmp_path):
     """Training stands still, so that all weights are the same: 7 images, so that the shares differ."""
     still = ["optimizer.lr=1e-12", "scheduler.base_lr=1e-12", "scheduler.final_lr=0", "disc_weight=0"]

@@ -194,6 +194,7 @@ runpy.run_path("src/train.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_three_processes_without_torchrun_meet_in_one_folder(tmp_path):
     """As mpirun or Kubernetes start them; nothing that rank 0 offers may be gone before the others have read it."""
     with socket.socket() as free:
@@ -239,6 +240,7 @@ exec(compile(open(program).read(), program, "exec"), {{"__name__": "__main__", "
 """
 
 
+@pytest.mark.slow
 def test_a_sweep_of_two_processes_each_leaves_every_job_its_own(tmp_path):
     """Nothing of one job is left in the process of the next: ranks, ports, arguments, thread counts."""
     script = tmp_path / "train.py"
@@ -258,6 +260,7 @@ def test_a_sweep_of_two_processes_each_leaves_every_job_its_own(tmp_path):
     assert not list(Path(tmp_path).glob("runs"))
 
 
+@pytest.mark.slow
 def test_a_bad_value_in_a_sweep_leaves_the_other_jobs_alone(tmp_path):
     command = [sys.executable, "src/train.py", "-m", *FAST, "model.disc_weight=0", f"paths.log_dir={tmp_path}"]
     swept = ["model.optimizer.lr=1e-3,-1,2e-3"]

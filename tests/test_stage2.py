@@ -180,6 +180,7 @@ def test_samples_are_balanced_and_functions_of_the_index(whole, tmp_path, capsys
     assert not list(tmp_path.glob(".*")) and "UNTRAINED encoder" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_killed_sampling_goes_on_and_two_processes_give_the_same(whole, tmp_path):
     folder, _ = whole
     reference = drawn(last(folder), tmp_path / "whole.npz")

@@ -189,6 +189,7 @@ def test_the_siglip_dummy_trains(tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_compiled_step_has_the_same_names_and_numbers(tmp_path):
     """A decoder of one block and no loss networks: compiling is slow, and one block is compiled as many are."""
     config = json.loads((PROJECT_ROOT / "configs/decoder/tiny/config.json").read_text())

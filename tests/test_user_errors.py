@@ -138,6 +138,7 @@ def test_a_checkpoint_cut_short(tmp_path, checkpoint, share):
         train(tmp_path / "second", *QUIET, checkpoint=cut)
 
 
+@pytest.mark.slow
 def test_the_program_prints_one_message_and_exits_with_1(tmp_path):
     command = [
         sys.executable,
