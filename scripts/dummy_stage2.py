@@ -40,8 +40,8 @@ def _run(folder: Path, epochs: int | None) -> int:
         quick = [
             "data.image_size=64",
             "model.disc_weight=0",
-            "trainer.max_epochs=30",
-            "trainer.check_val_every_n_epoch=10",
+            "trainer.max_epochs=15",
+            "trainer.check_val_every_n_epoch=15",
         ]
         _program("train.py", "experiment=rae_dummy", *quick, f"paths.run_dir='{autoencoder.parents[1]}'")
     _program("latent_stats.py", "--checkpoint", autoencoder, "--data_dir", DATA, "--device", "cpu", "--output", statistics,
