@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from src.core.stopping import STOP
 from src.models.rae import RAE
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -40,3 +41,10 @@ def make_rae(encoder_cls: str = "Dinov2withNorm", image_size: int = 64, **change
 @pytest.fixture
 def rae() -> RAE:
     return make_rae()
+
+
+@pytest.fixture(autouse=True)
+def no_request_to_stop_is_left():
+    """A test that asks the process to stop does not ask the next one."""
+    yield
+    STOP.reset()

@@ -134,6 +134,7 @@ def listening() -> Iterator[StopRequest]:
         signal.set_wakeup_fd(wakeup)
         os.close(writer)
         thread.join()
+        STOP.reset()  # what comes next in this process was not asked to stop
 
 
 def _watch(reader: int) -> None:

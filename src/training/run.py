@@ -68,8 +68,9 @@ def run(config: DictConfig) -> float | None:
     try:
         with _process_state(), listening() as stop, ExitStack() as held:
             result = _run(config, held)
-        if sweep and stop.code >= 128:  # too late for this job, not for the next
-            raise SystemExit(stop.code)
+            late = stop.code
+        if sweep and late >= 128:  # too late for this job, not for the next
+            raise SystemExit(late)
         if sweep:
             JOBS.append(Job(_point(), "finished", "" if result is None else f"val/loss {result:.4f}"))
         return result
