@@ -7,6 +7,7 @@ import pytest
 from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import OmegaConf
 
+from src.core.text import flat
 from src.core.weights import PROJECT_ROOT
 from src.training.settings import ModelSettings
 from src.training.stage2 import Stage2Settings
@@ -165,6 +166,14 @@ def test_a_data_config_as_the_guide_prints_it(tmp_path):
 def test_misspelt_keys_fail(override):
     with pytest.raises(HydraException, match=r"(?i)key .*not in struct|Could not override"):
         composed(["experiment=rae_dino", override])
+
+
+def test_the_published_trainer_differs_in_the_keys_that_its_file_names():
+    ours, theirs = (flat(plain(composed([f"experiment={name}"]))) for name in ("rae_ddp", "rae_dino_published"))
+    assert {key: value for key, value in theirs.items() if ours[key] != value} == {
+        "experiment_name": "rae_dino_published", "model.train_positions": True, "model.adaptive_weight": "per_rank",
+        "data.exif": "ignore", "callbacks.rfid.quantization": "truncate", "trainer.precision": 32,
+    }  # fmt: skip
 
 
 def test_misspelt_experiments_fail_with_the_list():

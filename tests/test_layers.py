@@ -1,5 +1,6 @@
 """Naming blocks, drawing random subsets of them, and the other draws of a step."""
 
+import math
 from collections import Counter
 from itertools import combinations, product
 from types import SimpleNamespace
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from src.core import random_streams as streams
 from src.core.errors import UserError
 from src.core.random_streams import Purpose
 from src.losses.diffaug import DiffAug
 from src.models.layers import FUSIONS, check_choice, parse_layers, random_subset
-from src.training.settings import LayerSubset
+from src.training.settings import LatentNoiseSettings, LayerSubset
 from src.training.step_noise import StepNoise
 
 
@@ -139,10 +141,11 @@ def test_settings_are_checked(kind, keep, message):
         LayerSubset.parse({"kind": kind, "keep_probability": keep}, "model.layer_subset")
 
 
-def stand_in(p, kind="uniform", seed=0, blocks=BLOCKS, tau=0.8):
+def stand_in(p, kind="uniform", seed=0, blocks=BLOCKS, tau=0.8, **noise):
     """StepNoise with the little of a model that it looks at."""
     rae = SimpleNamespace(noise_tau=tau, latent_shape=(8, 2, 2), encoder=SimpleNamespace(layers=blocks))
-    return StepNoise(rae, DiffAug(prob=0.5, cutout=0.1), LayerSubset(kind=kind, keep_probability=p), seed)
+    levels = LatentNoiseSettings(**{"level": "uniform", "mu": 0.0, "s": 1.0, "per": "image"} | noise)
+    return StepNoise(rae, DiffAug(prob=0.5, cutout=0.1), levels, LayerSubset(kind=kind, keep_probability=p), seed)
 
 
 # -- latent noise and augmentation
@@ -160,6 +163,31 @@ def test_draws_belong_to_an_image_of_an_epoch_however_a_batch_is_split():
     assert whole.normal.shape == (3, 8, 2, 2) and whole.sigma.min() >= 0 and whole.sigma.max() < 0.8
     assert not torch.equal(whole.sigma, noise.latents(batch(5, 6, 7, epoch=2), cpu).sigma)
     assert stand_in(0.5, tau=0.0).latents(batch(5), cpu) is None
+    published = 0.8 * streams.uniforms(0, Purpose.NOISE_LEVEL, 1, [5, 6, 7], 1)
+    assert torch.equal(whole.sigma.flatten(), published.flatten()), "U(0, tau), one draw an image"
+
+
+def moments_of_logit_normal(mu, s):
+    """By the trapezoid rule, mean and mean square of sigmoid(N(mu, s^2))."""
+    x = np.linspace(-9, 9, 20_001)
+    weight = np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
+    values = 1 / (1 + np.exp(-(mu + s * x)))
+    return [float(np.trapezoid(values**k * weight, x)) for k in (1, 2)]
+
+
+@pytest.mark.parametrize(("noise", "mean", "square"), [
+    ({"level": "uniform"}, 0.4, 0.64 / 3), ({"level": "half_normal"}, 0.4 * math.sqrt(2 / math.pi), 0.16),
+    ({"level": "logit_normal", "mu": -1.0, "s": 0.5}, *(0.8**k * m for k, m in enumerate(moments_of_logit_normal(-1, 0.5), 1))),
+])  # fmt: skip
+@pytest.mark.parametrize("per", ["image", "token"])
+def test_noise_levels_have_their_distribution(noise, mean, square, per):
+    places = range(4000) if per == "image" else range(1000)
+    found, cpu = stand_in(0.5, per=per, **noise), torch.device("cpu")
+    sigma = found.latents(batch(*places), cpu).sigma
+    assert sigma.shape == ((4000, 1, 1, 1) if per == "image" else (1000, 1, 2, 2))
+    assert abs(float(sigma.mean()) - mean) < 0.015 and abs(float((sigma**2).mean()) - square) < 0.015
+    assert bool(sigma.isfinite().all()) and float(sigma.min()) >= 0
+    assert torch.equal(sigma[3:5], found.latents(batch(3, 4), cpu).sigma), "a function of the place of an image"
 
 
 def test_each_update_and_each_purpose_draws_its_own_augmentation():

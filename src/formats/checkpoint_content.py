@@ -42,6 +42,8 @@ def with_current_keys(model: Mapping[str, Any]) -> dict[str, Any]:
         current["lpips_arch"] = lpips | {"weights": "tiny"} if tiny else lpips
     if arch.get("recipe") == "tiny":
         current["disc_arch"] = disc | {"arch": arch | {"recipe": "S_8", "weights": "tiny"}}
+    if "noise_tau" in model:
+        current.setdefault("noise", {"level": "uniform", "mu": 0.0, "s": 1.0, "per": "image"})
     return current
 
 

@@ -4,7 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from src.core.schedules import Schedule
 from src.core.settings import Settings
@@ -81,6 +83,27 @@ class LayerSubset(Settings):
     """Of each block, before empty subsets are rejected; 0.5 makes all non-empty subsets equally likely."""
 
 
+class LatentNoiseSettings(Settings):
+    """How sigma of the latent noise is drawn, of scale tau = `noise_tau`. What each source found: docs/recipe.md."""
+
+    level: Literal["uniform", "half_normal", "logit_normal"]
+    """U(0, tau), as the code of RAE; |N(0, (tau/2)^2)|, RAE's paper (arXiv 2510.11690, section 4) with its tau halved;
+    tau * sigmoid(N(mu, s^2)), the family of Esser et al. (arXiv 2403.03206, equation 19)."""
+    mu: float
+    s: float = Field(gt=0)
+    """Of logit_normal alone."""
+    per: Literal["image", "token"]
+    """Whether all tokens of an image share sigma."""
+
+    def quantile(self, u: Tensor, tau: float) -> Tensor:
+        """Return the sigmas of draws u from U[0, 1), of any shape: the inverse of their cumulative distribution."""
+        if self.level == "half_normal":
+            return tau / 2 * torch.special.ndtri((1 + u.double()) / 2).to(u.dtype)
+        if self.level == "logit_normal":
+            return tau * torch.sigmoid(self.mu + self.s * torch.special.ndtri(u.double())).to(u.dtype)
+        return tau * u
+
+
 class AdversarySettings(Settings):
     """The node `model.disc_arch`."""
 
@@ -101,6 +124,7 @@ class ModelSettings(StageSettings):
     disc_optimizer: OptimizerSettings
     disc_scheduler: Schedule
     disc_arch: AdversarySettings
+    noise: LatentNoiseSettings
     layer_subset: LayerSubset
     lpips_arch: LPIPSSettings
 

@@ -48,7 +48,7 @@ class RAEModule(StageModule):
         self.lpips = LPIPS(**vars(settings.lpips_arch)) if settings.step.perceptual_weight > 0 else None
         self.discriminator = DinoDiscriminator(**vars(arch), seed=seed) if settings.step.disc_weight > 0 else None
         self.step = TrainingStep(self.rae, self.lpips, self.discriminator, augment, settings.step)
-        self.noise = StepNoise(self.rae, augment, settings.layer_subset, seed)
+        self.noise = StepNoise(self.rae, augment, settings.noise, settings.layer_subset, seed)
         self.disc_scaler = torch.amp.GradScaler("cuda", enabled=False)
         self._restored_scaler: Mapping[str, Any] = {}
         self._micro_batches: list[tuple[Mapping[str, Any], GeneratorResult]] = []

@@ -72,7 +72,7 @@ class Phase:
 
 
 class LatentNoise(NamedTuple):
-    """z' = z + sigma * normal. sigma: B 1 1 1, standard deviation; normal: B C h w."""
+    """z' = z + sigma * normal. sigma: standard deviation, B 1 1 1 or, of each token, B 1 h w; normal: B C h w."""
 
     sigma: Tensor
     normal: Tensor

@@ -16,7 +16,7 @@ from src.core.random_streams import Purpose
 from src.losses.diffaug import UNIFORMS_PER_BATCH, UNIFORMS_PER_SAMPLE, DiffAug, Draws
 from src.models.layers import random_subset
 from src.models.rae import RAE
-from src.training.settings import LayerSubset
+from src.training.settings import LatentNoiseSettings, LayerSubset
 from src.training.stage1_step import LatentNoise
 
 Batch = Mapping[str, Any]
@@ -29,6 +29,7 @@ class StepNoise:
 
     rae: RAE
     augmentation: DiffAug
+    levels: LatentNoiseSettings
     subset: LayerSubset
     seed: int
 
@@ -41,14 +42,16 @@ class StepNoise:
             )
 
     def latents(self, batch: Batch, device: torch.device) -> LatentNoise | None:
-        """Return each image's sigma ~ U(0, noise_tau) and N(0, I); None where noise_tau is 0."""
+        """Return sigma of each image or token (`model.noise`) and N(0, I); None where noise_tau is 0."""
         if self.rae.noise_tau == 0:
             return None
         epoch, positions = int(batch["epoch"]), batch["position"].tolist()
-        sigma = self.rae.noise_tau * streams.uniforms(self.seed, Purpose.NOISE_LEVEL, epoch, positions, 1)[:, 0]
         shape = self.rae.latent_shape
+        grid = shape[1:] if self.levels.per == "token" else (1, 1)
+        uniforms = streams.uniforms(self.seed, Purpose.NOISE_LEVEL, epoch, positions, grid[0] * grid[1])
+        sigma = self.levels.quantile(uniforms, self.rae.noise_tau)
         normal = streams.normals(self.seed, Purpose.LATENT_NOISE, epoch, positions, shape, device)
-        return LatentNoise(sigma.to(device, non_blocking=True).view(-1, 1, 1, 1), normal)
+        return LatentNoise(sigma.to(device, non_blocking=True).view(-1, 1, *grid), normal)
 
     def augment(self, purpose: Purpose, batch: Batch, number: int, update: int, device: torch.device) -> Draws:
         """Return the draws of DiffAug. `number`: of the micro-batch in its epoch; `update`: of D's updates in the step."""
