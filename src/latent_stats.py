@@ -65,7 +65,7 @@ def _model(options: StatisticsOptions) -> tuple[Any, Mapping[str, Any]]:
     """Return the RAE, and the node `data:` that goes with it."""
     if options.config:
         from src.core.compose import compose
-        from src.formats.encoder_of import encoder_of
+        from src.formats.checkpoint import encoder_of
 
         config = compose(options.config)
         return encoder_of(config), config["data"]

@@ -13,7 +13,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import pytorch_lightning as pl
 import torch
 
-from src.core.launch import Launch
+from src.core.distributed import Launch
 from src.training import stage1 as rae_module
 from src.training.record import RunRecord, make_folder
 from src.training.run import build_run, fit

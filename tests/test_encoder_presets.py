@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from src.core.errors import UserError
 from src.core.geometry import Geometry
 from src.core.weights import PROJECT_ROOT
-from src.formats.encoder_of import encoder_of
+from src.formats.checkpoint import encoder_of
 from src.models.encoder_presets import PRESETS, expand_encoder, find_preset, preset_rows, raev2_names
 from src.models.encoders import ENCODERS
 from src.models.rae import RAE

@@ -25,8 +25,7 @@ from src.data.decode import ORIENTATION_TAG
 from src.data.splits import open_splits
 from src.evaluation.images import open_images
 from src.evaluation.options import EvaluationOptions
-from src.formats.checkpoint import LoadedModel, load_trained
-from src.formats.checkpoint_content import FORMAT_VERSION, RAESettings
+from src.formats.checkpoint import FORMAT_VERSION, LoadedModel, RAESettings, load_trained
 from src.formats.diffusers import write_diffusers
 from src.formats.folder import write_folder
 from src.metrics.quality import psnr

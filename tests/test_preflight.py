@@ -5,8 +5,8 @@ from unittest.mock import PropertyMock, patch
 
 import pytest
 
+from src.core.distributed import Launch
 from src.core.errors import UserError
-from src.core.launch import Launch
 from src.training.preflight import preflight
 from src.training.run import build_run
 from src.training.stage1 import RAEModule

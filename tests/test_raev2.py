@@ -7,8 +7,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from src.core.distributed import Launch
 from src.core.errors import UserError
-from src.core.launch import Launch
 from src.formats.diffusers import obstacles
 from src.models.decoder import sincos_positions, unpatchify
 from src.models.frozen_encoder import FrozenEncoder

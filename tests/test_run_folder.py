@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from src.core.distributed import Launch
 from src.core.errors import UserError
 from src.core.folder_lock import owner_of
-from src.core.launch import Launch
 from src.core.weights import PROJECT_ROOT
 from src.training import record as module
 from src.training.record import make_folder, take_lock

@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 
 from src.core.weights import PROJECT_ROOT, freeze
-from src.formats.checkpoint import LoadedModel
-from src.formats.checkpoint_content import FORMAT_VERSION
+from src.formats.checkpoint import FORMAT_VERSION, LoadedModel
 from src.models.rae import RAE
 
 WIDTH = 64

@@ -9,7 +9,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from src.core.launch import Launch
+from src.core.distributed import Launch
 from src.core.weights import PROJECT_ROOT
 from src.training.record import RunRecord
 from src.training.run import Run, build_run, fit

@@ -14,9 +14,9 @@ import pytorch_lightning as pl
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from src.callbacks.progress import training_paused
+from src.core.distributed import command_to_resume
 from src.core.errors import UserError
 from src.core.files import disk_message, link_or_copy, write_torch
-from src.core.launch import command_to_resume
 from src.core.nonfinite import FIRST_STEP, REMEDY, NonFiniteError, nonfinite_tensors
 from src.core.rank_requests import RankRequests
 from src.core.stopping import FAILED, STOP, signal_name

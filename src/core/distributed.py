@@ -1,6 +1,8 @@
-"""The processes of an evaluation, and sums over the processes of any torch.distributed group, with gloo and nccl."""
+"""Find the processes of a launch, join them, and sum over them, with gloo and nccl."""
 
 import os
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +14,38 @@ import torch.distributed as dist
 from torch import Tensor
 
 from src.core.errors import UserError
+from src.core.text import hydra_quoted, masked
 
 T = TypeVar("T")
 # Rank 0 works out distances (seconds) and writes files (minutes) while the others wait for the next data set.
 TIMEOUT = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Which process this is, by what torchrun, SLURM or Lightning's own launcher leave in the environment."""
+
+    rank: int
+    world: int
+    kind: str
+    """`single`, `torchrun`, `slurm` or `child` (started by Lightning from the first process; `world` is 0 then)."""
+
+    @classmethod
+    def detect(cls) -> "Launch":
+        """Return it, before a process group exists."""
+        env = os.environ
+        if "TORCHELASTIC_RUN_ID" in env or {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= env.keys():
+            return cls(int(env["RANK"]), int(env["WORLD_SIZE"]), "torchrun")
+        tasks = int(env.get("SLURM_NTASKS", "1")) if "SLURM_PROCID" in env else 1
+        if tasks > 1 and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+            return cls(int(env["SLURM_PROCID"]), tasks, "slurm")
+        if "LOCAL_RANK" in env:
+            return cls(int(env.get("NODE_RANK", "0")) or int(env["LOCAL_RANK"]), 0, "child")
+        return cls(0, 1, "single")
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
 
 
 @dataclass(frozen=True)
@@ -123,3 +153,13 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 def float64_device(device: torch.device) -> torch.device:
     """Return where float64 sums of tensors on `device` can be kept: there, or on the CPU if it has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
+
+
+def command_to_resume(checkpoint: str | os.PathLike[str]) -> str:
+    """Return this process's command line, to be typed in a shell, with `ckpt_path` set to a checkpoint.
+
+    What a launcher such as torchrun was told is unknown; it is left out behind its name.
+    """
+    start = {"torchrun": ["torchrun", "…"], "slurm": ["srun", "…", "python"]}.get(Launch.detect().kind, ["python"])
+    given = [word for word in masked(list(sys.argv)) if not word.startswith("ckpt_path=")]
+    return f"{' '.join(start)} {shlex.join(given)} ckpt_path={hydra_quoted(str(checkpoint))}"

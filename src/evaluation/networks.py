@@ -9,7 +9,7 @@ from src.core.errors import UserError
 from src.core.options import INCEPTION_FILE, LPIPS_FILES, InceptionOptions, LpipsOptions
 from src.core.weights import resolve
 from src.evaluation.protocol import stored
-from src.formats.checkpoint_content import with_current_keys
+from src.formats.checkpoint import with_current_keys
 from src.losses.lpips import LPIPS
 from src.metrics.inception import InceptionFeatures, InceptionWeights
 

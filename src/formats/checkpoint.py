@@ -1,24 +1,51 @@
-"""A trained model out of a training checkpoint, without being told anything about it again."""
+"""Read our training checkpoints: their version, the arguments of the RAE in their configuration, the trained model."""
 
 import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
+from pydantic import Field
 
 from src.core.errors import UserError
+from src.core.settings import Settings
 from src.core.weights import freeze, load_strict, read, resolve
-from src.formats.checkpoint_content import FORMAT_VERSION, RAESettings
+from src.models.encoder_presets import expand_encoder
 from src.models.frozen_encoder import require_same_encoder
 from src.models.rae import RAE
 
 log = logging.getLogger(__name__)
 
+FORMAT_VERSION = 1
+_TINY_CHANNELS = (4, 8, 8, 16, 16)
+# Statistics don't depend on the decoder, so the smallest one stands in for it.
+_SMALL_DECODER = "configs/decoder/tiny"
+
 Which = Literal["ema", "online"]
 _PREFIX = {"ema": "ema_decoder.", "online": "rae.decoder."}
+
+
+class RAESettings(Settings):
+    """Arguments of `RAE`, by the same names."""
+
+    typed_as: ClassVar[Mapping[str, str]] = {"image_size": "data.image_size"}
+
+    encoder_cls: str
+    encoder_config_path: str
+    encoder_params: Mapping[str, Any]
+    encoder_input_size: int | None
+    image_size: int
+    decoder_config_path: str
+    decoder_patch_size: int
+    decoder_denormalize: bool
+    pretrained_decoder_path: str | None
+    normalization_stat_path: str | None
+    noise_tau: float = Field(ge=0)
+    train_positions: bool
+    activation_checkpointing: bool
 
 
 @dataclass(frozen=True)
@@ -39,7 +66,7 @@ class LoadedModel:
 
 
 def load_trained(path: str | Path, which: Which = "ema", changes: Mapping[str, Any] | None = None) -> LoadedModel:
-    """The RAE of a checkpoint that training wrote.
+    """Return the RAE of a checkpoint that training wrote.
 
     Args:
         which: the averaged weights or those of the optimiser.
@@ -72,6 +99,20 @@ def load_trained(path: str | Path, which: Which = "ema", changes: Mapping[str, A
     return LoadedModel.of(rae, file, dict(stored), facts)
 
 
+def encoder_of(config: dict[str, Any]) -> RAE:
+    """Return a frozen RAE with the encoder and the sizes of a configuration. Its decoder is a stand-in."""
+    model = expand_encoder(config["model"])
+    settings = {name: model[name] for name in RAESettings.field_names()}
+    settings |= {
+        "decoder_config_path": _SMALL_DECODER,
+        "pretrained_decoder_path": None,
+        "normalization_stat_path": None,
+    }
+    rae = RAE(**settings)
+    freeze(rae)
+    return rae
+
+
 def existing(path: str | Path) -> Path:
     """Return the file of a checkpoint. UserError where there is none."""
     file = resolve(path)
@@ -90,3 +131,24 @@ def statistics_digest(rae: RAE) -> str | None:
     var = torch.ones(rae.latent_shape) if rae.latent_var is None else rae.latent_var
     data = torch.stack([mean, var]).float().cpu().contiguous().numpy().tobytes()
     return hashlib.sha256(data).hexdigest()[:16]
+
+
+def with_current_keys(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the node `model:` of a configuration without keys that earlier versions had, in the words of today."""
+    current = dict(model)
+    lpips, disc = _node(model, "lpips_arch"), _node(model, "disc_arch")
+    arch = _node(disc, "arch")
+    if "channels" in lpips:  # those of an untrained network were free
+        tiny = lpips.get("weights") == "untrained" and tuple(lpips["channels"]) == _TINY_CHANNELS
+        del lpips["channels"]
+        current["lpips_arch"] = lpips | {"weights": "tiny"} if tiny else lpips
+    if arch.get("recipe") == "tiny":
+        current["disc_arch"] = disc | {"arch": arch | {"recipe": "S_8", "weights": "tiny"}}
+    if "noise_tau" in model:
+        current.setdefault("noise", {"level": "uniform", "mu": 0.0, "s": 1.0, "per": "image"})
+    return current
+
+
+def _node(owner: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = owner.get(name)
+    return dict(value) if isinstance(value, Mapping) else {}

@@ -20,7 +20,7 @@ from src.core.errors import UserError
 from src.core.nonfinite import NonFiniteCounter
 from src.core.precision import cast_frozen
 from src.core.weights import check_fit
-from src.formats.checkpoint_content import FORMAT_VERSION
+from src.formats.checkpoint import FORMAT_VERSION
 from src.models.frozen_encoder import identity_differences
 from src.training.settings import StageSettings
 

@@ -10,7 +10,7 @@ from src.core.errors import UserError
 from src.core.folder_lock import owner_of
 from src.core.text import flat
 from src.core.weights import read, resolve
-from src.formats.checkpoint_content import with_current_keys
+from src.formats.checkpoint import with_current_keys
 
 log = logging.getLogger(__name__)
 

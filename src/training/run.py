@@ -22,9 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from src.callbacks.metrics_csv import MetricsCsv
 from src.callbacks.progress import StartupTable, device_name
+from src.core.distributed import Launch
 from src.core.errors import UserError
 from src.core.files import DISK_ERRORS, disk_message
-from src.core.launch import Launch
 from src.core.settings import check_keys
 from src.core.stopping import STOP, end_with_parent, listening, signal_name, status_of
 from src.core.text import masked, table

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from src.core.schedules import Schedule
 from src.core.settings import Settings
-from src.formats.checkpoint_content import RAESettings, with_current_keys
+from src.formats.checkpoint import RAESettings, with_current_keys
 from src.losses.diffaug import DiffAug
 from src.losses.lpips import LPIPSSettings
 from src.models.discriminator import DiscriminatorSettings

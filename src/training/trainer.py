@@ -11,8 +11,8 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 
 from src.callbacks.checkpoint import AtomicCheckpointIO
+from src.core.distributed import Launch
 from src.core.errors import UserError
-from src.core.launch import Launch
 
 log = logging.getLogger(__name__)
 
