@@ -12,11 +12,13 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 
 from src.core.errors import UserError
 from src.core.weights import PROJECT_ROOT
 from src.data import dummy
 from src.data.decode import BadImage
+from src.data.latents import LatentWriter, write_index
 from src.data.places import locate, look
 from src.data.read_options import DEFAULT_OPTIONS, ReadOptions
 from src.data.sources import walk
@@ -348,6 +350,14 @@ def saved(root: Path) -> Path:
     return root / "set"
 
 
+def stored(root: Path) -> Path:
+    writer = LatentWriter(root / "latents", (8, 2, 2), torch.bfloat16, 0)
+    writer.write(torch.randn(5, 8, 2, 2), torch.arange(5), torch.arange(5) % 2)
+    facts = {"scale": "raw", "shape": [8, 2, 2], "encoder": {}, "class_names": ["cat", "dog"]}
+    write_index(root / "latents", writer.close(), facts)
+    return root / "latents"
+
+
 HELD = {
     "ImageNet from Kaggle": (kaggle, "/path/to/ILSVRC", (8, 1)),
     "ImageNet from the hub (Parquet)": (lambda p: parquet(p / "hub"), "/path/to/hub", (12, 12)),
@@ -360,6 +370,7 @@ HELD = {
     "a list of files (csv, tsv, jsonl, txt)": (listed, "/path/to/list.csv", (1, 0)),
     "a data set of the hub, of tars": (lambda p: several_tars(p, "0.tar"), "hf:ORG/NAME", (4, 0)),
     "tars in a bucket": (lambda p: several_tars(p, "0.tar"), "s3://bucket/folder", (4, 0)),
+    "latents of `reconstruct.py --latents` (stage 2)": (stored, "/path/to/out/latents", (5, 0)),
 }  # fmt: skip
 TABLE = dict(
     re.findall(r"^\| (.+?) \| (.*`) \|$", (PROJECT_ROOT / "docs/data.md").read_text().split("## Converting")[0], re.M)

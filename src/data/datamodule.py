@@ -24,6 +24,7 @@ from src.data.dataset import (
 )
 from src.data.decode import Decoder, Exif
 from src.data.fingerprint import compare_fingerprints, source_state
+from src.data.latents import LatentSource, LatentStore, LatentTransform
 from src.data.loader import PREFETCH_BATCHES, EvaluationLoader, TrainLoader, WorkerOptions
 from src.data.order import EpochOrder, Rows, evaluation_rows
 from src.data.places import locate
@@ -154,7 +155,7 @@ class RAEDataModule(LightningDataModule):
         self._evaluation_sets: dict[str, EvaluationSet] | None = None
         self._fingerprint_state: dict[str, Any] | None = None
         self._compared = False
-        self.worker_timeout_s, self._image_bytes = worker_timeout_s, 3 * image_size**2
+        self.worker_timeout_s, self.image_size = worker_timeout_s, image_size
         self._persistent: list[TrainLoader | EvaluationLoader] = []
 
     # -- what is there
@@ -176,6 +177,11 @@ class RAEDataModule(LightningDataModule):
             splits = open_splits(place, s.use_hf_dataset, s.hf_split, s.hf_validation_split, s.train_split, columns)
             log.info("Data%s: %s", f" {name}" if name else "", splits.description)
             opened.append(splits)
+        stored = [name for name, s in zip(self._all_sources, opened, strict=True) if isinstance(s.train, LatentSource)]
+        if stored and self.sources:
+            raise UserError(
+                f"data.sources.{stored[0]} holds stored latents, which can't be mixed: set data.data_dir to them."
+            )
         self._opened = opened
 
     def teardown(self, stage: str | None = None) -> None:
@@ -196,6 +202,12 @@ class RAEDataModule(LightningDataModule):
     def splits(self) -> Splits:
         """Return the first source's splits."""
         return self.opened[0]
+
+    @property
+    def latent_store(self) -> LatentStore | None:
+        """Return the stored latents that batches hold (`latent`); None where they hold images (`image`)."""
+        source = self.splits.train
+        return source.store if isinstance(source, LatentSource) else None
 
     @property
     def train_size(self) -> int:
@@ -339,7 +351,7 @@ class RAEDataModule(LightningDataModule):
             log.warning("The checkpoint has no fingerprint of its data, so nobody knows whether this is the same.")
             self._compared = True
         parts = [
-            TrainDataset(splits.train, splits.train_rows, transform)
+            TrainDataset(splits.train, splits.train_rows, _transform(splits.train, transform, self.seed))
             for splits, transform in zip(self.opened, self.train_transforms, strict=True)
         ]
         dataset = MixDataset(parts) if self.sources else parts[0]
@@ -387,7 +399,7 @@ class RAEDataModule(LightningDataModule):
                 )
             source, rows, is_train = self.splits.train, self.splits.train_rows, True
         chosen: np.ndarray = rows[evaluation_rows(len(rows), num_images, world, rank)]
-        return EvaluationDataset(source, chosen, self.evaluation_transform), is_train
+        return EvaluationDataset(source, chosen, _transform(source, self.evaluation_transform)), is_train
 
     def evaluation_loader(
         self,
@@ -427,8 +439,15 @@ class RAEDataModule(LightningDataModule):
         on_gpu = self.trainer is None or self.trainer.strategy.root_device.type == "cuda"
         here = self.trainer.num_devices if self.trainer is not None else 1
         loaders = here * (2 if self.val_size else 1)
+        store = self.latent_store
+        each = 3 * self.image_size**2 if store is None else 4 * math.prod(store.shape)  # bytes
         prefetch = prefetched_batches(
-            self.num_workers, PREFETCH_BATCHES, self.batch_size * self._image_bytes, loaders, self.batch_size
+            self.num_workers, PREFETCH_BATCHES, self.batch_size * each, loaders, self.batch_size
         )
         pinned = on_gpu and torch.cuda.is_available()
         return WorkerOptions(self.num_workers, pinned, prefetch, self.worker_timeout_s)
+
+
+def _transform(source: Source, images: Any, seed: int = 0) -> Any:
+    """Return what makes a sample of a row: `images`, unless the source holds latents."""
+    return LatentTransform(source, seed) if isinstance(source, LatentSource) else images

@@ -40,7 +40,7 @@ class Failure:
 @dataclass(frozen=True)
 class Sample:
     image: Tensor | None
-    """uint8 3 x S x S; None where there is nothing to show."""
+    """uint8 3 x S x S, or a stored latent, float32 C x h x w; None where there is nothing to show."""
     item: Item
     failures: tuple[Failure, ...] = ()
     label: int | None = None
@@ -181,16 +181,15 @@ class EvaluationDataset(_Rows):
 def collate(samples: list[Sample]) -> dict[str, Any]:
     """Make a batch of samples. Those without an image are left out (B may be 0); their failures travel along.
 
-    image (B, 3, S, S) uint8; position and index (row of the source) (B,) int64; bad (B,) bool, True where the image is
-    a replacement; label (B,) int64, -1 for an image of no class, where the source has labels; epoch int; failures
-    tuple[Failure, ...]. Of a mix also source (B,) int64, and index is the row of that source.
+    image (B, 3, S, S) uint8, or latent (B, C, h, w) float32; position and index (row of the source) (B,) int64; bad (B,)
+    bool, True where the image is a replacement; label (B,) int64, -1 for an image of no class, where the source has
+    labels; epoch int; failures tuple[Failure, ...]. Of a mix also source (B,) int64, and index is the row of that source.
     """
     kept = [s for s in samples if s.image is not None]
-    images = [s.image for s in kept if s.image is not None]
     labels = [s.label for s in kept if s.label is not None]
     labelled, of_mix = samples[0].label is not None, samples[0].source is not None
     return {
-        "image": torch.stack(images) if images else torch.empty(0, dtype=torch.uint8),
+        **_stacked([s.image for s in kept if s.image is not None]),
         "position": torch.tensor([s.item.position for s in kept], dtype=torch.int64),
         "index": torch.tensor([s.item.row for s in kept], dtype=torch.int64),
         "bad": torch.tensor([bool(s.failures) for s in kept], dtype=torch.bool),
@@ -201,5 +200,13 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
     }
 
 
-def _to_tensor(image: np.ndarray) -> Tensor:
+def _stacked(images: list[Tensor]) -> dict[str, Tensor]:
+    if not images:
+        return {"image": torch.empty(0, dtype=torch.uint8)}
+    return {"latent" if images[0].is_floating_point() else "image": torch.stack(images)}
+
+
+def _to_tensor(image: np.ndarray | Tensor) -> Tensor:
+    if isinstance(image, Tensor):
+        return image
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))  # S S 3 -> 3 S S

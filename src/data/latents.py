@@ -9,12 +9,15 @@
 Legend: B batch, n latents of a shard, C latent channels, h = w latent grid.
 """
 
+import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from src.core.errors import UserError
 from src.core.files import replacing, write_text
+from src.data.packed import PackedIndex, PackedSource
 
 Scale = Literal["raw", "normalized"]
 FORMAT, VERSION = "rae-latents", 1
@@ -144,3 +148,75 @@ class LatentStore:
         if tuple(latents.shape) != (stop - start, *self.shape):
             raise UserError(f"{file}: latents {tuple(latents.shape)}, the index says {self.shape}.")
         return rows, latents
+
+
+class LatentSource(PackedSource):
+    """The rows of a store, for training: `encoded` gives a latent's bytes as they lie in its shard.
+
+    Raises:
+        UserError: no store, shards that are missing, cut short or of another shape than the index says.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.store = store = LatentStore.open(folder)
+        counts = [int(shard["count"]) for shard in store.index["shards"]]
+        files = [store.folder / shard["file"] for shard in store.index["shards"]]
+        layouts = [_layout(file, (count, *store.shape)) for file, count in zip(files, counts, strict=True)]
+        self.dtype: torch.dtype = layouts[0][0] if layouts else torch.float32
+        size = math.prod(store.shape) * self.dtype.itemsize
+        starts = np.cumsum([0, *counts])
+        offsets = [first + size * np.arange(count) for (_, first, _), count in zip(layouts, counts, strict=True)]
+        labels = np.concatenate([np.empty(0, np.int64), *(own for _, _, own in layouts)])
+        index = PackedIndex(
+            starts,
+            np.concatenate([starts[:0], *offsets]),
+            np.full(starts[-1], size),
+            labels if labels.max(initial=-1) >= 0 else None,
+        )
+        super().__init__(files, index, store.index.get("class_names"))
+
+    def name(self, index: int) -> str:
+        number = self.file_of(index)
+        return f"latent {index - self._starts[number]} of {self.files[number]}"
+
+    def fingerprint(self) -> str:
+        facts = {key: value for key, value in self.store.index.items() if key not in ("model", "data")}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LatentSource, (self.store.folder,)
+
+
+@dataclass(frozen=True)
+class LatentTransform:
+    """A stored latent as it is, float32 C x h x w. seed: of what replaces a latent that can't be read."""
+
+    source: LatentSource
+    seed: int = 0
+
+    def __call__(self, data: bytes | memoryview, *_: int) -> Tensor:
+        return torch.frombuffer(bytearray(data), dtype=self.source.dtype).view(self.source.store.shape).float()
+
+
+def is_store(folder: Path) -> bool:
+    """Return whether a folder holds stored latents."""
+    try:
+        return json.loads((folder / INDEX).read_text())["format"] == FORMAT
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
+def _layout(file: Path, shape: tuple[int, ...]) -> tuple[torch.dtype, int, np.ndarray]:
+    """Return type of the latents in a shard, where the first one begins (bytes), and labels."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            found, labels = tensors.get_slice("latents"), tensors.get_tensor("labels").numpy()
+            own, dtype = tuple(found.get_shape()), found[:0].dtype
+        with open(file, "rb") as content:
+            length = int.from_bytes(content.read(8), "little")
+            first = 8 + length + json.loads(content.read(length))["latents"]["data_offsets"][0]
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} can't be read: {error}. It may be cut short; copy it again.") from error
+    if own != shape or len(labels) != shape[0]:
+        raise UserError(f"{file}: latents {own} with {len(labels)} labels, the index says {shape}. Write them again.")
+    return dtype, first, labels

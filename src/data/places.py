@@ -16,6 +16,7 @@ from src.core.weights import resolve
 from src.data import lists, parquet, patterns
 from src.data.arrow import ArrowSource
 from src.data.hub import PREFIX, hub_folder
+from src.data.latents import LatentSource, is_store
 from src.data.read_options import DEFAULT_OPTIONS, ReadOptions
 from src.data.remote import RemoteTarSource, Storage, is_remote, remote_splits
 from src.data.sources import Source, folders, is_image, loose_files, open_image_tree, walk
@@ -24,7 +25,7 @@ from src.data.tars import TarSource
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["dataset", "cache", "arrow", "tars", "remote", "tree", "list"]
+Kind = Literal["dataset", "cache", "arrow", "tars", "remote", "tree", "list", "latents"]
 KINDS: dict[Kind, str] = {
     "dataset": "Hugging Face dataset",
     "cache": "cache of load_dataset",
@@ -33,6 +34,7 @@ KINDS: dict[Kind, str] = {
     "remote": "tar files in object storage",
     "tree": "image files",
     "list": "list of image files",
+    "latents": "stored latents",
 }
 MARKS = ("dataset_dict.json", "dataset_info.json", "state.json")
 """One of these lies in every Hugging Face dataset on disk."""
@@ -62,6 +64,8 @@ class Place:
         if self.kind in ("cache", "arrow"):
             files = [name for names in self.splits.values() for name in names] if split is None else self.splits[split]
             return ArrowSource(self.root, columns, files)
+        if self.kind == "latents":
+            return LatentSource(self.root)
         if self.kind == "list":
             return lists.open_list(self.root, columns.image, columns.label)
         for key, value in (("image_column", columns.image), ("label", columns.label)):
@@ -109,6 +113,8 @@ def look(path: Path | str, options: ReadOptions = DEFAULT_OPTIONS) -> Place:
         return _files([path], str(path))
     if not path.is_dir():
         raise _nothing_there(path)
+    if is_store(path):
+        return Place("latents", path)
     if is_dataset(path):
         return _dataset(path)
     return _folder(path)

@@ -19,17 +19,26 @@ class DataFolder:
     """The data at a place, with its splits.
 
     use_hf_dataset: what the user takes it for; its content decides, and where they differ a warning says so.
+    latents: whether stored latents will do.
 
     Raises:
         UserError: nothing there that can be read.
     """
 
     def __init__(
-        self, folder: Path | str, use_hf_dataset: bool | None = None, columns: ReadOptions = DEFAULT_OPTIONS
+        self,
+        folder: Path | str,
+        use_hf_dataset: bool | None = None,
+        columns: ReadOptions = DEFAULT_OPTIONS,
+        latents: bool = False,
     ) -> None:
         self.folder, self._columns = folder, columns
         self.place = look(folder, columns)
         kind = self.place.kind
+        if kind == "latents" and not latents:
+            raise UserError(
+                f"{folder} holds stored latents, and images are needed here: only stage 2 trains on latents (data.data_dir)."
+            )
         is_arrow = kind in ("dataset", "cache", "arrow")
         if (use_hf_dataset is True and not is_arrow) or (use_hf_dataset is False and is_arrow):
             log.warning(
@@ -38,7 +47,7 @@ class DataFolder:
             )  # fmt: skip
         self.is_dataset = kind != "tree"
         """Whether `names` are splits; of an image tree, they may be classes."""
-        self.names = [] if kind in ("arrow", "list") else list(self.place.splits)
+        self.names = [] if kind in ("arrow", "list", "latents") else list(self.place.splits)
 
     def find(self, split: str) -> str | None:
         """Return the name that `split` has here, among all that mean the same; None where there is none of them."""
@@ -123,7 +132,7 @@ def open_splits(
     """
     if not 0 < train_split <= 1:
         raise UserError(f"data.train_split={train_split}: expected a share above 0 and up to 1.")
-    data = DataFolder(data_dir, use_hf_dataset, columns)
+    data = DataFolder(data_dir, use_hf_dataset, columns, latents=True)
     kind = KINDS[data.place.kind]
     train = data.open(hf_split)
     rows, held_out = split_rows(len(train), train_split)

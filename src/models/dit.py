@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from src.core.errors import UserError
 from src.core.settings import check_keys
+from src.models import flops
 from src.models.dit_layers import (
     Block,
     FinalLayer,
@@ -351,18 +351,11 @@ def projector(width: int, head_width: int) -> nn.Module:
 
 
 def forward_flops(model: LatentTransformer, batch_size: int = 1) -> int:
-    """Return the operations of one forward pass, 2 per multiply-add, of matrix products, convolutions and attention.
-
-    Nothing is computed: the model may be on the meta device, and its weights are left alone.
-    """
-    state = {name: torch.empty_like(value, device="meta") for name, value in model.state_dict().items()}
+    """Return the operations of one forward pass; see `src/models/flops.py`."""
     dtype = next(model.parameters()).dtype
     x = torch.empty(batch_size, *model.latent_shape, device="meta", dtype=dtype)
     t = torch.empty(batch_size, device="meta", dtype=dtype)
-    y = torch.empty(batch_size, device="meta", dtype=torch.long)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(model, state, (x, t, y))
-    return counter.get_total_flops()
+    return flops.forward_flops(model, x, t, torch.empty(batch_size, device="meta", dtype=torch.long))
 
 
 NETWORKS: dict[str, type[LatentTransformer]] = {cls.__name__: cls for cls in (LightningDiT, DiTDH, RAEv2DiT)}

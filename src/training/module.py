@@ -20,6 +20,7 @@ from src.core.errors import UserError
 from src.core.nonfinite import NonFiniteCounter
 from src.core.precision import cast_frozen
 from src.core.weights import check_fit
+from src.data.latents import LatentStore
 from src.formats.checkpoint import FORMAT_VERSION
 from src.models.frozen_encoder import identity_differences
 from src.training.settings import StageSettings
@@ -107,6 +108,10 @@ class StageModule(pl.LightningModule):
     @classmethod
     def check_config(cls, config: Mapping[str, Any]) -> None:
         """Raise UserError: keys and values of the node `model:` that are wrong. Reads no data and no weights."""
+
+    def training_flops(self) -> float | None:
+        """Return the operations that training needs for an image, recomputation not counted; None where nobody counts."""
+        return None
 
     def scalers(self) -> dict[str, torch.amp.GradScaler | None]:
         """Return the loss scalers of fp16 by network; the first belongs to the optimiser that Lightning counts."""
@@ -220,7 +225,15 @@ class StageModule(pl.LightningModule):
         names = [name for name, _ in [*self.named_parameters(), *self.named_buffers()]]
         self._ddp_params_and_buffers_to_ignore = [name for name in names if not name.startswith(prefix)]
 
+    def accept_latents(self, store: LatentStore) -> None:
+        """Check that a run can train on stored latents. Raises UserError."""
+        raise UserError(
+            f"{store.folder} (data.data_dir) holds stored latents, but this stage trains on images. Give it the images."
+        )
+
     def on_fit_start(self) -> None:
+        if (store := self.trainer.datamodule.latent_store) is not None:
+            self.accept_latents(store)
         if dtype := HALF.get(str(self.trainer.precision)):
             for network in self.cast_when_half():
                 cast_frozen(network, dtype)

@@ -64,6 +64,8 @@ class FlowStep:
         self.label_dropout = label_dropout
         self.flip_probability = flip_probability
         self.shift = settings.shift_for(rae.latent_shape)
+        self.normalize_stored = False
+        """Whether stored latents are as the encoder gives them."""
 
     def encode(self, images: Tensor, flip: Tensor) -> Tensor:
         """uint8 B 3 H W -> normalised latents B C h w, float32 whatever autocast says; mirrored where `flip`, (B,) bool."""
@@ -94,12 +96,12 @@ class FlowStep:
             output, latents, noise, t, settings.prediction, settings.t_eps, settings.base_weight
         )
 
-    def training_terms(
-        self, network: nn.Module, images: Tensor | None, latents: Tensor | None, labels: Tensor, draws: FlowDraws
-    ) -> dict[str, Tensor]:
-        """Return the per-image terms of a training micro-batch, from images (uint8 B 3 H W) or from stored latents."""
-        if latents is None:
-            assert images is not None
-            latents = self.encode(images, draws.flip < self.flip_probability)
-        dropped = torch.where(draws.drop < self.label_dropout, self.num_classes, labels)
-        return self.losses(network, latents, dropped, draws)
+    def latents(self, batch: Mapping[str, Any], draws: FlowDraws, training: bool) -> Tensor:
+        """Return the normalised latents B C h w of a batch: of `image`, mirrored in training, or the stored `latent`."""
+        if "latent" in batch:
+            return self.rae.normalize(batch["latent"]) if self.normalize_stored else batch["latent"]
+        return self.encode(batch["image"], draws.flip < (self.flip_probability if training else 0))
+
+    def dropped(self, labels: Tensor, draws: FlowDraws) -> Tensor:
+        """Return the labels (B,) of training, dropped ones replaced by the null label."""
+        return torch.where(draws.drop < self.label_dropout, self.num_classes, labels)
