@@ -1,12 +1,16 @@
 """Kill a training run again and again, resume it each time, and compare its end with that of a run left in peace.
 
     python scripts/kill_and_resume.py --kills 20
+    python scripts/kill_and_resume.py --stage 2 --kills 20 --sampling_kills 10
 
 A kill (SIGKILL) comes at a random moment, while a checkpoint is being written, or at an epoch's last batch; in between,
 SIGINT, SIGHUP and SIGUSR1 come at random moments (the run must save and exit with 128 + the signal's number), and a
 loading process is killed (the run must save and exit with 1). After each, every checkpoint on disk must be readable. At
 the end weights, averages, optimiser states and counters must equal the uninterrupted run's bit for bit. Exit status 0:
 they do; 1: they don't, a checkpoint was unreadable, or an exit status was another one.
+
+Of stage 2 a transformer is trained, with SIGKILL alone; then src/sample.py is killed at random moments, by one process and
+by two in turn, and the npz must be that of a call left in peace.
 """
 
 import argparse
@@ -37,15 +41,20 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--processes", type=int, default=1, help="of the training run (gloo)")
+    parser.add_argument("--stage", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--sampling_kills", type=int, default=0, help="with --stage 2")
     parser.add_argument("--folder", type=Path, help="keep the runs here; default: a temporary folder")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as temporary:
         base = arguments.folder or Path(temporary)
+        modes = MODES
+        if arguments.stage == 2:
+            RUN[:], modes = stage_2(base), MODES[:3]
         start(base / "peace", arguments.processes).wait()
         expected = newest(base / "peace")
         for number in range(arguments.kills):
-            mode = MODES[number % len(MODES)]
+            mode = modes[number % len(modes)]
             done = kill_once(base / "killed", arguments.processes, mode, rng)
             bad = unreadable(base / "killed")
             print(
@@ -61,22 +70,88 @@ def main() -> int:
                     return 1
                 (base / "killed").rename(base / f"ended-{number}")
         finish(base / "killed", arguments.processes, rng)
-        return 0 if equal(expected, newest(base / "killed")) else 1
+        if not equal(expected, newest(base / "killed")):
+            return 1
+        return 0 if not arguments.sampling_kills or sampling(base, arguments.sampling_kills, rng) else 1
+
+
+def stage_2(base: Path) -> list[str]:
+    """Return the overrides of a small run of stage 2, on an untrained autoencoder made here."""
+    from src.formats.folder import write_folder
+    from src.formats.official import write_own_statistics
+    from tests.tiny_models import loaded, tiny_rae
+
+    rae, folder = tiny_rae(base / "tiny", statistics=True), base / "autoencoder"
+    folder.mkdir()
+    write_folder(loaded(rae), folder)
+    write_own_statistics(rae, folder, rae.encoder.identity())
+    replaced = ("experiment=", "data.", "model.", "~")
+    own = ["experiment=dit_dummy", f"model.autoencoder={folder}", "data.batch_size=24", "model.sample_every=0"]
+    return own + ["trainer.check_val_every_n_epoch=1"] + [word for word in RUN if not word.startswith(replaced)]
+
+
+def sampling(base: Path, kills: int, rng: random.Random) -> bool:
+    """Kill a sampling again and again; return whether its end is that of one left in peace."""
+    import numpy as np
+
+    def start_sampling(name: str, processes: int) -> subprocess.Popen:
+        words = [
+            "--checkpoint",
+            newest(base / "peace"),
+            "--device",
+            "cpu",
+            "--num_images",
+            8 * kills + 16,
+            "--batch_size",
+            4,
+        ]
+        command = [*launcher(processes), "src/sample.py", *map(str, words), "--cfg", "2", "--output", str(base / name)]
+        with open(base / "sampling.txt", "ab") as output:
+            return subprocess.Popen(
+                command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True, env=environment()
+            )
+
+    start_sampling("whole.npz", 1).wait()
+    for number in range(kills):
+        process, before = start_sampling("cut.npz", 1 + number % 2), blocks(base)
+        wait_for(lambda before=before: blocks(base) > before, process)
+        time.sleep(rng.uniform(0, 0.1))
+        if process.poll() is not None:
+            raise SystemExit(
+                f"sampling ended with {process.returncode} before it was killed; see {base / 'sampling.txt'}"
+            )
+        for pid in [process.pid, *children(process.pid)]:
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+        print(f"sampling, kill {number + 1}/{kills}: {blocks(base)} blocks of 4 done", flush=True)
+    start_sampling("cut.npz", 2).wait()
+    whole, cut = np.load(base / "whole.npz"), np.load(base / "cut.npz")
+    found = {name: np.array_equal(whole[name], cut[name]) for name in ("arr_0", "labels")}
+    print("the same samples:", ", ".join(f"{name} {'yes' if value else 'NO'}" for name, value in found.items()))
+    return all(found.values())
+
+
+def blocks(base: Path) -> int:
+    return sum(text(file).count("\n") for file in base.glob(".cut.npz.parts/done.*"))
+
+
+def launcher(processes: int) -> list[str]:
+    if processes == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def start(log_dir: Path, processes: int, *overrides: str) -> subprocess.Popen:
-    launcher = (
-        [sys.executable]
-        if processes == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    )
     log_dir.mkdir(parents=True, exist_ok=True)
     resume = ["ckpt_path=last"] if newest(log_dir) else []
-    command = [*launcher, "src/train.py", *RUN, f"paths.log_dir={log_dir}", *resume, *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launcher(processes), "src/train.py", *RUN, f"paths.log_dir={log_dir}", *resume, *overrides]
     with open(log_dir / "output.txt", "ab") as output:
         return subprocess.Popen(
-            command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True, env=environment
+            command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True, env=environment()
         )
 
 

@@ -1,0 +1,342 @@
+"""Steps of stage 2: ours beside the official one and RAEv2's, their own code, in one process and in turns.
+
+    python benchmarks/dit_step.py --rae ../RAE --network ditdh_s dit_b --batch 2
+    python benchmarks/dit_step.py --raev2 ../RAEv2 --network raev2_s --batch 2 --compile
+    python benchmarks/dit_step.py --rae ../RAE --network ditdh_xl --batch 32 --computed
+
+`--rae` and `--raev2` are checkouts of github.com/bytetriper/RAE and github.com/nanovisionx/RAEv2; nothing of them is part of
+this project. A step begins with latents (the frozen encoder is the same work for all) and ends with the average: draws, loss,
+backward, clipping, AdamW, EMA. Of theirs, networks, transport and `update_ema` are run as they stand, with stand-ins of the
+same work for timm's PatchEmbed and Mlp; `loss.item()` is in their loops and so in here. `--computed` gives a GPU's memory in
+bf16 from the sizes of tensors, as `benchmarks/memory.py` does, and computes nothing.
+"""
+
+import argparse
+import ast
+import importlib
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+import types
+from collections import OrderedDict
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.memory import GIB, GpuAutocast, LiveBytes, make_fake
+from benchmarks.peers import stand_in
+from benchmarks.train_step import peak_memory
+from src.core.ema import EMA
+from src.core.nonfinite import NonFiniteCounter
+from src.losses.flow_matching import FlowSettings, time_shift
+from src.models.dit import build_network
+from src.training.module import compile_in_place
+from src.training.optimisation import adamw
+from src.training.settings import OptimizerSettings
+from src.training.stage2_step import FlowDraws, FlowStep
+
+CLASSES, DROPOUT, CLIP, DECAY = 1000, 0.1, 1.0, 0.9995
+HEAD = {"hidden_size": [384, 2048], "depth": [12, 2], "num_heads": [6, 16]}
+NETWORKS: dict[str, dict[str, Any]] = {
+    "ditdh_s": {"name": "DiTDH", **HEAD},
+    "ditdh_xl": {"name": "DiTDH", "hidden_size": [1152, 2048], "depth": [28, 2], "num_heads": [16, 16]},
+    "dit_b": {"name": "LightningDiT", "hidden_size": 768, "depth": 12, "num_heads": 12},
+    "raev2_s": {"name": "RAEv2DiT", "patch_size": 1, "base_model_depth": 8, **HEAD},
+    "tiny": {"name": "DiTDH", "hidden_size": [32, 48], "depth": [1, 1], "num_heads": [2, 2]},
+    "raev2_tiny": {
+        "name": "RAEv2DiT", "patch_size": 1, "base_model_depth": 1, "hidden_size": [32, 48], "depth": [1, 1], "num_heads": [2, 2],
+    },
+}  # fmt: skip
+PRODUCTS = ("mm", "addmm", "bmm", "linear", "convolution", "scaled_dot_product", "mkldnn")
+"""Parts of the names of operations that are matrix products."""
+
+
+class Ours:
+    """The step as `src/training/stage2.py` runs it, without Lightning and loader around it."""
+
+    def __init__(self, arguments: argparse.Namespace, network: str, compiled: bool) -> None:
+        shape, v2 = arguments.shape, NETWORKS[network]["name"] == "RAEv2DiT"
+        self.network = build_network(NETWORKS[network], shape, CLASSES, DROPOUT, 0)
+        values = {"prediction": "x", "t_eps": 0.05} if v2 else {"prediction": "velocity", "t_eps": 0.0}
+        flow = FlowSettings(
+            time="truncated_logit_normal", time_mu=0.0, time_sigma=1.0, shift=None, base_weight=1.0, **values
+        )
+        self.step = FlowStep(SimpleNamespace(latent_shape=shape), flow, CLASSES, DROPOUT, 0.0)  # type: ignore[arg-type]
+        self.ema = EMA(self.network, DECAY)
+        self.optimizer = adamw(self.network, OptimizerSettings(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0))
+        self.counter, self.number = NonFiniteCounter(0), 0
+        self.draws: FlowDraws | None = None
+        if compiled:
+            compile_in_place(list(self.network.blocks))
+
+    def modules(self) -> list[nn.Module]:
+        return [self.network, self.ema.average]
+
+    def run(self, latents: Tensor, labels: Tensor) -> None:
+        where = {"epoch": 0, "position": torch.arange(len(latents)) + self.number * len(latents)}
+        draws = self.draws or FlowDraws.at(0, where, tuple(latents.shape[1:]), latents.device, True)  # type: ignore[arg-type]
+        loss = self.step.losses(self.network, latents, self.step.dropped(labels, draws), draws)["loss"].mean()
+        loss.backward()
+        parameters = list(self.network.parameters())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+        self.optimizer.found_inf = self.counter.observe(self.number, {"loss": loss.detach(), "gradient": norm})
+        torch.nn.utils.clip_grads_with_norm_(parameters, CLIP, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update()
+        self.number += 1
+
+
+class Theirs:
+    """What both repositories do around their networks."""
+
+    model: nn.Module
+    losses: Callable[..., Any]
+    fake = False
+
+    def prepare(self, root: Path) -> None:
+        self.model.requires_grad_(True).train()
+        self.average = deepcopy(self.model).requires_grad_(False).eval()
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=2e-4, betas=(0.9, 0.95), weight_decay=0, fused=True
+        )
+        source = ast.parse((root / "src/utils/train_utils.py").read_text())
+        function = [n for n in source.body if isinstance(n, ast.FunctionDef) and n.name == "update_ema"]
+        names: dict[str, Any] = {"torch": torch, "OrderedDict": OrderedDict}
+        exec(compile(ast.Module(function, []), "update_ema", "exec"), names)
+        self.update_ema = names["update_ema"]
+
+    def modules(self) -> list[nn.Module]:
+        return [self.model, self.average]
+
+    def arguments(self, labels: Tensor) -> tuple[dict[str, Any], ...]:
+        raise NotImplementedError
+
+    def run(self, latents: Tensor, labels: Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.losses(self.model, latents, *self.arguments(labels))["loss"].mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.optimizer.step()
+        self.update_ema(self.average, self.model, decay=DECAY)
+        if not self.fake:
+            loss.item()
+
+
+class Official(Theirs):
+    def __init__(self, arguments: argparse.Namespace, network: str, compiled: bool) -> None:
+        sizes = {key: value for key, value in NETWORKS[network].items() if key != "name"}
+        sizes |= {"input_size": arguments.shape[1], "in_channels": arguments.shape[0]}
+        models, transport = modules_of(arguments.rae, "stage2", "stage2.transport")
+        cls = models.DiTwDDTHead if NETWORKS[network]["name"] == "DiTDH" else models.LightningDiT
+        more = {} if cls is models.DiTwDDTHead else {"patch_size": 1}
+        self.model = cls(
+            **sizes,
+            **more,
+            num_classes=CLASSES,
+            class_dropout_prob=DROPOUT,
+            use_rmsnorm=True,
+            use_swiglu=True,
+            use_rope=True,
+        )
+        self.losses = transport.create_transport(
+            time_dist_type="logit-normal_0_1", time_dist_shift=time_shift(arguments.shape)
+        ).training_losses
+        self.prepare(arguments.rae)
+        if compiled:
+            self.model.forward = torch.compile(self.model.forward)  # type: ignore[method-assign]
+
+    def arguments(self, labels: Tensor) -> tuple[dict[str, Any], ...]:
+        return ({"y": labels},)
+
+
+class RAEv2(Theirs):
+    def __init__(self, arguments: argparse.Namespace, network: str, compiled: bool) -> None:
+        sizes = {key: value for key, value in NETWORKS[network].items() if key not in ("name", "patch_size")}
+        stand_in("configs.stage2", Stage2Config=None)
+        stand_in("utils.dist_utils", main_process_first=None)
+        models, transport = modules_of(arguments.raev2, "stage2.models.DDT", "stage2.transport.transport")
+        self.model = models.DiTwDDTHeadIG(
+            input_size=arguments.shape[1], in_channels=arguments.shape[0], patch_size=[1, 1], num_classes=CLASSES,
+            cond_arch=SimpleNamespace(num_t_tokens=4, num_c_tokens=8), **sizes,
+        )  # fmt: skip
+        self.losses = transport.Transport("x", "logit-normal_0_1", time_shift(arguments.shape)).training_losses
+        self.prepare(arguments.raev2)
+        if compiled:
+            self.losses = torch.compile(self.losses)
+
+    def arguments(self, labels: Tensor) -> tuple[dict[str, Any], ...]:
+        null = {"context": torch.full_like(labels, CLASSES), "attn_mask": None}
+        return {"context": labels, "attn_mask": None}, null
+
+
+class PatchEmbed(nn.Module):
+    """Stands in for timm's: the same convolution and order of tokens."""
+
+    def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, bias: bool = True) -> None:
+        super().__init__()
+        self.num_patches, self.patch_size = (img_size // patch_size) ** 2, (patch_size, patch_size)
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class Mlp(nn.Sequential):
+    """Stands in for timm's; the measured networks have SwiGLU instead."""
+
+    def __init__(self, in_features: int, hidden_features: int, act_layer: Any, drop: float = 0.0) -> None:
+        super().__init__(nn.Linear(in_features, hidden_features), act_layer(), nn.Linear(hidden_features, in_features))
+
+
+def modules_of(root: Path, *names: str) -> list[types.ModuleType]:
+    """Import modules of a checkout. Both repositories call them alike: those of the other one are put away."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "stage2"]:
+        del sys.modules[name]
+    stand_in("timm.models.vision_transformer", PatchEmbed=PatchEmbed, Mlp=Mlp, Attention=nn.Identity)
+    stand_in("torchdiffeq", odeint=None)  # of their samplers, which a training step doesn't call
+    sys.path.insert(0, str(root / "src"))
+    try:
+        return [importlib.import_module(name) for name in names]
+    finally:
+        sys.path.pop(0)
+
+
+def variants(arguments: argparse.Namespace, network: str) -> dict[str, tuple[type, bool]]:
+    """Return what is measured by name, and say what can't be."""
+    v2 = NETWORKS[network]["name"] == "RAEv2DiT"
+    option, root, theirs = ("--raev2", arguments.raev2, RAEv2) if v2 else ("--rae", arguments.rae, Official)
+    found: dict[str, tuple[type, bool]] = {"ours": (Ours, False)}
+    missing = [f"{option} CHECKOUT"] if root is None or not (root / "src/stage2").is_dir() else []
+    missing += [] if importlib.util.find_spec("einops") else ["the package einops (pip install einops)"]
+    if missing:
+        print(f"{network}: the published step is left out; missing: {', '.join(missing)}")
+    else:
+        found["theirs"] = (theirs, False)
+    return found | {f"{name} compiled": (cls, True) for name, (cls, _) in found.items() if arguments.compile}
+
+
+def measure(arguments: argparse.Namespace, network: str) -> dict[str, dict[str, Any]]:
+    chosen = variants(arguments, network)
+    latents, labels = inputs(arguments)
+    steps = {name: cls(arguments, network, compiled) for name, (cls, compiled) in chosen.items()}
+    wall, processor = ({name: [] for name in steps} for _ in range(2))
+    for turn in range(arguments.warm + arguments.repeats):
+        for name, step in steps.items():
+            began = time.perf_counter(), time.process_time()
+            step.run(latents, labels)
+            if turn >= arguments.warm:
+                wall[name].append(time.perf_counter() - began[0])
+                processor[name].append(time.process_time() - began[1])
+    found = {}
+    for name, step in steps.items():
+        seconds = statistics.median(wall[name])
+        found[name] = {
+            "seconds": seconds,
+            "images_per_s": len(latents) / seconds,
+            "processor_s": statistics.median(processor[name]),
+        }
+        if not name.endswith("compiled"):
+            found[name]["outside_products_s"] = outside_products(lambda step=step: step.run(latents, labels))
+    for name in [*steps]:
+        del steps[name]
+        command = [sys.executable, *sys.argv, "--network", network, "--memory_of", name]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found[name]["peak_gb"] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def outside_products(run: Callable[[], None]) -> float:
+    """Return the seconds of processor time of a call that are not in matrix products, convolutions and attention."""
+    with torch.autograd.set_multithreading_enabled(False), profile(activities=[ProfilerActivity.CPU]) as recorded:
+        run()
+    others = (e for e in recorded.key_averages() if not any(name in e.key for name in PRODUCTS))
+    return sum(event.self_cpu_time_total for event in others) / 1e6
+
+
+def computed(arguments: argparse.Namespace, network: str) -> dict[str, dict[str, Any]]:
+    """Return GiB on a GPU in bf16, between steps and at the peak of one."""
+    found = {}
+    torch.distributions.Distribution.set_default_validate_args(False)  # asks for numbers
+    for name, (cls, _) in variants(arguments, network).items():
+        step, (latents, labels) = cls(arguments, network, False), inputs(arguments)
+        if isinstance(step, Ours):
+            step.draws = FlowDraws.at(
+                0, {"epoch": 0, "position": torch.arange(len(latents))}, arguments.shape, latents.device, True
+            )
+        step.fake = True
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake, LiveBytes() as live:
+            for module in step.modules():
+                make_fake(module, fake, live)
+            step.optimizer.param_groups[0]["params"] = list(step.modules()[0].parameters())
+            if isinstance(step, Ours):
+                step.ema = EMA(step.network, DECAY)
+            for _ in range(2):  # the second step has its moments already
+                live.peak = live.now
+                with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), GpuAutocast():
+                    step.run(latents, labels)
+            found[name] = {"between_steps_gib": live.now / GIB, "peak_gib": live.peak / GIB}
+    return found
+
+
+def inputs(arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    return torch.randn(arguments.batch, *arguments.shape, generator=rng), torch.arange(arguments.batch) % CLASSES
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rae", type=Path, help="checkout of the official code")
+    parser.add_argument("--raev2", type=Path, help="checkout of RAEv2")
+    parser.add_argument("--network", nargs="+", choices=NETWORKS, default=["ditdh_s", "dit_b"])
+    parser.add_argument(
+        "--shape", type=int, nargs=3, default=[768, 16, 16], metavar="N", help="C, h and w of the latents"
+    )
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--warm", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="compiled too, each as its program does it")
+    parser.add_argument("--computed", action="store_true", help="a GPU's memory, from the sizes of tensors")
+    parser.add_argument("--memory_of", help="print the peak of one variant, what the program calls itself with")
+    parser.add_argument("--out", type=Path, help="JSON")
+    arguments = parser.parse_args()
+    arguments.shape = tuple(arguments.shape)
+    if arguments.memory_of:
+        cls, compiled = variants(arguments, arguments.network[0])[arguments.memory_of]
+        step, (latents, labels) = cls(arguments, arguments.network[0], compiled), inputs(arguments)
+        step.run(latents, labels)
+        print(json.dumps(peak_memory(lambda: step.run(latents, labels), torch.device("cpu"))))
+        return
+    results = {}
+    for network in arguments.network:
+        results[network] = found = (computed if arguments.computed else measure)(arguments, network)
+        for name, values in found.items():
+            print(f"{network}, {name}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()), flush=True)
+        for name in ("ours", "ours compiled"):
+            other = found.get(name.replace("ours", "theirs"))
+            if other is not None:
+                ratios = (f"{key} {found[name][key] / other[key]:.3f}" for key in other)
+                print(f"{network}, {name} over theirs: {', '.join(ratios)}", flush=True)
+    if arguments.out:
+        said = {
+            "command": " ".join(["python", *sys.argv]),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
+        arguments.out.write_text(json.dumps(said | {"results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
