@@ -1,4 +1,4 @@
-"""See both stages work on a bare machine: a tiny autoencoder, latent statistics, a diffusion transformer, samples by class.
+"""See both stages work on a bare machine: a tiny autoencoder, its latents stored, a diffusion transformer, samples by class.
 
     python scripts/dummy_stage2.py                 (or `make dummy2`)
 
@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, default=PROJECT_ROOT / "logs/dummy2", help="of autoencoder and samples")
+    parser.add_argument(
+        "--folder", type=Path, default=PROJECT_ROOT / "logs/dummy2", help="of autoencoder, latents and samples"
+    )
     parser.add_argument("--epochs", type=int, default=None, help="of the transformer (default: the experiment's)")
     args = parser.parse_args(argv)
     return run_program(lambda: _run(args.folder.absolute(), args.epochs))
@@ -40,16 +42,18 @@ def _run(folder: Path, epochs: int | None) -> int:
         quick = [
             "data.image_size=64",
             "model.disc_weight=0",
-            "trainer.max_epochs=15",
-            "trainer.check_val_every_n_epoch=15",
+            "trainer.max_epochs=12",
+            "trainer.check_val_every_n_epoch=12",
         ]
         _program("train.py", "experiment=rae_dummy", *quick, f"paths.run_dir='{autoencoder.parents[1]}'")
-    _program("latent_stats.py", "--checkpoint", autoencoder, "--data_dir", DATA, "--device", "cpu", "--output", statistics,
-             "--overwrite", "--num_workers", 0)  # fmt: skip
+    if not statistics.is_file():
+        model = "--checkpoint", autoencoder, "--device", "cpu", "--num_workers", 0, "--overwrite"
+        _program("reconstruct.py", *model, "--input", DATA, "--latents", "raw", "--output", folder / "encoded")
+        _program("latent_stats.py", *model, "--data_dir", DATA, "--output", statistics)
     run = _new_folder(folder)
     length = [] if epochs is None else [f"trainer.max_epochs={epochs}"]
     _program("train.py", "experiment=dit_dummy", f"model.autoencoder='{autoencoder}'", f"model.statistics='{statistics}'",
-             f"paths.run_dir='{run}'", *length)  # fmt: skip
+             f"data.data_dir='{folder / 'encoded/latents'}'", f"paths.run_dir='{run}'", *length)  # fmt: skip
     samples = run / "samples.npz"
     _program("sample.py", "--checkpoint", run / "checkpoints/last.ckpt", "--num_images", IMAGES, "--cfg", 2, "--device", "cpu",
              "--output", samples, "--grid", run / "samples.png")  # fmt: skip

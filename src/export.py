@@ -4,6 +4,7 @@
     python src/export.py --checkpoint CKPT --format diffusers --output exports/mine_diffusers
     python src/export.py --checkpoint CKPT --format folder --with_encoder --output exports/mine_folder --push NAME/MODEL
     python src/export.py --decoder exports/mine_diffusers --format folder --with_encoder --output exports/back
+    python src/export.py --checkpoint STAGE2_CKPT --format official --output exports/transformer
 
 Every export is a folder with a model card, the latent statistics (`stats.pt`) and the sha256 of its files. All of them
 are read back by `model.pretrained_decoder_path`, `model.normalization_stat_path`, and `--decoder` of the other programs.
@@ -17,6 +18,7 @@ from typing import Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root instead of src/
 
+from src.core.errors import UserError
 from src.core.options import ModelOptions, option, parse
 from src.core.terminal import run_program
 
@@ -26,7 +28,9 @@ class Options(ModelOptions):
     """What is exported, and how."""
 
     format: Literal["official", "diffusers", "folder"] = option(
-        "official: model.pt; diffusers: AutoencoderRAE with its encoder; folder: ours", default=MISSING
+        "official: model.pt, of stage 2 stage2_model.pt or RAEv2's checkpoint.pt; diffusers: AutoencoderRAE with its encoder; "
+        "folder: ours",
+        default=MISSING,
     )
     output: Path = option("a new folder", "DIR", MISSING)
     dtype: Literal["fp32", "bf16", "fp16"] = option("of the weights; statistics stay fp32", default="fp32")
@@ -48,18 +52,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: Options) -> int:
+    from src.formats.checkpoint import OtherStage
     from src.formats.export import ExportOptions, check_output, export
     from src.formats.opening import open_model
-    from src.formats.upload import check_repo_id, push
+    from src.formats.upload import check_repo_id
 
     if options.push:
         check_repo_id(options.push)
     check_output(options.output, options.overwrite)
-    loaded = open_model(options)
+    try:
+        loaded = open_model(options)
+    except OtherStage as error:
+        return _transformer(options, error)
     how = ExportOptions(options.format, options.dtype, options.with_encoder, options.published_names, options.overwrite)
     remarks = export(loaded, options.output, how, options.scores)
     source, weights = loaded.description["source"], loaded.description["weights"]
-    print(f"{options.format} export of {source} ({weights}, {options.dtype}):")
+    return _report(options, f"{source} ({weights}, {options.dtype})", remarks)
+
+
+def _transformer(options: Options, other: UserError) -> int:
+    """Export a checkpoint of stage 2, which has one format."""
+    from src.core.weights import DTYPES
+    from src.formats.stage2 import export_official
+
+    if options.format != "official" or options.weights != "ema" or options.with_encoder:
+        raise UserError(
+            f"{other} A diffusion transformer is exported with --format official alone, its averaged weights."
+        )
+    assert options.checkpoint is not None
+    export_official(options.checkpoint, options.output, DTYPES[options.dtype], options.overwrite)
+    return _report(options, f"{options.checkpoint} (ema, {options.dtype})", ())
+
+
+def _report(options: Options, what: str, remarks: Sequence[str]) -> int:
+    from src.formats.upload import push
+
+    print(f"{options.format} export of {what}:")
     for file in sorted(path for path in options.output.rglob("*") if path.is_file()):
         print(f"  {file}  {file.stat().st_size:,} bytes")
     for remark in remarks:

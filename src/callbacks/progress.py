@@ -12,6 +12,7 @@ import torch
 from rich.progress import Progress, TextColumn
 
 from src.core.distributed import mean_over_ranks
+from src.core.errors import UserError
 from src.core.terminal import progress_bar
 from src.core.text import duration, table
 
@@ -41,12 +42,20 @@ class TrainingProgress(pl.Callback):
     `training_paused` (evaluation, pictures, saving) is left out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, peak_tflops: float | None = None) -> None:
+        """`peak_tflops`: of a device, in the precision that is used, for `perf/mfu`; None: no such figure."""
+        if peak_tflops is not None and not (isinstance(peak_tflops, float | int) and 0 < peak_tflops < float("inf")):
+            raise UserError(
+                f"callbacks.progress.peak_tflops={peak_tflops}: expected a number above 0 (989: H100 in bf16), or null."
+            )
+        self._peak = peak_tflops
+        self._flops: float | None = None  # of an image, in seconds of the peak
         self.latest: dict[str, float] = {}
         """Training figures of the last log entry by their logged names."""
         self.speed: dict[str, float] = {}
         """Since the log entry before: images_per_s (all ranks), data_wait (share of time), memory_gb (peak of this device),
-        seconds_left."""
+        seconds_left, and mfu
+        (model FLOPs utilisation) where the peak and the operations of an image are known."""
         self._start = self._mark = self._waited = self._paused = 0.0  # seconds
         self._images = self._steps = 0
         self._intervals: list[tuple[int, float]] = []  # images and seconds between log entries
@@ -60,6 +69,11 @@ class TrainingProgress(pl.Callback):
         return sum(images for images, _ in settled) / max(sum(seconds for _, seconds in settled), 1e-9)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if self._peak is not None:
+            flops = pl_module.training_flops()
+            self._flops = None if flops is None else flops / (self._peak * 1e12)
+            if flops is None:
+                log.warning("callbacks.progress.peak_tflops has no effect: nobody counts the operations of this stage.")
         self._restart_clock()
         if trainer.is_global_zero and sys.stderr.isatty():
             self._bar = progress_bar(TextColumn("{task.fields[figures]}"))
@@ -134,6 +148,8 @@ class TrainingProgress(pl.Callback):
             "memory_gb": peak_memory_gb(pl_module.device),
             "seconds_left": seconds / self._steps * (min(limits, default=0) - trainer.global_step),
         }
+        if self._flops is not None:
+            self.speed["mfu"] = self.speed["images_per_s"] / trainer.world_size * self._flops
         self._intervals.append((self._images, seconds))
         waits = self.speed["data_wait"] > BOTTLENECK_SHARE and self._steps >= _SETTLED_STEPS
         if waits and len(self._intervals) > 1 and not self._warned:

@@ -105,10 +105,13 @@ class ModelOptions:
         "decoder file with the official names, or an exported folder (diffusers or ours)", "PATH"
     )
     encoder: str | None = option(
-        "folder or hub id of the encoder; with --checkpoint: where the same one lies here", "PATH"
+        "folder or hub id of the encoder, of a decoder file also a preset's name (dinov2-b); with --checkpoint: where the same "
+        "one lies here",
+        "PATH",
     )
     encoder_cls: str | None = option(
-        "of a decoder file: Dinov2withNorm, SigLIP2wNorm, MAEwNorm or DINOv3wNorm", "CLASS"
+        "of a decoder file, unless --encoder is a preset: Dinov2withNorm, SigLIP2wNorm, MAEwNorm or DINOv3wNorm",
+        "CLASS",
     )
     encoder_layers: str | None = option(
         "of a RAEv2 decoder file: k1, k7, k23 or 11.13.15 (default: the last block)", "BLOCKS"

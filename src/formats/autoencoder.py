@@ -8,6 +8,7 @@ from src.core.errors import UserError
 from src.core.options import ModelOptions
 from src.core.settings import check_keys
 from src.formats.checkpoint import LoadedModel
+from src.formats.decoder_files import kind_of
 from src.formats.opening import open_model
 from src.models.rae import read_statistics
 
@@ -18,24 +19,31 @@ def open_autoencoder(
     """Return a frozen RAE with latent statistics.
 
     Args:
-        where: a `.ckpt` or an export of this trainer, a diffusers folder; or a mapping {encoder_cls, encoder, decoder,
-            statistics, decoder_config, ...} of released files.
+        where: a `.ckpt` or an export of this trainer, a diffusers folder; or a mapping {encoder, decoder, statistics} of
+            released files, `encoder` a preset's name, or a place with `encoder_cls` beside it. Other options of
+            `ModelOptions` may stand in it.
         statistics: a file, where the autoencoder has none or others are wanted.
         image_size: px that its images must have; None: its own.
 
     Raises:
         UserError: files that are missing or don't fit, no statistics, another image size.
     """
-    if where is None:
+    decoder = where.get("decoder") if isinstance(where, Mapping) else where
+    if decoder is None:
         raise UserError(
-            "model.autoencoder is not set: give a .ckpt of stage 1, the folder of an export, or a mapping such as "
-            "'{encoder_cls: Dinov2withNorm, encoder: facebook/dinov2-with-registers-base, decoder: model.pt, statistics: stat.pt}'."
+            "model.autoencoder is not set (src/sample.py: --autoencoder): give a .ckpt of stage 1, the folder of an export, or "
+            "released files: '{encoder: dinov2-b, decoder: model.pt, statistics: stat.pt}'."
+        )
+    if decoder is not where and (str(decoder).endswith(".ckpt") or kind_of(decoder, "model.autoencoder.decoder")[0]):
+        raise UserError(
+            f"model.autoencoder.decoder={decoder} says its encoder itself: set model.autoencoder={decoder} instead of a mapping."
         )
     if isinstance(where, str):
         choice: dict[str, Any] = {"checkpoint" if where.endswith(".ckpt") else "decoder": where}
     else:
-        choice = {{"statistics": "stats"}.get(str(key), str(key)): value for key, value in where.items()}
-        check_keys(choice, [field.name for field in fields(ModelOptions)], "model.autoencoder")
+        known = {"stats": "statistics"}
+        check_keys(where, [known.get(field.name, field.name) for field in fields(ModelOptions)], "model.autoencoder")
+        choice = {("stats" if key == "statistics" else str(key)): value for key, value in where.items()}
     loaded = open_model(ModelOptions(**{**choice, "image_size": image_size}))
     rae = loaded.rae
     if statistics is not None:

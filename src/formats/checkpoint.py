@@ -48,6 +48,10 @@ class RAESettings(Settings):
     activation_checkpointing: bool
 
 
+class OtherStage(UserError):
+    """A checkpoint of stage 2 where one of stage 1 is expected."""
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A frozen RAE and where it comes from."""
@@ -84,6 +88,11 @@ def load_trained(path: str | Path, which: Which = "ema", changes: Mapping[str, A
             "decoder of others is given with --decoder (and --encoder, --stats)."
         )
     model = content["config"]["model"]
+    if "autoencoder" in model:
+        raise OtherStage(
+            f"{file} is a checkpoint of stage 2, a diffusion transformer, and an autoencoder is needed here. Give the one it was "
+            f"trained on: {model['autoencoder']}."
+        )
     settings = {name: model[name] for name in RAESettings.field_names()}
     settings |= {"pretrained_decoder_path": None, "normalization_stat_path": None, **(changes or {})}
     rae = RAE(**settings)

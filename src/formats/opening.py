@@ -10,6 +10,7 @@ from src.formats.checkpoint import LoadedModel, existing, load_trained
 from src.formats.decoder_files import kind_of
 from src.formats.diffusers import read_diffusers
 from src.formats.folder import read_folder
+from src.models.encoder_presets import expand_encoder
 from src.models.rae import RAE, SOURCE_KEYS
 
 DEFAULT_IMAGE_PX = 256
@@ -62,19 +63,8 @@ def _from_decoder(options: ModelOptions) -> LoadedModel:
         said = ("encoder_cls", "encoder_layers", "stats", *(("encoder",) if kind == "diffusers" else ()))
         _refuse(options, said, f"the folder {place} says that itself. Drop it.")
         return read_diffusers(place) if kind == "diffusers" else read_folder(place, options.encoder)
-    if options.encoder_cls is None or options.encoder is None:
-        raise UserError(
-            "A decoder file needs its encoder: --encoder_cls Dinov2withNorm --encoder "
-            "facebook/dinov2-with-registers-base, say."
-        )
-    key = "dinov2_path" if options.encoder_cls == "Dinov2withNorm" else "model_name"
-    params: dict[str, Any] = {key: options.encoder}
-    if options.encoder_layers is not None:
-        params["layers"] = options.encoder_layers
     rae = RAE(
-        encoder_cls=options.encoder_cls,
-        encoder_config_path=options.encoder,
-        encoder_params=params,
+        **_encoder(options),
         decoder_config_path=options.decoder_config,
         decoder_patch_size=options.decoder_patch_size,
         image_size=options.image_size or DEFAULT_IMAGE_PX,
@@ -87,6 +77,23 @@ def _from_decoder(options: ModelOptions) -> LoadedModel:
     return LoadedModel(
         rae, {"source": str(place), "weights": "as stored", "encoder": rae.encoder.identity(), **unknown}
     )
+
+
+def _encoder(options: ModelOptions) -> dict[str, Any]:
+    """Return the arguments of `RAE` for the encoder: a preset's name, or a class and a place."""
+    node = {"encoder_cls": options.encoder_cls, "encoder_params": {"layers": options.encoder_layers}}
+    if options.encoder_cls is not None and options.encoder is not None:
+        key = "dinov2_path" if options.encoder_cls == "Dinov2withNorm" else "model_name"
+        params = {key: options.encoder, **({"layers": options.encoder_layers} if options.encoder_layers else {})}
+        return node | {"encoder_config_path": options.encoder, "encoder_params": params}
+    try:
+        return expand_encoder({"encoder": options.encoder or "", **node})
+    except UserError as error:
+        raise UserError(
+            f"A decoder file needs its encoder, and --encoder is {options.encoder}: give the name of a preset (--encoder "
+            "dinov2-b; docs/encoders.md), or class and place (--encoder_cls Dinov2withNorm --encoder "
+            "facebook/dinov2-with-registers-base)."
+        ) from error
 
 
 def run_config(checkpoint: str) -> Mapping[str, Any]:

@@ -1,22 +1,32 @@
-"""Open a trained diffusion transformer: a checkpoint of ours, or a file of the official code with the name of its model."""
+"""Open a trained diffusion transformer: a checkpoint or export of ours, or a file of the official code with the name of its
+model. Export one as such a file.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import Tensor
 
 from src.core.compose import compose
 from src.core.errors import UserError
-from src.core.weights import freeze, load_strict, read
+from src.core.files import write_torch
+from src.core.weights import freeze, load_strict, read, resolve
 from src.formats.autoencoder import open_autoencoder
-from src.formats.checkpoint import existing
+from src.formats.checkpoint import LoadedModel, existing, statistics_digest
+from src.formats.decoder_files import RECORD, read_record
+from src.formats.export import new_folder
+from src.formats.provenance import file_hashes, without_private_paths, write_record
 from src.losses.flow_matching import FlowSettings
 from src.models.dit import LatentTransformer, build_network
+from src.models.frozen_encoder import identity_differences, is_untrained
 from src.models.rae import RAE
 
+FORMAT = "stage2"
 _OURS = "ema_network."
 _WRAPPERS = ("module.", "_orig_mod.")
 
@@ -57,26 +67,35 @@ def open_generator(
     file = existing(checkpoint)
     content = read(file)
     ours = isinstance(content, Mapping) and "format_version" in content
+    said = content if ours else _record(file)
     if ours and "autoencoder" not in content["config"]["model"]:
         raise UserError(f"{file} is a checkpoint of stage 1, an autoencoder. Sampling needs one of stage 2.")
-    if ours and model is not None:
+    if said and model is not None:
         raise UserError(f"--model {model}: {file} says itself which model it is. Drop the option.")
-    if not ours and model is None:
+    if not said and model is None:
         raise UserError(
             f"{file} is no checkpoint of this trainer: say which model it is with --model (ditdh_xl, dit_xl, raev2_dit_k7, "
             "...) and give its --autoencoder."
         )
-    config = content["config"]["model"] if ours else compose([f"experiment={model}"])["model"]
+    config = said["config"]["model"] if said else compose([f"experiment={model}"])["model"]
     rae = None
     if shape is None:
-        where = yaml.safe_load(autoencoder) if autoencoder is not None else config["autoencoder"]
-        rae = open_autoencoder(where, config["statistics"], config["image_size"]).rae
-        shape = rae.latent_shape
+        where, given = config["autoencoder"], yaml.safe_load(autoencoder) if autoencoder is not None else {}
+        where = {**where, **given} if isinstance(where, Mapping) and isinstance(given, Mapping) else given or where
+        statistics = config["statistics"]
+        if given and statistics is not None and not resolve(statistics).exists():  # of another machine
+            statistics = None
+        loaded = open_autoencoder(where, statistics, config["image_size"])
+        rae, shape = loaded.rae, loaded.rae.latent_shape
+        if said:
+            _check_latents(said, loaded, file)
+    elif said and shape != _latent_shape(said):
+        raise UserError(f"{file} is of latents of {_latent_shape(said)} (C x h x w), but {shape} are wanted.")
     flow = FlowSettings.parse(config["flow"], "model.flow")
     network = build_network(config["network"], shape, config["num_classes"], config["label_dropout"], seed=0)
     load_strict(network, _own(content) if ours else foreign_weights(content, file), file)
     freeze(network)
-    step = content["global_step"] if ours else None
+    step = said["global_step"] if said else None
     return Generator(network, rae, flow, dict(config["sampler"]), flow.shift_for(shape), str(file), step)
 
 
@@ -92,6 +111,66 @@ def foreign_weights(content: Any, file: object) -> dict[str, Tensor]:
     if not isinstance(content, Mapping):
         raise UserError(f"{file} holds a {type(content).__name__}; expected a state dict or a training checkpoint.")
     return {_unwrapped(str(name)): value for name, value in content.items()}
+
+
+def export_official(checkpoint: str | Path, output: Path, dtype: torch.dtype, overwrite: bool) -> None:
+    """Write the averaged weights of a checkpoint of ours as the published code reads them, with a record and a card.
+
+    RAE's form is a bare state dict, `stage2_model.pt`; RAEv2's a dictionary with `ema`, `checkpoint.pt`. The names are ours.
+
+    Raises:
+        UserError: no checkpoint of stage 2, or something at `output` that is not to be replaced.
+    """
+    file = existing(checkpoint)
+    content = read(file)
+    config = content["config"]
+    state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in _own(content).items()}
+    v2 = config["model"]["network"]["name"] == "RAEv2DiT"
+    name = "checkpoint.pt" if v2 else "stage2_model.pt"
+    untrained = ["encoder"] * is_untrained(content["encoder"])
+    with new_folder(output, overwrite) as folder:
+        write_torch(folder / name, {"ema": state} if v2 else state)
+        kept = ("global_step", "epoch", "architecture", "encoder", "statistics", "config")
+        facts = {"format": FORMAT, "created": datetime.now(UTC).isoformat(timespec="seconds"), "source": file.name}
+        facts |= {key: content[key] for key in kept} | {"untrained": untrained, "files": file_hashes(folder)}
+        write_record(without_private_paths(facts), folder)
+        random = "**UNTRAINED encoder: random weights, not a result.**\n\n" if untrained else ""
+        size, shape = f"{sum(v.numel() for v in state.values()) / 1e6:.1f} M numbers", _latent_shape(content)
+        (folder / "README.md").write_text(
+            f"# Diffusion transformer on RAE latents\n\n{random}`{name}`: averaged weights after {content['global_step']:,} "
+            f"updates, {config['model']['network']['name']} with {size}, on latents of {' x '.join(map(str, shape))} of "
+            f"`{content['encoder'].get('source')}`. `{RECORD}` has the whole configuration. Sampling:\n\n"
+            f"```bash\npython src/sample.py --checkpoint {name} --autoencoder AUTOENCODER --output samples.npz\n```\n"
+        )
+
+
+def _record(file: Path) -> dict[str, Any]:
+    """Return what `export_official` wrote beside a file; empty for files of others."""
+    record = read_record(file.parent)
+    return record if record.get("format") == FORMAT and file.name in record["files"] else {}
+
+
+def _latent_shape(content: Mapping[str, Any]) -> tuple[int, int, int]:
+    sizes = content["architecture"]
+    return sizes["latent channels"], sizes["latent grid"], sizes["latent grid"]
+
+
+def _check_latents(content: Mapping[str, Any], loaded: LoadedModel, file: Path) -> None:
+    """Raise UserError where an autoencoder's latents are not those that a checkpoint of ours was trained on."""
+    rae = loaded.rae
+    pairs = {
+        "shape (C x h x w)": (_latent_shape(content), rae.latent_shape),
+        "statistics": (content["statistics"]["digest"], statistics_digest(rae)),
+    }
+    other = identity_differences(content["encoder"], rae.encoder.identity())
+    differing = [f"{name}: {a} there, {b} here" for name, (a, b) in pairs.items() if a != b]
+    differing += [f"encoder: {content['encoder']} there, {rae.encoder.identity()} here"] * bool(other)
+    if differing:
+        raise UserError(
+            f"{file} was trained on other latents than those of the autoencoder {loaded.description['source']} "
+            f"({'; '.join(differing)}). Give the autoencoder of the training, or one with the same encoder and statistics "
+            "(--autoencoder)."
+        )
 
 
 def _own(content: Mapping[str, Any]) -> dict[str, Tensor]:

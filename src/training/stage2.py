@@ -16,10 +16,13 @@ from src.core.errors import UserError
 from src.core.images import unit_to_bytes
 from src.core.schedules import Schedule
 from src.core.weights import freeze
+from src.data.latents import LatentStore
 from src.evaluation.generate import Sampler, SamplerSettings
+from src.evaluation.reconstruction import check_store
 from src.formats.autoencoder import open_autoencoder
 from src.formats.checkpoint import statistics_digest
 from src.losses.flow_matching import FlowSettings
+from src.models import flops
 from src.models.dit import build_network, forward_flops
 from src.models.dit_layers import LABEL_STD
 from src.training.module import StageModule, sizes
@@ -88,7 +91,7 @@ class DiffusionModule(StageModule):
     def __init__(self, **config: Any) -> None:
         settings = Stage2Settings.parse(config)
         super().__init__(settings)
-        loaded = open_autoencoder(settings.autoencoder, settings.statistics, settings.image_size)
+        self.autoencoder = loaded = open_autoencoder(settings.autoencoder, settings.statistics, settings.image_size)
         self.rae = loaded.rae
         self.autoencoder_identity = {
             "encoder": dict(loaded.description["encoder"]),
@@ -125,7 +128,9 @@ class DiffusionModule(StageModule):
     def compute_gradients(self, batch: Mapping[str, Any], batch_idx: int, step: int, share: float) -> dict[str, Tensor]:
         labels = self._labels(batch)
         draws = FlowDraws.at(self.settings.loop.seed, batch, self.rae.latent_shape, self.device, training=True)
-        terms = self.step.training_terms(self.network, batch.get("image"), batch.get("latent"), labels, draws)
+        terms = self.step.losses(
+            self.network, self.step.latents(batch, draws, training=True), self.step.dropped(labels, draws), draws
+        )
         self.manual_backward(terms["loss"].mean() * share)
         self._add_to_window(step, terms, draws)
         return {name: value.detach().mean() for name, value in terms.items() if name != "zero"}
@@ -147,7 +152,8 @@ class DiffusionModule(StageModule):
     def _labels(self, batch: Mapping[str, Any]) -> Tensor:
         if "label" not in batch:
             raise UserError(NO_LABELS)
-        return batch["label"]
+        labels = batch["label"]
+        return torch.where(labels < 0, self.settings.num_classes, labels)  # of no class: the null label
 
     def _add_to_window(self, step: int, terms: Mapping[str, Tensor], draws: FlowDraws) -> None:
         """Sum losses by quartile of t since the last log entry: 4 sums, 4 counts, the loss of the output 0; no waiting."""
@@ -182,7 +188,7 @@ class DiffusionModule(StageModule):
     @torch.no_grad()
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         draws = FlowDraws.at(self.settings.loop.seed, batch, self.rae.latent_shape, self.device, training=False)
-        latents = batch["latent"] if "latent" in batch else self.step.encode(batch["image"], draws.flip < 0)
+        latents = self.step.latents(batch, draws, training=False)
         losses = self.step.losses(self.ema_network, latents, self._labels(batch), draws)["loss"].double().cpu()
         quartile = (draws.time.cpu() * QUARTERS).long().clamp(max=QUARTERS - 1)
         self._totals.index_add_(0, quartile, losses)
@@ -236,6 +242,13 @@ class DiffusionModule(StageModule):
             ("classes", f"{self.settings.num_classes}, dropped with probability {self.settings.label_dropout:g}"),
         ]
 
+    def training_flops(self) -> float:
+        """Return three forward passes of the transformer, and the encoder's where latents aren't stored."""
+        size = self.rae.geometry.encoder_input_size
+        stored = self.trainer.datamodule.latent_store is not None
+        encoder = 0 if stored else flops.forward_flops(self.rae.encoder, torch.empty(1, 3, size, size, device="meta"))
+        return 3 * forward_flops(self.network) + encoder
+
     def doubts(self, max_epochs: int | None) -> list[str]:
         width, channels = self.network.final_layer.linear.in_features, self.rae.latent_shape[0]
         if width >= channels:
@@ -249,6 +262,15 @@ class DiffusionModule(StageModule):
         return ["encoder"] * self.rae.encoder.untrained
 
     # -- set-up and checkpoints
+
+    def accept_latents(self, store: LatentStore) -> None:
+        check_store(store, self.autoencoder)
+        self.step.normalize_stored = store.scale == "raw"
+        if self.settings.flip_probability and self.trainer.is_global_zero:
+            log.warning(
+                "Stored latents are of images as they are: nothing is mirrored (model.flip_probability=%g has no effect).",
+                self.settings.flip_probability,
+            )
 
     def on_fit_start(self) -> None:
         classes, known = self.trainer.datamodule.num_classes, self.settings.num_classes
