@@ -30,8 +30,6 @@ several decoders on the same latents tell whether a worse gFID comes from the de
 
 {EXIT_CODES}"""
 
-COLUMNS = {"gfid": "gFID", "sfid": "sFID", "inception_score": "IS", "precision": "prec.", "recall": "rec."}
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(GenerationOptions, __doc__, argv, EPILOG)
@@ -61,13 +59,12 @@ def _run(options: GenerationOptions) -> int:
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """Return a line for each set of images under a line of names; scores that were left out have no column."""
-    columns = {
-        key + end: label for key, label in COLUMNS.items() for end in ("", "_untrained") if key + end in results[0]
-    }
-    rows = [[*columns.values(), "images", "of"]]
-    rows += [[*(f"{r[key]:.4f}" for key in columns), f"{r['images']:,}", r["images_of"]] for r in results]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    return "\n".join("  ".join([*(f"{c:>{w}}" for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows)
+    from src.evaluation.report_card import aligned, label
+
+    keys = [key for key in results[0] if label(key)]
+    rows = [[*(str(label(key)) for key in keys), "images", "of"]]
+    rows += [[*(f"{r[key]:.4f}" for key in keys), f"{r['images']:,}", r["images_of"]] for r in results]
+    return "\n".join(aligned(rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Score reconstructions: rFID, PSNR, SSIM and LPIPS of a trained model, a released decoder or an exported folder.
+"""Score reconstructions: rFID, PSNR, SSIM and LPIPS of trained models, released decoders or exported folders.
 
 python src/eval_rfid.py --checkpoint logs/runs/DATE/TIME/checkpoints/best.ckpt --data_dir /path/to/imagenet_hf
+python src/eval_rfid.py --decoder exports/a exports/b --data_dir DATA --noise_sigma 0 0.4 0.8 --report_card card
 torchrun --nproc_per_node=8 src/eval_rfid.py …                       several processes, the same number
 """
 
@@ -34,8 +35,7 @@ A DDP run of N processes, or another batch size, gives the same number up to flo
 
 {EXIT_CODES}"""
 
-SCORES = {"rfid": "rFID", "rfid_untrained": "rFID (untrained Inception)"}
-QUALITY = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS", "lpips_untrained": "LPIPS (untrained)"}
+RFID = {"rfid": "rFID", "rfid_untrained": "rFID (untrained Inception)"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +47,7 @@ def _run(options: EvaluationOptions) -> int:
     from src.core.distributed import processes
     from src.core.files import write_text
     from src.core.weights import resolve
+    from src.evaluation.report_card import NUMBERS, TABLE, markdown
     from src.evaluation.rfid import evaluate
 
     with processes(options.device) as process:
@@ -55,33 +56,33 @@ def _run(options: EvaluationOptions) -> int:
         print(text(results))
         if options.output_dir:
             print(f"Sample images saved to: {options.output_dir}")
-        if options.json:
-            content = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], **protocol, "results": results}
-            write_text(resolve(options.json), json.dumps(content, indent=2) + "\n")
-        for file in filter(None, (options.json, options.csv, options.save_npz)):
+        content = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], **protocol, "results": results}
+        card = [Path(options.report_card) / name for name in (TABLE, NUMBERS)] if options.report_card else []
+        if card:
+            write_text(resolve(card[0]), markdown(results))
+        for file in filter(None, (options.json, *card[1:])):
+            write_text(resolve(file), json.dumps(content, indent=2) + "\n")
+        for file in filter(None, (options.json, options.csv, options.save_npz, *card)):
             print(f"Written: {file}")
     return 0
 
 
 def text(results: Sequence[Mapping[str, Any]]) -> str:
     """Return a paragraph for each data set: its first variant in words, all of several variants as a table."""
+    from src.evaluation.report_card import aligned, label, score_rows
+
     paragraphs = []
     for data_dir in dict.fromkeys(result["data_dir"] for result in results):
         own = [result for result in results if result["data_dir"] == data_dir]
         first = own[0]
         lines = [f"Images: {first['images']:,} of {first['available']:,}, {first['split']} of {data_dir}"]
-        lines += [f"{label} Score: {first[key]:.4f}" for key, label in SCORES.items() if key in first]
-        lines.append(", ".join(f"{label}: {first[key]:.4f}" for key, label in QUALITY.items() if key in first))
-        paragraphs.append("\n".join(lines + (_table(own) if len(own) > 1 else [])) + "\n")
+        lines += [f"{name} Score: {first[key]:.4f}" for key, name in RFID.items() if key in first]
+        others = [key for key in first if key not in RFID and label(key)]
+        lines.append(", ".join(f"{label(key)}: {first[key]:.4f}" for key in others))
+        paragraphs.append(
+            "\n".join(lines + (aligned(score_rows(own, ("model", "layers")), "  ") if len(own) > 1 else [])) + "\n"
+        )
     return "\n".join(paragraphs)
-
-
-def _table(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    columns = {key: label for key, label in (SCORES | QUALITY).items() if key in results[0]}
-    rows = [["blocks", "sigma", *columns.values()]]
-    rows += [[r["layers"] or "own", f"{r['noise_sigma']:g}", *(f"{r[key]:.4f}" for key in columns)] for r in results]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
 if __name__ == "__main__":

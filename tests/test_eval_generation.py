@@ -74,7 +74,6 @@ def refused(capsys):
     return run
 
 
-@pytest.mark.slow
 def test_npz_and_folder_give_the_same_and_so_do_the_functions(evaluate, files):
     out, (result,) = evaluate(f"--samples {files}/generated.npz --reference {files}/reference.npz")
     assert {*SCORES, "images", "image_size", "images_of"} == result.keys()

@@ -367,7 +367,7 @@ def test_code_in_a_file_is_refused_and_not_run(refused, checkpoint, images, tmp_
     ("arguments", "words"),
     [
         ("", ["one of --checkpoint"]),
-        ("--checkpoint CHECKPOINT --decoder x", ["one of --checkpoint"]),
+        ("--checkpoint CHECKPOINT --decoder x.pt", ["x.pt"]),
         ("--checkpoint CHECKPOINT --image-size 128", ["--image_size 128, but the model of", "64 px"]),
         ("--checkpoint CHECKPOINT --stats x", ["--stats"]),
         ("--checkpoint CHECKPOINT --layers k7", ["--layers=k7"]),
@@ -376,11 +376,12 @@ def test_code_in_a_file_is_refused_and_not_run(refused, checkpoint, images, tmp_
         ("--checkpoint CHECKPOINT --reference a.npz b.npz", ["--reference names 2"]),
         ("--checkpoint CHECKPOINT --reference no.npz", ["no.npz"]),
         ("--checkpoint CHECKPOINT --device tpu", ["--device tpu"]),
-        ("--decoder CHECKPOINT", ["needs its encoder"]),
+        ("--decoder IMAGES/class0/000.png", ["needs its encoder"]),
     ],
 )
 def test_contradictions(refused, checkpoint, images, arguments, words):
-    message = refused(f"{arguments.replace('CHECKPOINT', str(checkpoint))} --data_dir {images}")
+    arguments = arguments.replace("CHECKPOINT", str(checkpoint)).replace("IMAGES", str(images))
+    message = refused(f"{arguments} --data_dir {images}")
     assert all(word in message for word in words)
 
 

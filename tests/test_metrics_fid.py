@@ -99,6 +99,17 @@ def test_a_set_has_no_distance_to_itself(count: int) -> None:
     assert 0 <= frechet_distance(statistics(rows), statistics(rows.flip(0), 33)) < 1e-6
 
 
+@pytest.mark.parametrize("count", [2, 40, 127, 128])
+def test_few_images_take_a_short_cut_to_the_same_number(count: int) -> None:
+    """The count tells how small the eigenproblem is; one that is too small is noticed."""
+    scale = torch.logspace(0, -5, 256) * (torch.arange(256) % 5 > 0)  # some features are constant
+    a, b = (statistics(features(count, 256, seed) * scale) for seed in (1, 2))
+    moments = [(part.mean, part.covariance) for part in (a, b)]
+    whole = frechet_distance(*(Gaussian(*part) for part in moments))
+    assert frechet_distance(a, b) == pytest.approx(whole, rel=1e-9)
+    assert frechet_distance(*(Gaussian(*part, 2) for part in moments)) == pytest.approx(whole, rel=1e-9)
+
+
 def test_fewer_than_two_images_and_other_networks_are_errors() -> None:
     one, two = statistics(features(1, 8, 1)), statistics(features(2, 8, 1))
     with pytest.raises(UserError, match="at least 2 images.*got 1"):

@@ -43,7 +43,7 @@ def data(count: int = 24) -> tuple[Tensor, Tensor]:
 def score_of(
     inception: InceptionFeatures | None, batches: list[tuple[Tensor, Tensor]], **options
 ) -> ReconstructionScore:
-    score = ReconstructionScore(inception, inception_batch_size=5, **options)
+    score = ReconstructionScore([] if inception is None else [inception], batch_size=5, **options)
     for original, reconstruction in batches:
         score.update(original, reconstruction)
     return score
@@ -51,7 +51,7 @@ def score_of(
 
 def test_all_numbers_are_what_the_parts_give(inception: InceptionFeatures) -> None:
     original, reconstruction = data()
-    score = ReconstructionScore(inception, 5, lpips)
+    score = ReconstructionScore([inception], 5, lpips)
     values = score.update(original, reconstruction)
     decoded = unit_to_bytes(reconstruction)
     assert torch.equal(values["psnr"], psnr(original, decoded)) and torch.equal(values["ssim"], ssim(original, decoded))
@@ -99,7 +99,7 @@ def test_a_score_is_called_rfid_only_with_real_weights(tmp_path: Path) -> None:
 def test_a_reference_takes_the_place_of_the_originals(inception: InceptionFeatures) -> None:
     original, reconstruction = data()
     clean = score_of(inception, [(original, reconstruction)])
-    noisy = score_of(inception, [(original, reconstruction * 0.8)], reference=clean.reference)
+    noisy = score_of(inception, [(original, reconstruction * 0.8)], references=clean.references)
     alone = score_of(inception, [(original, reconstruction * 0.8)])
     assert noisy.compute() == pytest.approx(alone.compute(), rel=1e-12)
 
@@ -159,7 +159,12 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
     shares = [(slice(0, 5), slice(5, 19)), (slice(19, 24),)]
     uneven = score_of(network, [(original[s], reconstruction[s]) for s in shares[rank]], lpips=lpips).reduce()
     idle = score_of(network, [(original, reconstruction)] * (rank == 1), lpips=lpips).reduce()  # rank 0 has no image
-    content = [uneven.compute(), idle.compute(), uneven.reference.count, uneven.reference.covariance]
+    content = [
+        uneven.compute(),
+        idle.compute(),
+        uneven.references["inception"].count,
+        uneven.references["inception"].covariance,
+    ]
     torch.save(content, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -175,4 +180,4 @@ def test_two_ranks_give_the_number_of_one(inception: InceptionFeatures, tmp_path
         assert uneven["images"] == idle["images"] == count == 24
         assert idle == pytest.approx(expected, rel=1e-8)
         assert uneven == pytest.approx(expected, rel=1e-5)  # other batches, so float32 features rounded otherwise
-        torch.testing.assert_close(covariance, alone.reference.covariance, rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(covariance, alone.references["inception"].covariance, rtol=1e-4, atol=1e-9)

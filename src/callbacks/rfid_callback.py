@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,10 @@ from src.core.images import Quantization
 from src.core.run_names import run_id
 from src.core.weights import resolve
 from src.evaluation.image_pairs import KeptPairs, save_pairs
-from src.evaluation.networks import load_inception
+from src.evaluation.networks import load_features, load_inception
+from src.evaluation.report_card import label
 from src.evaluation.scoring_pass import score_images
+from src.metrics.features import INCEPTION, FeatureNetwork
 from src.metrics.fid import Moments
 from src.metrics.inception import InceptionFeatures, InceptionWeights
 from src.metrics.reconstruction import ReconstructionScore
@@ -40,9 +42,10 @@ REMEDY = (
 class RFIDCallback(pl.Callback):
     """Scores the EMA weights on held-out images; every process takes its share. Arguments: configs/callbacks/rfid.yaml.
 
-    Logs `rfid/{score,psnr,ssim,lpips,images,seconds}`; with untrained Inception weights the first part of the names is
-    `rfid_untrained`; for the whole evaluation set at the end `_full` is added to it. Of several sets (`data.evaluation`) the
-    first has these names, `rfid_NAME` are the others. Training loses nothing but time.
+    Logs `rfid/{score,psnr,ssim,lpips,images,seconds}`, and `rfid/rfd_NAME` for further feature networks; with untrained
+    Inception weights the first part of the names is `rfid_untrained`; for the whole evaluation set at the end `_full` is
+    added to it. Of several sets (`data.evaluation`) the first has these names, `rfid_NAME` are the others. Training loses
+    nothing but time.
     """
 
     rfid_every_n_steps: int
@@ -58,6 +61,7 @@ class RFIDCallback(pl.Callback):
     quantization: Quantization
     inception_path: str | None
     inception_weights: InceptionWeights
+    features: Sequence[str] = ("inception",)
     inception_width: float | None = None
     """In the configurations of older runs: below 1 it makes untrained weights tiny."""
 
@@ -73,12 +77,16 @@ class RFIDCallback(pl.Callback):
         }.items():
             if getattr(self, key) not in known:
                 raise UserError(f"callbacks.rfid.{key}={getattr(self, key)}: expected {' or '.join(known)}.")
+        if INCEPTION not in [name.partition("=")[0] for name in self.features]:
+            raise UserError(
+                f"callbacks.rfid.features={list(self.features)}: expected {INCEPTION} among them, for rfid/score."
+            )
         self._device = _parse_device(self.rfid_device)
         self._pairs = self.save_samples_count if self.rfid_save_samples else 0
         self.group = "rfid" if self.inception_weights == "pretrained" else "rfid_untrained"
         """First part of the logged names."""
-        self._inception: InceptionFeatures | None = None
-        self._reals: dict[tuple[str | None, int], Moments] = {}  # by set and number of images: the same ones each time
+        self._networks: list[FeatureNetwork] = []
+        self._reals: dict[tuple[str | None, int], Mapping[str, Moments]] = {}  # by set and number of its images
         self._latest: tuple[int, int, dict[str, float]] = (-1, 0, {})  # step, images wanted, result
         self._warned_of_few = False
 
@@ -88,6 +96,10 @@ class RFIDCallback(pl.Callback):
         return bool(self.rfid_every_n_steps) or self.rfid_every_epoch
 
     @property
+    def in_use(self) -> bool:
+        return self.scores_checkpoints or self.full_at_end
+
+    @property
     def monitor(self) -> str:
         return f"{self.group}/score"
 
@@ -95,7 +107,7 @@ class RFIDCallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Check before training what would fail at the first evaluation. Raises UserError."""
-        if stage != "fit" or not (self.scores_checkpoints or self.full_at_end):
+        if stage != "fit" or not self.in_use:
             return
         dataset, training_images = trainer.datamodule.evaluation_dataset(self.use_train_dataloader)
         if len(dataset) < 2:
@@ -107,8 +119,7 @@ class RFIDCallback(pl.Callback):
             log.warning(
                 "rFID is measured on training images: nothing is held out (data.train_split, data.hf_validation_split)."
             )
-        key = "callbacks.rfid.inception_path"
-        self._inception = load_inception(self.inception_path, self.inception_weights, key, REMEDY, self.inception_width)
+        self._networks = self.load_networks()
         if self._pairs and trainer.is_global_zero:
             try:
                 self._folder(trainer).mkdir(parents=True, exist_ok=True)
@@ -119,13 +130,8 @@ class RFIDCallback(pl.Callback):
                 ) from error
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        accumulate = pl_module.settings.loop.accumulate_grad_batches
-        every = self.rfid_every_n_steps
-        if not every or (batch_idx + 1) % accumulate or trainer.global_step % every:
-            return
-        if self.rfid_every_epoch and batch_idx + 1 >= pl_module.steps_per_epoch * accumulate:
-            return  # the end of the epoch does it
-        self._evaluate(trainer, pl_module, f"step_{trainer.global_step:07d}", self.rfid_num_samples)
+        if due(trainer, pl_module, batch_idx, self.rfid_every_n_steps, self.rfid_every_epoch):
+            self._evaluate(trainer, pl_module, f"step_{trainer.global_step:07d}", self.rfid_num_samples)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.rfid_every_epoch and self._latest[0] != trainer.global_step:
@@ -135,8 +141,17 @@ class RFIDCallback(pl.Callback):
         if self.full_at_end:
             self._evaluate(trainer, pl_module, "end", None, f"{self.group}_full")
 
+    def load_networks(self) -> list[FeatureNetwork]:
+        """Return the feature networks on the CPU. UserError where one is missing."""
+
+        def inception(place: str | None) -> InceptionFeatures:
+            key, path = "callbacks.rfid.inception_path", place or self.inception_path
+            return load_inception(path, self.inception_weights, key, REMEDY, self.inception_width)
+
+        return load_features(self.features, inception)
+
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        self._inception = None
+        self._networks = []
         self._reals.clear()
 
     # -- what
@@ -157,7 +172,7 @@ class RFIDCallback(pl.Callback):
                     values = self._latest[2]  # the same images through the same weights
                 else:
                     folder = f"{name}_{which}" if number else name
-                    with _evaluation_mode(pl_module.rae, pl_module.ema_decoder):
+                    with evaluation_mode(pl_module.rae, pl_module.ema_decoder):
                         values = self._score(trainer, pl_module, folder, count, chosen)
                     if not number:
                         self._latest = (trainer.global_step, count, values)
@@ -170,7 +185,7 @@ class RFIDCallback(pl.Callback):
         """Score the EMA weights on all ranks, with the same result on all of them. which: the evaluation set."""
         process = Process(pl_module.device, trainer.global_rank, trainer.world_size)
         score = ReconstructionScore(
-            self._network(pl_module.device), self.rfid_batch_size, pl_module.lpips, self.quantization,
+            self._on_device(pl_module.device), self.rfid_batch_size, pl_module.lpips, self.quantization,
             self._reals.get((which, images)) or self._given(trainer, which, process),
         )  # fmt: skip
         loader = trainer.datamodule.evaluation_loader(
@@ -186,7 +201,7 @@ class RFIDCallback(pl.Callback):
         score.reduce()
         if score.count < 2:  # on all ranks, so that none waits for the others
             raise UserError(f"rFID needs at least 2 images that can be decoded, got {score.count}.")
-        self._reals[which, images] = score.reference
+        self._reals[which, images] = score.references
         values = score.compute(warn_of_few=not self._warned_of_few) if process.main else {}
         self._warned_of_few = True
         values = dict(trainer.strategy.broadcast(values))
@@ -199,31 +214,28 @@ class RFIDCallback(pl.Callback):
                 log.warning("The pictures in %s", disk_message(error, self._folder(trainer) / name))
         return values
 
-    def _given(self, trainer: pl.Trainer, which: str | None, process: Process) -> Moments | None:
-        """Read the reference that `data.evaluation` names for a set; None: its originals are the reference."""
+    def _given(self, trainer: pl.Trainer, which: str | None, process: Process) -> dict[str, Moments]:
+        """Read the reference that `data.evaluation` names for a set; none: its originals are the reference."""
         settings = trainer.datamodule.evaluation_sets[which].settings if which else None
         if settings is None or settings.reference is None:
-            return None
+            return {}
         size = trainer.datamodule.evaluation_transform.image_size
         remedy = f"Give another file as data.evaluation.{which}.reference, or null for the originals."
-        network = self._network(process.device)
-        file = resolve(settings.reference)
-        return load_reference(file, network, self.rfid_batch_size, Preparation(image_size=size), remedy, process)
+        file, wanted, batch = resolve(settings.reference), Preparation(image_size=size), self.rfid_batch_size
+        networks = self._on_device(process.device)
+        return {n.space: load_reference(file, n, batch, wanted, remedy, process) for n in networks}
 
     def _publish(self, trainer: pl.Trainer, pl_module: Any, group: str, figures: dict[str, float]) -> None:
-        values = {f"{group}/{key}": value for key, value in figures.items()}
-        pl_module.scores |= {key: (trainer.global_step, value) for key, value in values.items()}
-        pl_module.write_metrics(values)
+        pl_module.record_scores({f"{group}/{key}": value for key, value in figures.items()})
         if trainer.is_global_zero:
-            rest = ", ".join(f"{key.upper()} {figures[key]:.4g}" for key in ("psnr", "ssim", "lpips") if key in figures)
+            rest = ", ".join(f"{label(key)} {value:.4g}" for key, value in figures.items() if label(key))
             log.info(
                 "step %d, %s: %.4f over %s images (%s) in %.1f s", trainer.global_step, group, figures["score"],
                 f"{figures['images']:,}", rest, figures["seconds"],
             )  # fmt: skip
 
-    def _network(self, module_device: torch.device) -> InceptionFeatures:
-        """Return it on `rfid_device`: `cuda` is the module's own GPU, or the module's device where there is none."""
-        assert self._inception is not None, "setup has not run"
+    def _on_device(self, module_device: torch.device) -> list[FeatureNetwork]:
+        """Return the networks on `rfid_device`: `cuda` is the module's own GPU, or the module's device without one."""
         device = self._device
         if device.type == "cuda" and not torch.cuda.is_available():
             log.warning(
@@ -232,10 +244,19 @@ class RFIDCallback(pl.Callback):
             device = self._device = module_device
         if device.type == module_device.type and device.index is None:
             device = module_device
-        return self._inception.to(device)
+        return [network.to(device) for network in self._networks]
 
     def _folder(self, trainer: pl.Trainer) -> Path:
         return resolve(self.rfid_output_dir) / run_id(Path(trainer.default_root_dir))
+
+
+def due(trainer: pl.Trainer, pl_module: Any, batch_idx: int, every: int, at_epoch_end: bool) -> bool:
+    """Return whether the update that a micro-batch ended is one of every `every`; not where the end of its epoch follows
+    and `at_epoch_end` does it."""
+    accumulate = pl_module.settings.loop.accumulate_grad_batches
+    if not every or (batch_idx + 1) % accumulate or trainer.global_step % every:
+        return False
+    return not at_epoch_end or batch_idx + 1 < pl_module.steps_per_epoch * accumulate
 
 
 def _parse_device(name: str) -> torch.device:
@@ -249,7 +270,7 @@ def _parse_device(name: str) -> torch.device:
 
 
 @contextmanager
-def _evaluation_mode(*modules: nn.Module) -> Iterator[None]:
+def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
     """Put every part in eval mode and give its own mode back afterwards."""
     modes = [(part, part.training) for module in modules for part in module.modules()]
     for module in modules:

@@ -126,6 +126,25 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelsOptions(ModelOptions):
+    """One model or several."""
+
+    GROUP: ClassVar = "models (--checkpoint or --decoder, one or several)"
+    decoder: tuple[str, ...] = option(  # type: ignore[assignment]
+        "decoder files with the official names, exported folders (diffusers or ours) or .ckpt files; a row for each",
+        "PATH",
+        (),
+    )
+
+    def models(self) -> list[ModelOptions]:
+        """Return the options of each model."""
+        common = {entry.name: getattr(self, entry.name) for entry in fields(ModelOptions)}
+        given = [self.checkpoint] * bool(self.checkpoint) + list(self.decoder)
+        kinds = [{"checkpoint": p} if str(p).endswith(".ckpt") else {"decoder": p} for p in given]
+        return [ModelOptions(**{**common, "checkpoint": None, "decoder": None, **kind}) for kind in kinds]
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoadingOptions:
     """How images are loaded and where the work is done, read by `evaluation_loader` and `processes`."""
 
@@ -155,10 +174,15 @@ class DataOptions(LoadingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InceptionOptions:
-    """The Inception network, read by `src.evaluation.networks.load_inception`."""
+class FeatureOptions:
+    """The networks whose features are compared, read by `src.evaluation.networks.networks_of`."""
 
-    GROUP: ClassVar = "Inception network"
+    GROUP: ClassVar = "feature networks"
+    features: tuple[str, ...] = option(
+        "inception, or dinov2 (ViT-L/14; DIR: where it lies here): a Frechet distance for each",
+        "NAME[=DIR]",
+        ("inception",),
+    )
     inception_path: str | None = option(
         f"FID weights (default: the checkpoint's callbacks.rfid.inception_path, else {INCEPTION_FILE})", "FILE"
     )

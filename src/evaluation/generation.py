@@ -3,8 +3,8 @@
 Legend: B batch, S side of the images, px.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +14,28 @@ from torch import Tensor
 
 from src.core.distributed import Process
 from src.core.errors import UserError
-from src.core.images import unit_to_bytes
+from src.core.images import Quantization, unit_to_bytes
+from src.core.options import LoadingOptions
 from src.core.precision import full_float32
 from src.core.terminal import progress
 from src.core.weights import resolve
 from src.data.dataset import EvaluationTransform
-from src.data.decode import Decoder
+from src.data.decode import Decoder, Exif
 from src.data.latents import LatentStore
 from src.evaluation.images import MAX_MEGAPIXELS, centre_crops, evaluation_loader, open_images
-from src.evaluation.networks import inception_of
+from src.evaluation.networks import networks_of
 from src.evaluation.options import GenerationOptions
 from src.evaluation.reconstruction import check_store
 from src.evaluation.reconstruction_inputs import Inputs, open_inputs
 from src.formats.checkpoint import LoadedModel
 from src.formats.opening import open_model
+from src.metrics.features import FeatureNetwork
 from src.metrics.generation import (
     GenerationReference,
     GenerationStatistics,
     compute_scores,
     load_generation_reference,
 )
-from src.metrics.inception import InceptionFeatures
 from src.metrics.npz import ImageNpz, LatentNpz, NpzRows
 from src.metrics.reference import Preparation
 
@@ -53,6 +54,15 @@ class GeneratedSet:
     batches: Callable[[], Batches]
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What generated images are scored against: an npz, or a data set."""
+
+    place: str
+    split: str | None = None
+    exif: Exif = "apply"
+
+
 def evaluate(options: GenerationOptions, process: Process) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return scores of each set of images (on rank 0, none on the others), and what else they depend on. On all ranks.
 
@@ -61,6 +71,28 @@ def evaluate(options: GenerationOptions, process: Process) -> tuple[list[dict[st
             that a model can't decode.
     """
     sets = _generated(options, process)
+    networks = [network.to(process.device) for network in networks_of(options, {}, TRY_OUT)]
+    reference = Reference(options.reference, options.reference_split, options.exif)
+    scores = score_sets(sets, reference, networks, options, process)
+    names = [network.name for network in networks]
+    features = names[0] if len(names) == 1 else names
+    facts = {"reference": options.reference, "features": features, "batch_size": options.batch_size}
+    if options.latents:
+        facts["quantization"] = options.quantization
+    if not process.main:
+        return [], facts
+    pairs = zip(sets, scores, strict=True)
+    return [{"images_of": s.label, "image_size": s.image_size, **values} for s, values in pairs], facts
+
+
+def score_sets(
+    sets: Sequence[GeneratedSet],
+    reference: Reference,
+    networks: Sequence[FeatureNetwork],
+    options: LoadingOptions,
+    process: Process,
+) -> list[dict[str, float | int]]:
+    """Return the scores of each set on rank 0, anything on the others. On all ranks. Raises UserError as `evaluate`."""
     for images in sets:
         if images.count < 2:
             raise UserError(
@@ -70,59 +102,70 @@ def evaluate(options: GenerationOptions, process: Process) -> tuple[list[dict[st
     if len(sizes) > 1:
         found = ", ".join(f"{images.label} {images.image_size} px" for images in sets)
         raise UserError(f"The models make images of different sizes ({found}): score them in calls of their own.")
-    inception = inception_of(options, {}, TRY_OUT).to(process.device)
-    reference = _reference(options, sizes.pop(), inception, process)
+    references = load_references(reference, sizes.pop(), networks, options, process)
     results = []
     for images in sets:
-        statistics = GenerationStatistics(inception, options.batch_size, images.count)
+        statistics = [GenerationStatistics(network, options.batch_size, images.count) for network in networks]
         _measure(statistics, images.batches(), images.count, images.label, process)
-        if process.main:
-            scores = compute_scores(statistics, reference, process.device)
-            results.append({"images_of": images.label, "image_size": images.image_size, **scores})
-    facts = {"reference": options.reference, "features": inception.name, "batch_size": options.batch_size}
-    if options.latents:
-        facts["quantization"] = options.quantization
-    return results, facts
+        results.append(all_scores(statistics, references, process.device) if process.main else {})
+    return results
 
 
-def _measure(
-    statistics: GenerationStatistics, batches: Batches, count: int, label: str, process: Process
-) -> GenerationStatistics:
-    done = 0
-    with progress(label, process.main) as update:
-        for positions, images in batches:
-            statistics.update(images, positions)
-            done += len(images)
-            update(done, -(-count // process.world))
-    return statistics.reduce()
+def all_scores(
+    statistics: Sequence[GenerationStatistics], references: Sequence[GenerationReference], device: torch.device
+) -> dict[str, float | int]:
+    """Return the scores by every feature network. On rank 0."""
+    pairs = zip(statistics, references, strict=True)
+    return {name: value for pair in pairs for name, value in compute_scores(*pair, device).items()}
 
 
-def _reference(
-    options: GenerationOptions, size: int, inception: InceptionFeatures, process: Process
-) -> GenerationReference:
-    path = resolve(options.reference)
+def load_references(
+    reference: Reference, size: int, networks: Sequence[FeatureNetwork], options: LoadingOptions, process: Process
+) -> list[GenerationReference]:
+    """Return what images of `size` px are scored against by each network. On all ranks; whole on rank 0.
+
+    Raises:
+        UserError: missing or broken files, another size, statistics of other features, fewer than two images.
+    """
+    path = resolve(reference.place)
     if path.suffix == ".npz":
         remedy = (
             f"To make one: `python src/make_reference.py --kind images --image_size {size} --data_dir DATA --output "
-            f"reference_{size}px.npz`, or give the data set itself as --reference."
+            f"reference_{size}px.npz`, or give the data set itself as reference."
         )
-        wanted = Preparation(image_size=size)
-        return load_generation_reference(path, inception, options.batch_size, wanted, remedy, process)
-    images = open_images(options.reference, options.reference_split, None)
+        wanted, batch = Preparation(image_size=size), options.batch_size
+        return [load_generation_reference(path, network, batch, wanted, remedy, process) for network in networks]
+    images = open_images(reference.place, reference.split, None)
     if len(images.rows) < 2:
         raise UserError(
-            f"--reference {images.folder} ({images.split}) has {len(images.rows)} image: 2 or more are needed."
+            f"The reference {images.folder} ({images.split}) has {len(images.rows)} image: 2 or more are needed."
         )
-    loader = centre_crops(images, size, Decoder(options.exif, MAX_MEGAPIXELS), options, process)
+    decoder = Decoder(reference.exif, MAX_MEGAPIXELS)
+    loader = centre_crops(images, size, decoder, replace(options, num_samples=None), process)
     batches = ((batch["position"], batch["image"]) for batch in loader)
-    statistics = GenerationStatistics(inception, options.batch_size)
-    return GenerationReference.of(_measure(statistics, batches, len(images.rows), Path(images.folder).name, process))
+    statistics = [GenerationStatistics(network, options.batch_size) for network in networks]
+    _measure(statistics, batches, len(images.rows), Path(images.folder).name, process)
+    return [GenerationReference.of(part) for part in statistics]
+
+
+def _measure(
+    statistics: Sequence[GenerationStatistics], batches: Batches, count: int, label: str, process: Process
+) -> None:
+    done = 0
+    with progress(label, process.main) as update:
+        for positions, images in batches:
+            for part in statistics:
+                part.update(images, positions)
+            done += len(images)
+            update(done, -(-count // process.world))
+    for part in statistics:
+        part.reduce()
 
 
 def _generated(options: GenerationOptions, process: Process) -> list[GeneratedSet]:
     if options.latents:
-        path = resolve(options.latents)
-        return [_decoded(options, path, open_model(model), process) for model in options.models()]
+        path, models = resolve(options.latents), [open_model(model) for model in options.models()]
+        return [decoded_set(path, model, options, options.quantization, process) for model in models]
     path = resolve(options.samples or "")
     if path.suffix == ".npz":
         return [_of_npz(options, path, process)]
@@ -173,7 +216,10 @@ def _common_size(inputs: Inputs) -> int:
     return next(iter(sizes))[0]
 
 
-def _decoded(options: GenerationOptions, path: Path, loaded: LoadedModel, process: Process) -> GeneratedSet:
+def decoded_set(
+    path: Path, loaded: LoadedModel, options: LoadingOptions, quantization: Quantization, process: Process
+) -> GeneratedSet:
+    """Return the images that a model makes of generated latents. Raises UserError where it can't decode them."""
     rae, size = loaded.rae, options.batch_size
     latents: LatentNpz | LatentStore = LatentNpz(path) if path.suffix == ".npz" else LatentStore.open(path)
     if isinstance(latents, LatentStore):
@@ -196,7 +242,7 @@ def _decoded(options: GenerationOptions, path: Path, loaded: LoadedModel, proces
         with torch.no_grad(), full_float32(process.device):
             for places, z in _first(taken, stored()):
                 decoded = (rae.decode_raw if raw else rae.decode)(z.to(process.device))
-                yield places, unit_to_bytes(decoded, options.quantization)
+                yield places, unit_to_bytes(decoded, quantization)
         rae.to("cpu")
 
     return GeneratedSet(str(loaded.description["source"]), taken, rae.geometry.image_size, batches)

@@ -30,15 +30,20 @@ class Pair(NamedTuple):
     row: int
     """Of the data set."""
     original: Tensor
-    reconstruction: Tensor
+    reconstructions: Tensor
+    """uint8 V x 3 x H x W, of the variants that are kept."""
+
+    @property
+    def reconstruction(self) -> Tensor:
+        return self.reconstructions[0]
 
 
 class KeptPairs:
-    """Keeps `count` pairs (of the first variant): the first ones of the order of evaluation, or the worst ones, those
-    of largest LPIPS, else of smallest PSNR."""
+    """Keeps `count` pairs: the first ones of the order of evaluation, or the worst ones, those of largest LPIPS, else of
+    smallest PSNR, by the first variant. `variants`: of so many of the first ones it keeps the reconstructions."""
 
-    def __init__(self, count: int, worst: bool = False) -> None:
-        self.count, self.worst = count, worst
+    def __init__(self, count: int, worst: bool = False, variants: int = 1) -> None:
+        self.count, self.worst, self.variants = count, worst, variants
         self._heap: list[tuple[float, int, Pair]] = []  # what goes next on top
 
     def observe(self, variants: Sequence[ScoredBatch]) -> None:
@@ -49,7 +54,8 @@ class KeptPairs:
             keys = lpips[0] if lpips else -batch.values["psnr"]
         for i, (key, place) in enumerate(zip(keys.tolist(), batch.places.tolist(), strict=True)):
             if len(self._heap) < self.count or (self.count and key > self._heap[0][0]):
-                pair = Pair(key, place, int(batch.rows[i]), batch.original[i].cpu(), batch.decoded[i].cpu())
+                decoded = torch.stack([variant.decoded[i].cpu() for variant in variants[: self.variants]])
+                pair = Pair(key, place, int(batch.rows[i]), batch.original[i].cpu(), decoded)
                 heapq.heappush(self._heap, (key, -place, pair))
                 if len(self._heap) > self.count:
                     heapq.heappop(self._heap)

@@ -1,19 +1,125 @@
 """The judging networks of an evaluation, with errors that say what to type instead."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
 from src.core.errors import UserError
-from src.core.options import INCEPTION_FILE, LPIPS_FILES, InceptionOptions, LpipsOptions
+from src.core.options import INCEPTION_FILE, LPIPS_FILES, FeatureOptions, LpipsOptions
+from src.core.precision import full_float32
 from src.core.weights import resolve
 from src.evaluation.protocol import stored
 from src.formats.checkpoint import with_current_keys
 from src.losses.lpips import LPIPS
+from src.metrics.features import INCEPTION, FeatureNetwork, FeatureOutputs
 from src.metrics.inception import InceptionFeatures, InceptionWeights
+from src.models.encoder_presets import PRESETS
+from src.models.encoders import encoder_class
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PooledEncoder:
+    """A frozen encoder as a network of features: a row of `ENCODERS`."""
+
+    preset: str
+    """Name in `src/models/encoder_presets.py`."""
+    input_px: int
+    params: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the encoder class."""
+
+
+ENCODERS = {"dinov2": PooledEncoder("dinov2-l-woreg", 224, {"position_offset": 0.1, "statistics": "imagenet"})}
+"""By the name that --features takes, beside `inception`. dinov2: as dgm-eval has it (Stein et al., arXiv 2306.04675)."""
+
+
+class EncoderFeatures(nn.Module):
+    """`EncoderFeatures("dinov2")(uint8 B x 3 x H x W) -> B x F float32`, F = 1024: what `FrozenEncoder.pooled` gives.
+
+    Images are resized to squares and rounded to 8 bits as Pillow does it (bicubic, antialiased).
+    """
+
+    spatial_dim, untrained = 0, False
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, space: str, place: str | None = None) -> None:
+        """`place`: folder or hub id; None: the usual one. Raises UserError as the encoder does."""
+        super().__init__()
+        row = ENCODERS[space]
+        preset, self.input_px = PRESETS[row.preset], row.input_px
+        kind, place = encoder_class(preset.encoder_cls), place or preset.hub_id
+        self.encoder = kind(place, **row.params)
+        self.space, self.feature_dim = space, self.encoder.hidden_size
+        self.name = f"{space}-{self.encoder.identity()['weights']}"
+        if (self.feature_dim, self.encoder.depth) != (preset.size.width, preset.size.depth):
+            log.warning(
+                "--features %s: %s has another size than %s: scores compare with no others.",
+                space,
+                place,
+                preset.hub_id,
+            )
+        mean, std = self.encoder.pixel_statistics(place)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
+    def forward(self, images: Tensor) -> Tensor:
+        with full_float32(self.device):
+            x = resize_pillow(images.to(self.device).float(), self.input_px) / 255
+            return self.encoder.pooled((x - self.mean) / self.std)
+
+    def outputs(self, images: Tensor) -> FeatureOutputs:
+        return FeatureOutputs(self(images))
+
+
+def resize_pillow(images: Tensor, size: int) -> Tensor:
+    """B x 3 x H x W float 0..255 -> B x 3 x size x size whole numbers: rows, then columns, each rounded to 8 bits."""
+    for shape in ((images.shape[-2], size), (size, size)):
+        if images.shape[-2:] != shape:
+            images = F.interpolate(images, size=shape, mode="bicubic", antialias=True).round_().clamp_(0, 255)
+    return images
+
+
+def load_features(chosen: Sequence[str], inception: Any) -> list[FeatureNetwork]:
+    """Return the networks named by NAME or NAME=DIR, in their order.
+
+    Args:
+        inception: called for the Inception network, with its path where there is one.
+
+    Raises:
+        UserError: an unknown name, a name twice, weights that are missing or don't fit.
+    """
+    networks: list[Any] = []
+    for name, _, place in (text.partition("=") for text in chosen):
+        if name not in (INCEPTION, *ENCODERS) or name in [network.space for network in networks]:
+            raise UserError(
+                f"--features {' '.join(chosen)}: expected one or more of {', '.join((INCEPTION, *ENCODERS))}, each once."
+            )
+        networks.append(inception(place or None) if name == INCEPTION else EncoderFeatures(name, place or None))
+    return networks
+
+
+def networks_of(options: FeatureOptions, config: Mapping[str, Any], remedy: str) -> list[FeatureNetwork]:
+    """Load the networks that the options name; Inception's file is that of a run's configuration, else the usual one."""
+    path = options.inception_path or stored(config, "callbacks.rfid.inception_path") or INCEPTION_FILE
+
+    def inception(place: str | None) -> InceptionFeatures:
+        return load_inception(
+            place or path, options.inception_weights, "--inception_path", remedy, options.inception_width
+        )
+
+    return load_features(options.features, inception)
 
 
 def load_inception(
@@ -39,12 +145,6 @@ def load_inception(
             f"scripts/download_weights.py inception`, or set {key} to the place where you have them. {remedy}"
         )
     return InceptionFeatures(path, weights, key=key)
-
-
-def inception_of(options: InceptionOptions, config: Mapping[str, Any], remedy: str) -> InceptionFeatures:
-    """Load the Inception network that the options name, else that of a run's configuration, else the usual file."""
-    path = options.inception_path or stored(config, "callbacks.rfid.inception_path") or INCEPTION_FILE
-    return load_inception(path, options.inception_weights, "--inception_path", remedy, options.inception_width)
 
 
 def lpips_of(options: LpipsOptions, config: Mapping[str, Any]) -> LPIPS | None:

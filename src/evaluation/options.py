@@ -1,7 +1,7 @@
 """The options of the evaluation programs (the shared ones: `src/core/options.py`). No heavy imports."""
 
 import argparse
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,7 +17,7 @@ def sigma(text: str) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationOptions(shared.LpipsOptions, shared.InceptionOptions, shared.DataOptions, shared.ModelOptions):
+class EvaluationOptions(shared.LpipsOptions, shared.FeatureOptions, shared.DataOptions, shared.ModelsOptions):
     """`src/eval_rfid.py`."""
 
     num_samples: Positive = option("images, the first ones of a fixed mixed order", "N", 10000)
@@ -45,8 +45,21 @@ class EvaluationOptions(shared.LpipsOptions, shared.InceptionOptions, shared.Dat
     json: str | None = option("all numbers, and all they depend on", "FILE")
     csv: str | None = option("PSNR, SSIM and LPIPS of each image", "FILE")
     save_npz: str | None = option("reconstructions as `arr_0` (uint8 N x H x W x 3) for the ADM suite", "FILE")
+    report_card: str | None = option(
+        "the models side by side: a table, all numbers, a sheet with a row for each", "DIR"
+    )
+    latents: str | None = option(
+        "generated latents (of `sample.py --latents`, or a store): also the gFID of each model on them", "NPZ|DIR"
+    )
+    generation_reference: str | None = option(
+        "with --latents: what generated images are scored against, as eval_generation.py --reference", "NPZ|DIR"
+    )
 
     def __post_init__(self) -> None:
+        if (self.latents is None) != (self.generation_reference is None):
+            raise ValueError("--latents and --generation_reference go together")
+        if self.save_npz and len(self.models()) > 1:
+            raise ValueError("--save_npz takes the reconstructions of one model, and several are given")
         if self.worst and self.output_dir is None:
             raise ValueError("--worst needs --output_dir: the sheet goes there")
         if self.save_npz and len(self.data_dir) > 1:
@@ -54,7 +67,7 @@ class EvaluationOptions(shared.LpipsOptions, shared.InceptionOptions, shared.Dat
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceOptions(shared.InceptionOptions, shared.DataOptions):
+class ReferenceOptions(shared.FeatureOptions, shared.DataOptions):
     """`src/make_reference.py`."""
 
     checkpoint: str | None = option(
@@ -67,6 +80,8 @@ class ReferenceOptions(shared.InceptionOptions, shared.DataOptions):
     def __post_init__(self) -> None:
         if len(self.data_dir) > 1:
             raise ValueError("one reference is made of one data set; --data_dir names several")
+        if len(self.features) > 1:
+            raise ValueError("one reference holds the statistics of one feature network; --features names several")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,14 +151,9 @@ class StatisticsOptions(shared.LoadingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationOptions(shared.InceptionOptions, shared.LoadingOptions, shared.ModelOptions):
+class GenerationOptions(shared.FeatureOptions, shared.LoadingOptions, shared.ModelsOptions):
     """`src/eval_generation.py`."""
 
-    decoder: tuple[str, ...] = option(  # type: ignore[assignment]
-        "with --latents: decoder files with the official names, exported folders or .ckpt files; a row for each",
-        "PATH",
-        (),
-    )
     samples: str | None = option("generated images: `arr_0` of an npz, or a folder", "NPZ|DIR")
     latents: str | None = option(
         "instead of --samples: generated latents (of `sample.py --latents`, or a store) with models to decode them",
@@ -167,13 +177,6 @@ class GenerationOptions(shared.InceptionOptions, shared.LoadingOptions, shared.M
             raise ValueError("--samples are images already; --decoder and --checkpoint go with --latents")
         if self.latents and not (self.decoder or self.checkpoint):
             raise ValueError("--latents need models to decode them: --decoder A B ..., or --checkpoint")
-
-    def models(self) -> list[shared.ModelOptions]:
-        """Return the options of each model that decodes."""
-        common = {entry.name: getattr(self, entry.name) for entry in fields(shared.ModelOptions)}
-        given = [self.checkpoint] * bool(self.checkpoint) + list(self.decoder)
-        kinds = [{"checkpoint": p} if str(p).endswith(".ckpt") else {"decoder": p} for p in given]
-        return [shared.ModelOptions(**{**common, "checkpoint": None, "decoder": None, **kind}) for kind in kinds]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from src.data.sources import Source
 from src.evaluation.scoring_pass import ScoredBatch
 from src.metrics.npz import write_image_npz
 
-FIELDS = ("data_dir", "split", "index", "file", "layers", "noise_sigma")
+FIELDS = ("data_dir", "split", "index", "file", "model", "layers", "noise_sigma")
 
 
 class CsvTable:
@@ -38,8 +38,8 @@ class CsvTable:
         stacked = torch.stack([torch.stack(columns, dim=1) for columns in values], dim=1)  # B V names
         self._numbers.append((variants[0].places, variants[0].rows, stacked))
 
-    def gather(self, data_dir: str, split: str, source: Source, labels: Sequence[tuple[str, str]]) -> None:
-        """End a data set: rank 0 gets its rows. `labels` are (layers, sigma) of the variants. On all ranks."""
+    def gather(self, data_dir: str, split: str, source: Source, labels: Sequence[tuple[str, str, str]]) -> None:
+        """End a data set: rank 0 gets its rows. `labels` are (model, layers, sigma) of the variants. On all ranks."""
         parts = [batch for part in gather_on_main(self._numbers) for batch in part]
         self._numbers = []
         if not parts:

@@ -60,7 +60,7 @@ def reconstruct(options: ReconstructionOptions, loaded: LoadedModel, inputs: Inp
     scores = []
     if options.products:
         lpips = lpips_of(options, loaded.description.get("config") or {})
-        scores = [ReconstructionScore(None, lpips=lpips if lpips is None else lpips.to(process.device))]
+        scores = [ReconstructionScore(lpips=lpips if lpips is None else lpips.to(process.device))]
     writer = None
     if options.latents:
         dtype = DTYPES[options.latents_dtype]
@@ -158,7 +158,7 @@ class _Files:
         """Write the files that are made at the end, and return all. On all ranks."""
         pairs = self.pairs.gather()
         if inputs is not None:
-            self.table.gather(inputs.place, "", inputs.source, [("", "0")])
+            self.table.gather(inputs.place, "", inputs.source, [("", "", "0")])
         for part in self.packed:
             part.finish()
         if self.process.main and pairs:

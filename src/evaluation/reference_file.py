@@ -3,6 +3,7 @@
 import logging
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from src.core.distributed import Process
@@ -10,13 +11,14 @@ from src.core.errors import UserError
 from src.core.terminal import counted, progress
 from src.core.weights import resolve
 from src.evaluation.images import ALL, HELD_OUT, Images, centre_crops, open_images
-from src.evaluation.networks import inception_of
+from src.evaluation.networks import networks_of
 from src.evaluation.options import EvaluationOptions, ReferenceOptions
 from src.evaluation.per_image_files import image_stack
 from src.evaluation.protocol import decoder_of, stored
 from src.formats.opening import DEFAULT_IMAGE_PX, run_config
 from src.metrics.fid import save_npz
-from src.metrics.reference import Preparation, image_statistics
+from src.metrics.generation import GenerationStatistics
+from src.metrics.reference import Preparation
 
 log = logging.getLogger(__name__)
 
@@ -37,26 +39,30 @@ def write_reference(options: ReferenceOptions, process: Process) -> tuple[int, s
     size, decoder = _image_size(options, config), decoder_of(options, config)
     prepared = images.preparation(size, decoder.exif, options.num_samples)
     made_of = f"{images.split} of {images.folder}, {size} px, EXIF {decoder.exif}"
-    inception = None
+    network = None
     if options.kind == "statistics":
-        inception = inception_of(options, config, TRY_OUT).to(process.device)
+        network = networks_of(options, config, TRY_OUT)[0].to(process.device)
     loader = centre_crops(images, size, decoder, options, process)
-    with progress(images.folder.name, process.main) as update:
+    with progress(Path(images.folder).name, process.main) as update:
         batches = counted(loader, len(loader), update)
-        if inception is not None:
-            statistics = image_statistics((batch["image"] for batch in batches), inception, options.batch_size).reduce()
+        if network is not None:
+            statistics = GenerationStatistics(network, options.batch_size, keep=False)
+            for batch in batches:
+                statistics.update(batch["image"])
+            statistics.reduce()
             if process.main:
-                save_npz(target, statistics, inception.name, prepared.facts())
-            return statistics.count, f"mu and sigma ({inception.name}; {made_of})"
+                save_npz(target, statistics, network.name, prepared.facts(), statistics.spatial)
+            more = " and, for sFID, mu_s and sigma_s" if statistics.spatial is not None else ""
+            return statistics.count, f"mu and sigma{more} ({network.name}; {made_of})"
         with image_stack(target, size, process) as stack:
             for batch in batches:
                 stack.write(batch["position"] * process.world + process.rank, batch["image"])
             return stack.finish(prepared.facts()), f"arr_0 ({made_of})"
 
 
-def command_for(options: EvaluationOptions, images: Images, prepared: Preparation) -> str:
+def command_for(options: EvaluationOptions, images: Images, prepared: Preparation, features: str | None = None) -> str:
     """Return the command that makes the reference which an evaluation with `options` wants. Its output is a new name:
-    the file at hand may be somebody else's."""
+    the file at hand may be somebody else's. `features`: those of a network other than Inception."""
     parts: list[Any] = ["python", "src/make_reference.py"]
     if options.checkpoint:
         parts += ["--checkpoint", options.checkpoint]
@@ -67,9 +73,11 @@ def command_for(options: EvaluationOptions, images: Images, prepared: Preparatio
     for name, usual in (("inception_path", None), ("inception_weights", "pretrained"), ("inception_width", None)):
         if (value := getattr(options, name)) != usual:
             parts += [f"--{name}", value]
+    if features is not None:
+        parts += ["--features", features]
     if options.device != "cuda":
         parts += ["--device", options.device]
-    parts += ["--output", f"reference_{images.folder.name}_{images.split}_{prepared.image_size}px.npz"]
+    parts += ["--output", f"reference_{Path(images.folder).name}_{images.split}_{prepared.image_size}px.npz"]
     return shlex.join(map(str, parts))
 
 

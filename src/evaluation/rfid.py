@@ -1,9 +1,10 @@
-"""Score a model on any number of data sets, one pass over each, as `src/eval_rfid.py` does."""
+"""Score models on any number of data sets, one pass over each, as `src/eval_rfid.py` does."""
 
 import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,18 @@ from src.core.files import check_writable
 from src.core.images import Quantization, save_png
 from src.core.terminal import counted, progress
 from src.core.weights import resolve
-from src.evaluation.image_pairs import KeptPairs, contact_sheet, save_pairs
+from src.evaluation import report_card
+from src.evaluation.generation import Reference, decoded_set, score_sets
+from src.evaluation.image_pairs import COLUMNS, KeptPairs, contact_sheet, save_pairs
 from src.evaluation.images import Images, centre_crops, open_images
-from src.evaluation.networks import inception_of, lpips_of
+from src.evaluation.networks import lpips_of, networks_of
 from src.evaluation.options import EvaluationOptions
 from src.evaluation.per_image_files import CsvTable, ImageStack, image_stack
 from src.evaluation.protocol import choose, compare_precision, decoder_of
 from src.evaluation.reference_file import command_for
 from src.evaluation.scoring_pass import Observer, score_images
-from src.evaluation.variants import Reconstructions, variants_of
+from src.evaluation.variants import Reconstructions, share_encoders, variants_of
+from src.formats.checkpoint import LoadedModel
 from src.formats.opening import open_model
 from src.metrics.fid import Moments
 from src.metrics.reconstruction import ReconstructionScore
@@ -42,57 +46,69 @@ def evaluate(options: EvaluationOptions, process: Process) -> tuple[list[dict[st
     for name in ("csv", "json", "save_npz"):
         if process.main and getattr(options, name):
             check_writable(resolve(getattr(options, name)), f"--{name}")
+    if options.report_card and process.main:
+        check_writable(resolve(options.report_card) / report_card.TABLE, "--report_card")
     folders = output_folders(options.output_dir, options.data_dir)
     files = references(options.reference, options.data_dir)
     evaluation = Evaluation(options, process)
     # before the first long pass, what is wrong is said
     sets = [evaluation.open(data_dir) for data_dir in options.data_dir]
-    moments = [evaluation.reference(images, file) for images, file in zip(sets, files, strict=True)]
+    moments = [evaluation.references(images, file) for images, file in zip(sets, files, strict=True)]
     results: list[dict[str, Any]] = []
     with ExitStack() as stack:
         packed = None
         if options.save_npz:
             target = resolve(options.save_npz)
             packed = stack.enter_context(image_stack(target, evaluation.image_size, process))
-        for images, reference, folder in zip(sets, moments, folders, strict=True):
-            results += evaluation.score(images, reference, folder, packed)
+        for images, against, folder in zip(sets, moments, folders, strict=True):
+            results += evaluation.score(images, against, folder, packed)
         if packed is not None:
             packed.finish()
     if options.csv and process.main:
         evaluation.table.write(resolve(options.csv))
+    if options.latents:
+        evaluation.score_generated(results)
     return results, evaluation.description()
 
 
 class Evaluation:
-    """A model and the networks that judge it, on the device of `process`."""
+    """Models and the networks that judge them, on the device of `process`. The protocol is that of the first model."""
 
     def __init__(self, options: EvaluationOptions, process: Process) -> None:
         self.options, self.process = options, process
-        self.model = open_model(options)
-        config: Mapping[str, Any] = self.model.description["config"] or {}
+        if not options.models():
+            raise UserError(
+                "Give one of --checkpoint (what training wrote) and --decoder (decoders of others, or exports)."
+            )
+        self.models = [open_model(model) for model in options.models()]
+        share_encoders(self.models)
+        config: Mapping[str, Any] = self.models[0].description["config"] or {}
         self.trained_on = config.get("data")
-        self.image_size, self.decoder = self.model.rae.geometry.image_size, decoder_of(options, config)
+        self.image_size, self.decoder = common_size(self.models), decoder_of(options, config)
         self.quantization: Quantization = choose(
             "quantization", options.quantization, config, "callbacks.rfid.quantization", "round"
         )
         compare_precision(options.precision, config)
-        self.inception = inception_of(options, config, TRY_OUT)
+        self.networks = networks_of(options, config, TRY_OUT)
         self.lpips = lpips_of(options, config)
-        for part in (self.model.rae, self.inception, self.lpips):
+        for part in (*(model.rae for model in self.models), *self.networks, self.lpips):
             if part is not None:
                 part.to(process.device)
-        self.variants = variants_of(options.layers, options.noise_sigma, self.model.rae.encoder)
-        self.table = CsvTable(self._score(None).quality_names)
+        found = [variants_of(model, options.layers, options.noise_sigma) for model in self.models]
+        self.variants = [variant for part in found for variant in part]
+        self.table = CsvTable(self._score({}).quality_names)
         self._warned = False
 
     def description(self) -> dict[str, Any]:
         """Return whatever else a score depends on."""
-        rae, device = self.model.rae, self.process.device
+        device = self.process.device
+        models = [{k: v for k, v in model.description.items() if k != "config"} for model in self.models]
+        names = [network.name for network in self.networks]
         return {
-            "model": {name: value for name, value in self.model.description.items() if name != "config"},
-            "untrained_encoder": rae.encoder.untrained,
+            **({"model": models[0]} if len(models) == 1 else {"models": models}),
+            "untrained_encoder": any(model.rae.encoder.untrained for model in self.models),
             "image_size": self.image_size,
-            "features": self.inception.name,
+            "features": names[0] if len(names) == 1 else names,
             "quantization": self.quantization,
             "exif": self.decoder.exif,
             "max_megapixels": self.decoder.max_megapixels,
@@ -111,21 +127,24 @@ class Evaluation:
             )
         return images
 
-    def reference(self, images: Images, file: str | None) -> Moments | None:
-        """Read a reference once it is known to fit `images`; None: the originals are the reference. On all ranks."""
-        if file is None:
-            return None
-        wanted = images.preparation(self.image_size, self.decoder.exif, self.options.num_samples)
-        remedy = f"One for these images: `{command_for(self.options, images, wanted)}`; give its output as --reference."
-        return load_reference(resolve(file), self.inception, self.options.batch_size, wanted, remedy, self.process)
+    def references(self, images: Images, file: str | None) -> dict[str, Moments]:
+        """Read a reference, for each network, once it is known to fit `images`; none of no file. On all ranks."""
+        found: dict[str, Moments] = {}
+        for network in self.networks if file is not None else ():
+            wanted = images.preparation(self.image_size, self.decoder.exif, self.options.num_samples)
+            command = command_for(self.options, images, wanted, network.space)
+            remedy = f"One for these images: `{command}`; give its output as --reference."
+            path, batch = resolve(str(file)), self.options.batch_size
+            found[network.space] = load_reference(path, network, batch, wanted, remedy, self.process)
+        return found
 
     def score(
-        self, images: Images, reference: Moments | None, output: Path | None, packed: ImageStack | None
+        self, images: Images, references: Mapping[str, Moments], output: Path | None, packed: ImageStack | None
     ) -> list[dict[str, Any]]:
         """Return the scores of each variant on rank 0, none on the others. On all ranks.
 
         Args:
-            reference: what to score against instead of the originals.
+            references: what to score against instead of the originals, by feature network.
             output: folder for pairs and sheets; None: no pictures.
             packed: takes the reconstructions.
         """
@@ -133,18 +152,20 @@ class Evaluation:
         pairs, worst = KeptPairs(options.save_samples_count if output else 0), KeptPairs(options.worst, worst=True)
         observers: list[Observer] = [pairs, worst, *([self.table] if options.csv else [])]
         observers += [packed] if packed is not None else []
-        scores = [self._score(reference)]
-        scores += [self._score(scores[0].reference) for _ in self.variants[1:]]  # they share the originals' features
+        side_by_side = KeptPairs(COLUMNS, variants=len(self.variants))
+        observers += [side_by_side] if options.report_card else []
+        scores = [self._score(references)]
+        scores += [self._score(scores[0].references) for _ in self.variants[1:]]  # they share the originals' features
         loader = centre_crops(images, self.image_size, self.decoder, options, process)
-        with progress(images.folder.name, process.main) as update:
-            reconstruct = Reconstructions(self.model.rae, self.variants, options.precision)
+        with progress(Path(images.folder).name, process.main) as update:
+            reconstruct = Reconstructions(self.variants, options.precision)
             score_images(counted(loader, len(loader), update), reconstruct, scores, process, observers)
         for score in scores:
             score.reduce()
         if scores[0].count < 2:  # on all ranks, so that none waits for the others
             raise UserError(f"FID needs at least 2 images; {scores[0].count} of {images.folder} could be decoded.")
-        kept, found = pairs.gather(), worst.gather()
-        labels = [(variant.label, f"{variant.sigma:g}") for variant in self.variants]
+        kept, found, compared = pairs.gather(), worst.gather(), side_by_side.gather()
+        labels = [(variant.model, variant.label, f"{variant.sigma:g}") for variant in self.variants]
         self.table.gather(str(images.folder), images.split, images.source, labels)
         if not process.main:
             return []
@@ -152,9 +173,13 @@ class Evaluation:
             save_pairs(kept, output)
             if found:
                 save_png(contact_sheet(found), output / "worst.png")
+        if options.report_card:
+            several = f"_{Path(images.folder).name}" if len(options.data_dir) > 1 else ""
+            report_card.save_sheet(compared, labels, resolve(options.report_card) / f"sheet{several}.png")
         results = [
             {
                 **images.description(),
+                "model": variant.model,
                 "layers": variant.label or None,
                 "noise_sigma": variant.sigma,
                 **score.compute(warn_of_few=not self._warned and i == 0),
@@ -167,8 +192,30 @@ class Evaluation:
             more["worst"] = [{"index": pair.row, "file": images.source.name(pair.row)} for pair in found]
         return [{**result, **more} for result in results]
 
-    def _score(self, reference: Moments | None) -> ReconstructionScore:
-        return ReconstructionScore(self.inception, self.options.batch_size, self.lpips, self.quantization, reference)
+    def score_generated(self, results: list[dict[str, Any]]) -> None:
+        """Add the scores of the generated latents, through each model, to the first of its results. On all ranks."""
+        options = replace(self.options, num_samples=None)  # of these all
+        path = resolve(str(options.latents))
+        reference = Reference(str(options.generation_reference), exif=self.decoder.exif)
+        sets = [decoded_set(path, model, options, self.quantization, self.process) for model in self.models]
+        scores = score_sets(sets, reference, self.networks, options, self.process)
+        for images, values in zip(sets, scores, strict=True):
+            own = [result for result in results if result["model"] == images.label]
+            for result in own:
+                if (result["layers"], result["noise_sigma"]) == (own[0]["layers"], own[0]["noise_sigma"]):
+                    result.update({"generated" if name == "images" else name: v for name, v in values.items()})
+
+    def _score(self, references: Mapping[str, Moments]) -> ReconstructionScore:
+        return ReconstructionScore(self.networks, self.options.batch_size, self.lpips, self.quantization, references)
+
+
+def common_size(models: Sequence[LoadedModel]) -> int:
+    """Return the image size of all models, px. UserError where they differ."""
+    sizes = {str(model.description["source"]): model.rae.geometry.image_size for model in models}
+    if len(set(sizes.values())) > 1:
+        found = ", ".join(f"{name} {size} px" for name, size in sizes.items())
+        raise UserError(f"The models make images of different sizes ({found}): score them in calls of their own.")
+    return next(iter(sizes.values()))
 
 
 def output_folders(output: str | None, data_dirs: Sequence[str]) -> list[Path | None]:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from src.core.json_files import read_json
 from src.evaluation.generate import Sampler, SamplerSettings, balanced_labels, random_labels
 from src.evaluation.options import SampleOptions
 from src.formats.stage2 import Generator
+from src.models.rae import RAE
 
 GRID_ROWS, GRID_COLUMNS = 8, 8
 
@@ -50,18 +51,15 @@ def sample(
         weaker = (guide.network.to(process.device), guide.flow.prediction, guide.flow.t_eps)
     flow = generator.flow
     sampler = Sampler(generator.network, settings, flow.prediction, flow.t_eps, generator.shift, options.seed, weaker)
-    labels = _labels(options, generator.network.num_classes)
+    labels = labels_of(options.labels, options.seed, options.num_images, generator.network.num_classes)
     shape = (options.num_images, rae.geometry.image_size, rae.geometry.image_size, 3)
     work = Blocks(output, shape, rae.latent_shape if options.latents else None, options.batch_size, process)
     work.open({**settings.model_dump(), **_facts(generator, guide, options)}, options.overwrite)
     mine = work.remaining()
     for number, indices in enumerate(mine):
         update(number * len(indices), sum(map(len, mine)))
-        with torch.no_grad(), torch.autocast(process.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-            latents = sampler.latents(indices, torch.from_numpy(labels[indices]), process.device)
-        with torch.no_grad():
-            images = torch.cat([unit_to_bytes(rae.decode(z)) for z in latents.float().split(options.decode_batch)])
-        work.write(indices, images, latents.float())
+        half = options.precision == "bf16"
+        work.write(indices, *draw(sampler, rae, indices, labels, process.device, options.decode_batch, half))
     wait_for_all()
     if process.main:
         work.finish(labels)
@@ -72,6 +70,31 @@ def sample(
         work.remove()
     wait_for_all()
     return settings
+
+
+@torch.no_grad()
+def draw(
+    sampler: Sampler,
+    rae: RAE,
+    indices: np.ndarray,
+    labels: np.ndarray,
+    device: torch.device,
+    decode_batch: int,
+    half: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return the images, uint8 B x 3 x H x W, and latents, float32 B x C x h x w, of a block of indices (B,).
+
+    `labels`: of all indices. `half`: the transformer under bf16 autocast; the decoder never is.
+    """
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        latents = sampler.latents(indices, torch.from_numpy(labels[indices]), device).float()
+    with torch.autocast(device.type, enabled=False):
+        return torch.cat([unit_to_bytes(rae.decode(z)) for z in latents.split(decode_batch)]), latents
+
+
+def blocks(num_images: int, size: int) -> list[np.ndarray]:
+    """Return the indices of all images in blocks of `size`, the last one shorter; processes take turns."""
+    return [np.arange(start, min(start + size, num_images)) for start in range(0, num_images, size)]
 
 
 def sampler_settings(generator: Generator, options: SampleOptions) -> SamplerSettings:
@@ -135,11 +158,10 @@ class Blocks:
         """Return the indices of this rank's blocks that are not done yet."""
         done = {int(line) for file in self.folder.glob("done.*") for line in file.read_text().split("\n")[:-1]}
         wait_for_all()  # all have read before anyone writes
-        starts = [start for start in range(0, self.shape[0], self.size) if start not in done]
-        mine = starts[self.process.rank :: self.process.world]
-        return [np.arange(start, min(start + self.size, self.shape[0])) for start in mine]
+        left = [block for block in blocks(self.shape[0], self.size) if int(block[0]) not in done]
+        return left[self.process.rank :: self.process.world]
 
-    def write(self, indices: Sequence[int], images: Tensor, latents: Tensor) -> None:
+    def write(self, indices: np.ndarray, images: Tensor, latents: Tensor) -> None:
         """Put a block in place: uint8 B x 3 x H x W, float32 B x C x h x w; then note that it is done."""
         data = {"images": images.permute(0, 2, 3, 1), "latents": latents}
         for name, entry in self._files().items():
@@ -181,23 +203,21 @@ def grid(samples: Path, labels: np.ndarray) -> Tensor:
     return sheet([torch.from_numpy(images[rows]).permute(0, 3, 1, 2) for rows in chosen])
 
 
-def _labels(options: SampleOptions, num_classes: int) -> np.ndarray:
-    """Return the label of each index, int64 (N,); the null label is `num_classes`."""
-    if options.labels == "equal":
-        return balanced_labels(options.seed, options.num_images, num_classes)
-    if options.labels == "random":
-        return random_labels(options.seed, options.num_images, num_classes)
-    if options.labels == "null":
-        return np.full(options.num_images, num_classes, np.int64)
+def labels_of(which: str, seed: int, num_images: int, num_classes: int) -> np.ndarray:
+    """Return the label of each index, int64 (N,), by the option --labels; the null label is `num_classes`."""
+    if which == "equal":
+        return balanced_labels(seed, num_images, num_classes)
+    if which == "random":
+        return random_labels(seed, num_images, num_classes)
+    if which == "null":
+        return np.full(num_images, num_classes, np.int64)
     try:
-        classes = np.array([int(label) for label in options.labels.split(",")], np.int64)
+        classes = np.array([int(label) for label in which.split(",")], np.int64)
     except ValueError as error:
-        raise UserError(
-            f"--labels {options.labels}: expected equal, random, null or classes such as 207,360."
-        ) from error
+        raise UserError(f"--labels {which}: expected equal, random, null or classes such as 207,360.") from error
     if classes.min() < 0 or classes.max() >= num_classes:
-        raise UserError(f"--labels {options.labels}: the model has classes 0 to {num_classes - 1}.")
-    return classes[np.arange(options.num_images) % len(classes)]
+        raise UserError(f"--labels {which}: the model has classes 0 to {num_classes - 1}.")
+    return classes[np.arange(num_images) % len(classes)]
 
 
 def _interval(text: str) -> tuple[float, float]:

@@ -1,4 +1,5 @@
-"""The ways in which one evaluation reconstructs each image: from which blocks of the encoder, with how much noise.
+"""The ways in which one evaluation reconstructs each image: by which model, from which blocks of the encoder, with how much
+noise.
 
 Legend: B batch, C latent channels, h = w latent grid, H, W image px.
 """
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from src.core.random_streams import Purpose, normals
+from src.formats.checkpoint import LoadedModel
+from src.models.frozen_encoder import identity_differences
 from src.models.layers import parse_layers
 from src.models.rae import RAE
 
@@ -25,6 +28,9 @@ _NOISE_SEED = 0
 class Variant:
     """One way to reconstruct an image."""
 
+    model: str
+    """Where it comes from."""
+    rae: RAE
     label: str
     """Of its blocks, as the user named them; empty: the model's own."""
     layers: tuple[int, ...] | None
@@ -32,43 +38,64 @@ class Variant:
     """Standard deviation of the noise on raw latents, before latent normalisation."""
 
 
-def variants_of(layers: Sequence[str], sigmas: Sequence[float], encoder: Any) -> list[Variant]:
+def variants_of(model: LoadedModel, layers: Sequence[str], sigmas: Sequence[float]) -> list[Variant]:
     """Return every choice of blocks with every sigma. UserError for blocks that the encoder does not have."""
     choices: list[tuple[str, tuple[int, ...] | None]] = [("", None)]
+    encoder, source = model.rae.encoder, str(model.description["source"])
     if layers:
         choices = [(text, parse_layers(text, encoder.depth, "--layers")) for text in layers]
     for text, blocks in choices:
         if blocks is not None and not set(blocks) <= set(encoder.layers):
             log.warning("--layers %s: the decoder was trained on the blocks %s alone.", text, list(encoder.layers))
-    return [Variant(text, blocks, sigma) for text, blocks in choices for sigma in sigmas]
+    return [Variant(source, model.rae, text, blocks, sigma) for text, blocks in choices for sigma in sigmas]
+
+
+def share_encoders(models: Sequence[LoadedModel]) -> None:
+    """Let models of equal encoders have one, so that it lies in memory once and sees each image once."""
+    for i, model in enumerate(models):
+        for other in models[:i]:
+            if not identity_differences(other.description["encoder"], model.description["encoder"]):
+                model.rae.encoder = other.rae.encoder
+                break
 
 
 class Reconstructions:
     """`(images, rows)` -> one batch of reconstructions for each variant, in their order.
 
-    The encoder runs once for each choice of blocks. The noise of an image depends on its row in the data set alone, and
-    is the same for all variants: what differs between them is their doing.
+    An encoder runs once for each choice of blocks. The noise of an image depends on its row in the data set alone, and is
+    the same for all variants: what differs between them is their doing.
     """
 
-    def __init__(self, rae: RAE, variants: Sequence[Variant], precision: Literal["32", "16", "bf16"]) -> None:
-        self.rae, self.variants, self.precision = rae, variants, precision
+    def __init__(self, variants: Sequence[Variant], precision: Literal["32", "16", "bf16"]) -> None:
+        self.variants, self.precision = variants, precision
+        self._inputs = [
+            (
+                id(v.rae.encoder),
+                v.layers,
+                v.rae.geometry.encoder_input_size,
+                *v.rae.image_mean.flatten().tolist(),
+                *v.rae.image_std.flatten().tolist(),
+            )
+            for v in variants
+        ]
+        """All that the latents of a variant depend on."""
 
     def __call__(self, images: Tensor, rows: Tensor) -> Iterator[Tensor]:
         """Yield float B 3 H W in [0, 1] scale, not clamped, of uint8 B 3 H W and their rows (B,)."""
-        noise: Tensor | None = None
-        for i, variant in enumerate(self.variants):
-            if i == 0 or variant.layers != self.variants[i - 1].layers:
+        latents: dict[Any, Tensor] = {}  # B C h w each
+        noise: dict[tuple[int, int, int], Tensor] = {}
+        for variant, key in zip(self.variants, self._inputs, strict=True):
+            rae, shape = variant.rae, variant.rae.latent_shape
+            if key not in latents:
                 with self._autocast(images.device):
-                    latents = self.rae.encode_raw(images, variant.layers)  # B C h w
-                latents = latents.float()
-            noisy = latents
+                    latents[key] = rae.encode_raw(images, variant.layers).float()
+            noisy = latents[key]
             if variant.sigma:
-                if noise is None:
-                    shape = self.rae.latent_shape
-                    noise = normals(_NOISE_SEED, Purpose.LATENT_NOISE, 0, rows.tolist(), shape, images.device)
-                noisy = latents + variant.sigma * noise
+                if shape not in noise:
+                    noise[shape] = normals(_NOISE_SEED, Purpose.LATENT_NOISE, 0, rows.tolist(), shape, images.device)
+                noisy = noisy + variant.sigma * noise[shape]
             with self._autocast(images.device):
-                output = self.rae.decode_raw(noisy)
+                output = rae.decode_raw(noisy)
             yield output.float()
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:

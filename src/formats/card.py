@@ -41,6 +41,8 @@ def _scores(facts: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             text = f"{score['images']:,} images, {score.get('split')} of `{score.get('data_dir')}`, {shared}"
             if score.get("layers") or score.get("noise_sigma"):
                 text += f", blocks {score.get('layers') or 'as trained'}, latent noise {score.get('noise_sigma')}"
+            if entry.get("models"):
+                text += f", of `{Path(score['model']).name}`"
             rows += [(name, _number(score[name]), text) for name in _SCORES if name in score]
     return rows
 

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -119,16 +119,29 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     (mean_a, cov_a), (mean_b, cov_b) = ((m.mean.cpu().double(), m.covariance.cpu().double()) for m in (a, b))
     if not all(torch.isfinite(x).all() for x in (mean_a, cov_a, mean_b, cov_b)):
         return float("nan")
-    overlap = torch.linalg.svdvals(_factor(cov_a).T @ _factor(cov_b)).sum()
+    overlap = torch.linalg.svdvals(_factor(cov_a, a.count).T @ _factor(cov_b, b.count)).sum()
     distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * overlap
     return max(distance.item(), 0.0)  # rounding of equal sets
 
 
-def _factor(covariance: Tensor) -> Tensor:
-    """Return D x R with factor @ factor.T = covariance; eigenvalues that are rounding of zero are left out."""
-    values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
-    keep = values > len(values) * torch.finfo(values.dtype).eps * values.abs().max()
-    return vectors[:, keep] * values[keep].sqrt()
+def _factor(covariance: Tensor, count: int | None) -> Tensor:
+    """Return D x R with factor @ factor.T = covariance; eigenvalues that are rounding of zero are left out.
+
+    `count` vectors have a covariance of rank below `count`: where these are few, `count` random combinations of its
+    columns span what all its columns span (Halko, Martinsson & Tropp, arXiv 0909.4061), and the eigenproblem is as small.
+    """
+    covariance = (covariance + covariance.T) / 2
+    dim, basis = len(covariance), None
+    if count is not None and 2 * count < dim:
+        mixing = torch.randn(dim, count, dtype=covariance.dtype, generator=torch.Generator().manual_seed(0))
+        basis = torch.linalg.qr(covariance @ mixing).Q  # D count
+        inside = basis.T @ covariance @ basis
+        if (covariance.trace() - inside.trace()).abs() > 1e-9 * covariance.trace():
+            basis = None  # of more vectors than it says
+    values, vectors = torch.linalg.eigh(covariance if basis is None else inside)
+    keep = values > dim * torch.finfo(values.dtype).eps * values.abs().max()
+    factor = vectors[:, keep] * values[keep].sqrt()
+    return factor if basis is None else basis @ factor
 
 
 def few_images_warning(count: int | None, dim: int) -> str | None:
@@ -141,13 +154,23 @@ def few_images_warning(count: int | None, dim: int) -> str | None:
     )
 
 
-def save_npz(path: str | Path, moments: Moments, features: str, facts: Mapping[str, str | int] | None = None) -> None:
-    """Write `mu` and `sigma` as every FID tool reads them. Beside them, which others pass over: the name of the feature
-    network, `count`, and `facts` (how the images were prepared, see `src.metrics.reference.Preparation`)."""
+def save_npz(
+    path: str | Path,
+    moments: Moments,
+    features: str,
+    facts: Mapping[str, str | int] | None = None,
+    spatial: Moments | None = None,
+) -> None:
+    """Write `mu` and `sigma` as every FID tool reads them, and `mu_s` and `sigma_s` of `spatial` features as ADM's suite
+    has them. Beside them, which others pass over: the name of the feature network, `count`, and `facts` (how the images
+    were prepared, see `src.metrics.reference.Preparation`)."""
     count = {} if moments.count is None else {"count": moments.count}
-    arrays = {"mu": moments.mean.cpu().numpy(), "sigma": moments.covariance.cpu().numpy(), "features": features}
+    arrays: dict[str, Any] = {}
+    for end, part in (("", moments), ("_s", spatial)):
+        if part is not None:
+            arrays |= {f"mu{end}": part.mean.cpu().numpy(), f"sigma{end}": part.covariance.cpu().numpy()}
     with replacing(path) as file:
-        np.savez(file, **arrays, **count, **(facts or {}))  # type: ignore[arg-type]  # numpy's stub
+        np.savez(file, **arrays, features=features, **count, **(facts or {}))  # type: ignore[arg-type]  # numpy's stub
 
 
 def load_npz(path: str | Path, names: tuple[str, str] = ("mu", "sigma")) -> Gaussian:

@@ -5,6 +5,8 @@
 - Inception Score: Salimans et al., arXiv 1606.03498; mean over splits of 5,000 images in their order.
 - Precision and recall: Kynkaanniemi et al., arXiv 1904.06991; k = 3, on pooled features.
 
+Of another feature network there are the Frechet distance, precision and recall (Stein et al., arXiv 2306.04675).
+
 Legend: B batch, N generated images, M reference images, F pooled features, K classes.
 """
 
@@ -19,9 +21,9 @@ from torch import Tensor
 
 from src.core.distributed import Process, float64_device, gather_on_main, sum_over_ranks
 from src.core.errors import UserError
+from src.metrics.features import FeatureNetwork, score_name
 from src.metrics.fid import FeatureStatistics, Moments, few_images_warning, frechet_distance, load_npz
-from src.metrics.inception import InceptionFeatures
-from src.metrics.inception_network import SPATIAL_DIM, TF_CLASSES
+from src.metrics.inception_network import TF_CLASSES
 from src.metrics.npz import ImageNpz, opened_npz
 from src.metrics.reference import Preparation, load_reference
 
@@ -103,16 +105,17 @@ class GenerationStatistics:
 
     Args:
         images: how many there are, or more; for the splits of the Inception Score. 0: no Inception Score.
+        keep: keep the features of each image, for precision and recall (400 MB for 50,000 images).
 
-    Memory: two covariances, and of each image its pooled features (400 MB for 50,000).
+    Memory: that, and two covariances.
     """
 
-    def __init__(self, inception: InceptionFeatures, batch_size: int, images: int = 0) -> None:
-        self.inception, self.batch_size = inception, batch_size
-        device = float64_device(inception.device)
-        self.pool = FeatureStatistics(inception.feature_dim, device)
-        self.spatial = FeatureStatistics(SPATIAL_DIM, device)
-        self.inception_score = InceptionScore(images) if images else None
+    def __init__(self, network: FeatureNetwork, batch_size: int, images: int = 0, keep: bool = True) -> None:
+        self.network, self.batch_size, self.keep = network, batch_size, keep
+        device = float64_device(network.device)
+        self.pool = FeatureStatistics(network.feature_dim, device)
+        self.spatial = FeatureStatistics(network.spatial_dim, device) if network.spatial_dim else None
+        self.inception_score = InceptionScore(images) if images and network.spatial_dim else None
         self._features: list[Tensor] = []
 
     @property
@@ -131,23 +134,24 @@ class GenerationStatistics:
     @property
     def features(self) -> Tensor:
         """N x F float32 on the CPU; once reduced, of all ranks on rank 0."""
-        return torch.cat(self._features) if self._features else torch.empty(0, self.inception.feature_dim)
+        return torch.cat(self._features) if self._features else torch.empty(0, self.network.feature_dim)
 
     def update(self, images: Tensor, positions: Tensor | None = None) -> None:
         """Take in uint8 images B x 3 x H x W, and their positions (B,) in the whole where there is an Inception Score."""
         for start in range(0, len(images), self.batch_size):
-            outputs = self.inception.outputs(images[start : start + self.batch_size])
+            outputs = self.network.outputs(images[start : start + self.batch_size])
             self.pool.update(outputs.pool)
-            self.spatial.update(outputs.spatial)
-            self._features.append(outputs.pool.cpu())
-            if self.inception_score is not None and positions is not None:
+            if self.keep:
+                self._features.append(outputs.pool.cpu())
+            if self.spatial is not None and outputs.spatial is not None:
+                self.spatial.update(outputs.spatial)
+            if self.inception_score is not None and positions is not None and outputs.logits is not None:
                 self.inception_score.update(outputs.logits, positions[start : start + self.batch_size])
 
     def reduce(self) -> Self:
-        self.pool.reduce()
-        self.spatial.reduce()
-        if self.inception_score is not None:
-            self.inception_score.reduce()
+        for part in (self.pool, self.spatial, self.inception_score):
+            if part is not None:
+                part.reduce()
         self._features = [rows for rank in gather_on_main(self._features) for rows in rank]
         return self
 
@@ -162,12 +166,12 @@ class GenerationReference:
 
     @classmethod
     def of(cls, statistics: GenerationStatistics) -> Self:
-        return cls(statistics.pool, statistics.spatial, statistics.features)
+        return cls(statistics.pool, statistics.spatial, statistics.features if statistics.keep else None)
 
 
 def load_generation_reference(
     path: str | Path,
-    inception: InceptionFeatures,
+    network: FeatureNetwork,
     batch_size: int,
     wanted: Preparation,
     remedy: str = "",
@@ -179,24 +183,25 @@ def load_generation_reference(
     Arguments, checks and errors are those of `load_reference`. On all ranks; whole on rank 0.
     """
 
-    def measure(batches: Iterable[Tensor], inception: InceptionFeatures, batch_size: int) -> GenerationStatistics:
-        found = GenerationStatistics(inception, batch_size)
+    def measure(batches: Iterable[Tensor], network: FeatureNetwork, batch_size: int) -> GenerationStatistics:
+        found = GenerationStatistics(network, batch_size)
         for images in batches:
             found.update(images)
         return found.reduce()
 
-    pool = load_reference(path, inception, batch_size, wanted, remedy, process, measure)
+    pool = load_reference(path, network, batch_size, wanted, remedy, process, measure)
     if isinstance(pool, GenerationStatistics):
         return GenerationReference.of(pool)
     with opened_npz(path) as archive:
         names = set(archive.files)
-    spatial: Moments | None = load_npz(path, ("mu_s", "sigma_s")) if {"mu_s", "sigma_s"} <= names else None
+    stored = network.spatial_dim and {"mu_s", "sigma_s"} <= names
+    spatial: Moments | None = load_npz(path, ("mu_s", "sigma_s")) if stored else None
     features = None
     if "arr_0" in names:
         rank, world = (process.rank, process.world) if process else (0, 1)
-        made = measure(ImageNpz(path).batches(batch_size, rank, world), inception, batch_size)
+        made = measure(ImageNpz(path).batches(batch_size, rank, world), network, batch_size)
         spatial, features = spatial or made.spatial, made.features
-    missing = ["sFID"] * (spatial is None) + ["precision and recall"] * (features is None)
+    missing = ["sFID"] * bool(network.spatial_dim and spatial is None) + ["precision and recall"] * (features is None)
     if missing:
         log.warning(
             "%s has no images (`arr_0`), so there is no %s. A reference of images has everything: "
@@ -210,12 +215,12 @@ def compute_scores(
 ) -> dict[str, float | int]:
     """Return `gfid`, `sfid`, `inception_score`, `precision`, `recall` (those that can be had) and `images`. On rank 0.
 
-    Names of numbers from an untrained network end in `_untrained`. `device` does the distances of precision and recall.
+    Of other networks their names are those of `score_name`. `device` does the distances of precision and recall.
     """
-    if warning := few_images_warning(generated.count, generated.inception.feature_dim):
+    if warning := few_images_warning(generated.count, generated.network.feature_dim):
         log.warning("%s", warning)
     scores = {"gfid": frechet_distance(reference.pool, generated.pool)}
-    if reference.spatial is not None:
+    if reference.spatial is not None and generated.spatial is not None:
         scores["sfid"] = frechet_distance(reference.spatial, generated.spatial)
     if generated.inception_score is not None:
         scores["inception_score"] = generated.inception_score.compute()
@@ -225,5 +230,4 @@ def compute_scores(
             scores["precision"], scores["recall"] = precision_recall(*pair)
         else:
             log.warning("Less than %d images on one side: no precision and recall.", NEIGHBOURS + 1)
-    suffix = "_untrained" if generated.inception.untrained else ""
-    return {**{name + suffix: value for name, value in scores.items()}, "images": generated.count}
+    return {score_name(name, generated.network): value for name, value in scores.items()} | {"images": generated.count}

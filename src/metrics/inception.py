@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from src.core.errors import UserError
 from src.core.precision import full_float32
 from src.core.weights import freeze, load_strict, read, require
-from src.metrics.inception_network import TF_CLASSES, InceptionNetwork, InceptionOutputs
+from src.metrics.features import INCEPTION, FeatureOutputs
+from src.metrics.inception_network import SPATIAL_DIM, TF_CLASSES, InceptionNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ class InceptionFeatures(nn.Module):
     missing or holds another network. Random weights only by `weights`, drawn from `seed`: then `untrained` is true and
     scores must not be called rFID. `key` names the config key or option of the path in error messages.
     """
+
+    space, spatial_dim = INCEPTION, SPATIAL_DIM
 
     def __init__(
         self,
@@ -73,7 +76,7 @@ class InceptionFeatures(nn.Module):
         return self.outputs(images).pool
 
     @torch.no_grad()
-    def outputs(self, images: Tensor) -> InceptionOutputs:
+    def outputs(self, images: Tensor) -> FeatureOutputs:
         """Return pooled and spatial features and logits of uint8 images B x 3 x H x W, each B x D float32."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be uint8 B x 3 x H x W, got {images.dtype} {tuple(images.shape)}")

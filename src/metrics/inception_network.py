@@ -15,23 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from src.metrics.features import FeatureOutputs
+
 TF_CLASSES = 1008  # the network of 2015-12-05; torchvision's ImageNet Inception-v3 has 1000 and gives other scores
 SPATIAL_BLOCK = "Mixed_6d"  # its first branch is `mixed_6/conv` of TensorFlow's graph
 SPATIAL_CHANNELS = 7
 SPATIAL_DIM = SPATIAL_CHANNELS * 17 * 17
 ROW, COLUMN, SQUARE = (1, 7), (7, 1), (3, 3)
 FORK = (("a", (1, 3)), ("b", (3, 1)))
-
-
-class InceptionOutputs(NamedTuple):
-    """What ADM's evaluation suite takes of an image."""
-
-    pool: Tensor
-    """B F, for FID, precision and recall"""
-    spatial: Tensor
-    """B S, for sFID: 7 channels of `mixed_6/conv` after its ReLU, flattened as (row, column, channel)"""
-    logits: Tensor
-    """B K, for the Inception Score: without the bias"""
 
 
 class Conv(NamedTuple):
@@ -88,11 +79,11 @@ class InceptionNetwork(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self._features(images)[0]
 
-    def outputs(self, images: Tensor) -> InceptionOutputs:
+    def outputs(self, images: Tensor) -> FeatureOutputs:
         pool, spatial = self._features(images)
         # as a convolution, whose precision `full_float32` guards
         logits = functional.conv2d(pool[:, :, None, None], self.fc.weight[:, :, None, None]).flatten(1)  # B K
-        return InceptionOutputs(pool, spatial, logits)
+        return FeatureOutputs(pool, spatial, logits)
 
     def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         x = self._chain("", images, ("Conv2d_1a_3x3", 32, SQUARE, 2), ("Conv2d_2a_3x3", 32, SQUARE, 1, False))

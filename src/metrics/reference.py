@@ -10,8 +10,8 @@ from torch import Tensor
 
 from src.core.distributed import Process, float64_device
 from src.core.errors import UserError
+from src.metrics.features import INCEPTION, FeatureNetwork
 from src.metrics.fid import FeatureStatistics, Gaussian, Moments, load_npz
-from src.metrics.inception import InceptionFeatures
 from src.metrics.npz import ImageNpz, opened_npz, scalar
 
 log = logging.getLogger(__name__)
@@ -59,28 +59,28 @@ class Preparation:
         return found
 
 
-def add_features(statistics: FeatureStatistics, inception: InceptionFeatures, images: Tensor, batch_size: int) -> None:
+def add_features(statistics: FeatureStatistics, network: FeatureNetwork, images: Tensor, batch_size: int) -> None:
     """Take uint8 images B x 3 x H x W into `statistics`, `batch_size` at a time through the network."""
     for chunk in images.split(batch_size):
-        statistics.update(inception(chunk))
+        statistics.update(network(chunk))
 
 
-def image_statistics(batches: Iterable[Tensor], inception: InceptionFeatures, batch_size: int) -> FeatureStatistics:
+def image_statistics(batches: Iterable[Tensor], network: FeatureNetwork, batch_size: int) -> FeatureStatistics:
     """Return statistics of uint8 batches B x 3 x H x W of this rank; call `reduce` on them where there are several."""
-    statistics = FeatureStatistics(inception.feature_dim, float64_device(inception.device))
+    statistics = FeatureStatistics(network.feature_dim, float64_device(network.device))
     for images in batches:
-        add_features(statistics, inception, images, batch_size)
+        add_features(statistics, network, images, batch_size)
     return statistics
 
 
 def load_reference(
     path: str | Path,
-    inception: InceptionFeatures,
+    network: FeatureNetwork,
     batch_size: int,
     wanted: Preparation,
     remedy: str = "",
     process: Process | None = None,
-    measure: Callable[[Iterable[Tensor], InceptionFeatures, int], Moments] | None = None,
+    measure: Callable[[Iterable[Tensor], FeatureNetwork, int], Moments] | None = None,
 ) -> Moments:
     """Read `mu` and `sigma` of an npz where it has them, else make those of its images `arr_0`.
 
@@ -93,7 +93,7 @@ def load_reference(
         names = set(archive.files)
     if {"mu", "sigma"} <= names:
         gaussian = load_npz(path)
-        _check_network(path, gaussian, inception)
+        _check_network(path, gaussian, network)
         stated = Preparation.of_file(path)
         size = None if stated.image_size is None else (stated.image_size, stated.image_size)
         if size is None and "arr_0" in names:  # the ADM suite's own files hold statistics and images
@@ -106,11 +106,7 @@ def load_reference(
     _check_preparation(path, Preparation.of_file(path), images.shape[1:3], len(images), wanted, remedy)
     rank, world = (process.rank, process.world) if process else (0, 1)
     batches = images.batches(batch_size, rank, world)
-    return (
-        measure(batches, inception, batch_size)
-        if measure
-        else image_statistics(batches, inception, batch_size).reduce()
-    )
+    return measure(batches, network, batch_size) if measure else image_statistics(batches, network, batch_size).reduce()
 
 
 def _check_preparation(
@@ -149,19 +145,17 @@ def _differ(there: str | int | None, here: str | int | None) -> bool:
     return there is not None and here is not None and there != here
 
 
-def _check_network(path: str | Path, gaussian: Gaussian, inception: InceptionFeatures) -> None:
-    dim = len(gaussian.mean)
-    if dim != inception.feature_dim:
+def _check_network(path: str | Path, gaussian: Gaussian, network: FeatureNetwork) -> None:
+    there = gaussian.features
+    if there not in (None, network.name):
         raise UserError(
-            f"{path} has statistics of {dim} features, the Inception network gives {inception.feature_dim}."
+            f"{path} was made with the features {there!r}, this run uses {network.name!r}: the distance between them means "
+            "nothing. Choose the features of the file with --features, or make the reference again with those of this run."
         )
-    if gaussian.features is not None and gaussian.features != inception.name:
+    if (dim := len(gaussian.mean)) != network.feature_dim:
+        raise UserError(f"{path} has statistics of {dim} features, {network.name} gives {network.feature_dim}.")
+    if there is None and (network.untrained or network.space != INCEPTION):
         raise UserError(
-            f"{path} was made with the features {gaussian.features!r}, this run uses {inception.name!r}: the distance "
-            "between them means nothing. Make the reference again with the weights of this run."
-        )
-    if gaussian.features is None and inception.untrained:
-        raise UserError(
-            f"{path} comes from another tool, thus from the trained Inception network: nothing to compare untrained "
-            "features with. Give this run the Inception weights, or make a reference with its untrained ones."
+            f"{path} does not say of which network its statistics are: it comes from another tool, thus from the trained "
+            f"Inception network, and this run uses {network.name!r}. Make a reference with the features of this run."
         )

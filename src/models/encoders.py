@@ -36,23 +36,31 @@ class Dinov2withNorm(FrozenEncoder):
     blocks_at = "encoder.layer"
 
     def __init__(
-        self, dinov2_path: str, normalize: bool = True, antialias_positions: bool = False, **options: Any
+        self,
+        dinov2_path: str,
+        normalize: bool = True,
+        antialias_positions: bool = False,
+        position_offset: float = 0.0,
+        **options: Any,
     ) -> None:
-        """`antialias_positions`: at other sizes, as with registers (and in RAEv2) also without them."""
+        """Of models without registers, at other sizes: `antialias_positions`, as with registers (and in RAEv2);
+        `position_offset`, see `resample_positions`: 0.1 in the code of DINOv2's authors, 0 in transformers."""
         if not normalize:
             raise UserError(
                 "model.encoder_params.normalize=false: the latent of the recipe is normalised without affine parameters. "
                 "Set it to true (norm=affine or norm=none are the other choices)."
             )
         super().__init__(dinov2_path, **options)
-        self.antialias = antialias_positions and isinstance(self.model, Dinov2Model)
+        plain = isinstance(self.model, Dinov2Model)
+        self.antialias, self.offset = plain and antialias_positions, position_offset if plain else 0.0
         self.other_choices += ["antialias_positions"] * self.antialias
+        self.other_choices += [f"position_offset {self.offset:g}"] if self.offset else []
 
     def embed(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        if not self.antialias:
+        if not self.antialias and not self.offset:
             return super().embed(images)
-        parts = self.model.embeddings
-        positions = resample_positions(parts.position_embeddings[:, 1:], images.shape[-1] // self.patch_size, True)
+        parts, side = self.model.embeddings, images.shape[-1] // self.patch_size
+        positions = resample_positions(parts.position_embeddings[:, 1:], side, self.antialias, self.offset)
         patches = parts.patch_embeddings(images) + positions  # B N C
         cls_token = (parts.cls_token + parts.position_embeddings[:, :1]).expand(len(patches), -1, -1)
         return torch.cat([cls_token, patches], dim=1), {}

@@ -193,6 +193,16 @@ class FrozenEncoder(nn.Module):
             fused = fused.div_(len(chosen))
         return fused.add_(spatial_mean) if self.layer_fusion == "mean_plus_spatial_mean" else fused
 
+    @torch.no_grad()
+    def pooled(self, images: Tensor) -> Tensor:
+        """B 3 H W (normalised) -> B C: the CLS token after the last block and the final norm as it is, whatever `layers` and
+        `norm` say; of families without CLS the mean over the patches."""
+        tokens, context = self.embed(images)
+        for block in self.blocks():
+            tokens = block(tokens, **context)
+        tokens = tokens if self.norm_module is None else self.norm_module(tokens)
+        return tokens[:, 0] if self.prefix_tokens else tokens.mean(dim=1)
+
     def train(self, mode: bool = True) -> "FrozenEncoder":
         """Frozen stays frozen: evaluation mode whatever is asked for."""
         return super().train(False)
@@ -330,13 +340,17 @@ def check_source(kind: str, source: str) -> None:
         )
 
 
-def resample_positions(positions: Tensor, side: int, antialias: bool = False) -> Tensor:
-    """Positions 1 x N x C of a square grid -> 1 x side*side x C, bicubically in float32."""
+def resample_positions(positions: Tensor, side: int, antialias: bool = False, offset: float = 0.0) -> Tensor:
+    """Positions 1 x N x C of a square grid -> 1 x side*side x C, bicubically in float32.
+
+    `offset`: they are spaced as for a side longer by so much (DINO's and DINOv2's code, 0.1).
+    """
     before = round(positions.shape[1] ** 0.5)
     if before == side:
         return positions
     grid = positions.float().transpose(1, 2).unflatten(2, (before, before))  # 1 C h w
-    grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False, antialias=antialias)
+    size: dict[str, Any] = {"scale_factor": (side + offset) / before} if offset else {"size": (side, side)}
+    grid = F.interpolate(grid, **size, mode="bicubic", align_corners=False, antialias=antialias)
     return grid.flatten(2).transpose(1, 2).to(positions.dtype)
 
 

@@ -86,6 +86,11 @@ class TimmViT(FrozenEncoder):
             images, indices=list(chosen), norm=False, stop_early=True, output_fmt="NLC", intermediates_only=True
         )
 
+    @torch.no_grad()
+    def pooled(self, images: Tensor) -> Tensor:
+        tokens = self.model.forward_features(images)
+        return tokens[:, 0] if self.prefix_tokens else tokens.mean(dim=1)
+
     @property
     def prefix_tokens(self) -> int:
         return self.model.num_prefix_tokens

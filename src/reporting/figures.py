@@ -39,7 +39,8 @@ class Chart(NamedTuple):
 CHARTS = (
     Chart("Loss", "(train|val)/loss", "Decoder in training; L1 + LPIPS on held-out images (EMA weights).", min),
     Chart("rFID", "rfid(_full)?/score", "Originals against reconstructions (EMA weights); lower is better.", min),
-    Chart("FID distance, UNTRAINED Inception", "rfid_untrained(_full)?/score", "Not comparable with any rFID.", min),
+    Chart("gFID", "gfid/score", "Samples (EMA weights) against the reference; lower is better.", min),
+    Chart("FID distance, UNTRAINED Inception", "[rg]fid_untrained(_full)?/score", "Not comparable with any rFID.", min),
     Chart("PSNR (dB)", r"(val|rfid\w*)/psnr", "Reconstructions by the EMA weights; higher is better.", max),
     Chart("L1", "(train|val)/l1", "Mean absolute difference of images in [0, 1]."),
     Chart("LPIPS", r"(train|val|rfid\w*)/lpips", "Perceptual distance; lower is better.", min),

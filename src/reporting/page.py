@@ -76,7 +76,9 @@ def facts(run: Run) -> dict[str, Markup]:
 def untrained(run: Run) -> list[str]:
     """Return the parts with random weights: as the run said itself, else as its configuration says."""
     said = re.findall(r"UNTRAINED by request: ([^.]+)", run.log)
-    inception = ["Inception network"] * any(name.startswith("rfid_untrained") for name in run.series)
+    inception = ["Inception network"] * any(
+        name.startswith(("rfid_untrained", "gfid_untrained")) for name in run.series
+    )
     config = [f"{k} ({v})" for k, v in flat(run.config).items() if k.endswith("weights") and v in ("untrained", "tiny")]
     return list(dict.fromkeys((said or config) + inception))
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 import torch
 
+from src.callbacks.gfid_callback import GFIDCallback
 from src.callbacks.progress import describe, peak_memory_gb, warn
-from src.callbacks.rfid_callback import REMEDY
+from src.callbacks.rfid_callback import RFIDCallback
 from src.core.errors import UserError
 from src.core.text import duration, table
 from src.core.weights import resolve
-from src.evaluation.networks import load_inception
 
 if TYPE_CHECKING:
     from src.training.run import Run
@@ -123,14 +123,13 @@ def check_disk(config: Mapping[str, Any], module: Any) -> None:
 
 
 def check_inception(config: Mapping[str, Any]) -> None:
-    """Raise UserError where rFID is on and its network's weights are missing."""
-    node = (config.get("callbacks") or {}).get("rfid")
-    if not node or "_target_" not in node:
-        return
-    if node["rfid_every_n_steps"] or node["rfid_every_epoch"] or node["full_at_end"]:
-        key = "callbacks.rfid.inception_path"
-        width = node.get("inception_width")  # of an older configuration
-        load_inception(node["inception_path"], node["inception_weights"], key, REMEDY, width)
+    """Raise UserError where rFID or gFID is on and a network's weights are missing."""
+    for name, kind in (("rfid", RFIDCallback), ("gfid", GFIDCallback)):
+        node = (config.get("callbacks") or {}).get(name) or {}
+        if "_target_" in node:
+            callback = kind(**{key: value for key, value in node.items() if key != "_target_"})
+            if callback.in_use:
+                callback.load_networks()
 
 
 def _forecast(run: "Run", parts: list[Stretch]) -> list[tuple[str, str]]:

@@ -150,7 +150,7 @@ def summary(trainer: pl.Trainer, module: Any) -> dict[str, Any]:
     for callback in progress:
         result |= callback.latest
     result |= {name: value for name, (_, value) in module.scores.items()}
-    shown = ("train/l", "train/gan", "disc/loss", "val/", "rfid")
+    shown = ("train/l", "train/gan", "disc/loss", "val/", "rfid", "gfid")
     rows = [(name, f"{result[name]:.4f}") for name in sorted(result) if name.startswith(shown)]
     if "val/psnr" in module.scores_at_start and "val/psnr" in result:
         result["psnr_before"] = module.scores_at_start["val/psnr"]

@@ -41,7 +41,7 @@ KNOWN_KEYS = frozenset(
     ("data", "model", "callbacks", "logger", "trainer", "paths", "experiment_name", "seed", "ckpt_path", "preflight")
 )
 """Of `configs/train.yaml`."""
-KNOWN_CALLBACKS = frozenset(("rfid", "checkpoint", "samples", "progress"))
+KNOWN_CALLBACKS = frozenset(("rfid", "gfid", "checkpoint", "samples", "progress"))
 """Those whose settings may stay where the callback itself is left out."""
 ENDED_AT_ONCE = "ended at once by a second Ctrl-C"
 

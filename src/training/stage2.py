@@ -200,13 +200,12 @@ class DiffusionModule(StageModule):
         quarters = zip(range(1, QUARTERS + 1), sums.tolist(), counts.tolist(), strict=True)
         self.record_scores(values | {f"val/loss_q{n}": total / count for n, total, count in quarters if count})
 
-    def sampler(self, settings: SamplerSettings | None = None) -> Sampler:
-        """Return a sampler of the averaged network."""
-        flow = self.settings.flow
+    def sampler(self, settings: SamplerSettings | None = None, seed: int | None = None) -> Sampler:
+        """Return a sampler of the averaged network; by default with the run's own settings and seed."""
+        flow, own = self.settings.flow, self.settings.loop.seed
         settings = settings or self.settings.sampler
-        return Sampler(
-            self.ema_network, settings, flow.prediction, flow.t_eps, self.step.shift, self.settings.loop.seed
-        )
+        seed = own if seed is None else seed
+        return Sampler(self.ema_network, settings, flow.prediction, flow.t_eps, self.step.shift, seed)
 
     @torch.no_grad()
     def sample_rows(self, images: Tensor) -> list[Tensor]:

@@ -1,0 +1,97 @@
+"""gFID during training: the numbers of `sample.py` and `eval_generation.py` to the last digit; when, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+from src import eval_generation, sample
+from src.core.errors import UserError
+from src.core.weights import read
+from tests.test_eval_generation import as_folder, as_npz, pictures
+from tests.test_rfid_callback import logged
+from tests.test_stage2 import SMALL, autoencoder, last  # noqa: F401  (the fixture)
+from tests.training import same, train
+
+
+def gfid(place, **options):
+    values = {"every_n_epochs": 1, "num_images": 10, "batch_size": 4, "decode_batch": 3, "inception_weights": "tiny",
+              "sampler.cfg": 1.5, "sampler.t_min": 0.2, "reference": place} | options  # fmt: skip
+    return [f"callbacks.gfid.{name}={value}" for name, value in values.items()]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    return as_npz(tmp_path_factory.mktemp("reference") / "r.npz", pictures(9, 2))
+
+
+def offline(checkpoint, reference, folder):
+    words = ["--device", "cpu", "--batch_size", 4]
+    samples = [
+        *words,
+        "--checkpoint",
+        checkpoint,
+        "--num_images",
+        10,
+        "--decode_batch",
+        3,
+        "--cfg",
+        1.5,
+        "--interval",
+        "0.2:1",
+    ]
+    assert sample.main([str(word) for word in (*samples, "--output", folder / "s.npz")]) == 0
+    scores = [
+        *words,
+        "--num_workers",
+        0,
+        "--samples",
+        folder / "s.npz",
+        "--reference",
+        reference,
+        "--inception_weights",
+        "tiny",
+    ]
+    assert eval_generation.main([str(word) for word in (*scores, "--json", folder / "s.json")]) == 0
+    return json.loads((folder / "s.json").read_text())["results"][0]
+
+
+def test_online_and_offline_numbers_are_equal_and_training_is_not_disturbed(autoencoder, reference, tmp_path):  # noqa: F811
+    base = [*SMALL, f"model.autoencoder={autoencoder}"]
+    train(tmp_path / "with", *base, *gfid(reference, every_n_steps=4, every_n_epochs=2), small=False)
+    train(tmp_path / "without", *base, small=False)
+    a, b = (read(last(tmp_path / name)) for name in ("with", "without"))
+    assert same(a["state_dict"], b["state_dict"]) and same(a["optimizer_states"], b["optimizer_states"])
+    scores = logged(tmp_path / "with", "gfid_untrained/score")
+    assert sorted(scores) == [4, 6]  # 6 is the end of the second epoch
+    found = offline(last(tmp_path / "with"), reference, tmp_path)
+    names = {name: f"{name}_untrained" for name in ("sfid", "inception_score", "precision", "recall")}
+    for name, key in {"score": "gfid_untrained", "images": "images", **names}.items():
+        assert logged(tmp_path / "with", f"gfid_untrained/{name}")[6] == found[key], name
+    state = next(v for k, v in a["callbacks"].items() if "RunCheckpoint" in k)
+    assert state["monitor"] == "gfid_untrained/score" and state["best"] == min(scores.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reference": "null"}, "callbacks.gfid.reference=None: expected an npz"),
+        ({"num_images": 1}, "callbacks.gfid.num_images=1: expected a whole number of at least 2"),
+        ({"sampler.cfg": 0.5}, "callbacks.gfid.sampler.cfg"),
+        ({"labels": "7"}, "classes 0 to 2"),
+        ({"features": "[dinov2]"}, "expected inception among them"),
+        ({"inception_weights": "pretrained", "inception_path": "nowhere.pth"}, "nowhere.pth.*gfid.every_n_steps=0"),
+    ],
+)
+def test_what_is_refused_before_training(autoencoder, reference, tmp_path, options, message):  # noqa: F811
+    values = [*SMALL, f"model.autoencoder={autoencoder}", *gfid(reference, **options)]
+    with pytest.raises(UserError, match=f"(?s){message}"):
+        train(tmp_path / "run", *values, small=False)
+
+
+def test_a_reference_that_does_not_fit_is_told_before_training(autoencoder, tmp_path):  # noqa: F811
+    small = as_npz(tmp_path / "small.npz", np.ascontiguousarray(pictures(5, 1, 48)))
+    one = as_folder(tmp_path / "one", pictures(1, 1))
+    for place, message in ((small, "48 x 48 px, this evaluation has 64 x 64 px"), (one, "has 1 image: 2 or more")):
+        with pytest.raises(UserError, match=message):
+            train(tmp_path / "run", *SMALL, f"model.autoencoder={autoencoder}", *gfid(place), small=False)
