@@ -11,6 +11,7 @@ from src.core.weights import read
 from tests.test_eval_generation import as_folder, as_npz, pictures
 from tests.test_rfid_callback import logged
 from tests.test_stage2 import SMALL, autoencoder, last  # noqa: F401  (the fixture)
+from tests.tiny_models import two_processes
 from tests.training import same, train
 
 
@@ -70,6 +71,16 @@ def test_online_and_offline_numbers_are_equal_and_training_is_not_disturbed(auto
         assert logged(tmp_path / "with", f"gfid_untrained/{name}")[6] == found[key], name
     state = next(v for k, v in a["callbacks"].items() if "RunCheckpoint" in k)
     assert state["monitor"] == "gfid_untrained/score" and state["best"] == min(scores.values())
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_score_of_one(autoencoder, reference, tmp_path):  # noqa: F811
+    words = [*SMALL, f"model.autoencoder={autoencoder}", "data.batch_size=4", *gfid(reference, every_n_epochs=2)]
+    two_processes("src/train.py", *words, f"paths.run_dir={tmp_path}/run", f"paths.log_dir={tmp_path}")
+    found = offline(last(tmp_path / "run"), reference, tmp_path)
+    for name, key in (("score", "gfid_untrained"), ("sfid", "sfid_untrained"), ("precision", "precision_untrained")):
+        assert logged(tmp_path / "run", f"gfid_untrained/{name}")[6] == pytest.approx(found[key], rel=1e-5)
+    assert logged(tmp_path / "run", "gfid_untrained/images") == {6: 10}
 
 
 @pytest.mark.parametrize(

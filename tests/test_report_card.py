@@ -76,7 +76,7 @@ def test_side_by_side_is_what_each_is_alone(place, tmp_path, capsys):
     assert f"{second['gfid_untrained']:.4f}" in printed
     with Image.open(folder / "sheet.png") as sheet:  # originals and four variants of eight images, names on the left
         assert sheet.height == 5 * 66 - 2 and 8 * 66 < sheet.width < 8 * 66 + 300
-        assert np.asarray(sheet)[:, : sheet.width - 8 * 66].min() == 0
+        assert np.asarray(sheet)[:, : sheet.width - 8 * 66].min() < 64
 
 
 def test_what_does_not_go_together(place, capsys, tmp_path):
