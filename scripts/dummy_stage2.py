@@ -55,7 +55,7 @@ def _run(folder: Path, epochs: int | None) -> int:
     _program("train.py", "experiment=dit_dummy", f"model.autoencoder='{autoencoder}'", f"model.statistics='{statistics}'",
              f"data.data_dir='{folder / 'encoded/latents'}'", f"paths.run_dir='{run}'", *length)  # fmt: skip
     samples = run / "samples.npz"
-    _program("sample.py", "--checkpoint", run / "checkpoints/last.ckpt", "--num_images", IMAGES, "--cfg", 2, "--device", "cpu",
+    _program("sample.py", "--checkpoint", run / "checkpoints/last.ckpt", "--num_images", IMAGES, "--cfg", 3, "--device", "cpu",
              "--output", samples, "--grid", run / "samples.png")  # fmt: skip
     before, after, share = _judge(run / "checkpoints/last.ckpt", samples)
     print(
