@@ -68,7 +68,7 @@ def _run(options: EvaluationOptions) -> int:
 
 
 def text(results: Sequence[Mapping[str, Any]]) -> str:
-    """Return a paragraph for each data set: its first variant in words, all of several variants as a table."""
+    """Return a paragraph for each data set: the first model's first variant in words, all of several as a table."""
     from src.evaluation.report_card import aligned, label, score_rows
 
     paragraphs = []
@@ -76,12 +76,12 @@ def text(results: Sequence[Mapping[str, Any]]) -> str:
         own = [result for result in results if result["data_dir"] == data_dir]
         first = own[0]
         lines = [f"Images: {first['images']:,} of {first['available']:,}, {first['split']} of {data_dir}"]
+        lines += [f"Model: {first['model']}"] * (len({result.get("model") for result in own}) > 1)
         lines += [f"{name} Score: {first[key]:.4f}" for key, name in RFID.items() if key in first]
         others = [key for key in first if key not in RFID and label(key)]
         lines.append(", ".join(f"{label(key)}: {first[key]:.4f}" for key in others))
-        paragraphs.append(
-            "\n".join(lines + (aligned(score_rows(own, ("model", "layers")), "  ") if len(own) > 1 else [])) + "\n"
-        )
+        lines += aligned(score_rows(own, ("model", "layers")), "  ") if len(own) > 1 else []
+        paragraphs.append("\n".join(lines) + "\n")
     return "\n".join(paragraphs)
 
 

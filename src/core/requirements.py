@@ -94,6 +94,7 @@ FILES = (
 )
 REPOSITORIES = (
     Asset("facebook/dinov2-with-registers-base", "encoder DINOv2-B with registers"),
+    Asset("facebook/dinov2-large", "DINOv2-L without registers, for --features dinov2"),
     Asset("google/siglip-so400m-patch14-384", "encoder SigLIP so400m"),
     Asset("google/siglip2-base-patch16-256", "encoder SigLIP2-B"),
     Asset("facebook/vit-mae-base", "encoder MAE-B"),

@@ -238,12 +238,13 @@ def decoded_set(
         return ((places, z) for places, _, z in latents.batches(size, process.rank, process.world))
 
     def batches() -> Batches:
+        home = rae.image_mean.device  # several models take turns on the device
         rae.to(process.device)
         with torch.no_grad(), full_float32(process.device):
             for places, z in _first(taken, stored()):
                 decoded = (rae.decode_raw if raw else rae.decode)(z.to(process.device))
                 yield places, unit_to_bytes(decoded, quantization)
-        rae.to("cpu")
+        rae.to(home)
 
     return GeneratedSet(str(loaded.description["source"]), taken, rae.geometry.image_size, batches)
 

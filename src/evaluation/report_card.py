@@ -84,6 +84,6 @@ def save_sheet(pairs: Sequence[Pair], names: Sequence[Sequence[str]], file: Path
 
 def _short(model: str, names: Sequence[Sequence[str]]) -> str:
     """Return a model's path without what all of them share, at most 32 letters of it."""
-    models = {name[0] for name in names}
-    shared = os.path.commonpath(models) if len(models) > 1 else os.path.dirname(model)
-    return os.path.relpath(model, shared or ".")[-32:]
+    models = {os.path.abspath(name[0]) for name in names}
+    shared = os.path.commonpath(models) if len(models) > 1 else os.path.dirname(os.path.abspath(model))
+    return os.path.relpath(os.path.abspath(model), shared)[-32:]

@@ -54,6 +54,8 @@ def evaluate(options: EvaluationOptions, process: Process) -> tuple[list[dict[st
     # before the first long pass, what is wrong is said
     sets = [evaluation.open(data_dir) for data_dir in options.data_dir]
     moments = [evaluation.references(images, file) for images, file in zip(sets, files, strict=True)]
+    if options.latents:
+        evaluation.score_generated()
     results: list[dict[str, Any]] = []
     with ExitStack() as stack:
         packed = None
@@ -66,8 +68,6 @@ def evaluate(options: EvaluationOptions, process: Process) -> tuple[list[dict[st
             packed.finish()
     if options.csv and process.main:
         evaluation.table.write(resolve(options.csv))
-    if options.latents:
-        evaluation.score_generated(results)
     return results, evaluation.description()
 
 
@@ -97,6 +97,7 @@ class Evaluation:
         found = [variants_of(model, options.layers, options.noise_sigma) for model in self.models]
         self.variants = [variant for part in found for variant in part]
         self.table = CsvTable(self._score({}).quality_names)
+        self.generated: dict[str, dict[str, float | int]] = {}
         self._warned = False
 
     def description(self) -> dict[str, Any]:
@@ -176,6 +177,7 @@ class Evaluation:
         if options.report_card:
             several = f"_{Path(images.folder).name}" if len(options.data_dir) > 1 else ""
             report_card.save_sheet(compared, labels, resolve(options.report_card) / f"sheet{several}.png")
+        firsts = {variant.model: variant for variant in reversed(self.variants)}
         results = [
             {
                 **images.description(),
@@ -183,6 +185,7 @@ class Evaluation:
                 "layers": variant.label or None,
                 "noise_sigma": variant.sigma,
                 **score.compute(warn_of_few=not self._warned and i == 0),
+                **(self.generated.get(variant.model, {}) if variant is firsts[variant.model] else {}),
             }
             for i, (variant, score) in enumerate(zip(self.variants, scores, strict=True))
         ]
@@ -192,18 +195,15 @@ class Evaluation:
             more["worst"] = [{"index": pair.row, "file": images.source.name(pair.row)} for pair in found]
         return [{**result, **more} for result in results]
 
-    def score_generated(self, results: list[dict[str, Any]]) -> None:
-        """Add the scores of the generated latents, through each model, to the first of its results. On all ranks."""
-        options = replace(self.options, num_samples=None)  # of these all
+    def score_generated(self) -> None:
+        """Score the generated latents through each model; the first of its results gets the scores. On all ranks."""
+        options: Any = replace(self.options, num_samples=None)  # type: ignore[arg-type]  # of these all
         path = resolve(str(options.latents))
         reference = Reference(str(options.generation_reference), exif=self.decoder.exif)
         sets = [decoded_set(path, model, options, self.quantization, self.process) for model in self.models]
         scores = score_sets(sets, reference, self.networks, options, self.process)
         for images, values in zip(sets, scores, strict=True):
-            own = [result for result in results if result["model"] == images.label]
-            for result in own:
-                if (result["layers"], result["noise_sigma"]) == (own[0]["layers"], own[0]["noise_sigma"]):
-                    result.update({"generated" if name == "images" else name: v for name, v in values.items()})
+            self.generated[images.label] = {{"images": "generated"}.get(name, name): v for name, v in values.items()}
 
     def _score(self, references: Mapping[str, Moments]) -> ReconstructionScore:
         return ReconstructionScore(self.networks, self.options.batch_size, self.lpips, self.quantization, references)
