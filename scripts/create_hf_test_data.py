@@ -93,12 +93,12 @@ def make_own(with_dummy: bool, overwrite: bool) -> int:
     """Make the project's own small data sets."""
     import shutil
 
-    from src.core import weights
+    from src.core import files
     from src.data import dummy
     from src.data.convert import check_output
 
     for place in ["data/test_hf"] + (["data/dummy_dataset_hf"] if with_dummy else []):
-        folder = weights.PROJECT_ROOT / place
+        folder = files.PROJECT_ROOT / place
         if overwrite and folder.exists():
             check_output(folder, overwrite)
             if folder.is_symlink():

@@ -85,14 +85,14 @@ def _judge(checkpoint: Path, samples: Path) -> tuple[float, float, float]:
     from src.core.images import unit_to_bytes
     from src.data.dataset import EvaluationDataset, EvaluationTransform
     from src.data.decode import Decoder
-    from src.data.splits import DataFolder
+    from src.data.places import look
     from src.formats.stage2 import open_generator
     from src.metrics.fid import FeatureStatistics, frechet_distance
     from src.metrics.inception import InceptionFeatures
 
     generator = open_generator(checkpoint)
     rae, inception = generator.rae, InceptionFeatures(None, "tiny")
-    source = DataFolder(PROJECT_ROOT / DATA).open("train")
+    source = look(PROJECT_ROOT / DATA).open("train")
     transform = EvaluationTransform(rae.geometry.image_size, Decoder("apply", 80.0))
     data = EvaluationDataset(source, np.arange(len(source)), transform)
     noise = torch.randn(IMAGES, *rae.latent_shape, generator=torch.Generator().manual_seed(0))

@@ -45,7 +45,7 @@ def main() -> int:
         if place.kind not in ("tars", "remote"):
             raise UserError(f"{args.data_dir} is a {place.kind}: only tars need an index.")
         for split in place.splits:
-            source = place.open(split, options)
+            source = place.open(split)
             state = "made" if source.index_built else "there already"  # type: ignore[attr-defined]
             print(f"{split}: {len(source):,} images, index {state}: {source.index_path}")  # type: ignore[attr-defined]
     except UserError as error:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from src.core import weights
+from src.core import files as core_files
 from src.core.errors import UserError
 from src.data import convert as conversion
 from src.data import dummy
@@ -283,7 +283,7 @@ def test_the_own_sets_replace_datasets_only(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(sys, "path", list(sys.path))  # which the script changes
     from scripts.create_hf_test_data import make_own
 
-    monkeypatch.setattr(weights, "PROJECT_ROOT", tmp_path)
+    monkeypatch.setattr(core_files, "PROJECT_ROOT", tmp_path)
     (tmp_path / "data/test_hf").mkdir(parents=True)
     (tmp_path / "data/test_hf/mine.txt").write_text("mine")
     with pytest.raises(UserError, match="no dataset"):

@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from src.core import weights
+from src.core import files as core_files
 from src.core.errors import UserError
 from src.data import dummy
 from src.data.crops import adm_center_crop
@@ -341,7 +341,7 @@ def test_evaluation_does_not_depend_on_the_seed(folder: Path) -> None:
 
 
 def test_own_sets_are_made_when_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "PROJECT_ROOT", tmp_path)
+    monkeypatch.setattr(core_files, "PROJECT_ROOT", tmp_path)
     data = module(Path("data/test_hf"), train_split=0.8)
     data.prepare_data()
     data.setup("fit")

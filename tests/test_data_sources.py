@@ -16,7 +16,8 @@ from src.data.arrow_writer import write_metadata
 from src.data.decode import BadImage
 from src.data.read_options import ReadOptions
 from src.data.sources import open_image_tree
-from src.data.splits import VALIDATION_SPLITS, open_splits
+from src.data.split_names import VALIDATION_SPLITS
+from src.data.splits import open_splits
 from src.evaluation.images import open_images
 
 FILES = [dummy.jpeg(i) for i in range(20)]

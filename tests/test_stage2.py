@@ -1,5 +1,6 @@
 """Stage 2: training on latents, resume, sampling that goes on, and what is refused."""
 
+import itertools
 import json
 import re
 import shutil
@@ -15,7 +16,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from src.core import random_streams as streams
 from src.core.errors import UserError
+from src.core.random_streams import Purpose
 from src.core.weights import PROJECT_ROOT, read
 from src.data.latents import LatentSource, LatentWriter
 from src.evaluation.images import open_images
@@ -29,7 +32,9 @@ from src.models.encoder_presets import PRESETS, find_preset
 from src.reconstruct import main as reconstruct
 from src.sample import main as sample
 from src.training import stage2
+from src.training.generated_latents import GeneratedLatents
 from src.training.muon import MuonWithAdamW
+from src.training.settings import GeneratedLatentsSettings
 from src.training.stage2 import DiffusionModule
 from src.training.stage2_step import FlowDraws
 from tests.tiny_models import loaded, photos, tiny_rae, two_processes
@@ -503,3 +508,53 @@ def test_sampling_mistakes(whole, tmp_path, capsys, words, message):
     ]
     assert sample([str(word) for word in command]) == 1
     assert message in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "s.npz").exists()
+
+
+# -- a decoder fine-tuned on what the sampler makes
+
+
+def generated(run, checkpoint, **changed):
+    settings = GeneratedLatentsSettings(**{"checkpoint": str(checkpoint), "t0": 0.5, "steps": 3} | changed)
+    return GeneratedLatents(settings, run.module.rae, seed=0)
+
+
+def test_generated_latents_are_brought_back_from_t0_for_each_image_by_itself(whole):
+    folder, run = whole
+    rae, module = run.module.rae, generated(run, last(folder))
+    raw = rae.encode_raw(torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(3)))
+    batch = {"epoch": 1, "position": np.array([5, 2, 9, 7]), "label": np.array([0, 2, -1, 1])}
+    made = module(rae, raw, batch)
+    part = module(rae, raw[1:3], {name: v if name == "epoch" else v[1:3] for name, v in batch.items()})
+    assert torch.allclose(part, made[1:3], atol=1e-5) and made.shape == raw.shape
+    unlabelled = module(rae, raw, {"epoch": 1, "position": batch["position"]})
+    assert torch.allclose(unlabelled[2], made[2], atol=1e-5), "an image of no class has the null label"
+
+    noise = streams.normals(0, Purpose.GENERATED_NOISE, 1, [5, 2, 9, 7], rae.latent_shape, torch.device("cpu"))
+    x, labels = 0.5 * rae.normalize(raw) + 0.5 * noise, torch.tensor([0, 2, 3, 1])
+    u0 = 0.5 / (module.shift - (module.shift - 1) * 0.5)
+    times = [module.shift * u / (1 + (module.shift - 1) * u) for u in (u0, u0 * 2 / 3, u0 / 3, 0.0)]
+    settings, flow = run.module.settings.sampler, run.module.settings.flow
+    assert (settings.method, settings.cfg, settings.internal, flow.prediction) == ("euler", 1, 1, "velocity")
+    for t, end in itertools.pairwise(times):
+        x = x + (end - t) * module.network(x, torch.full((4,), t), labels)
+    assert torch.allclose(rae.denormalize(x), made, atol=1e-4)
+    assert torch.allclose(generated(run, last(folder), t0=1e-6)(rae, raw, batch), raw, atol=1e-3)
+
+
+def test_a_decoder_is_fine_tuned_on_generated_latents_and_resumes_exactly(whole, autoencoder, tmp_path):
+    folder, _ = whole
+    encoder = autoencoder.parent / "encoder_dinov2"
+    options = [
+        "data.image_size=64", f"model.encoder_config_path={encoder}", f"model.normalization_stat_path={autoencoder}",
+        f"model.generated.checkpoint={last(folder)}", "model.generated.steps=2", "model.noise_tau=0",
+    ]  # fmt: skip
+    one = train(tmp_path / "one", *options, "trainer.max_epochs=1")
+    train(tmp_path / "first", *options, "trainer.max_epochs=1", "trainer.max_steps=2")
+    two = train(tmp_path / "two", *options, "trainer.max_epochs=1", checkpoint=last(tmp_path / "first"))
+    assert same(one.module.state_dict(), two.module.state_dict())
+    assert not any(name.startswith("generated") for name in one.module.state_dict())
+    assert all(p.grad is None and not p.requires_grad for p in one.module.generated.parameters())
+    without = train(tmp_path / "without", *options, "model.generated.checkpoint=null", "trainer.max_epochs=1")
+    assert not same(one.module.state_dict(), without.module.state_dict())
+    with pytest.raises(UserError, match="other statistics.*model.normalization_stat_path"):
+        train(tmp_path / "odd", *options, "model.normalization_stat_path=null")

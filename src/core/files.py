@@ -11,7 +11,14 @@ from typing import IO, Any
 
 from src.core.errors import UserError
 
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
 _UNFINISHED: set[Path] = set()
+
+
+def resolve(path: str | Path) -> Path:
+    """Relative paths are relative to the project root, whatever the working directory."""
+    path = Path(path).expanduser()
+    return path if path.is_absolute() else PROJECT_ROOT / path
 
 
 @contextmanager

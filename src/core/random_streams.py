@@ -37,6 +37,7 @@ class Purpose(IntEnum):
     SAMPLE_NOISE = 16
     SAMPLE_LABELS = 17
     MIX = 18
+    GENERATED_NOISE = 19
 
 
 def generator(seed: int, purpose: Purpose, epoch: int = 0, position: int = 0) -> np.random.Generator:

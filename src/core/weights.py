@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from src.core.errors import UserError
+from src.core.files import PROJECT_ROOT as PROJECT_ROOT
+from src.core.files import resolve as resolve
 from src.core.nonfinite import nonfinite_tensors
 
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
 Weights = Literal["pretrained", "untrained"]
 SizedWeights = Literal["pretrained", "untrained", "tiny"]
 """`tiny`: untrained and of a few channels, for tests and the dummy experiments."""
@@ -21,12 +22,6 @@ _CHECKED: set[tuple[str, int, int, int]] = set()
 """Archives whose CRCs were checked by this process."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Float types by the names that options use."""
-
-
-def resolve(path: str | Path) -> Path:
-    """Relative paths are relative to the project root, whatever the working directory."""
-    path = Path(path).expanduser()
-    return path if path.is_absolute() else PROJECT_ROOT / path
 
 
 def require(path: str | Path | None, what: str, key: str) -> Path:

@@ -6,7 +6,7 @@ The `datasets` library is not used: its import takes longer than opening ImageNe
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from src.core.errors import UserError
 from src.core.json_files import read_json
-from src.data.arrow_index import FileRows, index_rows, read_schema
+from src.data.arrow_index import index_rows, read_schema
 from src.data.decode import BadImage
 from src.data.packed import Damaged, PackedIndex, PackedSource
 from src.data.read_options import DEFAULT_OPTIONS, ReadOptions
@@ -48,7 +48,7 @@ class ArrowSource(PackedSource):
         features = _features(info, schema)
         image = _image_column(folder, features, schema, columns.image)
         label = _label_column(folder, schema, columns.label)
-        rows = list(_rows(paths, schema, image, label))
+        rows = [_whole(path, functools.partial(index_rows, path, image, label)) for path in paths]
         self._paths = [part.paths for part in rows]
         index = PackedIndex(
             np.cumsum([0, *(len(part.offsets) for part in rows)], dtype=np.int64),
@@ -133,7 +133,7 @@ def _present(folder: Path, names: Sequence[str]) -> list[Path]:
 
 def _schema(paths: Sequence[Path]) -> pa.Schema:
     """Read the schema that all files share."""
-    schemas = [_whole(path, lambda file=path: read_schema(file)) for path in paths]
+    schemas = [_whole(path, functools.partial(read_schema, path)) for path in paths]
     for path, schema in zip(paths, schemas, strict=True):
         if not schema.equals(schemas[0]):
             raise UserError(
@@ -141,11 +141,6 @@ def _schema(paths: Sequence[Path]) -> pa.Schema:
                 f"{paths[0].name} {_listed(schemas[0])}."
             )
     return schemas[0]
-
-
-def _rows(paths: Sequence[Path], schema: pa.Schema, image: str, label: str | None) -> Iterator[FileRows]:
-    for path in paths:
-        yield _whole(path, functools.partial(index_rows, path, schema, image, label))
 
 
 def _whole(path: Path, read: Any) -> Any:

@@ -14,9 +14,9 @@ from src.core.errors import UserError
 from src.data import parquet, patterns
 from src.data.arrow import schema_features
 from src.data.decode import BadImage
-from src.data.places import nested_splits, telling_file
-from src.data.sources import FileSource, class_files, folders, loose_files, printable, walk
-from src.data.split_names import SPLIT_NAMES, group_by_split
+from src.data.places import nested_splits, survey, telling_file
+from src.data.sources import FileSource, class_files, folders, loose_files, printable
+from src.data.split_names import SPLIT_NAMES
 from src.data.tars import TarSource
 
 
@@ -79,71 +79,41 @@ def scan(root: Path) -> Tree:
     Raises:
         UserError: nothing there, no file in it, or Parquet without images.
     """
-    if patterns.is_pattern(str(root)) or root.is_file():
-        files = patterns.expand(str(root)) if patterns.is_pattern(str(root)) else [root]
-        first = files[0]
-        root = Path(os.path.commonpath([file.parent for file in files]))
-        names = [str(file.relative_to(root)) for file in files]
-    elif root.is_dir():
-        found = telling_file(root)
-        if found is None or found.suffix.lower() not in (".tar", ".parquet"):
-            return _tree(root)
-        first = found
-        names = [name for name in walk(root) if name.lower().endswith(first.suffix.lower())]
-    else:
+    if root.is_dir() and ((first := telling_file(root)) is None or first.suffix.lower() not in (".tar", ".parquet")):
+        return _tree(root)
+    if not root.exists() and not patterns.is_pattern(str(root)):
         raise UserError(f"--input_dir {root}: no such folder.")
-    groups = group_by_split(names, str(root))
-    if first.suffix.lower() == ".tar":
-        tars = {split: TarRows(TarSource(root, group)) for split, group in groups.items()}
-        labelled = all(split.source.num_classes is not None for split in tars.values())
-        return Tree(root, tars, len(tars) > 1 or "train" not in tars, () if labelled else None)  # type: ignore[arg-type]
-    if first.suffix.lower() == ".parquet":
-        return _parquet(root, groups)
-    raise UserError(f"--input_dir {first}: expected a folder of images, tar files or Parquet files.")
+    place = survey(root)
+    if place.kind == "parquet":
+        return _parquet(place.root, place.splits)
+    if place.kind != "tars":
+        raise UserError(f"--input_dir {root}: expected a folder of images, tar files or Parquet files.")
+    tars = {split: TarSource(place.root, group) for split, group in place.splits.items()}
+    labelled = all(tar.num_classes is not None for tar in tars.values())
+    splits: dict[str, SplitRows] = {split: SourceRows(tar, 0, len(tar)) for split, tar in tars.items()}
+    return Tree(place.root, splits, len(splits) > 1 or "train" not in splits, () if labelled else None)
 
 
 @dataclass(frozen=True)
-class FileRows:
-    """Image files."""
+class SourceRows:
+    """Image files or samples of tars, those from `start` to `stop`."""
 
-    source: FileSource
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def entries(self) -> Iterator[Entry]:
-        for i, file in enumerate(self.source.files):
-            yield Entry(printable(file), partial(self.source.encoded, i), self.source.label(i))
-
-    def parts(self, rows: int) -> Sequence["FileRows"]:
-        one, names = self.source, self.source.class_names or ()
-        cuts = [slice(i, i + rows) for i in range(0, len(self), rows)]
-        return [FileRows(FileSource(one.root, one.files[cut], one.labels[cut], names)) for cut in cuts]
-
-    def identity(self) -> Iterator[str]:
-        return (f"{file}\0{self.source.label(i)}" for i, file in enumerate(self.source.files))
-
-    def places(self) -> set[str]:
-        return {os.path.dirname(file) for file in self.source.files}
-
-
-@dataclass(frozen=True)
-class TarRows:
-    """Samples of tars, those from `start` to `stop`."""
-
-    source: TarSource
-    start: int = 0
-    stop: int | None = None
+    source: FileSource | TarSource
+    start: int
+    stop: int
 
     def __len__(self) -> int:
-        return (len(self.source) if self.stop is None else self.stop) - self.start
+        return self.stop - self.start
 
     def entries(self) -> Iterator[Entry]:
-        for i in range(self.start, self.start + len(self)):
+        for i in range(self.start, self.stop):
             yield Entry(printable(self.source.member(i)), partial(self.source.encoded, i), self.source.label(i))
 
-    def parts(self, rows: int) -> Sequence["TarRows"]:
-        return [TarRows(self.source, i, min(i + rows, len(self))) for i in range(0, len(self), rows)]
+    def parts(self, rows: int) -> Sequence["SourceRows"]:
+        cuts = [(i, min(i + rows, self.stop)) for i in range(self.start, self.stop, rows)]
+        if isinstance(self.source, FileSource):  # of which a part would carry all names to its process
+            return [SourceRows(self.source.cut(*cut), 0, cut[1] - cut[0]) for cut in cuts]
+        return [SourceRows(self.source, *cut) for cut in cuts]
 
     def identity(self) -> Iterator[str]:
         yield self.source.fingerprint()
@@ -250,7 +220,7 @@ def _tree(root: Path) -> Tree:
         else:
             files, labels = loose, []
         if files:
-            splits[split] = FileRows(FileSource(root, files, labels, class_names))
+            splits[split] = SourceRows(FileSource(root, files, labels, class_names), 0, len(files))
     if not splits:
         raise UserError(f"--input_dir {root}: no files in it; expected images in one folder per class.")
     return Tree(root, splits, has_splits, class_names or None, outside)

@@ -15,8 +15,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from src.core import files
 from src.core import random_streams as stream
-from src.core import weights
 from src.data.arrow_writer import Row, shard_name, write_metadata, write_shard
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ TEXT_PX = 160
 def ensure(data_dir: Path) -> bool:
     """Make the project's own data set where `data_dir` is the place of one and nothing is there. True if made."""
     for place, (count, shards) in DATASETS.items():
-        if data_dir.resolve() == (weights.PROJECT_ROOT / place).resolve() and not data_dir.exists():
+        if data_dir.resolve() == (files.PROJECT_ROOT / place).resolve() and not data_dir.exists():
             log.info("Making %d pictures in %s", count, data_dir)
             return write(data_dir, count, shards, text=place.endswith("text_hf"))
     return False

@@ -24,7 +24,7 @@ Entries = dict[str, list[Any]]
 def source_state(source: Source) -> dict[str, Any]:
     """Return rows and, by file (of image files: by folder), [size or number of files, digest] of a source."""
     if isinstance(source, FileSource):
-        entries = _folders(source.root, source.files)
+        entries = _folders(source.root, source.names)
     elif isinstance(source, RemoteTarSource):
         entries = {name: [size, ""] for name, size in source.sizes.items()}
     elif isinstance(source, PackedSource):

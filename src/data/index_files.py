@@ -1,13 +1,4 @@
-"""Keep the index of packed files on the disk, to be mapped: 16 bytes a row.
-
-8 bytes     magic
-8 bytes     length of the header, little-endian
-header      JSON: rows of each file, and what the index was made of
-padding     to a multiple of 64
-offsets     (n,) int64
-sizes       (n,) uint32
-labels      (n,) int32
-"""
+"""Keep the index of packed files on the disk, to be mapped: a line of JSON, then 16 bytes a row (`ROW`)."""
 
 import hashlib
 import json
@@ -22,7 +13,7 @@ import numpy as np
 from src.core.files import replacing
 from src.data.packed import PackedIndex
 
-MAGIC = b"RAEIDX1\n"
+ROW = np.dtype([("offset", "<i8"), ("size", "<u4"), ("label", "<i4")])
 FOLDER = ".image_index"
 """Beside the data; elsewhere in the user's cache folder."""
 
@@ -68,36 +59,27 @@ def digest(value: Any) -> str:
 
 
 def write(path: Path, index: PackedIndex, header: dict[str, Any]) -> None:
-    """Write an index whole."""
-    count = int(index.starts[-1])
-    labels = index.labels if index.labels is not None else np.full(count, -1, np.int32)
-    text = json.dumps(header | {"starts": index.starts.tolist()}).encode()
+    """Write an index whole. header: plain values that are kept with it."""
+    rows = np.empty(int(index.starts[-1]), ROW)
+    rows["offset"], rows["size"] = index.offsets, index.sizes
+    rows["label"] = -1 if index.labels is None else index.labels
     with replacing(path) as file:
-        file.write(MAGIC + len(text).to_bytes(8, "little") + text)
-        file.write(bytes(-file.tell() % 64))
-        for array, kind in ((index.offsets, "<i8"), (index.sizes, "<u4"), (labels, "<i4")):
-            file.write(np.ascontiguousarray(array, kind).data)
+        file.write(json.dumps(header | {"starts": index.starts.tolist()}).encode() + b"\n")
+        file.write(rows.data)
 
 
 def read(path: Path) -> Found | None:
     """Map an index; None where there is none that is whole."""
     try:
         with open(path, "rb") as file:
-            if file.read(len(MAGIC)) != MAGIC:
-                return None
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            start = (file.tell() + 63) // 64 * 64
+            line = file.readline()
+        header = json.loads(line)
         starts = np.array(header.pop("starts"), np.int64)
-        count = int(starts[-1])
-        if path.stat().st_size != start + 16 * count:
+        rows = np.asarray(np.memmap(path, ROW, "r", len(line))) if starts[-1] else np.empty(0, ROW)
+        if len(rows) != starts[-1]:
             return None
-        if not count:
-            return Found(PackedIndex(starts, *(np.empty(0, kind) for kind in ("i8", "u4", "i4"))), header, path, False)
-        mapped = np.memmap(path, np.uint8, "r", start)
-        parts = np.split(np.asarray(mapped), [8 * count, 12 * count])
-        arrays = (part.view(kind) for part, kind in zip(parts, ("<i8", "<u4", "<i4"), strict=True))
-        return Found(PackedIndex(starts, *arrays), header, path, False)
-    except (OSError, ValueError, KeyError, IndexError, MemoryError):
+        return Found(PackedIndex(starts, *(rows[name] for name in ROW.names or ())), header, path, False)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError, RecursionError):
         return None
 
 

@@ -5,27 +5,26 @@ import logging
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from src.core.errors import UserError
+from src.core.files import resolve
 from src.core.json_files import read_json
-from src.core.weights import resolve
 from src.data import lists, parquet, patterns
 from src.data.arrow import ArrowSource
 from src.data.hub import PREFIX, hub_folder
-from src.data.latents import LatentSource, is_store
 from src.data.read_options import DEFAULT_OPTIONS, ReadOptions
 from src.data.remote import RemoteTarSource, Storage, is_remote, remote_splits
 from src.data.sources import Source, folders, is_image, loose_files, open_image_tree, walk
-from src.data.split_names import ALIASES, TEST_SPLITS, TRAIN_SPLITS, VALIDATION_SPLITS, group_by_split
+from src.data.split_names import ALIASES, SPLIT_NAMES, TEST_SPLITS, TRAIN_SPLITS, VALIDATION_SPLITS, group_by_split
 from src.data.tars import TarSource
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["dataset", "cache", "arrow", "tars", "remote", "tree", "list", "latents"]
+Kind = Literal["dataset", "cache", "arrow", "tars", "remote", "tree", "list", "parquet", "latents"]
 KINDS: dict[Kind, str] = {
     "dataset": "Hugging Face dataset",
     "cache": "cache of load_dataset",
@@ -35,6 +34,7 @@ KINDS: dict[Kind, str] = {
     "tree": "image files",
     "list": "list of image files",
     "latents": "stored latents",
+    "parquet": "Parquet files",
 }
 MARKS = ("dataset_dict.json", "dataset_info.json", "state.json")
 """One of these lies in every Hugging Face dataset on disk."""
@@ -54,36 +54,77 @@ class Place:
     root: Path
     """Of object storage, only for messages."""
     splits: dict[str, Any] = field(default_factory=dict)
+    options: ReadOptions = DEFAULT_OPTIONS
     storage: Storage | None = None
 
-    def open(self, split: str | None, columns: ReadOptions = DEFAULT_OPTIONS) -> Source:
-        """Open a split of `splits`; None: everything. Raises UserError where it is damaged or holds no images."""
-        inside = self.root if split is None else self.root / split
-        if self.kind == "dataset":
-            return ArrowSource(inside, columns)
-        if self.kind in ("cache", "arrow"):
-            files = [name for names in self.splits.values() for name in names] if split is None else self.splits[split]
-            return ArrowSource(self.root, columns, files)
-        if self.kind == "latents":
-            return LatentSource(self.root)
-        if self.kind == "list":
-            return lists.open_list(self.root, columns.image, columns.label)
-        for key, value in (("image_column", columns.image), ("label", columns.label)):
-            if value is not None and (self.kind == "tree" or key == "image_column"):
+    @property
+    def names(self) -> list[str]:
+        """Return the names of the splits; of an image tree, they may be those of classes."""
+        return [] if self.kind in ("arrow", "list", "latents") else list(self.splits)
+
+    def find(self, split: str) -> str | None:
+        """Return the name that `split` has here, among all that mean the same; None where there is none of them."""
+        same = next((names for names in SPLIT_NAMES if split in names), ())
+        return next((name for name in (split, *same) if name in self.names), None)
+
+    def held_out_split(self, train: str, *wanted: str | None) -> str | None:
+        """Return the first of `wanted` that is a split other than the one to train on.
+
+        In an image tree there must be one to train on: without it, `val` may be a class like any other.
+        """
+        own = self.find(train) or self.find("train")
+        if own is None and self.kind == "tree":
+            return None
+        return next((name for name in wanted if name and self.find(name) not in (None, own)), None)
+
+    def open(self, split: str) -> Source:
+        """Open a split. Without splits, everything is what is asked for; of an image tree, only the training split.
+
+        Raises:
+            UserError: no such split, or data that is damaged or holds no images.
+        """
+        if (found := self.find(split)) is not None:
+            return self._open(found)
+        others = self.names if self.kind != "tree" else [n for n in self.names if n in ALIASES]
+        only_splits = len(others) == len(self.names)
+        if others and (only_splits or split not in TRAIN_SPLITS):
+            raise UserError(
+                f"{self.root} has no split {split!r} (data.hf_split); it has {', '.join(others)}. "
+                f"Set data.hf_split={others[0]}."
+            )
+        return self._open(None)
+
+    def open_all(self) -> Source:
+        """Open everything that is there. Raises UserError."""
+        return self._open(None)
+
+    def _open(self, split: str | None) -> Source:
+        """Open a split by its name here; None: everything."""
+        kind, root, options = self.kind, self.root, self.options
+        if kind == "dataset":
+            return ArrowSource(root if split is None else root / split, options)
+        if kind == "latents":
+            from src.data.latents import LatentSource  # with torch, which conversion does without
+
+            return LatentSource(root)
+        if kind == "list":
+            return lists.open_list(root, options.image, options.label)
+        for key, value in (("image_column", options.image), ("label", options.label)):
+            if value is not None and kind not in ("cache", "arrow") and (kind == "tree" or key == "image_column"):
                 raise UserError(
-                    f"data.{key}={value}: {self.root} holds {KINDS[self.kind]}, which have no columns. Set data.{key}=null"
-                    + ("; their labels are their folders." if self.kind == "tree" else ".")
+                    f"data.{key}={value}: {root} holds {KINDS[kind]}, which have no columns. Set data.{key}=null"
+                    + ("; their labels are their folders." if kind == "tree" else ".")
                 )
-        if self.kind == "remote":
+        if kind == "tree":
+            return open_image_tree(root if split is None else root / split)
+        if kind == "remote":
             if split is None and len(self.splits) != 1:
-                raise UserError(f"{self.root} has the splits {', '.join(self.splits)}; name one.")
-            sizes = self.splits[split or next(iter(self.splits))]
+                raise UserError(f"{root} has the splits {', '.join(self.splits)}; name one.")
             assert self.storage is not None
-            return RemoteTarSource(self.storage, sizes, columns.label, columns.cache_gb)
-        if self.kind == "tars":
-            files = [name for names in self.splits.values() for name in names] if split is None else self.splits[split]
-            return TarSource(self.root, files, columns.label)
-        return open_image_tree(inside)
+            sizes = self.splits[split or next(iter(self.splits))]
+            return RemoteTarSource(self.storage, sizes, options.label, options.cache_gb)
+        files = [name for names in self.splits.values() for name in names] if split is None else self.splits[split]
+        return TarSource(root, files, options.label) if kind == "tars" else ArrowSource(root, options, files)
 
 
 def locate(data_dir: str | Path, download: bool = False) -> Path | str:
@@ -97,27 +138,47 @@ def locate(data_dir: str | Path, download: bool = False) -> Path | str:
     return hub_folder(text, download) if text.startswith(PREFIX) else resolve(data_dir)
 
 
-def look(path: Path | str, options: ReadOptions = DEFAULT_OPTIONS) -> Place:
-    """Return what lies at a path, at an address, or what a pattern names.
+def look(path: Path | str, options: ReadOptions = DEFAULT_OPTIONS, latents: bool = False) -> Place:
+    """Return what lies at a path, at an address, or what a pattern names, to be read as it is.
+
+    latents: whether stored latents will do.
 
     Raises:
         UserError: nothing there, or nothing that can be read as it is; names what to do.
     """
     if is_remote(path):
         storage = Storage(str(path), options.storage)
-        return Place("remote", Path(str(path)), remote_splits(storage), storage)
-    path = Path(path)
+        return Place("remote", Path(str(path)), remote_splits(storage), options, storage)
+    found = survey(Path(path))
+    if found.kind == "parquet":
+        first, is_pattern = found.root / next(iter(found.splits.values()))[0], not Path(path).exists()
+        raise UserError(_parquet_message(first, str(found.root if is_pattern else path)))
+    if found.kind == "latents" and not latents:
+        raise UserError(
+            f"{path} holds stored latents, and images are needed here: only stage 2 trains on latents (data.data_dir)."
+        )
+    return replace(found, options=options)
+
+
+def survey(path: Path) -> Place:
+    """Return what lies at a path or what a pattern names, Parquet too. Raises UserError."""
     if patterns.is_pattern(str(path)):
         return _files(patterns.expand(str(path)), str(path))
     if path.is_file():
         return _files([path], str(path))
     if not path.is_dir():
         raise _nothing_there(path)
-    if is_store(path):
+    if _holds_latents(path):
         return Place("latents", path)
-    if is_dataset(path):
-        return _dataset(path)
-    return _folder(path)
+    return _dataset(path) if is_dataset(path) else _folder(path)
+
+
+def _holds_latents(folder: Path) -> bool:
+    if not (folder / "index.json").is_file():
+        return False
+    from src.data.latents import is_store
+
+    return is_store(folder)
 
 
 def is_dataset(folder: Path) -> bool:
@@ -226,12 +287,9 @@ def _files(files: list[Path], shown: str) -> Place:
         )
     root = Path(os.path.commonpath([file.absolute().parent for file in files]))
     names = [os.path.relpath(file.absolute(), root) for file in files]
-    if suffix == ".tar":
-        return Place("tars", root, group_by_split(names, shown))
-    if suffix == ".arrow":
-        return Place("arrow", root, group_by_split(names, shown))
-    if suffix == ".parquet":
-        raise UserError(_parquet_message(files[0], shown if len(files) == 1 else str(root)))
+    kinds: dict[str, Kind] = {".tar": "tars", ".arrow": "arrow", ".parquet": "parquet"}
+    if suffix in kinds:
+        return Place(kinds[suffix], root, group_by_split(names, shown))
     if suffix in lists.SUFFIXES and len(files) == 1:
         return Place("list", files[0])
     if re.search(r"\.(tar\.(gz|bz2|xz|zst)|tgz)$", files[0].name.lower()):
@@ -255,11 +313,10 @@ def _folder(folder: Path) -> Place:
     first = telling_file(folder)
     if first is None:
         raise UserError(f"No images in {folder} (data.data_dir): {_unreadable(folder)}")
-    if first.suffix.lower() == ".parquet":
-        raise UserError(_parquet_message(first, str(folder)))
-    if first.suffix.lower() == ".tar":
-        tars = [name for name in walk(folder) if name.lower().endswith(".tar")]
-        return Place("tars", folder, group_by_split(tars, str(folder)))
+    suffix = first.suffix.lower()
+    if suffix in (".parquet", ".tar"):
+        names = [name for name in walk(folder) if name.lower().endswith(suffix)]
+        return Place("tars" if suffix == ".tar" else "parquet", folder, group_by_split(names, str(folder)))
     if splits and (TRAIN_SPLITS[0] in splits or TRAIN_SPLITS[1] in splits):
         return Place("tree", folder, {name: name for name in folders(folder)})
     nested = nested_splits(folder)

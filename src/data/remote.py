@@ -8,9 +8,10 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,10 +19,10 @@ from src.core.errors import UserError
 from src.core.files import replacing
 from src.data import index_files
 from src.data.decode import BadImage
-from src.data.packed import Damaged, PackedIndex, PackedSource
+from src.data.packed import Damaged
 from src.data.split_names import group_by_split
-from src.data.tar_index import TarRows, check_label, index_tar
-from src.data.tars import VERSION, join, usable_labels
+from src.data.tar_index import TarRows, index_tar
+from src.data.tars import TarSource
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -30,7 +31,7 @@ WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Before each new try."""
 THREADS = 16
 BLOCK_BYTES = 1 << 20
-"""What indexing asks for at once: headers lie between images, so it reads the objects whole."""
+"""What indexing asks for at once: headers lie between images, so it reads the objects whole, but for large images."""
 CACHE_CHECK_ROWS = 256
 """Rows between two looks at the size of the cache."""
 
@@ -95,77 +96,58 @@ class Storage:
                 kind = self.url.partition(":")[0]
                 raise UserError(
                     f"{self.url}: fsspec can't open {kind}:// addresses here ({error}). Install what it takes, for s3:// "
-                    "`pip install s3fs`."
+                    '`pip install ".[storage]"`.'
                 ) from error
             self._opened = os.getpid(), system, root
         return self._opened[1], self._opened[2]
 
     def _try(self, call: Callable[[], T]) -> T:
-        for wait in (*WAITS_S, None):
+        began, waits = time.monotonic(), iter(WAITS_S)
+        while True:
             try:
                 return call()
-            except (FileNotFoundError, PermissionError) as error:
-                raise NotReachable(f"{self.url}: {type(error).__name__}: {error}") from error
             except Exception as error:  # each storage raises its own
-                if wait is None:
-                    raise NotReachable(f"{self.url}: {type(error).__name__}: {error}") from error
+                final = isinstance(error, (FileNotFoundError, PermissionError))
+                if final or (wait := next(waits, None)) is None:
+                    tried = f" Tried {len(WAITS_S) + 1} times within {time.monotonic() - began:.0f} s."
+                    text = f"{self.url}: {type(error).__name__}: {error}.{'' if final else tried}"
+                    raise NotReachable(text) from error
                 time.sleep(wait)
-        raise AssertionError
 
 
+@dataclass(frozen=True)
 class RemoteTar:
-    """An object, read in blocks, for indexing."""
+    """An object, for indexing."""
 
-    def __init__(self, storage: Storage, name: str, size: int) -> None:
-        self.storage, self.name, self.size = storage, name, size
-        self._start, self._data = 0, b""
+    storage: Storage
+    name: str
+    size: int
 
     def read(self, offset: int, size: int) -> bytes:
-        shift = offset - self._start
-        if not 0 <= shift <= len(self._data) - size:
-            end = min(self.size, offset + max(size, BLOCK_BYTES if shift - len(self._data) < BLOCK_BYTES else size))
-            self._data = self.storage.read(self.name, offset, end - offset) if end > offset else b""
-            self._start, shift = offset, 0
-        return self._data[shift : shift + size]
+        end = min(self.size, offset + size)
+        return self.storage.read(self.name, offset, end - offset) if end > offset else b""
 
 
-class RemoteTarSource(PackedSource):
+class RemoteTarSource(TarSource):
     """Samples of tars in object storage. Pickles as its arguments.
 
-    names: relative to the address. cache_gb: size of the local cache; 0: none.
+    sizes: bytes of the tars, by name relative to the address. cache_gb: size of the local cache; 0: none.
 
     Raises:
-        UserError: no index yet, not reachable, or no images.
+        UserError: not reachable, or whatever TarSource refuses.
     """
 
-    def __init__(
-        self, storage: Storage, sizes: Mapping[str, int], label: str | None, cache_gb: float = 0.0, build: bool = True
-    ) -> None:
-        check_label(label)
-        self._arguments = storage, sizes, label, cache_gb, build
-        self.storage, self.sizes, self.names = storage, dict(sizes), list(sizes)
-        what = {"version": VERSION, "url": storage.url, "names": self.names, "label": label or "cls"}
-        root = index_files.user_cache() / "remote"
-        root.mkdir(parents=True, exist_ok=True)
-        found = index_files.find_or_build(root, what, list(sizes.values()), lambda: self._build(sizes, label))
-        self.index_path, self.index_built = found.path, found.built
-        labels, count = usable_labels(found, label, storage.url)
-        index = PackedIndex(found.index.starts, found.index.offsets, found.index.sizes, labels)
-        super().__init__([Path(name) for name in self.names], index, num_classes=count)
-        if not len(self):
-            raise UserError(f"No images in the {len(self.names)} tar files of {storage.url} (data.data_dir).")
-        self._cache = (
-            Cache(index_files.user_cache() / "images" / index_files.digest(what), cache_gb) if cache_gb else None
-        )
+    def __init__(self, storage: Storage, sizes: Mapping[str, int], label: str | None, cache_gb: float = 0.0) -> None:
+        self._arguments = storage, sizes, label, cache_gb
+        self.storage, self.root = storage, Path()
+        folder = index_files.user_cache() / "remote"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._set_up(storage.url, folder, sizes, label, {"url": storage.url}, list(sizes.values()), quiet=False)
+        images = index_files.user_cache() / "images" / index_files.digest(self.key)
+        self._cache = Cache(images, cache_gb) if cache_gb else None
 
     def name(self, index: int) -> str:
-        return f"row {index} in {self.storage.url}/{self.names[self.file_of(index)]}"
-
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256(self.index.starts.tobytes())
-        for name, size in self.sizes.items():
-            digest.update(f"{name}:{size}\0".encode())
-        return digest.hexdigest()[:16]
+        return f"row {index} in {self.place}/{self.names[self.file_of(index)]}"
 
     def read(self, number: int, offset: int, size: int) -> bytes:
         key = f"{number}-{offset}"
@@ -174,29 +156,26 @@ class RemoteTarSource(PackedSource):
         try:
             data = self.storage.read(self.names[number], offset, size)
         except NotReachable as error:
-            raise UserError(f"{error}. Tried {len(WAITS_S) + 1} times within {sum(WAITS_S):g} s.") from error
+            raise UserError(str(error)) from error
         if len(data) < size:
             raise BadImage(f"{self.names[number]} ends before it")
         if self._cache is not None:
             self._cache.put(key, data)
         return data
 
-    def _build(self, sizes: Mapping[str, int], label: str | None) -> tuple[PackedIndex, dict[str, Any]]:
-        log.info("Indexing %s tar files of %s, once; they are read whole for it.", f"{len(sizes):,}", self.storage.url)
+    def _index(self, label: str | None) -> Iterator[TarRows]:
+        log.info("Indexing %s tar files of %s, once; they are read whole for it.", f"{len(self.sizes):,}", self.place)
 
         def one(item: tuple[str, int]) -> TarRows:
             try:
-                return index_tar(RemoteTar(self.storage, *item), label)
+                return index_tar(RemoteTar(self.storage, *item), label, BLOCK_BYTES)
             except Damaged as error:
-                raise UserError(f"{self.storage.url}/{item[0]} can't be read as a tar: {error}") from error
+                raise UserError(f"{self.place}/{item[0]} can't be read as a tar: {error}") from error
             except NotReachable as error:
                 raise UserError(str(error)) from error
 
         with ThreadPoolExecutor(THREADS) as pool:
-            return join(list(pool.map(one, sizes.items())))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return RemoteTarSource, self._arguments
+            yield from pool.map(one, self.sizes.items())
 
 
 class Cache:
@@ -254,6 +233,6 @@ def remote_splits(storage: Storage) -> dict[str, dict[str, int]]:
     try:
         sizes = storage.list_tars()
     except NotReachable as error:
-        raise UserError(f"{error} (data.data_dir, data.storage_options).") from error
+        raise UserError(f"{error} (data.data_dir, data.storage_options)") from error
     groups: Mapping[str, Sequence[str]] = group_by_split(list(sizes), storage.url)
     return {split: {name: sizes[name] for name in names} for split, names in groups.items()}

@@ -59,24 +59,32 @@ class FileSource:
         num_classes: int | None = None,
     ) -> None:
         """num_classes: None counts the names."""
-        self.root, self.files, self.labels = root, files, labels
+        self.root, self.names, self.labels = root, files, labels
         self.class_names = list(class_names) or None
         self.num_classes = num_classes or len(class_names) or None
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.names)
 
     def encoded(self, index: int) -> bytes:
-        return read_file(self.root / self.files[index])
+        return read_file(self.root / self.names[index])
 
     def label(self, index: int) -> int | None:
         return self.labels[index] if self.labels else None
 
     def name(self, index: int) -> str:
-        return str(self.root / self.files[index])
+        return str(self.root / self.names[index])
+
+    def member(self, index: int) -> str:
+        """Return the file's name, relative to the root."""
+        return self.names[index]
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(b"".join(os.fsencode(file) + b"\0" for file in self.files)).hexdigest()[:16]
+        return hashlib.sha256(b"".join(os.fsencode(name) + b"\0" for name in self.names)).hexdigest()[:16]
+
+    def cut(self, start: int, stop: int) -> "FileSource":
+        """Return the rows from `start` to `stop`."""
+        return FileSource(self.root, self.names[start:stop], self.labels[start:stop], self.class_names or ())
 
 
 def read_file(path: str | Path) -> bytes:

@@ -5,6 +5,7 @@ counts: `0001.jpg`, not `0001.mask.png`. Hidden members and all that is no regul
 """
 
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,7 +31,8 @@ COMPRESSED = {
     b"\xfd7zXZ": ("xz", "unxz"),
 }
 _IMAGES = frozenset(suffix[1:] for suffix in SUFFIXES)
-_USED = (b"path=", b"size=", b"GNU.sparse")
+_USED = re.compile(rb"path=|size=|GNU\.sparse")
+"""In PAX records; times and owners are not parsed."""
 _REGULAR, _CONTINUED = (b"0", b"\0", b"7"), (b"L", b"K")
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
 
@@ -76,14 +78,15 @@ def check_label(label: str | None) -> None:
         )
 
 
-def index_tar(file: Readable, label: str | None = None) -> TarRows:
-    """Find the samples of a tar. label: None or `cls` for the member `.cls`, `json:KEY` for a key of the member `.json`.
+def index_tar(file: Readable, label: str | None = None, at_once: int = 2 * PAGE) -> TarRows:
+    """Find the samples of a tar. label: None or `cls` for the member `.cls`, `json:KEY` for a key of the member `.json`;
+    at_once: bytes to read for a header, with what follows.
 
     Raises:
         Damaged: cut short, compressed, or no tar.
     """
     extension, _, key = ("cls", "", "") if label is None else label.partition(":")
-    window = _Window(file)
+    window = _Window(file, at_once)
     offsets, sizes, labels = [], [], []
     without, examples = 0, []
     current, image, number = None, None, NO_LABEL
@@ -130,22 +133,22 @@ def _label(data: bytes, key: str) -> int:
 
 
 class _Window:
-    """Reads short ranges; those in one page of the file cost one read."""
+    """Reads short ranges; those within `at_once` bytes cost one read."""
 
-    def __init__(self, file: Readable) -> None:
-        self.file, self.size = file, file.size
+    def __init__(self, file: Readable, at_once: int) -> None:
+        self.file, self.size, self.at_once = file, file.size, at_once
         self._data, self._start = b"", 0
 
     def take(self, at: int, count: int) -> bytes:
         shift = at - self._start
         if not 0 <= shift <= len(self._data) - count:
-            self._data, self._start, shift = self.file.read(at, max(count, PAGE - at % PAGE)), at, 0
+            self._data, self._start, shift = self.file.read(at, max(count, self.at_once - at % PAGE)), at, 0
         return self._data[shift : shift + count]
 
 
 def members(file: "_Window | Readable") -> Iterator[Member]:
     """Yield the regular files of a tar in their order. Raises Damaged."""
-    window = file if isinstance(file, _Window) else _Window(file)
+    window = file if isinstance(file, _Window) else _Window(file, 2 * PAGE)
     at, size = 0, window.size
     everywhere: dict[str, str] = {}  # PAX records of all members
     own: dict[str, str] = {}  # of the next one
@@ -180,7 +183,7 @@ def members(file: "_Window | Readable") -> Iterator[Member]:
                 raise Damaged(f"it is cut short or damaged at byte {at:,}")
             if kind == b"L":
                 own["path"] = _text(data)
-            elif kind != b"K" and any(key in data for key in _USED):
+            elif kind != b"K" and _USED.search(data):
                 records = _records(data, at)
                 everywhere, own = (everywhere | records, own) if kind == b"g" else (everywhere, own | records)
         elif kind == b"S":

@@ -3,7 +3,8 @@
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from src.data.tar_index import BLOCK, ODD_LABEL, TarRows, check_label, header_na
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Of what the index says; another one makes it anew."""
 
 
@@ -32,28 +33,41 @@ class TarSource(PackedSource):
     """
 
     def __init__(self, root: Path, names: Sequence[str], label: str | None = None, quiet: bool = False) -> None:
+        self._arguments: tuple[Any, ...] = root, list(names), label, True
+        self.root = root
+        status = {}
+        for name in names:
+            try:
+                status[name] = (root / name).stat()
+            except OSError as error:
+                raise UserError(f"{root / name} can't be read: {error.strerror or error}.") from error
+        sizes = {name: found.st_size for name, found in status.items()}
+        self._set_up(str(root), root, sizes, label, {}, [(s.st_size, s.st_mtime_ns) for s in status.values()], quiet)
+
+    def _set_up(
+        self, place: str, root: Path, sizes: Mapping[str, int], label: str | None, what: Any, state: Any, quiet: bool
+    ) -> None:
+        """Find or make the index. place: for messages; root: whose folder keeps the index; what, state: its keys."""
         check_label(label)
-        self.root, self.names = root, list(names)
-        found = self._find_index(label)
-        self._arguments = root, self.names, label, True
-        self.index_path, self.index_built = found.path, found.built
-        header = found.header
-        labels, count = usable_labels(found, label, root)
-        index = PackedIndex(found.index.starts, found.index.offsets, found.index.sizes, labels)
-        super().__init__([root / name for name in self.names], index, num_classes=count)
+        self.place, self.sizes, self.names = place, dict(sizes), list(sizes)
+        self.key = {"version": VERSION, "names": self.names, "label": label or "cls", **what}
+        found = index_files.find_or_build(root, self.key, state, lambda: join(list(self._index(label))))
+        self.index_path, self.index_built, header = found.path, found.built, found.header
+        labels, count = usable_labels(found, label, place)
+        super().__init__([self.root / n for n in self.names], replace(found.index, labels=labels), num_classes=count)
         if not len(self):
             raise UserError(
-                f"No images in the {len(self.names)} tar files of {root} (data.data_dir): expected members such as 0001.jpg. "
+                f"No images in the {len(self.names)} tar files of {place} (data.data_dir): expected members such as 0001.jpg. "
                 f"Samples there: {', '.join(header['examples']) or 'none'}."
             )
         if header["without_image"] and not quiet:
             log.warning(
                 "%s: %s samples have no image and are left out, such as %s.",
-                root, f"{header['without_image']:,}", ", ".join(header["examples"]),
+                place, f"{header['without_image']:,}", ", ".join(header["examples"]),
             )  # fmt: skip
 
     def name(self, index: int) -> str:
-        file = self.files[self.file_of(index)]
+        file = f"{self.place}/{self.names[self.file_of(index)]}"
         try:
             return f"{self.member(index)} in {file}"
         except BadImage:
@@ -66,33 +80,21 @@ class TarSource(PackedSource):
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(self.index.starts.tobytes())
-        for name, file in zip(self.names, self.files, strict=True):
-            digest.update(f"{name}:{file.stat().st_size}\0".encode("utf-8", "surrogateescape"))
+        for name, size in self.sizes.items():
+            digest.update(f"{name}:{size}\0".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()[:16]
 
-    def _find_index(self, label: str | None) -> index_files.Found:
-        state = []
-        for name in self.names:
-            try:
-                status = (self.root / name).stat()
-            except OSError as error:
-                raise UserError(f"{self.root / name} can't be read: {error.strerror or error}.") from error
-            state.append([status.st_size, status.st_mtime_ns])
-        what = {"version": VERSION, "names": self.names, "label": label or "cls"}
-        return index_files.find_or_build(self.root, what, state, lambda: self._build(label))
-
-    def _build(self, label: str | None) -> tuple[PackedIndex, dict[str, Any]]:
-        log.info("Indexing %s tar files of %s, once.", f"{len(self.names):,}", self.root)
-        began, parts = time.monotonic(), []
+    def _index(self, label: str | None) -> Iterator[TarRows]:
+        log.info("Indexing %s tar files of %s, once.", f"{len(self.names):,}", self.place)
+        began = time.monotonic()
         for number, name in enumerate(self.names):
-            parts.append(read_tar(self.root / name, label))
+            yield read_tar(self.root / name, label)
             if time.monotonic() - began > 30:
                 log.info("Indexed %s of %s tar files.", f"{number + 1:,}", f"{len(self.names):,}")
                 began = time.monotonic()
-        return join(parts)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TarSource, self._arguments
+        return type(self), self._arguments
 
 
 def read_tar(path: Path, label: str | None) -> TarRows:

@@ -89,7 +89,11 @@ class Sampler:
     def latents(self, indices: Sequence[int], labels: Tensor, device: torch.device) -> Tensor:
         """Return the latents B C h w, float32, of the images with these indices and labels (B,)."""
         noise = streams.normals(self.seed, Purpose.SAMPLE_NOISE, 0, indices, self.shape, device)
-        return sampling.solve(sampling.for_labels(self._run, labels.to(device)), noise, self.grid, self.method)
+        return self.integrate(noise, labels.to(device), self.grid)
+
+    def integrate(self, z: Tensor, labels: Tensor, grid: Tensor) -> Tensor:
+        """Return the latents at the last time of a grid for z, B C h w, at its first; labels (B,) on the same device."""
+        return sampling.solve(sampling.for_labels(self._run, labels), z, grid, self.method)
 
 
 def balanced_labels(seed: int, num_images: int, num_classes: int) -> np.ndarray:

@@ -16,11 +16,10 @@ from src.data.dataset import EvaluationDataset, EvaluationTransform
 from src.data.decode import Decoder
 from src.data.loader import EvaluationLoader, WorkerOptions
 from src.data.order import evaluation_rows, split_rows
-from src.data.places import locate
+from src.data.places import Place, locate, look
 from src.data.source_settings import first_source
 from src.data.sources import Source
 from src.data.split_names import TEST_SPLITS, VALIDATION_SPLITS
-from src.data.splits import DataFolder
 from src.metrics.reference import Preparation
 
 log = logging.getLogger(__name__)
@@ -69,15 +68,15 @@ def open_images(data_dir: str | Path, split: str | None, trained_on: Mapping[str
     trained_on = first_source(trained_on) if trained_on is not None else None
     if isinstance(folder, Path):
         dummy.ensure(folder)
-    data, training = DataFolder(folder), trained_on or {}
+    data, training = look(folder), trained_on or {}
     train = str(training.get("hf_split") or "train")
     if split not in (None, ALL, HELD_OUT):
-        return _named(data, str(split))
+        return _named(folder, data, str(split))
     validation = data.held_out_split(train, training.get("hf_validation_split"), VALIDATION_SPLITS[0])
     if split is None and validation is not None:
-        return _named(data, str(data.find(validation)))
+        return _named(folder, data, str(data.find(validation)))
     known = next((name for name in (train, "train") if data.find(name)), None)
-    source = data.open(known or (data.names[0] if data.is_dataset and data.names else train))
+    source = data.open(known or (data.names[0] if data.kind != "tree" and data.names else train))
     everything = Images(folder, source, np.arange(len(source)), ALL)
     if split == ALL:
         return everything
@@ -90,7 +89,7 @@ def open_images(data_dir: str | Path, split: str | None, trained_on: Mapping[str
         )
     if split is None and (not len(held_out) or _is_other_data(folder, trained_on)):
         if test := data.held_out_split(train, *TEST_SPLITS):
-            return _named(data, test)
+            return _named(folder, data, test)
         if trained_on is not None and folder == locate(trained_on["data_dir"]):
             log.warning(
                 "%s has no validation split and training held nothing out: the score is one of training images.", folder
@@ -131,9 +130,9 @@ def _is_other_data(folder: Path | str, trained_on: Mapping[str, Any] | None) -> 
     return trained.is_dir() and trained.resolve() != folder.resolve()
 
 
-def _named(data: DataFolder, split: str) -> Images:
+def _named(folder: Path | str, data: Place, split: str) -> Images:
     if data.find(split) is None:
         there = f"it has {', '.join(data.names)}. Use one of these, or" if data.names else "it has none. Use"
-        raise UserError(f"{data.folder} has no split {split!r}: {there} --split {ALL} or {HELD_OUT}.")
+        raise UserError(f"{folder} has no split {split!r}: {there} --split {ALL} or {HELD_OUT}.")
     source = data.open(split)
-    return Images(data.folder, source, np.arange(len(source)), split)
+    return Images(folder, source, np.arange(len(source)), split)

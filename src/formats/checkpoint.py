@@ -155,6 +155,7 @@ def with_current_keys(model: Mapping[str, Any]) -> dict[str, Any]:
         current["disc_arch"] = disc | {"arch": arch | {"recipe": "S_8", "weights": "tiny"}}
     if "noise_tau" in model:
         current.setdefault("noise", {"level": "uniform", "mu": 0.0, "s": 1.0, "per": "image"})
+        current.setdefault("generated", {"checkpoint": None, "t0": 0.5, "steps": 10})
     return current
 
 

@@ -45,6 +45,8 @@ class Generator:
     source: str
     step: int | None
     """Updates; None where the file does not say."""
+    identity: dict[str, Any]
+    """`encoder` and `statistics` of the latents that it was trained on; empty where the file does not say."""
 
 
 def open_generator(
@@ -95,8 +97,9 @@ def open_generator(
     network = build_network(config["network"], shape, config["num_classes"], config["label_dropout"], seed=0)
     load_strict(network, _own(content) if ours else foreign_weights(content, file), file)
     freeze(network)
+    identity = {part: said[part] for part in ("encoder", "statistics")} if said else {}
     step = said["global_step"] if said else None
-    return Generator(network, rae, flow, dict(config["sampler"]), flow.shift_for(shape), str(file), step)
+    return Generator(network, rae, flow, dict(config["sampler"]), flow.shift_for(shape), str(file), step, identity)
 
 
 def foreign_weights(content: Any, file: object) -> dict[str, Tensor]:

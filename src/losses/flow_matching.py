@@ -63,8 +63,8 @@ def logit_normal_time(normals: Tensor, mu: float = 0.0, sigma: float = 1.0) -> T
     return torch.sigmoid(mu + sigma * normals)
 
 
-def sampling_grid(num_steps: int, s: float, kind: str) -> Tensor:
-    """Return the shifted times of sampling, descending from 1, float64.
+def sampling_grid(num_steps: int, s: float, kind: str, start: float = 1.0) -> Tensor:
+    """Return the shifted times of sampling, descending from `start`, float64.
 
     Args:
         num_steps: `rae`: number of points, so one step fewer is made; `raev2`: number of steps, so one point more.
@@ -80,7 +80,7 @@ def sampling_grid(num_steps: int, s: float, kind: str) -> Tensor:
     if num_steps < fewest:
         raise UserError(f"num_steps={num_steps}: a {kind} grid needs at least {fewest}.")
     last, points = (1 - LAST_TIME, num_steps) if kind == "rae" else (0.0, num_steps + 1)
-    return shift_time(torch.linspace(1, last, points, dtype=torch.float64), s)
+    return shift_time(torch.linspace(shift_time(start, 1 / s), last, points, dtype=torch.float64), s)
 
 
 def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ class LatentNoiseSettings(Settings):
     """How sigma of the latent noise is drawn, of scale tau = `noise_tau`. What each source found: docs/recipe.md."""
 
     level: Literal["uniform", "half_normal", "logit_normal"]
-    """U(0, tau), as the code of RAE; |N(0, (tau/2)^2)|, RAE's paper (arXiv 2510.11690, section 4) with its tau halved;
+    """U(0, tau), as the code of RAE; |N(0, (tau/2)^2)|, the family of RAE's paper (arXiv 2510.11690);
     tau * sigmoid(N(mu, s^2)), the family of Esser et al. (arXiv 2403.03206, equation 19)."""
     mu: float
     s: float = Field(gt=0)
@@ -102,6 +102,17 @@ class LatentNoiseSettings(Settings):
         if self.level == "logit_normal":
             return tau * torch.sigmoid(self.mu + self.s * torch.special.ndtri(u.double())).to(u.dtype)
         return tau * u
+
+
+class GeneratedLatentsSettings(Settings):
+    """The node `model.generated`."""
+
+    checkpoint: str | None
+    """Of stage 2; None: the decoder sees the latents of the images."""
+    t0: Annotated[float, Field(gt=0, le=1)]
+    """Time to which latents are noised; 0 is data, 1 noise."""
+    steps: Annotated[int, Field(ge=1)]
+    """From t0 to 0, on the sampler's shifted grid."""
 
 
 class AdversarySettings(Settings):
@@ -125,6 +136,7 @@ class ModelSettings(StageSettings):
     disc_scheduler: Schedule
     disc_arch: AdversarySettings
     noise: LatentNoiseSettings
+    generated: GeneratedLatentsSettings
     layer_subset: LayerSubset
     lpips_arch: LPIPSSettings
 

@@ -21,6 +21,7 @@ from src.losses.lpips import LPIPS
 from src.metrics.quality import RunningMeans, psnr, ssim
 from src.models.discriminator import DinoDiscriminator
 from src.models.rae import RAE
+from src.training.generated_latents import GeneratedLatents
 from src.training.module import StageModule, loss_scale, sizes
 from src.training.optimisation import adamw, average_gradients
 from src.training.settings import ModelSettings, check_geometry
@@ -33,7 +34,7 @@ PURPOSES = {"fake": Purpose.AUGMENT_FAKE, "real": Purpose.AUGMENT_REAL}
 class RAEModule(StageModule):
     """What trains and what is kept: the decoder, its EMA, the discriminator's heads. Arguments: the keys of `model:`."""
 
-    frozen: ClassVar[tuple[str, ...]] = ("rae.encoder.", "lpips.", "discriminator.trunk.")
+    frozen: ClassVar[tuple[str, ...]] = ("rae.encoder.", "lpips.", "discriminator.trunk.", "generated.")
     published_batch: ClassVar[int] = 512
     settings: ModelSettings
 
@@ -49,6 +50,13 @@ class RAEModule(StageModule):
         self.discriminator = DinoDiscriminator(**vars(arch), seed=seed) if settings.step.disc_weight > 0 else None
         self.step = TrainingStep(self.rae, self.lpips, self.discriminator, augment, settings.step)
         self.noise = StepNoise(self.rae, augment, settings.noise, settings.layer_subset, seed)
+        chosen = settings.generated.checkpoint is not None
+        self.generated = GeneratedLatents(settings.generated, self.rae, seed) if chosen else None
+        if chosen and settings.layer_subset.kind != "none":
+            raise UserError(
+                "model.generated.checkpoint and model.layer_subset exclude each other: a sampler makes latents of all blocks. Set "
+                "model.layer_subset.kind=none."
+            )
         self.disc_scaler = torch.amp.GradScaler("cuda", enabled=False)
         self._restored_scaler: Mapping[str, Any] = {}
         self._micro_batches: list[tuple[Mapping[str, Any], GeneratorResult]] = []
@@ -103,6 +111,7 @@ class RAEModule(StageModule):
             loss_scale=loss_scale(self.scalers()["generator"], self.device),
             share=share,
             layers=self.noise.blocks(step),
+            resample=None if self.generated is None else partial(self.generated, self.rae, batch=batch),
         )
         if phase.disc:
             self._micro_batches.append((batch, result))
@@ -206,7 +215,10 @@ class RAEModule(StageModule):
             ),
             ("encoder", f"{type(encoder).__name__} {encoder.source}, blocks {list(encoder.layers)}{untrained}"),
             ("trained", sizes({"decoder": rae.decoder, "discriminator heads": heads})),
-            ("frozen", sizes({"encoder": encoder, "LPIPS": self.lpips, "DINO trunk": trunk})),
+            (
+                "frozen",
+                sizes({"encoder": encoder, "LPIPS": self.lpips, "DINO trunk": trunk, "sampler": self.generated}),
+            ),
             ("starts", ", ".join(f"{name} at step {step:,}" for name, step in begin) or "L1 only"),
         ]
 
@@ -245,6 +257,8 @@ class RAEModule(StageModule):
     # -- set-up and checkpoints
 
     def on_fit_start(self) -> None:
+        if self.generated is not None:
+            self.generated.check_labels(self.trainer.datamodule.num_classes)
         half = self.scalers()["generator"] is not None
         self.disc_scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         if half and self._restored_scaler:

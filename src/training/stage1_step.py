@@ -125,6 +125,7 @@ class TrainingStep:
         loss_scale: Scale = 1.0,
         share: float = 1.0,
         layers: tuple[int, ...] | None = None,
+        resample: Callable[[Tensor], Tensor] | None = None,
     ) -> GeneratorResult:
         """Put the gradients of the generator's total loss into the decoder.
 
@@ -134,10 +135,13 @@ class TrainingStep:
             loss_scale: factor for half-precision gradients inside the loss networks; taken out again.
             share: of this micro-batch in the update, 1 / their number.
             layers: blocks of the encoder to use instead of its own choice.
+            resample: what takes the place of raw latents B C h w, for both networks.
         """
         decoder = self.rae.decoder
         with record_function("encode"):
             latents = self.rae.encode_raw(images, layers)
+            if resample is not None:
+                latents = resample(latents)
         with record_function("decode"):
             noisy = latents if noise is None else torch.addcmul(latents, noise.normal, noise.sigma)
             features = decoder.trunk(self.rae.to_tokens(noisy))  # B N D

@@ -1,0 +1,83 @@
+"""Latents as a sampler makes them, with the images that they are of: what a decoder is fine-tuned on after stage 2.
+
+Source: arXiv 2602.08620, which fine-tunes decoders on pairs from real images; the path and its draws are ours:
+
+    z_t0 = (1 - t0) z + t0 eps      z the normalised latents of the images
+    z~   = z_t0 integrated from t0 to 0 by a trained diffusion transformer
+
+The decoder sees z~, the losses the image. t0 = 0 gives z itself, t0 = 1 a sample that has nothing to do with the image.
+
+Legend: B batch, C latent channels, h = w latent grid.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from src.core import random_streams as streams
+from src.core.errors import UserError
+from src.core.random_streams import Purpose
+from src.evaluation.generate import Sampler, SamplerSettings
+from src.formats.checkpoint import statistics_digest
+from src.formats.stage2 import open_generator
+from src.losses.flow_matching import interpolate, sampling_grid
+from src.models.frozen_encoder import require_same_encoder
+from src.models.rae import RAE
+from src.training.settings import GeneratedLatentsSettings
+
+NO_CLASS = -1
+"""Label of an image of no class."""
+
+
+class GeneratedLatents(nn.Module):
+    """Maps raw latents to raw latents. Solver, classifier-free and internal guidance are those of the checkpoint's sampler."""
+
+    def __init__(self, settings: GeneratedLatentsSettings, rae: RAE, seed: int) -> None:
+        """Raises UserError: no such checkpoint, or one for another encoder or other statistics than the model's."""
+        super().__init__()
+        assert settings.checkpoint is not None
+        generator = open_generator(settings.checkpoint, shape=rae.latent_shape)
+        require_same_encoder(rae.encoder, generator.identity["encoder"], settings.checkpoint)
+        trained_on, own = generator.identity["statistics"]["digest"], statistics_digest(rae)
+        if trained_on != own:
+            raise UserError(
+                f"model.generated.checkpoint={settings.checkpoint} was trained on latents normalised by other statistics "
+                f"(digest {trained_on}, here {own}). Set model.normalization_stat_path to those of that run."
+            )
+        self.t0, self.seed, self.shift, self.network = settings.t0, seed, generator.shift, generator.network
+        sampler = SamplerSettings.parse({**generator.sampler, "auto": 1.0}, "sampler")  # without a second network
+        flow = generator.flow
+        self._sampler = Sampler(self.network, sampler, flow.prediction, flow.t_eps, generator.shift, seed)
+        self._grid = sampling_grid(settings.steps, generator.shift, "raev2", settings.t0)
+
+    def check_labels(self, classes: int | None) -> None:
+        """Raise UserError where the network has no use for the labels of the data, `classes` of them; None: unlabelled."""
+        known, null = self.network.table_rows, self.network.null_label
+        if classes is None and null is None:
+            raise UserError(
+                "The data has no labels, and the model of model.generated.checkpoint needs a class for each image."
+            )
+        if classes is not None and classes > known - (null is not None):
+            raise UserError(
+                f"The data has {classes} classes, the model of model.generated.checkpoint was trained on fewer."
+            )
+
+    @torch.no_grad()
+    def forward(self, rae: RAE, latents: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """Raw latents B C h w of a batch's images -> z~ of them, raw, float32. Draws are functions of (seed, epoch, position)."""
+        epoch, positions = int(batch["epoch"]), batch["position"].tolist()
+        noise = streams.normals(self.seed, Purpose.GENERATED_NOISE, epoch, positions, rae.latent_shape, latents.device)
+        with record_function("generate"):
+            start = interpolate(rae.normalize(latents.float()), noise, latents.new_full((len(noise),), self.t0).float())
+            end = self._sampler.integrate(start, self._labels(batch, latents.device), self._grid)
+        return rae.denormalize(end)
+
+    def _labels(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
+        null = self.network.null_label
+        if "label" not in batch:
+            return torch.full((len(batch["position"]),), int(null), device=device)
+        labels = torch.as_tensor(batch["label"], device=device)
+        return labels if null is None else torch.where(labels == NO_CLASS, int(null), labels)
