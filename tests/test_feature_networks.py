@@ -98,6 +98,8 @@ def test_names(dinov2, caplog):
     inception = SimpleNamespace(space="inception")
     found = load_features(["inception", f"dinov2={dinov2}"], lambda place: inception)
     assert found[0] is inception and found[1].name.startswith("dinov2-") and "another size" in caplog.text
+    with pytest.raises(UserError, match="dinov2=nowhere: no such folder.*download_weights.py facebook/dinov2-large"):
+        load_features(["dinov2=nowhere"], lambda place: inception)
     for wrong in (["clip"], ["inception", "inception"]):
         with pytest.raises(UserError, match="expected one or more of inception, dinov2, each once"):
             load_features(wrong, lambda place: inception)

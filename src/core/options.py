@@ -179,7 +179,7 @@ class FeatureOptions:
 
     GROUP: ClassVar = "feature networks"
     features: tuple[str, ...] = option(
-        "inception, or dinov2 (ViT-L/14; DIR: where it lies here): a Frechet distance for each",
+        "inception, or dinov2 (ViT-L/14; DIR: where it lies here): a Frechet distance for each (default: inception)",
         "NAME[=DIR]",
         ("inception",),
     )

@@ -55,6 +55,11 @@ class EncoderFeatures(nn.Module):
         super().__init__()
         row = ENCODERS[space]
         preset, self.input_px = PRESETS[row.preset], row.input_px
+        if place is not None and not resolve(place).is_dir():
+            raise UserError(
+                f"--features {space}={place}: no such folder. Expected one written by save_pretrained; without a folder it is "
+                f"{preset.hub_id} (`python scripts/download_weights.py {preset.hub_id}`)."
+            )
         kind, place = encoder_class(preset.encoder_cls), place or preset.hub_id
         self.encoder = kind(place, **row.params)
         self.space, self.feature_dim = space, self.encoder.hidden_size

@@ -48,7 +48,7 @@ def evaluate(options: EvaluationOptions, process: Process) -> tuple[list[dict[st
             check_writable(resolve(getattr(options, name)), f"--{name}")
     if options.report_card and process.main:
         check_writable(resolve(options.report_card) / report_card.TABLE, "--report_card")
-    folders = output_folders(options.output_dir, options.data_dir)
+    folders, cards = (output_folders(root, options.data_dir) for root in (options.output_dir, options.report_card))
     files = references(options.reference, options.data_dir)
     evaluation = Evaluation(options, process)
     # before the first long pass, what is wrong is said
@@ -62,8 +62,8 @@ def evaluate(options: EvaluationOptions, process: Process) -> tuple[list[dict[st
         if options.save_npz:
             target = resolve(options.save_npz)
             packed = stack.enter_context(image_stack(target, evaluation.image_size, process))
-        for images, against, folder in zip(sets, moments, folders, strict=True):
-            results += evaluation.score(images, against, folder, packed)
+        for images, against, folder, card in zip(sets, moments, folders, cards, strict=True):
+            results += evaluation.score(images, against, folder, packed, card)
         if packed is not None:
             packed.finish()
     if options.csv and process.main:
@@ -140,7 +140,12 @@ class Evaluation:
         return found
 
     def score(
-        self, images: Images, references: Mapping[str, Moments], output: Path | None, packed: ImageStack | None
+        self,
+        images: Images,
+        references: Mapping[str, Moments],
+        output: Path | None,
+        packed: ImageStack | None,
+        card: Path | None,
     ) -> list[dict[str, Any]]:
         """Return the scores of each variant on rank 0, none on the others. On all ranks.
 
@@ -148,13 +153,14 @@ class Evaluation:
             references: what to score against instead of the originals, by feature network.
             output: folder for pairs and sheets; None: no pictures.
             packed: takes the reconstructions.
+            card: folder for the sheet of all variants; None: no such sheet.
         """
         started, process, options = time.perf_counter(), self.process, self.options
         pairs, worst = KeptPairs(options.save_samples_count if output else 0), KeptPairs(options.worst, worst=True)
         observers: list[Observer] = [pairs, worst, *([self.table] if options.csv else [])]
         observers += [packed] if packed is not None else []
         side_by_side = KeptPairs(COLUMNS, variants=len(self.variants))
-        observers += [side_by_side] if options.report_card else []
+        observers += [side_by_side] if card is not None else []
         scores = [self._score(references)]
         scores += [self._score(scores[0].references) for _ in self.variants[1:]]  # they share the originals' features
         loader = centre_crops(images, self.image_size, self.decoder, options, process)
@@ -174,9 +180,8 @@ class Evaluation:
             save_pairs(kept, output)
             if found:
                 save_png(contact_sheet(found), output / "worst.png")
-        if options.report_card:
-            several = f"_{Path(images.folder).name}" if len(options.data_dir) > 1 else ""
-            report_card.save_sheet(compared, labels, resolve(options.report_card) / f"sheet{several}.png")
+        if card is not None:
+            report_card.save_sheet(compared, labels, card / "sheet.png")
         firsts = {variant.model: variant for variant in reversed(self.variants)}
         results = [
             {
