@@ -3,6 +3,7 @@
     python src/report.py logs/runs/DATE/TIME                              RUN_DIR/report.html
     python src/report.py logs/runs/DATE/TIME --out report.html
     python src/report.py logs/runs/DATE/TIME1 logs/runs/DATE/TIME2        overlaid, side by side: RUN_DIR1/comparison.html
+    python src/report.py logs/multiruns/DATE/TIME                         all points of a sweep, in the same way
 
 The page holds all it shows (about 5 MB, and the pictures) and opens without a network; it follows the light or dark
 mode of the system and prints. Nothing but the files of the run is read: metrics.csv, run.json, .hydra/, run.log, samples/

@@ -39,7 +39,7 @@ def train(folder: Path, *overrides: str, checkpoint: Path | None = None, small: 
     """Fit in `folder`; the run's parts come back for inspection."""
     folder.mkdir(parents=True, exist_ok=True)
     config = composed([*(SMALL if small else []), *overrides, f"paths.run_dir={folder}"])
-    run = build_run(config, Launch(0, 1, "single"))
+    run = build_run(config, Launch(0, 1, "single"), checkpoint)
     fit(run, checkpoint, RunRecord(folder, config.experiment_name))
     return run
 

@@ -162,7 +162,6 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        make_canonical(checkpoint["loops"], _batches_per_epoch(pl_module))
         if names := nonfinite_tensors({part: checkpoint[part] for part in CHECKED}):
             last = self.folder / "last.ckpt"
             kept = f"{last} stays as it was" if last.exists() else "There is no earlier checkpoint"
@@ -243,25 +242,26 @@ class AtomicCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def make_canonical(loops: dict[str, Any], batches_per_epoch: int) -> None:
+def make_canonical(loops: dict[str, Any], steps_per_epoch: int, accumulate: int) -> None:
     """Rewrite Lightning's counters in a checkpoint as «in the middle of epoch e, k batches done» or «e epochs done».
 
     As they stand they mean different things in different hooks, and one of those meanings makes the next epoch empty.
 
     Args:
         loops: of the checkpoint; `fit_loop` in it is changed in place.
-        batches_per_epoch: micro-batches that an epoch uses on this rank. With all of them done the epoch counts as done:
-            whoever saves there has evaluated already, or goes without that one evaluation.
+        steps_per_epoch: updates of an epoch. With all of them done the epoch counts as done: whoever saves there has
+            evaluated already, or goes without that one evaluation.
+        accumulate: micro-batches of an update; those of one that is not finished are not done.
     """
     fit = loops["fit_loop"]
     batches, epochs = fit["epoch_loop.batch_progress"], fit["epoch_progress"]
-    done, epoch = batches["current"]["ready"], epochs["current"]["ready"]  # epochs: begun
-    if done >= batches_per_epoch:
+    updates, epoch = batches["current"]["ready"] // accumulate, epochs["current"]["ready"]  # epochs: begun
+    if updates >= steps_per_epoch:
         batches["current"] = dict.fromkeys(batches["current"], 0)
         for part in ("current", "total"):
             epochs[part] = dict.fromkeys(epochs[part], epoch)
     else:
-        batches["current"] = dict.fromkeys(batches["current"], done)
+        batches["current"] = dict.fromkeys(batches["current"], updates * accumulate)
         for part in ("current", "total"):
             epochs[part] |= {"ready": epoch, "started": epoch, "processed": epoch - 1, "completed": epoch - 1}
     batches["total"] = dict.fromkeys(batches["total"], batches["total"]["ready"])

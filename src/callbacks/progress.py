@@ -75,10 +75,12 @@ class TrainingProgress(pl.Callback):
             if flops is None:
                 log.warning("callbacks.progress.peak_tflops has no effect: nobody counts the operations of this stage.")
         self._restart_clock()
-        if trainer.is_global_zero and sys.stderr.isatty():
+        others = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in trainer.callbacks)
+        if trainer.is_global_zero and sys.stderr.isatty() and not others:
             self._bar = progress_bar(TextColumn("{task.fields[figures]}"))
             self._bar.start()
-            self._task = self._bar.add_task("epoch", total=pl_module.steps_per_epoch, figures="")
+            total = planned_steps(trainer, pl_module) or None
+            self._task = self._bar.add_task("training", total=total, completed=trainer.global_step, figures="")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._mark = time.perf_counter()
@@ -97,7 +99,7 @@ class TrainingProgress(pl.Callback):
             if due:
                 self._publish(trainer, pl_module)
             if trainer.is_global_zero:
-                self._show(trainer, (batch_idx + 1) // loop.accumulate_grad_batches, due)
+                self._show(trainer, due)
         self._mark = time.perf_counter()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -140,13 +142,11 @@ class TrainingProgress(pl.Callback):
 
     def _measure(self, trainer: pl.Trainer, pl_module: Any) -> None:
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
-        by_epochs = (trainer.max_epochs or 0) * pl_module.steps_per_epoch
-        limits = [steps for steps in (by_epochs, trainer.max_steps) if steps > 0]
         self.speed = {
             "images_per_s": self._images / seconds,
             "data_wait": min(self._waited / seconds, 1.0),
             "memory_gb": peak_memory_gb(pl_module.device),
-            "seconds_left": seconds / self._steps * (min(limits, default=0) - trainer.global_step),
+            "seconds_left": seconds / self._steps * (planned_steps(trainer, pl_module) - trainer.global_step),
         }
         if self._flops is not None:
             self.speed["mfu"] = self.speed["images_per_s"] / trainer.world_size * self._flops
@@ -166,26 +166,34 @@ class TrainingProgress(pl.Callback):
         self._waited = self._paused = 0.0
         self._images = self._steps = 0
 
-    def _show(self, trainer: pl.Trainer, step_of_epoch: int, due: bool) -> None:
+    def _show(self, trainer: pl.Trainer, due: bool) -> None:
         epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         if self._bar is not None:
-            self._bar.update(self._task, completed=step_of_epoch, description=epoch)
+            self._bar.update(self._task, completed=trainer.global_step, description=epoch)
         if not due:
             return
         rate, left = f"{self.speed['images_per_s']:.4g} images/s", f"{duration(self.speed['seconds_left'])} left"
         if self._bar is not None:
             self._bar.update(self._task, figures=f"loss {self.latest['train/loss']:.4g}, {rate}, {left}")
-            return
         shown = [name for name in self.latest if name.startswith(("train/", "disc/loss"))]
         terms = " ".join(f"{name.removeprefix('train/')} {self.latest[name]:.4g}" for name in shown)
         wait, memory = f"{100 * self.speed['data_wait']:.0f} % waiting for data", f"{self.speed['memory_gb']:.1f} GB"
-        log.info("%s step %d: %s | %s, %s, %s, %s", epoch, trainer.global_step, terms, rate, wait, memory, left)
+        log.info(
+            "%s step %d: %s | %s, %s, %s, %s", epoch, trainer.global_step, terms, rate, wait, memory, left,
+            extra={"file_only": self._bar is not None},
+        )  # fmt: skip
 
     def _stop_bar(self) -> None:
         bar, self._bar = self._bar, None
         if bar is not None:
             with suppress(OSError):  # a terminal that was closed
                 bar.stop()
+
+
+def planned_steps(trainer: pl.Trainer, pl_module: Any) -> int:
+    """Return the updates after which the run is over; 0: no limit."""
+    limits = ((trainer.max_epochs or 0) * pl_module.steps_per_epoch, trainer.max_steps)
+    return min((steps for steps in limits if steps > 0), default=0)
 
 
 @contextmanager
@@ -243,9 +251,12 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Return the peak of the GPU's allocations, or of the process on a CPU, in GB (1e9 bytes)."""
+    """Return the peak of the GPU's allocations, or of the process on a CPU, in GB (1e9 bytes); 0: unknown here."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

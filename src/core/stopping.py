@@ -173,4 +173,5 @@ if hasattr(os, "register_at_fork"):
 
 def _say(text: str) -> None:
     with suppress(OSError):  # not through logging: a handler may interrupt it while it writes
-        os.write(2, (text + "\n").encode())
+        erase = "\r\x1b[2K" if os.isatty(2) else ""  # a progress bar in that line
+        os.write(2, f"{erase}{text}\n".encode())

@@ -155,6 +155,8 @@ class RAEDataModule(LightningDataModule):
         self._evaluation_sets: dict[str, EvaluationSet] | None = None
         self._fingerprint_state: dict[str, Any] | None = None
         self._compared = False
+        self.same_epoch = False
+        """Whether every epoch is the first one again (`trainer.overfit_batches`)."""
         self.worker_timeout_s, self.image_size = worker_timeout_s, image_size
         self._persistent: list[TrainLoader | EvaluationLoader] = []
 
@@ -356,7 +358,7 @@ class RAEDataModule(LightningDataModule):
         ]
         dataset = MixDataset(parts) if self.sources else parts[0]
         allowed = [s.max_bad_share for s in self._all_sources.values()]
-        loader = TrainLoader(dataset, self.order, self._workers(), allowed)
+        loader = TrainLoader(dataset, self.order, self._workers(), allowed, self.same_epoch)
         self._persistent.append(loader)
         return loader
 

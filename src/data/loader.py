@@ -146,12 +146,13 @@ class TrainLoader(_Loader):
         order: EpochOrder,
         workers: WorkerOptions,
         max_bad_share: float | Sequence[float],
+        same_epoch: bool = False,
     ) -> None:
-        """max_bad_share: of the dataset, or of each source of a mix."""
+        """max_bad_share: of the dataset, or of each source of a mix. same_epoch: every epoch is the first one again."""
         if order.images != len(dataset):
             raise ValueError(f"an order of {order.images} for {len(dataset)} images")
         self.order, self.batch_size = order, order.batch_size
-        self.epoch = self.start_batch = 0
+        self.epoch, self.start_batch, self.same_epoch = 0, 0, same_epoch
         allowed = [max_bad_share] if isinstance(max_bad_share, float | int) else max_bad_share
         self.bad_images = [BadImages(share, order.batches * order.batch_size) for share in allowed]
         self._handed_out: tuple[int, int] | None = None  # epoch, batches
@@ -185,7 +186,7 @@ class TrainLoader(_Loader):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         epoch, start, self.start_batch = self.epoch, self.start_batch, 0
-        self._batches.epoch, self._batches.start = epoch, start
+        self._batches.epoch, self._batches.start = 0 if self.same_epoch else epoch, start
         self._handed_out = (epoch, start)
         for number, batch in enumerate(_without_traceback(batches_of(self._loader)), start):
             stuck = len(batch["position"]) < self.batch_size

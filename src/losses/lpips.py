@@ -63,7 +63,7 @@ class LPIPS(nn.Module):
         self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1), persistent=False)
         if self.untrained:
-            log.warning("LPIPS is untrained (seed %d): its distances are no LPIPS scores.", seed)
+            log.debug("LPIPS is untrained (seed %d): its distances are no LPIPS scores.", seed)
         else:
             vgg_file = require(vgg_path, "The VGG16 weights of LPIPS", "vgg_path")
             linear_file = require(linear_path, "The linear weights of LPIPS", "linear_path")

@@ -74,7 +74,7 @@ class DinoTrunk(nn.Module):
             self.pos_embed = nn.Parameter(torch.randn(1, 1 + recipe.tokens, recipe.width) * 0.02)
             self.blocks = nn.ModuleList(Block(recipe.width, recipe.heads) for _ in range(recipe.depth))
         if self.untrained:
-            log.warning("The DINO trunk of the discriminator is untrained (seed %d).", seed)
+            log.debug("The DINO trunk of the discriminator is untrained (seed %d).", seed)
         else:
             file = require(path, "The DINO trunk of the discriminator", "dino_ckpt_path")
             load_strict(self, without_unused(read(file)), file)

@@ -268,7 +268,7 @@ class FrozenEncoder(nn.Module):
 
     @classmethod
     def _untrained(cls, config: Any, source: str, seed: int) -> nn.Module:
-        log.warning("%s from %s is UNTRAINED (seed %d): random weights, not a result.", cls.__name__, source, seed)
+        log.debug("%s from %s is UNTRAINED (seed %d): random weights, not a result.", cls.__name__, source, seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:

@@ -47,8 +47,9 @@ class Run:
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """Raises UserError: a folder that is missing, no run's, or given twice."""
-    places = [_place(folder) for folder in folders]
+    """Read runs; the folder of a sweep stands for its jobs. Raises UserError: a folder that is missing, no run's, or given
+    twice."""
+    places = [place for folder in folders for place in _jobs(Path(folder)) or [_place(folder)]]
     if twice := [place for place in places if places.count(place) > 1]:
         raise UserError(f"{twice[0]} is given twice: name each run once.")
     ends = ["/".join(place.parts[-2:]) for place in places]
@@ -58,6 +59,13 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     return runs
 
 
+def _jobs(folder: Path) -> list[Path]:
+    """Return the runs in the folder of a sweep, logs/multiruns/DATE/TIME, by number; nothing for other folders."""
+    folder = (folder if folder.is_dir() else resolve(folder)).resolve()
+    found = [file.parent for file in folder.glob("*/run.json") if file.parent.name.isdigit()]
+    return sorted(found, key=lambda place: int(place.name))
+
+
 def _place(folder: str | Path) -> Path:
     place = (Path(folder) if Path(folder).is_dir() else resolve(folder)).resolve()
     names = (RECORD, CONFIG, LOG, *TABLES, EVENTS, "samples/step_*.png")
@@ -65,7 +73,10 @@ def _place(folder: str | Path) -> Path:
         problem = f"it has none of {', '.join(names)}" if place.is_dir() else "there is no such folder"
         below = sorted(str(file.parent) for name in ("*/run.json", "*/*/run.json") for file in place.glob(name))
         hint = f" Runs below it: {', '.join(below[-3:])}." if below else ""
-        raise UserError(f"{folder} is no run's folder: {problem}. Give one such as logs/runs/DATE/TIME.{hint}")
+        raise UserError(
+            f"{folder} is no run's folder: {problem}. Give one such as logs/runs/DATE/TIME, or that of a sweep, "
+            f"logs/multiruns/DATE/TIME.{hint}"
+        )
     return place
 
 

@@ -23,6 +23,7 @@ _SILENCED = (
     r".*Grad strides do not match bucket view strides.*",
     r".*`broadcast_buffers` is deprecated.*",  # its successor is not in the oldest torch that we support
     r".*barrier\(\): using the device under current context.*",
+    r".*Using ModelCheckpoint with manual optimization and every_n_train_steps.*",  # after an update is what we want
     r".*The `srun` command is available on your system but is not used.*",
 )
 # Lightning's loggers bring handlers of their own, and their news (device tables, tips) stand in our start-up table.
@@ -51,6 +52,18 @@ class LineFormatter(logging.Formatter):
         return re.sub(r"\n(?=\S)", "\n  ", text)
 
 
+class Terminal(logging.StreamHandler):
+    """Writes to what stderr is at the time, so that entries stand above a progress bar, which stands in for stderr.
+
+    Leaves out entries with `extra={"file_only": True}`: figures that a bar shows.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not getattr(record, "file_only", False):
+            self.stream = sys.stderr
+            super().emit(record)
+
+
 class LogFile(logging.FileHandler):
     """A log file that says once on the terminal when it can't be written, and lets the run go on."""
 
@@ -77,7 +90,7 @@ def set_up(folder: Path | None, main: bool) -> WarningCollector:
         if isinstance(handler, logging.FileHandler):
             handler.close()
     root.setLevel(logging.INFO)
-    terminal = logging.StreamHandler(sys.stderr)
+    terminal = Terminal(sys.stderr)
     terminal.setFormatter(LineFormatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
     terminal.setLevel(logging.INFO if main else logging.ERROR)
     root.addHandler(terminal)

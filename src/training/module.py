@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from src.callbacks.checkpoint import make_canonical
 from src.core.ema import EMA
 from src.core.errors import UserError
 from src.core.nonfinite import NonFiniteCounter
@@ -140,6 +141,10 @@ class StageModule(pl.LightningModule):
             with record_function("ema"):
                 self.ema.update()
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # Lightning adds 1 and logs at that number; micro-batches are no updates.
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step - 1
+
     def step_optimizer(
         self,
         step: int,
@@ -206,7 +211,10 @@ class StageModule(pl.LightningModule):
     # -- results
 
     def write_metrics(self, values: Mapping[str, float]) -> None:
-        """Write to every logger, at the current step."""
+        """Write to every logger, at the current step, and to where Lightning's callbacks look. On all ranks."""
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        if "train/loss" in values:  # shown by Lightning's progress bars
+            self.trainer.progress_bar_metrics["train/loss"] = values["train/loss"]
         for logger in self.loggers:
             logger.log_metrics(dict(values), step=self.global_step)
 
@@ -251,6 +259,7 @@ class StageModule(pl.LightningModule):
                 "batch has grown. Resume with the data.batch_size x processes x trainer.accumulate_grad_batches of that run."
             )
         self.trainer.train_dataloader.resume_at(loop.epoch_progress.current.processed, done)
+        loop.epoch_loop._batches_that_stepped = self.global_step
         if torch.distributed.is_initialized():  # DDP leaves what it ignores to us
             for tensor in self.state_dict().values():
                 torch.distributed.broadcast(tensor, src=0)
@@ -277,6 +286,7 @@ class StageModule(pl.LightningModule):
         checkpoint["format_version"] = FORMAT_VERSION
         checkpoint["config"] = self.run_config
         checkpoint["processes"] = self.trainer.world_size
+        make_canonical(checkpoint["loops"], self.steps_per_epoch, self.settings.loop.accumulate_grad_batches)
         checkpoint["skipped_steps"] = self.nonfinite.skipped
         checkpoint.update(self.identity())
 

@@ -31,7 +31,8 @@ _FREE = {
 
 
 def find_checkpoint(ckpt_path: str | None, log_dir: str, experiment: str) -> Path | None:
-    """Return the file: None for a fresh start; `last`: the newest last.ckpt among runs of this experiment; else a path.
+    """Return the file: None for a fresh start; `last`: the newest last.ckpt among runs of this experiment, those of sweeps
+    too; else a path.
 
     Raises UserError where there is none.
     """
@@ -44,14 +45,15 @@ def find_checkpoint(ckpt_path: str | None, log_dir: str, experiment: str) -> Pat
                 f"ckpt_path={ckpt_path}: no such file ({path}). Use the path of a .ckpt file, `last`, or null for a fresh start."
             )
         return path
-    runs = resolve(log_dir) / "runs"
-    found = {file: _experiment(file.parents[1]) for file in runs.glob("*/*/checkpoints/last.ckpt")}
+    root, places = resolve(log_dir), ("runs/*/*", "multiruns/*/*/*")
+    files = [file for place in places for file in root.glob(f"{place}/checkpoints/last.ckpt")]
+    found = {file: _experiment(file.parents[1]) for file in files}
     own = [file for file, name in found.items() if name == experiment]
     if not own:
         others = ", ".join(sorted({name for name in found.values() if name}))
         raise UserError(
-            f"ckpt_path=last: no checkpoint of experiment_name={experiment} under {runs} (looked at "
-            f"DATE/TIME/checkpoints/last.ckpt). Experiments with one: {others or 'none'}. Drop ckpt_path to start afresh."
+            f"ckpt_path=last: no checkpoint of experiment_name={experiment} under {root} (looked at runs/DATE/TIME and "
+            f"multiruns/DATE/TIME/N). Experiments with one: {others or 'none'}. Drop ckpt_path to start afresh."
         )
     return max(own, key=lambda file: file.stat().st_mtime_ns)
 

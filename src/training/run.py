@@ -1,7 +1,7 @@
 """Run a training from its configuration to its record."""
 
+import json
 import logging
-import math
 import os
 import signal
 import sys
@@ -19,6 +19,8 @@ from hydra.types import RunMode
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from src.callbacks.metrics_csv import MetricsCsv
 from src.callbacks.progress import StartupTable, device_name
@@ -38,8 +40,9 @@ from src.training.trainer import build_trainer
 log = logging.getLogger(__name__)
 
 KNOWN_KEYS = frozenset(
-    ("data", "model", "callbacks", "logger", "trainer", "paths", "experiment_name", "seed", "ckpt_path", "preflight")
-)
+    ("data", "model", "callbacks", "logger", "trainer", "paths", "experiment_name", "seed", "ckpt_path", "preflight",
+     "tags", "optimized_metric")
+)  # fmt: skip
 """Of `configs/train.yaml`."""
 KNOWN_CALLBACKS = frozenset(("rfid", "gfid", "checkpoint", "samples", "progress"))
 """Those whose settings may stay where the callback itself is left out."""
@@ -48,7 +51,7 @@ ENDED_AT_ONCE = "ended at once by a second Ctrl-C"
 
 @dataclass(frozen=True)
 class Job:
-    """A job of a sweep in this process: its overrides, how it ended, and its validation loss or the reason."""
+    """A job of a sweep in this process: its overrides, how it ended, and its `optimized_metric` or the reason."""
 
     point: str
     status: str
@@ -62,17 +65,19 @@ JOBS: list[Job] = []
 def run(config: DictConfig) -> float | None:
     """Train. A mistake of the user ends with one message and status 1, everything else with its traceback.
 
-    In a sweep the next job begins after either (`sweep_status`), but not after a signal.
+    In a sweep the next job begins after either (`sweep_status`), but not after a signal. Returns the last value of
+    `optimized_metric`; None where it was not logged or the job failed.
     """
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN and "BasicLauncher" in str(HydraConfig.get().launcher._target_)
     try:
         with _process_state(), listening() as stop, ExitStack() as held:
-            result = _run(config, held)
+            result = _run(config, held).get(config.optimized_metric)
             late = stop.code
         if sweep and late >= 128:  # too late for this job, not for the next
             raise SystemExit(late)
         if sweep:
-            JOBS.append(Job(_point(), "finished", "" if result is None else f"val/loss {result:.4f}"))
+            value = "was not logged" if result is None else f"{result:.4f}"
+            JOBS.append(Job(_point(), "finished", f"{config.optimized_metric} {value}"))
         return result
     except Exception as error:
         text = _message(error)
@@ -82,7 +87,7 @@ def run(config: DictConfig) -> float | None:
         if not sweep:
             raise SystemExit(1) from None
         JOBS.append(Job(_point(), "failed", " ".join((text or repr(error)).split())[:300]))
-        return math.nan
+        return None
 
 
 def _message(error: Exception) -> str | None:
@@ -91,6 +96,8 @@ def _message(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return disk_message(error)
+    if isinstance(error, MisconfigurationException) or str(error).startswith("Early stopping conditioned on"):
+        return " ".join(str(error).split())  # Lightning's own words for a mistake
     if isinstance(error, OmegaConfBaseException):
         return f"Configuration: {str(error).strip()}"
     return None
@@ -99,6 +106,7 @@ def _message(error: Exception) -> str | None:
 def _point() -> str:
     """Return the values of this job of a sweep, as they were typed."""
     swept = [word.split("=", 1)[0] for word in sys.argv[1:] if "," in word]
+    swept += list(HydraConfig.get().sweeper.get("params") or {})
     task = list(HydraConfig.get().overrides.task)
     return " ".join(word for word in task if word.split("=", 1)[0] in swept) or f"job {HydraConfig.get().job.num}"
 
@@ -111,8 +119,8 @@ def sweep_status() -> int:
     return int(any(job.status == "failed" for job in JOBS))
 
 
-def _run(config: DictConfig, held: ExitStack) -> float | None:
-    """Train. `held`: what is given back when the run is over."""
+def _run(config: DictConfig, held: ExitStack) -> dict[str, Any]:
+    """Train and return the last figures by logged name. `held`: what is given back when the run is over."""
     launch, sweep = Launch.detect(), HydraConfig.get().mode == RunMode.MULTIRUN
     STOP.loud = launch.main
     if launch.kind == "child":  # without the first process nothing can be saved
@@ -139,13 +147,13 @@ def _run(config: DictConfig, held: ExitStack) -> float | None:
     warnings = logs.set_up(folder, launch.main)
     record = RunRecord(folder, config.experiment_name)
     STOP.before_exit = lambda code: record.finish(status_of(code), warnings.messages, error=ENDED_AT_ONCE)
-    record.update({"resumed_from": str(checkpoint)} if checkpoint else {})
+    record.update({"tags": list(config.tags), **({"resumed_from": str(checkpoint)} if checkpoint else {})})
     built = None
     try:
-        built = build_run(config, launch, bare=config.preflight)
+        built = build_run(config, launch, checkpoint, bare=config.preflight)
         if config.preflight:
             preflight(built)
-            return None
+            return {}
         result = fit(built, checkpoint, record)
     except BaseException as error:
         status = status_of(STOP.code) if isinstance(error, SystemExit) else "failed"
@@ -156,16 +164,20 @@ def _run(config: DictConfig, held: ExitStack) -> float | None:
             _end_children(built.trainer)
         raise
     record.finish("finished", warnings.messages, result=result)
-    return result.get("val/loss")
+    return result
 
 
 @contextmanager
 def _process_state() -> Iterator[None]:
     """Give the next job of a sweep the process as it was: Lightning leaves ranks, a process group and thread counts."""
     environment, arguments, threads = dict(os.environ), list(sys.argv), torch.get_num_threads()
+    code = 1
     try:
         yield
+        code = 0
     finally:
+        if wandb := sys.modules.get("wandb"):  # else the next job would go on with this one's run
+            wandb.finish(exit_code=code)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         os.environ.clear()
@@ -207,18 +219,22 @@ class Run:
     config: dict[str, Any]
 
 
-def build_run(config: DictConfig, launch: Launch, bare: bool = False) -> Run:
-    """Build all parts, those first whose mistakes show soonest. `bare`: without loggers and callbacks, to write nothing."""
+def build_run(config: DictConfig, launch: Launch, checkpoint: Path | None = None, bare: bool = False) -> Run:
+    """Build all parts, those first whose mistakes show soonest.
+
+    `checkpoint`: that the run goes on from. `bare`: without loggers and callbacks, to write nothing.
+    """
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     plain["model"] = expand_encoder(plain["model"])  # a checkpoint keeps what a preset stood for
     pl.seed_everything(config.seed, workers=False, verbose=False)
     datamodule = build(config.data, "data")
     callbacks = [] if bare else [StartupTable(), *_build_all(config.callbacks, "callbacks")]
     writes = launch.main and not bare
-    loggers = [*_build_all(config.logger, "logger"), MetricsCsv(plain["paths"]["run_dir"])] if writes else []
+    loggers = build_loggers(config.logger, plain["paths"]["run_dir"], checkpoint) if writes else []
     root = plain["paths"]["run_dir"] or plain["paths"]["log_dir"]
     trainer = build_trainer(plain["trainer"], launch, callbacks, loggers, root)
     datamodule.trainer = trainer
+    datamodule.same_epoch = bool(config.trainer.overfit_batches)
     if trainer.is_global_zero:
         datamodule.prepare_data()
         datamodule.setup()
@@ -238,6 +254,8 @@ def fit(run: Run, checkpoint: Path | None, record: RunRecord) -> dict[str, Any]:
         sizes = {"fingerprint": data.fingerprint, "train": data.train_size, "validation": data.val_size}
         device = device_name(trainer.strategy.root_device)
         record.update({"device": device, "processes": trainer.world_size, "data": sizes})
+        if at_wandb := [found.version for found in trainer.loggers if isinstance(found, WandbLogger)]:
+            record.update({"wandb_run": at_wandb[0]})
         if checkpoint is not None:
             log.info("Resuming from %s", checkpoint)
             announce_resume(checkpoint, run.config, trainer.world_size)
@@ -263,6 +281,17 @@ def build(node: DictConfig, key: str) -> Any:
         if isinstance(cause, ModuleNotFoundError):
             raise UserError(f"{key}: {cause}. Install it, or choose another config for this group.") from cause
         raise
+
+
+def build_loggers(group: DictConfig | None, folder: str, checkpoint: Path | None) -> list[Any]:
+    """Return the loggers of a run in `folder`; a run at Weights & Biases goes on where `checkpoint` is of one."""
+    parts = _parts(group)
+    for name, node in parts.items():
+        if checkpoint and "id" in node and node.id is None:  # of Weights & Biases
+            with suppress(OSError, ValueError, KeyError):
+                before = json.loads((checkpoint.parents[1] / "run.json").read_text(encoding="utf-8"))
+                parts[name] = OmegaConf.merge({**node}, {"id": before["wandb_run"]})
+    return [*(build(node, f"logger.{name}") for name, node in parts.items()), MetricsCsv(folder)]
 
 
 def _build_all(group: DictConfig | None, key: str) -> list[Any]:

@@ -16,7 +16,7 @@ from src.core.errors import UserError
 
 log = logging.getLogger(__name__)
 
-TAKEN_OVER = ("accumulate_grad_batches", "gradient_clip_val", "max_skipped_steps")
+TAKEN_OVER = ("accumulate_grad_batches", "gradient_clip_val", "max_skipped_steps", "overfit_batches")
 """Keys that the training module handles, since Lightning refuses them under manual optimisation."""
 _PRECISION = {
     "32": "32-true", "32-true": "32-true", "fp32": "32-true",
@@ -35,6 +35,12 @@ def build_trainer(
     settings["accelerator"] = "gpu" if on_gpu else "cpu"
     settings["devices"] = _devices(settings["devices"], on_gpu, distributed, launch)
     settings["precision"] = precision(settings["precision"], on_gpu)
+    if config["overfit_batches"]:
+        settings["limit_train_batches"] = settings["limit_val_batches"] = config["overfit_batches"]
+    if config["fast_dev_run"]:
+        settings["fast_dev_run"] = int(config["fast_dev_run"]) * config["accumulate_grad_batches"]
+        callbacks = [c for c in callbacks if not isinstance(c, pl.callbacks.Checkpoint)]
+    settings["profiler"] = _profiler(settings["profiler"], root) if launch.main else None
     _set_float32_products(settings.pop("float32_matmul_precision"), on_gpu, settings["precision"])
     # Every trained parameter gets a gradient in the one backward pass, so nothing has to search for unused ones; there
     # are no buffers to exchange; gradients that are views of the buckets save a copy of the model.
@@ -51,7 +57,7 @@ def build_trainer(
             default_root_dir=root,
             use_distributed_sampler=False,  # the data module's own order; Lightning's would shuffle evaluation
             enable_checkpointing=any(isinstance(callback, pl.callbacks.Checkpoint) for callback in callbacks),
-            enable_progress_bar=False,
+            enable_progress_bar=any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks),
             enable_model_summary=False,
         )
         trainer._signal_connector.register_signal_handlers = lambda: None  # src/core/stopping.py handles them
@@ -60,6 +66,21 @@ def build_trainer(
         raise UserError(f"trainer: {error}. Keys are listed in configs/trainer/default.yaml.") from error
     except (ValueError, pl.utilities.exceptions.MisconfigurationException) as error:
         raise UserError(f"trainer: {error}") from error
+
+
+def _profiler(name: str | None, folder: str) -> pl.profilers.Profiler | None:
+    """Return Lightning's profiler, which leaves its table (pytorch: a trace too) in `folder`. Raises UserError."""
+    known = {
+        "simple": pl.profilers.SimpleProfiler,
+        "advanced": pl.profilers.AdvancedProfiler,
+        "pytorch": pl.profilers.PyTorchProfiler,
+    }
+    if name is None:
+        return None
+    if name not in known:
+        raise UserError(f"trainer.profiler={name}: expected {', '.join(known)} or null.")
+    log.info("Profile: %s", os.path.join(folder, "fit-profile.txt"))
+    return known[name](dirpath=folder, filename="profile")
 
 
 def precision(wanted: Any, on_gpu: bool) -> str:

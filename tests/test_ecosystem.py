@@ -1,0 +1,185 @@
+"""What people bring along from Lightning, Hydra and Weights & Biases: its callbacks, its flags, its runs."""
+
+import importlib.machinery
+import json
+import os
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+from src.core import metrics_file
+from src.core.errors import UserError
+from src.core.weights import PROJECT_ROOT
+from src.training.resume import find_checkpoint
+from src.training.run import run as program
+from src.training.stage1 import RAEModule
+from tests.test_resume import assert_equal_ends
+from tests.training import SMALL, composed, train
+
+LIGHTNING = "pytorch_lightning.callbacks."
+BARE = ["~callbacks.rfid", "logger=csv"]
+LIGHT = [*BARE, "model.disc_weight=0", "model.perceptual_weight=0"]
+THEIRS = [
+    f"+callbacks.theirs._target_={LIGHTNING}ModelCheckpoint", "+callbacks.theirs.monitor=val/loss",
+    "+callbacks.theirs.save_top_k=-1", "+callbacks.theirs.filename={step}",
+    f"+callbacks.by_step._target_={LIGHTNING}ModelCheckpoint", "+callbacks.by_step.every_n_train_steps=2",
+    "+callbacks.by_step.save_top_k=-1", "'+callbacks.by_step.filename=by_{step}'",
+    f"+callbacks.rates._target_={LIGHTNING}LearningRateMonitor", f"+callbacks.bar._target_={LIGHTNING}RichProgressBar",
+]  # fmt: skip
+THEIRS = [word.strip("'") for word in THEIRS]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Two epochs of three updates of two micro-batches, with Lightning's callbacks beside ours."""
+    folder = tmp_path_factory.mktemp("whole")
+    halves = ["data.batch_size=2", "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=6"]
+    return folder, train(folder, *BARE, *halves, *THEIRS), halves
+
+
+def test_what_is_logged_is_where_lightnings_callbacks_look(whole):
+    folder, run, _ = whole
+    rows = list(metrics_file.read(folder / "metrics.csv"))
+    latest = {name: value for _, name, value, _ in rows}
+    found = run.trainer.callback_metrics
+    assert {"val/loss", "train/loss", "lr/generator", "perf/images_per_s", "lr-AdamW"} <= found.keys()
+    assert all(float(found[name]) == pytest.approx(value, rel=1e-6) for name, value in latest.items())
+    assert "train/loss" in run.trainer.progress_bar_metrics
+    steps = [step for step, *_ in rows]
+    assert steps == sorted(steps), (
+        "Lightning counts updates too, or readers would take it for a start from an earlier state"
+    )
+
+
+@pytest.mark.parametrize("name", ["step=3.ckpt", "by_step=2.ckpt", "alone"])
+def test_their_checkpoint_resumes_as_ours_does(whole, tmp_path, name):
+    folder, _, halves = whole
+    if name == "alone":
+        folder, name = tmp_path / "alone", "by_step=4.ckpt"
+        train(folder, *BARE[1:], *halves, *THEIRS, "callbacks=watch", "trainer.max_steps=4")
+    train(tmp_path / "resumed", *BARE, *halves, checkpoint=folder / "checkpoints" / name)
+    assert_equal_ends(whole[0], tmp_path / "resumed")
+
+
+def test_early_stopping_ends_the_run_and_the_name_must_be_a_logged_one(tmp_path, caplog):
+    stops = ["callbacks=[default,early_stopping]", "callbacks.early_stopping.patience=1", "trainer.max_epochs=9"]
+    run = train(tmp_path / "a", *LIGHT, *stops, "callbacks.early_stopping.min_delta=9")
+    assert run.trainer.current_epoch == 2 and (tmp_path / "a/checkpoints/last.ckpt").is_file()
+    wrong = [*stops, "callbacks.early_stopping.monitor=val/los", f"paths.run_dir={tmp_path / 'b'}"]
+    with pytest.raises(SystemExit) as ended:
+        program(composed([*SMALL, *LIGHT, *wrong]))
+    assert ended.value.code == 1
+    said = (tmp_path / "b/run.log").read_text()
+    assert "`val/los` which is not available" in said and "val/loss" in said and "Traceback" not in said
+
+
+def test_overfitting_repeats_the_same_batches(tmp_path, monkeypatch):
+    seen = []
+    original = RAEModule.training_step
+
+    def training_step(self, batch, batch_idx):
+        seen.append((batch["position"].tolist(), batch["image"].float().mean().item()))
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(RAEModule, "training_step", training_step)
+    run = train(tmp_path, "debug=overfit", *LIGHT[1:], "trainer.max_epochs=3")
+    assert seen == 3 * seen[:2] and seen[0] != seen[1] and run.trainer.global_step == 6
+
+
+def test_fast_dev_run_leaves_neither_checkpoints_nor_figures(tmp_path):
+    run = train(
+        tmp_path, *LIGHT, "trainer.fast_dev_run=2", "trainer.detect_anomaly=true", "trainer.accumulate_grad_batches=2"
+    )
+    assert run.trainer.global_step == 2 and not (tmp_path / "checkpoints").exists()
+    assert not list(metrics_file.read(tmp_path / "metrics.csv")) and "val/loss" in run.trainer.callback_metrics
+
+
+def test_a_profile_stands_in_the_runs_folder(tmp_path):
+    train(tmp_path, "debug=profiler", *LIGHT[1:])
+    assert "run_training_batch" in (tmp_path / "fit-profile.txt").read_text()
+    with pytest.raises(UserError, match="trainer.profiler=fast: expected simple"):
+        train(tmp_path, *LIGHT, "trainer.profiler=fast")
+
+
+# -- sweeps
+
+
+def test_the_last_checkpoint_may_be_that_of_a_sweep(tmp_path):
+    for place in ("runs/2026-01-02/03-04-05", "multiruns/2026-01-03/04-05-06/1"):
+        file = tmp_path / place / "checkpoints/last.ckpt"
+        file.parent.mkdir(parents=True)
+        file.touch()
+        (tmp_path / place / "run.json").write_text(json.dumps({"experiment_name": "mine"}))
+    os.utime(tmp_path / "runs/2026-01-02/03-04-05/checkpoints/last.ckpt", (1, 1))
+    assert "multiruns" in str(find_checkpoint("last", str(tmp_path), "mine"))
+
+
+def test_a_run_returns_the_metric_that_was_asked_for(tmp_path):
+    words = [*SMALL, *LIGHT, "optimized_metric=train/l1", "trainer.max_steps=1", "tags=[ablation, small]"]
+    value = program(composed([*words, f"paths.run_dir={tmp_path}"]))
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert value == record["result"]["train/l1"] and record["tags"] == ["ablation", "small"]
+
+
+@pytest.mark.skipif("hydra_plugins.hydra_optuna_sweeper" in sys.modules, reason="the plugin is here")
+def test_a_missing_plugin_is_one_message():
+    done = subprocess.run(
+        [sys.executable, "src/train.py", "hparams_search=optuna"], cwd=PROJECT_ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "pip install '.[optuna]'" in done.stderr
+
+
+# -- Weights & Biases
+
+
+class StandIn(ModuleType):
+    """As much of wandb as Lightning's logger calls."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.run, self.inits, self.logged, self.finished = None, [], [], []
+        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+        self.config = self
+
+    def init(self, **options):
+        self.inits.append(options)
+        self.id = options["id"] or f"run{len(self.inits)}"
+        self.run, self.name = self, options["name"]
+        return self
+
+    def update(self, *_, **__):
+        """Of `config`."""
+
+    def log(self, values, **_):
+        self.logged.append((self.id, values))
+
+    def finish(self, exit_code=None):
+        self.finished.append(exit_code)
+        self.run = None
+
+    def Image(self, *_, **__):
+        return "image"
+
+
+def test_a_resume_goes_on_in_the_same_wandb_run(tmp_path, monkeypatch):
+    wandb = StandIn()
+    parts = {"wandb": wandb, "wandb.sdk": ModuleType("wandb.sdk"), "wandb.sdk.lib": ModuleType("wandb.sdk.lib")}
+    parts |= {"wandb.wandb_run": ModuleType("wandb.wandb_run")}
+    parts["wandb.sdk.lib"].RunDisabled = parts["wandb.wandb_run"].Run = StandIn
+    StandIn.define_metric = lambda self, *_, **__: None
+    for name, module in parts.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("pytorch_lightning.loggers.wandb._WANDB_AVAILABLE", True)
+    words = [*SMALL, "~callbacks.rfid", "logger=wandb", *LIGHT[2:], f"paths.log_dir={tmp_path}", "tags=[mine]"]
+    program(composed([*words, "trainer.max_epochs=1"]))
+    program(composed([*words, "ckpt_path=last"]))
+    program(composed(words))
+    assert [options["id"] for options in wandb.inits] == [None, "run1", None]
+    assert wandb.inits[0]["tags"] == ["mine"] and wandb.inits[1]["resume"] == "allow"
+    ids = [name for name, values in wandb.logged if "val/loss" in values]
+    assert ids == ["run1", "run1", "run3", "run3"] and wandb.finished == [0, 0, 0]
+    records = [json.loads(file.read_text()) for file in tmp_path.glob("runs/*/*/run.json")]
+    assert sorted(record["wandb_run"] for record in records) == ["run1", "run1", "run3"]
