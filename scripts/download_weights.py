@@ -1,8 +1,8 @@
 """Download what an experiment needs: encoders, discriminator trunk, VGG16 and LPIPS weights, Inception, decoders.
 
     python scripts/download_weights.py --experiment rae_dino      everything that experiment loads
-    python scripts/download_weights.py vgg16 lpips                things by name
-    python scripts/download_weights.py --list                     present or not, where each belongs, from where
+    python scripts/download_weights.py vgg16 lpips clip-l         things by name, encoders by preset or hub id
+    python scripts/download_weights.py --list                     present or not, where each belongs, from where; all presets
     python scripts/download_weights.py --check                    compare the present ones with their hashes
 
 Environment: HTTPS_PROXY / HTTP_PROXY / NO_PROXY, HF_ENDPOINT (hub mirror), HF_TOKEN (gated encoders), HF_HOME (where
@@ -18,8 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 from src.core.download import addresses, check, download, present
-from src.core.requirements import ASSETS, USERS_CHOICE, Asset, by_name, requirements
+from src.core.requirements import FILES, USERS_CHOICE, Asset, by_name, requirements
 from src.core.terminal import run_program
+from src.models.encoder_presets import expand_encoder, hub_assets
+
+USUAL = ("dinov2-b", "siglip-so400m", "siglip2-b", "mae-b", "dinov3-b", "dinov3-l")
+"""Encoders of the experiments."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME|KEY=VALUE", help="things by name, and overrides of the experiment's config")
     add("--experiment", action="append", default=[], metavar="NAME", help="of configs/experiment; repeatable")
-    add("--all", action="store_true", help="everything in the table, all encoders and decoders")
+    add("--all", action="store_true", help="all files and the encoders of the experiments")
     add("--list", "--dry_run", "--dry-run", action="store_true", help="show files, places, sources and what is present")
     add("--check", action="store_true", help="compare present files with their hashes; exit 1 on a mismatch")
     add("--force", action="store_true", help="download files again that are present")
@@ -55,6 +59,10 @@ def _run(args: argparse.Namespace) -> int:
     if args.list:
         for asset in wanted:
             _describe(asset, mirrors)
+        if not (args.names or args.experiment or args.all):
+            print("\nEncoders by name (model=rae_encoder model.encoder=NAME; docs/encoders.md):")
+            for name, asset in hub_assets().items():
+                print(f"{'present' if present(asset) else 'missing'}  {name:<18} {asset.name}{_gated(asset)}")
         return 0
     if args.check:
         return _check(wanted)
@@ -66,16 +74,16 @@ def _run(args: argparse.Namespace) -> int:
 def _wanted(args: argparse.Namespace) -> list[Asset]:
     """Return what the command line asks for, each thing once."""
     overrides = [name for name in args.names if "=" in name]
-    assets = [by_name(name) for name in args.names if "=" not in name]
+    encoders = hub_assets()
+    assets = [by_name(name, encoders) for name in args.names if "=" not in name]
     if args.all or not (args.experiment or assets):
-        assets = list(ASSETS)
+        assets = [*(encoders[name] for name in USUAL), *FILES]
     weights_dir = ROOT / (args.weights_dir or Path("weights")).expanduser()
     wanted = [asset.below(weights_dir) for asset in assets]
     if args.weights_dir:
         overrides.append(f"paths.weights_dir='{weights_dir}'")
     for experiment in args.experiment:
         from src.core.compose import compose  # imports torch
-        from src.models.encoder_presets import expand_encoder
 
         config = compose([f"experiment={experiment}", *overrides])
         config["model"] = expand_encoder(config["model"])
@@ -85,15 +93,19 @@ def _wanted(args: argparse.Namespace) -> list[Asset]:
                 "it, or the name of a released one (such as decoder-dinov2) to get it"
             )
         wanted += requirements(config, ROOT / Path(config["paths"]["weights_dir"]).expanduser(), ROOT)
-    return list(dict.fromkeys(wanted))
+    known = {asset.name: asset for asset in encoders.values()}  # what a configuration names by its id
+    return list(dict.fromkeys(known.get(asset.name, asset) for asset in wanted))
+
+
+def _gated(asset: Asset) -> str:
+    return " (gated: needs HF_TOKEN)" if asset.gated else ""
 
 
 def _describe(asset: Asset, mirrors: Sequence[str]) -> None:
     here = present(asset)
     size = f"{sum(path.stat().st_size for path in here):,} bytes; " if here else ""
-    gated = " (gated: needs HF_TOKEN)" if asset.gated else ""
     folder = here[0].parent if here else "the cache of huggingface_hub (HF_HOME)"
-    print(f"{'present' if here else 'missing'}  {asset.name}: {asset.what}{gated}")
+    print(f"{'present' if here else 'missing'}  {asset.name}: {asset.what}{_gated(asset)}")
     print(f"         belongs to {asset.path or folder}")
     print(f"         {size}hash: {asset.digest or 'no published hash; the hub states one at download'}")
     for address in addresses(asset, mirrors):

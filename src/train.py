@@ -2,7 +2,6 @@
 
 import signal
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root instead of src/
@@ -10,8 +9,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root inste
 import hydra
 from omegaconf import DictConfig
 
-PLUGINS = {"hparams_search=optuna": "optuna_sweeper", "hydra/launcher=slurm": "submitit_launcher"}
-"""Overrides that need a package which is no requirement, and that package."""
+from src.core.command_line import problem
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
@@ -22,13 +20,10 @@ def main(config: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    if {"--help", "-h", "--cfg", "-c", "--info"} & set(sys.argv):
+    if hasattr(signal, "SIGPIPE") and {"--help", "-h", "--cfg", "-c", "--info"} & set(sys.argv):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… --help | head` ends quietly
-    for word in sys.argv[1:]:
-        name = f"hydra_plugins.hydra_{PLUGINS.get(word)}"
-        if word in PLUGINS and not (find_spec("hydra_plugins") and find_spec(name)):
-            extra = word.partition("=")[2]
-            sys.exit(f"{word} needs a plugin of Hydra that is not installed. Type: pip install '.[{extra}]'")
+    if said := problem(sys.argv[1:]):
+        sys.exit(said)
     try:
         main()
         if training := sys.modules.get("src.training.run"):

@@ -20,11 +20,13 @@ import huggingface_hub
 import pytest
 
 from scripts.download_weights import main
+from src.core import requirements as table
 from src.core.compose import compose
 from src.core.download import RECORD, addresses, check, download
 from src.core.errors import UserError
-from src.core.requirements import ASSETS, FILES, Asset, by_name, requirements
+from src.core.requirements import FILES, Asset, requirements
 from src.core.weights import PROJECT_ROOT
+from src.models.encoder_presets import PRESETS, hub_assets
 
 BODY = b"\x80" + bytes(range(256)) * 4096  # 1 MiB that starts as a pickle does
 SHA = hashlib.sha256(BODY).hexdigest()
@@ -34,6 +36,11 @@ with zipfile.ZipFile(memory := io.BytesIO(), "w") as file:
 ARCHIVE = memory.getvalue()
 OTHER = b"\x80 other"
 DEAD = "http://127.0.0.1:9"
+ENCODERS = hub_assets()
+
+
+def by_name(name):
+    return table.by_name(name, ENCODERS)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -245,7 +252,9 @@ def test_an_installed_package_gives_the_right_bytes_only(server, tmp_path):
 
 
 def test_table_is_consistent():
-    assert len({asset.name for asset in ASSETS}) == len(ASSETS) and len({asset.place for asset in FILES}) == len(FILES)
+    names = [*(asset.name for asset in FILES), *{asset.name for asset in ENCODERS.values()}]
+    assert len(set(names)) == len(names) and len({asset.place for asset in FILES}) == len(FILES)
+    assert by_name("clip-l") is by_name(PRESETS["clip-l"].hub_id) and by_name("dinov3-b").gated
     for file in FILES:
         assert by_name(file.name) is file and by_name(file.place) is file
         assert file.sources and all(source.startswith("https://") for source in file.sources)
@@ -304,7 +313,17 @@ def test_program_gets_from_a_mirror_lists_checks_and_mends(server, tmp_path, cap
     server.answers["/copy/discs/dino_vit_small_patch8_224.pth"] = serve()  # a copy of somebody's weights folder
     place, mirror = tmp_path / "w/discs/dino_vit_small_patch8_224.pth", ["--mirror", f"{server.url}/copy/"]
     for options, code, said in (
-        (["--list"], 0, ["missing  discriminator", str(place), "no published hash", f"from {DEAD}/nyu"]),
+        (
+            ["--list"],
+            0,
+            [
+                "missing  discriminator",
+                str(place),
+                "no published hash",
+                f"from {DEAD}/nyu",
+                "missing  clip-l             openai/clip-vit-large-patch14",
+            ],
+        ),
         (["--dry-run"], 0, ["missing  discriminator"]),
         (["--check"], 0, [f"missing   {place}"]),
         (mirror, 0, ["ready", str(place), f"from {server.url}"]),

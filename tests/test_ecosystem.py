@@ -18,17 +18,21 @@ from src.training.stage1 import RAEModule
 from tests.test_resume import assert_equal_ends
 from tests.training import SMALL, composed, train
 
-LIGHTNING = "pytorch_lightning.callbacks."
 BARE = ["~callbacks.rfid", "logger=csv"]
 LIGHT = [*BARE, "model.disc_weight=0", "model.perceptual_weight=0"]
-THEIRS = [
-    f"+callbacks.theirs._target_={LIGHTNING}ModelCheckpoint", "+callbacks.theirs.monitor=val/loss",
-    "+callbacks.theirs.save_top_k=-1", "+callbacks.theirs.filename={step}",
-    f"+callbacks.by_step._target_={LIGHTNING}ModelCheckpoint", "+callbacks.by_step.every_n_train_steps=2",
-    "+callbacks.by_step.save_top_k=-1", "'+callbacks.by_step.filename=by_{step}'",
-    f"+callbacks.rates._target_={LIGHTNING}LearningRateMonitor", f"+callbacks.bar._target_={LIGHTNING}RichProgressBar",
-]  # fmt: skip
-THEIRS = [word.strip("'") for word in THEIRS]
+
+
+def theirs(folder):
+    """Lightning's own callbacks, one checkpoint by the monitor, one by steps."""
+    parts = {
+        "best": "ModelCheckpoint", "by_step": "ModelCheckpoint", "rates": "LearningRateMonitor", "bar": "RichProgressBar"
+    }  # fmt: skip
+    options = [
+        "best.monitor=val/loss", "best.save_top_k=-1",
+        "by_step.every_n_train_steps=2", "by_step.save_top_k=-1", f"by_step.dirpath={folder}/by_step",
+    ]  # fmt: skip
+    words = [f"{name}._target_=pytorch_lightning.callbacks.{kind}" for name, kind in parts.items()] + options
+    return [f"+callbacks.{word}" for word in words]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +40,7 @@ def whole(tmp_path_factory):
     """Two epochs of three updates of two micro-batches, with Lightning's callbacks beside ours."""
     folder = tmp_path_factory.mktemp("whole")
     halves = ["data.batch_size=2", "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=6"]
-    return folder, train(folder, *BARE, *halves, *THEIRS), halves
+    return folder, train(folder, *BARE, *halves, *theirs(folder)), halves
 
 
 def test_what_is_logged_is_where_lightnings_callbacks_look(whole):
@@ -53,13 +57,13 @@ def test_what_is_logged_is_where_lightnings_callbacks_look(whole):
     )
 
 
-@pytest.mark.parametrize("name", ["step=3.ckpt", "by_step=2.ckpt", "alone"])
+@pytest.mark.parametrize("name", ["checkpoints/epoch=0-step=3.ckpt", "by_step/epoch=0-step=2.ckpt", "alone"])
 def test_their_checkpoint_resumes_as_ours_does(whole, tmp_path, name):
     folder, _, halves = whole
     if name == "alone":
-        folder, name = tmp_path / "alone", "by_step=4.ckpt"
-        train(folder, *BARE[1:], *halves, *THEIRS, "callbacks=watch", "trainer.max_steps=4")
-    train(tmp_path / "resumed", *BARE, *halves, checkpoint=folder / "checkpoints" / name)
+        folder, name = tmp_path / "alone", "by_step/epoch=1-step=4.ckpt"
+        train(folder, *BARE[1:], *halves, *theirs(folder), "callbacks=watch", "trainer.max_steps=4")
+    train(tmp_path / "resumed", *BARE, *halves, checkpoint=folder / name)
     assert_equal_ends(whole[0], tmp_path / "resumed")
 
 
@@ -129,7 +133,7 @@ def test_a_missing_plugin_is_one_message():
         [sys.executable, "src/train.py", "hparams_search=optuna"], cwd=PROJECT_ROOT, capture_output=True, text=True
     )
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert "pip install '.[optuna]'" in done.stderr
+    assert "pip install -e '.[optuna]'" in done.stderr
 
 
 # -- Weights & Biases

@@ -373,7 +373,7 @@ def test_choices_that_change_latents_are_in_the_identity_and_the_usual_ones_are_
 def test_without_timm_one_message_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(
-        UserError, match=r"TimmViT needs timm, which can't be imported here: .*pip install '\.\[timm\]'"
+        UserError, match=r"TimmViT needs timm, which can't be imported here: .*pip install -e '\.\[timm\]'"
     ):
         ENCODERS["TimmViT"]("timm/vit_pe_core_large_patch14_336.fb")
 

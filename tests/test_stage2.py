@@ -102,7 +102,7 @@ def test_labels_are_dropped_and_images_mirrored_by_the_draws(whole):
     draws = FlowDraws(torch.randn(8, *run.module.rae.latent_shape), quarter, quarter, quarter)
     encode = step.rae.encode
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(step.rae), "encode", lambda self, x: (seen.append(x), encode(x))[1])
+        patch.setattr(type(step.rae), "encode", lambda self, x, check: (seen.append(x), encode(x))[1])
         step.latents({"image": images}, draws, training=True)
     assert step.dropped(torch.full((8,), 2), draws).tolist() == [3, 2, 2, 2, 2, 2, 2, 2]  # 0 < 0.1: the null label
     flipped = (draws.flip < 0.5)[:, None, None, None]

@@ -26,6 +26,9 @@ _SETTLED_STEPS = 20  # before that, start-up and compilation would be called a b
 class StartupTable(pl.Callback):
     """Logs what a run is, and what looks wrong with it, before its first step; tells all ranks the run's folder."""
 
+    began = False
+    """Whether a batch was trained on."""
+
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         trainer._default_root_dir = trainer.strategy.broadcast(trainer.default_root_dir)  # the first process made it
 
@@ -33,6 +36,14 @@ class StartupTable(pl.Callback):
         if trainer.is_global_zero:
             log.info("This run:\n%s", table(describe(trainer, pl_module)))
             warn(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.began = True
+
+
+def has_begun(trainer: pl.Trainer) -> bool:
+    """Return whether a run trained on a batch."""
+    return any(isinstance(callback, StartupTable) and callback.began for callback in trainer.callbacks)
 
 
 class TrainingProgress(pl.Callback):
@@ -213,7 +224,6 @@ def describe(trainer: pl.Trainer, pl_module: Any) -> list[tuple[str, str]]:
     """Return (name, text) rows about a run that is about to start."""
     data, loop, published = trainer.datamodule, pl_module.settings.loop, pl_module.published_batch
     batch = data.batch_size * trainer.world_size * loop.accumulate_grad_batches
-    share = "as" if batch == published else f"{batch / published:g} of the"
     limit = f", at most {trainer.max_steps:,}" if trainer.max_steps > 0 else ""
     return [
         ("device", f"{trainer.world_size} x {device_name(trainer.strategy.root_device)}"),
@@ -221,11 +231,11 @@ def describe(trainer: pl.Trainer, pl_module: Any) -> list[tuple[str, str]]:
         *data.describe(),
         (
             "global batch",
-            f"{data.batch_size} x {trainer.world_size} process(es) x {loop.accumulate_grad_batches} micro-batch(es) = "
-            f"{batch} ({share} published{'' if batch == published else f' {published}'})",
+            f"{batch} images an update (data.batch_size={data.batch_size} x {trainer.world_size} process(es) x "
+            f"trainer.accumulate_grad_batches={loop.accumulate_grad_batches}); published: {published}",
         ),
         *pl_module.facts(),
-        ("steps", f"{pl_module.steps_per_epoch:,} an epoch, {trainer.max_epochs} epoch(s){limit}"),
+        ("steps", f"{pl_module.steps_per_epoch:,} updates an epoch, {trainer.max_epochs} epoch(s){limit}"),
         ("seed", str(loop.seed)),
         ("folder", trainer.default_root_dir),
     ]

@@ -4,7 +4,6 @@ HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and proxies (HTTPS_PROXY, HTTP_PR
 """
 
 import errno
-import fcntl
 import io
 import json
 import os
@@ -16,14 +15,26 @@ from importlib.metadata import distribution
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, snapshot_download, try_to_load_from_cache
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
 from src.core.errors import UserError
-from src.core.files import file_digest, replacing, write_text
-from src.core.requirements import HUB, Asset
+from src.core.files import file_digest, put_in_place, replacing, write_text
+from src.core.requirements import HUB, HUB_ID, Asset
+
+try:
+    import fcntl
+except ImportError:  # elsewhere than on POSIX: nothing keeps two downloads of a file apart
+    fcntl = None  # type: ignore[assignment]
 
 RECORD = "SHA256SUMS"  # beside the files; `sha256sum -c SHA256SUMS` reads it too
 
@@ -83,8 +94,25 @@ def present(asset: Asset) -> list[Path]:
     """Return the file, or the files of a complete encoder in the hub's cache; nothing where it is missing. Never online."""
     if asset.path is not None:
         return [asset.path] if asset.path.exists() else []
-    config = try_to_load_from_cache(asset.name, "config.json")
-    return _encoder_files(Path(config).parent) if isinstance(config, str) else []
+    folder = cached_encoder(asset.name)
+    return _encoder_files(folder) if folder else []
+
+
+def cached_encoder(repo_id: str) -> Path | None:
+    """Return the folder of a complete encoder in the hub's cache; None where it is missing. Never online."""
+    if not re.fullmatch(HUB_ID, repo_id):
+        return None
+    config = try_to_load_from_cache(repo_id, "config.json")
+    return Path(config).parent if isinstance(config, str) and _encoder_files(Path(config).parent) else None
+
+
+def why_unreachable(repo_id: str) -> str:
+    """Ask the hub for a repository, once and for 5 seconds at most; return why it can't be had, empty where it can."""
+    try:
+        get_hf_file_metadata(hf_hub_url(repo_id, "config.json"), timeout=5)
+    except Exception as error:  # from several packages
+        return f"{constants.ENDPOINT}: {' '.join(str(error).split())[:200] or type(error).__name__}"
+    return ""
 
 
 def check(path: Path, digest: str | None) -> tuple[bool | None, str]:
@@ -163,7 +191,8 @@ def _fetch(url: str, target: Path, digest: str | None) -> str:
     partial = target.with_name(f"{target.name}.partial")
     for keep in (digest is not None, False):  # what is there may be of another file: once more without it
         with io.BufferedRandom(_Partial(partial, "a+")) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not keep:
                 file.truncate(0)
             kept = file.seek(0, os.SEEK_END)
@@ -185,7 +214,7 @@ def _fetch(url: str, target: Path, digest: str | None) -> str:
         else:
             right, detail = False, f"no whole weights file; it starts with {head!r}"
         if right:
-            os.replace(partial, target)
+            put_in_place(partial, target)
             noted = {**_record(target.parent), target.name: file_digest(target, "sha256")}
             write_text(target.parent / RECORD, "".join(f"{noted[name]}  {name}\n" for name in sorted(noted)))
             return f"{target}: {target.stat().st_size:,} bytes from {url}, checked: {detail}"

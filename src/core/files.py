@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -41,12 +42,22 @@ def replacing(path: str | Path, tag: str | None = None, durable: bool = True) ->
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        os.replace(beside, path)
+        put_in_place(beside, path)
         if durable:
             _sync_folder(path.parent)
     finally:
         beside.unlink(missing_ok=True)
         _UNFINISHED.discard(beside)
+
+
+def put_in_place(source: Path, target: Path) -> None:
+    """Rename `source` to `target`, which is replaced. On Windows that fails while someone reads the target: try for 3 s."""
+    for _ in range(30):
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            time.sleep(0.1)
+    os.replace(source, target)
 
 
 def remove_unfinished() -> None:
@@ -124,7 +135,7 @@ def link_or_copy(source: Path, target: Path) -> None:
             os.link(source, beside)
         except OSError:
             shutil.copyfile(source, beside)
-        os.replace(beside, target)
+        put_in_place(beside, target)
     finally:
         beside.unlink(missing_ok=True)
         _UNFINISHED.discard(beside)

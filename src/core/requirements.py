@@ -13,6 +13,8 @@ from typing import Any
 from src.core.errors import UserError
 
 HUB = "https://huggingface.co"
+HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+"""Pattern of a repository's name."""
 _RAE = f"{HUB}/nyu-visionx/RAE-collections/resolve/main"  # released by the authors of arXiv 2510.11690
 _RAE_V2 = f"{HUB}/nyu-visionx/RAEv2-models/resolve/main"  # released by the authors of arXiv 2605.18324
 _GITHUB = "https://github.com"
@@ -92,17 +94,6 @@ FILES = (
     *_released_v2("dinov3l-k7", "DINOv3-L, blocks 11, 13, ..., 23"),
     *_released_v2("dinov3l-k23", "DINOv3-L, blocks 1 to 23"),
 )
-REPOSITORIES = (
-    Asset("facebook/dinov2-with-registers-base", "encoder DINOv2-B with registers"),
-    Asset("facebook/dinov2-large", "DINOv2-L without registers, for --features dinov2"),
-    Asset("google/siglip-so400m-patch14-384", "encoder SigLIP so400m"),
-    Asset("google/siglip2-base-patch16-256", "encoder SigLIP2-B"),
-    Asset("facebook/vit-mae-base", "encoder MAE-B"),
-    Asset("facebook/dinov3-vitb16-pretrain-lvd1689m", "encoder DINOv3-B", gated=True),
-    Asset("facebook/dinov3-vitl16-pretrain-lvd1689m", "encoder DINOv3-L", gated=True),
-)
-ASSETS = (*REPOSITORIES, *FILES)
-
 # Config keys that name a weights file, with the asset that such a file always is (None: its place and name tell).
 _FILE_KEYS = {
     "vgg_path": "vgg16",
@@ -115,12 +106,15 @@ _FILE_KEYS = {
 USERS_CHOICE = "required"  # of `model.pretrained_decoder_path`: the experiment leaves its decoder to the user
 
 
-def by_name(name: str) -> Asset:
-    """Return the asset called `name`: its name in the table, its place, or its file name where only one has that."""
-    exact = [asset for asset in ASSETS if name in (asset.name, asset.place)]
+def by_name(name: str, encoders: Mapping[str, Asset]) -> Asset:
+    """Return the asset called `name`: its name in the table, its place, or its file name where only one has that; or one of
+    `encoders`, by its key or hub id."""
+    if name in encoders:
+        return encoders[name]
+    exact = [asset for asset in (*FILES, *dict.fromkeys(encoders.values())) if name in (asset.name, asset.place)]
     found = exact or [asset for asset in FILES if Path(asset.place).name == name]
     if len(found) != 1:
-        known = "\n  ".join(asset.name for asset in ASSETS)
+        known = "\n  ".join([*(asset.name for asset in FILES), f"an encoder: {', '.join(encoders)}"])
         problem = "is the file name of several assets" if found else "is no known asset"
         raise UserError(f"'{name}' {problem}. Known names (an experiment goes behind --experiment):\n  {known}")
     return found[0]
@@ -130,25 +124,38 @@ def requirements(config: Mapping[str, Any], weights_dir: Path, root: Path) -> li
     """Return everything that `config` (plain, resolved, nested) loads, each once; read by the names of its keys.
 
     Parts whose `weights` are other than `pretrained` need nothing, nor a path beside such a word (`inception_weights` for
-    `inception_path`), nor keys that are null. Relative paths are relative to `root`, the project; `weights_dir` is where
-    the table's places are. Raises UserError for a value that is missing.
+    `inception_path`), nor keys that are null, nor losses of weight 0 and evaluations that are off. Relative paths are
+    relative to `root`, the project; `weights_dir` is where the table's places are. Raises UserError for a value that is
+    missing.
     """
     found = []
-    for key, value in _references(config, ()):
+    for key, value in _references(_in_use(config), ()):
         if value == "???":
             raise UserError(f"{key} is '???': give it a value (`{key}=PATH`) before its weights can be found.")
         leaf, path = key.rpartition(".")[2], root / Path(value).expanduser()
         unknown = Asset(key, "no known source: yours to provide", path=path)
-        if leaf in _FILE_KEYS:
+        if leaf in _FILE_KEYS or leaf in ("decoder", "statistics"):
             known = [asset for asset in FILES if weights_dir / asset.place == path]
             known = known or [asset for asset in FILES if Path(asset.place).name == path.name]
-            known = known if len(known) == 1 else [asset for asset in FILES if asset.name == _FILE_KEYS[leaf]]
+            known = known if len(known) == 1 else [asset for asset in FILES if asset.name == _FILE_KEYS.get(leaf)]
             found.append(replace(known[0], path=path) if known else unknown)
-        elif not path.exists():  # else an encoder in a folder of the user's own
-            is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", value)
-            chosen = next((asset for asset in REPOSITORIES if asset.name == value), Asset(value, "encoder"))
-            found.append(chosen if is_id else unknown)
+        elif (
+            "/" in value and not path.exists()
+        ):  # else an encoder in a folder of the user's own, or one of timm by name
+            found.append(Asset(value, "encoder") if re.fullmatch(HUB_ID, value) else unknown)
     return list(dict.fromkeys(found))
+
+
+def _in_use(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config without the parts that a run leaves out."""
+    model, callbacks = dict(config.get("model") or {}), dict(config.get("callbacks") or {})
+    for weight, part in (("disc_weight", "disc_arch"), ("perceptual_weight", "lpips_arch")):
+        if model.get(weight) == 0:
+            model.pop(part, None)
+    rfid = callbacks.get("rfid") or {}
+    if not ("_target_" in rfid and any(rfid.get(k) for k in ("rfid_every_n_steps", "rfid_every_epoch", "full_at_end"))):
+        callbacks.pop("rfid", None)
+    return {**config, "model": model, "callbacks": callbacks}
 
 
 def _references(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
@@ -162,5 +169,6 @@ def _references(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
             yield from _references(value, (*path, str(index)))
     elif isinstance(node, str) and node not in ("", USERS_CHOICE):
         of_encoder = path[-2:-1] == ("encoder_params",) and (path[-1] == "model_name" or path[-1].endswith("_path"))
-        if of_encoder or path[-1] == "encoder_config_path" or path[-1] in _FILE_KEYS:
+        of_released = path[-2:-1] == ("autoencoder",) and path[-1] in ("encoder", "decoder", "statistics")
+        if of_encoder or of_released or path[-1] == "encoder_config_path" or path[-1] in _FILE_KEYS:
             yield ".".join(path), node

@@ -18,6 +18,8 @@ from src.core.files import remove_unfinished
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 """Those that ask a run to stop. It exits with 128 + the signal's number, as shells report it: 130, 143, 129, 138."""
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
+"""Windows has none."""
 FAILED = 1
 """Exit code of a run that stopped because a part of it can't go on."""
 _SAME_S = 1.0  # launchers pass on the signal that a terminal has sent to all processes already
@@ -120,7 +122,8 @@ def listening() -> Iterator[StopRequest]:
     before = {number: signal.getsignal(number) for number in SIGNALS}
     heard = [number for number in SIGNALS if before[number] is not signal.SIG_IGN]
     reader, writer = os.pipe()
-    os.set_blocking(writer, False)
+    if hasattr(os, "set_blocking"):  # Windows: from Python 3.12 on
+        os.set_blocking(writer, False)
     thread = threading.Thread(target=_watch, args=(reader,), name="stop requests", daemon=True)
     thread.start()
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -152,7 +155,7 @@ def ignore_in_worker(worker: int = 0) -> None:
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    end_with_parent(signal.SIGKILL)
+    end_with_parent(KILL)
 
 
 def end_with_parent(number: int) -> None:

@@ -120,13 +120,14 @@ def prefetched_batches(workers: int, wanted: int, batch_bytes: int, loaders: int
 
 
 def _death(code: int | None) -> str:
-    if code == -signal.SIGKILL:
+    name = signal.Signals(-code).name if code is not None and code < 0 else ""
+    if name == "SIGKILL":
         return f"A loading process was killed (SIGKILL), as the kernel does where memory runs out. {_FEWER}."
-    if code == -signal.SIGBUS:
+    if name == "SIGBUS":
         return f"A loading process ended by a bus error: shared memory ({SHARED_MEMORY}) is full. {_LARGER}, or {_FEWER.lower()}."
     if code is None:
         return f"A loading process ended, perhaps for lack of memory. {_FEWER}."
-    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+    how = f"by {name}" if name else f"with exit code {code}"
     return f"A loading process ended {how}. {_FEWER}; data.num_workers=0 shows what goes wrong."
 
 

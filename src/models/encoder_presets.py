@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 from src.core.errors import UserError
+from src.core.requirements import Asset
 
 
 @dataclass(frozen=True)
@@ -250,6 +251,17 @@ def preset_rows() -> list[tuple[str, ...]]:
         (p.name, p.encoder_cls, p.hub_id, p.params.get("layers", "last"), f"{p.input_px()} px", p.licence, p.decoders)
         for p in PRESETS.values()
     ]
+
+
+def hub_assets() -> dict[str, Asset]:
+    """Return the repositories of all presets by preset name, for downloads; presets of one repository share it."""
+    names: dict[str, list[str]] = {}
+    for preset in PRESETS.values():
+        names.setdefault(preset.hub_id, []).append(preset.name)
+    return {
+        p.name: Asset(p.hub_id, f"encoder {', '.join(names[p.hub_id])}; {p.licence}", gated="gated" in p.licence)
+        for p in PRESETS.values()
+    }
 
 
 def _raev2(name: str, family: str, mls: str | None, size: str, brackets: str | None) -> Preset | None:

@@ -7,6 +7,7 @@ Legend: B batch, T all tokens, N patch tokens, C channels, H = W encoder input p
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from src.core.download import cached_encoder
 from src.core.errors import UserError
 from src.core.weights import PROJECT_ROOT, Weights, freeze
 from src.models.encoder_files import STATISTICS, PixelStatistics, check_folder, read_statistics
@@ -215,7 +217,9 @@ class FrozenEncoder(nn.Module):
 
     @classmethod
     def read_statistics(cls, source: str) -> PixelStatistics:
-        return read_statistics(local_place(source), STATISTICS[cls.statistics])
+        place = local_place(source)
+        known = (Path(place) / "preprocessor_config.json").is_file() or (PROJECT_ROOT / source).is_dir()
+        return read_statistics(place if known else source, STATISTICS[cls.statistics])
 
     def identity(self) -> dict[str, Any]:
         """What a latent depends on, as plain values: stored in checkpoints and beside latent statistics."""
@@ -323,9 +327,10 @@ def is_untrained(identity: Mapping[str, Any]) -> bool:
 
 
 def local_place(source: str) -> str:
-    """Folders are taken relative to the project root; anything else is a hub id."""
+    """Return the folder of an encoder: `source` relative to the project root, or where the hub's cache has all of that id,
+    which is then not asked again; else `source`, an id to be asked for."""
     candidate = PROJECT_ROOT / Path(source).expanduser()
-    return str(candidate) if candidate.is_dir() else source
+    return str(candidate if candidate.is_dir() else cached_encoder(source) or source)
 
 
 def check_source(kind: str, source: str) -> None:
@@ -333,7 +338,7 @@ def check_source(kind: str, source: str) -> None:
     place = Path(local_place(source))
     if place.is_dir():
         check_folder(place)
-    elif source.startswith(("/", ".", "~")) or source.count("/") > 1:  # a hub id has one slash and starts otherwise
+    elif re.match(r"[/.~]|[A-Za-z]:|.*\\|.*/.*/", source):  # a hub id has one slash and starts otherwise
         raise UserError(
             f"{kind}: there is no folder {source}. model.encoder_params says where the encoder lies: a folder "
             "written by save_pretrained, or a hub id like facebook/dinov2-with-registers-base."

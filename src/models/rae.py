@@ -16,13 +16,16 @@ from src.core.errors import UserError
 from src.core.geometry import Geometry
 from src.core.images import bytes_to_unit
 from src.models.decoder import DecoderConfig, ViTDecoder, unpatchify
+from src.models.encoder_presets import PRESETS
 from src.models.encoders import encoder_class
-from src.models.frozen_encoder import FrozenEncoder, identity_differences
+from src.models.frozen_encoder import FrozenEncoder, identity_differences, local_place
 
 log = logging.getLogger(__name__)
 
 SOURCE_KEYS = ("dinov2_path", "model_name")
 VARIANCE_EPS = 1e-5
+TOLERANCE = 1e-2
+"""By how much images may leave [0, 1], as resized ones do."""
 
 
 class RAE(nn.Module):
@@ -105,11 +108,32 @@ class RAE(nn.Module):
     # -- the public pair
 
     @torch.no_grad()
-    def encode(self, images: Tensor, noise_tau: float = 0.0, layers: Sequence[int] | None = None) -> Tensor:
-        """[0, 1] float (or uint8) B 3 H W -> latents B C h w, normalised where statistics are given.
+    def encode(
+        self,
+        images: Tensor,
+        noise_tau: float = 0.0,
+        layers: Sequence[int] | None = None,
+        resize: bool = False,
+        check: bool = True,
+    ) -> Tensor:
+        """Encode images B x 3 x image_size x image_size, uint8 or float in [0, 1], to latents B x C x h x w, normalised
+        where statistics are given.
 
-        `noise_tau` above 0 adds noise of a standard deviation drawn from U(0, noise_tau) per image.
+        Args:
+            noise_tau: above 0: adds noise of a standard deviation drawn from U(0, noise_tau) per image.
+            layers: blocks of the encoder to use instead of its own.
+            resize: bring images of another size to image_size px first, bicubically.
+            check: False: take any size and any values, without the wait for the device that looking at them costs.
+
+        Raises:
+            ValueError: another shape or dtype, or values outside [-0.01, 1.01], as of images in [0, 255] or [-1, 1].
         """
+        size = self.geometry.image_size
+        if resize and images.shape[-2:] != (size, size):
+            images = bytes_to_unit(images) if images.dtype == torch.uint8 else images
+            images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        if check:
+            check_images(images, size)
         latents = self.encode_raw(images, layers)
         if noise_tau > 0:
             sigma = noise_tau * torch.rand(len(latents), 1, 1, 1, device=latents.device)
@@ -120,8 +144,9 @@ class RAE(nn.Module):
         """Latents B C h w as `encode` gives them -> images B 3 H W, float, not clamped."""
         return self.decode_raw(self.denormalize(latents))
 
-    def forward(self, images: Tensor, noise_tau: float = 0.0) -> Tensor:
-        return self.decode(self.encode(images, noise_tau))
+    def forward(self, images: Tensor, noise_tau: float = 0.0, resize: bool = False, check: bool = True) -> Tensor:
+        """Encode and decode; arguments and errors as of `encode`, output as of `decode`."""
+        return self.decode(self.encode(images, noise_tau, resize=resize, check=check))
 
     # -- its parts, which training uses directly
 
@@ -170,6 +195,24 @@ class RAE(nn.Module):
         self.latent_var = None if var is None else var.float()
 
 
+def check_images(images: Tensor, size: int) -> None:
+    """Raise ValueError unless `images` are B x 3 x size x size, uint8 or float in [0, 1] (tolerance 0.01)."""
+    if images.ndim != 4 or images.shape[1:] != (3, size, size):
+        raise ValueError(
+            f"expected images B x 3 x {size} x {size}, got {tuple(images.shape)}; resize=True brings other sizes to {size} px"
+        )
+    if images.dtype == torch.uint8 or not len(images):
+        return
+    if not images.is_floating_point():
+        raise ValueError(f"expected images as float in [0, 1] or uint8, got {images.dtype}")
+    low, high = (float(value) for value in images.detach().aminmax())
+    if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # NaN too
+        raise ValueError(
+            f"expected float images in [0, 1], got values from {low:.4g} to {high:.4g}. Divide 0..255 by 255, turn [-1, 1] "
+            "into (x + 1) / 2; check=False takes them as they are"
+        )
+
+
 def geometry_of(
     encoder_cls: str,
     encoder_params: Mapping[str, Any],
@@ -177,8 +220,10 @@ def geometry_of(
     image_size: int | None,
     encoder_input_size: int | None,
 ) -> Geometry:
-    """Sizes from configuration alone: reads the encoder's config, no weights."""
-    patch = encoder_class(encoder_cls).read_config(_source(encoder_params)).patch_size
+    """Sizes from configuration alone: reads the encoder's config, or the table of presets where it is on the hub; no weights."""
+    kind, source = encoder_class(encoder_cls), _source(encoder_params)
+    known = {preset.patch for preset in PRESETS.values() if preset.hub_id == source and local_place(source) == source}
+    patch = known.pop() if len(known) == 1 else kind.read_config(source).patch_size
     if image_size is None:
         if encoder_input_size is None:
             raise UserError("Neither image_size nor encoder_input_size is given: one of them has to set the size.")

@@ -1,6 +1,6 @@
 """Any plain ViT of timm as a frozen encoder: Perception Encoder, EUPE, EVA-02, TIPSv2, MoCo v3 and what comes.
 
-timm is an extra (`pip install ".[timm]"`): it needs torchvision, which not every build of torch has.
+timm is an extra (`pip install -e ".[timm]"`): it needs torchvision, which not every build of torch has.
 Legend: B batch, N patch tokens, C channels.
 """
 
@@ -138,7 +138,7 @@ def _timm() -> ModuleType:
     except Exception as error:  # beside a torch without its torchvision, timm fails with errors of several kinds
         raise UserError(
             f"encoder_cls=TimmViT needs timm, which can't be imported here: {error}. Install it with "
-            "`pip install '.[timm]'`, and the torchvision of your torch from https://pytorch.org: not every torchvision on "
+            "`pip install -e '.[timm]'`, and the torchvision of your torch from https://pytorch.org: not every torchvision on "
             "PyPI fits every build of torch."
         ) from error
     return timm

@@ -341,4 +341,4 @@ def compile_in_place(parts: Sequence[nn.Module]) -> None:
 def sizes(parts: Mapping[str, nn.Module | None]) -> str:
     """Return the numbers of parameters in words."""
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
-    return ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in counts.items())
+    return ", ".join(f"{name} {count / 1e6:.3g} M parameters" for name, count in counts.items())

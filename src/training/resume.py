@@ -83,6 +83,12 @@ def announce_resume(checkpoint: Path, config: Mapping[str, Any], processes: int)
     batches = [_global_batch(c, n) for c, n in ((before, content.get("processes")), (config, processes))]
     if batches[0] != batches[1]:
         log.warning("The global batch was %s and is now %s: steps and epochs no longer match the run before.", *batches)
+    for key in ("precision", "float32_matmul_precision"):
+        was, now = before.get("trainer", {}).get(key), config["trainer"].get(key)
+        if was is not None and str(was) != str(now):
+            log.warning(
+                "trainer.%s was %s and is now %s: the same numbers are rounded otherwise from here on.", key, was, now
+            )
     for group, free in _FREE.items():
         was, now = flat(before.get(group) or {}), flat(config[group])
         for key in sorted((was.keys() | now.keys()) - set(free)):

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -23,15 +24,17 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from src.callbacks.metrics_csv import MetricsCsv
-from src.callbacks.progress import StartupTable, device_name
+from src.callbacks.progress import StartupTable, device_name, has_begun
 from src.core.distributed import Launch
 from src.core.errors import UserError
 from src.core.files import DISK_ERRORS, disk_message
 from src.core.settings import check_keys
-from src.core.stopping import STOP, end_with_parent, listening, signal_name, status_of
+from src.core.stopping import KILL, STOP, end_with_parent, listening, signal_name, status_of
 from src.core.text import masked, table
+from src.core.weights import resolve
 from src.models.encoder_presets import expand_encoder
 from src.training import logs
+from src.training.needs import require_weights
 from src.training.preflight import preflight
 from src.training.record import RunRecord, make_folder, save_config, summary, take_lock
 from src.training.resume import announce_resume, find_checkpoint
@@ -124,7 +127,7 @@ def _run(config: DictConfig, held: ExitStack) -> dict[str, Any]:
     launch, sweep = Launch.detect(), HydraConfig.get().mode == RunMode.MULTIRUN
     STOP.loud = launch.main
     if launch.kind == "child":  # without the first process nothing can be saved
-        end_with_parent(signal.SIGKILL)
+        end_with_parent(KILL)
     elif "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun passes on the first Ctrl-C, and a second one ends it
         end_with_parent(signal.SIGINT)
     logs.set_up(None, launch.main)
@@ -134,12 +137,15 @@ def _run(config: DictConfig, held: ExitStack) -> dict[str, Any]:
             "ckpt_path=last, which restarts go on from, or with --max-restarts=0."
         )
     check_config(config)
+    if launch.main:
+        require_weights(OmegaConf.to_container(config, resolve=True), ask=False)  # type: ignore[arg-type]
     if sweep:
         sys.argv[1:] = _arguments_of_one_job(sys.argv[1:])
     checkpoint = find_checkpoint(config.ckpt_path, config.paths.log_dir, config.experiment_name)
-    folder = None
+    folder, made = None, False
     if launch.main and not config.preflight:
         wanted = config.paths.run_dir or (HydraConfig.get().runtime.output_dir if sweep else None)
+        made = not (wanted and resolve(wanted).exists())
         folder = make_folder(config.paths.log_dir, wanted, checkpoint)
         held.enter_context(take_lock(folder))
         config.paths.run_dir = str(folder)
@@ -160,6 +166,12 @@ def _run(config: DictConfig, held: ExitStack) -> dict[str, Any]:
         reason = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception_only(error)).strip()
         with suppress(OSError):  # of the first error is to be told
             record.finish(status, warnings.messages, error=signal_name(STOP.code) if status != "failed" else reason)
+        if made and isinstance(error, UserError) and (built is None or not has_begun(built.trainer)):
+            logs.set_up(None, launch.main)  # closes run.log
+            held.close()
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):
+                folder.parent.rmdir()
         if built is not None and status == "failed":
             _end_children(built.trainer)
         raise
@@ -202,6 +214,12 @@ def check_config(config: DictConfig) -> None:
     callbacks = config.callbacks or {}
     check_keys(callbacks, KNOWN_CALLBACKS | _parts(callbacks).keys(), "callbacks")
     model: dict[str, Any] = OmegaConf.to_container(config.model, resolve=True)  # type: ignore[assignment]
+    if "_target_" not in model:
+        name = HydraConfig.get().runtime.choices.get("model")
+        raise UserError(
+            f"configs/model/{name}.yaml says nothing of most keys: it lacks a base that has them. Put at its top\n"
+            "    defaults:\n      - base\n(dit_base for stage 2), or copy configs/model/rae.yaml."
+        )
     try:
         module = get_class(str(model.get("_target_")))
     except (ImportError, ValueError) as error:
@@ -239,6 +257,7 @@ def build_run(config: DictConfig, launch: Launch, checkpoint: Path | None = None
         datamodule.prepare_data()
         datamodule.setup()
         _ = datamodule.order  # too few images are noticed before large weights are read
+        require_weights(plain, ask=True)
     module = build(config.model, "model")
     kept = masked(plain)
     module.run_config = kept
@@ -310,4 +329,4 @@ def _end_children(trainer: pl.Trainer) -> None:
     """
     kill = getattr(trainer.strategy.launcher, "kill", None)
     if kill is not None:
-        kill(signal.SIGKILL)
+        kill(KILL)

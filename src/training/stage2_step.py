@@ -71,7 +71,7 @@ class FlowStep:
         """uint8 B 3 H W -> normalised latents B C h w, float32 whatever autocast says; mirrored where `flip`, (B,) bool."""
         images = torch.where(flip[:, None, None, None], images.flip(-1), images)
         with torch.autocast(images.device.type, enabled=False), record_function("encode"):
-            return self.rae.encode(bytes_to_unit(images))
+            return self.rae.encode(bytes_to_unit(images), check=False)
 
     def losses(self, network: nn.Module, latents: Tensor, labels: Tensor, draws: FlowDraws) -> dict[str, Tensor]:
         """Return per-image terms (B,): loss; full and base where there is a base head; zero, the loss of the output 0.

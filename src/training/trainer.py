@@ -30,11 +30,14 @@ def build_trainer(
 ) -> pl.Trainer:
     """Return the trainer. `root`: the run's folder. Raises UserError for values that don't fit this machine or Lightning."""
     settings = {key: value for key, value in config.items() if key not in (*TAKEN_OVER, "_target_")}
-    on_gpu = _uses_gpu(settings["accelerator"])
+    accelerator = _accelerator(settings["accelerator"])
+    on_gpu = accelerator == "gpu"
     distributed = _is_ddp(settings["strategy"]) or launch.world > 1
-    settings["accelerator"] = "gpu" if on_gpu else "cpu"
+    settings["accelerator"] = accelerator
     settings["devices"] = _devices(settings["devices"], on_gpu, distributed, launch)
     settings["precision"] = precision(settings["precision"], on_gpu)
+    if accelerator == "mps" and settings["precision"] != "32-true":
+        raise UserError("trainer.accelerator=mps: only trainer.precision=32 is offered there.")
     if config["overfit_batches"]:
         settings["limit_train_batches"] = settings["limit_val_batches"] = config["overfit_batches"]
     if config["fast_dev_run"]:
@@ -127,16 +130,21 @@ def _set_float32_products(wanted: Any, on_gpu: bool, precision_name: str) -> Non
         )
 
 
-def _uses_gpu(accelerator: str) -> bool:
-    available = torch.cuda.is_available()
-    if accelerator in ("gpu", "cuda") and not available:
+def _accelerator(wanted: str) -> str:
+    """Return Lightning's name of what to train on: gpu (CUDA), mps or cpu. Raises UserError for what is not there."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if wanted in ("gpu", "cuda") and not cuda:
         raise UserError(
-            f"trainer.accelerator={accelerator}, but no CUDA device is visible. Use trainer=cpu, or check "
-            "CUDA_VISIBLE_DEVICES and nvidia-smi."
+            f"trainer.accelerator={wanted}, but no CUDA device is visible. Use trainer=cpu, or check CUDA_VISIBLE_DEVICES and "
+            f"nvidia-smi.{' On this Mac there is trainer.accelerator=mps.' * mps}"
         )
-    if accelerator not in ("auto", "gpu", "cuda", "cpu"):
-        raise UserError(f"trainer.accelerator={accelerator}: expected auto, gpu or cpu.")
-    return available and accelerator != "cpu"
+    if wanted == "mps" and not mps:
+        raise UserError(
+            "trainer.accelerator=mps, but this torch has no MPS: it needs a Mac with Apple silicon. Use trainer=cpu."
+        )
+    if wanted not in ("auto", "gpu", "cuda", "cpu", "mps"):
+        raise UserError(f"trainer.accelerator={wanted}: expected auto, gpu, mps or cpu.")
+    return "mps" if wanted == "mps" else "gpu" if cuda and wanted != "cpu" else "cpu"
 
 
 def _is_ddp(strategy: Any) -> bool:

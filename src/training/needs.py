@@ -1,0 +1,52 @@
+"""Check that the weights of a run are on this machine, before anything large is loaded."""
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+
+from src.core.download import present, why_unreachable
+from src.core.errors import UserError
+from src.core.requirements import requirements
+from src.core.weights import PROJECT_ROOT, resolve
+from src.models.encoder_presets import expand_encoder, hub_assets
+
+
+def require_weights(config: Mapping[str, Any], ask: bool) -> None:
+    """Raise UserError with every file and encoder that is missing, and the command that brings them.
+
+    Args:
+        config: of the run, plain values.
+        ask: where encoders alone are missing, ask the hub for each, once; they are missing if it does not answer. False:
+            they are passed over then, to be asked for when all else is known to be right.
+    """
+    config = {**config, "model": expand_encoder(config["model"])}
+    wanted = requirements(config, resolve(config["paths"]["weights_dir"]), PROJECT_ROOT)
+    missing = [asset for asset in wanted if not present(asset)]
+    reasons: dict[str, str] = {}
+    if all(asset.path is None for asset in missing):
+        reasons = {asset.name: why_unreachable(asset.name) for asset in missing} if ask else {}
+        missing = [asset for asset in missing if reasons.get(asset.name)]
+    if not missing:
+        return
+    known = {asset.name: asset for asset in hub_assets().values()}
+    lines = [f"  {asset.path or asset.name}: {known.get(asset.name, asset).what}" for asset in missing]
+    if reasons:
+        lines += [f"  The hub did not give it. {reason}" for reason in dict.fromkeys(reasons.values()) if reason]
+    raise UserError(
+        f"{len(missing)} missing of what this run needs:\n"
+        + "\n".join(lines)
+        + f"\nGet all of it with:\n  {_command(missing)}\n"
+        "Where huggingface.co can't be reached, put a mirror of it in front: HF_ENDPOINT=https://…; for a machine without a "
+        "connection see docs/weights.md."
+    )
+
+
+def _command(missing: list[Any]) -> str:
+    """Return the command that downloads what the run of this process lacks."""
+    hydra = HydraConfig.get()
+    experiment = hydra.runtime.choices.get("experiment")
+    overrides = [word for word in hydra.overrides.task if word.startswith(("model", "callbacks", "paths.weights_dir="))]
+    names = ["--experiment", experiment, *overrides] if experiment else [asset.name for asset in missing]
+    return shlex.join(["python", "scripts/download_weights.py", *names])

@@ -1,0 +1,107 @@
+"""What Windows and macOS lack or do otherwise, simulated: nothing of this has run there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from src.callbacks import progress
+from src.core import files
+from src.core.errors import UserError
+from src.core.weights import PROJECT_ROOT
+from src.data.places import locate
+from src.models.frozen_encoder import check_source
+from src.training.trainer import _accelerator
+from tests.training import SMALL
+
+WITHOUT = "import sys\nsys.modules['fcntl'] = sys.modules['resource'] = None\n"
+TRAIN = """
+import runpy, signal, sys
+import pytorch_lightning, torch.distributed.elastic.timer  # which on Linux need the signals
+from src.data.loader import WorkerOptions
+WorkerOptions.__init__.__defaults__ = (*WorkerOptions.__init__.__defaults__[:-1], "spawn")
+for name in ("SIGKILL", "SIGHUP", "SIGUSR1", "SIGPIPE", "SIGBUS"):
+    delattr(signal, name)
+if __name__ == "__main__":
+    del sys.argv[0]
+    runpy.run_path("src/train.py", run_name="__main__")
+"""
+
+
+def test_a_run_without_fcntl_resource_fork_and_most_signals(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT)  # in loading processes too
+    (tmp_path / "start.py").write_text(TRAIN)
+    words = [
+        *SMALL,
+        "~callbacks.rfid",
+        "model.disc_weight=0",
+        "model.perceptual_weight=0",
+        "data.num_workers=1",
+        "trainer.max_epochs=1",
+    ]
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "start.py"), "src/train.py", *words, f"paths.log_dir={tmp_path}/logs"],
+        cwd=PROJECT_ROOT, env={**os.environ, "PYTHONPATH": f"{tmp_path}:{PROJECT_ROOT}"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = tmp_path.glob("logs/runs/*/*")
+    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+    assert (folder / "checkpoints/last.ckpt").is_file()
+
+
+@pytest.mark.parametrize(("times", "read"), [(3, "new"), (1000, "old")])
+def test_a_file_that_someone_reads_can_be_replaced_a_moment_later(tmp_path, monkeypatch, times, read):
+    file, failures, replace = tmp_path / "run.json", [], os.replace
+    file.write_text("old")
+
+    def busy(source, target):
+        if len(failures) < times:
+            failures.append(target)
+            raise PermissionError(13, "The process cannot access the file because it is being used by another process")
+        replace(source, target)
+
+    monkeypatch.setattr(files, "os", SimpleNamespace(**{**vars(os), "replace": busy}))
+    monkeypatch.setattr(files, "time", SimpleNamespace(sleep=lambda seconds: None))
+    if read == "old":
+        with pytest.raises(PermissionError):
+            files.write_text(file, "new")
+    else:
+        files.write_text(file, "new")
+    assert file.read_text() == read and [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("path", ["C:\\models\\dinov2", "C:/models/dinov2", "models\\dinov2"])
+def test_paths_of_windows_are_no_hub_ids_and_no_addresses(path):
+    with pytest.raises(UserError, match="there is no folder"):
+        check_source("Dinov2withNorm", path)
+    assert isinstance(locate(path), Path)
+
+
+def test_memory_is_bytes_on_macos_and_unknown_without_resource(monkeypatch):
+    cpu, one = (
+        torch.device("cpu"),
+        SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: SimpleNamespace(ru_maxrss=10**6)),
+    )
+    monkeypatch.setitem(sys.modules, "resource", one)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert progress.peak_memory_gb(cpu) == pytest.approx(1.024)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert progress.peak_memory_gb(cpu) == pytest.approx(0.001)
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert progress.peak_memory_gb(cpu) == 0
+
+
+def test_mps_goes_through_where_torch_has_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert (_accelerator("mps"), _accelerator("auto")) == ("mps", "cpu")
+    with pytest.raises(UserError, match=r"trainer\.accelerator=mps"):
+        _accelerator("gpu")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no MPS.*trainer=cpu"):
+        _accelerator("mps")
