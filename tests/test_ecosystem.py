@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 
+from src.callbacks import progress
 from src.core import metrics_file
 from src.core.errors import UserError
 from src.core.weights import PROJECT_ROOT
@@ -187,3 +188,22 @@ def test_a_resume_goes_on_in_the_same_wandb_run(tmp_path, monkeypatch):
     assert ids == ["run1", "run1", "run3", "run3"] and wandb.finished == [0, 0, 0]
     records = [json.loads(file.read_text()) for file in tmp_path.glob("runs/*/*/run.json")]
     assert sorted(record["wandb_run"] for record in records) == ["run1", "run1", "run3"]
+
+
+# -- the terminal
+
+
+def test_a_watched_run_has_one_bar_and_its_figures_in_the_file(tmp_path, monkeypatch, capfd):
+    bars, make = [], progress.progress_bar
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr(progress, "progress_bar", lambda *columns: (bars.append(make(*columns)), bars[-1])[1])
+    program(composed([*SMALL, *LIGHT, f"paths.run_dir={tmp_path}"]))
+    (bar,) = bars
+    assert [(task.total, task.completed) for task in bar.tasks] == [
+        (6, 6)
+    ]  # of the run: its clock stops at its end alone
+    written, shown = (tmp_path / "run.log").read_text(), capfd.readouterr().err
+    for step in range(1, 7):
+        assert f"step {step}: grad_norm" in written and f"step {step}: grad_norm" not in shown
+    assert sum("UNTRAINED" in line and " W " in line for line in shown.splitlines()) == 1
+    assert "site-packages" not in shown + written
