@@ -26,15 +26,18 @@ if __name__ == "__main__":
         sys.exit(said)
     try:
         main()
-        if training := sys.modules.get("src.training.run"):
-            sys.exit(training.sweep_status())
-    except SystemExit as ended:
-        if ended.code == 1 and "src.training.run" not in sys.modules:  # Hydra's own error
+        ended = 0
+    except SystemExit as error:
+        ended = error.code
+        if ended == 1 and "src.training.run" not in sys.modules:  # Hydra's own error
             from src.core.compose import quoting_hint
 
             if hint := quoting_hint(sys.argv[1:]):
                 print(hint, file=sys.stderr)
-        raise
     except KeyboardInterrupt:  # before the run listens for it
         print("interrupted before the run began", file=sys.stderr)
         sys.exit(130)
+    if training := sys.modules.get("src.training.run"):
+        status = training.sweep_status()  # of a sweep that broke off, too
+        ended = ended or status
+    sys.exit(ended)

@@ -70,7 +70,9 @@ def test_their_checkpoint_resumes_as_ours_does(whole, tmp_path, name):
 
 def test_early_stopping_ends_the_run_and_the_name_must_be_a_logged_one(tmp_path, caplog):
     stops = ["callbacks=[default,early_stopping]", "callbacks.early_stopping.patience=1", "trainer.max_epochs=9"]
+    caplog.set_level("INFO")
     run = train(tmp_path / "a", *LIGHT, *stops, "callbacks.early_stopping.min_delta=9")
+    assert "stopped early" in caplog.text and "in epoch 2; val/loss was best at" in caplog.text
     assert run.trainer.current_epoch == 2 and (tmp_path / "a/checkpoints/last.ckpt").is_file()
     wrong = [*stops, "callbacks.early_stopping.monitor=val/los", f"paths.run_dir={tmp_path / 'b'}"]
     with pytest.raises(SystemExit) as ended:

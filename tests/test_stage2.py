@@ -37,6 +37,8 @@ from src.training.muon import MuonWithAdamW
 from src.training.settings import GeneratedLatentsSettings
 from src.training.stage2 import DiffusionModule
 from src.training.stage2_step import FlowDraws
+from tests.test_ecosystem import theirs
+from tests.test_resume import assert_equal_ends
 from tests.tiny_models import loaded, photos, tiny_rae, two_processes
 from tests.training import composed, same, train
 
@@ -107,6 +109,20 @@ def test_labels_are_dropped_and_images_mirrored_by_the_draws(whole):
     assert step.dropped(torch.full((8,), 2), draws).tolist() == [3, 2, 2, 2, 2, 2, 2, 2]  # 0 < 0.1: the null label
     flipped = (draws.flip < 0.5)[:, None, None, None]
     assert torch.equal(seen[0], torch.where(flipped, images.flip(-1), images).float() / 255)
+
+
+def test_lightnings_callbacks_beside_ours(whole, autoencoder, tmp_path):
+    """A file of ModelCheckpoint resumes as ours; EarlyStopping sees what is logged."""
+    folder, words = tmp_path / "first", [*SMALL, f"model.autoencoder={autoencoder}"]
+    stops = [
+        "callbacks=[generation,early_stopping]",
+        "callbacks.early_stopping.patience=1",
+        "callbacks.early_stopping.min_delta=9",
+    ]
+    run = train(folder, *words, *theirs(folder), *stops, "trainer.max_epochs=4", small=False)
+    assert run.trainer.current_epoch == 2 and {"val/loss", "lr/network"} <= run.trainer.callback_metrics.keys()
+    train(tmp_path / "second", *words, small=False, checkpoint=folder / "by_step/epoch=0-step=2.ckpt")
+    assert_equal_ends(whole[0], tmp_path / "second")
 
 
 @pytest.mark.parametrize("stop", [2, 3])

@@ -142,11 +142,12 @@ def _run(config: DictConfig, held: ExitStack) -> dict[str, Any]:
     if sweep:
         sys.argv[1:] = _arguments_of_one_job(sys.argv[1:])
     checkpoint = find_checkpoint(config.ckpt_path, config.paths.log_dir, config.experiment_name)
-    folder, made = None, False
+    folder, fresh = None, list[Path]()
     if launch.main and not config.preflight:
         wanted = config.paths.run_dir or (HydraConfig.get().runtime.output_dir if sweep else None)
-        made = not (wanted and resolve(wanted).exists())
+        existed = wanted and resolve(wanted).exists()
         folder = make_folder(config.paths.log_dir, wanted, checkpoint)
+        fresh = [] if existed else [folder] if wanted else [folder, folder.parent]
         held.enter_context(take_lock(folder))
         config.paths.run_dir = str(folder)
         save_config(config, folder)
@@ -166,12 +167,13 @@ def _run(config: DictConfig, held: ExitStack) -> dict[str, Any]:
         reason = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception_only(error)).strip()
         with suppress(OSError):  # of the first error is to be told
             record.finish(status, warnings.messages, error=signal_name(STOP.code) if status != "failed" else reason)
-        if made and isinstance(error, UserError) and (built is None or not has_begun(built.trainer)):
+        if fresh and isinstance(error, UserError) and (built is None or not has_begun(built.trainer)):
             logs.set_up(None, launch.main)  # closes run.log
             held.close()
-            shutil.rmtree(folder, ignore_errors=True)
-            with suppress(OSError):
-                folder.parent.rmdir()
+            shutil.rmtree(fresh[0], ignore_errors=True)
+            for day in fresh[1:]:
+                with suppress(OSError):  # of other runs too
+                    day.rmdir()
         if built is not None and status == "failed":
             _end_children(built.trainer)
         raise
