@@ -135,7 +135,7 @@ def parse(file: str, arguments: list[str], monkeypatch) -> None:
 
 def compose_training(arguments: list[str]) -> None:
     overrides = [word for word in arguments if word not in HYDRA_FLAGS]
-    if "hparams_search=optuna" in overrides and not importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper"):
+    if "hparams_search=optuna" in overrides:  # needs an extra
         overrides = [word for word in overrides if not word.startswith(("hparams_search", "hydra."))]
     if "-m" in arguments:  # the first value of each sweep, and the launcher where it is installed
         installed = importlib.util.find_spec("hydra_plugins") and importlib.util.find_spec(
