@@ -152,9 +152,12 @@ def _in_use(config: Mapping[str, Any]) -> dict[str, Any]:
     for weight, part in (("disc_weight", "disc_arch"), ("perceptual_weight", "lpips_arch")):
         if model.get(weight) == 0:
             model.pop(part, None)
-    rfid = callbacks.get("rfid") or {}
-    if not ("_target_" in rfid and any(rfid.get(k) for k in ("rfid_every_n_steps", "rfid_every_epoch", "full_at_end"))):
-        callbacks.pop("rfid", None)
+    for name in ("rfid", "gfid"):
+        node = callbacks.get(name) or {}
+        if "_target_" not in node or not any(
+            value for key, value in node.items() if "every" in key or key == "full_at_end"
+        ):
+            callbacks.pop(name, None)
     return {**config, "model": model, "callbacks": callbacks}
 
 
