@@ -29,7 +29,7 @@ QUIET = ["~callbacks.rfid", "logger=csv"]
         (["model.encoder_params.dinov2_path=configs/encoder/nowhere"], ["configs/encoder/nowhere"]),
         (["model.encoder_cls=Dino"], ["Dino", "Dinov2withNorm", "MAEwNorm"]),
         (["model.decoder_config_path=configs/decoder/ViTXXL"], ["ViTXXL", "ViTXL", "ViTB"]),
-        (["model.disc_arch.arch.weights=pretrained"], ["discs/dino_vit_small_patch8_224.pth", "download_weights.py --experiment rae_dummy"]),
+        (["model.disc_arch.arch.weights=pretrained"], ["dino_ckpt_path"]),
         (["model.lpips_arch.weights=pretrained", "model.lpips_arch.vgg_path=nowhere.pth", "model.lpips_arch.linear_path=nowhere.pth"], ["nowhere.pth", "download_weights.py"]),
         (["model.pretrained_decoder_path=nowhere.pt"], ["nowhere.pt"]),
         (["model.normalization_stat_path=nowhere.pt"], ["nowhere.pt"]),
