@@ -28,8 +28,8 @@ def require_weights(config: Mapping[str, Any], ask: bool) -> None:
     if all(asset.path is None for asset in missing):
         reasons = {asset.name: why_unreachable(asset.name) for asset in missing} if ask else {}
         missing = [asset for asset in missing if reasons.get(asset.name)]
-    if not missing:
-        return
+    if not any(asset.sources or asset.path is None for asset in missing):
+        return  # what only the user has: whoever reads it says what it must be
     known = {asset.name: asset for asset in hub_assets().values()}
     lines = [f"  {asset.path or asset.name}: {known.get(asset.name, asset).what}" for asset in missing]
     if reasons:
