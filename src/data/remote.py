@@ -96,7 +96,7 @@ class Storage:
                 kind = self.url.partition(":")[0]
                 raise UserError(
                     f"{self.url}: fsspec can't open {kind}:// addresses here ({error}). Install what it takes, for s3:// "
-                    '`pip install ".[storage]"`.'
+                    '`pip install -e ".[storage]"`.'
                 ) from error
             self._opened = os.getpid(), system, root
         return self._opened[1], self._opened[2]
