@@ -120,13 +120,15 @@ def test_shards_have_their_size_and_any_batch_reads_them(tmp_path):
 
 def test_images_of_any_size_and_kind(tmp_path):
     image = np.zeros((20, 80, 3), np.uint8)
-    image[:, :40] = 255
+    image[:, :40, :2] = 255
+    image[5:, :40, 2] = 255  # the upper quarter has no blue
     Image.fromarray(image).save(tmp_path / "wide.png")
     data, decoder = (tmp_path / "wide.png").read_bytes(), Decoder("apply", 80)
     crop, pad, resize = (FitTransform(64, fit, decoder)(data) for fit in ("crop", "pad", "resize"))
     assert crop.shape == pad.shape == resize.shape == (64, 64, 3)
-    assert (pad[0] == pad[32]).all() and pad[:, :30].min() == 255 and pad[:, 34:].max() == 0
-    assert resize[:, :28].min() == 255 and abs(int((crop[:, :, 0] > 127).sum()) - 64 * 32) <= 64
+    assert (pad[0] == pad[32])[:, :2].all() and pad[:, :30, :2].min() == 255 and pad[:, 34:].max() == 0
+    assert pad[20, :28, 2].max() == 0 and resize[20, :28].min() == 255
+    assert resize[:, :28, :2].min() == 255 and abs(int((crop[:, :, 0] > 127).sum()) - 64 * 32) <= 64
 
 
 def test_inputs(tmp_path):

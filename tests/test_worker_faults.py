@@ -123,7 +123,8 @@ def test_a_run_saves_at_the_end_of_the_update_and_goes_on_bit_for_bit(tmp_path, 
     assert ended.value.code == 1
     log = (tmp_path / "cut/run.log").read_text()
     last = tmp_path / "cut/checkpoints/last.ckpt"
-    assert read(last)["global_step"] == 2 and f"saved {last} at step 2" in log and "Traceback" not in log
+    step = read(last)["global_step"]  # 2, or later where more batches lay ready
+    assert 2 <= step < 6 and f"saved {last} at step {step}" in log and "Traceback" not in log
     STOP.reset()
     train(tmp_path / "rest", *QUIET, *halves, checkpoint=last)
     a, b = (read(tmp_path / name / "checkpoints/last.ckpt") for name in ("whole", "rest"))
