@@ -82,6 +82,12 @@ class LogFile(logging.FileHandler):
             super().close()
 
 
+def _warning(message: Warning | str, category: type, filename: str, lineno: int, line: str | None = None) -> str:
+    """Return a library's warning with the name of the library instead of the place of its file."""
+    library = re.search(r"site-packages[\\/](\w+)", filename)
+    return f"{library[1] if library else f'{filename}:{lineno}'}: {message}"
+
+
 def set_up(folder: Path | None, main: bool) -> WarningCollector:
     """Log to the terminal and to FOLDER/run.log from the first process; from the others log errors only."""
     root, collector = logging.getLogger(), WarningCollector()
@@ -106,6 +112,7 @@ def set_up(folder: Path | None, main: bool) -> WarningCollector:
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
     logging.captureWarnings(True)
+    warnings.formatwarning = _warning
     for message in _SILENCED:
         warnings.filterwarnings("ignore", message=message)
     return collector
