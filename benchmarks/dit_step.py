@@ -82,7 +82,7 @@ class Ours:
             compile_in_place(list(self.network.blocks))
 
     def modules(self) -> list[nn.Module]:
-        return [self.network, self.ema.average]
+        return [self.network]
 
     def run(self, latents: Tensor, labels: Tensor) -> None:
         where = {"epoch": 0, "position": torch.arange(len(latents)) + self.number * len(latents)}
@@ -281,7 +281,7 @@ def computed(arguments: argparse.Namespace, network: str) -> dict[str, dict[str,
             for module in step.modules():
                 make_fake(module, fake, live)
             step.optimizer.param_groups[0]["params"] = list(step.modules()[0].parameters())
-            if isinstance(step, Ours):
+            if isinstance(step, Ours):  # its average is held by the lists of what it updates
                 step.ema = EMA(step.network, DECAY)
             for _ in range(2):  # the second step has its moments already
                 live.peak = live.now
