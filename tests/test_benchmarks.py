@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import memory, train_step
+from benchmarks import dit_step, memory, train_step
 from benchmarks.plain_step import published_layers
-from src.models import decoder
+from src.models import decoder, dit_layers
 from src.models.decoder import DecoderConfig
+from src.models.dit_layers import SplitSwiGLU, SwiGLU
 
 TINY = ["--encoder", "tiny", "--decoder", "tiny", "--image_size", "64"]
 
@@ -81,3 +82,35 @@ def test_a_block_keeps_less_than_the_plain_one_and_gives_the_same():
     assert kept <= kept_plain - 2 * 5 * 128 * 4
     attention = 6 * (2 * 2 * 2 * 5 * 5 * 16)  # products over B, heads, N, N, D/A; the counter does not see them in ours
     assert flops == flops_plain - attention
+
+
+def test_the_step_of_stage_2_runs_alone_and_says_what_is_missing(monkeypatch, capsys):
+    options = ["--network", "tiny", "raev2_tiny", "--shape", "64", "8", "8", "--computed"]
+    monkeypatch.setattr(sys, "argv", [dit_step.__file__, *options])
+    dit_step.main()
+    torch.distributions.Distribution.set_default_validate_args(True)
+    out = capsys.readouterr().out
+    assert "tiny: the published step is left out; missing: --rae CHECKOUT" in out and "--raev2 CHECKOUT" in out
+    assert "raev2_tiny, ours: between_steps_gib" in out
+
+
+@pytest.mark.parametrize("layer", [SwiGLU, SplitSwiGLU])
+def test_a_gated_mlp_keeps_no_product_and_gives_the_same(layer):
+    mlp, x = layer(64, 256), torch.randn(2, 16, 64, requires_grad=True)
+
+    def run(plainly: bool) -> tuple[list[torch.Tensor], int]:
+        kept = {}
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda t: (kept.update({t.data_ptr(): t.numel()}), t)[1], lambda t: t
+            ),
+        ):
+            if plainly:
+                patch.setattr(dit_layers, "recomputed", lambda function, x: function(x))
+            out = mlp(x)
+        return [out, *torch.autograd.grad(out.square().sum(), [x, *mlp.parameters()])], sum(kept.values())
+
+    (ours, kept), (plain, kept_plain) = run(False), run(True)
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+    assert kept <= kept_plain - 2 * 2 * 16 * 256  # neither the SiLU nor its product

@@ -18,6 +18,7 @@ from src.core.errors import UserError
 from src.core.json_files import read_json
 from src.core.settings import Settings
 from src.core.weights import resolve
+from src.models.recompute import recomputed
 
 # Published files are ViT-MAE configs. What they say besides `DecoderConfig` is either fixed by the recipe (checked) or
 # about other networks (ignored); latent width, patch and image size come from the model's geometry.
@@ -103,11 +104,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.layernorm_before(x))
         hidden = self.intermediate["dense"](self.layernorm_after(x))  # B N 4D
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a compiler finds this by itself
-            # The GELU is computed again in the backward pass: of all that a block keeps, its result is the largest and
-            # the cheapest to have again (the matrix product behind it is not repeated).
-            return x + checkpoint(self._contract, hidden, use_reentrant=False, preserve_rng_state=False)
-        return x + self._contract(hidden)
+        # Of all that a block keeps, the GELU's result is the largest and the cheapest to have again.
+        return x + recomputed(self._contract, hidden)
 
     def _contract(self, hidden: Tensor) -> Tensor:
         return self.output["dense"](F.gelu(hidden))

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from src.models.recompute import recomputed
+
 LABEL_STD = 0.02
 """Of the label table's initial values."""
 
@@ -131,7 +133,10 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.w12(x).chunk(2, dim=-1)
+        return recomputed(self._contract, self.w12(x))
+
+    def _contract(self, hidden: Tensor) -> Tensor:
+        a, b = hidden.chunk(2, dim=-1)
         return self.w3(F.silu(a) * b)
 
 
@@ -144,7 +149,8 @@ class SplitSwiGLU(nn.Module):
         self.w3 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+        b = self.w2(x)
+        return recomputed(lambda a: self.w3(F.silu(a) * b), self.w1(x))
 
 
 class MLP(nn.Module):
