@@ -127,14 +127,14 @@ def flow_matching_loss(
     return {"loss": difference.square().flatten(1).mean(1)}
 
 
-def loss_by_quarter(losses: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sums and numbers of the losses with t in [0, .25), [.25, .5), [.5, .75), [.75, 1], (4,) float64 each.
+def quartile_sums(losses: Tensor, uniforms: Tensor) -> Tensor:
+    """Return 4 sums and 4 counts of the losses (B,), in their dtype, by the quartile of the draws U[0, 1) behind their t.
 
-    Sums of batches and ranks add up; their quotient is the mean loss of a quarter.
+    Times are monotone in the draws, so these are quartiles of t too. Sums of batches and ranks add up.
     """
-    quarter = (t * 4).long().clamp(0, 3)
-    members = (quarter[:, None] == torch.arange(4, device=t.device)).double()  # B 4
-    return losses.detach().double() @ members, members.sum(0)
+    quartile = (uniforms * 4).long().clamp(max=3)
+    members = (quartile[:, None] == torch.arange(4, device=losses.device)).to(losses.dtype)  # B 4
+    return torch.cat([losses @ members, members.sum(0)])
 
 
 def per_image(t: Tensor, images: Tensor) -> Tensor:

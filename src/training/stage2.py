@@ -21,7 +21,7 @@ from src.evaluation.generate import Sampler, SamplerSettings
 from src.evaluation.reconstruction import check_store
 from src.formats.autoencoder import open_autoencoder
 from src.formats.checkpoint import statistics_digest
-from src.losses.flow_matching import FlowSettings
+from src.losses.flow_matching import FlowSettings, quartile_sums
 from src.models import flops
 from src.models.dit import build_network, forward_flops
 from src.models.dit_layers import LABEL_STD
@@ -160,10 +160,7 @@ class DiffusionModule(StageModule):
         if self._window is None or (step % self.settings.loop.log_every_n_steps == 0 and step != self._window_updates):
             self._window = torch.zeros(2 * QUARTERS + 1, device=self.device)
             self._window_updates = step
-        quartile = (draws.time * QUARTERS).long().clamp(max=QUARTERS - 1)
-        losses = terms["loss"].detach()
-        self._window.index_add_(0, quartile, losses)
-        self._window.index_add_(0, quartile + QUARTERS, torch.ones_like(losses))
+        self._window[:-1] += quartile_sums(terms["loss"].detach(), draws.time)
         self._window[-1] += terms["zero"].sum()
 
     def check_numbers(self) -> None:
@@ -189,10 +186,8 @@ class DiffusionModule(StageModule):
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         draws = FlowDraws.at(self.settings.loop.seed, batch, self.rae.latent_shape, self.device, training=False)
         latents = self.step.latents(batch, draws, training=False)
-        losses = self.step.losses(self.ema_network, latents, self._labels(batch), draws)["loss"].double().cpu()
-        quartile = (draws.time.cpu() * QUARTERS).long().clamp(max=QUARTERS - 1)
-        self._totals.index_add_(0, quartile, losses)
-        self._totals.index_add_(0, quartile + QUARTERS, torch.ones_like(losses))
+        losses = self.step.losses(self.ema_network, latents, self._labels(batch), draws)["loss"]
+        self._totals += quartile_sums(losses.cpu().double(), draws.time.cpu())
 
     def on_validation_epoch_end(self) -> None:
         sums, counts = sum_over_ranks(self._totals).chunk(2)
