@@ -27,7 +27,7 @@ USUAL = ("dinov2-b", "siglip-so400m", "siglip2-b", "mae-b", "dinov3-b", "dinov3-
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0 where everything asked for is there and right, 1 otherwise."""
+    """Return exit status 0 where everything asked for is there and right, 1 otherwise."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="exit codes: 0 all there and right; 1 something is missing or wrong; 2 wrong options; 130 interrupted",

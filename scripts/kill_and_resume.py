@@ -156,7 +156,7 @@ def start(log_dir: Path, processes: int, *overrides: str) -> subprocess.Popen:
 
 
 def kill_once(log_dir: Path, processes: int, mode: str, rng: random.Random) -> bool:
-    """True where the run came to its end first."""
+    """Return True where the run came to its end first."""
     seen = set(log_dir.glob("runs/*/*"))
     workers = 2 if mode == "loader" else rng.choice([0, 2])
     process = start(log_dir, processes, f"data.num_workers={workers}")

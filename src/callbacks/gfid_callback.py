@@ -90,7 +90,7 @@ class GFIDCallback(pl.Callback):
 
     @property
     def scores_checkpoints(self) -> bool:
-        """Whether there are scores during training that `best.ckpt` can follow."""
+        """Tell whether there are scores during training that `best.ckpt` can follow."""
         return self.in_use
 
     @property

@@ -92,7 +92,7 @@ class RFIDCallback(pl.Callback):
 
     @property
     def scores_checkpoints(self) -> bool:
-        """Whether there are scores during training that `best.ckpt` can follow."""
+        """Tell whether there are scores during training that `best.ckpt` can follow."""
         return bool(self.rfid_every_n_steps) or self.rfid_every_epoch
 
     @property

@@ -17,7 +17,7 @@ _UNFINISHED: set[Path] = set()
 
 
 def resolve(path: str | Path) -> Path:
-    """Relative paths are relative to the project root, whatever the working directory."""
+    """Make a path absolute: relative ones are relative to the project root, whatever the working directory."""
     path = Path(path).expanduser()
     return path if path.is_absolute() else PROJECT_ROOT / path
 

@@ -21,12 +21,12 @@ GAP_PX, WHITE = 2, 255
 
 
 def bytes_to_unit(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 0..255 -> float [0, 1]."""
+    """Convert uint8 0..255 -> float [0, 1]."""
     return images.to(dtype).div_(255)
 
 
 def unit_to_bytes(images: Tensor, quantization: Quantization = "round") -> Tensor:
-    """Float, clamped to [0, 1] -> uint8. `truncate` is what the official code does (docs/recipe.md)."""
+    """Clamp floats to [0, 1] and convert -> uint8. `truncate` is what the official code does (docs/recipe.md)."""
     scaled = images.detach().float().clamp(0, 1).mul_(255)
     if quantization == "round":
         scaled = scaled.round_()
@@ -36,7 +36,7 @@ def unit_to_bytes(images: Tensor, quantization: Quantization = "round") -> Tenso
 
 
 def unit_to_signed(images: Tensor) -> Tensor:
-    """[0, 1] -> [-1, 1]."""
+    """Convert [0, 1] -> [-1, 1]."""
     return images * 2 - 1
 
 

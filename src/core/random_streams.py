@@ -41,12 +41,12 @@ class Purpose(IntEnum):
 
 
 def generator(seed: int, purpose: Purpose, epoch: int = 0, position: int = 0) -> np.random.Generator:
-    """A counter-based (Philox) generator for one place in the stream. Costs a few microseconds."""
+    """Return a counter-based (Philox) generator for one place in the stream. Costs a few microseconds."""
     return np.random.Generator(np.random.Philox(key=[seed, int(purpose)], counter=[0, 0, position, epoch]))
 
 
 def generators(seed: int, purpose: Purpose, epoch: int, positions: Sequence[int]) -> Iterator[np.random.Generator]:
-    """`generator` for each of `positions`, one object moved from place to place at a tenth of the cost: draw from each
+    """Yield `generator` for each of `positions`, one object moved from place to place at a tenth of the cost: draw from each
     before asking for the next."""
     numbers = generator(seed, purpose, epoch)
     start = numbers.bit_generator.state
@@ -58,12 +58,12 @@ def generators(seed: int, purpose: Purpose, epoch: int, positions: Sequence[int]
 
 
 def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
-    """The order of `length` images in `epoch`: int64, shape (length,)."""
+    """Return the order of `length` images in `epoch`: int64, shape (length,)."""
     return generator(seed, Purpose.ORDER, epoch).permutation(length)
 
 
 def uniforms(seed: int, purpose: Purpose, epoch: int, positions: Sequence[int], count: int) -> Tensor:
-    """`count` numbers U[0, 1) for each position: float32 on the CPU, shape (len(positions), count)."""
+    """Draw `count` numbers U[0, 1) for each position: float32 on the CPU, shape (len(positions), count)."""
     out = np.empty((len(positions), count), dtype=np.float32)
     for row, numbers in zip(out, generators(seed, purpose, epoch, positions), strict=True):
         numbers.random(dtype=np.float32, out=row)
@@ -73,7 +73,7 @@ def uniforms(seed: int, purpose: Purpose, epoch: int, positions: Sequence[int], 
 def normals(
     seed: int, purpose: Purpose, epoch: int, positions: Sequence[int], shape: Sequence[int], device: torch.device
 ) -> Tensor:
-    """N(0, 1) of `shape` for each position, drawn on `device` one image at a time: float32, (len(positions), *shape).
+    """Draw N(0, 1) of `shape` for each position, drawn on `device` one image at a time: float32, (len(positions), *shape).
 
     Values differ between device types, never between batch sizes, workers or ranks.
     """

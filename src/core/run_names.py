@@ -11,7 +11,7 @@ _DATE = re.compile(r"\d{4}-\d\d-\d\d")
 
 
 def run_id(folder: Path) -> str:
-    """DATE_TIME of logs/runs/DATE/TIME (with what lies below, in a multirun); the name of any other folder."""
+    """Return DATE_TIME of logs/runs/DATE/TIME (with what lies below, in a multirun); the name of any other folder."""
     parts = folder.resolve().parts
     dates = [i for i, part in enumerate(parts) if _DATE.fullmatch(part)]
     return "_".join(parts[dates[-1] :]) if dates else parts[-1]

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def duration(seconds: float) -> str:
-    """59 -> `59 s`, 9000 -> `2 h 30 min`, 200000 -> `2 d 8 h`."""
+    """Format seconds: 59 -> `59 s`, 9000 -> `2 h 30 min`, 200000 -> `2 d 8 h`."""
     seconds = max(seconds, 0)
     minutes, hours = round(seconds / 60), round(seconds / 3600)
     if seconds < 60:
@@ -17,7 +17,7 @@ def duration(seconds: float) -> str:
 
 
 def flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; empty groups stay as they are."""
+    """Flatten {"a": {"b": 1}} -> {"a.b": 1}; empty groups stay as they are."""
     leaves: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{before}{key}"
@@ -26,7 +26,7 @@ def flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:
-    """One line for each (name, text), indented, the texts below each other."""
+    """Return one line for each (name, text), indented, the texts below each other."""
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
 

@@ -41,7 +41,7 @@ def require(path: str | Path | None, what: str, key: str) -> Path:
 
 
 def read(path: str | Path) -> Any:
-    """The contents of a `.pt` / `.pth` / `.ckpt` or `.safetensors` file on the CPU. Code in it is never run."""
+    """Return the contents of a `.pt` / `.pth` / `.ckpt` or `.safetensors` file on the CPU. Code in it is never run."""
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
@@ -117,7 +117,7 @@ def check_finite(content: Any, source: str | Path, remedy: str = "Take another f
 
 
 def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str | Path, model: str) -> None:
-    """Raises UserError unless `state` has the names and shapes of `own`."""
+    """Raise UserError unless `state` has the names and shapes of `own`."""
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{source} is no state dict: expected a flat mapping of names to tensors for {model}.")
     missing = sorted(own.keys() - state.keys())
@@ -137,7 +137,7 @@ def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: st
 
 
 def freeze(module: nn.Module) -> nn.Module:
-    """Evaluation mode and no gradient, for networks that are never trained."""
+    """Set evaluation mode and no gradient, for networks that are never trained."""
     return module.eval().requires_grad_(False)
 
 

@@ -36,7 +36,7 @@ class Inputs:
 
 
 def open_inputs(paths: Sequence[str], split: str | None, limit: int | None = None) -> Inputs:
-    """Files, folders (searched to any depth) and globs in any mixture, or one data set on disk. Relative to the working
+    """Open files, folders (searched to any depth) and globs in any mixture, or one data set on disk. Relative to the working
     directory.
 
     Args:
@@ -74,7 +74,7 @@ class FitTransform:
     decoder: Decoder
 
     def __call__(self, data: bytes | memoryview) -> np.ndarray:
-        """A complete file -> uint8 S x S x 3. Raises BadImage."""
+        """Fit a complete file -> uint8 S x S x 3. Raises BadImage."""
         pixels = self.decoder.decode(data).pixels
         size = self.image_size
         if self.fit == "crop":
@@ -118,7 +118,7 @@ def _expand(text: str) -> list[Path]:
 
 
 def _names(files: Sequence[Path]) -> list[str]:
-    """Paths below the folder that all files share; with their suffix where they would be equal without."""
+    """Return the paths below the folder that all files share; with their suffix where they would be equal without."""
     absolute = [file.absolute() for file in files]
     root = Path(os.path.commonpath([file.parent for file in absolute]))
     short = [file.relative_to(root).with_suffix("").as_posix() for file in absolute]

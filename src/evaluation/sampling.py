@@ -82,7 +82,7 @@ class Guidance:
             raise UserError(f"Guidance from t_min={self.t_min} to t_max={self.t_max}: t_min must not exceed t_max.")
 
     def used_at(self, t: Tensor) -> bool:
-        """Whether any of the times needs the weak side."""
+        """Return whether any of the times needs the weak side."""
         return self.scale > 1 and bool(_inside(t, self.t_min, self.t_max).any())
 
 
@@ -114,7 +114,7 @@ def conditional(model: nn.Module, prediction: str, t_eps: float = 0.05) -> Condi
 
 
 def classifier_free(inner: Conditional, null_label: int | None, guidance: Guidance) -> Conditional:
-    """CFG (Ho & Salimans, arXiv 2207.12598): against the null label, in one batch of twice the size.
+    """Return CFG (Ho & Salimans, arXiv 2207.12598): against the null label, in one batch of twice the size.
 
     Outside the interval only the conditional half is computed.
     """
@@ -171,6 +171,6 @@ def internal_guidance(
 
 
 def _outputs(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """The model's one or two outputs in x's dtype: guidance magnifies what half precision rounds off."""
+    """Return the model's one or two outputs in x's dtype: guidance magnifies what half precision rounds off."""
     output = model(x, t, y)
     return tuple(part.to(x.dtype) for part in (output if isinstance(output, tuple) else (output,)))

@@ -64,7 +64,7 @@ def export(
 
 @contextmanager
 def new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder that takes its name only when the block ends without an error.
+    """Make a folder that takes its name only when the block ends without an error.
 
     Raises:
         UserError: it exists and is not to be overwritten, or is no export (then nobody knows what would be lost).

@@ -44,12 +44,12 @@ def shift_time(t: Time, s: float) -> Time:
 
 
 def uniform_time(uniforms: Tensor) -> Tensor:
-    """U[0, 1) -> t uniform on [0, 0.999)."""
+    """Map U[0, 1) -> t uniform on [0, 0.999)."""
     return LAST_TIME * uniforms
 
 
 def truncated_logit_normal_time(uniforms: Tensor, mu: float = 0.0, sigma: float = 1.0) -> Tensor:
-    """U[0, 1) -> t = sigmoid(N(mu, sigma)) under the condition t <= 0.999, by the inverse distribution function (RAE)."""
+    """Map U[0, 1) -> t = sigmoid(N(mu, sigma)) under the condition t <= 0.999, by the inverse distribution function (RAE)."""
     _check_sigma(sigma)
     largest = (math.log(LAST_TIME / (1 - LAST_TIME)) - mu) / sigma
     share = 0.5 * math.erfc(-largest / math.sqrt(2))  # of the normal distribution that lies below it
@@ -58,7 +58,7 @@ def truncated_logit_normal_time(uniforms: Tensor, mu: float = 0.0, sigma: float 
 
 
 def logit_normal_time(normals: Tensor, mu: float = 0.0, sigma: float = 1.0) -> Tensor:
-    """N(0, 1) -> t = sigmoid(N(mu, sigma)), not truncated (RAEv2)."""
+    """Map N(0, 1) -> t = sigmoid(N(mu, sigma)), not truncated (RAEv2)."""
     _check_sigma(sigma)
     return torch.sigmoid(mu + sigma * normals)
 
@@ -138,7 +138,7 @@ def quartile_sums(losses: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def per_image(t: Tensor, images: Tensor) -> Tensor:
-    """(B,) -> B 1 1 1, for `images` of any number of dimensions."""
+    """Reshape (B,) -> B 1 1 1, for `images` of any number of dimensions."""
     return t.reshape(-1, *[1] * (images.ndim - 1))
 
 

@@ -80,7 +80,7 @@ class RunningMeans:
 
 
 def _ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Two float [0, 1] batches B x 3 x H x W -> (B,)."""
+    """Compare two float [0, 1] batches B x 3 x H x W -> (B,)."""
     # the variances enter only as their sum, so four blurs do
     mean_x, mean_y, squares, product = _blur(torch.stack([x, y, x * x + y * y, x * y]))  # each B 3 H W
     means, mean_product = mean_x.square() + mean_y.square(), mean_x * mean_y

@@ -346,7 +346,7 @@ class RAEv2DiT(LatentTransformer):
 
 
 def projector(width: int, head_width: int) -> nn.Module:
-    """From the encoder's width to the head's; nothing where they are equal."""
+    """Return the layer from the encoder's width to the head's; nothing where they are equal."""
     return nn.Linear(width, head_width) if width != head_width else nn.Identity()
 
 

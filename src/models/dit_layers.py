@@ -85,7 +85,7 @@ class Rotary(nn.Module):
         self.register_buffer("freqs_sin", angles.sin().float())
 
     def forward(self, x: Tensor) -> Tensor:
-        """B H N D/H -> the same shape and dtype."""
+        """Turn B H N D/H -> the same shape and dtype."""
         a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
         quarter_turn = torch.stack([-b, a], dim=-1).flatten(-2)
         return (x * self.freqs_cos + quarter_turn * self.freqs_sin).to(x.dtype)
@@ -285,7 +285,7 @@ def learned_tokens(number: int, width: int) -> nn.Parameter:
 
 
 def sincos_positions(width: int, grid: int) -> Tensor:
-    """2-D sin-cos positions, N x D: the first half encodes the column, each half is sines, then cosines."""
+    """Return 2-D sin-cos positions, N x D: the first half encodes the column, each half is sines, then cosines."""
     frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # grid D/2
@@ -293,6 +293,6 @@ def sincos_positions(width: int, grid: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, grid: int, patch: int) -> Tensor:
-    """B N (p*p*C), order (row, column, channel) inside a patch -> B C g g; `grid` patches a side."""
+    """Rearrange B N (p*p*C), order (row, column, channel) inside a patch -> B C g g; `grid` patches a side."""
     x = patches.unflatten(2, (patch, patch, -1)).unflatten(1, (grid, grid))  # B row column p p C
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

@@ -136,7 +136,7 @@ class FrozenEncoder(nn.Module):
         return self.model.embeddings(images), {}
 
     def blocks(self) -> nn.ModuleList:
-        """In their order; each takes tokens and what `embed` gives besides, and returns tokens."""
+        """Return the blocks in their order; each takes tokens and what `embed` gives besides, and returns tokens."""
         return self.model.get_submodule(self.blocks_at)
 
     @property
@@ -157,7 +157,7 @@ class FrozenEncoder(nn.Module):
                 yield tokens[:, self.prefix_tokens :]
 
     def parameters_in_use(self) -> Iterable[nn.Parameter]:
-        """Those that a latent depends on: not a pooling head, nor the final norm unless its affine parameters are used."""
+        """Return those that a latent depends on: not a pooling head, nor the final norm unless its affine parameters are used."""
         parts = [*map(self.model.get_submodule, self.embedding_parts), *self.blocks()]
         if self.norm == "affine" and self.norm_module is not None:
             parts.append(self.norm_module)
@@ -222,7 +222,7 @@ class FrozenEncoder(nn.Module):
         return read_statistics(place if known else source, STATISTICS[cls.statistics])
 
     def identity(self) -> dict[str, Any]:
-        """What a latent depends on, as plain values: stored in checkpoints and beside latent statistics."""
+        """Return what a latent depends on, as plain values: stored in checkpoints and beside latent statistics."""
         # The start of each parameter in use. Sorted, since transformers renames and moves parameters between releases.
         starts = (p.detach().flatten()[:256].float().cpu().numpy().tobytes() for p in self.parameters_in_use())
         weights = _digest(b"".join(sorted(starts)))
@@ -308,7 +308,7 @@ class FrozenEncoder(nn.Module):
 
 
 def identity_differences(stored: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    """Names of what differs between two identities; where the same weights lie (`source`) makes no difference."""
+    """Return the names of what differs between two identities; where the same weights lie (`source`) makes no difference."""
     return sorted(name for name in own if name != "source" and stored.get(name) != own[name])
 
 
@@ -346,7 +346,7 @@ def check_source(kind: str, source: str) -> None:
 
 
 def resample_positions(positions: Tensor, side: int, antialias: bool = False, offset: float = 0.0) -> Tensor:
-    """Positions 1 x N x C of a square grid -> 1 x side*side x C, bicubically in float32.
+    """Resample positions 1 x N x C of a square grid -> 1 x side*side x C, bicubically in float32.
 
     `offset`: they are spaced as for a side longer by so much (DINO's and DINOv2's code, 0.1).
     """

@@ -23,7 +23,7 @@ _TOLERANCE = 1e-5
 
 
 def grid_of(positions: Tensor, source: str) -> int:
-    """Latents a side of stored positions."""
+    """Return the latents a side of stored positions."""
     if (
         positions.ndim != 3
         or positions.shape[0] != 1
@@ -46,7 +46,7 @@ def are_fixed(positions: Tensor) -> bool:
 
 
 def fit_positions(positions: Tensor, grid: int, source: str) -> Tensor:
-    """Positions for `grid` x `grid` latents by the rule above; unchanged where they are for that grid already."""
+    """Return positions for `grid` x `grid` latents by the rule above; unchanged where they are for that grid already."""
     before = grid_of(positions, source)
     if before == grid:
         return positions

@@ -141,7 +141,7 @@ class RAE(nn.Module):
         return self.normalize(latents)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents B C h w as `encode` gives them -> images B 3 H W, float, not clamped."""
+        """Decode latents B C h w as `encode` gives them -> images B 3 H W, float, not clamped."""
         return self.decode_raw(self.denormalize(latents))
 
     def forward(self, images: Tensor, noise_tau: float = 0.0, resize: bool = False, check: bool = True) -> Tensor:
@@ -152,7 +152,7 @@ class RAE(nn.Module):
 
     @torch.no_grad()
     def encode_raw(self, images: Tensor, layers: Sequence[int] | None = None) -> Tensor:
-        """Images -> B C h w before noise and latent normalisation (recipe section 1, steps 1 to 3 and 5)."""
+        """Encode images -> B C h w before noise and latent normalisation (recipe section 1, steps 1 to 3 and 5)."""
         if images.dtype == torch.uint8:
             images = bytes_to_unit(images)
         size = self.geometry.encoder_input_size
@@ -179,7 +179,7 @@ class RAE(nn.Module):
         return self.latent_mean is not None or self.latent_var is not None
 
     def normalize(self, latents: Tensor) -> Tensor:
-        """(z - mean) / sqrt(var + 1e-5); an absent mean counts as 0, an absent var as 1 (recipe section 1)."""
+        """Return (z - mean) / sqrt(var + 1e-5); an absent mean counts as 0, an absent var as 1 (recipe section 1)."""
         if self.latent_mean is not None:
             latents = latents - self.latent_mean
         return latents if self.latent_var is None else latents / (self.latent_var + VARIANCE_EPS).sqrt()
@@ -220,7 +220,7 @@ def geometry_of(
     image_size: int | None,
     encoder_input_size: int | None,
 ) -> Geometry:
-    """Sizes from configuration alone: reads the encoder's config, or the table of presets where it is on the hub; no weights."""
+    """Work out sizes without weights: from the encoder's config, or the table of presets where it is on the hub."""
     kind, source = encoder_class(encoder_cls), _source(encoder_params)
     known = {preset.patch for preset in PRESETS.values() if preset.hub_id == source and local_place(source) == source}
     patch = known.pop() if len(known) == 1 else kind.read_config(source).patch_size

@@ -111,7 +111,7 @@ def pictures(run: Run, folder: Path, pattern: str, limit: int) -> list[tuple[flo
 
 
 def aligned(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]]:
-    """[{"a": 1}, {"b": 2}] -> [("a", [1, "–"]), ("b", ["–", 2])]."""
+    """Align [{"a": 1}, {"b": 2}] -> [("a", [1, "–"]), ("b", ["–", 2])]."""
     names = dict.fromkeys(name for column in sorted(columns, key=len, reverse=True) for name in column)
     return [(name, [column.get(name, "–") for column in columns]) for name in names]
 

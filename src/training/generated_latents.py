@@ -67,7 +67,7 @@ class GeneratedLatents(nn.Module):
 
     @torch.no_grad()
     def forward(self, rae: RAE, latents: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        """Raw latents B C h w of a batch's images -> z~ of them, raw, float32. Draws are functions of (seed, epoch, position)."""
+        """Turn raw latents B C h w of a batch into z~, raw, float32. Draws are functions of (seed, epoch, position)."""
         epoch, positions = int(batch["epoch"]), batch["position"].tolist()
         noise = streams.normals(self.seed, Purpose.GENERATED_NOISE, epoch, positions, rae.latent_shape, latents.device)
         with record_function("generate"):

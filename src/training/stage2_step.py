@@ -68,7 +68,7 @@ class FlowStep:
         """Whether stored latents are as the encoder gives them."""
 
     def encode(self, images: Tensor, flip: Tensor) -> Tensor:
-        """uint8 B 3 H W -> normalised latents B C h w, float32 whatever autocast says; mirrored where `flip`, (B,) bool."""
+        """Encode uint8 B 3 H W -> normalised latents B C h w, float32 whatever autocast says; mirrored where `flip`, (B,) bool."""
         images = torch.where(flip[:, None, None, None], images.flip(-1), images)
         with torch.autocast(images.device.type, enabled=False), record_function("encode"):
             return self.rae.encode(bytes_to_unit(images), check=False)
