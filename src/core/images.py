@@ -18,6 +18,8 @@ from src.core.files import replacing
 
 Quantization = Literal["round", "truncate"]
 GAP_PX, WHITE = 2, 255
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of pixels in [0, 1]."""
 
 
 def bytes_to_unit(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from src.core.errors import UserError
+from src.core.images import IMAGENET_MEAN, IMAGENET_STD
 from src.core.json_files import read_json
 from src.core.key_mapping import NameTable
 from src.core.weights import read
@@ -32,8 +33,8 @@ DECODER = NameTable(
 """Our (the official) decoder names and diffusers'. diffusers has no `decoder_pos_embed`."""
 
 _DEFAULTS: dict[str, Any] = {
-    "encoder_norm_mean": [0.485, 0.456, 0.406],
-    "encoder_norm_std": [0.229, 0.224, 0.225],
+    "encoder_norm_mean": list(IMAGENET_MEAN),
+    "encoder_norm_std": list(IMAGENET_STD),
     "latents_mean": None,
     "latents_std": None,
     "noise_tau": 0.0,

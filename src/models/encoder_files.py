@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from src.core.errors import UserError
+from src.core.images import IMAGENET_MEAN, IMAGENET_STD
 from src.core.json_files import read_json
 
 log = logging.getLogger(__name__)
 
 PixelStatistics = tuple[Sequence[float], Sequence[float]]
 STATISTICS: dict[str, PixelStatistics] = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
