@@ -19,6 +19,7 @@ from src.data import dummy
 from src.data.crops import adm_center_crop
 from src.data.datamodule import RAEDataModule
 from src.data.dataset import Failure, TrainDataset
+from src.data.decode import Decoder
 from src.data.loader import BadImages, TrainLoader, WorkerOptions
 from src.data.order import EpochOrder, evaluation_rows, split_rows
 
@@ -350,6 +351,17 @@ def test_own_sets_are_made_when_missing(tmp_path: Path, monkeypatch: pytest.Monk
     data.prepare_data()  # there already: nothing to do
     with pytest.raises(UserError, match=r"No dataset at .*somewhere"):
         module(Path("data/somewhere")).setup()
+
+
+@pytest.mark.parametrize(("row", "label", "sides", "means", "length"), [
+    (dummy._row(0), 1, (364, 327), (58.2, 183.3, 97.8), 7858), (dummy._row(41), 0, (184, 317), (173.9, 75.4, 164.9), 4590),
+    (dummy._row(287), 2, (383, 361), (134.0, 89.8, 221.9), 8461), (dummy._text_row(5), -1, (160, 160), (196.0, 196.0, 196.0), 11997),
+])  # fmt: skip
+def test_the_dummy_pictures_are_those_of_before(row, label, sides, means, length) -> None:
+    """Up to what another processor rounds otherwise: losses of the dummy runs can be compared over versions."""
+    pixels = Decoder("ignore", 80).decode(row.data).pixels
+    assert row.label == label and pixels.shape[:2] == sides
+    assert np.allclose(pixels.mean((0, 1)), means, atol=0.2) and abs(len(row.data) - length) <= 0.005 * length
 
 
 def test_every_data_config_is_complete() -> None:

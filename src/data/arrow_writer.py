@@ -2,16 +2,19 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 from src.core.files import replacing, write_text
 
 ROWS_PER_BATCH = 100
+BATCH_BYTES = 1 << 30
+"""At which a batch of large images ends; 2 GiB is what its offsets can hold."""
+IMAGE = [pa.field("bytes", pa.binary()), pa.field("path", pa.string())]
 UNKNOWN_LABEL = -1  # what `datasets.ClassLabel` takes for "no class"
 
 
@@ -43,19 +46,47 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_shard(path: Path, rows: Iterable[Row], class_names: Sequence[str] | None) -> int:
     """Write the rows as one Arrow stream, taking one record batch of them at a time; return how many there were."""
-    kinds = [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))]
+    kinds = [("image", pa.struct(IMAGE))]
     kinds += [("label", pa.int64())] if class_names is not None else []
     schema = pa.schema(kinds, metadata={"huggingface": json.dumps({"info": {"features": features(class_names)}})})
-    total, remaining = 0, iter(rows)
+    total = 0
     with replacing(path) as file, pa.ipc.new_stream(file, schema) as writer:
-        while batch := list(islice(remaining, ROWS_PER_BATCH)):
-            columns = {
-                "image": [{"bytes": row.data, "path": row.path} for row in batch],
-                "label": [r.label for r in batch],
-            }
-            writer.write_table(pa.Table.from_pydict(columns, schema=schema))
+        for batch in _batches(rows):
+            data, paths, labels = zip(*batch, strict=True)
+            names = [path.encode() for path in paths]
+            columns: list[Any] = [
+                pa.StructArray.from_arrays([_array(data, IMAGE[0]), _array(names, IMAGE[1])], fields=IMAGE)
+            ]
+            if class_names is not None:
+                columns.append(
+                    pa.Array.from_buffers(pa.int64(), len(batch), [None, pa.py_buffer(np.array(labels, np.int64))])
+                )
+            writer.write_batch(pa.record_batch(columns, schema=schema))
             total += len(batch)
     return total
+
+
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    batch: list[Row] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += len(row.data)
+        if len(batch) == ROWS_PER_BATCH or size > BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _array(values: Sequence[bytes], field: pa.Field) -> pa.Array:
+    """Return bytes or UTF-8 as an array with 32-bit offsets. `pa.array` imports pandas and copies several times."""
+    offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
+    data = pa.allocate_buffer(int(offsets[-1]))  # of Arrow's pool, which keeps the pages from batch to batch
+    view = memoryview(data).cast("B")
+    for start, value in zip(offsets.tolist(), values, strict=False):
+        view[start : start + len(value)] = value
+    return pa.Array.from_buffers(field.type, len(values), [None, pa.py_buffer(offsets), data])
 
 
 def write_metadata(folder: Path, shards: Sequence[str], class_names: Sequence[str] | None, split: str | None) -> None:

@@ -18,7 +18,7 @@ _FREE = {
     "data": (
         "_target_",  # a class that has moved
         "num_workers", "worker_timeout_s", "prefetch_factor", "pin_memory", "worker_start", "max_bad_share", "val_batch_size",
-        "use_hf_dataset", "allow_changed",  # the data itself is compared by its fingerprint
+        "use_hf_dataset", "allow_changed", "cache_gb", "mix_unit",  # the data itself is compared by its fingerprint
         "batch_size", "accumulate",  # the global batch is compared instead
     ),
     "model": (
