@@ -9,84 +9,54 @@ copied. Files that are no whole images are left out, listed at the end and in DA
 was interrupted goes on where it stopped when the same command is given again.
 """
 
-import argparse
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from src.core.options import Positive, option, parse
+from src.core.terminal import progress, run_program
+
 SHOWN_BAD = 20
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="exit codes: 0 done; 1 something is wrong with what was given; 2 wrong options; 130 interrupted",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is converted, and how."""
+
+    input_dir: Path | None = option("folder of images, Parquet or tar files", "DIR")
+    output_dir: Path | None = option("where the dataset goes", "DIR")
+    resize_shorter: Positive | None = option(
+        "store training images with the shorter side at PX (384 suits 256 px training): re-encoded as JPEG of quality 95, "
+        "EXIF rotation applied, smaller ones enlarged. Loads faster. A validation split is still copied unchanged, so that "
+        "rFID is measured against the original files",
+        "PX",
     )
-    parser.add_argument("--input_dir", "--input-dir", type=Path, help="folder of images, Parquet or tar files")
-    parser.add_argument("--output_dir", "--output-dir", type=Path, help="where the dataset goes")
-    parser.add_argument(
-        "--resize_shorter",
-        "--resize-shorter",
-        type=int,
-        metavar="PX",
-        help="store training images with the shorter side at PX (384 suits 256 px training): re-encoded as JPEG of "
-        "quality 95, EXIF rotation applied, smaller ones enlarged. Loads faster. A validation split is still copied "
-        "unchanged, so that rFID is measured against the original files",
+    num_workers: Positive = option("processes (default: one per core)", "N", CORES)
+    max_megapixels: float = option("leave out larger images, by their header alone", "MP", 80.0)
+    overwrite: bool = option(
+        "replace an existing dataset at DATASET, once the new one is complete; a folder that is no dataset, or that shares "
+        "files with IMAGES, is never replaced",
+        default=False,
     )
-    parser.add_argument(
-        "--num_workers",
-        "--num-workers",
-        type=int,
-        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        metavar="N",
-        help="processes (default: one per core, here %(default)s)",
+    trust: bool = option(
+        "don't decode every image to find the damaged ones: training replaces and names them. For Parquet and tars of a source "
+        "that was checked; several times as fast",
+        default=False,
     )
-    parser.add_argument(
-        "--max_megapixels",
-        "--max-megapixels",
-        type=float,
-        default=80.0,
-        metavar="MP",
-        help="leave out larger images, by their header alone (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace an existing dataset at DATASET, once the new one is complete; a folder that is no dataset, or "
-        "that shares files with IMAGES, is never replaced",
-    )
-    parser.add_argument(
-        "--trust",
-        action="store_true",
-        help="don't decode every image to find the damaged ones: training replaces and names them. For Parquet and tars "
-        "of a source that was checked; several times as fast",
-    )
-    parser.add_argument("--dummy", action="store_true", help="make data/dummy_dataset_hf as well (288 pictures)")
-    return parser
+    dummy: bool = option("make data/dummy_dataset_hf as well (288 pictures)", default=False)
+
+    def __post_init__(self) -> None:
+        if (self.input_dir is None) != (self.output_dir is None):
+            raise ValueError("--input_dir and --output_dir go together (neither: make data/test_hf)")
 
 
 def main() -> int:
-    parser = build_parser()
-    args = parser.parse_args()
-    if (args.input_dir is None) != (args.output_dir is None):
-        parser.error("--input_dir and --output_dir go together (neither: make data/test_hf)")
-    if args.resize_shorter is not None and args.resize_shorter < 1:
-        parser.error("--resize_shorter: expected a positive number of px")
-    if args.num_workers < 1:
-        parser.error("--num_workers: expected at least 1")
-    from src.core.errors import UserError
-
-    try:
-        return make_own(args.dummy, args.overwrite) if args.input_dir is None else convert(args)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
-        return 130
+    options = parse(Options, __doc__, None)
+    return run_program(lambda: convert(options) if options.input_dir else make_own(options.dummy, options.overwrite))
 
 
 def make_own(with_dummy: bool, overwrite: bool) -> int:
@@ -110,17 +80,20 @@ def make_own(with_dummy: bool, overwrite: bool) -> int:
     return 0
 
 
-def convert(args: argparse.Namespace) -> int:
-    from src.core.terminal import progress
+def convert(options: Options) -> int:
+    """Convert, and print what became of the files."""
     from src.data.convert import REPORT
     from src.data.convert import convert as run
     from src.data.convert_scan import scan
     from src.data.convert_shard import Settings
 
-    tree, output = scan(args.input_dir.expanduser().resolve()), args.output_dir.expanduser().resolve()
-    settings = Settings(args.resize_shorter, args.max_megapixels, args.trust)
+    assert options.input_dir is not None and options.output_dir is not None
+    tree, output = scan(options.input_dir.expanduser().resolve()), options.output_dir.expanduser().resolve()
+    settings = Settings(options.resize_shorter, options.max_megapixels, options.trust)
     with progress("files converted") as update:
-        report = run(tree, output, settings, args.num_workers, args.overwrite, lambda done: update(done, tree.count))
+        report = run(
+            tree, output, settings, options.num_workers, options.overwrite, lambda done: update(done, tree.count)
+        )
     counts = ", ".join(f"{count} images ({split})" for split, count in report.images.items())
     print(f"{output}: {counts}, {report.classes} classes, {report.seconds} s")
     if report.shards_reused:

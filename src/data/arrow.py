@@ -50,12 +50,7 @@ class ArrowSource(PackedSource):
         label = _label_column(folder, schema, columns.label)
         rows = [_whole(path, functools.partial(index_rows, path, image, label)) for path in paths]
         self._paths = [part.paths for part in rows]
-        index = PackedIndex(
-            np.cumsum([0, *(len(part.offsets) for part in rows)], dtype=np.int64),
-            np.concatenate([part.offsets for part in rows]),
-            np.concatenate([part.sizes for part in rows]),
-            np.concatenate([part.labels for part in rows if part.labels is not None]) if label is not None else None,
-        )
+        index = PackedIndex.of_files(rows)
         if not index.starts[-1]:
             raise UserError(f"{folder} (data.data_dir) is a dataset of 0 images.")
         feature = features.get(label) if label is not None else None

@@ -144,7 +144,7 @@ class ParquetRows:
         columns = [self.image, *([self.label] if self.label else [])]
         for group in self.groups:
             row = 0
-            for batch in parquet.batches(self.root / group.file, [group.number], columns, 100):
+            for batch in self._batches(group, columns):
                 images, labels = batch.column(0), batch.column(1).to_pylist() if self.label else [None] * len(batch)
                 data, paths = (images, None) if images.type.num_fields == 0 else (images.field("bytes"), None)
                 if images.type.num_fields and images.type.get_field_index("path") >= 0:
@@ -154,6 +154,12 @@ class ParquetRows:
                     name = name or f"{group.file}, row {row} of group {group.number}"
                     yield Entry(printable(name), partial(_bytes, data, i), labels[i])
                     row += 1
+
+    def _batches(self, group: RowGroup, columns: list[str]) -> Iterator[Any]:
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(self.root / group.file, memory_map=False) as file:
+            yield from file.iter_batches(100, [group.number], columns, use_threads=False)
 
     def parts(self, rows: int) -> Sequence["ParquetRows"]:
         found: list[list[RowGroup]] = [[]]
@@ -193,10 +199,12 @@ def _parquet(root: Path, groups: dict[str, list[str]]) -> Tree:
     whole = "label" in schema.names and str(schema.field("label").type).lstrip("u").startswith("int")
     splits = {}
     for split, files in groups.items():
+        found: list[RowGroup] = []
         for file in files:
-            if missing := {image, *(["label"] if whole else [])} - set(parquet.read_schema(root / file).names):
+            facts = parquet.read_metadata(root / file)
+            if missing := {image, *(["label"] if whole else [])} - set(facts.schema.to_arrow_schema().names):
                 raise UserError(f"--input_dir {root}: {file} has no column {missing.pop()!r}, {first.name} has.")
-        found = [RowGroup(f, i, n) for f in files for i, n in enumerate(parquet.row_groups(root / f))]
+            found += [RowGroup(file, i, facts.row_group(i).num_rows) for i in range(facts.num_row_groups)]
         splits[split] = ParquetRows(root, tuple(found), image, "label" if whole else None)
     has_splits = len(splits) > 1 or "train" not in splits
     return Tree(root, splits, has_splits, (names or ()) if whole else None)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,6 +47,14 @@ class PackedIndex:
     offsets: np.ndarray
     sizes: np.ndarray
     labels: np.ndarray | None = None
+
+    @classmethod
+    def of_files(cls, parts: Sequence[Any]) -> "PackedIndex":
+        """Join the rows of files: what has offsets, sizes and labels as above, each of its file alone."""
+        starts = np.cumsum([0, *(len(part.offsets) for part in parts)], dtype=np.int64)
+        labelled = all(part.labels is not None for part in parts)
+        columns = ("offsets", "sizes", "labels") if labelled else ("offsets", "sizes")
+        return cls(starts, *(np.concatenate([getattr(part, column) for part in parts]) for column in columns))
 
 
 class PackedSource:

@@ -108,19 +108,13 @@ def read_tar(path: Path, label: str | None) -> TarRows:
 
 def join(parts: Sequence[TarRows]) -> tuple[PackedIndex, dict[str, Any]]:
     """Make one index, and the header that is kept with it, of the rows of several tars."""
-    labels = np.concatenate([part.labels for part in parts]).astype(np.int32)
+    index = PackedIndex.of_files(parts)
     header = {
         "without_image": sum(part.without_image for part in parts),
         "examples": [name for part in parts for name in part.examples][:3],
-        "odd_labels": int(np.count_nonzero(labels == ODD_LABEL)),
-        "largest_label": int(labels.max(initial=-1)),
+        "odd_labels": int(np.count_nonzero(index.labels == ODD_LABEL)),
+        "largest_label": int(np.max(index.labels, initial=-1)),
     }
-    index = PackedIndex(
-        np.cumsum([0, *(len(part.offsets) for part in parts)], dtype=np.int64),
-        np.concatenate([part.offsets for part in parts]),
-        np.concatenate([part.sizes for part in parts]),
-        labels,
-    )
     return index, header
 
 
