@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -26,7 +26,7 @@ from typing import Any
 from src.core.errors import UserError
 from src.core.files import check_folder
 from src.data.arrow_writer import shard_name, write_json, write_metadata
-from src.data.convert_scan import Tree
+from src.data.convert_scan import Rows, Tree
 from src.data.convert_shard import Job, Settings, convert_shard
 from src.data.places import MARKS
 from src.data.sources import printable
@@ -146,7 +146,7 @@ def _jobs(partial: Path, tree: Tree, settings: Settings) -> list[Job]:
     for split, rows in tree.splits.items():
         folder = partial / split if tree.has_splits else partial
         folder.mkdir(exist_ok=True)
-        parts = rows.parts(min(SHARD_IMAGES[1], max(SHARD_IMAGES[0], -(-len(rows) // 16))))
+        parts: Sequence[Rows] = rows.parts(min(SHARD_IMAGES[1], max(SHARD_IMAGES[0], -(-len(rows) // 16))))
         own = settings if split == "train" else replace(settings, resize_shorter_px=None)
         for i, part in enumerate(parts):
             name = shard_name(i, len(parts))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from src.core.errors import UserError
 from src.data import parquet, patterns
@@ -28,36 +28,12 @@ class Entry(NamedTuple):
     label: int | None
 
 
-class Part(Protocol):
-    """Rows that become one shard, to be read in another process."""
-
-    def __len__(self) -> int: ...
-
-    def entries(self) -> Iterator[Entry]: ...
-
-
-class SplitRows(Part, Protocol):
-    """The rows of one split."""
-
-    def parts(self, rows: int) -> Sequence[Part]:
-        """Cut into parts of about `rows` rows."""
-        ...
-
-    def identity(self) -> Iterator[str]:
-        """Yield lines that change with the rows, so that nothing half-finished is gone on with for other ones."""
-        ...
-
-    def places(self) -> set[str]:
-        """Return the folders, relative to the root, that hold the rows."""
-        ...
-
-
 @dataclass(frozen=True)
 class Tree:
     """What is to be converted."""
 
     root: Path
-    splits: dict[str, SplitRows]
+    splits: "dict[str, Rows]"
     has_splits: bool
     """False: one split, then called `train`."""
     class_names: Sequence[str] | None
@@ -90,7 +66,7 @@ def scan(root: Path) -> Tree:
         raise UserError(f"--input_dir {root}: expected a folder of images, tar files or Parquet files.")
     tars = {split: TarSource(place.root, group) for split, group in place.splits.items()}
     labelled = all(tar.num_classes is not None for tar in tars.values())
-    splits: dict[str, SplitRows] = {split: SourceRows(tar, 0, len(tar)) for split, tar in tars.items()}
+    splits: dict[str, Rows] = {split: SourceRows(tar, 0, len(tar)) for split, tar in tars.items()}
     return Tree(place.root, splits, len(splits) > 1 or "train" not in splits, () if labelled else None)
 
 
@@ -178,6 +154,11 @@ class ParquetRows:
         return {os.path.dirname(group.file) for group in self.groups}
 
 
+Rows = SourceRows | ParquetRows
+"""Rows of a split, or the part of them that becomes one shard, to be read in another process. `identity` yields lines that
+change with the rows, so that nothing half-finished is gone on with for other ones; `places` are their folders."""
+
+
 def _bytes(column: Any, row: int) -> bytes:
     value = column[row].as_py()
     if value is None:
@@ -219,7 +200,7 @@ def _tree(root: Path) -> Tree:
     places = by_split if has_splits else {"train": ""}
     class_names = sorted({name for place in places.values() for name in folders(root / place)})
     outside = [(n, "a folder beside the splits") for n in names if n not in places.values()] if has_splits else []
-    splits: dict[str, SplitRows] = {}
+    splits: dict[str, Rows] = {}
     for split, place in places.items():
         files, labels = class_files(root, class_names, place=place)
         loose = [os.path.join(place, name) for name in loose_files(root / place)]

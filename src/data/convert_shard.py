@@ -11,7 +11,7 @@ from PIL import Image
 
 from src.data import crops
 from src.data.arrow_writer import UNKNOWN_LABEL, Row, write_json, write_shard
-from src.data.convert_scan import Part
+from src.data.convert_scan import Rows
 from src.data.decode import BadImage, Decoder, jpeg_orientation
 
 JPEG_QUALITY = 95
@@ -38,7 +38,7 @@ class Settings:
 class Job:
     """One shard."""
 
-    part: Part
+    part: Rows
     target: str
     journal: str
     settings: Settings

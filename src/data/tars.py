@@ -109,6 +109,7 @@ def read_tar(path: Path, label: str | None) -> TarRows:
 def join(parts: Sequence[TarRows]) -> tuple[PackedIndex, dict[str, Any]]:
     """Make one index, and the header that is kept with it, of the rows of several tars."""
     index = PackedIndex.of_files(parts)
+    assert index.labels is not None
     header = {
         "without_image": sum(part.without_image for part in parts),
         "examples": [name for part in parts for name in part.examples][:3],

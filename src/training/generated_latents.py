@@ -71,13 +71,15 @@ class GeneratedLatents(nn.Module):
         epoch, positions = int(batch["epoch"]), batch["position"].tolist()
         noise = streams.normals(self.seed, Purpose.GENERATED_NOISE, epoch, positions, rae.latent_shape, latents.device)
         with record_function("generate"):
-            start = interpolate(rae.normalize(latents.float()), noise, latents.new_full((len(noise),), self.t0).float())
+            start = interpolate(
+                rae.normalize(latents.float()), noise, latents.new_full((len(noise),), self.t0, dtype=torch.float32)
+            )
             end = self._sampler.integrate(start, self._labels(batch, latents.device), self._grid)
         return rae.denormalize(end)
 
     def _labels(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
-        null = self.network.null_label
+        null: Any = self.network.null_label
         if "label" not in batch:
-            return torch.full((len(batch["position"]),), int(null), device=device)
+            return torch.full((len(batch["position"]),), null, dtype=torch.int64, device=device)
         labels = torch.as_tensor(batch["label"], device=device)
         return labels if null is None else torch.where(labels == NO_CLASS, int(null), labels)
