@@ -1,5 +1,6 @@
 """Train the decoder of a representation autoencoder (RAE, stage 1)."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -7,33 +8,44 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root instead of src/
 
 import hydra
+from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError
 
 from src.core.command_line import problem
+
+RAISE = "HYDRA_FULL_ERROR"
+"""While Hydra reads the configuration, it is to raise its errors instead of printing some of them with tracebacks."""
+wanted = os.environ.get(RAISE)
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
 def main(config: DictConfig) -> float | None:
     from src.training.run import run  # heavy imports only now, so that --help and --cfg answer at once
 
+    if wanted is None:
+        os.environ.pop(RAISE, None)
     return run(config)
 
 
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE") and {"--help", "-h", "--cfg", "-c", "--info"} & set(sys.argv):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… --help | head` ends quietly
-    if said := problem(sys.argv[1:]):
-        sys.exit(said)
+    os.environ.setdefault(RAISE, "1")
     try:
+        if said := problem(sys.argv[1:]):
+            sys.exit(said)
         main()
         ended = 0
     except SystemExit as error:
         ended = error.code
-        if ended == 1 and "src.training.run" not in sys.modules:  # Hydra's own error
-            from src.core.compose import quoting_hint
+    except (CompactHydraException, OmegaConfBaseException, MarkedYAMLError, UnicodeDecodeError) as error:
+        if wanted or "src.training.run" in sys.modules:
+            raise
+        from src.core.compose import explained
 
-            if hint := quoting_hint(sys.argv[1:]):
-                print(hint, file=sys.stderr)
+        ended = explained(error, sys.argv[1:])
     except KeyboardInterrupt:  # before the run listens for it
         print("interrupted before the run began", file=sys.stderr)
         sys.exit(130)

@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: a test never asks a hub
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,6 +42,24 @@ def make_rae(encoder_cls: str = "Dinov2withNorm", image_size: int = 64, **change
 @pytest.fixture
 def rae() -> RAE:
     return make_rae()
+
+
+@pytest.fixture(scope="session")
+def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of stage 1: latents of 64 x 4 x 4 at 64 px, with statistics of the dummy's like."""
+    from src.formats.folder import write_folder
+    from src.formats.official import write_own_statistics
+    from tests.tiny_models import loaded, tiny_rae
+
+    folder = tmp_path_factory.mktemp("autoencoder")
+    rae = tiny_rae(folder)
+    latents = rae.encode_raw(torch.rand(64, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    rae.set_statistics(latents.mean(0), latents.var(0))
+    out = folder / "export"
+    out.mkdir()
+    write_folder(loaded(rae), out)
+    write_own_statistics(rae, out, rae.encoder.identity())
+    return out
 
 
 @pytest.fixture(autouse=True)

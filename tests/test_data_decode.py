@@ -163,6 +163,40 @@ def test_truncated_is_an_error_at_any_place() -> None:
             DECODER.decode(one)
 
 
+def flawed(data: bytes, flaw: str) -> bytes:
+    scan = data.index(b"\xff\xda")
+    at = scan + 2 + int.from_bytes(data[scan + 2 : scan + 4], "big")  # of the pixels
+    adobe = b"\xff\xee\0\x0eAdobe\0d\0\0\0\0\x07"
+    return {
+        "a wrong last coefficient in the scan header": lambda: data[: at - 2] + b"\x11" + data[at - 1 :],
+        "a wrong first coefficient in the scan header": lambda: data[: at - 3] + b"\x05" + data[at - 2 :],
+        "a revision of JFIF that nobody knows": lambda: data[:11] + b"\x09" + data[12:],
+        "a colour code of Adobe that nobody knows": lambda: data[:2] + adobe + data[20:],
+        "no end marker": lambda: data[:-2],
+    }[flaw]()
+
+
+FLAWS = [
+    "a wrong last coefficient in the scan header", "a wrong first coefficient in the scan header", "a revision of JFIF that nobody knows",
+    "a colour code of Adobe that nobody knows", "no end marker",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_flaws_that_lose_nothing_are_no_damage_and_hide_none(flaw: str) -> None:
+    data = encoded(photo(), "JPEG")
+    np.testing.assert_array_equal(DECODER.decode(flawed(data, flaw)).pixels, by_pillow(data))
+    half = flawed(data, flaw)[: 2 * len(data) // 3]
+    for lost in (half, half + b"\xff\xd9"):  # fewer pixels beside the flaw
+        with pytest.raises(BadImage):
+            DECODER.decode(lost)
+
+
+def test_a_progressive_file_without_its_end_may_lack_a_scan() -> None:
+    with pytest.raises(BadImage):
+        DECODER.decode(encoded(photo(), "JPEG", progressive=True)[:-2])
+
+
 def test_stray_bytes_lose_nothing() -> None:
     data = encoded(photo(), "JPEG")
     for padded in (data + b"\0\0tail", data[:-2] + b"\x00\x12\x34" + data[-2:]):

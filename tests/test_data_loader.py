@@ -369,7 +369,7 @@ def test_every_data_config_is_complete() -> None:
     for path in BASE.parent.glob("*.yaml"):
         assert set(OmegaConf.load(path)) <= keys, path
     RAEDataModule(**arguments(pin_memory="auto", prefetch_factor=4))  # of a run before these keys were removed
-    with pytest.raises(TypeError, match="misspelt"):
+    with pytest.raises(UserError, match=r"unknown key data\.misspelt"):
         RAEDataModule(**arguments(misspelt=1))
 
 

@@ -106,7 +106,7 @@ def test_fast_dev_run_leaves_neither_checkpoints_nor_figures(tmp_path):
 def test_a_profile_stands_in_the_runs_folder(tmp_path):
     train(tmp_path, "debug=profiler", *LIGHT[1:])
     assert "run_training_batch" in (tmp_path / "fit-profile.txt").read_text()
-    with pytest.raises(UserError, match="trainer.profiler=fast: expected simple"):
+    with pytest.raises(UserError, match="trainer.profiler='fast': expected simple"):
         train(tmp_path, *LIGHT, "trainer.profiler=fast")
 
 

@@ -10,7 +10,7 @@ from src.core.errors import UserError
 from src.core.weights import read
 from tests.test_eval_generation import as_folder, as_npz, pictures
 from tests.test_rfid_callback import logged
-from tests.test_stage2 import SMALL, autoencoder, last  # noqa: F401  (the fixture)
+from tests.test_stage2 import SMALL, last
 from tests.tiny_models import two_processes
 from tests.training import same, train
 
@@ -57,7 +57,7 @@ def offline(checkpoint, reference, folder):
     return json.loads((folder / "s.json").read_text())["results"][0]
 
 
-def test_online_and_offline_numbers_are_equal_and_training_is_not_disturbed(autoencoder, reference, tmp_path):  # noqa: F811
+def test_online_and_offline_numbers_are_equal_and_training_is_not_disturbed(autoencoder, reference, tmp_path):
     base = [*SMALL, f"model.autoencoder={autoencoder}"]
     train(tmp_path / "with", *base, *gfid(reference, every_n_steps=4, every_n_epochs=2), small=False)
     train(tmp_path / "without", *base, small=False)
@@ -74,7 +74,7 @@ def test_online_and_offline_numbers_are_equal_and_training_is_not_disturbed(auto
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_score_of_one(autoencoder, reference, tmp_path):  # noqa: F811
+def test_two_processes_give_the_score_of_one(autoencoder, reference, tmp_path):
     words = [*SMALL, f"model.autoencoder={autoencoder}", "data.batch_size=4", *gfid(reference, every_n_epochs=2)]
     two_processes("src/train.py", *words, f"paths.run_dir={tmp_path}/run", f"paths.log_dir={tmp_path}")
     found = offline(last(tmp_path / "run"), reference, tmp_path)
@@ -87,20 +87,20 @@ def test_two_processes_give_the_score_of_one(autoencoder, reference, tmp_path): 
     ("options", "message"),
     [
         ({"reference": "null"}, "callbacks.gfid.reference=None: expected an npz"),
-        ({"num_images": 1}, "callbacks.gfid.num_images=1: expected a whole number of at least 2"),
+        ({"num_images": 1}, "callbacks.gfid.num_images=1: expected at least 2"),
         ({"sampler.cfg": 0.5}, "callbacks.gfid.sampler.cfg"),
         ({"labels": "7"}, "classes 0 to 2"),
         ({"features": "[dinov2]"}, "expected inception among them"),
-        ({"inception_weights": "pretrained", "inception_path": "nowhere.pth"}, "nowhere.pth.*gfid.every_n_steps=0"),
+        ({"inception_weights": "pretrained", "inception_path": "nowhere.pth"}, "nowhere.pth"),
     ],
 )
-def test_what_is_refused_before_training(autoencoder, reference, tmp_path, options, message):  # noqa: F811
+def test_what_is_refused_before_training(autoencoder, reference, tmp_path, options, message):
     values = [*SMALL, f"model.autoencoder={autoencoder}", *gfid(reference, **options)]
     with pytest.raises(UserError, match=f"(?s){message}"):
         train(tmp_path / "run", *values, small=False)
 
 
-def test_a_reference_that_does_not_fit_is_told_before_training(autoencoder, tmp_path):  # noqa: F811
+def test_a_reference_that_does_not_fit_is_told_before_training(autoencoder, tmp_path):
     small = as_npz(tmp_path / "small.npz", np.ascontiguousarray(pictures(5, 1, 48)))
     one = as_folder(tmp_path / "one", pictures(1, 1))
     for place, message in ((small, "48 x 48 px, this evaluation has 64 x 64 px"), (one, "has 1 image: 2 or more")):

@@ -380,7 +380,7 @@ def test_bad_statistics_are_refused(tmp_path, name, change, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "no readable JSON"), ("[1]", "holds a JSON list"), ("{}", "`decoder` is missing"), ('{"model": 3, "decoder": {}, "encoder": {}}', "`model` is 3"), ("[" * 10**5, "no readable JSON")],
+    [("", "no readable JSON"), ("[1]", "holds a JSON list"), ("{}", "decoder is missing"), ('{"model": 3, "decoder": {}, "encoder": {}}', "model=3: expected a node of keys"), ("[" * 10**5, "no readable JSON")],
     ids=["empty", "list", "no keys", "wrong type", "deep"],
 )  # fmt: skip
 def test_damaged_json_is_one_message(tmp_path, text, message):

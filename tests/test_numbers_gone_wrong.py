@@ -67,6 +67,11 @@ def test_as_many_steps_as_allowed_are_skipped_and_counted(monkeypatch, tmp_path)
     assert run.trainer.global_step == 6 and run.module.nonfinite.skipped == 2
     assert last(tmp_path)["skipped_steps"] == 2
     assert "train/skipped_steps" in (tmp_path / "metrics.csv").read_text()
+    checkpoint = tmp_path / "checkpoints/last.ckpt"
+    again = train(
+        tmp_path / "again", *QUIET, "trainer.max_skipped_steps=2", "trainer.max_epochs=3", checkpoint=checkpoint
+    )
+    assert again.module.nonfinite.skipped == 2  # those before the resume count
     poison(monkeypatch, "l1", at=[0, 1, 2])
     with pytest.raises(NonFiniteError, match="3 such"):
         train(tmp_path / "more", *QUIET, "trainer.max_skipped_steps=2")

@@ -109,7 +109,7 @@ def test_shards_have_their_size_and_any_batch_reads_them(tmp_path):
         writer.write(part, torch.arange(start, start + len(part)), torch.full((len(part),), -1))
     shards = writer.close()
     assert [shard["count"] for shard in shards] == [4, 4, 3]
-    write_index(tmp_path, shards, {"scale": "raw", "shape": [2, 3, 3]})
+    write_index(tmp_path, shards, {"scale": "raw", "shape": [2, 3, 3], "encoder": {}, "statistics": None})
     for batch, world in ((1, 1), (3, 1), (5, 2), (100, 3)):
         parts = [entry for rank in range(world) for entry in LatentStore.open(tmp_path).batches(batch, rank, world)]
         places, rows, latents = (torch.cat([part[i] for part in parts]) for i in range(3))
@@ -166,7 +166,7 @@ def test_bad_input(tmp_path, capsys):
     for words, text in (
         (f"--input {tmp_path}/empty --output {tmp_path}/out", "No images"),
         (f"--input {folder} --latents normalized --output {tmp_path}/out", "no latent statistics"),
-        (f"--from_latents {folder} --output {tmp_path}/out", "no index.json"),
+        (f"--from_latents {folder} --output {tmp_path}/out", "index.json"),
         (f"--input {folder} --split test --output {tmp_path}/out", "test"),
         (f"--input {folder} --output {tmp_path}/mine", "--overwrite"),
         (f"--input {folder} --output {tmp_path}/mine --overwrite", "--overwrite"),

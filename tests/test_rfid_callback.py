@@ -177,7 +177,7 @@ ARGUMENTS = {
      ("save_samples_count", -2), ("quantization", "floor"), ("inception_weights", "random"), ("rfid_num_samples", 2.5)],
 )  # fmt: skip
 def test_values_that_make_no_sense(key, value):
-    with pytest.raises(UserError, match=rf"callbacks\.rfid\.{key}={value}: expected"):
+    with pytest.raises(UserError, match=rf"callbacks\.rfid\.{key}={value!r}: expected"):
         RFIDCallback(**(ARGUMENTS | {key: value}))
 
 

@@ -52,7 +52,7 @@ def test_every_problem_is_named_at_once(node):
         "unknown key model.foo. Known keys: accumulate_grad_batches, ",
     ]  # fmt: skip
     lines = str(caught.value).splitlines()
-    assert lines[0] == f"{len(said)} problems in the configuration:"
+    assert lines[0] == f"{len(said)} problems:"
     for words in said:
         assert sum(line.startswith(f"  {words}") for line in lines) == 1, f"{words}\n{caught.value}"
 

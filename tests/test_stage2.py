@@ -51,20 +51,6 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def autoencoder(tmp_path_factory):
-    """An export of stage 1: latents of 64 x 4 x 4 at 64 px, with statistics of the dummy's like."""
-    folder = tmp_path_factory.mktemp("autoencoder")
-    rae = tiny_rae(folder)
-    latents = rae.encode_raw(torch.rand(64, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
-    rae.set_statistics(latents.mean(0), latents.var(0))
-    out = folder / "export"
-    out.mkdir()
-    write_folder(loaded(rae), out)
-    write_own_statistics(rae, out, rae.encoder.identity())
-    return out
-
-
-@pytest.fixture(scope="module")
 def whole(autoencoder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     return folder, train(folder, *SMALL, f"model.autoencoder={autoencoder}", small=False)
@@ -212,7 +198,7 @@ def test_every_experiment_has_the_published_size(name, shape, millions, gflop):
         config = compose("train", overrides=[f"experiment={name}"])
     model = OmegaConf.to_container(config.model, resolve=True)
     assert find_preset(model["autoencoder"]["encoder"]).latent_shape(config.data.image_size) == shape
-    DiffusionModule.check_config({key: value for key, value in model.items() if key != "_target_"})
+    DiffusionModule.check_arguments({key: value for key, value in model.items() if key != "_target_"})
     with torch.device("meta"):
         network = build_network(model["network"], shape, model["num_classes"], model["label_dropout"], 0)
     assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)

@@ -14,6 +14,7 @@ from src.core.errors import UserError
 from src.core.text import hydra_quoted, masked
 from src.core.weights import PROJECT_ROOT
 from src.training import logs
+from src.training.run import _message as message_of
 from src.training.run import check_config, run
 from tests.training import SMALL, composed, train
 
@@ -53,13 +54,12 @@ QUIET = ["~callbacks.rfid", "logger=csv"]
         (["model.perceptual_weight=high"], ["perceptual_weight='high'", "a number"]),
         (["model.loss_chunk_size=0"], ["loss_chunk_size=0", "at least 1"]),
         (["model.train_positions=1"], ["train_positions=1", "true or false"]),
-        (["data.image_size=64px"], ["data.image_size=64px", "whole number"]),
-        (["data.num_workers=a"], ["data.num_workers=a", "whole number"]),
+        (["data.image_size=64px"], ["data.image_size='64px'", "whole number"]),
+        (["data.num_workers=a"], ["data.num_workers='a'", "whole number"]),
         (["trainer.float32_matmul_precision=low"], ["low", "highest", "high"]),
         (["trainer.accumulate_grad_batches=4"], ["3 micro-batch(es)", "an update takes 4", "nothing would be trained"]),
         (["model.encoder_config_path=/data/nowhere/dinov2"], ["no folder /data/nowhere/dinov2", "save_pretrained"]),
         (["model.encoder_config_path=a:b", "model.encoder_params.dinov2_path=configs/encoder/dinov2_tiny"], ["model.encoder_config_path=a:b"]),
-        (["data.data_dir=data/nowhere", "model.encoder_config_path=/data/nowhere/dinov2"], ["data/nowhere", "create_hf_test_data.py"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) and "=" in value[0] else "",
 )  # fmt: skip
@@ -206,6 +206,25 @@ def test_a_secret_is_in_no_file_of_a_run(tmp_path, monkeypatch):
 def test_the_number_of_pictures(count):
     with pytest.raises(UserError, match="callbacks.samples.count"):
         SampleImages(count)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("Too many open files. Communication with the workers is no longer possible."), "ulimit -n 4096"),
+        (OSError(24, "Too many open files"), "ulimit -n 4096"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 TB"),
+            "Not enough memory",
+        ),
+        (MemoryError(), "Not enough memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), "data.batch_size"),
+        (RuntimeError("a defect of ours"), None),
+    ],
+)
+def test_limits_of_the_machine_end_in_a_message(error, said):
+    found = message_of(error)
+    assert said in found if said else found is None
 
 
 def test_no_pictures(tmp_path):

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from src.core.distributed import Launch
 from src.core.weights import PROJECT_ROOT
 from src.training.record import RunRecord
-from src.training.run import Run, build_run, fit
+from src.training.run import Run, build_run, check_config, fit
 
 # The smallest run that passes through every part: 3 updates an epoch, discriminator and GAN from the second one on.
 SMALL = [
@@ -39,6 +39,7 @@ def train(folder: Path, *overrides: str, checkpoint: Path | None = None, small: 
     """Fit in `folder`; the run's parts come back for inspection."""
     folder.mkdir(parents=True, exist_ok=True)
     config = composed([*(SMALL if small else []), *overrides, f"paths.run_dir={folder}"])
+    check_config(config)
     run = build_run(config, Launch(0, 1, "single"), checkpoint)
     fit(run, checkpoint, RunRecord(folder, config.experiment_name))
     return run

@@ -8,9 +8,10 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytorch_lightning as pl
+from pydantic import Field
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from src.callbacks.progress import training_paused
@@ -19,6 +20,7 @@ from src.core.errors import UserError
 from src.core.files import disk_message, link_or_copy, write_torch
 from src.core.nonfinite import FIRST_STEP, REMEDY, NonFiniteError, nonfinite_tensors
 from src.core.rank_requests import RankRequests
+from src.core.settings import checked
 from src.core.stopping import FAILED, STOP, signal_name
 from src.core.weights import check_finite, read
 
@@ -29,16 +31,20 @@ CHECKED = ("state_dict", "optimizer_states")
 """Parts of a checkpoint whose numbers must be finite to be saved and to be loaded."""
 
 
+@checked("callbacks.checkpoint")
 class RunCheckpoint(pl.callbacks.Checkpoint):
     """Saves RUN/checkpoints/last.ckpt by steps, minutes and epochs, when asked to stop and at an exception."""
 
-    def __init__(self, every_n_steps: int, every_n_minutes: float, every_n_epochs: int, keep_epochs: int) -> None:
+    def __init__(
+        self,
+        every_n_steps: Annotated[int, Field(ge=0)],
+        every_n_minutes: Annotated[float, Field(ge=0)],
+        every_n_epochs: Annotated[int, Field(ge=0)],
+        keep_epochs: Annotated[int, Field(ge=-1)],
+    ) -> None:
         """0 switches a rule off; `keep_epochs` newest epoch_XXX.ckpt stay, -1 keeps all. Raises UserError."""
         self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
         self.every_n_epochs, self.keep_epochs = every_n_epochs, keep_epochs
-        for key in ("every_n_steps", "every_n_minutes", "every_n_epochs"):
-            if getattr(self, key) < 0:
-                raise UserError(f"callbacks.checkpoint.{key}={getattr(self, key)}: expected 0 (off) or more.")
         self.monitor: str | None = None
         """Logged name that best.ckpt follows, lower is better; None: it is the last one."""
         self.best: float | None = None

@@ -4,16 +4,18 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Annotated, Any
 
 import pytorch_lightning as pl
 import torch
+from pydantic import Field
 
 from src.callbacks.progress import training_paused
 from src.callbacks.rfid_callback import due, evaluation_mode
 from src.core.distributed import Process
 from src.core.errors import UserError
 from src.core.options import LoadingOptions
+from src.core.settings import checked
 from src.core.weights import resolve
 from src.evaluation.generate import SamplerSettings
 from src.evaluation.generation import Reference, all_scores, load_references
@@ -32,6 +34,7 @@ REMEDY = (
 )
 
 
+@checked("callbacks.gfid")
 @dataclass(eq=False)
 class GFIDCallback(pl.Callback):
     """Samples from the EMA transformer and scores the images; every process takes its share of the blocks. Arguments:
@@ -42,13 +45,13 @@ class GFIDCallback(pl.Callback):
     Training loses nothing but time. In float32, whatever the run's precision.
     """
 
-    every_n_steps: int
-    every_n_epochs: int
-    num_images: int
-    batch_size: int
-    decode_batch: int
-    labels: str
-    seed: int
+    every_n_steps: Annotated[int, Field(ge=0)]
+    every_n_epochs: Annotated[int, Field(ge=0)]
+    num_images: Annotated[int, Field(ge=2)]
+    batch_size: Annotated[int, Field(ge=1)]
+    decode_batch: Annotated[int, Field(ge=1)]
+    labels: Annotated[str | int, Field(description="text or one class")]
+    seed: Annotated[int, Field(ge=0)]
     sampler: Mapping[str, Any]
     reference: str | None
     reference_split: str | None
@@ -57,22 +60,6 @@ class GFIDCallback(pl.Callback):
     inception_weights: InceptionWeights
 
     def __post_init__(self) -> None:
-        least = {
-            "every_n_steps": 0,
-            "every_n_epochs": 0,
-            "num_images": 2,
-            "batch_size": 1,
-            "decode_batch": 1,
-            "seed": 0,
-        }
-        for key, smallest in least.items():
-            value = getattr(self, key)
-            if not isinstance(value, int) or value < smallest:
-                raise UserError(f"callbacks.gfid.{key}={value}: expected a whole number of at least {smallest}.")
-        if self.inception_weights not in (known := get_args(InceptionWeights)):
-            raise UserError(
-                f"callbacks.gfid.inception_weights={self.inception_weights}: expected {' or '.join(known)}."
-            )
         if INCEPTION not in [name.partition("=")[0] for name in self.features]:
             raise UserError(
                 f"callbacks.gfid.features={list(self.features)}: expected {INCEPTION} among them, for gfid/score."

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any
 
 import pytorch_lightning as pl
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from src.callbacks.progress import training_paused
@@ -18,6 +19,7 @@ from src.core.errors import UserError
 from src.core.files import disk_message
 from src.core.images import Quantization
 from src.core.run_names import run_id
+from src.core.settings import checked
 from src.core.weights import resolve
 from src.evaluation.image_pairs import KeptPairs, save_pairs
 from src.evaluation.networks import load_features, load_inception
@@ -38,6 +40,7 @@ REMEDY = (
 )
 
 
+@checked("callbacks.rfid")
 @dataclass(eq=False)
 class RFIDCallback(pl.Callback):
     """Scores the EMA weights on held-out images; every process takes its share. Arguments: configs/callbacks/rfid.yaml.
@@ -48,35 +51,24 @@ class RFIDCallback(pl.Callback):
     nothing but time.
     """
 
-    rfid_every_n_steps: int
+    rfid_every_n_steps: Annotated[int, Field(ge=0)]
     rfid_every_epoch: bool
-    rfid_num_samples: int
-    rfid_batch_size: int
+    rfid_num_samples: Annotated[int, Field(ge=2)]
+    rfid_batch_size: Annotated[int, Field(ge=1)]
     rfid_device: str
     rfid_output_dir: str
     rfid_save_samples: bool
-    save_samples_count: int
+    save_samples_count: Annotated[int, Field(ge=0)]
     use_train_dataloader: bool
     full_at_end: bool
     quantization: Quantization
     inception_path: str | None
     inception_weights: InceptionWeights
     features: Sequence[str] = ("inception",)
-    inception_width: float | None = None
+    inception_width: Annotated[float, Field(gt=0)] | None = None
     """In the configurations of older runs: below 1 it makes untrained weights tiny."""
 
     def __post_init__(self) -> None:
-        least = {"rfid_every_n_steps": 0, "rfid_num_samples": 2, "rfid_batch_size": 1, "save_samples_count": 0}
-        for key, smallest in least.items():
-            value = getattr(self, key)
-            if not isinstance(value, int) or value < smallest:
-                raise UserError(f"callbacks.rfid.{key}={value}: expected a whole number of at least {smallest}.")
-        for key, known in {
-            "quantization": get_args(Quantization),
-            "inception_weights": get_args(InceptionWeights),
-        }.items():
-            if getattr(self, key) not in known:
-                raise UserError(f"callbacks.rfid.{key}={getattr(self, key)}: expected {' or '.join(known)}.")
         if INCEPTION not in [name.partition("=")[0] for name in self.features]:
             raise UserError(
                 f"callbacks.rfid.features={list(self.features)}: expected {INCEPTION} among them, for rfid/score."
@@ -265,7 +257,7 @@ def _parse_device(name: str) -> torch.device:
     except (RuntimeError, TypeError):
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"callbacks.rfid.rfid_device={name}: expected cuda, cuda:N or cpu.")
+        raise UserError(f"callbacks.rfid.rfid_device={name!r}: expected cuda, cuda:N or cpu.")
     return device
 
 

@@ -2,29 +2,29 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytorch_lightning as pl
 import torch
+from pydantic import Field
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from src.callbacks.progress import training_paused
-from src.core.errors import UserError
 from src.core.files import disk_message
 from src.core.images import save_png, sheet
+from src.core.settings import checked
 
 log = logging.getLogger(__name__)
 
 
+@checked("callbacks.samples")
 class SampleImages(pl.Callback):
     """Every `model.sample_every` updates and at the end, to the loggers and as RUN/samples/step_XXXXXXX.png."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: Annotated[int, Field(ge=0)]) -> None:
         """`count`: images in a picture; the first ones of the evaluation images, training images where there are none; 0: no
         pictures."""
-        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-            raise UserError(f"callbacks.samples.count={count}: expected a whole number, 0 for no pictures.")
         self.count = count
         self.last_file: Path | None = None
         self._originals: Tensor | None = None  # uint8 N 3 H W

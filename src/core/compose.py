@@ -49,3 +49,19 @@ def quoting_hint(arguments: Sequence[str]) -> str:
         except HydraException:
             typed.append(f"{key}={hydra_quoted(value)}")
     return f"Hydra reads some characters itself. Quoted for it and for the shell: {' '.join(typed)}" if typed else ""
+
+
+def explained(error: Exception, arguments: Sequence[str]) -> str:
+    """Return the message for an error that Hydra met while it put the configuration together."""
+    from yaml import MarkedYAMLError
+
+    if not isinstance(error, MarkedYAMLError | UnicodeDecodeError):
+        cause = str(error.__cause__ or "")
+        return "\n".join(text for text in (str(error), cause, quoting_hint(arguments)) if text)
+    place, trace = "", error.__traceback__
+    while trace is not None:  # the reader of Hydra knows the file, the decoder of text does not say it
+        place, trace = trace.tb_frame.f_locals.get("full_path", place), trace.tb_next
+    where, reason = f", {place}" if place else "", " ".join(str(error).split())
+    return (
+        f"The configuration can't be read{where}: {reason}. Expected YAML in UTF-8, indented by blanks, each key once."
+    )

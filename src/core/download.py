@@ -5,7 +5,6 @@ HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and proxies (HTTPS_PROXY, HTTP_PR
 
 import errno
 import io
-import json
 import os
 import re
 import shutil
@@ -29,6 +28,7 @@ from huggingface_hub.utils import build_hf_headers
 
 from src.core.errors import UserError
 from src.core.files import file_digest, put_in_place, replacing, write_text
+from src.core.json_files import read_json
 from src.core.requirements import HUB, HUB_ID, Asset
 
 try:
@@ -245,7 +245,7 @@ def _snapshot(repo_id: str, endpoint: str) -> str:
 
 def _encoder_files(folder: Path) -> list[Path]:
     """Return the files of an encoder; none unless config and weights are whole (links into the cache may dangle)."""
-    indexes = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.index.json")]
+    indexes = [read_json(path, weight_map=dict[str, str]) for path in folder.glob("*.index.json")]
     weights = {shard for index in indexes for shard in index["weight_map"].values()}
     weights |= {path.name for pattern in ("*.safetensors", "pytorch_model*.bin") for path in folder.glob(pattern)}
     whole = weights and all((folder / name).is_file() for name in ("config.json", *weights))

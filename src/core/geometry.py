@@ -5,8 +5,14 @@ deliver that very grid, so it looks at the image at `grid * encoder_patch` px.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 from src.core.errors import UserError
+
+Pixels = Annotated[int, Field(ge=1, le=16384)]
+"""A side of an image; larger ones are slips of the keyboard, which would fill the memory."""
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, Field, create_model
+
 from src.core.errors import UserError
+from src.core.settings import Settings
 
 
-def read_json(path: str | Path, remedy: str = "", /, **required: type | tuple[type, ...]) -> dict[str, Any]:
+class Document(Settings):
+    """A JSON object of which some keys are known."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=True)
+
+
+def read_json(path: str | Path, remedy: str = "", /, **schema: Any) -> dict[str, Any]:
     """Return the object that a JSON file holds.
 
     Args:
         remedy: what to do about a bad file; ends the message.
-        required: keys that must be there, each with the type of its value.
+        schema: annotations of keys: `weight_map=dict[str, str]`, or (annotation, None) of one that may be missing.
 
     Raises:
         UserError: no such file, unreadable, no JSON object, or missing keys and values of other types (all at once).
@@ -25,23 +34,17 @@ def read_json(path: str | Path, remedy: str = "", /, **required: type | tuple[ty
         raise UserError(f"{path} is no readable JSON: {error}. {remedy}".rstrip()) from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a JSON {type(content).__name__}; expected an object. {remedy}".rstrip())
-    wrong = [
-        f"`{key}` is {'missing' if key not in content else f'{content[key]!r:.60}'} (expected {_name(kind)})"
-        for key, kind in required.items()
-        if not isinstance(content.get(key), kind) or (isinstance(content[key], bool) and kind is int)
-    ]
-    if wrong:
-        raise UserError(f"{path}: {'; '.join(wrong)}. {remedy}".rstrip())
+    check_json(content, path, remedy, **schema)
     return content
 
 
-def _name(kind: type | tuple[type, ...]) -> str:
-    words = {
-        dict: "an object",
-        list: "a list",
-        str: "text",
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-    }
-    return " or ".join(words.get(k, k.__name__) for k in (kind if isinstance(kind, tuple) else (kind,)))
+def check_json(content: dict[str, Any], path: str | Path, remedy: str = "", /, **schema: Any) -> None:
+    """Raise UserError where the content of a JSON file does not fit `schema`, as of `read_json`."""
+    fields: dict[str, Any] = {}
+    for number, (key, kind) in enumerate(schema.items()):  # pydantic's own names may not begin with _
+        annotation, default = kind if isinstance(kind, tuple) else (kind, ...)
+        fields[f"key{number}"] = (annotation, Field(default, alias=key))
+    try:
+        create_model("Document", __base__=Document, **fields).parse(content, "")
+    except UserError as error:
+        raise UserError(f"{path}: {error} {remedy}".rstrip()) from None

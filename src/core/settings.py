@@ -4,13 +4,20 @@ A settings class has one field per key. Every problem of a node is named in one 
 """
 
 import difflib
-from collections.abc import Collection, Iterable, Mapping
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import cache, wraps
 from types import NoneType
-from typing import Any, ClassVar, Self, get_args
+from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_type_hints
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from src.core.errors import UserError
+
+Class = TypeVar("Class", bound=type)
+LARGEST = 65536
+Size = Annotated[int, Field(ge=1, le=LARGEST)]
+"""A width or a count of parts of a network; larger ones are slips of the keyboard, which would fill the memory."""
 
 
 class Settings(BaseModel):
@@ -32,7 +39,9 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise _user_error([_problem(cls, found, key) for found in error.errors()]) from None
+            raise _user_error(
+                list(dict.fromkeys(_problem(cls, found, key, values) for found in error.errors()))
+            ) from None
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
@@ -64,6 +73,59 @@ def one_of(names: Collection[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
+def check_arguments(cls: type, values: Mapping[str, Any], key: str, **typed_as: str) -> None:
+    """Raise UserError, with every problem, where `cls(**values)` would be given what its constructor's annotations exclude.
+
+    Those of base classes count where a constructor passes on `**options`. `key` and `typed_as`: as in `Settings`.
+    """
+    schema = _argument_settings(cls)
+    schema.typed_as = typed_as
+    schema.parse(values, key)
+
+
+def checked(key: str, ignored: Collection[str] = (), **typed_as: str) -> Callable[[Class], Class]:
+    """Decorate a class whose arguments are the node `key`, so that its constructor begins with `check_arguments`.
+
+    ignored: keys of earlier versions, which may have any value.
+    """
+
+    def decorate(cls: Class) -> Class:
+        construct = cls.__init__  # type: ignore[misc]
+        names = list(inspect.signature(construct).parameters)[1:]
+
+        def check(values: Mapping[str, Any]) -> None:
+            check_arguments(cls, {name: v for name, v in values.items() if name not in ignored}, key, **typed_as)
+
+        @wraps(construct)
+        def constructor(self: Any, *args: Any, **options: Any) -> None:
+            check(dict(zip(names, args, strict=False)) | options)
+            construct(self, *args, **options)
+
+        cls.__init__ = constructor  # type: ignore[misc]
+        cls.check_arguments = staticmethod(check)  # type: ignore[attr-defined]
+        return cls
+
+    return decorate
+
+
+@cache
+def _argument_settings(cls: type) -> type[Settings]:
+    fields: dict[str, Any] = {}
+    for owner in cls.__mro__:  # from the derived class down
+        construct = owner.__dict__.get("__init__")
+        if construct is None:
+            continue
+        hints = get_type_hints(construct, include_extras=True)
+        parameters, derived = list(inspect.signature(construct).parameters.values())[1:], bool(fields)
+        for p in parameters:
+            filled_in = derived and p.default is p.empty  # by the constructor of the derived class
+            if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and not filled_in:
+                fields.setdefault(p.name, (hints[p.name], ... if p.default is p.empty else p.default))
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return create_model(cls.__name__, __base__=Settings, **fields)
+
+
 def check_keys(values: Iterable[str], known: Collection[str], key: str = "") -> None:
     """Raise UserError if a node of the configuration (`key`; empty: the whole) has keys other than `known`."""
     if unknown := [_unknown(f"{key}.{name}".lstrip("."), name, known) for name in values if name not in known]:
@@ -73,7 +135,7 @@ def check_keys(values: Iterable[str], known: Collection[str], key: str = "") -> 
 def _user_error(problems: list[str]) -> UserError:
     if len(problems) == 1:
         return UserError(problems[0])
-    return UserError(f"{len(problems)} problems in the configuration:\n" + "\n".join(f"  {text}" for text in problems))
+    return UserError(f"{len(problems)} problems:\n" + "\n".join(f"  {text}" for text in problems))
 
 
 def _unknown(place: str, name: str, known: Collection[str]) -> str:
@@ -82,16 +144,24 @@ def _unknown(place: str, name: str, known: Collection[str]) -> str:
     return f"unknown key {place}{hint}"
 
 
-def _problem(cls: type[Settings], error: Any, place: str) -> str:
-    """Return one of pydantic's errors in the words of a configuration."""
+def _problem(cls: type[Settings], error: Any, place: str, values: Mapping[str, Any]) -> str:
+    """Return one of pydantic's errors in the words of a configuration; of a field with a description, in the words of that."""
     owner: type[Settings] | None = cls
-    annotation: Any = None
+    annotation, value = None, values
     for part in error["loc"]:
         if owner is None or part not in owner.groups:
-            place = owner.typed_as.get(part, f"{place}.{part}") if owner else f"{place}.{part}"
+            below = f"{place}.{part}".lstrip(".")
+            place = owner.typed_as.get(part, below) if owner else below
+            try:
+                value = value[part]
+            except (LookupError, TypeError):  # missing, or a part of pydantic's own within a union
+                value = error["input"]
         if owner and error["type"] == "extra_forbidden" and part not in owner.model_fields:
             return _unknown(place, part, owner.field_names())
-        annotation = owner.model_fields[part].annotation if owner else None
+        field = owner.model_fields.get(part) if owner else None
+        if field and field.description and error["type"] != "missing":
+            return f"{place}={value!r}: expected {field.description}."
+        annotation = field.annotation if field else None
         owner = annotation if isinstance(annotation, type) and issubclass(annotation, Settings) else None
     if error["type"] == "missing":
         return f"{place} is missing."

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -60,7 +61,8 @@ def run_program(body: Callable[[], int]) -> int:
     try:
         return body()
     except UserError as error:
-        print(f"Error{f' (process {rank})' if rank else ''}: {error}", file=sys.stderr)
+        text = str(error) if "--config" in sys.argv else in_options(str(error))
+        print(f"Error{f' (process {rank})' if rank else ''}: {text}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # `PROGRAM | head`
         sys.stdout = None
@@ -70,6 +72,21 @@ def run_program(body: Callable[[], int]) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+OPTION_OF = {
+    "data.data_dir": "--data_dir", "data.image_size": "--image_size", "data.batch_size": "--batch_size", "data.exif": "--exif",
+    "data.num_workers": "--num_workers", "data.max_bad_share": "--max_bad_share", "model.encoder_params": "--encoder",
+    "model.encoder_cls": "--encoder_cls", "model.normalization_stat_path": "--stats", "model.pretrained_decoder_path": "--decoder",
+    "model.decoder_config_path": "--decoder_config", "model.decoder_patch_size": "--decoder_patch_size",
+}  # fmt: skip
+"""Keys of the configuration of a run, and the options of the other programs that say the same."""
+
+
+def in_options(text: str) -> str:
+    """Return a message in the words of a program's options: `data.data_dir=X` becomes `--data_dir X`."""
+    key = re.compile(rf"\b({'|'.join(map(re.escape, OPTION_OF))})(?![\w.]*\w=)\b(=(?=\S))?")
+    return key.sub(lambda found: OPTION_OF[found[1]] + " " * bool(found[2]), text)
 
 
 def _log_to_stderr(main: bool) -> None:

@@ -54,7 +54,9 @@ class ArrowSource(PackedSource):
         if not index.starts[-1]:
             raise UserError(f"{folder} (data.data_dir) is a dataset of 0 images.")
         feature = features.get(label) if label is not None else None
-        super().__init__(paths, index, feature.get("names") if isinstance(feature, dict) else None)
+        names = feature.get("names") if isinstance(feature, dict) else None
+        named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        super().__init__(paths, index, names if named else None)
 
     def name(self, index: int) -> str:
         path = self._path(index)
@@ -97,11 +99,11 @@ def _metadata(folder: Path, files: Sequence[str] | None) -> tuple[dict[str, Any]
     if files is not None:
         info = read_json(folder / "dataset_info.json", COPY_AGAIN) if (folder / "dataset_info.json").is_file() else {}
         return info, {"_data_files": [{"filename": name} for name in files]}
-    state = read_json(folder / "state.json", COPY_AGAIN, _data_files=list)
+    state = read_json(folder / "state.json", COPY_AGAIN, _data_files=list[dict[str, Any]])
     info = read_json(folder / "dataset_info.json", COPY_AGAIN)
     entries = state["_data_files"]
     for entry in entries:
-        name = entry.get("filename") if isinstance(entry, dict) else None
+        name = entry.get("filename")
         if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(
                 f"{folder / 'state.json'}: `_data_files` lists {entry!r:.80}; expected {{'filename': a file in that folder}}. "
@@ -162,7 +164,7 @@ def schema_features(schema: pa.Schema) -> dict[str, Any]:
 
     try:
         return dict(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         return {}
 
 

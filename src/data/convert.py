@@ -21,10 +21,10 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from src.core.errors import UserError
 from src.core.files import check_folder
+from src.core.json_files import read_json
 from src.data.arrow_writer import shard_name, write_json, write_metadata
 from src.data.convert_scan import Rows, Tree
 from src.data.convert_shard import Job, Settings, convert_shard
@@ -123,7 +123,10 @@ def _prepare(partial: Path, tree: Tree, settings: Settings, overwrite: bool) -> 
     wanted = asdict(settings) | {"input_dir": str(tree.root), "files": tree.count, "digest": digest.hexdigest()[:16]}
     noted = partial / JOURNAL / "settings.json"
     if partial.exists():
-        found = json.loads(noted.read_text()) if noted.is_file() else None
+        try:
+            found = read_json(noted) if noted.is_file() else None
+        except UserError:
+            found = {}  # damaged: as one of other settings
         if found == wanted:
             return
         if found is None and any(path.name != JOURNAL for path in partial.iterdir()):
@@ -188,7 +191,8 @@ def _finish(partial: Path, tree: Tree, jobs: list[Job], reused: int, started: fl
     for split in tree.splits:
         folder = partial / split if tree.has_splits else partial
         mine = [job for job in jobs if Path(job.target).parent == folder]
-        journals: list[dict[str, Any]] = [json.loads(Path(job.journal).read_text()) for job in mine]
+        schema = {"rows": int, "bad": list[dict[str, str]]}
+        journals = [read_json(job.journal, "Repeat with --overwrite.", **schema) for job in mine]
         images[split] = sum(j["rows"] for j in journals)
         bad += [entry for j in journals for entry in j["bad"]]
         write_metadata(folder, [Path(job.target).name for job in mine], tree.class_names, split)

@@ -6,13 +6,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from pytorch_lightning import LightningDataModule
 
 from src.core.errors import UserError
+from src.core.geometry import Pixels
+from src.core.settings import checked
 from src.data import dummy, mix
 from src.data.dataset import (
     EvaluationDataset,
@@ -29,7 +32,16 @@ from src.data.loader import PREFETCH_BATCHES, EvaluationLoader, TrainLoader, Wor
 from src.data.order import EpochOrder, Rows, evaluation_rows
 from src.data.places import locate
 from src.data.read_options import ReadOptions
-from src.data.source_settings import EvaluationSettings, SourceSettings, parse_evaluation, parse_sources
+from src.data.source_settings import (
+    BadShare,
+    Count,
+    EvaluationSettings,
+    Megapixels,
+    SourceSettings,
+    TrainShare,
+    parse_evaluation,
+    parse_sources,
+)
 from src.data.sources import Source
 from src.data.splits import Splits, open_evaluation, open_splits
 from src.data.worker_faults import prefetched_batches
@@ -49,6 +61,7 @@ class EvaluationSet:
     settings: EvaluationSettings | None = None
 
 
+@checked("data", REMOVED_KEYS, seed="seed", accumulate="trainer.accumulate_grad_batches")
 class RAEDataModule(LightningDataModule):
     """Training crops and evaluation images. What each argument means stands in `configs/data/imagenet.yaml`.
 
@@ -61,51 +74,30 @@ class RAEDataModule(LightningDataModule):
         use_hf_dataset: bool | None,
         hf_split: str,
         hf_validation_split: str | None,
-        train_split: float,
+        train_split: TrainShare,
         image_column: str | None,
         label: str | None,
         sources: Mapping[str, Any] | None,
-        epoch_images: int | None,
+        epoch_images: Count | None,
         mix_unit: mix.Unit,
         evaluation: Mapping[str, Any] | None,
         storage_options: Mapping[str, Any] | None,
-        cache_gb: float,
-        image_size: int,
-        batch_size: int,
-        accumulate: int,
+        cache_gb: Annotated[float, Field(ge=0)],
+        image_size: Pixels,
+        batch_size: Count,
+        accumulate: Count,
         seed: int,
         train_crop: TrainCrop,
-        resize_shorter_px: int | None,
+        resize_shorter_px: Pixels | None,
         exif: Exif,
-        max_megapixels: float,
-        max_bad_share: float,
+        max_megapixels: Megapixels,
+        max_bad_share: BadShare,
         allow_changed: bool,
-        num_workers: int,
-        worker_timeout_s: float = 0,
+        num_workers: Annotated[int, Field(ge=0, le=1024)],
+        worker_timeout_s: Annotated[float, Field(ge=0, le=1e7)] = 0,
         **removed: Any,
     ) -> None:
         super().__init__()
-        if unknown := removed.keys() - REMOVED_KEYS:
-            raise TypeError(f"unexpected keyword argument {', '.join(sorted(unknown))}")
-        for key, value, least in (
-            ("image_size", image_size, 1),
-            ("batch_size", batch_size, 1),
-            ("resize_shorter_px", image_size if resize_shorter_px is None else resize_shorter_px, 1),
-            ("epoch_images", 1 if epoch_images is None else epoch_images, 1),
-            ("num_workers", num_workers, 0),
-        ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UserError(f"data.{key}={value}: expected a whole number of at least {least}.")
-        if use_hf_dataset not in (None, True, False):
-            raise UserError(f"data.use_hf_dataset={use_hf_dataset}: expected true, false, or null (by what is there).")
-        if mix_unit not in ("image", "batch"):
-            raise UserError(f"data.mix_unit={mix_unit}: expected image or batch.")
-        if not (isinstance(worker_timeout_s, (int, float)) and 0 <= worker_timeout_s < math.inf):
-            raise UserError(f"data.worker_timeout_s={worker_timeout_s}: expected seconds, 0 for no limit.")
-        if not 0 <= max_bad_share <= 1:
-            raise UserError(f"data.max_bad_share={max_bad_share}: expected a share from 0 to 1.")
-        if not isinstance(cache_gb, float | int) or not 0 <= cache_gb < float("inf"):
-            raise UserError(f"data.cache_gb={cache_gb}: expected a number of gigabytes, 0 for no cache.")
         if (data_dir is None) == (sources is None):
             raise UserError(
                 f"data.data_dir={data_dir} and data.sources={'null' if sources is None else 'set'}: expected one of them. "
@@ -142,9 +134,9 @@ class RAEDataModule(LightningDataModule):
         self.train_transforms = [
             TrainTransform(
                 image_size,
-                cast(TrainCrop, s.train_crop),
+                s.train_crop,
                 s.resize_shorter_px,
-                Decoder(cast(Exif, s.exif), s.max_megapixels),
+                Decoder(s.exif, s.max_megapixels),
                 seed,
             )
             for s in self._all_sources.values()

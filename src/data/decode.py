@@ -76,7 +76,12 @@ class Decoder:
         if not len(data):
             raise BadImage("empty file")
         try:
-            if data[:3] == b"\xff\xd8\xff" and (header := _jpeg_header(data)):
+            header = None
+            if data[:3] == b"\xff\xd8\xff" and not (header := _jpeg_header(data)):
+                mended = memoryview(_mended(data))  # flaws of the header
+                header = _jpeg_header(mended)
+                data = mended if header else data
+            if header:
                 picture, orientation = self._decode_jpeg(data, *header, min_shorter_px)
             else:
                 picture, orientation = self._decode_any(data)
@@ -96,11 +101,16 @@ class Decoder:
         try:
             pixels = simplejpeg.decode_jpeg(data, "RGB", **size)
         except ValueError as error:
-            # Stray bytes between two markers lose no pixel, and ImageNet has such files. Every other warning of libjpeg
-            # means that it filled the rest with grey or noise.
-            if "extraneous bytes" not in str(error):
-                raise BadImage(_one_line(error)) from error
-            pixels = simplejpeg.decode_jpeg(data, "RGB", strict=False, **size)
+            # libjpeg names its first complaint only. Without the flaws that cost no pixel the second one shows.
+            mended = _mended(data)
+            try:
+                pixels = simplejpeg.decode_jpeg(mended, "RGB", **size)
+            except ValueError as second:
+                # Stray bytes between two markers lose no pixel either, and ImageNet has such files. Every other warning means
+                # that the rest is filled with grey or noise.
+                if "extraneous bytes" not in str(second):
+                    raise BadImage(_one_line(error)) from error
+                pixels = simplejpeg.decode_jpeg(mended, "RGB", strict=False, **size)
         return Picture(pixels, width, height, k), orientation
 
     def _decode_any(self, data: memoryview) -> tuple[Picture, int]:
@@ -135,6 +145,33 @@ def _jpeg_header(data: memoryview) -> tuple[int, int] | None:
     except ValueError:
         return None
     return (height, width) if colours in ("YCbCr", "RGB", "Gray") else None
+
+
+def _mended(data: memoryview) -> bytes | memoryview:
+    """Return a baseline JPEG of one scan without flaws that cost no pixel: an unknown revision of JFIF or colour code of
+    Adobe, wrong values of the scan's unused parameters, a missing end marker. Anything else as it is."""
+    out, at, components = bytearray(data[:2]), 2, 0
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker, end = data[at + 1], at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == 0xFF:  # a fill byte
+            at += 1
+            continue
+        segment = bytearray(data[at:end])
+        if marker in (0xC0, 0xC1) and len(segment) > 9:
+            components = segment[9]
+        elif marker == 0xE0 and segment[4:9] == b"JFIF\0":
+            segment[9] = 1
+        elif marker == 0xEE and segment[4:9] == b"Adobe" and len(segment) > 15:
+            segment[15] = min(segment[15], 1)
+        elif marker == 0xDA:
+            if len(segment) < 8 or segment[4] != components:  # progressive, or several scans, of which some may be lost
+                return data
+            segment[-3:] = b"\0\x3f\0"
+            rest = bytes(data[end:])
+            return bytes(out + segment + rest + (b"" if b"\xff\xd9" in rest else b"\xff\xd9"))
+        out += segment
+        at = end
+    return data
 
 
 def jpeg_orientation(data: memoryview) -> int:

@@ -1,7 +1,8 @@
 """Store latents on disk for a stage-2 trainer: safetensors shards and an index.
 
     index.json                                  what they are of, and the shards with their counts
-    latents-RANK-NUMBER.safetensors             latents (n, C, h, w), rows (n,) int64, labels (n,) int64 (-1: none)
+    latents-RANK-NUMBER.safetensors             latents (n, C, h, w), rows (n,) int64, labels (n,) int64 (-1: none),
+                                                crc (n,) int64, CRC-32 of each latent, row and label
 
 `rows` are those of the data set; `scale` in the index says whether the latents are `raw` (as the encoder gives them) or
 `normalized` (by the model's statistics, as a diffusion model takes them).
@@ -12,25 +13,48 @@ Legend: B batch, n latents of a shard, C latent channels, h = w latent grid.
 import hashlib
 import json
 import math
+import struct
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from src.core.errors import UserError
 from src.core.files import replacing, write_text
+from src.core.json_files import Document, check_json, read_json
+from src.data.decode import BadImage
 from src.data.packed import PackedIndex, PackedSource
 
 Scale = Literal["raw", "normalized"]
 FORMAT, VERSION = "rae-latents", 1
 INDEX = "index.json"
 SHARD_BYTES = 512 * 2**20
+
+
+class Shard(Document):
+    """An entry of the index."""
+
+    file: str = Field(pattern=r"^[\w.-]+$")
+    count: int = Field(ge=0)
+
+
+_SCHEMA: dict[str, Any] = {
+    "count": Annotated[int, Field(ge=0)],
+    "scale": Scale,
+    "shape": Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=3, max_length=3)],
+    "encoder": dict[str, Any],
+    "statistics": str | None,
+    "shards": list[Shard],
+}
 
 
 class LatentWriter:
@@ -50,7 +74,13 @@ class LatentWriter:
 
     def write(self, latents: Tensor, rows: Tensor, labels: Tensor) -> None:
         """Add latents B C h w with rows (B,) and labels (B,)."""
-        self._waiting.append((latents.detach().to("cpu", self.dtype), rows.cpu(), labels.cpu()))
+        stored = latents.detach().to("cpu", self.dtype)
+        if bad := rows[~finite_rows(stored)].tolist():
+            raise UserError(
+                f"The latents of row {bad[0]}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''} hold NaN or infinity in "
+                f"{self.dtype}. Nothing of this batch was written: the image, the weights or the range of the dtype is at fault."
+            )
+        self._waiting.append((stored, rows.cpu(), labels.cpu()))
         self._count += len(rows)
         while self._count >= self._capacity:
             self._flush(self._capacity)
@@ -64,6 +94,7 @@ class LatentWriter:
         latents, rows, labels = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
         file = self.folder / f"latents-{self.rank:03d}-{len(self.shards):05d}.safetensors"
         tensors = {"latents": latents[:count], "rows": rows[:count], "labels": labels[:count]}
+        tensors["crc"] = checksums(**tensors)
         with replacing(file) as out:
             save_file({name: value.contiguous() for name, value in tensors.items()}, out.name)
         self.shards.append({"file": file.name, "count": count})
@@ -93,17 +124,13 @@ class LatentStore:
             UserError: no index, another format, or shards missing.
         """
         folder = Path(path).parent if Path(path).name == INDEX else Path(path)
-        try:
-            index = json.loads((folder / INDEX).read_text())
-        except FileNotFoundError as error:
-            raise UserError(
-                f"{folder} has no {INDEX}: expected a folder that `src/reconstruct.py --latents` wrote (it is "
-                "there once that has finished)."
-            ) from error
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder / INDEX} can't be read: {error}") from error
-        if not isinstance(index, dict) or index.get("format") != FORMAT or index.get("version") != VERSION:
-            raise UserError(f"{folder / INDEX} is no index of {FORMAT} version {VERSION}.")
+        remedy = (
+            "Expected a folder that `src/reconstruct.py --latents` wrote; its index is there once that has finished."
+        )
+        index = read_json(folder / INDEX, remedy, format=Literal[FORMAT], version=Literal[VERSION])
+        check_json(index, folder / INDEX, remedy, **_SCHEMA)
+        if index["count"] != sum(shard["count"] for shard in index["shards"]):
+            raise UserError(f"{folder / INDEX}: count={index['count']} is not the sum of its shards. {remedy}")
         missing = [s["file"] for s in index["shards"] if not (folder / s["file"]).is_file()]
         if missing:
             raise UserError(
@@ -138,16 +165,43 @@ class LatentStore:
     def _read(self, file: Path, start: int, stop: int) -> tuple[Tensor, Tensor]:
         try:
             with safe_open(file, "pt") as tensors:
-                latents = tensors.get_slice("latents")[start:stop].float()
-                rows = tensors.get_slice("rows")[start:stop]
+                names = [name for name in ("latents", "rows", "labels", "crc") if name in tensors.keys()]  # noqa: SIM118
+                found = {name: tensors.get_slice(name)[start:stop] for name in names}
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{file} ({file.stat().st_size:,} bytes) can't be read: {error}. It may be cut short; copy it "
                 "again, or write the latents again."
             ) from error
-        if tuple(latents.shape) != (stop - start, *self.shape):
-            raise UserError(f"{file}: latents {tuple(latents.shape)}, the index says {self.shape}.")
-        return rows, latents
+        crc, latents, rows = found.pop("crc", None), found.get("latents"), found.get("rows")
+        if (
+            latents is None
+            or rows is None
+            or tuple(latents.shape) != (stop - start, *self.shape)
+            or len(rows) != len(latents)
+        ):
+            raise UserError(f"{file}: expected latents {self.shape} and rows of {stop - start} images. Write it again.")
+        if (crc is not None and not torch.equal(crc, checksums(**found))) or not finite_rows(latents).all():
+            raise UserError(
+                f"{file} is damaged: latents {start} to {stop - 1} are not what was written (CRC-32). Copy it again."
+            )
+        return rows, latents.float()
+
+
+def finite_rows(latents: Tensor) -> Tensor:
+    """B C h w -> (B,) bool."""
+    return latents.isfinite().flatten(1).all(1)
+
+
+def checksums(latents: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+    """Return `checksum` of each latent, int64 (n,)."""
+    data = latents.contiguous().view(torch.uint8).numpy()
+    parts = zip(data, rows.tolist(), labels.tolist(), strict=True)
+    return torch.tensor([checksum(one.data, row, label) for one, row, label in parts])
+
+
+def checksum(data: bytes | memoryview, row: int, label: int) -> int:
+    """Return CRC-32 of a latent's bytes, its row in the data set and its label."""
+    return zlib.crc32(struct.pack("<qq", row, label), zlib.crc32(data))
 
 
 class LatentSource(PackedSource):
@@ -162,11 +216,12 @@ class LatentSource(PackedSource):
         counts = [int(shard["count"]) for shard in store.index["shards"]]
         files = [store.folder / shard["file"] for shard in store.index["shards"]]
         layouts = [_layout(file, (count, *store.shape)) for file, count in zip(files, counts, strict=True)]
-        self.dtype: torch.dtype = layouts[0][0] if layouts else torch.float32
+        self.dtype = layouts[0].dtype if layouts else torch.float32
         size = math.prod(store.shape) * self.dtype.itemsize
         starts = np.cumsum([0, *counts])
-        offsets = [first + size * np.arange(count) for (_, first, _), count in zip(layouts, counts, strict=True)]
-        labels = np.concatenate([np.empty(0, np.int64), *(own for _, _, own in layouts)])
+        offsets = [layout.first + size * np.arange(count) for layout, count in zip(layouts, counts, strict=True)]
+        numbers = np.concatenate([np.empty((0, 3), np.int64), *(layout.numbers for layout in layouts)])
+        self._rows, labels, self._crc = np.ascontiguousarray(numbers.T)
         index = PackedIndex(
             starts,
             np.concatenate([starts[:0], *offsets]),
@@ -174,6 +229,13 @@ class LatentSource(PackedSource):
             labels if labels.max(initial=-1) >= 0 else None,
         )
         super().__init__(files, index, store.index.get("class_names"))
+        self._labels = labels
+
+    def encoded(self, index: int) -> bytes:
+        data = super().encoded(index)
+        if (crc := self._crc[index]) >= 0 and crc != checksum(data, self._rows[index], self._labels[index]):
+            raise BadImage("not what was written (CRC-32)")
+        return data
 
     def name(self, index: int) -> str:
         number = self.file_of(index)
@@ -200,23 +262,31 @@ class LatentTransform:
 
 def is_store(folder: Path) -> bool:
     """Return whether a folder holds stored latents."""
-    try:
-        return json.loads((folder / INDEX).read_text())["format"] == FORMAT
-    except (OSError, ValueError, TypeError, KeyError):
-        return False
+    with suppress(UserError):
+        return read_json(folder / INDEX).get("format") == FORMAT
+    return False
 
 
-def _layout(file: Path, shape: tuple[int, ...]) -> tuple[torch.dtype, int, np.ndarray]:
-    """Return type of the latents in a shard, where the first one begins (bytes), and labels."""
+class _Layout(NamedTuple):
+    """Of a shard. first: where its first latent begins (bytes); numbers: rows, labels, CRC-32 (-1: none), int64 n x 3."""
+
+    dtype: torch.dtype
+    first: int
+    numbers: np.ndarray
+
+
+def _layout(file: Path, shape: tuple[int, ...]) -> _Layout:
     try:
         with safe_open(file, "pt") as tensors:
-            found, labels = tensors.get_slice("latents"), tensors.get_tensor("labels").numpy()
+            found = tensors.get_slice("latents")
+            rows, labels = (tensors.get_tensor(name) for name in ("rows", "labels"))
+            crc = tensors.get_tensor("crc") if "crc" in tensors.keys() else torch.full_like(rows, -1)  # noqa: SIM118
             own, dtype = tuple(found.get_shape()), found[:0].dtype
         with open(file, "rb") as content:
             length = int.from_bytes(content.read(8), "little")
             first = 8 + length + json.loads(content.read(length))["latents"]["data_offsets"][0]
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} can't be read: {error}. It may be cut short; copy it again.") from error
-    if own != shape or len(labels) != shape[0]:
+    if own != shape or not len(labels) == len(rows) == len(crc) == shape[0]:
         raise UserError(f"{file}: latents {own} with {len(labels)} labels, the index says {shape}. Write them again.")
-    return dtype, first, labels
+    return _Layout(dtype, first, torch.stack([rows, labels, crc], 1).numpy())

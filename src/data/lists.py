@@ -28,7 +28,7 @@ def open_list(file: Path, image_column: str | None, label_column: str | None) ->
     """
     try:
         rows = list(_text_rows(file) if file.suffix.lower() == ".txt" else _rows(file))
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise UserError(f"{file} can't be read as a list of images: {error}") from error
     if not rows:
         raise UserError(f"{file} lists no images.")

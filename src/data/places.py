@@ -241,8 +241,8 @@ def _first_image(folder: Path) -> bool:
 
 def _dataset(folder: Path) -> Place:
     if (folder / "dataset_dict.json").is_file():
-        names = read_json(folder / "dataset_dict.json", "", splits=list)["splits"]
-        odd = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+        names = read_json(folder / "dataset_dict.json", "", splits=list[str])["splits"]
+        odd = [name for name in names if Path(name).name != name]
         if odd:
             raise UserError(
                 f"{folder / 'dataset_dict.json'}: `splits` lists {odd[0]!r:.60}; expected names of folders there."

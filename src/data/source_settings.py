@@ -1,12 +1,20 @@
 """What `data.sources` and `data.evaluation` may say of each source and each evaluation set."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from src.core.errors import UserError
+from src.core.geometry import Pixels
 from src.core.settings import Settings
+from src.data.dataset import TrainCrop
+from src.data.decode import Exif
+
+Count = Annotated[int, Field(ge=1)]
+TrainShare = Annotated[float, Field(gt=0, le=1)]
+BadShare = Annotated[float, Field(ge=0, le=1)]
+Megapixels = Annotated[float, Field(gt=0)]
 
 
 class SourceSettings(Settings):
@@ -17,14 +25,14 @@ class SourceSettings(Settings):
     use_hf_dataset: bool | None = None
     hf_split: str = "train"
     hf_validation_split: str | None = None
-    train_split: float = Field(default=1.0, gt=0, le=1)
+    train_split: TrainShare = 1.0
     image_column: str | None = None
     label: str | None = None
-    train_crop: str = "random"
-    resize_shorter_px: int | None = None
-    exif: str = "apply"
-    max_megapixels: float = Field(default=80.0, gt=0)
-    max_bad_share: float = Field(default=0.01, ge=0, le=1)
+    train_crop: TrainCrop = "random"
+    resize_shorter_px: Pixels | None = None
+    exif: Exif = "apply"
+    max_megapixels: Megapixels = 80.0
+    max_bad_share: BadShare = 0.01
 
 
 class EvaluationSettings(Settings):

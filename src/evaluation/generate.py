@@ -23,7 +23,7 @@ from src.losses.flow_matching import sampling_grid
 class SamplerSettings(Settings):
     """How latents are sampled. The node `sampler` of stage-2 configurations, and the options of `src/sample.py`."""
 
-    num_steps: int = Field(ge=1)
+    num_steps: int = Field(ge=1, le=10_000)
     """`rae`: points, one step fewer; `raev2`: steps."""
     grid: Literal["rae", "raev2"]
     method: Literal["euler", "heun", "dopri5"]
@@ -74,7 +74,9 @@ class Sampler:
             run = sampling.internal_guidance(network, prediction, Guidance(settings.internal, *interval), t_eps)
         if settings.auto > 1:
             if guide is None:
-                raise UserError(f"Autoguidance of scale {settings.auto:g} needs a second network: --guide.")
+                raise UserError(
+                    f"model.sampler.auto={settings.auto:g}: autoguidance needs a second network (src/sample.py --guide)."
+                )
             weaker, its_prediction, its_eps = guide
             if weaker.latent_shape != self.shape:
                 raise UserError(

@@ -23,6 +23,11 @@ from src.metrics.npz import write_image_npz
 FIELDS = ("data_dir", "split", "index", "file", "model", "layers", "noise_sigma")
 
 
+def as_text(cell: str) -> str:
+    """Return a cell that spreadsheets show and don't compute: those that begin with = + - @ get an apostrophe in front."""
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
+
+
 class CsvTable:
     """One row per image and variant: `FIELDS`, then the per-image values by `names`. Holds these numbers alone."""
 
@@ -49,7 +54,7 @@ class CsvTable:
             row = int(rows[i])
             for label, numbers in zip(labels, values[i].tolist(), strict=True):
                 figures = (f"{number:.6g}" for number in numbers)
-                self._writer.writerow((data_dir, split, row, source.name(row), *label, *figures))
+                self._writer.writerow((as_text(data_dir), split, row, as_text(source.name(row)), *label, *figures))
 
     def write(self, target: Path) -> None:
         """Write the file, on rank 0."""

@@ -119,7 +119,9 @@ def classifier_free(inner: Conditional, null_label: int | None, guidance: Guidan
     Outside the interval only the conditional half is computed.
     """
     if null_label is None:
-        raise UserError("Classifier-free guidance needs a null label, but the model has class_dropout_prob=0.")
+        raise UserError(
+            f"cfg={guidance.scale:g} (model.sampler.cfg, --cfg) needs a null label, but the model has model.label_dropout=0."
+        )
 
     def run(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         if not guidance.used_at(t):

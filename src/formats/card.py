@@ -33,7 +33,8 @@ def _scores(facts: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             rows.append((name + " (UNTRAINED features)" * random, _number(value), held_out))
         elif group.startswith("rfid") and kind not in ("images", "seconds"):
             count = result.get(f"{group}/images")
-            rows.append((name, _number(value), f"{count:,.0f} images, during training" if count else "during training"))
+            of = f"{count:,.0f} images, " if isinstance(count, float | int) and 0 < count < 1e15 else ""
+            rows.append((name, _number(value), f"{of}during training"))
     for entry in facts.get("scores") or []:
         keys = ("features", "quantization", "exif", "precision")
         shared = ", ".join(f"{key} {entry[key]}" for key in keys if entry.get(key))

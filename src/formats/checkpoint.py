@@ -11,6 +11,8 @@ import torch
 from pydantic import Field
 
 from src.core.errors import UserError
+from src.core.geometry import Pixels
+from src.core.json_files import Document, check_json
 from src.core.settings import Settings
 from src.core.weights import freeze, load_strict, read, resolve
 from src.models.encoder_presets import expand_encoder
@@ -36,10 +38,10 @@ class RAESettings(Settings):
     encoder_cls: str
     encoder_config_path: str
     encoder_params: Mapping[str, Any]
-    encoder_input_size: int | None
-    image_size: int
+    encoder_input_size: Pixels | None
+    image_size: Pixels
     decoder_config_path: str
-    decoder_patch_size: int
+    decoder_patch_size: Pixels
     decoder_denormalize: bool
     pretrained_decoder_path: str | None
     normalization_stat_path: str | None
@@ -69,6 +71,17 @@ class LoadedModel:
         )
 
 
+class _Config(Document):
+    model: dict[str, Any]
+
+
+def check_parts(content: Mapping[str, Any], file: object) -> None:
+    """Raise UserError where what all checkpoints of this trainer hold is missing or of another kind."""
+    parts = {"encoder": dict[str, Any], "state_dict": dict[str, Any], "architecture": (dict[str, Any], None)}
+    remedy = "It was changed since training wrote it; take another one."
+    check_json(dict(content), file, remedy, config=_Config, global_step=int, epoch=int, **parts)
+
+
 def load_trained(path: str | Path, which: Which = "ema", changes: Mapping[str, Any] | None = None) -> LoadedModel:
     """Return the RAE of a checkpoint that training wrote.
 
@@ -87,15 +100,15 @@ def load_trained(path: str | Path, which: Which = "ema", changes: Mapping[str, A
             f"{file} is no checkpoint of this trainer. Expected a .ckpt from the checkpoints/ folder of a run; a "
             "decoder of others is given with --decoder (and --encoder, --stats)."
         )
+    check_parts(content, file)
     model = content["config"]["model"]
     if "autoencoder" in model:
         raise OtherStage(
             f"{file} is a checkpoint of stage 2, a diffusion transformer, and an autoencoder is needed here. Give the one it was "
             f"trained on: {model['autoencoder']}."
         )
-    settings = {name: model[name] for name in RAESettings.field_names()}
-    settings |= {"pretrained_decoder_path": None, "normalization_stat_path": None, **(changes or {})}
-    rae = RAE(**settings)
+    model = model | {"pretrained_decoder_path": None, "normalization_stat_path": None, **(changes or {})}
+    rae = RAE(**vars(RAESettings.parse({n: model[n] for n in RAESettings.field_names() if n in model}, "model")))
     stored = content["encoder"]
     require_same_encoder(rae.encoder, stored, file)
     state = content["state_dict"]

@@ -14,14 +14,18 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from src.core.errors import UserError
+from src.core.geometry import Pixels
 from src.core.json_files import read_json
+from src.core.settings import Settings
 from src.core.weights import load_strict, read, require, resolve
 from src.formats import diffusers_layout
+from src.formats.checkpoint import check_parts
 from src.models.decoder import ViTDecoder, sincos_positions
 from src.models.frozen_encoder import identity_differences
 from src.models.positions import fit_positions
@@ -38,6 +42,8 @@ STATISTICS = "stats.pt"
 """Latent statistics in the official format, beside every export of a model that has them."""
 _POSITIONS = "decoder_pos_embed"
 _WRAPPERS = ("module.", "_orig_mod.")
+_STATES = ("ema", "state_dict", "model_state_dict", "model", "decoder")
+"""Keys under which files of others keep a state dict; `ema` is that of official training checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +107,14 @@ def read_decoder(path: str | Path, key: str = "model.pretrained_decoder_path") -
         return DecoderFile(place, "folder", state, config["decoder"], denormalize, config["encoder"])
     content = read(place)
     if isinstance(content, Mapping) and "format_version" in content and "state_dict" in content:
+        check_parts(content, place)
         sizes = {
             k.removeprefix("decoder config: "): v
-            for k, v in content["architecture"].items()
+            for k, v in content.get("architecture", {}).items()
             if k.startswith("decoder config: ")
         }
         state = _below(content["state_dict"], "ema_decoder.")
-        denormalize = content["architecture"]["model.decoder_denormalize"]
+        denormalize = content.get("architecture", {}).get("model.decoder_denormalize")
         return DecoderFile(place, "checkpoint", state, sizes, denormalize, content["encoder"])
     return DecoderFile(place, "official", _official(content, place))
 
@@ -122,7 +129,9 @@ def load_decoder(decoder: ViTDecoder, path: str | Path, denormalize: bool, encod
     file = read_decoder(path)
     own = vars(decoder.config)
     differing = [
-        f"{k}: file {file.config[k]!r}, model {own[k]!r}" for k in own if file.config and file.config[k] != own[k]
+        f"{k}: file {file.config.get(k)!r}, model {own[k]!r}"
+        for k in own
+        if file.config and file.config.get(k) != own[k]
     ]
     if file.denormalize not in (None, denormalize):
         differing.append(f"decoder_denormalize: file {file.denormalize}, model {denormalize}")
@@ -154,6 +163,7 @@ def read_statistics_content(path: str | Path) -> tuple[Any, Path]:
         file = require(path, "Latent statistics", "model.normalization_stat_path")
         content = read(file)
         if isinstance(content, Mapping) and "format_version" in content and "state_dict" in content:
+            check_parts(content, file)
             state = content["state_dict"]
             content = {
                 "mean": state.get("rae.latent_mean"),
@@ -172,15 +182,33 @@ def read_statistics_content(path: str | Path) -> tuple[Any, Path]:
     return {"mean": found[0], "var": found[1]}, place
 
 
+class FolderModel(Settings):
+    """Arguments of `RAE` in `config.json` of our own folder."""
+
+    encoder_cls: str
+    encoder_params: dict[str, Any]
+    image_size: Pixels
+    decoder_patch_size: Pixels
+    decoder_denormalize: bool
+    train_positions: bool
+    noise_tau: float = Field(ge=0)
+
+
 def read_folder_config(folder: Path) -> dict[str, Any]:
     """Return `config.json` of our own folder."""
     remedy = "It is damaged or not from `src/export.py --format folder`."
-    return read_json(folder / "config.json", remedy, model=dict, decoder=dict, encoder=dict)
+    rgb = Annotated[list[float], Field(min_length=3, max_length=3)]
+    schema = {"model": FolderModel, "decoder": dict, "encoder": dict, "image_mean": rgb, "image_std": rgb}
+    return read_json(folder / "config.json", remedy, **schema)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
     """Return what `src/export.py` noted beside an export; empty for folders of others."""
-    return read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    if not (folder / RECORD).is_file():
+        return {}
+    optional = (dict[str, Any] | None, None)
+    listed = (list[dict[str, Any]] | None, None)
+    return read_json(folder / RECORD, encoder=optional, config=optional, run=optional, scores=listed)
 
 
 def _from_diffusers(folder: Path) -> DecoderFile:
@@ -192,18 +220,19 @@ def _from_diffusers(folder: Path) -> DecoderFile:
 
 
 def _official(content: Any, file: Path) -> dict[str, Tensor]:
-    """Return the state dict of an official decoder file, or the averaged decoder of an official training checkpoint."""
+    """Return the state dict of a decoder with the official names, however it is wrapped; the averaged one where there are two."""
     if isinstance(content, Mapping) and {"mean", "var"} <= content.keys():
         raise UserError(
             f"{file} holds latent statistics, not a decoder: it belongs to model.normalization_stat_path (--stats)."
         )
-    if isinstance(content, Mapping) and isinstance(content.get("ema"), Mapping):
-        log.info("%s is an official training checkpoint: its EMA decoder is taken.", file)
-        state = {_unwrapped(name): value for name, value in content["ema"].items()}
-        return _below(state, "decoder.")
     if not isinstance(content, Mapping):
         raise UserError(f"{file} holds a {type(content).__name__}; expected a state dict of a decoder.")
+    while key := next((key for key in _STATES if isinstance(content.get(key), Mapping)), None):
+        log.info("%s: the weights under %r are taken.", file, key)
+        content = content[key]
     state = {_unwrapped(str(name)): value for name, value in content.items()}
+    if any(name.startswith("decoder.decoder_layers.") for name in state):
+        state = _below(state, "decoder.")
     if not any(name.startswith("decoder_layers.") for name in state):
         names = ", ".join(sorted(state)[:6])
         raise UserError(f"{file} holds no decoder: no `decoder_layers.*` among its names ({names} …).")

@@ -6,15 +6,17 @@ Legend: C latent channels, h = w latent grid.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from src.core.errors import UserError
 from src.core.images import IMAGENET_MEAN, IMAGENET_STD
-from src.core.json_files import read_json
+from src.core.json_files import check_json, read_json
 from src.core.key_mapping import NameTable
+from src.core.settings import Size
 from src.core.weights import read
 
 CLASS = "AutoencoderRAE"
@@ -48,6 +50,13 @@ _REQUIRED = {
     "encoder_type", "encoder_hidden_size", "encoder_patch_size", "encoder_num_hidden_layers", "decoder_hidden_size",
     "decoder_num_hidden_layers", "decoder_num_attention_heads", "decoder_intermediate_size", "patch_size", "encoder_input_size",
 }  # fmt: skip
+_SCHEMA: dict[str, Any] = {
+    **dict.fromkeys(_REQUIRED - {"encoder_type"}, (Size, 1)),
+    **dict.fromkeys(("encoder_norm_mean", "encoder_norm_std"), (list[float] | None, None)),
+    "encoder_type": (str, ""),
+    "noise_tau": (Annotated[float, Field(ge=0)], 0.0),
+}
+"""Types of what is there; what has to be, says `_REQUIRED`."""
 _FIXED = {"reshape_to_2d": True, "scaling_factor": 1.0, "num_channels": 3}
 
 
@@ -71,6 +80,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     content = read_json(file, "A diffusers folder was expected.")
     if content.get("_class_name") != CLASS:
         raise UserError(f"{file} is of {content.get('_class_name') or content.get('model_type')!r}; expected {CLASS}.")
+    check_json(content, file, **_SCHEMA)
     config = _DEFAULTS | {key: value for key, value in content.items() if not key.startswith("_")}
     missing, unknown = _REQUIRED - config.keys(), config.keys() - _REQUIRED - _DEFAULTS.keys()
     if missing or unknown:
@@ -104,7 +114,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     if not index.is_file():
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
         raise UserError(f"{folder} has no {WEIGHTS} (nor its index); it holds {there}.")
-    shards = sorted({Path(name).name for name in read_json(index, weight_map=dict)["weight_map"].values()})
+    shards = sorted({Path(name).name for name in read_json(index, weight_map=dict[str, str])["weight_map"].values()})
     return {name: value for shard in shards for name, value in read(folder / shard).items()}
 
 

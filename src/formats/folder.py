@@ -23,7 +23,7 @@ from src.core.weights import freeze, load_strict, read
 from src.formats.checkpoint import LoadedModel
 from src.formats.decoder_files import FOLDER_FORMAT, FOLDER_VERSION, FOLDER_WEIGHTS, read_folder_config, read_record
 from src.models.frozen_encoder import is_untrained, require_same_encoder
-from src.models.rae import RAE, SOURCE_KEYS, statistics_problem
+from src.models.rae import RAE, SOURCE_KEYS, source_key, statistics_problem
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def write_folder(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if with_encoder:
         return []
-    source = next(params[key] for key in SOURCE_KEYS if key in params)
+    source = params[source_key(params)]
     return [
         f"The encoder is not in this folder: it is loaded from {source}, and compared with the one of the training."
     ]
@@ -88,7 +88,7 @@ def read_folder(folder: str | Path, encoder: str | None = None) -> LoadedModel:
     config = read_folder_config(folder)
     model, stored = config["model"], config["encoder"]
     params = dict(model["encoder_params"])
-    key = next(key for key in SOURCE_KEYS if key in params)
+    key = source_key(params)
     inside = folder / ENCODER
     if encoder is not None:
         params[key] = encoder

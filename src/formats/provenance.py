@@ -4,12 +4,14 @@ import importlib.metadata
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from src.core.errors import UserError
 from src.core.files import file_digest
-from src.core.json_files import read_json
+from src.core.json_files import Document, read_json
 from src.core.run_names import git_state
 from src.core.weights import RANDOM, resolve
 from src.formats.checkpoint import LoadedModel
@@ -52,17 +54,32 @@ def provenance(loaded: LoadedModel, score_files: Sequence[str | Path] = ()) -> d
     return without_private_paths(values)
 
 
+class Score(Document):
+    """A row of the results of `src/eval_rfid.py --json`."""
+
+    images: int
+
+
+_OPTIONAL = (dict[str, Any] | None, None)
+
+
 def untrained_parts(description: Mapping[str, Any], run: Mapping[str, Any] | None) -> list[str]:
     """Return the parts that were never trained, by name: whoever uses the model has to know."""
     parts = ["encoder"] if is_untrained(description["encoder"]) else []
-    model = (description.get("config") or {}).get("model") or {}
-    if (model.get("lpips_arch") or {}).get("weights") in RANDOM:
+    if _at(description, "config", "model", "lpips_arch", "weights") in RANDOM:
         parts.append("LPIPS (a loss of the training)")
-    if ((model.get("disc_arch") or {}).get("arch") or {}).get("weights") in RANDOM:
+    if _at(description, "config", "model", "disc_arch", "arch", "weights") in RANDOM:
         parts.append("the discriminator's trunk (a loss of the training)")
-    if description.get("step") == 0 or (run is not None and (run.get("result") or {}).get("step") == 0):
+    if description.get("step") == 0 or _at(run, "result", "step") == 0:
         parts.append("decoder")
     return parts
+
+
+def _at(values: Any, *keys: str) -> Any:
+    """Return what nested mappings hold; None where one of them is none or has no such key."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return values
 
 
 def write_record(values: Mapping[str, Any], folder: Path) -> None:
@@ -88,14 +105,12 @@ def without_private_paths(value: Any) -> Any:
 
 def _run_record(source: Path) -> dict[str, Any] | None:
     for folder in (source.parent.parent, source.parent):
-        try:
-            content = json.loads((folder / "run.json").read_text())
-        except (OSError, ValueError):
-            continue
-        return {key: content[key] for key in _OF_RUN if key in content}
+        with suppress(UserError):
+            content = read_json(folder / "run.json", result=_OPTIONAL, data=_OPTIONAL)
+            return {key: content[key] for key in _OF_RUN if key in content}
     return None
 
 
 def _scores(path: str | Path) -> dict[str, Any]:
     remedy = "--scores takes the JSON that `src/eval_rfid.py --json` wrote."
-    return {"file": Path(path).name, **read_json(resolve(path), remedy, results=list)}
+    return {"file": Path(path).name, **read_json(resolve(path), remedy, results=list[Score])}

@@ -19,7 +19,11 @@ from torch import Tensor
 from src.core.errors import UserError
 from src.core.files import replacing
 
-IMAGES = "arr_0.npy"
+IMAGES, LATENTS = "arr_0.npy", "latents.npy"
+STREAMED = (IMAGES, LATENTS)
+"""Read by rows; all else is read at once."""
+LARGEST_ARRAY, LARGEST_ROW = 2**30, 2**28
+"""Bytes: 23 times Inception's covariance, and an image of 9,459 x 9,459 px. A small file can unpack to any size."""
 Scalar = TypeVar("Scalar", str, int)
 
 
@@ -42,7 +46,30 @@ def opened_npz(path: str | Path) -> Iterator[np.lib.npyio.NpzFile]:
     """Open an npz. Arrays of Python objects are refused (they could run code), broken files say so: UserError."""
     path = Path(path)
     with npz_errors(path), np.lib.npyio.NpzFile(path, allow_pickle=False) as archive:
+        for info in archive.zip.infolist():
+            if info.filename not in STREAMED and info.file_size > LARGEST_ARRAY:
+                raise ValueError(f"`{info.filename}` unpacks to {info.file_size:,} bytes, more than {LARGEST_ARRAY:,}")
+            if info.filename.endswith(".npy"):
+                with archive.zip.open(info) as file:
+                    shape, _, dtype = read_header(file)
+                    if not dtype.hasobject:  # refused where it is used
+                        _check_size(info, file.tell(), math.prod(shape) * dtype.itemsize)
         yield archive
+
+
+def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Return shape, whether columns come first, and dtype of an npy, and stand behind its header. Raises ValueError."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(file)
+    if version not in readers:
+        raise ValueError(f"npy version {version}, expected 1.0 or 2.0")
+    return readers[version](file)
+
+
+def _check_size(info: zipfile.ZipInfo, header: int, content: int) -> None:
+    """Raise ValueError where the header announces other sizes than the archive: numpy would allocate what it says."""
+    if info.file_size != header + content:
+        raise ValueError(f"`{info.filename}` announces {content:,} bytes and has {info.file_size - header:,}")
 
 
 def scalar(archive: np.lib.npyio.NpzFile, name: str, kind: type[Scalar]) -> Scalar | None:
@@ -67,6 +94,10 @@ class NpzRows:
                 raise UserError(f"{self.path} has no `{name}`, only {archive.namelist()}: expected {self.content}.")
             with archive.open(self.member) as file:
                 self.shape = self._header(file)
+                row = math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
+                _check_size(archive.getinfo(self.member), file.tell(), self.shape[0] * row)
+                if row > LARGEST_ROW:
+                    raise ValueError(f"a row of {row:,} bytes, more than {LARGEST_ROW:,}")
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -94,11 +125,8 @@ class NpzRows:
         return len(shape) == 4
 
     def _header(self, file: IO[bytes]) -> tuple[int, ...]:
-        version, name = np.lib.format.read_magic(file), self.member.removesuffix(".npy")
-        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        if version not in readers:
-            raise UserError(f"{self.path}: `{name}` has npy version {version}, expected 1.0 or 2.0")
-        shape, fortran, dtype = readers[version](file)
+        name = self.member.removesuffix(".npy")
+        shape, fortran, dtype = read_header(file)
         if dtype != self.dtype or fortran or not self._fits(shape):
             raise UserError(
                 f"{self.path}: `{name}` is {dtype} {shape}{' in column order' if fortran else ''}, expected "
@@ -122,7 +150,7 @@ class ImageNpz(NpzRows):
 class LatentNpz(NpzRows):
     """The normalised latents that `src/sample.py --latents` writes; batches are float32 B x C x h x w."""
 
-    member, dtype, content = "latents.npy", np.float32, "float32 latents N x C x h x w"
+    member, dtype, content = LATENTS, np.float32, "float32 latents N x C x h x w"
 
 
 def write_image_npz(

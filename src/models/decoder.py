@@ -6,7 +6,7 @@ Parameter names are those of the released decoder files, so that these load stri
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from src.core.errors import UserError
 from src.core.json_files import read_json
-from src.core.settings import Settings
+from src.core.settings import Settings, Size
 from src.core.weights import resolve
 from src.models.recompute import recomputed
 
@@ -35,10 +35,10 @@ _IGNORED = {
 class DecoderConfig(Settings):
     """What a decoder's `config.json` has to say. Names are those of the published files."""
 
-    decoder_hidden_size: int = Field(gt=0, multiple_of=4)
-    decoder_num_hidden_layers: int = Field(gt=0)
-    decoder_num_attention_heads: int = Field(gt=0)
-    decoder_intermediate_size: int = Field(gt=0)
+    decoder_hidden_size: Annotated[Size, Field(multiple_of=4)]
+    decoder_num_hidden_layers: Size
+    decoder_num_attention_heads: Size
+    decoder_intermediate_size: Size
     layer_norm_eps: float = Field(gt=0)
 
     @classmethod

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from src.core.errors import UserError
-from src.core.settings import check_keys
+from src.core.settings import LARGEST, check_arguments, check_keys
 from src.models import flops
 from src.models.dit_layers import (
     Block,
@@ -137,8 +137,8 @@ class LatentTransformer(nn.Module):
 
     def _check_counts(self, **values: int) -> None:
         for key, value in values.items():
-            if not isinstance(value, int) or value < 1:
-                raise self._error(f"{key}={value}: expected a whole number of at least 1.")
+            if not isinstance(value, int) or not 1 <= value <= LARGEST:
+                raise self._error(f"{key}={value}: expected a whole number from 1 to {LARGEST}.")
 
     @classmethod
     def _error(cls, text: str) -> UserError:
@@ -381,11 +381,7 @@ def build_network(
     derived |= {"class_dropout_prob": label_dropout} if "class_dropout_prob" in known else {}
     arguments = {name: value for name, value in config.items() if name != "name"}
     check_keys(arguments, known - derived.keys(), "model.network")
+    check_arguments(cls, {**derived, **arguments}, "model.network")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            return cls(**derived, **arguments)
-        except TypeError as error:
-            raise UserError(
-                f"model.network: {error}. Arguments of {cls.__name__}: {', '.join(sorted(known))}."
-            ) from error
+        return cls(**derived, **arguments)

@@ -42,8 +42,8 @@ def check_folder(folder: Path) -> None:
             raise UserError(f"{file} ({file.stat().st_size:,} bytes) {problem}.")
     index = folder / "model.safetensors.index.json"
     if index in found:
-        shards = set(read_json(index, _REMEDY, weight_map=dict)["weight_map"].values())
-        if missing := sorted(str(name) for name in shards if not (folder / str(name)).is_file()):
+        shards = set(read_json(index, _REMEDY, weight_map=dict[str, str])["weight_map"].values())
+        if missing := sorted(name for name in shards if not (folder / name).is_file()):
             raise UserError(f"{folder} lacks {', '.join(missing)}, which {index.name} names. {_REMEDY}.")
 
 
@@ -81,7 +81,7 @@ def checked_statistics(mean: Any, std: Any, file: object) -> PixelStatistics:
     """Return (mean, std). UserError unless each is three finite numbers, those of std positive."""
     for name, values, least in (("mean", mean, -math.inf), ("std", std, 0.0)):
         numbers = isinstance(values, Sequence) and all(type(value) in (int, float) for value in values)
-        if not numbers or len(values) != 3 or not all(math.isfinite(value) and value > least for value in values):
+        if not numbers or len(values) != 3 or not all(least < value < math.inf for value in values):
             raise UserError(
                 f"{file}: image_{name} is {values!r:.80}; expected three finite numbers{', above 0' * (name == 'std')}."
             )

@@ -10,10 +10,11 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -67,7 +68,7 @@ class FrozenEncoder(nn.Module):
         layers: LayerChoice = None,
         layer_fusion: str | None = None,
         norm: Norm | None = None,
-        norm_eps: float | None = None,
+        norm_eps: Annotated[float, Field(gt=0)] | None = None,
         statistics: str | None = None,
         resize: Literal["bicubic", "bilinear"] = "bicubic",
         weights: Weights = "pretrained",
@@ -323,7 +324,7 @@ def require_same_encoder(encoder: FrozenEncoder, stored: Mapping[str, Any], file
 
 
 def is_untrained(identity: Mapping[str, Any]) -> bool:
-    return str(identity["weights"]).startswith("untrained")
+    return str(identity.get("weights")).startswith("untrained")
 
 
 def local_place(source: str) -> str:

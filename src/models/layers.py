@@ -5,15 +5,16 @@ Legend: K number of chosen blocks.
 
 import re
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import numpy as np
+from pydantic import Field
 
 from src.core.errors import UserError
 
 Fusion = Literal["mean", "mean_plus_spatial_mean", "sum"]
 FUSIONS: tuple[str, ...] = get_args(Fusion)
-LayerChoice = None | str | int | Sequence[int]
+LayerChoice = Annotated[str | int | float | Sequence[int] | None, Field(description="a list of blocks, one, or a name")]
 """What config keys and options may say; `parse_layers` makes block numbers of it."""
 
 _NAMED = {

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from src.core.errors import UserError
 from src.core.geometry import Geometry
 from src.core.images import bytes_to_unit
+from src.core.settings import check_arguments
 from src.models.decoder import DecoderConfig, ViTDecoder, unpatchify
 from src.models.encoder_presets import PRESETS
 from src.models.encoders import encoder_class
@@ -80,7 +81,7 @@ class RAE(nn.Module):
         self.geometry = geometry_of(encoder_cls, encoder_params, decoder_patch_size, image_size, encoder_input_size)
         decoder_config = DecoderConfig.read(decoder_config_path)
         self.noise_tau = noise_tau
-        self.encoder = _build(kind, encoder_params)
+        self.encoder = kind(**encoder_params)
         mean, std = self.encoder.pixel_statistics(encoder_config_path)
         self.register_buffer("image_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -221,7 +222,9 @@ def geometry_of(
     encoder_input_size: int | None,
 ) -> Geometry:
     """Work out sizes without weights: from the encoder's config, or the table of presets where it is on the hub."""
-    kind, source = encoder_class(encoder_cls), _source(encoder_params)
+    kind = encoder_class(encoder_cls)
+    check_arguments(kind, encoder_params, "model.encoder_params")
+    source = str(encoder_params[source_key(encoder_params)])
     known = {preset.patch for preset in PRESETS.values() if preset.hub_id == source and local_place(source) == source}
     patch = known.pop() if len(known) == 1 else kind.read_config(source).patch_size
     if image_size is None:
@@ -281,20 +284,14 @@ def statistics_problem(mean: Any, var: Any, shape: tuple[int, int, int]) -> str 
     return None
 
 
-def _source(params: Mapping[str, Any]) -> str:
+def source_key(params: Mapping[str, Any]) -> str:
+    """Return the argument that says where an encoder lies. Raises UserError where there is none."""
     for key in SOURCE_KEYS:
         if key in params:
-            return str(params[key])
+            return key
     raise UserError(
         f"model.encoder_params has none of {', '.join(SOURCE_KEYS)}: it must say where the encoder comes from."
     )
-
-
-def _build(kind: type[FrozenEncoder], params: Mapping[str, Any]) -> FrozenEncoder:
-    try:
-        return kind(**params)
-    except TypeError as error:
-        raise UserError(f"model.encoder_params={dict(params)} does not fit {kind.__name__}: {error}") from error
 
 
 def _describe(content: Any) -> str:

@@ -118,6 +118,6 @@ def aligned(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]]
 
 def number(value: Any) -> str:
     """Return four significant digits, thousands with commas; a list's words; anything else as text."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:
         return " ".join(map(str, value)) if isinstance(value, list) else str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 or float(value).is_integer() else f"{value:.4g}"

@@ -107,7 +107,7 @@ class StageModule(pl.LightningModule):
         return [("all", planned, None)]
 
     @classmethod
-    def check_config(cls, config: Mapping[str, Any]) -> None:
+    def check_arguments(cls, config: Mapping[str, Any]) -> None:
         """Raise UserError: keys and values of the node `model:` that are wrong. Reads no data and no weights."""
 
     def training_flops(self) -> float | None:

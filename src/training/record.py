@@ -22,6 +22,7 @@ from src.callbacks.samples import SampleImages
 from src.core.errors import UserError
 from src.core.files import write_text
 from src.core.folder_lock import lock
+from src.core.json_files import read_json
 from src.core.run_names import git_state
 from src.core.text import hydra_quoted, masked, table
 from src.core.weights import resolve
@@ -74,8 +75,8 @@ def _check_free(folder: Path, checkpoint: Path | None) -> None:
     if checkpoint is not None and checkpoint.resolve().is_relative_to(folder.resolve()):
         return
     try:
-        job = json.loads(record.read_text()).get("slurm_job")
-    except (OSError, ValueError, AttributeError):
+        job = read_json(record)["slurm_job"]
+    except (UserError, KeyError):
         job = None
     if not saved and job is not None and job == os.environ.get("SLURM_JOB_ID"):
         return

@@ -1,6 +1,5 @@
 """Find the checkpoint that `ckpt_path` means, and log what a resume changes."""
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from src.core.errors import UserError
 from src.core.folder_lock import owner_of
+from src.core.json_files import read_json
 from src.core.text import flat
 from src.core.weights import read, resolve
 from src.formats.checkpoint import with_current_keys
@@ -108,6 +108,6 @@ def _global_batch(config: Mapping[str, Any], processes: int | None) -> int | Non
 
 def _experiment(run: Path) -> str | None:
     try:
-        return json.loads((run / "run.json").read_text()).get("experiment_name")
-    except (OSError, ValueError):
+        return read_json(run / "run.json", experiment_name=str)["experiment_name"]
+    except UserError:
         return None

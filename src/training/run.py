@@ -1,5 +1,6 @@
 """Run a training from its configuration to its record."""
 
+import importlib
 import json
 import logging
 import os
@@ -7,7 +8,7 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,10 @@ import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
@@ -28,28 +30,49 @@ from src.callbacks.progress import StartupTable, device_name, has_begun
 from src.core.distributed import Launch
 from src.core.errors import UserError
 from src.core.files import DISK_ERRORS, disk_message
-from src.core.settings import check_keys
+from src.core.settings import Settings, check_keys
 from src.core.stopping import KILL, STOP, end_with_parent, listening, signal_name, status_of
 from src.core.text import masked, table
 from src.core.weights import resolve
 from src.models.encoder_presets import expand_encoder
 from src.training import logs
+from src.training.module import StageModule
 from src.training.needs import require_weights
 from src.training.preflight import preflight
 from src.training.record import RunRecord, make_folder, save_config, summary, take_lock
 from src.training.resume import announce_resume, find_checkpoint
-from src.training.trainer import build_trainer
+from src.training.trainer import TrainerSettings, build_trainer
 
 log = logging.getLogger(__name__)
 
-KNOWN_KEYS = frozenset(
-    ("data", "model", "callbacks", "logger", "trainer", "paths", "experiment_name", "seed", "ckpt_path", "preflight",
-     "tags", "optimized_metric")
-)  # fmt: skip
-"""Of `configs/train.yaml`."""
 KNOWN_CALLBACKS = frozenset(("rfid", "gfid", "checkpoint", "samples", "progress"))
 """Those whose settings may stay where the callback itself is left out."""
 ENDED_AT_ONCE = "ended at once by a second Ctrl-C"
+
+
+class PathSettings(Settings):
+    """The node `paths:`."""
+
+    log_dir: str
+    weights_dir: str
+    run_dir: str | None
+
+
+class RunSettings(Settings):
+    """The whole configuration, `configs/train.yaml`; the nodes of parts are checked by these."""
+
+    experiment_name: str
+    tags: list[str]
+    optimized_metric: str
+    seed: int = Field(ge=0, lt=2**32)
+    ckpt_path: str | None
+    preflight: bool
+    paths: PathSettings
+    trainer: TrainerSettings
+    data: Mapping[str, Any]
+    model: Mapping[str, Any]
+    callbacks: Mapping[str, Mapping[str, Any] | None] | None
+    logger: Mapping[str, Mapping[str, Any] | None] | None
 
 
 @dataclass(frozen=True)
@@ -103,6 +126,17 @@ def _message(error: Exception) -> str | None:
         return " ".join(str(error).split())  # Lightning's own words for a mistake
     if isinstance(error, OmegaConfBaseException):
         return f"Configuration: {str(error).strip()}"
+    if "Too many open files" in str(error):
+        return (
+            f"Too many open files: {str(error).splitlines()[0]} Allow more with `ulimit -n 4096` in the shell, or take fewer "
+            "data.num_workers."
+        )
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return (
+            f"Not enough memory: {str(error).splitlines()[0] if str(error) else 'for Python objects'} Smaller: data.batch_size "
+            "(trainer.accumulate_grad_batches makes up for it), model.loss_chunk_size, data.image_size, the networks; "
+            "docs/troubleshooting.md, CUDA out of memory. preflight=true finds it out before the run."
+        )
     return None
 
 
@@ -212,21 +246,36 @@ def check_config(config: DictConfig) -> None:
 
     Hydra checks what is overridden; what an experiment file or a `+` adds, nobody else does. Raises UserError.
     """
-    check_keys(config, KNOWN_KEYS)
-    callbacks = config.callbacks or {}
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    RunSettings.parse(plain, "")
+    callbacks = plain["callbacks"] or {}
     check_keys(callbacks, KNOWN_CALLBACKS | _parts(callbacks).keys(), "callbacks")
-    model: dict[str, Any] = OmegaConf.to_container(config.model, resolve=True)  # type: ignore[assignment]
+    model = plain["model"]
     if "_target_" not in model:
         name = HydraConfig.get().runtime.choices.get("model")
         raise UserError(
             f"configs/model/{name}.yaml says nothing of most keys: it lacks a base that has them. Put at its top\n"
             "    defaults:\n      - base\n(dit_base for stage 2), or copy configs/model/rae.yaml."
         )
+    _check_part(plain["data"], "data", pl.LightningDataModule)
+    for group in ("callbacks", "logger"):
+        for name, node in _parts(plain[group]).items():
+            _check_part(node, f"{group}.{name}", pl.Callback if group == "callbacks" else pl.loggers.Logger)
+    _check_part(plain["model"], "model", StageModule)
+
+
+def _check_part(node: Mapping[str, Any], key: str, base: type) -> None:
+    """Check the arguments of a class of ours; of others nobody knows what they take before they are built."""
+    target = node.get("_target_")
+    module, _, name = str(target).rpartition(".")
     try:
-        module = get_class(str(model.get("_target_")))
-    except (ImportError, ValueError) as error:
-        raise UserError(f"model._target_={model.get('_target_')}: {error}.") from error
-    module.check_config({key: value for key, value in model.items() if key != "_target_"})
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise UserError(f"{key}._target_={target!r}: {error}. Expected the place of a class.") from error
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise UserError(f"{key}._target_={target!r}: expected the place of a {base.__name__}.")
+    if check := getattr(cls, "check_arguments", None):
+        check({name: value for name, value in node.items() if name != "_target_"})
 
 
 @dataclass(frozen=True)
@@ -288,20 +337,19 @@ def fit(run: Run, checkpoint: Path | None, record: RunRecord) -> dict[str, Any]:
 
 
 def build(node: DictConfig, key: str) -> Any:
-    """Instantiate a config node. Raises UserError for keys that its class does not know."""
+    """Instantiate a config node. Raises UserError for what its class does not take: keys, or values that only it can judge."""
     try:
         return instantiate(node, _recursive_=False, _convert_="all")
     except Exception as error:
         cause = error.__cause__ or error
         if isinstance(cause, UserError):
             raise cause from None
-        if isinstance(cause, TypeError) and "argument" in str(cause):
-            raise UserError(
-                f"{key}: {cause}. The keys that {node._target_} takes are in configs/{key.split('.')[0]}/."
-            ) from cause
         if isinstance(cause, ModuleNotFoundError):
             raise UserError(f"{key}: {cause}. Install it, or choose another config for this group.") from cause
-        raise
+        if not str(node._target_).startswith("src."):
+            group = key.split(".")[0]
+            raise UserError(f"{key}: {node._target_} refuses its arguments, see configs/{group}/: {cause}") from cause
+        raise cause from None
 
 
 def build_loggers(group: DictConfig | None, folder: str, checkpoint: Path | None) -> list[Any]:

@@ -187,7 +187,7 @@ class RAEModule(StageModule):
     # -- what a run is told of
 
     @classmethod
-    def check_config(cls, config: Mapping[str, Any]) -> None:
+    def check_arguments(cls, config: Mapping[str, Any]) -> None:
         """Raise UserError: keys and values that are wrong, sizes that don't fit, what an experiment leaves to the user."""
         if config.get("pretrained_decoder_path") == "required":  # `???` would give way to the null of the base
             raise UserError(

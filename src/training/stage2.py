@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from src.core.distributed import sum_over_ranks
 from src.core.ema import EMA
 from src.core.errors import UserError
+from src.core.geometry import Pixels
 from src.core.images import unit_to_bytes
 from src.core.schedules import Schedule
 from src.core.weights import freeze
@@ -59,7 +60,7 @@ class Stage2Settings(StageSettings):
     autoencoder: Any
     """A path or a mapping, see `open_autoencoder`."""
     statistics: str | None
-    image_size: int = Field(ge=1)
+    image_size: Pixels
     network: Mapping[str, Any]
     """`name`, a class of src/models/dit.py, and its arguments."""
     num_classes: int = Field(ge=1)
@@ -217,7 +218,7 @@ class DiffusionModule(StageModule):
     # -- what a run is told of
 
     @classmethod
-    def check_config(cls, config: Mapping[str, Any]) -> None:
+    def check_arguments(cls, config: Mapping[str, Any]) -> None:
         Stage2Settings.parse(config)
 
     def facts(self) -> list[tuple[str, str]]:
