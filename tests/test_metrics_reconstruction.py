@@ -55,15 +55,13 @@ def test_all_numbers_are_what_the_parts_give(inception: InceptionFeatures) -> No
     values = score.update(original, reconstruction)
     decoded = unit_to_bytes(reconstruction)
     assert torch.equal(values["psnr"], psnr(original, decoded)) and torch.equal(values["ssim"], ssim(original, decoded))
-    assert {name: tuple(value.shape) for name, value in values.items()} == dict.fromkeys(
-        ["psnr", "ssim", "lpips"], (24,)
-    )
+    assert {"psnr", "ssim", "lpips"} <= values.keys() and {tuple(value.shape) for value in values.values()} == {(24,)}
     result = score.reduce().compute()  # without a process group there is nothing to add
     moments = [image_statistics([images], inception, 24) for images in (original, decoded)]
     expected = {name: value.double().mean().item() for name, value in values.items()}
     expected |= {"rfid_untrained": frechet_distance(*moments), "images": 24}
     assert result == pytest.approx(expected, rel=1e-5) and isinstance(result["images"], int)
-    assert list(result) == ["rfid_untrained", "psnr", "ssim", "lpips", "images"]
+    assert list(result)[:3] == ["rfid_untrained", "psnr", "ssim"] and list(result)[-1] == "images"
 
 
 def test_any_split_gives_the_same(inception: InceptionFeatures) -> None:
@@ -90,7 +88,7 @@ def test_a_score_is_called_rfid_only_with_real_weights(tmp_path: Path) -> None:
     inception.untrained = False  # as after loading a file
     assert "rfid" in score_of(inception, [data(4)]).compute()
     result = score_of(None, [data(4)], lpips=lpips).compute()
-    assert list(result) == ["psnr", "ssim", "lpips", "images"]  # without a network, no FID
+    assert {"psnr", "ssim", "lpips", "images"} <= result.keys() and not any("fid" in name for name in result)
     lpips_untrained = InceptionFeatures(None, "tiny")
     lpips_untrained.forward = lpips
     assert "lpips_untrained" in score_of(None, [data(4)], lpips=lpips_untrained).compute()

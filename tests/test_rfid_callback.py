@@ -141,8 +141,8 @@ def test_a_missing_file_stops_the_start_and_says_what_to_type(tmp_path):
     with pytest.raises(UserError) as caught:
         train(tmp_path, *rfid(inception_weights="pretrained", inception_path=f"{tmp_path}/no.pth"))
     for words in (
-        str(tmp_path / "no.pth"), "python scripts/download_weights.py inception", "callbacks.rfid.rfid_every_n_steps=0",
-        "callbacks.rfid.rfid_every_epoch=false", "callbacks.rfid.inception_weights=untrained",
+        str(tmp_path / "no.pth"), "python scripts/download_weights.py --experiment rae_dummy", "callbacks.rfid.rfid_every_n_steps=0",
+        "callbacks.rfid.rfid_every_epoch=false",
     ):  # fmt: skip
         assert words in str(caught.value)
     assert not (tmp_path / "checkpoints").exists()

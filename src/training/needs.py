@@ -31,7 +31,10 @@ def require_weights(config: Mapping[str, Any], ask: bool) -> None:
     if not any(asset.sources or asset.path is None for asset in missing):
         return  # what only the user has: whoever reads it says what it must be
     known = {asset.name: asset for asset in hub_assets().values()}
-    lines = [f"  {asset.path or asset.name}: {known.get(asset.name, asset).what}" for asset in missing]
+    lines = [
+        f"  {asset.path or asset.name}: {known.get(asset.name, asset).what}{_without(asset.name, config)}"
+        for asset in missing
+    ]
     if reasons:
         lines += [f"  The hub did not give it. {reason}" for reason in dict.fromkeys(reasons.values()) if reason]
     raise UserError(
@@ -41,6 +44,20 @@ def require_weights(config: Mapping[str, Any], ask: bool) -> None:
         "Where huggingface.co can't be reached, put a mirror of it in front: HF_ENDPOINT=https://…; for a machine without a "
         "connection see docs/weights.md."
     )
+
+
+def _without(name: str, config: Mapping[str, Any]) -> str:
+    """Return how a run does without the file called `name`; empty where it can't."""
+    scores = {
+        "rfid": "callbacks.rfid.rfid_every_n_steps=0 callbacks.rfid.rfid_every_epoch=false",
+        "gfid": "callbacks.gfid.every_n_steps=0 callbacks.gfid.every_n_epochs=0",
+    }
+    words = {
+        "inception": next((off for part, off in scores.items() if part in (config.get("callbacks") or {})), ""),
+        "discriminator": "model.disc_weight=0",
+        **dict.fromkeys(("vgg16", "lpips"), "model.perceptual_weight=0"),
+    }.get(name)
+    return f"; not needed with {words}" if words else ""
 
 
 def _command(missing: list[Any]) -> str:
