@@ -76,8 +76,8 @@ def test_nonsense_is_refused(small, override):
         check_config(small)
 
 
-LEFT_OUT = ("trainer.max_steps", "model.autoencoder", "model.compile")
-"""No end, no autoencoder, a minute of compilation; `scripts/odd_values.py` tries them too."""
+LEFT_OUT = ("trainer.max_steps", "trainer.fast_dev_run", "model.autoencoder", "model.compile")
+"""No end, twice, no autoencoder, a minute of compilation; `scripts/odd_values.py` tries them too."""
 GROUPS = [(1, "trainer"), (1, "data"), (1, "callbacks"), (1, "model"), (2, "model")]
 
 
