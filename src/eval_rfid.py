@@ -76,7 +76,7 @@ def text(results: Sequence[Mapping[str, Any]]) -> str:
         own = [result for result in results if result["data_dir"] == data_dir]
         first = own[0]
         lines = [f"Images: {first['images']:,} of {first['available']:,}, {first['split']} of {data_dir}"]
-        lines += [f"Model: {first['model']}"] * (len({result.get("model") for result in own}) > 1)
+        lines += [f"Model: {first['model']}"] if len({result.get("model") for result in own}) > 1 else []
         lines += [f"{name} Score: {first[key]:.4f}" for key, name in RFID.items() if key in first]
         others = [key for key in first if key not in RFID and label(key)]
         lines.append(", ".join(f"{label(key)}: {first[key]:.4f}" for key in others))
