@@ -144,6 +144,13 @@ def test_files_that_do_not_belong_together_and_compression_are_named(tmp_path: P
         ArrowSource(tmp_path / "set")
 
 
+def test_two_columns_of_one_name_are_named(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array([b"x"]), pa.array([1]), pa.array([2])], names=["image", "label", "label"])
+    write(tmp_path / "set", table, 1)
+    with pytest.raises(UserError, match="two of one name"):
+        ArrowSource(tmp_path / "set")
+
+
 def two_images(folder: Path) -> Path:
     table = pa.table({"low": pa.array([b"l"]), "high": pa.array([b"h"]), "name": ["a.jpg"], "parts": [[b"x"]]})
     write(folder, table, 1)

@@ -215,6 +215,8 @@ def test_a_format_that_cant_say_it_says_why():
     (["model.encoder_params.layers=11.13"], r"decimal number. Write a list"),
     (["model.encoder_params.layer_fusion=max"], "unknown to DINOv3wNorm"),
     (["model.encoder_params.layers=k1", "model.layer_subset.kind=uniform"], "needs several blocks to choose from"),
+    (["model.generated.checkpoint=x.ckpt", "model.layer_subset.kind=uniform"], "exclude each other"),
+    (["model.generated.checkpoint=x.ckpt"], r"generated.checkpoint=x.ckpt: Checkpoint not found"),
     (["data.train_crop=middle"], "middle"),
 ])  # fmt: skip
 def test_mistakes_on_the_command_line(overrides, message, tmp_path):

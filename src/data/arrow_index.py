@@ -40,8 +40,8 @@ class FileRows:
 def read_schema(path: Path) -> pa.Schema:
     """Read the schema of a stream or file. Raises Damaged, OSError."""
     with _opened(path) as (*_, reader):
-        if not reader.schema.names:  # decodes them
-            raise Damaged("it has no columns")
+        if len(set(reader.schema.names)) != max(1, len(reader.schema)):  # decodes them
+            raise Damaged("it has no columns, or two of one name")
         return reader.schema
 
 

@@ -39,7 +39,10 @@ class GeneratedLatents(nn.Module):
         """Raises UserError: no such checkpoint, or one for another encoder or other statistics than the model's."""
         super().__init__()
         assert settings.checkpoint is not None
-        generator = open_generator(settings.checkpoint, shape=rae.latent_shape)
+        try:
+            generator = open_generator(settings.checkpoint, shape=rae.latent_shape)
+        except UserError as error:
+            raise UserError(f"model.generated.checkpoint={settings.checkpoint}: {error}") from error
         require_same_encoder(rae.encoder, generator.identity["encoder"], settings.checkpoint)
         trained_on, own = generator.identity["statistics"]["digest"], statistics_digest(rae)
         if trained_on != own:

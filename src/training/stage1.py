@@ -51,12 +51,12 @@ class RAEModule(StageModule):
         self.step = TrainingStep(self.rae, self.lpips, self.discriminator, augment, settings.step)
         self.noise = StepNoise(self.rae, augment, settings.noise, settings.layer_subset, seed)
         chosen = settings.generated.checkpoint is not None
-        self.generated = GeneratedLatents(settings.generated, self.rae, seed) if chosen else None
         if chosen and settings.layer_subset.kind != "none":
             raise UserError(
                 "model.generated.checkpoint and model.layer_subset exclude each other: a sampler makes latents of all blocks. Set "
                 "model.layer_subset.kind=none."
             )
+        self.generated = GeneratedLatents(settings.generated, self.rae, seed) if chosen else None
         self.disc_scaler = torch.amp.GradScaler("cuda", enabled=False)
         self._restored_scaler: Mapping[str, Any] = {}
         self._micro_batches: list[tuple[Mapping[str, Any], GeneratorResult]] = []
