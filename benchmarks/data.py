@@ -12,10 +12,7 @@ the same; the figure is the best round, the ratio the median over rounds.
 """
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.surroundings import cpu_name, surroundings, write
 
 GOALS = {"ours": 1.8, "ours_resized": 2.7, "arrow": 1.8, "tar": 1.8, "folder": 1.8}
 GENERATED = 96
@@ -49,17 +48,12 @@ def main() -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
-    report |= {
-        "images": str(args.images or "generated"),
-        "command": "python benchmarks/data.py " + " ".join(sys.argv[1:]),
-    }
+    report["images"] = str(args.images or "generated")
     for name, row in report["results"].items():
         goal = f" (goal {GOALS[name]})" if name in GOALS else ""
         print(f"{name:14} {row['images_per_s']:8.1f} images/s and core {row['ratio']:6.2f} x pillow{goal}")
     print(f"mean difference to pillow, levels: {report['mean_difference']}")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=2) + "\n")
+    write(report, args.out)
     return 0
 
 
@@ -153,8 +147,8 @@ def measure(files: list[bytes], size: int, rounds: int, sources: dict[str, Any])
         "bytes": {"raw": sum(map(len, files)), "resized": sum(map(len, resized))},
         "size": size,
         "rounds": rounds,
-        "hardware": hardware(),
-        "commit": commit(),
+        "hardware": f"{cpu_name()}, one core",
+        **surroundings(),
     }
 
 
@@ -175,21 +169,6 @@ def two_step(data: bytes, size: int, position: int) -> Any:
     left, top = int(u * (width - size + 1)), int(v * (height - size + 1))
     crop = image.crop((left, top, left + size, top + size))
     return np.ascontiguousarray(np.asarray(crop).transpose(2, 0, 1))
-
-
-def hardware() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    name = next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-    return f"{name} ({platform.machine()}), one core"
-
-
-def commit() -> str | None:
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ Memory is the peak of what torch has allocated during a call beyond what was the
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.surroundings import surroundings, write
 
 SIZES = {
     "tiny": {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 24, "num_attention_heads": 3},
@@ -45,16 +45,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     args = build_parser().parse_args()
     report = measure(args.size, args.batch, args.image_size, args.repeats, args.threads)
-    report["command"] = "python benchmarks/encoders.py " + " ".join(sys.argv[1:])
     for name, row in report["results"].items():
         goal = f"  (goal {GOAL})" if name == "k23" else ""
         print(
             f"{name:10} {row['seconds']:8.3f} s  x {row['ratio_wall']:.4f} wall  x {row['ratio_cpu']:.4f} CPU time  "
             f"peak {row['peak_mib']:7.1f} MiB{goal}"
         )
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=2) + "\n")
+    write(report, args.out)
     return 0
 
 
@@ -92,8 +89,7 @@ def measure(size: str, batch: int, image_size: int, repeats: int, threads: int) 
         "latent_mib": round(latents["k1"].nbytes / 2**20, 2),
         "results": results,
         "goal": {"k23 / k1": GOAL},
-        "machine": {"processor": _processor(), "torch": torch.__version__, "python": platform.python_version()},
-        "commit": _commit(),
+        **surroundings(),
     }
 
 
@@ -141,22 +137,6 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 
 def _ratio(times: list[float], base: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(times, base, strict=True))
-
-
-def _processor() -> str:
-    try:
-        return next(
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        )
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
-def _commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=sys.path[0], check=False)
-    return found.stdout.strip()
 
 
 if __name__ == "__main__":

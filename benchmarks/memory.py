@@ -1,6 +1,7 @@
 """Memory of a training step on a GPU at any batch size, worked out on a CPU without computing anything.
 
     python benchmarks/memory.py --decoder ViTB --batch 1 4 16 --activation_checkpointing --loss_chunk_size 4
+    python benchmarks/memory.py --decoder ViTB --batch 16 --accumulate 1 32 --activation_checkpointing --loss_chunk_size 4
     python benchmarks/memory.py --decoder ViTXL --batch 64 --phases warmup gan --variants plain ours --fit 80 140
 
 The step of `benchmarks/train_step.py` runs on fake tensors (shapes and types, no numbers), all networks at their real size,
@@ -10,10 +11,10 @@ that it takes on a GPU. `--fit` says the largest batch for so much memory (memor
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import weakref
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from benchmarks.runners import DECODERS, DTYPES, ENCODERS, PHASES, build_models, make_inputs, make_runner, positive
+from benchmarks.surroundings import write
 from src.core.precision import cast_frozen
 from src.losses import lpips_distance
 from src.models.dino import RECIPES
@@ -103,11 +105,11 @@ def make_fake(root: nn.Module, fake: FakeTensorMode, live: LiveBytes) -> None:
                 live.add(module._buffers[name])
 
 
-def peak_bytes(arguments: argparse.Namespace, variant: str, batch: int) -> tuple[int, int]:
-    """Return bytes between steps (weights, averages, moments) and at the peak within a step."""
+def peak_bytes(arguments: argparse.Namespace, variant: str, batch: int, accumulate: int = 1) -> tuple[int, int]:
+    """Return bytes between steps (weights, averages, moments) and at the peak within a step of so many micro-batches."""
     arguments.batch = batch
     device, dtype = torch.device("cpu"), DTYPES[arguments.precision]
-    options = {"disc_fake": "fresh", "loss_chunk_size": arguments.loss_chunk_size, "dtype": None,
+    options = {"disc_fake": arguments.disc_fake, "loss_chunk_size": arguments.loss_chunk_size, "dtype": None,
                "activation_checkpointing": arguments.activation_checkpointing}  # fmt: skip
     with tempfile.TemporaryDirectory() as arguments.scratch:
         models = build_models(arguments)
@@ -120,8 +122,8 @@ def peak_bytes(arguments: argparse.Namespace, variant: str, batch: int) -> tuple
         for module in (models.rae, models.lpips, models.discriminator):
             make_fake(module, fake, live)
         runner = make_runner(variant, models, device, options)
-        for _ in range(2):  # the second step has its moments already
-            live.peak = live.now
+        for micro_batches in (1, accumulate):  # the second step has its moments already
+            live.peak, runner.accumulate = live.now, micro_batches
             with torch.autocast("cpu", dtype or torch.bfloat16, dtype is not None, cache_enabled=False), GpuAutocast():
                 runner.run(images, draws, PHASES[arguments.phase])
         return live.now, live.peak
@@ -139,27 +141,33 @@ def main() -> None:
     parser.add_argument("--phases", nargs="+", choices=sorted(PHASES), default=["gan"])
     parser.add_argument("--activation_checkpointing", action="store_true")
     parser.add_argument("--loss_chunk_size", type=positive, metavar="N")
+    parser.add_argument("--disc_fake", choices=["fresh", "reuse"], default="fresh")
+    parser.add_argument(
+        "--accumulate", type=positive, nargs="+", default=[1], metavar="N", help="micro-batches; not plain"
+    )
     parser.add_argument("--fit", type=positive, nargs="+", default=[], metavar="GIB", help="memory to fill")
     parser.add_argument("--out", type=Path, help="JSON, of the last batch size")
     arguments = parser.parse_args()
     batches = arguments.batch
+    if arguments.accumulate != [1] and "plain" in arguments.variants:
+        parser.error("--accumulate: the plain step has one micro-batch; leave plain out of --variants")
     results: dict[str, dict[str, dict[str, float]]] = {phase: {} for phase in arguments.phases}
     for phase in arguments.phases:
         arguments.phase = phase
         for variant in arguments.variants:
-            for batch in batches:
-                held, peak = peak_bytes(arguments, variant, batch)
+            for batch, accumulate in product(batches, arguments.accumulate):
+                held, peak = peak_bytes(arguments, variant, batch, accumulate)
+                micro = f" x {accumulate}" if accumulate > 1 else ""
                 print(
-                    f"{phase}, {variant}, batch {batch}: {peak / GIB:.2f} GiB at the peak, {held / GIB:.2f} GiB between steps",
+                    f"{phase}, {variant}, batch {batch}{micro}: {peak / GIB:.2f} GiB at the peak, "
+                    f"{held / GIB:.2f} GiB between steps",
                     flush=True,
                 )
             found = {"peak_gib": peak / GIB, "between_steps_gib": held / GIB}  # of the last batch size
             results[phase][variant] = found | largest_batches(arguments, variant, batch, peak)
-    if arguments.out:
-        said = {k: str(v) for k, v in vars(arguments).items() if k not in ("scratch", "batch", "phase")}
-        record = {"command": " ".join(["python", *sys.argv]), "torch": torch.__version__}
-        record |= {"computed": "from the sizes of tensors", "batch": batches[-1]}
-        arguments.out.write_text(json.dumps(record | {"arguments": said, "results": results}, indent=1) + "\n")
+    said = {k: str(v) for k, v in vars(arguments).items() if k not in ("scratch", "batch", "phase")}
+    record = {"torch": torch.__version__, "computed": "from the sizes of tensors", "batch": batches[-1]}
+    write(record | {"arguments": said, "results": results}, arguments.out)
 
 
 def largest_batches(arguments: argparse.Namespace, variant: str, batch: int, peak: int) -> dict[str, float]:
@@ -167,7 +175,9 @@ def largest_batches(arguments: argparse.Namespace, variant: str, batch: int, pea
     if not arguments.fit:
         return {}
     other = max(1, batch // 2) if batch > 1 else 2
-    share = (peak - peak_bytes(arguments, variant, other)[1]) / (batch - other)  # bytes per image
+    share = (peak - peak_bytes(arguments, variant, other, arguments.accumulate[-1])[1]) / (
+        batch - other
+    )  # bytes per image
     found = {"gib_per_image": share / GIB}
     for gib in arguments.fit:
         largest = max(0, int(((gib - OVERHEAD) * GIB - (peak - share * batch)) / share))

@@ -47,7 +47,8 @@ from benchmarks.runners import (
     make_runner,
     positive,
 )
-from benchmarks.train_step import autocast, clock, memory_alone, peak_memory, surroundings, turns
+from benchmarks.surroundings import surroundings, write
+from benchmarks.train_step import autocast, clock, free_memory, memory_alone, peak_memory, turns
 from src.losses.vgg import CHANNELS, CONVS_PER_STAGE
 from src.models.dino import RECIPES, DinoTrunk
 
@@ -97,12 +98,13 @@ class Official:
             optimizers = [program.build_optimizer(p, training)[0] for p in (rae.decoder.parameters(), heads)]
             schedulers = [program.build_scheduler(optimizer, 2502, training)[0] for optimizer in optimizers]
             disc_loss, gen_loss = program.select_gan_losses("hinge", "vanilla")
+            scaler = torch.amp.GradScaler(device.type) if arguments.precision == "fp16" else None
             self.names = vars(program) | {
                 "rae": rae, "ddp_model": model, "ema_model": average, "discriminator": discriminator.train(),
                 "ddp_disc": wrap(discriminator, device), "disc_aug": augment, "disc_loss_fn": disc_loss, "gen_loss_fn": gen_loss,
                 "lpips": program.LPIPS().to(device).eval(), "optimizer": optimizers[0], "disc_optimizer": optimizers[1],
-                "scheduler": schedulers[0], "disc_scheduler": schedulers[1], "scaler": None, "device": device, "rank": 0,
-                "autocast": partial(torch.autocast, device.type), "autocast_kwargs": their_autocast(arguments.precision),
+                "scheduler": schedulers[0], "disc_scheduler": schedulers[1], "scaler": scaler, "device": device,
+                "rank": 0, "autocast": partial(torch.autocast, device.type), "autocast_kwargs": their_autocast(arguments.precision),
                 "disc_weight": DISC_WEIGHT, "perceptual_weight": PERCEPTUAL_WEIGHT, "max_d_weight": MAX_D_WEIGHT,
                 "clip_grad": None, "ema_decay": EMA_DECAY, "disc_updates": 1, "lpips_start_step": 0, "log_interval": 0,
                 "sample_every": NEVER, "do_eval": False, "num_batches": 0, "last_layer": rae.decoder.decoder_pred.weight,
@@ -330,14 +332,21 @@ def main() -> None:
         runner = make(arguments.variants[0], arguments, device)
         print(json.dumps({phase: peak(runner, images, phase, device) for phase in arguments.phases}))
         return
-    memory = {name: memory_alone(name, arguments.precision) for name in arguments.variants}
+    on_gpu = device.type == "cuda"  # there a variant is alone in memory, and its peak is known while it is timed
+    memory = {name: {} if on_gpu else memory_alone(name, arguments.precision) for name in arguments.variants}
     seconds: dict[str, dict[str, list[float]]] = {phase: {} for phase in arguments.phases}
     for names in turns(arguments.variants, device):
-        runners = {name: make(name, arguments, device) for name in names}
-        for phase in arguments.phases:
-            seconds[phase] |= timed(runners, images, phase, device, arguments)
-        del runners
-    write(arguments, device, seconds, memory)
+        try:
+            runners = {name: make(name, arguments, device) for name in names}
+            for phase in arguments.phases:
+                for name, runner in runners.items() if on_gpu else ():
+                    memory[name][phase] = peak(runner, images, phase, device)
+                seconds[phase] |= timed(runners, images, phase, device, arguments)
+        except torch.OutOfMemoryError:
+            print(f"{', '.join(names)}: out of memory at batch {arguments.batch}")
+        runners = {}
+        free_memory(device)
+        report(arguments, device, seconds, memory)  # after each, for what may end the program later
     dist.destroy_process_group()
 
 
@@ -363,7 +372,7 @@ def times_as_fast(row: dict[str, Any], other: dict[str, Any]) -> float:
     return statistics.median(a / b for a, b in zip(other["seconds_all"], row["seconds_all"], strict=True))
 
 
-def write(arguments: argparse.Namespace, device: torch.device, seconds: Any, memory: Any) -> None:
+def report(arguments: argparse.Namespace, device: torch.device, seconds: Any, memory: Any) -> None:
     results: dict[str, dict[str, Any]] = {}
     for phase, found in seconds.items():
         results[f"{arguments.precision}/{phase}"] = rows = {
@@ -376,11 +385,8 @@ def write(arguments: argparse.Namespace, device: torch.device, seconds: Any, mem
         for name, row in rows.items():
             against = ", ".join(f"{times_as_fast(row, rows[other]):.2f} x {other}" for other in rows if other != name)
             print(f"{phase} {name}: {row['seconds']:.2f} s, {row['peak_memory_gb']} GB; {against}")
-    record = {"command": " ".join(["python", *sys.argv]), **surroundings(device)}
-    record |= {"arguments": {k: str(v) for k, v in vars(arguments).items()}, "results": results}
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    said = {k: str(v) for k, v in vars(arguments).items()}
+    write({**surroundings(device), "arguments": said, "results": results}, arguments.out)
 
 
 if __name__ == "__main__":

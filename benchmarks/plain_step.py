@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
+import yaml
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -114,7 +114,7 @@ class PlainStep:
 
 def step_settings(**changes: Any) -> StepSettings:
     """Return the settings of our step as configs/model/base.yaml has them, with `changes`."""
-    defaults = OmegaConf.load(PROJECT_ROOT / "configs/model/base.yaml")
+    defaults = yaml.safe_load((PROJECT_ROOT / "configs/model/base.yaml").read_text())
     return StepSettings.parse({name: defaults[name] for name in StepSettings.field_names()} | changes, "model")
 
 

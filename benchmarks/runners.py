@@ -4,6 +4,7 @@ import argparse
 import json
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ from src.losses.diffaug import UNIFORMS_PER_BATCH, UNIFORMS_PER_SAMPLE, DiffAug
 from src.losses.lpips import LPIPS
 from src.models.discriminator import DinoDiscriminator
 from src.models.rae import RAE
-from src.training.module import compile_in_place
+from src.training.module import compile_in_place, loss_scale
 from src.training.settings import OptimizerSettings
 from src.training.stage1 import adamw, parts_to_compile
 from src.training.stage1_step import LatentNoise, Phase, TrainingStep
 
 PHASES = {"warmup": Phase(True, False, False), "disc": Phase(True, False, True), "gan": Phase(True, True, True)}
-DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 ENCODERS = {
     "dinov2_b": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
     "tiny": {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 3},
@@ -87,7 +88,9 @@ class OurRunner:
             adamw(module, OptimizerSettings(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0))
             for module in (models.rae.decoder, models.discriminator.heads)
         ]
-        self.counter, self.steps = NonFiniteCounter(0), 0
+        self.counter, self.steps, self.accumulate = NonFiniteCounter(0), 0, 1
+        self.device, scaled = device, options["dtype"] == torch.float16
+        self.scalers = [torch.amp.GradScaler(device.type) if scaled else None for _ in self.optimizers]
         if options["dtype"] is not None:
             cast_frozen(models.rae.encoder, options["dtype"])
             cast_frozen(models.discriminator.trunk, options["dtype"])
@@ -95,25 +98,47 @@ class OurRunner:
             compile_in_place(parts_to_compile(models.rae, self.ema.average, models.lpips, models.discriminator))
 
     def run(self, images: Tensor, draws: Any, phase: Phase) -> None:
-        result = self.step.generator(bytes_to_unit(images), draws.noise, draws.augment[0], phase)
-        self.update(0, self.models.rae.decoder, result.terms)
+        terms, sources = {}, []
+        for _ in range(self.accumulate):
+            result = self.step.generator(
+                bytes_to_unit(images), draws.noise, draws.augment[0], phase, self._backward, self._scale(0),
+                1 / self.accumulate,
+            )  # fmt: skip
+            terms |= result.terms
+            sources += [] if result.fake_source is None else [result.fake_source]
+            del result
+        self.update(0, self.models.rae.decoder, terms)
         with torch.profiler.record_function("ema"):
             self.ema.update()
         if phase.disc:
             for terms in self.step.discriminator_updates(
-                [result], lambda label, *_: draws.augment[1 + (label == "real")]
-            ):
+                [images] * self.accumulate, sources, lambda label, *_: draws.augment[1 + (label == "real")],
+                partial(self._scale, 1),
+            ):  # fmt: skip
                 self.update(1, self.models.discriminator.heads, terms)
         self.steps += 1
 
     def update(self, which: int, module: nn.Module, terms: dict[str, Tensor]) -> None:
+        optimizer, scaler = self.optimizers[which], self.scalers[which]
         with torch.profiler.record_function("optimizer"):
             norm = torch.nn.utils.get_total_norm(
                 [p.grad for p in module.parameters() if p.grad is not None], foreach=True
             )
-            self.optimizers[which].found_inf = self.counter.observe(self.steps, {**terms, "gradient": norm})
-            self.optimizers[which].step()
-            self.optimizers[which].zero_grad(set_to_none=True)
+            found = self.counter.observe(self.steps, {**terms, "gradient": norm})
+            if scaler is None:
+                optimizer.found_inf = found
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+    def _scale(self, which: int) -> Tensor | float:
+        return loss_scale(self.scalers[which], self.device)
+
+    def _backward(self, output: Tensor, gradient: Tensor) -> None:
+        scaler = self.scalers[0]
+        (output if scaler is None else scaler.scale(output)).backward(gradient)
 
 
 @dataclass

@@ -10,9 +10,9 @@ exchange between processes. Phases: warmup (L1 + LPIPS), disc (D updates too), g
 """
 
 import argparse
+import gc
 import json
 import math
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from benchmarks.runners import (
     make_inputs,
     make_runner,
 )
-from src.core.weights import PROJECT_ROOT
+from benchmarks.surroundings import surroundings, write
 from src.training.stage1_step import Phase
 
 PARTS = ("encode", "decode", "lpips", "gan", "adaptive_weight", "backward", "disc_decode", "disc", "optimizer", "ema")
@@ -78,8 +79,12 @@ def measure(
                 seconds[name].append(clock(device) - began)
     found = {}
     for name, runner in runners.items():
-        with autocast(device, precision), FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as flops:
-            parts = part_times(lambda runner=runner: runner.run(images, draws, phase), device)
+        step = partial(runner.run, images, draws, phase)
+        with autocast(device, precision):
+            parts = part_times(step, device)
+            flops = FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU)
+            with torch.compiler.set_stance("force_eager"), flops:  # compiled kernels can't be counted
+                step()
         median = statistics.median(seconds[name])
         total = flops.get_total_flops()
         found[name] = {
@@ -113,6 +118,23 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def peak(runner: Any, images: Tensor, draws: Draws, phase: str, precision: str) -> float | None:
+    """Return GB at the peak of a runner's second step in a phase; infinite where it does not fit."""
+    step = partial(runner.run, images, draws, PHASES[phase])
+    with autocast(images.device, precision), suppress(torch.OutOfMemoryError):
+        step()
+        return peak_memory(step, images.device)
+    free_memory(images.device)
+    return math.inf
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nothing holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def peak_memory(run: Any, device: torch.device) -> float | None:
     """Return GB at the peak of a call: allocations on a GPU; on a CPU the resident set, whose mark is reset before."""
     if device.type == "cuda":
@@ -143,9 +165,9 @@ def part_times(run: Any, device: torch.device) -> dict[str, float]:
     return {part: round(found[part], 2) for part in PARTS if part in found}
 
 
-def matmul_peak(device: torch.device, precision: str) -> float:
+def matmul_peak(device: torch.device, precision: str, size: int | None = None) -> float:
     """Measure TFLOP/s of a large matrix product in this precision, what the share is a share of."""
-    size = 8192 if device.type == "cuda" else 2048
+    size = size or (8192 if device.type == "cuda" else 2048)
     dtype = DTYPES[precision] or torch.float32
     a, b = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")
@@ -185,34 +207,28 @@ def main() -> None:
     images, draws = make_inputs(arguments, models, device)
     options = {key: getattr(arguments, key) for key in ("disc_fake", "loss_chunk_size", "activation_checkpointing")}
     if arguments.memory_only:
-        peaks = {}
-        (precision,) = arguments.precision
-        options["dtype"] = DTYPES[precision]
-        (variant,) = arguments.variants
-        runner = make_runner(variant, copy_to(models, device), device, options)
-        for phase in arguments.phases:
-            step = partial(runner.run, images, draws, PHASES[phase])
-            peaks[phase] = math.inf
-            with autocast(device, precision), suppress(torch.OutOfMemoryError):
-                step()
-                peaks[phase] = peak_memory(step, device)
-        print(json.dumps(peaks))
+        (precision,), (variant,) = arguments.precision, arguments.variants
+        runner = make_runner(variant, copy_to(models, device), device, options | {"dtype": DTYPES[precision]})
+        print(json.dumps({phase: peak(runner, images, draws, phase, precision) for phase in arguments.phases}))
         return
-    memory = {(v, p): memory_alone(v, p) for v in arguments.variants for p in arguments.precision}
-    record = {
-        "command": " ".join(["python", *sys.argv]),
+    pairs = list(product(arguments.variants, arguments.precision))
+    on_gpu = device.type == "cuda"  # there a variant is alone in memory, and its peak is known while it is timed
+    memory = {pair: {} if on_gpu else memory_alone(*pair) for pair in pairs}
+    record: dict[str, Any] = {
         **surroundings(device),
         "arguments": {k: str(v) for k, v in vars(arguments).items()},
         "results": {},
     }
     for precision in arguments.precision:
         options["dtype"] = DTYPES[precision]
-        peak = matmul_peak(device, precision)
-        print(f"\n{precision}: a large matrix product runs at {peak:.3g} TFLOP/s here")
+        product_tflops = matmul_peak(device, precision)
+        print(f"\n{precision}: a large matrix product runs at {product_tflops:.3g} TFLOP/s here")
         found: dict[str, dict[str, Any]] = {phase: {} for phase in arguments.phases}
         for names in turns(arguments.variants, device):
             runners = {name: make_runner(name, copy_to(models, device), device, options) for name in names}
             for phase in arguments.phases:
+                for name, runner in runners.items() if on_gpu else ():
+                    memory[name, precision][phase] = peak(runner, images, draws, phase, precision)
                 fitting = {
                     name: runner for name, runner in runners.items() if memory[name, precision][phase] != math.inf
                 }
@@ -220,17 +236,13 @@ def main() -> None:
                     fitting, images, draws, PHASES[phase], precision, arguments.repeats, arguments.warm
                 )
             del runners, fitting
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            free_memory(device)
         for phase, rows in found.items():
             for variant, row in rows.items():
                 row["peak_memory_gb"] = memory[variant, precision][phase]
-            record["results"][f"{precision}/{phase}"] = {**rows, "matmul_tflops": peak}
-            show(phase, rows, peak)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"\nwritten to {arguments.out}")
+            record["results"][f"{precision}/{phase}"] = {**rows, "matmul_tflops": product_tflops}
+            show(phase, rows, product_tflops)
+    write(record, arguments.out)
 
 
 def show(phase: str, found: dict[str, Any], peak: float) -> None:
@@ -249,31 +261,6 @@ def show(phase: str, found: dict[str, Any], peak: float) -> None:
                 if row["peak_memory_gb"] is not None:
                     text += f", {row['peak_memory_gb'] / found['plain']['peak_memory_gb']:.2f} x peak memory"
                 print(text)
-
-
-def surroundings(device: torch.device) -> dict[str, Any]:
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=PROJECT_ROOT, capture_output=True, text=True).stdout.strip()
-
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": git("rev-parse", "HEAD"),
-        "clean": not git("status", "--porcelain"),
-    }
-
-
-def cpu_name() -> str:
-    try:
-        return next(
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 if __name__ == "__main__":

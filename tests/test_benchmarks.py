@@ -36,17 +36,20 @@ def test_memory_is_worked_out_and_nothing_in_the_step_waits_for_a_value():
     """On fake tensors there are no numbers: a step that reads one (`item`, `if tensor`, boolean indexing) fails here."""
     options = argparse.Namespace(
         encoder="tiny", decoder="tiny", disc="S_8", image_size=64, precision="bf16", phase="gan",
-        activation_checkpointing=False, loss_chunk_size=None,
+        activation_checkpointing=False, loss_chunk_size=None, disc_fake="fresh",
     )  # fmt: skip
     (held, plain), (_, ours), (_, twice) = (
         memory.peak_bytes(options, variant, batch) for variant, batch in (("plain", 8), ("ours", 8), ("ours", 16))
     )
     assert held < ours < plain and ours < twice < 2 * ours
+    two, four = (memory.peak_bytes(options, "ours", 8, accumulate)[1] for accumulate in (2, 4))
+    latents = 8 * 192 * 16 * 2  # bytes, in bf16: all that each further micro-batch leaves, beside its scalars
+    assert latents <= (four - two) / 2 < 1.5 * latents
 
 
 def test_largest_batch(monkeypatch):
-    arguments = argparse.Namespace(fit=[12], phase="gan")
-    monkeypatch.setattr(memory, "peak_bytes", lambda _, variant, batch: (0, (2 + batch) * memory.GIB))
+    arguments = argparse.Namespace(fit=[12], phase="gan", accumulate=[1])
+    monkeypatch.setattr(memory, "peak_bytes", lambda _, variant, batch, accumulate: (0, (2 + batch) * memory.GIB))
     found = memory.largest_batches(arguments, "ours", 4, 6 * memory.GIB)
     assert found == {"gib_per_image": 1.0, "batch_in_12_gib": 8}  # 1.5 GiB are not for tensors
 

@@ -88,6 +88,45 @@ def test_waiting_for_data_is_measured_and_warned_of(tmp_path, monkeypatch, clock
     assert len(said) == warned
 
 
+@pytest.mark.parametrize(("loader", "expected"), [(0.25, 0.2), (0.15, 0.0)])
+def test_on_a_gpu_only_its_own_idle_time_counts_as_waiting(monkeypatch, loader, expected):
+    """A step keeps the GPU busy for 200 ms and the host for 20, which then waits for the loader while the GPU computes."""
+    now = SimpleNamespace(host=0.0, gpu=0.0)
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = max(now.host, now.gpu)
+
+        def elapsed_time(self, other):
+            return 1000 * (other.at - self.at)
+
+    def synchronize():
+        now.host = max(now.host, now.gpu)
+
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: now.host))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(progress, "peak_memory_gb", lambda device: 1.0)
+    module = SimpleNamespace(
+        device=torch.device("cuda"), settings=SimpleNamespace(loop=SimpleNamespace(accumulate_grad_batches=1, log_every_n_steps=10)),
+        check_numbers=synchronize, train_terms={"train/loss": torch.ones(())}, sparse_terms=(), steps_per_epoch=100,
+        learning_rates=lambda step: {}, nonfinite=SimpleNamespace(max_skipped_steps=0), write_metrics=lambda values: None,
+    )  # fmt: skip
+    trainer = SimpleNamespace(is_global_zero=False, world_size=1, global_step=0, max_epochs=1, max_steps=-1)
+    callback = progress.TrainingProgress()
+    callback.on_train_start(trainer, module)
+    for number in range(20):
+        now.host = max(now.host, number * loader)  # when the batch is there
+        callback.on_train_batch_start(trainer, module, None, number)
+        now.gpu = max(now.host, now.gpu) + 0.2
+        now.host += 0.02
+        trainer.global_step += 1
+        callback.on_train_batch_end(trainer, module, None, {"position": [0]}, number)
+    assert callback.speed["data_wait"] == pytest.approx(expected, abs=0.01)
+
+
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
     return train(tmp_path_factory.mktemp("run"), *QUIET, "trainer.max_steps=1")

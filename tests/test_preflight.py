@@ -1,13 +1,18 @@
 """The preflight checks what training would, times each stretch of the run, and leaves nothing behind."""
 
+import itertools
 import logging
+import re
+from types import SimpleNamespace
 from unittest.mock import PropertyMock, patch
 
 import pytest
+import torch
 
 from src.core.distributed import Launch
 from src.core.errors import UserError
-from src.training.preflight import preflight
+from src.training import preflight as preflight_module
+from src.training.preflight import gpu_memory, loader_seconds, preflight
 from src.training.run import build_run
 from src.training.stage1 import RAEModule
 from src.training.stage1_step import Phase
@@ -36,6 +41,42 @@ def test_it_reports_every_stretch_and_writes_nothing(tmp_path, caplog):
     ):
         assert words in report, report
     assert not list(tmp_path.iterdir())
+
+
+def test_a_loader_slower_than_an_update_is_what_is_forecast(tmp_path, monkeypatch, caplog):
+    """Batches made ahead would hide it from the few updates that are timed."""
+    monkeypatch.setattr(preflight_module, "loader_seconds", lambda loader, workers: 7.0)
+    with caplog.at_level(logging.INFO):
+        run_preflight(
+            tmp_path, "model.disc_weight=0", "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=4"
+        )
+    report = next(record.getMessage() for record in caplog.records if "Preflight passed" in record.getMessage())
+    assert re.search(r"loader +0\.5714 images/s by itself", report)
+    assert re.search(r"3 steps at 14 s \(0\.5714 images/s, peak .* GB, [\d.]+ s without waiting for data\)", report), (
+        report
+    )
+
+
+def test_the_loader_is_timed_by_what_it_does_in_the_long_run(monkeypatch):
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(preflight_module, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+
+    def loader(ahead, seconds):
+        for number in itertools.count():
+            now.seconds += 5.0 if number == 0 else 0.0 if number < ahead else seconds
+            yield number
+
+    assert loader_seconds(loader(8, 0.1), workers=2) == pytest.approx(0.1)
+    assert loader_seconds(loader(0, 4.0), workers=2) == pytest.approx(4.0)  # ends after half a minute
+    assert loader_seconds(itertools.islice(loader(0, 4.0), 1), workers=2) == pytest.approx(5.0)
+
+
+def test_what_others_have_of_the_gpu(monkeypatch):
+    assert gpu_memory(torch.device("cpu")) == []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30 * 10**9, 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10 * 10**9)
+    ((name, text),) = gpu_memory(torch.device("cuda"))
+    assert name == "GPU memory" and text.startswith("80.0 GB, 40.0 GB of it taken by other processes")
 
 
 @pytest.mark.parametrize(

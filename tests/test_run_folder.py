@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from src.core.distributed import Launch
 from src.core.errors import UserError
@@ -18,6 +19,7 @@ from src.core.weights import PROJECT_ROOT
 from src.training import record as module
 from src.training.record import make_folder, take_lock
 from src.training.run import run
+from src.training.trainer import build_trainer
 from tests.training import SMALL, composed
 
 FAST = [*SMALL, "~callbacks.rfid", "logger=csv", "trainer.max_epochs=1", "trainer.limit_train_batches=1"]
@@ -176,6 +178,17 @@ def test_who_started_this_process(monkeypatch, environment, expected):
         monkeypatch.setenv(name, value)
     assert Launch.detect() == expected
     assert expected.main == (expected.rank == 0)
+
+
+@pytest.mark.parametrize("started_by_srun", [True, False])
+def test_slurm_tasks_without_their_number_on_a_machine(monkeypatch, started_by_srun):
+    for name in ("SLURM_NTASKS_PER_NODE", "SLURM_JOB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    launch = Launch(0, 4, "slurm") if started_by_srun else Launch(0, 1, "single")
+    settings = OmegaConf.to_container(composed(FAST).trainer, resolve=True)
+    with pytest.raises(UserError, match="4 tasks by --ntasks alone.*--ntasks-per-node=4"):
+        build_trainer(settings, launch, [], [], ".")
 
 
 LATE = """

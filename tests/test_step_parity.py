@@ -4,6 +4,7 @@ Both sides differ by rounding (2e-7 in attention), and by more where a loss has 
 100,000 on the other side of it moves gradients by a per cent, and which one depends on the CPU. So the losses are made smooth here.
 """
 
+import weakref
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import torch
 
 from benchmarks.plain_step import PlainStep, step_settings
 from src.core.ema import EMA
+from src.core.images import bytes_to_signed, bytes_to_unit, unit_to_bytes
 from src.losses.diffaug import UNIFORMS_PER_BATCH, UNIFORMS_PER_SAMPLE, DiffAug
 from src.losses.lpips import LPIPS
 from src.models.discriminator import DinoDiscriminator
@@ -72,10 +74,11 @@ def run_generator(plain, ours, draws, phase):
 def run_discriminator(plain, ours, draws, result):
     """(plain terms, our terms), and gradients in both heads. Both judge the same fakes: they lie on the 8-bit grid, and
     where attention rounds otherwise, one of 36,864 pixels falls on the next step of it and moves D's gradient by 2e-4."""
-    fake, ours.fake = ours.fake(result), lambda _: fake
-    expected = plain.discriminate(draws.images, fake, draws.augment["fake"], draws.augment["real"])
-    (terms,) = ours.discriminator_updates([result], lambda label, *_: draws.augment[label])
-    del ours.fake
+    real, fake = unit_to_bytes(draws.images), ours.fake(result.fake_source)
+    expected = plain.discriminate(
+        bytes_to_unit(real), bytes_to_signed(fake.pixels), draws.augment["fake"], draws.augment["real"]
+    )
+    (terms,) = ours.discriminator_updates([real], [fake], lambda label, *_: draws.augment[label])
     return expected, terms
 
 
@@ -135,6 +138,20 @@ def test_shares_of_micro_batches_add_up_whatever_scales_gradients_on_their_way()
     assert_gradients_equal(ours.rae.decoder, plain.rae.decoder)
 
 
+def test_an_odd_last_part_is_no_reason_to_compile_anew():
+    _, ours, draws = make_pair(loss_chunk_size=2)
+    sizes = set()
+
+    def backend(graph, inputs):
+        sizes.update(len(tensor) for tensor in inputs if getattr(tensor, "ndim", 0) == 4 and tensor.shape[-1] == 64)
+        return graph.forward
+
+    ours.lpips.vgg.compile(backend=backend)
+    ours.generator(draws.images, None, None, Phase(lpips=True, gan=False, disc=False))
+    assert BATCH == 3 and sizes == {2}
+    assert ours.rae.decoder.decoder_pred.weight.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("chunk", [None, 1, 2])
 def test_discriminator_gradients_and_state(chunk):
     plain, ours, draws = make_pair(loss_chunk_size=chunk)
@@ -153,16 +170,50 @@ def test_fakes_are_new_noiseless_reconstructions_on_the_8_bit_grid():
     for step in (plain, ours):
         with torch.no_grad():
             step.rae.decoder.decoder_pred.bias += 0.1  # an update in between
-    steps = ((ours.fake(result) - plain.fake(draws.images)) * 127.5).abs()
+    fake = ours.fake(result.fake_source)
+    assert fake.flaw == 0
+    steps = ((bytes_to_signed(fake.pixels) - plain.fake(draws.images)) * 127.5).abs()
     assert steps.max() < 1.01 and steps.mean() < 1e-3  # rounding puts a few pixels on the next step of the grid
 
 
 def test_reuse_judges_the_generators_own_images():
     plain, ours, draws = make_pair(disc_fake="reuse")
     _, result = run_generator(plain, ours, draws, FULL)
-    grid = (ours.fake(result) + 1) * 127.5
-    assert torch.allclose(grid, grid.round(), atol=1e-3)
-    assert (grid - result.reconstruction.clamp(0, 1) * 255).abs().max() <= 0.5 + 1e-3
+    with torch.no_grad():
+        noisy = torch.addcmul(ours.rae.encode_raw(draws.images), draws.noise.normal, draws.noise.sigma)
+        expected = ours.rae.decode_raw(noisy).clamp(0, 1) * 255
+        ours.rae.decoder.decoder_pred.bias += 0.1
+    assert (ours.fake(result.fake_source).pixels - expected).abs().max() <= 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("disc_fake", ["fresh", "reuse"])
+def test_a_fake_that_is_not_finite_spoils_the_discriminators_loss_and_gradient(disc_fake):
+    """Bytes can't hold a NaN, so it goes beside them: the update is skipped, whoever scales gradients."""
+    _, ours, draws = make_pair(disc_fake=disc_fake)
+    if disc_fake == "reuse":
+        ours.rae.decoder.decoder_pred.bias.data[0] = torch.inf
+    result = ours.generator(draws.images, draws.noise, draws.augment["generator"], FULL)
+    ours.rae.decoder.decoder_pred.bias.data[0] = torch.inf
+    updates = ours.discriminator_updates(
+        [unit_to_bytes(draws.images)], [result.fake_source], lambda label, *_: draws.augment[label]
+    )
+    assert next(updates)["loss"].isnan()
+    assert all(not p.grad.isfinite().any() for p in ours.discriminator.heads.parameters())
+
+
+def test_latents_are_gone_once_their_fake_is_made_and_it_is_made_once():
+    _, ours, draws = make_pair(disc_updates=2)
+    results = [ours.generator(draws.images, draws.noise, draws.augment["generator"], FULL) for _ in range(2)]
+    sources, real = [result.fake_source for result in results], [unit_to_bytes(draws.images)] * 2
+    latents, made = [weakref.ref(source) for source in sources], []
+    del results
+    decode, ours.rae.decode_raw = (
+        ours.rae.decode_raw,
+        lambda z: (made.append([ref() is None for ref in latents]), decode(z))[1],
+    )
+    assert len(list(ours.discriminator_updates(real, sources, lambda label, *_: draws.augment[label]))) == 2
+    assert made == [[False, False], [True, False]]
+    assert all(ref() is None for ref in latents) and all(source.pixels.dtype == torch.uint8 for source in sources)
 
 
 def test_several_steps_end_at_the_same_weights_and_averages():

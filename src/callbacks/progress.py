@@ -64,10 +64,13 @@ class TrainingProgress(pl.Callback):
         self.latest: dict[str, float] = {}
         """Training figures of the last log entry by their logged names."""
         self.speed: dict[str, float] = {}
-        """Since the log entry before: images_per_s (all ranks), data_wait (share of time), memory_gb (peak of this device),
-        seconds_left, and mfu
-        (model FLOPs utilisation) where the peak and the operations of an image are known."""
-        self._start = self._mark = self._waited = self._paused = 0.0  # seconds
+        """Since the log entry before: images_per_s (all ranks), data_wait (share of time in which the device had nothing to
+        do but wait for a batch), memory_gb (peak of this device), seconds_left, and mfu (model FLOPs utilisation) where the
+        peak and the operations of an image are known."""
+        self._start = self._paused = 0.0  # seconds
+        self._device = torch.device("cpu")
+        self._mark = moment(self._device)
+        self._waits: list[tuple[Moment, Moment]] = []
         self._images = self._steps = 0
         self._intervals: list[tuple[int, float]] = []  # images and seconds between log entries
         self._warned = False
@@ -85,6 +88,7 @@ class TrainingProgress(pl.Callback):
             self._flops = None if flops is None else flops / (self._peak * 1e12)
             if flops is None:
                 log.warning("callbacks.progress.peak_tflops has no effect: nobody counts the operations of this stage.")
+        self._device = pl_module.device
         self._restart_clock()
         others = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in trainer.callbacks)
         if trainer.is_global_zero and sys.stderr.isatty() and not others:
@@ -94,10 +98,10 @@ class TrainingProgress(pl.Callback):
             self._task = self._bar.add_task("training", total=total, completed=trainer.global_step, figures="")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._mark = time.perf_counter()
+        self._mark = moment(self._device)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self._waited += time.perf_counter() - self._mark
+        self._waits.append((self._mark, moment(self._device)))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         loop = pl_module.settings.loop
@@ -111,7 +115,7 @@ class TrainingProgress(pl.Callback):
                 self._publish(trainer, pl_module)
             if trainer.is_global_zero:
                 self._show(trainer, due)
-        self._mark = time.perf_counter()
+        self._mark = moment(self._device)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.pause()
@@ -135,7 +139,7 @@ class TrainingProgress(pl.Callback):
 
     def resume(self) -> None:
         self._paused += time.perf_counter()
-        self._mark = time.perf_counter()
+        self._mark = moment(self._device)
 
     def _publish(self, trainer: pl.Trainer, pl_module: Any) -> None:
         pl_module.check_numbers()
@@ -155,7 +159,7 @@ class TrainingProgress(pl.Callback):
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
         self.speed = {
             "images_per_s": self._images / seconds,
-            "data_wait": min(self._waited / seconds, 1.0),
+            "data_wait": min(sum(seconds_between(*wait) for wait in self._waits) / seconds, 1.0),
             "memory_gb": peak_memory_gb(pl_module.device),
             "seconds_left": seconds / self._steps * (planned_steps(trainer, pl_module) - trainer.global_step),
         }
@@ -173,8 +177,8 @@ class TrainingProgress(pl.Callback):
         self._restart_clock()
 
     def _restart_clock(self) -> None:
-        self._start = self._mark = time.perf_counter()
-        self._waited = self._paused = 0.0
+        self._start = time.perf_counter()
+        self._mark, self._waits, self._paused = moment(self._device), [], 0.0
         self._images = self._steps = 0
 
     def _show(self, trainer: pl.Trainer, due: bool) -> None:
@@ -205,6 +209,26 @@ def planned_steps(trainer: pl.Trainer, pl_module: Any) -> int:
     """Return the updates after which the run is over; 0: no limit."""
     limits = ((trainer.max_epochs or 0) * pl_module.steps_per_epoch, trainer.max_steps)
     return min((steps for steps in limits if steps > 0), default=0)
+
+
+Moment = float | torch.cuda.Event
+"""Of the host in seconds, or in the work of a GPU, which runs behind the host: a host that waits is no GPU that waits."""
+
+
+def moment(device: torch.device) -> Moment:
+    """Return the present one, without waiting."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(first: Moment, second: Moment) -> float:
+    """Return the seconds between two moments; those of a GPU must have passed there."""
+    if isinstance(first, float) or isinstance(second, float):
+        return second - first  # type: ignore[operator]
+    return first.elapsed_time(second) / 1000
 
 
 @contextmanager

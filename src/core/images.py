@@ -42,6 +42,11 @@ def unit_to_signed(images: Tensor) -> Tensor:
     return images * 2 - 1
 
 
+def bytes_to_signed(images: Tensor) -> Tensor:
+    """uint8 0..255 -> float32 [-1, 1]."""
+    return images.float().div_(127.5).sub_(1)
+
+
 def sheet(rows: Sequence[Tensor]) -> Tensor:
     """Lay out R rows of uint8 N x 3 x H x W, all of one size -> uint8 3 x height x width, thin white gaps."""
     columns, height, width = max(len(row) for row in rows), *rows[0].shape[-2:]

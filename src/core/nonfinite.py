@@ -70,23 +70,26 @@ class NonFiniteCounter:
         self.max_skipped_steps = max_skipped_steps
         self._skipped: Tensor | None = None  # int64 scalar on the device
         self._last = torch.empty(0)  # the latest step that went wrong
-        self._first: dict[str, Tensor] = {}  # step at which a name first went wrong, -1: never
+        self._first: dict[
+            tuple[str, ...], Tensor
+        ] = {}  # for names watched together: steps, -1 for never, on the device
         self._restored = 0
         self._began: int | None = None  # the first step of this process
 
     def observe(self, step: int, values: Mapping[str, Tensor]) -> Tensor:
         """Return 1.0 if any of `values` (scalars) is not finite, else 0.0: float32 on the device."""
-        flags = ~torch.isfinite(torch.stack([value.detach().float() for value in values.values()]))
+        flags = torch.stack([value.detach().float() for value in values.values()]).mul_(0).ne(0)  # inf * 0 is NaN
         bad = flags.any()
         self._began = step if self._began is None else self._began
         if self._skipped is None:
             self._skipped = torch.full((), self._restored, dtype=torch.int64, device=bad.device)
             self._last = torch.full_like(self._skipped, -1)
         self._skipped += bad & (self._last != step)  # both networks may go wrong in one step
-        self._last = torch.where(bad, step, self._last)
-        for name, flag in zip(values, flags.unbind(), strict=True):
-            first = self._first.setdefault(name, torch.full((), -1, dtype=torch.int64, device=bad.device))
-            first.copy_(torch.where((first < 0) & flag, step, first))
+        self._last.masked_fill_(bad, step)
+        first = self._first.get(names := tuple(values))
+        if first is None:
+            first = self._first[names] = torch.full_like(flags, -1, dtype=torch.int64)
+        first.masked_fill_(flags & (first < 0), step)
         return bad.float()
 
     @property
@@ -103,12 +106,15 @@ class NonFiniteCounter:
         skipped = self.skipped
         if skipped <= self.max_skipped_steps:
             return
-        wrong = [(int(step), name) for name, step in self._first.items() if int(step) >= 0]
+        wrong: dict[str, int] = {}
+        for names, steps in self._first.items():
+            found = {name: step for name, step in zip(names, steps.tolist(), strict=True) if step >= 0}
+            wrong |= {name: min(step, wrong.get(name, step)) for name, step in found.items()}
         if not wrong:  # they are of the run before a resume
             return
         order = {name: place for place, name in enumerate(CAUSAL_ORDER)}
-        (step, cause), *rest = sorted(wrong, key=lambda found: (found[0], order.get(found[1], -1)))
-        also = ", ".join(name for _, name in rest)
+        cause, *rest = sorted(wrong, key=lambda name: (wrong[name], order.get(name, -1)))
+        step, also = wrong[cause], ", ".join(rest)
         raise NonFiniteError(
             f"{cause} is NaN or infinite at step {step}" + (f" (then: {also})" if also else "") + f"; {skipped} such "
             f"step(s), trainer.max_skipped_steps={self.max_skipped_steps}. Such steps change no weights. "

@@ -1,10 +1,13 @@
-"""Check before days of training whether everything fits, and time it. Saves nothing, leaves no folder."""
+"""Check before days of training whether everything fits, and time it. Saves nothing, leaves no folder.
+
+Updates and the loader are timed one after the other, since batches made ahead would hide a slow loader from so few updates.
+"""
 
 import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WARM_STEPS, TIMED_STEPS = 2, 3
+LOADER_SECONDS, LOADER_BATCHES = 30.0, 20
+"""The loader is timed over so many batches for each of its processes, or for so long."""
 BYTES = 4  # checkpoints are float32
 
 
@@ -85,18 +90,45 @@ def preflight(run: "Run") -> None:
     watch = Stopwatch(config["trainer"]["max_epochs"], config["trainer"]["max_steps"])
     trainer.callbacks.append(watch)
     trainer.fit_loop.max_epochs = -1  # the stopwatch sets the number of steps
+    memory = gpu_memory(trainer.strategy.root_device)
     try:
         trainer.fit(module, datamodule=run.datamodule)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"Preflight: data.batch_size={run.datamodule.batch_size} does not fit the device's memory. Try half of it with "
             "trainer.accumulate_grad_batches doubled, model.loss_chunk_size=8, or model.activation_checkpointing=true."
+            + "".join(f" The device has {text}." for _, text in memory)
         ) from error
     trainer.fit_loop.max_epochs = config["trainer"]["max_epochs"]
+    loading = loader_seconds(run.datamodule.train_dataloader(), max(run.datamodule.num_workers, 1))
+    run.datamodule.teardown("fit")
     if trainer.is_global_zero:
         rows = [(name, text) for name, text in describe(trainer, module) if name not in ("folder", "steps")]
-        log.info("Preflight passed; nothing was saved.\n%s", table(rows + _forecast(run, watch.stretches)))
+        forecast = _forecast(run, watch.stretches, loading)
+        log.info("Preflight passed; nothing was saved.\n%s", table([*rows, *memory, *forecast]))
         warn(trainer, module)
+
+
+def gpu_memory(device: torch.device) -> list[tuple[str, str]]:
+    """Return a (name, text) row about a GPU's memory and what others have of it; call before the run takes its own."""
+    if device.type != "cuda":
+        return []
+    free, total = torch.cuda.mem_get_info(device)
+    taken = total - free - torch.cuda.memory_reserved(device)
+    text = f"{total / 1e9:.1f} GB, {taken / 1e9:.1f} GB of it taken by other processes and this one's CUDA context (about 0.5 GB)"
+    return [("GPU memory", text)]
+
+
+def loader_seconds(loader: Iterable[Any], workers: int) -> float:
+    """Return the seconds of a batch when nothing but loading is done, from the second half of what is timed."""
+    began = time.perf_counter()
+    times: list[float] = []
+    for _ in loader:
+        times.append(time.perf_counter() - began)
+        if len(times) == LOADER_BATCHES * workers or times[-1] > LOADER_SECONDS:
+            break
+    half = len(times) // 2
+    return (times[-1] - times[half - 1]) / (len(times) - half) if half else times[-1]
 
 
 def check_disk(config: Mapping[str, Any], module: Any) -> None:
@@ -132,17 +164,23 @@ def check_inception(config: Mapping[str, Any]) -> None:
                 callback.load_networks()
 
 
-def _forecast(run: "Run", parts: list[Stretch]) -> list[tuple[str, str]]:
-    """Return (name, text) rows: the time of each stretch and of the whole run."""
-    world = run.trainer.world_size
-    batch = run.datamodule.batch_size * world * run.module.settings.loop.accumulate_grad_batches
-    rows, total = [("steps", f"{sum(part.steps for part in parts):,} in all")], 0.0
+def _forecast(run: "Run", parts: list[Stretch], loading: float) -> list[tuple[str, str]]:
+    """Return (name, text) rows: the loader, the time of each stretch and of the whole run. loading: seconds of a batch."""
+    world, accumulate = run.trainer.world_size, run.module.settings.loop.accumulate_grad_batches
+    batch = run.datamodule.batch_size * world * accumulate
+    rows = [
+        ("loader", f"{batch / (loading * accumulate):.4g} images/s by itself"),
+        ("steps", f"{sum(part.steps for part in parts):,} in all"),
+    ]
+    total = 0.0
     for part in parts:
-        each = median(part.seconds)
+        computing = median(part.seconds)
+        each = max(computing, loading * accumulate)
         total += each * part.steps
+        waits = f", {computing:.3g} s without waiting for data" if each > computing else ""
         rows.append((
             part.name,
-            f"{part.steps:,} steps at {each:.3g} s ({batch / each:.4g} images/s, peak {part.memory_gb:.1f} GB): "
+            f"{part.steps:,} steps at {each:.3g} s ({batch / each:.4g} images/s, peak {part.memory_gb:.1f} GB{waits}): "
             f"{duration(each * part.steps)}, {each * part.steps * world / 3600:.3g} device-hours",
         ))  # fmt: skip
     whole = f"{duration(total)}, {total * world / 3600:.3g} device-hours, evaluation not counted"

@@ -25,7 +25,7 @@ from src.training.generated_latents import GeneratedLatents
 from src.training.module import StageModule, loss_scale, sizes
 from src.training.optimisation import adamw, average_gradients
 from src.training.settings import ModelSettings, check_geometry
-from src.training.stage1_step import GeneratorResult, Label, Phase, TrainingStep
+from src.training.stage1_step import Fake, Label, Phase, TrainingStep
 from src.training.step_noise import StepNoise
 
 PURPOSES = {"fake": Purpose.AUGMENT_FAKE, "real": Purpose.AUGMENT_REAL}
@@ -59,7 +59,7 @@ class RAEModule(StageModule):
         self.generated = GeneratedLatents(settings.generated, self.rae, seed) if chosen else None
         self.disc_scaler = torch.amp.GradScaler("cuda", enabled=False)
         self._restored_scaler: Mapping[str, Any] = {}
-        self._micro_batches: list[tuple[Mapping[str, Any], GeneratorResult]] = []
+        self._micro_batches: list[tuple[Mapping[str, Any], Tensor | Fake]] = []
         self.exchange_gradients_of("rae.decoder.")
 
     # -- where training stands
@@ -113,8 +113,8 @@ class RAEModule(StageModule):
             layers=self.noise.blocks(step),
             resample=None if self.generated is None else partial(self.generated, self.rae, batch=batch),
         )
-        if phase.disc:
-            self._micro_batches.append((batch, result))
+        if result.fake_source is not None:
+            self._micro_batches.append((batch, result.fake_source))
         return result.terms
 
     def update(self, step: int, batch_idx: int, terms: Mapping[str, Tensor]) -> None:
@@ -134,7 +134,7 @@ class RAEModule(StageModule):
 
     def _update_discriminator(self, step: int, batch_idx: int) -> None:
         assert self.discriminator is not None
-        batches, results = zip(*self._micro_batches, strict=True)
+        batches, sources = map(list, zip(*self._micro_batches, strict=True))
         self._micro_batches = []
         first = batch_idx + 1 - len(batches)
 
@@ -142,7 +142,8 @@ class RAEModule(StageModule):
             return self.noise.augment(PURPOSES[label], batches[number], first + number, update, self.device)
 
         scale = partial(loss_scale, self.disc_scaler, self.device)
-        for update, terms in enumerate(self.step.discriminator_updates(results, draws, scale)):
+        images = [batch["image"] for batch in batches]
+        for update, terms in enumerate(self.step.discriminator_updates(images, sources, draws, scale)):
             average_gradients(list(self.discriminator.heads.parameters()))
             self.step_optimizer(
                 step,

@@ -15,6 +15,7 @@ In exact arithmetic this is the published step; `tests/test_step_parity.py` hold
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from src.core.distributed import mean_over_ranks
-from src.core.images import unit_to_signed
+from src.core.images import bytes_to_signed, bytes_to_unit, unit_to_bytes, unit_to_signed
 from src.core.settings import Settings, one_of
 from src.losses.diffaug import DiffAug, Draws
 from src.losses.gan import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES
@@ -78,18 +79,23 @@ class LatentNoise(NamedTuple):
     normal: Tensor
 
 
+class Fake(NamedTuple):
+    """What D judges as fake, in the form that takes the least memory between micro-batches and updates."""
+
+    pixels: Tensor
+    """uint8 B 3 H W."""
+    flaw: Tensor
+    """0, or NaN where the decoder's output was not finite, which bytes can't show: a scalar to add to losses."""
+
+
 @dataclass(frozen=True)
 class GeneratorResult:
-    """What the discriminator's step needs of the generator's."""
+    """What the generator's step leaves."""
 
     terms: dict[str, Tensor]
     """Detached scalars by name: those of `reconstruction_terms`, gan, adaptive_weight, loss."""
-    images: Tensor
-    """B 3 H W in [0, 1]."""
-    latents: Tensor
-    """Clean raw latents, B C h w."""
-    reconstruction: Tensor
-    """B 3 H W in [0, 1] scale, not clamped, detached."""
+    fake_source: Tensor | Fake | None
+    """For the discriminator's step, where the phase has one: clean raw latents, B C h w, or with `disc_fake=reuse` the fake."""
 
 
 @dataclass
@@ -167,7 +173,12 @@ class TrainingStep:
         terms["loss"] = loss
         with record_function("backward"):
             backward(output, gradient * share)
-        return GeneratorResult(terms, images, latents, reconstruction)
+        if not phase.disc:
+            return GeneratorResult(terms, None)
+        if self.settings.disc_fake == "reuse":
+            return GeneratorResult(terms, as_fake(reconstruction))
+        half = torch.is_autocast_enabled(latents.device.type)  # the decoder's first layer casts them so anyway
+        return GeneratorResult(terms, latents.to(torch.get_autocast_dtype(latents.device.type)) if half else latents)
 
     def reconstruction_gradient(
         self, term: LossTerm, reconstruction: Tensor, images: Tensor, loss_scale: Scale
@@ -234,7 +245,8 @@ class TrainingStep:
 
     def discriminator_updates(
         self,
-        results: Sequence[GeneratorResult],
+        images: Sequence[Tensor],
+        fake_sources: list[Tensor | Fake],
         draws: Callable[[Label, int, int], Draws],
         loss_scale: Callable[[], Scale] = lambda: 1.0,
     ) -> Iterator[dict[str, Tensor]]:
@@ -244,45 +256,51 @@ class TrainingStep:
         before the second is built; the power iteration comes before each, in the published order.
 
         Args:
-            results: of the micro-batches of the generator's update, which has been made.
+            images: of the micro-batches of the generator's update, which has been made: uint8 B 3 H W each.
+            fake_sources: of the same; each is replaced by its fake when that is due, so that latents don't stay in memory.
             draws: of the augmentation, for (label, number of the micro-batch, number of the update).
         """
         assert self.discriminator is not None
-        fakes = [self.fake(result) for result in results]
         labels: tuple[Label, Label] = ("fake", "real")
         for update in range(self.settings.disc_updates):
             scale = loss_scale()
             terms: dict[str, Tensor] = {}
             for label in labels:
                 self.discriminator.power_iteration()
-                for number, result in enumerate(results):
-                    images = fakes[number] if label == "fake" else unit_to_signed(result.images)
+                for number, real in enumerate(images):
+                    if label == "fake":
+                        fake_sources[number] = self.fake(fake_sources[number])
+                    judged = fake_sources[number] if label == "fake" else real
                     augment = draws(label, number, update)
                     with record_function("disc"):
-                        self._discriminate(images, augment, label, scale, 1 / len(results), terms)
+                        self._discriminate(judged, augment, label, scale, 1 / len(images), terms)
             yield terms
 
     @torch.no_grad()
-    def fake(self, result: GeneratorResult) -> Tensor:
-        """Return what D judges as fake: B 3 H W in [-1, 1], clamped and on the 8-bit grid."""
+    def fake(self, source: Tensor | Fake) -> Fake:
+        """Return what D judges as fake, from what the generator's step left for it."""
+        if isinstance(source, Fake):
+            return source
         with record_function("disc_decode"):
-            reuse = self.settings.disc_fake == "reuse"
-            images = result.reconstruction if reuse else self.rae.decode_raw(result.latents)
-        return images.float().clamp(0, 1).mul_(255).round_().div_(127.5).sub_(1)
+            return as_fake(self.rae.decode_raw(source))
 
     def _discriminate(
-        self, images: Tensor, augment: Draws, label: Label, scale: Scale, share: float, terms: dict[str, Tensor]
+        self, judged: Tensor | Fake, augment: Draws, label: Label, scale: Scale, share: float, terms: dict[str, Tensor]
     ) -> None:
-        """Put gradients of half of D's loss into its heads and add to its terms, for images B 3 H W in [-1, 1]."""
+        """Put gradients of half of D's loss into its heads and add to its terms, for a fake or real images, uint8 B 3 H W."""
         assert self.discriminator is not None
         term = DISCRIMINATOR_LOSSES[self.settings.disc_loss][label]
+        images, flaw = judged if isinstance(judged, Fake) else (judged, 0.0)
         for part in self._chunks(len(images)):
             with torch.no_grad():
-                maps = self.discriminator.features(self.augment.apply(images[part], augment[part]))
+                signed = (
+                    bytes_to_signed(images[part]) if label == "fake" else unit_to_signed(bytes_to_unit(images[part]))
+                )
+                maps = self.discriminator.features(self.augment.apply(signed, augment[part]))
             logits = self.discriminator.heads(maps)
-            half = 0.5 * term(logits.float())
+            half = 0.5 * term(logits.float()) + flaw
             weight = share * len(logits) / len(images)
-            half.backward(half.new_full((), weight) * scale)
+            half.backward(half.new_full((), weight) * scale + flaw)
             logits = logits.detach().float()
             right = logits > 0 if label == "real" else logits < 0
             for name, value in {
@@ -293,5 +311,14 @@ class TrainingStep:
                 terms[name] = terms.get(name, 0) + value * weight
 
     def _chunks(self, batch: int) -> Iterator[slice]:
+        """Yield the parts of a batch, an odd last one with compilation off: another size is another graph."""
         size = self.settings.loss_chunk_size or batch
-        return (slice(start, min(start + size, batch)) for start in range(0, batch, size))
+        for start in range(0, batch, size):
+            odd = 0 < start > batch - size
+            with torch.compiler.set_stance("force_eager") if odd else nullcontext():
+                yield slice(start, min(start + size, batch))
+
+
+def as_fake(images: Tensor) -> Fake:
+    """Return images in [0, 1] scale clamped and on the 8-bit grid."""
+    return Fake(unit_to_bytes(images), images.detach().sum(dtype=torch.float32) * 0)

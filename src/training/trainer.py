@@ -114,7 +114,13 @@ def build_trainer(
     ddp = DDPStrategy(find_unused_parameters=False, broadcast_buffers=False, gradient_as_bucket_view=True)
     plugins: list[Any] = [AtomicCheckpointIO()]
     if launch.kind != "torchrun" and SLURMEnvironment.detect():  # Lightning's own requeue would start from scratch
+        if int(tasks := os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
+            raise UserError(
+                f"This SLURM job has {tasks} tasks by --ntasks alone, which does not say how many a machine has. Give "
+                f"--nodes and --ntasks-per-node to sbatch and srun: --nodes=1 --ntasks-per-node={tasks}, say."
+            )
         plugins.append(SLURMEnvironment(auto_requeue=False))
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that `deterministic` would pay for
     try:
         trainer = pl.Trainer(
             **{**settings, "strategy": ddp if distributed else "auto"},
