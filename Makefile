@@ -8,7 +8,7 @@ PUBLIC := $(addprefix src/,core/geometry.py core/images.py core/weights.py core/
 	models/rae.py models/encoders.py models/frozen_encoder.py models/decoder.py models/discriminator.py training/stage1_step.py \
 	losses/lpips.py losses/gan.py losses/diffaug.py metrics/inception.py metrics/fid.py metrics/quality.py data/datamodule.py)
 
-.PHONY: help setup dummy dummy2 test quick lint types clean
+.PHONY: help setup dummy dummy2 test quick gpu lint types clean
 
 help: ## this list
 	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -32,6 +32,9 @@ test: $(STAMP) ## all tests
 
 quick: $(STAMP) ## the tests without those marked slow
 	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+gpu: ## measure everything on one NVIDIA GPU in ten minutes; needs PyTorch with CUDA, see scripts/gpu_report.py
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) scripts/gpu_report.py
 
 lint: $(STAMP) ## style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

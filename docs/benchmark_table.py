@@ -36,6 +36,8 @@ def rows() -> list[Row]:
     for file in sorted(RESULTS.glob("*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
         link = f"[{file.name}](benchmarks/results/{file.name})"
+        if "parts" in content and not content["cuda_device"]:
+            raise SystemExit(f"{file}: names no CUDA device, so nothing in it was measured on one. Remove it.")
         for row in _rows(content):
             found.append((*row, link))
     return found
@@ -55,8 +57,10 @@ def replaced(page: str, text: str) -> str:
 
 
 def _rows(content: dict[str, Any]) -> Iterator[Row]:
-    results = content["results"]
-    if "computed" in content:
+    results = content.get("results", {})
+    if "parts" in content:
+        yield from _gpu(content)
+    elif "computed" in content:
         yield from _computed(content)
     elif any("/" in name for name in results):
         yield from _steps(content)
@@ -75,17 +79,17 @@ def _steps(content: dict[str, Any]) -> Iterator[Row]:
         if "official" in measured:
             yield from _beside_peers(measured, phase, precision, sizes, f"{content['device']}{threads}")
             continue
-        plain = measured.get("plain")
+        plain = measured.get("plain", {})
         for variant, label in NAMES.items():
-            if variant not in measured:
+            if "seconds" not in measured.get(variant, {}):  # not measured, or out of memory
                 continue
             own = measured[variant]
             against = memory = ""
-            if plain:
+            if "seconds" in plain:
                 against = f"{_ratio(plain, own):.2f} x plain"
             if own["peak_memory_gb"] is not None:
                 memory = f"{own['peak_memory_gb']:.2f} GB"
-                memory += f" ({own['peak_memory_gb'] / plain['peak_memory_gb']:.2f} x)" if plain else ""
+                memory += f" ({own['peak_memory_gb'] / plain['peak_memory_gb']:.2f} x)" if "seconds" in plain else ""
             what = f"{label}: {phase}, {precision}; {sizes}"
             yield what, f"{content['device']}{threads}", f"{own['images_per_s']:.3g}", against, memory
 
@@ -101,6 +105,18 @@ def _beside_peers(measured: dict[str, Any], phase: str, precision: str, sizes: s
             f"{own['peak_memory_gb']:.2f} GB ({own['peak_memory_gb'] / measured['official']['peak_memory_gb']:.2f} x)"
         )
         yield f"{label}: {phase}, {precision}; {sizes}", where, f"{own['images_per_s']:.3g}", ", ".join(against), memory
+
+
+def _gpu(content: dict[str, Any]) -> Iterator[Row]:
+    """Of scripts/gpu_report.py: the step alone and beside the others, and the largest batches."""
+    found = {letter: part.get("result", {}) for letter, part in content["parts"].items()}
+    for letter in ("b", "h"):
+        if "results" in found.get(letter, {}):
+            yield from _steps({"device": content["cuda_device"], "threads": 0, **found[letter]})
+    for phase in ("warmup", "gan"):
+        if batch := found.get("c", {}).get(phase):
+            text = f"largest batch {batch['fits']}, computed {batch['computed']}"
+            yield f"{text}: {phase}, bf16; dinov2_b + ViTXL, 256 px", content["cuda_device"], "", "", ""
 
 
 def _computed(content: dict[str, Any]) -> Iterator[Row]:

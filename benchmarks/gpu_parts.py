@@ -1,0 +1,478 @@
+"""What `scripts/gpu_report.py` measures, part by part: on a GPU at real size, on a CPU at tiny size (`Job.dry`).
+
+Networks are untrained. A part writes each figure as soon as it has it, since it is ended when its share of the time is over.
+As a program this trains `rae_dummy` for part (g): `python -m benchmarks.gpu_parts FOLDER RUN...`, names of `RUNS`.
+"""
+
+import argparse
+import io
+import json
+import os
+import runpy
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import yaml
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.memory import GIB, OVERHEAD
+from benchmarks.plain_step import step_settings
+from benchmarks.runners import DTYPES, PHASES, VARIANTS, Draws, Models, build_models, copy_to, make_inputs, make_runner
+from benchmarks.surroundings import ROOT, surroundings
+from benchmarks.train_step import autocast, clock, free_memory, matmul_peak, measure, peak
+from src.core.precision import cast_frozen, full_float32
+from src.training.stage1_step import TrainingStep
+
+OPTIONS = {"disc_fake": "fresh", "loss_chunk_size": None, "activation_checkpointing": False}
+QUICK = [
+    "data.image_size=64",
+    "data.batch_size=4",
+    "data.num_workers=0",
+    "trainer.accelerator=cpu",
+    "trainer.max_steps=2",
+]
+COMMON = [
+    "experiment=rae_dummy", "logger=csv", "model.disc_upd_start_epoch=0.3", "model.disc_start_epoch=0.6", "model.sample_every=0",
+    "trainer.num_sanity_val_steps=0", "trainer.log_every_n_steps=1", "trainer.max_skipped_steps=1000",
+    "trainer.limit_val_batches=1", "trainer.accelerator=gpu", "trainer.max_steps=30",
+]  # fmt: skip
+LONG = ["trainer.max_steps=200"]
+RUNS = {
+    "32": [],
+    "bf16": ["trainer.precision=bf16", *LONG],
+    "16": ["trainer.precision=16", *LONG],
+    "deterministic": ["trainer.deterministic=true"],
+    "deterministic again": ["trainer.deterministic=true"],
+    "nccl": ["trainer.strategy=ddp", "trainer.devices=1"],
+    "compiled": ["model.compile=true"],
+    "compiled, 16, accumulation": ["model.compile=true", "trainer.precision=16", "trainer.accumulate_grad_batches=2"],
+}
+"""Of part (g): name -> overrides."""
+
+
+@dataclass
+class Job:
+    """One part while it is measured."""
+
+    dry: bool
+    seconds: float
+    """Share of the time; the part may be ended when it is over."""
+    scratch: Path
+    checkouts: dict[str, str]
+    """Of rae and raev2."""
+    earlier: dict[str, Any]
+    """Results of other parts by letter."""
+    write: Callable[[dict[str, Any]], None]
+    result: dict[str, Any] = field(default_factory=lambda: {"summary": []})
+    began: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.device = torch.device("cpu" if self.dry else "cuda")
+        real = {"encoder": "dinov2_b", "decoder": "ViTXL", "image_size": 256, "batch": 64}
+        tiny = {"encoder": "tiny", "decoder": "tiny", "image_size": 64, "batch": 2}
+        self.sizes = argparse.Namespace(**(tiny if self.dry else real), disc="S_8", scratch=str(self.scratch))
+
+    @cached_property
+    def models(self) -> Models:
+        return build_models(self.sizes)
+
+    @property
+    def left(self) -> float:
+        """Seconds of the share."""
+        return self.seconds - (time.monotonic() - self.began)
+
+    def add(self, name: str, value: Any, line: str = "") -> None:
+        """Keep a figure, and a line of the table about it."""
+        self.result[name] = value
+        self.result["summary"] += [line] if line else []
+        self.write(self.result)
+
+    def runner(self, variant: str, precision: str) -> Any:
+        options = OPTIONS | {"dtype": DTYPES[precision]}
+        return make_runner(variant, copy_to(self.models, self.device), self.device, options)
+
+    def inputs(self, batch: int | None = None) -> tuple[Tensor, Draws]:
+        sizes = argparse.Namespace(**(vars(self.sizes) | {"batch": batch or self.sizes.batch}))
+        return make_inputs(sizes, self.models, self.device)
+
+    def product(self, precision: str) -> float:
+        """Measure TFLOP/s of a large matrix product."""
+        return matmul_peak(self.device, precision, 128 if self.dry else None)
+
+    def call(self, *command: str, **environment: str) -> str:
+        """Run a Python program of the project, as long as the share lasts, and return what it said."""
+        env, options = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}, {"stdout": -1, "stderr": -2, "text": True}
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, **options)
+        try:
+            return process.communicate(timeout=max(self.left - 5, 1))[0]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.communicate()[0] + "\nended: its share of the time was over"
+
+
+def environment(job: Job) -> None:
+    """(a) The machine, and what a large matrix product reaches on it."""
+    facts: dict[str, Any] = {**surroundings(job.device), "cores": len(os.sched_getaffinity(0))}
+    if not job.dry:
+        properties = torch.cuda.get_device_properties(job.device)
+        taken = properties.total_memory - torch.cuda.mem_get_info(job.device)[0]
+        facts |= {"memory_gib": properties.total_memory / GIB, "taken_gib": taken / GIB}
+        facts |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        query = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm,persistence_mode", "--format=csv"]
+        with suppress(OSError):
+            facts["nvidia_smi"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
+    job.add("machine", facts, f"{facts['device']}, torch {facts['torch']}, {facts['cores']} cores")
+    products = {precision: job.product(precision) for precision in DTYPES}
+    with _set(torch.backends.cuda.matmul, "allow_tf32", True):
+        products["tf32"] = job.product("fp32")
+    text = ", ".join(f"{name} {value:.3g}" for name, value in products.items())
+    job.add("product_tflops", products, f"TFLOP/s of a large matrix product: {text}")
+
+
+def step(job: Job) -> None:
+    """(b) Speed, memory and FLOPs of the step. One variant at a time, since a GPU's memory is for one."""
+    job.add("arguments", {k: str(v) for k, v in vars(job.sizes).items()} | {"device": job.device.type})
+    results: dict[str, dict[str, Any]] = {}
+    images, draws = job.inputs()
+    for precision in ("bf16", "fp16"):
+        for variant in VARIANTS[: 2 if job.dry else None]:
+            runner = job.runner(variant, precision)
+            for phase in ("gan", "warmup"):
+                rows, product = results.setdefault(f"{precision}/{phase}", {}), job.product(precision)
+                memory = peak(runner, images, draws, phase, precision)
+                if memory == float("inf"):
+                    rows[variant] = {"out_of_memory": True}
+                    job.add("results", results, f"{precision}/{phase} {variant}: out of memory")
+                    continue
+                row = measure({variant: runner}, images, draws, PHASES[phase], precision, 1 if job.dry else 6, 0)[
+                    variant
+                ]
+                rows[variant] = row | {"peak_memory_gb": memory, "matmul_tflops": product}
+                job.add("results", results, _step_line(f"{precision}/{phase}", variant, rows))
+            del runner
+            free_memory(job.device)
+
+
+def _step_line(name: str, variant: str, rows: dict[str, Any]) -> str:
+    row, plain, ours = rows[variant], rows.get("plain", {}), rows.get("ours", {})
+    memory = row["peak_memory_gb"] or float("nan")
+    text = f"{name} {variant}: {row['images_per_s']:.3g} images/s, {memory:.1f} GB"
+    if variant != "plain" and "seconds" in plain:
+        against = plain["seconds"] / row["seconds"], memory / (plain["peak_memory_gb"] or float("nan"))
+        text += f", {against[0]:.2f} x plain with {against[1]:.2f} x its memory"
+    if "gflop_per_image" in ours:  # each product of the step once, without the plain step's repeats
+        row["share_of_product"] = ours["gflop_per_image"] * row["images_per_s"] / 1e3 / row["matmul_tflops"]
+        text += f", {100 * row['share_of_product']:.0f} % of a product (goal compiled, bf16/gan: 45 %)"
+    return text
+
+
+def largest_batch(job: Job) -> None:
+    """(c) The largest batch that fits, beside the one worked out from the sizes of tensors."""
+    total = 80.0 if job.dry else torch.cuda.get_device_properties(job.device).total_memory / GIB
+    stored = json.loads((ROOT / "benchmarks/results/memory_computed.json").read_text())
+    runner = job.runner("ours", "bf16")
+    for phase in ("gan", "warmup"):
+        known = stored["results"][phase]["ours"]
+        constant = known["peak_gib"] - known["gib_per_image"] * stored["batch"]
+        computed = int((total - OVERHEAD - constant) / known["gib_per_image"])
+        low, high = (2, 6) if job.dry else (8, computed * 3 // 2)
+        found = {"computed": computed}
+        while high - low > 2 and job.left > 10:  # `low` fits, `high` does not or has not been tried
+            middle = (low + high) // 2
+            low, high = (middle, high) if _fits(job, runner, middle, phase) else (low, middle)
+            found |= {"fits": low, "does_not_fit": high}
+            job.add(phase, found)
+        job.add(phase, found, f"{phase}: {low} fit, {high} don't; computed {computed} (goal on 80 GB: 200)")
+
+
+def _fits(job: Job, runner: Any, batch: int, phase: str) -> bool:
+    fits = True
+    try:
+        images, draws = job.inputs(batch)
+        with autocast(job.device, "bf16"):
+            for _ in range(2):  # moments come with the first update
+                runner.run(images, draws, PHASES[phase])
+        clock(job.device)
+    except torch.OutOfMemoryError:
+        fits = False
+    images = draws = None  # type: ignore[assignment]
+    for network in (runner.models.rae, runner.models.discriminator):
+        network.zero_grad(set_to_none=True)
+    free_memory(job.device)
+    return fits
+
+
+def tests(job: Job) -> None:
+    """(d) The tests that need a GPU."""
+    said = job.call("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu.py")
+    failed = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR", "E  "))]
+    job.add("failed", failed)
+    job.add("pytest", said[-20000:], (said.strip().splitlines() or ["no output"])[-1].strip("= "))
+
+
+def half_precision(job: Job) -> None:
+    """(e) What half precision changes of latents, LPIPS and D, as shares of float32's largest entry and norm."""
+    images, draws = job.inputs(min(job.sizes.batch, 8))
+    x = images.float() / 255
+    other = (x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(x)).clamp(0, 1)
+
+    def quantities(precision: str, scale: float) -> dict[str, Tensor]:
+        models = copy_to(job.models, job.device)
+        if (dtype := DTYPES[precision]) is not None:
+            cast_frozen(models.rae.encoder, dtype)
+            cast_frozen(models.discriminator.trunk, dtype)
+        of_step = TrainingStep(models.rae, models.lpips, models.discriminator, models.augment, step_settings())
+        term = of_step.reconstruction_terms(PHASES["gan"])["lpips"][1]
+        with autocast(job.device, precision):
+            lpips, lpips_gradient = of_step.reconstruction_gradient(term, other, x, scale)
+            gan, gan_gradient = of_step.gan_gradient(other, draws.augment[0], scale)
+            with torch.no_grad():
+                latents = models.rae.encode_raw(x)
+        names, values = (
+            ("latents", "LPIPS", "its gradient", "GAN", "its"),
+            (latents, lpips, lpips_gradient, gan, gan_gradient),
+        )
+        return {name: value.double().cpu() for name, value in zip(names, values, strict=True)}
+
+    with full_float32(job.device):
+        exact = quantities("fp32", 1.0)
+    for precision, scale in (("bf16", 1.0), ("fp16", 2.0**16)):
+        errors = {
+            name: {
+                "largest": float((value - exact[name]).abs().max() / exact[name].abs().max()),
+                "norm": float((value - exact[name]).norm() / exact[name].norm()),
+            }
+            for name, value in quantities(precision, scale).items()
+        }
+        text = ", ".join(f"{name} {error['norm']:.1e}" for name, error in errors.items())
+        job.add(precision, errors, f"{precision}, norm of the error: {text}")
+
+
+def evaluation(job: Job) -> None:
+    """(f) Scores of the same images and networks on the GPU and on the CPU."""
+    from src.metrics.inception import InceptionFeatures
+    from src.metrics.reconstruction import ReconstructionScore
+
+    images = job.inputs(4 if job.dry else 16)[0].cpu()
+    inception = InceptionFeatures(None, weights="tiny" if job.dry else "untrained")
+    scores = {}
+    for device in (torch.device("cpu"), job.device):
+        models = copy_to(job.models, device)
+        score = ReconstructionScore(inception.to(device), 8, models.lpips)
+        with torch.no_grad(), full_float32(device):
+            score.update(images, models.rae.decode_raw(models.rae.encode_raw(images.to(device))))
+        scores[device.type] = score.compute(warn_of_few=False)
+        job.add(device.type, scores[device.type])
+    here = scores[job.device.type]
+    errors = {name: abs(here[name] - value) / abs(value) for name, value in scores["cpu"].items()}
+    job.add("relative_difference", errors, ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
+
+
+def runs(job: Job) -> None:
+    """(g) The real training program: precisions, compilation, determinism, nccl; synchronisation in an update is an error."""
+    folder = job.scratch / "runs"
+    groups = [list(RUNS)] if job.dry else [[name] for name in RUNS]  # a process each; on the CPU imports cost most
+    switches = {"GPU_REPORT_DRY": "1", "TORCHDYNAMO_DISABLE": "1"} if job.dry else {}
+    pool = ThreadPoolExecutor(len(groups))
+    outputs = pool.map(lambda names: job.call("-m", "benchmarks.gpu_parts", str(folder), *names, **switches), groups)
+    for names, said in zip(groups, outputs, strict=True):
+        for name in names:
+            file = folder / name / "found.json"
+            found = json.loads(file.read_text()) if file.is_file() else {"error": said[-3000:]}
+            if "error" in found:
+                line = f"{name}: FAILED: {found['error'].strip().splitlines()[-1][:160]}"
+            else:
+                line = f"{name}: {found['updates']} updates, loss {found['loss']:.4g}, skipped {found['skipped']}"
+                line += f", loss scale {found['scale']}, lowered at {found['lowered_at']}" if found["scale"] else ""
+            job.add(name, found, line)
+    first, second = (folder / name / "checkpoints/last.ckpt" for name in ("deterministic", "deterministic again"))
+    if first.is_file() and second.is_file():
+        a, b = (torch.load(file, weights_only=False)["state_dict"] for file in (first, second))
+        equal = all(torch.equal(a[name], b[name]) for name in a)
+        job.add("deterministic_bit_equal", equal, f"two deterministic runs are {'' if equal else 'NOT '}bit-equal")
+
+
+def train(folder: Path, name: str) -> dict[str, Any]:
+    """Run src/train.py in this process and return what is to know of it."""
+    from src.core import metrics_file
+    from src.training.module import StageModule, loss_scale
+
+    dry, scales, seen = "GPU_REPORT_DRY" in os.environ, [], {}
+    original = StageModule.training_step
+
+    def watched(module: Any, batch: Any, batch_idx: int) -> None:
+        phase = module.phase(module.global_step)
+        seen[phase] = seen.get(phase, 0) + 1
+        settled = seen[phase] > 2 * module.settings.loop.accumulate_grad_batches  # libraries are set up at first use
+        with no_synchronisation() if settled and module.device.type == "cuda" else nullcontext():
+            original(module, batch, batch_idx)
+        scaler = next(iter(module.scalers().values()))
+        scales.append(0.0 if scaler is None else loss_scale(scaler, module.device).clone())
+
+    words = [*COMMON, *RUNS[name], *(QUICK if dry else []), f"paths.run_dir='{folder / name}'"]
+    with patch.object(StageModule, "training_step", watched), patch.object(sys, "argv", ["src/train.py", *words]):
+        try:
+            runpy.run_path(str(ROOT / "src/train.py"), run_name="__main__")
+        except SystemExit as ended:
+            if ended.code:
+                log = folder / name / "run.log"
+                return {"error": log.read_text()[-3000:] if log.is_file() else f"exit code {ended.code}"}
+    rows = list(metrics_file.read(folder / name / "metrics.csv"))
+    latest = {metric: value for _, metric, value, _ in rows}
+    values = [float(scale) for scale in scales]
+    return {
+        "updates": max(at for at, *_ in rows),
+        "loss": latest["train/loss"],
+        "skipped": latest.get("train/skipped_steps", 0),
+        "scale": values[-1],
+        "lowered_at": [number for number, (a, b) in enumerate(zip(values, values[1:], strict=False), 1) if b < a],
+        "images_per_s": latest.get("perf/images_per_s"),
+    }
+
+
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """Make it an error that the host waits for the GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def peers(job: Job) -> None:
+    """(h) The official code and RAEv2's, from checkouts."""
+    out, given = job.scratch / "peers.json", [f"--{name}={path}" for name, path in job.checkouts.items()]
+    variants = ["official", "ours"] if job.dry else ["official", "ours", "raev2", "compiled", "raev2_compile"]
+    size = ["--batch=1", "--decoder=ViTB", "--warm=0"] if job.dry else ["--batch=64", "--decoder=ViTXL", "--warm=2"]
+    rest = [
+        f"--device={job.device.type}",
+        "--precision=bf16",
+        f"--scratch={job.scratch}",
+        f"--out={out}",
+        "--repeats=3",
+    ]
+    said = job.call("benchmarks/peers.py", *given, *size, *rest, "--variants", *variants)
+    job.add("output", said[-5000:])
+    if not out.is_file():
+        raise RuntimeError(said[-2000:])
+    content = json.loads(out.read_text())
+    job.add("arguments", content["arguments"])
+    lines = [line for line in said.splitlines() if line.startswith(("gan ", "warmup ")) or "out of memory" in line]
+    job.result["summary"] += list(dict.fromkeys(lines))
+    job.add("results", content["results"])
+
+
+def data_path(job: Job) -> None:
+    """(i) Images/s of the loader with all cores, on JPEG files of ImageNet's usual size that lie in the page cache."""
+    from PIL import Image
+
+    from src.data import dummy
+    from src.data.datamodule import RAEDataModule
+    from src.training.preflight import LOADER_BATCHES, loader_seconds
+
+    folder, cores = job.scratch / "images" / "train", len(os.sched_getaffinity(0))
+    workers = 1 if job.dry else cores
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(8 if job.dry else 256):
+        picture = Image.open(io.BytesIO(dummy.jpeg(number))).convert("RGB")
+        picture.resize((500, 375), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=90)
+    config = yaml.safe_load((ROOT / "configs/data/imagenet.yaml").read_text())
+    batch = job.sizes.batch
+    config |= {"data_dir": None, "sources": {"made": {"data_dir": str(folder.parent)}}, "accumulate": 1, "seed": 0}
+    config |= {"epoch_images": batch * workers * (LOADER_BATCHES + 1), "batch_size": batch, "num_workers": workers}
+    config |= {"image_size": job.sizes.image_size, "hf_validation_split": None}
+    data = RAEDataModule(**{key: value for key, value in config.items() if key != "_target_"})
+    rate = batch / loader_seconds(data.train_dataloader(), workers)
+    data.teardown()
+    line = f"{rate:.4g} images/s from {workers} processes"
+    rows = job.earlier.get("b", {}).get("results", {}).get("bf16/gan", {})
+    eaten = max((row["images_per_s"] for row in rows.values() if "images_per_s" in row), default=None)
+    job.add("images_per_s", rate, line + (f", {rate / eaten:.1f} x what the step of part b takes" if eaten else ""))
+    job.add("cores", cores)
+
+
+def switches(job: Job) -> None:
+    """(j) What single switches change of our step, bf16, GAN phase; and Inception's memory format."""
+    from src.metrics.inception import InceptionFeatures
+
+    runner, (images, draws) = job.runner("ours", "bf16"), job.inputs()
+    inception = InceptionFeatures(None, weights="tiny" if job.dry else "untrained").to(job.device)
+
+    def seconds(run: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(1 if job.dry else 6):
+            began = clock(job.device)
+            run()
+            times.append(clock(job.device) - began)
+        return statistics.median(times[len(times) // 2 :])
+
+    def of_step() -> float:
+        with autocast(job.device, "bf16"):
+            return seconds(partial(runner.run, images, draws, PHASES["gan"]))
+
+    def setting(**change: Any) -> AbstractContextManager[Any]:
+        return _set(runner.step, "settings", runner.step.settings.model_copy(update=change))
+
+    @contextmanager
+    def contiguous(network: torch.nn.Module) -> Iterator[None]:
+        """Undo `channels_last`, in the network and where its code asks for it."""
+        network.to(memory_format=torch.contiguous_format)
+        with _set(torch, "channels_last", torch.contiguous_format):
+            yield
+
+    changes: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+        "cudnn.benchmark": lambda: _set(torch.backends.cudnn, "benchmark", True),
+        "disc_fake=reuse": lambda: setting(disc_fake="reuse"),
+        **{f"loss_chunk_size={n}": partial(setting, loss_chunk_size=n) for n in ((1,) if job.dry else (8, 16, 32))},
+        **{
+            f"attention: {name.lower()}": partial(sdpa_kernel, getattr(SDPBackend, name))
+            for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
+        },
+        "VGG without channels_last": lambda: contiguous(runner.models.lpips.vgg),  # the last, since it stays so
+    }
+    base = min(of_step(), of_step())
+    job.add("base", base, f"as it is: {len(images) / base:.3g} images/s")
+    for name, change in changes.items():
+        try:
+            with change():
+                taken = of_step()
+        except RuntimeError as error:  # not available, or out of memory
+            job.add(name, str(error)[:300], f"{name}: {str(error).splitlines()[0][:80]}")
+            free_memory(job.device)
+            continue
+        job.add(name, {"seconds": taken, "times_as_fast": base / taken}, f"{name}: {base / taken:.3f} x as fast")
+    for layout, change in (("channels_last", nullcontext()), ("contiguous", contiguous(inception))):
+        with change, torch.no_grad():
+            rate = len(images) / seconds(lambda: inception(images))
+        job.add(f"Inception {layout}", rate, f"Inception, {layout}: {rate:.4g} images/s")
+
+
+@contextmanager
+def _set(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    for each in sys.argv[2:]:
+        found = train(place, each)
+        (place / each).mkdir(parents=True, exist_ok=True)
+        (place / each / "found.json").write_text(json.dumps(found))

@@ -1,0 +1,118 @@
+"""The report on a GPU: every part at tiny size on the CPU, and what one that fails, hangs or can't run leaves of the others."""
+
+import argparse
+import importlib.util
+import json
+import stat
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from docs import benchmark_table
+from scripts import gpu_report
+from scripts.gpu_report import PARTS
+
+OPTIONS = {"only": [], "rae": None, "raev2": None, "dry": True}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Three parts instead of ten."""
+    monkeypatch.setattr(gpu_report, "PARTS", {letter: PARTS[letter] for letter in "acj"})
+
+
+def report(folder: Path, seconds: float = 300, **changes) -> tuple[int, dict]:
+    options = argparse.Namespace(**{**OPTIONS, "out": folder / "gpu.json", **changes})
+    (folder / "scratch").mkdir(exist_ok=True)
+    code = gpu_report.report(options, folder / "scratch", time.monotonic() + seconds)
+    return code, json.loads((folder / "gpu.json").read_text()) if (folder / "gpu.json").is_file() else {}
+
+
+@pytest.mark.slow
+def test_every_part_runs_its_code_on_the_cpu_and_a_table_comes_of_it(tmp_path, capsys, monkeypatch):
+    code, content = report(tmp_path)
+    parts = content["parts"]
+    assert {
+        letter: (part["status"], part.get("error")) for letter, part in parts.items() if part["status"] != "done"
+    } == {"h": ("not run", "no checkouts given: --rae DIR --raev2 DIR")}
+    assert code == 1 and list(parts) == list(PARTS)
+    table = capsys.readouterr().out
+    for words in (
+        "DRY RUN",
+        "x plain with",
+        "6 don't; computed",
+        "skipped",
+        "two deterministic runs are bit-equal",
+        "x as fast",
+    ):
+        assert words in table, table
+    assert all(f"\n({letter}) " in table for letter in PARTS)
+
+    monkeypatch.setattr(benchmark_table, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit, match="names no CUDA device"):
+        benchmark_table.rows()
+    (tmp_path / "gpu.json").write_text(json.dumps(content | {"cuda_device": "NVIDIA H1"}))
+    found = benchmark_table.rows()
+    assert ("NVIDIA H1", "bf16") in {(row[1], row[0].split(", ")[1].split(";")[0]) for row in found}
+    assert any("largest batch" in row[0] for row in found)
+
+
+def executable(folder: Path, monkeypatch, cases: str) -> None:
+    """Let the parts be what a shell script does: `$2` is --worker=LETTER, `$out` the file of results."""
+    file = folder / "python"
+    here = f'out="${{3#--out=}}"; out="${{out%.json}}.result"\nexport PYTHONPATH={gpu_report.ROOT}\n'
+    machine = '{"result": {"machine": {"device": "GPU 1"}}, "status": "done"}'
+    file.write_text(f"#!/bin/sh\n{here}case $2 in\n--worker=a) echo '{machine}' > $out;;\n{cases}\nesac\n")
+    file.chmod(file.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(sys, "executable", str(file))
+
+
+def test_a_part_that_crashes_or_hangs_ends_no_other_and_what_it_had_is_kept(tmp_path, monkeypatch, small):
+    hangs = """--worker=c) echo '{"result": {"gan": {"fits": 8}}}' > $out; sleep 60 & echo $! > $out.child; wait;;"""
+    executable(tmp_path, monkeypatch, f"{hangs}\n--worker=j) echo a kernel went wrong; kill -SEGV $$;;")
+    began = time.monotonic()
+    code, content = report(tmp_path, seconds=4, dry=False)
+    parts = content["parts"]
+    assert time.monotonic() - began < 8 and code == 1
+    assert parts["c"]["status"] == "out of time" and parts["c"]["result"] == {"gan": {"fits": 8}}
+    assert parts["j"]["status"] == "failed" and parts["j"]["error"] == "exit code -11: a kernel went wrong"
+    child = Path(next((tmp_path / "scratch").glob("*.child")).read_text().strip())
+    assert not Path(f"/proc/{child}/cmdline").exists() or b"sleep" not in Path(f"/proc/{child}/cmdline").read_bytes()
+
+
+def test_a_later_call_adds_what_is_missing_to_the_same_file(tmp_path, monkeypatch, small):
+    executable(
+        tmp_path,
+        monkeypatch,
+        '--worker=c) exit 1;;\n--worker=j) echo \'{"result": {"x": 1}, "status": "done"}\' > $out;;',
+    )
+    assert report(tmp_path, dry=False)[1]["parts"]["c"]["status"] == "failed"
+    again = '--worker=c) echo \'{"result": {"x": 2}, "status": "done"}\' > $out;;\n--worker=j) exit 1;;'
+    executable(tmp_path, monkeypatch, again)
+    code, content = report(tmp_path, dry=False)
+    assert code == 0 and content["cuda_device"] == "GPU 1"
+    assert [content["parts"][letter]["result"] for letter in "cj"] == [{"x": 2}, {"x": 1}]
+    code, content = report(tmp_path, dry=False, only=["j"])  # asked for, and nothing came of it
+    assert code == 1 and content["parts"]["j"]["result"] == {"x": 1}
+
+
+def test_modules_that_are_missing_are_named_once_and_only_their_parts_left_out(tmp_path, monkeypatch, capsys):
+    executable(tmp_path, monkeypatch, '*) echo \'{"result": {}, "status": "done"}\' > $out;;')
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in ("hydra", "omegaconf") else find(name)
+    )
+    _, content = report(tmp_path, dry=False)
+    said = capsys.readouterr().out
+    assert said.count("Not installed here: hydra-core omegaconf. Parts d, g need them") == 1
+    assert {letter for letter, part in content["parts"].items() if part["status"] == "not run"} == {"d", "g"}
+    assert content["parts"]["g"]["error"] == "not installed: hydra, omegaconf"
+
+
+def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
+    executable(tmp_path, monkeypatch, "")
+    (tmp_path / "python").write_text("#!/bin/sh\necho no CUDA; exit 1\n")
+    assert report(tmp_path, dry=False) == (2, {})
+    assert "No part runs here: exit code 1: no CUDA" in capsys.readouterr().out
