@@ -37,6 +37,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.memory import GIB, GpuAutocast, LiveBytes, make_fake
 from benchmarks.peers import stand_in
+from benchmarks.surroundings import surroundings, write
 from benchmarks.train_step import peak_memory
 from src.core.ema import EMA
 from src.core.nonfinite import NonFiniteCounter
@@ -329,13 +330,7 @@ def main() -> None:
             if other is not None:
                 ratios = (f"{key} {found[name][key] / other[key]:.3f}" for key in other)
                 print(f"{network}, {name} over theirs: {', '.join(ratios)}", flush=True)
-    if arguments.out:
-        said = {
-            "command": " ".join(["python", *sys.argv]),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-        }
-        arguments.out.write_text(json.dumps(said | {"results": results}, indent=1) + "\n")
+    write(surroundings() | {"results": results}, arguments.out)
 
 
 if __name__ == "__main__":
