@@ -114,7 +114,9 @@ def test_on_a_gpu_only_its_own_idle_time_counts_as_waiting(monkeypatch, loader, 
         check_numbers=synchronize, train_terms={"train/loss": torch.ones(())}, sparse_terms=(), steps_per_epoch=100,
         learning_rates=lambda step: {}, nonfinite=SimpleNamespace(max_skipped_steps=0), write_metrics=lambda values: None,
     )  # fmt: skip
-    trainer = SimpleNamespace(is_global_zero=False, world_size=1, global_step=0, max_epochs=1, max_steps=-1)
+    trainer = SimpleNamespace(
+        is_global_zero=False, world_size=1, global_step=0, max_epochs=1, max_steps=-1, callbacks=[]
+    )
     callback = progress.TrainingProgress()
     callback.on_train_start(trainer, module)
     for number in range(20):
