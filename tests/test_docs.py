@@ -395,6 +395,9 @@ def test_options_that_are_named_exist(page):
         "help",
         "cfg",
         "no-index",
+        "nodes",
+        "ntasks",
+        "ntasks-per-node",
         "signals-to-handle",
         "signal",
     }:
