@@ -250,7 +250,8 @@ def measure(arguments: argparse.Namespace, network: str) -> dict[str, dict[str, 
             "processor_s": statistics.median(processor[name]),
         }
         if not name.endswith("compiled"):
-            found[name]["outside_products_s"] = outside_products(lambda step=step: step.run(latents, labels))
+            times = [outside_products(lambda step=step: step.run(latents, labels)) for _ in range(arguments.repeats)]
+            found[name]["outside_products_s"] = min(times)  # by the clock of one thread, so other work on it counts
     for name in [*steps]:
         del steps[name]
         command = [sys.executable, *sys.argv, "--network", network, "--memory_of", name]
@@ -260,7 +261,7 @@ def measure(arguments: argparse.Namespace, network: str) -> dict[str, dict[str, 
 
 
 def outside_products(run: Callable[[], None]) -> float:
-    """Return the seconds of processor time of a call that are not in matrix products, convolutions and attention."""
+    """Return the seconds of a call that are not in matrix products, convolutions and attention."""
     with torch.autograd.set_multithreading_enabled(False), profile(activities=[ProfilerActivity.CPU]) as recorded:
         run()
     others = (e for e in recorded.key_averages() if not any(name in e.key for name in PRODUCTS))

@@ -12,7 +12,7 @@ from benchmarks import dit_step, memory, train_step
 from benchmarks.plain_step import published_layers
 from src.models import decoder, dit_layers
 from src.models.decoder import DecoderConfig
-from src.models.dit_layers import SplitSwiGLU, SwiGLU
+from src.models.dit_layers import LayerOptions
 
 TINY = ["--encoder", "tiny", "--decoder", "tiny", "--image_size", "64"]
 
@@ -97,23 +97,25 @@ def test_the_step_of_stage_2_runs_alone_and_says_what_is_missing(monkeypatch, ca
     assert "raev2_tiny, ours: between_steps_gib" in out
 
 
-@pytest.mark.parametrize("layer", [SwiGLU, SplitSwiGLU])
-def test_a_gated_mlp_keeps_no_product_and_gives_the_same(layer):
-    mlp, x = layer(64, 256), torch.randn(2, 16, 64, requires_grad=True)
+@pytest.mark.parametrize("options", [LayerOptions(), LayerOptions(qknorm=True, v2=True)])
+def test_a_block_of_stage_2_keeps_neither_silu_nor_product_and_gives_the_same(options):
+    torch.manual_seed(0)
+    block, hidden = dit_layers.Block(64, 2, options), 170
+    torch.nn.init.normal_(getattr(block, options.modulation)["1"].weight, std=0.1)
+    x, condition = torch.randn(2, 5, 64, requires_grad=True), torch.randn(2, 1, 64, requires_grad=True)
 
-    def run(plainly: bool) -> tuple[list[torch.Tensor], int]:
-        kept = {}
-        with (
-            pytest.MonkeyPatch.context() as patch,
-            torch.autograd.graph.saved_tensors_hooks(
-                lambda t: (kept.update({t.data_ptr(): t.numel()}), t)[1], lambda t: t
-            ),
+    def run() -> tuple[list[torch.Tensor], int]:
+        kept: dict[int, int] = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (kept.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}), t)[1],
+            lambda t: t,
         ):
-            if plainly:
-                patch.setattr(dit_layers, "recomputed", lambda function, x: function(x))
-            out = mlp(x)
-        return [out, *torch.autograd.grad(out.square().sum(), [x, *mlp.parameters()])], sum(kept.values())
+            y = block(x, condition, None)
+        return [y, *torch.autograd.grad(y.square().sum(), [x, condition, *block.parameters()])], sum(kept.values())
 
-    (ours, kept), (plain, kept_plain) = run(False), run(True)
+    ours, kept = run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dit_layers, "recomputed", lambda function, *x: function(*x))
+        plain, kept_plain = run()
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
-    assert kept <= kept_plain - 2 * 2 * 16 * 256  # neither the SiLU nor its product
+    assert kept <= kept_plain - 2 * (2 * 5 * hidden * 4)

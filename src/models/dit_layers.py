@@ -114,8 +114,15 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (options.head_norm(width // heads) for _ in range(2))
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rope: Rotary | None) -> Tensor:
-        parts = (self.q(x), self.k(x), self.v(x)) if self.split else self.qkv(x).chunk(3, dim=-1)
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """B N D -> queries, keys, values, or one tensor of all three."""
+        if not self.split:
+            return (self.qkv(x),)
+        x = autocast_once(x)
+        return self.q(x), self.k(x), self.v(x)
+
+    def mix(self, projected: tuple[Tensor, ...], rope: Rotary | None) -> Tensor:
+        parts = projected if self.split else projected[0].chunk(3, dim=-1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)  # B H N D/H
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
@@ -125,42 +132,49 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """w3(silu(a) * b), where w12 gives a and b."""
+    """contract(widen(x)) = w3(silu(a) * b), where w12 gives a and b."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.w12 = nn.Linear(width, 2 * hidden)
         self.w3 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return recomputed(self._contract, self.w12(x))
+    def widen(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.w12(x).chunk(2, dim=-1)
 
-    def _contract(self, hidden: Tensor) -> Tensor:
-        a, b = hidden.chunk(2, dim=-1)
+    def contract(self, a: Tensor, b: Tensor) -> Tensor:
         return self.w3(F.silu(a) * b)
 
 
 class SplitSwiGLU(nn.Module):
-    """w3(silu(w1 x) * w2 x): RAEv2's form."""
+    """contract(widen(x)) = w3(silu(w1 x) * w2 x): RAEv2's form."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.w1, self.w2 = (nn.Linear(width, hidden) for _ in range(2))
         self.w3 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        b = self.w2(x)
-        return recomputed(lambda a: self.w3(F.silu(a) * b), self.w1(x))
+    def widen(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = autocast_once(x)
+        return self.w1(x), self.w2(x)
+
+    def contract(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.w3(F.silu(a) * b)
 
 
 class MLP(nn.Module):
+    """contract(widen(x)) = fc2(gelu(fc1 x))."""
+
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+    def widen(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (self.fc1(x),)
+
+    def contract(self, hidden: Tensor) -> Tensor:
+        return self.fc2(F.gelu(hidden, approximate="tanh"))
 
 
 def feed_forward(width: int, options: LayerOptions) -> nn.Module:
@@ -199,12 +213,16 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor | None, rope: Rotary | None) -> Tensor:
         """x B N D; condition, its SiLU taken already: B 1 D (for all tokens), B N D (per token) or None (not modulated)."""
+        # What precedes one matrix product is computed again in the backward pass, that product is not.
         if self.modulation is None:
-            x = x + self.attn(self.norm1(x), rope)
-            return x + self.mlp(self.norm2(x))
+            x = x + self.attn.mix(self.attn.project(self.norm1(x)), rope)
+            return x + recomputed(self.mlp.contract, *self.mlp.widen(self.norm2(x)))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = getattr(self, self.modulation)(condition)
-        x = x + gate_a * self.attn(self.norm1(x) * (1 + scale_a) + shift_a, rope)
-        return x + gate_m * self.mlp(self.norm2(x) * (1 + scale_m) + shift_m)
+        enter = (lambda function, x: function(x)) if self.attn.split else recomputed
+        projected = enter(lambda x: self.attn.project(self.norm1(x) * (1 + scale_a) + shift_a), x)
+        x = x + gate_a * self.attn.mix(projected, rope)
+        wide = enter(lambda x: self.mlp.widen(self.norm2(x) * (1 + scale_m) + shift_m), x)
+        return x + gate_m * recomputed(self.mlp.contract, *wide)
 
 
 class FinalLayer(nn.Module):
@@ -221,6 +239,13 @@ class FinalLayer(nn.Module):
         """Condition as in `Block`."""
         shift, scale = getattr(self, self.modulation)(condition)
         return self.linear(getattr(self, self.last_norm)(x) * (1 + scale) + shift)
+
+
+def autocast_once(x: Tensor) -> Tensor:
+    """Cast what goes into several linears to autocast's type, which would otherwise keep a copy for each."""
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return x.to(torch.get_autocast_dtype(kind)) if on else x
 
 
 def zero_linear(inputs: int, outputs: int) -> nn.Linear:
