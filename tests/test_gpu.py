@@ -129,7 +129,7 @@ def test_scores_equal_those_of_a_cpu():
     images, other = (torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8, generator=rng) for _ in range(2))
     for device in (torch.device("cpu"), GPU):
         rae, inception = make_rae().to(device), InceptionFeatures(None, weights="tiny").to(device)
-        score = ReconstructionScore(inception, 4, make_pair()[1].lpips.to(device))
+        score = ReconstructionScore([inception], 4, make_pair()[1].lpips.to(device))
         with torch.no_grad(), full_float32(device):
             decoded = rae.decode(rae.encode(images.to(device)))
             score.update(images, 0.5 * decoded.clamp(0, 1) + 0.5 * other.to(device) / 255)
