@@ -356,7 +356,7 @@ def saved(root: Path) -> Path:
 def stored(root: Path) -> Path:
     writer = LatentWriter(root / "latents", (8, 2, 2), torch.bfloat16, 0)
     writer.write(torch.randn(5, 8, 2, 2), torch.arange(5), torch.arange(5) % 2)
-    facts = {"scale": "raw", "shape": [8, 2, 2], "encoder": {}, "class_names": ["cat", "dog"]}
+    facts = {"scale": "raw", "shape": [8, 2, 2], "encoder": {}, "statistics": None, "class_names": ["cat", "dog"]}
     write_index(root / "latents", writer.close(), facts)
     return root / "latents"
 
