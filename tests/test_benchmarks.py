@@ -80,8 +80,9 @@ def test_a_block_keeps_less_than_the_plain_one_and_gives_the_same():
     ours, kept, flops = run()
     with published_layers():
         theirs, kept_plain, flops_plain = run()
+    largest = max(plain.abs().max() for plain in theirs)  # the key's bias, which softmax ignores, has only rounding
     for mine, plain in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mine, plain, rtol=0, atol=1e-5 * float(max(plain.abs().max(), 1e-2 * largest)))
     assert kept <= kept_plain - 2 * 5 * 128 * 4
     attention = 6 * (2 * 2 * 2 * 5 * 5 * 16)  # products over B, heads, N, N, D/A; the counter does not see them in ours
     assert flops == flops_plain - attention

@@ -305,7 +305,7 @@ def test_checkpointed_activations_change_nothing(make):
     for model in (kept, recomputed):
         model(*batch(model)).square().sum().backward()
     for (name, a), b in zip(kept.named_parameters(), recomputed.parameters(), strict=True):
-        assert torch.allclose(a.grad, b.grad, rtol=1e-5, atol=1e-6), name
+        assert (a.grad - b.grad).abs().max() <= 1e-5 * a.grad.abs().max(), name
 
 
 BLOCK = ["norm1.weight", "norm2.weight", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias",

@@ -6,6 +6,7 @@ Both sides differ by rounding (2e-7 in attention), and by more where a loss has 
 
 import weakref
 from copy import deepcopy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,8 @@ from src.models.discriminator import DinoDiscriminator
 from src.training.stage1_step import LatentNoise, Phase, TrainingStep
 from tests.conftest import make_rae
 
-TOLERANCE = 1e-5
+TERMS, GRADIENTS = 1e-5, 1e-4
+"""Of the largest entry. Seen over seeds and versions: 4e-7, and 3e-6 in the decoder and 1.4e-5 in the heads."""
 BATCH = 3
 FULL = Phase(lpips=True, gan=True, disc=True)
 
@@ -82,24 +84,31 @@ def run_discriminator(plain, ours, draws, result):
     return expected, terms
 
 
-def assert_close(mine, theirs, name, largest=None):
-    """To 1e-5 of the largest entry, or of 1 where that is less."""
-    largest = theirs.detach().abs().max() if largest is None else largest
-    assert (mine - theirs).abs().max() < TOLERANCE * max(1.0, largest), name
+def assert_close(mine, theirs, name):
+    assert (mine - theirs).abs().max() <= TERMS * theirs.detach().abs().max(), name
 
 
 def assert_gradients_equal(ours, plain):
-    """To 0.1 % of each one's largest entry. Biases that softmax or a norm ignores have no gradient but rounding."""
+    """By each one's largest entry. Biases that softmax or a norm ignores have only rounding: by the largest of all."""
     pairs = [(n, p.grad, q.grad) for (n, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True)]
-    assert any(theirs is not None for _, _, theirs in pairs)
+    largest = {name: theirs.abs().max() for name, _, theirs in pairs if theirs is not None}
+    of_all = max(largest.values())
     for name, mine, theirs in pairs:
         assert (mine is None) == (theirs is None), name
         if mine is None:
             continue
-        difference, largest = (mine - theirs).abs().max(), theirs.abs().max()
-        assert largest > 0, name
-        ignored = name.endswith(("key.bias", "first.bias", "second.bias"))
-        assert difference < (TOLERANCE if ignored else 1e-3 * largest), f"{name}: {difference} of {largest}"
+        scale = of_all if name.endswith(("key.bias", "first.bias", "second.bias")) else largest[name]
+        difference = (mine - theirs).abs().max()
+        assert difference < GRADIENTS * scale, f"{name}: {difference} of {scale}"
+
+
+@pytest.mark.parametrize("term", ["perceptual_weight", "disc_weight"])
+def test_a_weight_that_is_one_per_cent_off_is_seen(term):
+    plain, ours, draws = make_pair()
+    plain = replace(plain, **{term: 1.01 * getattr(plain, term)})
+    run_generator(plain, ours, draws, FULL)
+    with pytest.raises(AssertionError, match=" of "):
+        assert_gradients_equal(ours.rae.decoder, plain.rae.decoder)
 
 
 @pytest.mark.parametrize(
@@ -216,29 +225,24 @@ def test_latents_are_gone_once_their_fake_is_made_and_it_is_made_once():
     assert all(ref() is None for ref in latents) and all(source.pixels.dtype == torch.uint8 for source in sources)
 
 
-def test_several_steps_end_at_the_same_weights_and_averages():
+def test_several_steps_move_weights_and_averages_alike():
     """SGD rather than Adam, which turns rounding into steps where a gradient is zero."""
     plain, ours, draws = make_pair()
-    sides = []
-    for step in (plain, ours):
-        decoder, heads = step.rae.decoder, step.discriminator.heads
-        optimizers = [torch.optim.SGD((p for p in m.parameters() if p.requires_grad), 1e-3) for m in (decoder, heads)]
-        sides.append((EMA(decoder, 0.9), optimizers))
+    trained = [(step.rae.decoder, step.discriminator.heads) for step in (plain, ours)]
+    start = [deepcopy(module) for module in (*trained[0], trained[0][0])]
+    averages = [EMA(decoder, 0.9) for decoder, _ in trained]
+    optimizers = [[torch.optim.SGD(module.parameters(), 1.0) for module in modules] for modules in trained]
     for _ in range(4):
         _, result = run_generator(plain, ours, draws, FULL)
-        for ema, (optimizer, _) in sides:
+        for average, (optimizer, _) in zip(averages, optimizers, strict=True):
             optimizer.step()
             optimizer.zero_grad()
-            ema.update()
+            average.update()
         run_discriminator(plain, ours, draws, result)
-        for _, (_, optimizer) in sides:
+        for _, optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    pairs = [
-        (ours.rae.decoder, plain.rae.decoder),
-        (ours.discriminator.heads, plain.discriminator.heads),
-        (sides[1][0].average, sides[0][0].average),
-    ]
-    for mine, theirs in pairs:
-        for (name, a), b in zip(mine.named_parameters(), theirs.parameters(), strict=True):
-            assert_close(a, b, name)
+    theirs, mine = ((*modules, ema.average) for modules, ema in zip(trained, averages, strict=True))
+    for before, a, b in zip(start, mine, theirs, strict=True):
+        before, a, b = (torch.nn.utils.parameters_to_vector(module.parameters()) for module in (before, a, b))
+        assert (a - b).norm() < GRADIENTS * (b - before).norm()
