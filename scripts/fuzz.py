@@ -6,7 +6,7 @@
 An input is a whole file with a few bytes flipped, cut, repeated, or numbers in it made huge; of checkpoints and JSON also a
 whole file with an odd value somewhere. Inputs are read in forked children with 2 GiB of memory beyond what the program has
 and 20 s an input. Prints inputs and outcomes by kind; what crashes, hangs or raises anything else is kept in --output, and the
-exit code is 1 then.
+exit status is 1 then.
 """
 
 import argparse

@@ -5,7 +5,7 @@
 
 Each value goes through `src/train.py` as a command line does, in a forked process of a copy of the project, and what it
 accepts trains for one update. Prints how many values were accepted, ended in one message, in a traceback, or not within the
-time; the last three kinds of words stand in OUTPUT, a JSON line for each value. Exit code 1 for any traceback, kill or hang.
+time; the last three kinds of words stand in OUTPUT, a JSON line for each value. Exit status 1 for any traceback, kill or hang.
 """
 
 import argparse

@@ -172,6 +172,7 @@ def test_frozen_whatever_is_asked() -> None:
 
 
 def test_untrained_is_named_seeded_and_leaves_the_generator_alone(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "src")
     torch.manual_seed(3)
     before = torch.get_rng_state()
     a, b, c, tiny = untrained(), untrained(), untrained(seed=1), LPIPS(None, None, "tiny")

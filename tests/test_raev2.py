@@ -235,6 +235,6 @@ def test_numbers_joined_by_dots_and_compiling_block_by_block(tmp_path):
 
 
 def test_untrained_encoders_say_so(caplog):
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG, "src"):
         make_rae(**DEEP)
     assert "DINOv3wNorm from configs/encoder/dinov3_tiny is UNTRAINED" in caplog.text

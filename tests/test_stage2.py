@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import shutil
 import signal
@@ -315,7 +316,10 @@ def test_a_killed_sampling_goes_on_and_two_processes_give_the_same(whole, tmp_pa
     command = [sys.executable, "src/sample.py", "--checkpoint", str(last(folder)), "--device", "cpu", "--num_images", "64", "--batch_size", "4",
                "--output", str(tmp_path / "cut.npz")]  # fmt: skip
     journal = tmp_path / ".cut.npz.parts" / "done.0"
-    process = subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as here, and under torchrun
+    process = subprocess.Popen(
+        command, cwd=PROJECT_ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     deadline = time.monotonic() + 120
     while not (journal.exists() and journal.read_text().count("\n") >= 2) and process.poll() is None:
         assert time.monotonic() < deadline
