@@ -71,6 +71,11 @@ class Sampler:
         interval = settings.t_min, settings.t_max
         run: Conditional = sampling.conditional(network, prediction, t_eps)
         if settings.internal > 1:
+            if getattr(network, "base_model_depth", None) is None:
+                raise UserError(
+                    f"internal={settings.internal:g} (model.sampler.internal, --internal) needs a network with a base head "
+                    "(model.network.base_model_depth), and this one has none. Set it to 1."
+                )
             run = sampling.internal_guidance(network, prediction, Guidance(settings.internal, *interval), t_eps)
         if settings.auto > 1:
             if guide is None:

@@ -112,6 +112,7 @@ class DiffusionModule(StageModule):
         self._window: Tensor | None = None
         self._window_updates = 0
         self._warned = False
+        self.sampler()  # guidance that the network does not allow is told before training
         self.exchange_gradients_of("network.")
 
     # -- training
