@@ -193,14 +193,20 @@ def test_slurm_tasks_without_their_number_on_a_machine(monkeypatch, started_by_s
 
 LATE = """
 import os, sys, time, runpy, torch.distributed as dist
-get = dist.TCPStore.get
 
-def late(store, key):
-    dist.TCPStore.get = get
-    time.sleep(3 * int(os.environ["RANK"]))
-    return get(store, key)
+def late(owner, name):
+    function = getattr(owner, name)
 
-dist.TCPStore.get = late
+    def delayed(*args, **options):
+        setattr(owner, name, function)
+        time.sleep(int(os.environ["RANK"]))
+        return function(*args, **options)
+
+    setattr(owner, name, delayed)
+
+late(dist.TCPStore, "get")
+late(dist, "init_process_group")
+late(dist, "broadcast_object_list")
 del sys.argv[0]
 sys.path.insert(0, "")
 runpy.run_path("src/train.py", run_name="__main__")
