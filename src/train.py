@@ -40,8 +40,8 @@ if __name__ == "__main__":
         ended = 0
     except SystemExit as error:
         ended = error.code
-    except (CompactHydraException, OmegaConfBaseException, MarkedYAMLError, UnicodeDecodeError) as error:
-        if wanted or "src.training.run" in sys.modules:
+    except (CompactHydraException, OmegaConfBaseException, MarkedYAMLError, ValueError, TypeError) as error:
+        if wanted or RAISE not in os.environ:  # asked for, or of the run itself
             raise
         from src.core.compose import explained
 

@@ -148,3 +148,12 @@ def test_yaml_that_cannot_be_read_ends_in_one_message(tmp_path, kind):
     done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "odd.yaml" in done.stderr
+
+
+@pytest.mark.parametrize("word", ["data=null", "model=[1]"])
+def test_a_group_takes_the_name_of_a_file(word):
+    command = [sys.executable, "src/train.py", "experiment=rae_dummy", word]
+    done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=120)
+    group = word.partition("=")[0]
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.startswith(f"{word}: expected the name of a file in configs/{group}: "), done.stderr

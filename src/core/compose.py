@@ -55,6 +55,13 @@ def explained(error: Exception, arguments: Sequence[str]) -> str:
     """Return the message for an error that Hydra met while it put the configuration together."""
     from yaml import MarkedYAMLError
 
+    if isinstance(error, ValueError | TypeError) and not isinstance(error, UnicodeDecodeError):
+        lines = []
+        for key, _, value in (word.partition("=") for word in arguments if not word.startswith(("-", "~"))):
+            known = sorted(file.stem for file in (PROJECT_ROOT / "configs" / key).glob("*.yaml"))
+            if known and not set(value.split(",")) <= set(known):
+                lines.append(f"{key}={value}: expected the name of a file in configs/{key}: {', '.join(known)}.")
+        return "\n".join(lines) or f"The configuration can't be composed: {error}."
     if not isinstance(error, MarkedYAMLError | UnicodeDecodeError):
         cause = str(error.__cause__ or "")
         return "\n".join(text for text in (str(error), cause, quoting_hint(arguments)) if text)
