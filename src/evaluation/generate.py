@@ -73,7 +73,7 @@ class Sampler:
         if settings.internal > 1:
             if getattr(network, "base_model_depth", None) is None:
                 raise UserError(
-                    f"internal={settings.internal:g} (model.sampler.internal, --internal) needs a network with a base head "
+                    f"internal={settings.internal:g} (model.sampler.internal, --internal) needs a network with a base output "
                     "(model.network.base_model_depth), and this one has none. Set it to 1."
                 )
             run = sampling.internal_guidance(network, prediction, Guidance(settings.internal, *interval), t_eps)
