@@ -48,7 +48,9 @@ def _run(options: SampleOptions) -> int:
         generator = open_generator(options.checkpoint, options.model, options.autoencoder)
         guide = None
         if options.guide is not None:
-            guide = open_generator(options.guide, options.guide_model, shape=generator.network.latent_shape)
+            guide = open_generator(
+                options.guide, options.guide_model, shape=generator.network.latent_shape, key="--guide"
+            )
         rows: list[tuple[Any, ...]] = []
         for (cfg, interval), output in zip(sweep, outputs, strict=True):
             point = replace(

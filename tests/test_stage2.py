@@ -422,6 +422,8 @@ def made(name, autoencoder, folder):
     ("overrides", "message"),
     [
         (["model.autoencoder=null"], "model.autoencoder is not set"),
+        (["model.autoencoder=no.ckpt"], "(from model.autoencoder)"),
+        (["model.autoencoder=no"], "(from model.autoencoder)"),
         (["model.network.name=DiT"], "expected one of LightningDiT, DiTDH, RAEv2DiT"),
         (["+model.network.widht=3"], r"unknown key model.network.widht"),
         (["model.num_classes=2"], "3 classes.*model.num_classes=2"),
@@ -497,6 +499,7 @@ def test_an_autoencoder_without_statistics_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [(["--interval", "1:0"], "0 <= T_MIN"), (["--labels", "7"], "classes 0 to 2"), (["--labels", "cat"], "expected equal, random"),
+     (["--guide", "no.ckpt", "--auto", "1.5"], "(from --guide)"), (["--autoencoder", "no.ckpt"], "(from --autoencoder)"), (["--autoencoder", "no"], "(from --autoencoder)"), (["--autoencoder", "{a: b: c}"], "Expected a path, or a mapping"),
      (["--internal", "1.5"], "base output"), (["--model", "ditdh_xl"], "says itself"), (["--method", "dopri5"], "torchdiffeq")],
 )  # fmt: skip
 def test_sampling_mistakes(whole, tmp_path, capsys, words, message):

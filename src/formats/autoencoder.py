@@ -7,7 +7,7 @@ from typing import Any
 from src.core.errors import UserError
 from src.core.options import ModelOptions
 from src.core.settings import check_keys
-from src.formats.checkpoint import LoadedModel
+from src.formats.checkpoint import LoadedModel, existing
 from src.formats.decoder_files import kind_of
 from src.formats.opening import open_model
 from src.models.rae import read_statistics
@@ -31,7 +31,7 @@ def open_autoencoder(
     decoder = where.get("decoder") if isinstance(where, Mapping) else where
     if decoder is None:
         raise UserError(
-            "model.autoencoder is not set (src/sample.py: --autoencoder): give a .ckpt of stage 1, the folder of an export, or "
+            "model.autoencoder is not set: give a .ckpt of stage 1, the folder of an export, or "
             "released files: '{encoder: dinov2-b, decoder: model.pt, statistics: stat.pt}'."
         )
     if decoder is not where and (str(decoder).endswith(".ckpt") or kind_of(decoder, "model.autoencoder.decoder")[0]):
@@ -39,7 +39,9 @@ def open_autoencoder(
             f"model.autoencoder.decoder={decoder} says its encoder itself: set model.autoencoder={decoder} instead of a mapping."
         )
     if isinstance(where, str):
-        choice: dict[str, Any] = {"checkpoint" if where.endswith(".ckpt") else "decoder": where}
+        is_checkpoint = where.endswith(".ckpt")
+        _ = existing(where, "model.autoencoder") if is_checkpoint else kind_of(where, "model.autoencoder")
+        choice: dict[str, Any] = {"checkpoint" if is_checkpoint else "decoder": where}
     else:
         known = {"stats": "statistics"}
         check_keys(where, [known.get(field.name, field.name) for field in fields(ModelOptions)], "model.autoencoder")

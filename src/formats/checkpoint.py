@@ -135,14 +135,14 @@ def encoder_of(config: dict[str, Any]) -> RAE:
     return rae
 
 
-def existing(path: str | Path) -> Path:
-    """Return the file of a checkpoint. UserError where there is none."""
+def existing(path: str | Path, key: str = "--checkpoint") -> Path:
+    """Return the file of a checkpoint; `key`: the config key or option that named it. UserError where there is none."""
     file = resolve(path)
     if file.is_file():
         return file
     beside = sorted(other.name for other in file.parent.glob("*.ckpt")) if file.parent.is_dir() else []
     hint = f"That folder has {', '.join(beside)}." if beside else "Checkpoints lie in logs/runs/DATE/TIME/checkpoints."
-    raise UserError(f"Checkpoint not found: {file} (from --checkpoint). {hint}")
+    raise UserError(f"Checkpoint not found: {file} (from {key}). {hint}")
 
 
 def statistics_digest(rae: RAE) -> str | None:

@@ -54,6 +54,7 @@ def open_generator(
     model: str | None = None,
     autoencoder: str | None = None,
     shape: tuple[int, int, int] | None = None,
+    key: str = "--checkpoint",
 ) -> Generator:
     """Open the averaged weights of a trained transformer.
 
@@ -62,11 +63,12 @@ def open_generator(
         model: of a foreign file, the name of an experiment (ditdh_xl, raev2_dit_k7, ...).
         autoencoder: where it lies here, or a mapping in YAML; of a foreign file it must be given.
         shape: C, h, w of the latents; then the autoencoder is not opened (a guide needs none).
+        key: the config key or option that named `checkpoint`.
 
     Raises:
         UserError: missing or damaged files, a file without averaged weights, names or shapes that don't fit.
     """
-    file = existing(checkpoint)
+    file = existing(checkpoint, key)
     content = read(file)
     ours = isinstance(content, Mapping) and "format_version" in content
     said = content if ours else _record(file)
@@ -82,7 +84,7 @@ def open_generator(
     config = said["config"]["model"] if said else compose([f"experiment={model}"])["model"]
     rae = None
     if shape is None:
-        where, given = config["autoencoder"], yaml.safe_load(autoencoder) if autoencoder is not None else {}
+        where, given = config["autoencoder"], _mapping_or_path(autoencoder)
         where = {**where, **given} if isinstance(where, Mapping) and isinstance(given, Mapping) else given or where
         statistics = config["statistics"]
         if given and statistics is not None and not resolve(statistics).exists():  # of another machine
@@ -100,6 +102,19 @@ def open_generator(
     identity = {part: said[part] for part in ("encoder", "statistics")} if said else {}
     step = said["global_step"] if said else None
     return Generator(network, rae, flow, dict(config["sampler"]), flow.shift_for(shape), str(file), step, identity)
+
+
+def _mapping_or_path(text: str | None) -> Any:
+    """Return the value of --autoencoder: {} where it was not given. A path may look like anything, so only `{...}` is YAML."""
+    if text is None or not text.lstrip().startswith("{"):
+        return {} if text is None else text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"--autoencoder {text}: {' '.join(str(error).split())}. Expected a path, or a mapping such as "
+            "'{decoder: model.pt, statistics: stat.pt}'."
+        ) from error
 
 
 def foreign_weights(content: Any, file: object) -> dict[str, Tensor]:

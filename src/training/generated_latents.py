@@ -40,7 +40,7 @@ class GeneratedLatents(nn.Module):
         super().__init__()
         assert settings.checkpoint is not None
         try:
-            generator = open_generator(settings.checkpoint, shape=rae.latent_shape)
+            generator = open_generator(settings.checkpoint, shape=rae.latent_shape, key="model.generated.checkpoint")
         except UserError as error:
             raise UserError(f"model.generated.checkpoint={settings.checkpoint}: {error}") from error
         require_same_encoder(rae.encoder, generator.identity["encoder"], settings.checkpoint)
