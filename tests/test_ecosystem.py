@@ -190,6 +190,10 @@ def test_a_resume_goes_on_in_the_same_wandb_run(tmp_path, monkeypatch):
     assert ids == ["run1", "run1", "run3", "run3"] and wandb.finished == [0, 0, 0]
     records = [json.loads(file.read_text()) for file in tmp_path.glob("runs/*/*/run.json")]
     assert sorted(record["wandb_run"] for record in records) == ["run1", "run1", "run3"]
+    record = next(iter(tmp_path.glob("runs/*/*/run.json")))
+    record.write_text("[]")  # damaged
+    program(composed([*words, f"ckpt_path={record.parent / 'checkpoints/last.ckpt'}"]))
+    assert wandb.inits[-1]["id"] is None
 
 
 # -- the terminal

@@ -5,14 +5,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Annotated, Any
 
 import pytorch_lightning as pl
 import torch
+from pydantic import Field
 from rich.progress import Progress, TextColumn
 
 from src.core.distributed import mean_over_ranks
-from src.core.errors import UserError
+from src.core.settings import checked
 from src.core.terminal import progress_bar
 from src.core.text import duration, table
 
@@ -46,6 +47,7 @@ def has_begun(trainer: pl.Trainer) -> bool:
     return any(isinstance(callback, StartupTable) and callback.began for callback in trainer.callbacks)
 
 
+@checked("callbacks.progress")
 class TrainingProgress(pl.Callback):
     """Logs the training figures and the speed every `trainer.log_every_n_steps` updates.
 
@@ -53,12 +55,8 @@ class TrainingProgress(pl.Callback):
     `training_paused` (evaluation, pictures, saving) is left out.
     """
 
-    def __init__(self, peak_tflops: float | None = None) -> None:
-        """`peak_tflops`: of a device, in the precision that is used, for `perf/mfu`; None: no such figure."""
-        if peak_tflops is not None and not (isinstance(peak_tflops, float | int) and 0 < peak_tflops < float("inf")):
-            raise UserError(
-                f"callbacks.progress.peak_tflops={peak_tflops}: expected a number above 0 (989: H100 in bf16), or null."
-            )
+    def __init__(self, peak_tflops: Annotated[float, Field(gt=0)] | None = None) -> None:
+        """`peak_tflops`: of a device, in the precision that is used, for `perf/mfu`; None: no such figure. Raises UserError."""
         self._peak = peak_tflops
         self._flops: float | None = None  # of an image, in seconds of the peak
         self.latest: dict[str, float] = {}

@@ -177,6 +177,7 @@ def _expected(error: Any) -> str:
         "less_than": "less than {lt:g}", "int_type": "a whole number", "float_type": "a number", "string_type": "text",
         "bool_type": "true or false", "finite_number": "a finite number", "dict_type": "a node of keys",
         "model_type": "a node of keys", "multiple_of": "a multiple of {multiple_of:g}", "tuple_type": "a list",
-        "literal_error": "{expected}", "value_error": "{error}",
+        "list_type": "a list", "literal_error": "{expected}", "value_error": "{error}",
     }  # fmt: skip
-    return words.get(error["type"], error["msg"]).format(**error.get("ctx", {})).replace("'", "")
+    text = words.get(error["type"], error["msg"].removeprefix("Input should be "))
+    return text.format(**error.get("ctx", {})).replace("'", "")

@@ -1,7 +1,6 @@
 """Run a training from its configuration to its record."""
 
 import importlib
-import json
 import logging
 import os
 import shutil
@@ -30,6 +29,7 @@ from src.callbacks.progress import StartupTable, device_name, has_begun
 from src.core.distributed import Launch
 from src.core.errors import UserError
 from src.core.files import DISK_ERRORS, disk_message
+from src.core.json_files import read_json
 from src.core.settings import Settings, check_keys
 from src.core.stopping import KILL, STOP, end_with_parent, listening, signal_name, status_of
 from src.core.text import masked, table
@@ -357,9 +357,9 @@ def build_loggers(group: DictConfig | None, folder: str, checkpoint: Path | None
     parts = _parts(group)
     for name, node in parts.items():
         if checkpoint and "id" in node and node.id is None:  # of Weights & Biases
-            with suppress(OSError, ValueError, KeyError):
-                before = json.loads((checkpoint.parents[1] / "run.json").read_text(encoding="utf-8"))
-                parts[name] = OmegaConf.merge({**node}, {"id": before["wandb_run"]})
+            with suppress(UserError):  # of another logger, or before this was noted
+                before = read_json(checkpoint.parents[1] / "run.json", wandb_run=str)["wandb_run"]
+                parts[name] = OmegaConf.merge({**node}, {"id": before})
     return [*(build(node, f"logger.{name}") for name, node in parts.items()), MetricsCsv(folder)]
 
 
