@@ -32,6 +32,8 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root instead of scripts/
 
+from src.core.options import above_zero
+
 MEMORY = 2 << 30
 """Bytes of address space that an input may take."""
 LIMIT_S = 20
@@ -365,7 +367,7 @@ def _keep(place: Path, folder: Path, text: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Return 0 where every input was read or refused."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10, help="for all kinds together")
+    parser.add_argument("--minutes", type=above_zero, default=10, help="for all kinds together")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="default: all")
     parser.add_argument("--seed", type=int, default=0, help="of the first input of each kind")
     parser.add_argument("--output", type=Path, default=Path("fuzz"), help="folder for inputs that did harm")

@@ -30,6 +30,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
+from src.core.options import above_zero
+
 RESERVE_S = 30
 """Of the given minutes, kept for starts and ends."""
 
@@ -60,7 +62,7 @@ PACKAGES = {"hydra": "hydra-core", "pytorch_lightning": "pytorch-lightning", "PI
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10, help="for the whole (default: %(default)g)")
+    parser.add_argument("--minutes", type=above_zero, default=10, help="for the whole (default: %(default)g)")
     parser.add_argument("--only", default="", metavar="b,c", help="parts, measured again where they are there already")
     parser.add_argument("--rae", type=Path, metavar="DIR", help="checkout of github.com/bytetriper/RAE, for part h")
     parser.add_argument(
@@ -97,9 +99,8 @@ def report(arguments: argparse.Namespace, scratch: Path, deadline: float) -> int
             return 2
     first = measure("a", arguments, scratch, deadline, {})
     if "machine" not in first["result"]:
-        print(
-            f"No part runs here: {first.get('error', first['status'])}\nWithout a GPU: python scripts/gpu_report.py --dry"
-        )
+        reason = first.get("error", first["status"]).strip().splitlines()[-1]  # of a traceback
+        print(f"No part runs here: {reason}\nWithout a GPU: python scripts/gpu_report.py --dry")
         return 2
     device = first["result"]["machine"]["device"]
     folder = Path(tempfile.mkdtemp(prefix="gpu_report_dry_")) if arguments.dry else ROOT / "benchmarks/results"

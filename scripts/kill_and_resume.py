@@ -25,6 +25,9 @@ import time
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from src.core.options import not_negative, positive
+
 ROOT = Path(sys.path[0])
 STEPS_PER_EPOCH, EPOCHS = 8, 3
 MODES = ("random", "writing", "last_batch", "SIGINT", "SIGHUP", "SIGUSR1", "loader")
@@ -38,13 +41,15 @@ RUN = [
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=positive, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--processes", type=int, default=1, help="of the training run (gloo)")
+    parser.add_argument("--processes", type=positive, default=1, help="of the training run (gloo)")
     parser.add_argument("--stage", type=int, choices=(1, 2), default=1)
-    parser.add_argument("--sampling_kills", type=int, default=0, help="with --stage 2")
+    parser.add_argument("--sampling_kills", type=not_negative, default=0, help="with --stage 2")
     parser.add_argument("--folder", type=Path, help="keep the runs here; default: a temporary folder")
     arguments = parser.parse_args()
+    if arguments.sampling_kills and arguments.stage == 1:
+        parser.error("--sampling_kills goes with --stage 2")
     rng = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as temporary:
         base = arguments.folder or Path(temporary)

@@ -28,6 +28,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # instead of scripts/
 
+from src.core.options import above_zero
+
 ODD = {
     "text": "maybe", "empty": "''", "null": "null", "nan": "nan", "inf": "inf", "negative": "-1", "zero": "0",
     "huge": "1000000000000", "fraction": "1.5", "true": "true", "list": "[1]", "node": "{odd: 1}",
@@ -129,6 +131,8 @@ def walk(stage: int, pattern: str, kinds: Sequence[str], output: Path, limit_s: 
                 entry = {"stage": stage, "key": key, "kind": kind, "value": value, "outcome": outcome, "words": words}
                 print(json.dumps(entry), file=lines, flush=True)
                 shutil.rmtree("try", ignore_errors=True)
+    if not counts:
+        sys.exit(f"--keys {pattern}: no key of stage {stage} fits it, so nothing was tried.")
     print(f"stage {stage}, {pattern}: " + ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
     return counts.total() - counts["accepted"] - counts["message"]
 
@@ -154,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stage", type=int, choices=STAGES, action="append", help="1 or 2; default: both")
     parser.add_argument("--keys", default="*", help="of the configuration, by a pattern such as 'model.*'")
     parser.add_argument("--kinds", nargs="+", choices=ODD, default=list(ODD), help="of odd values; default: all")
-    parser.add_argument("--limit_s", type=float, default=120, help="longest try")
+    parser.add_argument("--limit_s", type=above_zero, default=120, help="longest try")
     parser.add_argument("--output", type=Path, default=Path("odd_values.jsonl"), help="one JSON line a value")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -157,3 +157,18 @@ def test_a_group_takes_the_name_of_a_file(word):
     group = word.partition("=")[0]
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.startswith(f"{word}: expected the name of a file in configs/{group}: "), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["fuzz.py", "--minutes", "-1"], "expected a number above 0"),
+        (["kill_and_resume.py", "--kills", "0"], "expected at least 1"),
+        (["kill_and_resume.py", "--sampling_kills", "3"], "--sampling_kills goes with --stage 2"),
+        (["gpu_report.py", "--minutes", "0"], "expected a number above 0"),
+    ],
+)
+def test_a_check_that_would_try_nothing_is_refused(words, said):
+    command = [sys.executable, f"scripts/{words[0]}", *words[1:]]
+    done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and said in done.stderr, done.stderr

@@ -28,6 +28,12 @@ def not_negative(text: str) -> int:
     return value
 
 
+def above_zero(text: str) -> float:
+    if not 0 < (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
+    return value
+
+
 Positive = Annotated[int, positive]
 NotNegative = Annotated[int, not_negative]
 
