@@ -403,3 +403,33 @@ def test_the_norm_has_no_affine_parameters_and_the_models_own_eps():
     encoder = ENCODERS["MAEwNorm"](**TINY_ENCODERS["MAEwNorm"], weights="untrained")
     tokens = torch.randn(1, 2, encoder.hidden_size) * 1e-5  # where an eps of 1e-6 would show
     assert torch.equal(encoder.normalize(tokens), F.layer_norm(tokens, (encoder.hidden_size,), eps=1e-12))
+
+
+# -- what the whole model takes
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.full((1, 3, 64, 64), 255.0), "values from 255 to 255"),
+        (torch.full((1, 3, 64, 64), -1.0), "values from -1 to -1"),
+        (torch.full((1, 3, 64, 64), float("nan")), "values from nan to nan"),
+        (torch.full((1, 3, 64, 64), 1.02), "values from 1.02 to 1.02"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.int64), "got torch.int64"),
+        (torch.zeros(1, 3, 32, 32), r"got \(1, 3, 32, 32\); resize=True"),
+        (torch.zeros(3, 64, 64), r"got \(3, 64, 64\)"),
+    ],
+)
+def test_other_images_than_the_models_are_refused(rae, images, message):
+    for function in (rae.encode, rae):
+        with pytest.raises(ValueError, match=message):
+            function(images)
+
+
+def test_images_that_are_taken(rae):
+    images = torch.rand(2, 3, 64, 64).mul(1.018).sub(0.009)  # as resizing overshoots
+    latents = rae.encode(images)
+    assert torch.equal(rae.encode(images, check=False), latents) and torch.equal(rae(images), rae.decode(latents))
+    assert rae.encode(images * 255, check=False).isfinite().all()
+    assert rae.encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == latents[:1].shape
+    assert rae.encode(torch.rand(1, 3, 40, 90), resize=True).shape == latents[:1].shape

@@ -16,7 +16,7 @@ from tests.training import same, train
 
 
 def gfid(place, **options):
-    values = {"every_n_epochs": 1, "num_images": 10, "batch_size": 4, "decode_batch": 3, "inception_weights": "tiny",
+    values = {"every_n_epochs": 1, "num_images": 10, "batch_size": 4, "decode_batch": 3, "inception_weights": "tiny", "seed": 5,
               "sampler.cfg": 1.5, "sampler.t_min": 0.2, "reference": place} | options  # fmt: skip
     return [f"callbacks.gfid.{name}={value}" for name, value in values.items()]
 
@@ -36,6 +36,8 @@ def offline(checkpoint, reference, folder):
         10,
         "--decode_batch",
         3,
+        "--seed",
+        5,
         "--cfg",
         1.5,
         "--interval",

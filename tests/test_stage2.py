@@ -287,6 +287,17 @@ def test_stored_latents_that_do_not_fit(stores, autoencoder, tmp_path):
         train(tmp_path / "mix", *SMALL, f"model.autoencoder={autoencoder}", "data.data_dir=null", *mix, small=False)
 
 
+def test_an_image_of_no_class_counts_as_one_of_the_null_label(whole):
+    _, run = whole
+    totals = []
+    for label in (-1, run.module.settings.num_classes):
+        batch = next(iter(run.datamodule.val_dataloader()))
+        run.module.on_validation_epoch_start()
+        run.module.validation_step(batch | {"label": torch.full_like(batch["label"], label)}, 0)
+        totals.append(run.module._totals)
+    assert torch.equal(*totals) and totals[0][:4].sum() > 0
+
+
 # -- sampling
 
 
