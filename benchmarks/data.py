@@ -12,35 +12,45 @@ the same; the figure is the best round, the ratio the median over rounds.
 """
 
 import argparse
+import io
 import statistics
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.surroundings import cpu_name, surroundings, write
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.surroundings import cpu_name, in_turns, surroundings, write
+from src.core import random_streams as stream
+from src.core.errors import UserError
+from src.data import dummy
+from src.data.arrow_writer import Row, write_metadata, write_shard
+from src.data.convert_shard import encode
+from src.data.crops import default_shorter_px, resized_frame
+from src.data.dataset import TrainTransform
+from src.data.decode import Decoder
+from src.data.places import look
 
 GOALS = {"ours": 1.8, "ours_resized": 2.7, "arrow": 1.8, "tar": 1.8, "folder": 1.8}
 GENERATED = 96
 
 
-def build_parser() -> argparse.ArgumentParser:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, help="folder of images, searched to any depth (default: generated ones)")
     parser.add_argument("--size", type=int, default=256, help="px, side of the crop (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="write the figures there as JSON")
-    return parser
-
-
-def main() -> int:
-    args = build_parser().parse_args()
-    from src.core.errors import UserError
-
+    args = parser.parse_args()
     try:
         files = load(args.images)
         with tempfile.TemporaryDirectory() as folder:
@@ -59,9 +69,6 @@ def main() -> int:
 
 def load(folder: Path | None) -> list[bytes]:
     """Read the bytes of the images to measure with."""
-    from src.core.errors import UserError
-    from src.data import dummy
-
     if folder is None:
         return [dummy.jpeg(i) for i in range(GENERATED)]
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
@@ -72,12 +79,6 @@ def load(folder: Path | None) -> list[bytes]:
 
 def stored(files: list[bytes], folder: Path) -> dict[str, Any]:
     """Write the images below `folder` in three ways and open them: a source of the same rows by the name of each."""
-    import io
-    import tarfile
-
-    from src.data.arrow_writer import Row, write_metadata, write_shard
-    from src.data.places import look
-
     names = [f"{i:05d}.jpg" for i in range(len(files))]
     for kind in ("arrow", "tar", "folder"):
         (folder / kind).mkdir()
@@ -94,14 +95,6 @@ def stored(files: list[bytes], folder: Path) -> dict[str, Any]:
 
 def measure(files: list[bytes], size: int, rounds: int, sources: dict[str, Any]) -> dict[str, Any]:
     """Time each way; `sources`: of the same images, by name."""
-    import numpy as np
-    import torch
-
-    from src.data.convert_shard import encode
-    from src.data.crops import default_shorter_px
-    from src.data.dataset import TrainTransform
-    from src.data.decode import Decoder
-
     torch.set_num_threads(1)
     decoder = Decoder("ignore", 80)  # like the published code, so that all three show the same squares
     transform = TrainTransform(size, "random", None, decoder, seed=0)
@@ -110,23 +103,20 @@ def measure(files: list[bytes], size: int, rounds: int, sources: dict[str, Any])
     def ours(data: bytes, position: int) -> np.ndarray:
         return np.ascontiguousarray(transform(data, 0, position).transpose(2, 0, 1))
 
-    def pillow(data: bytes, position: int) -> np.ndarray:
-        return two_step(data, size, position)
-
     ways: dict[str, tuple[Callable[[bytes, int], np.ndarray], list[bytes]]] = {
-        "pillow": (pillow, files),
+        "pillow": (lambda data, position: two_step(data, size, position), files),
         "ours": (ours, files),
         "ours_resized": (ours, resized),
         **{name: (lambda _, i, source=source: ours(source.encoded(i), i), files) for name, source in sources.items()},
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, (way, data) in ways.items():
-            start = time.process_time()
-            for position, one in enumerate(data):
-                way(one, position)
-            seconds[name].append(time.process_time() - start)
-    reference = [pillow(data, i).astype(int) for i, data in enumerate(files)]
+
+    def over_all(way: Callable[[bytes, int], np.ndarray], data: list[bytes]) -> None:
+        for position, one in enumerate(data):
+            way(one, position)
+
+    steps = {name: partial(over_all, *pair) for name, pair in ways.items()}
+    seconds = in_turns(steps, 0, rounds, time.process_time)
+    reference = [two_step(data, size, i).astype(int) for i, data in enumerate(files)]
     difference = {
         name: [float(np.abs(way(data[i], i) - reference[i]).mean()) for i in range(len(files))]
         for name, (way, data) in ways.items()
@@ -152,16 +142,8 @@ def measure(files: list[bytes], size: int, rounds: int, sources: dict[str, Any])
     }
 
 
-def two_step(data: bytes, size: int, position: int) -> Any:
+def two_step(data: bytes, size: int, position: int) -> np.ndarray:
     """Apply the published transform, written plainly: resize the whole image, then crop."""
-    import io
-
-    import numpy as np
-    from PIL import Image
-
-    from src.core import random_streams as stream
-    from src.data.crops import default_shorter_px, resized_frame
-
     image = Image.open(io.BytesIO(data)).convert("RGB")
     width, height = resized_frame(*image.size, default_shorter_px(size))
     image = image.resize((width, height), Image.Resampling.BICUBIC)

@@ -16,7 +16,6 @@ import ast
 import importlib
 import importlib.util
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -24,12 +23,14 @@ import types
 from collections import OrderedDict
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -37,7 +38,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.memory import GIB, GpuAutocast, LiveBytes, make_fake
 from benchmarks.peers import stand_in
-from benchmarks.surroundings import surroundings, write
+from benchmarks.surroundings import in_turns, surroundings, write
 from benchmarks.train_step import peak_memory
 from src.core.ema import EMA
 from src.core.nonfinite import NonFiniteCounter
@@ -143,15 +144,8 @@ class Official(Theirs):
         models, transport = modules_of(arguments.rae, "stage2", "stage2.transport")
         cls = models.DiTwDDTHead if NETWORKS[network]["name"] == "DiTDH" else models.LightningDiT
         more = {} if cls is models.DiTwDDTHead else {"patch_size": 1}
-        self.model = cls(
-            **sizes,
-            **more,
-            num_classes=CLASSES,
-            class_dropout_prob=DROPOUT,
-            use_rmsnorm=True,
-            use_swiglu=True,
-            use_rope=True,
-        )
+        more |= {"use_rmsnorm": True, "use_swiglu": True, "use_rope": True}
+        self.model = cls(**sizes, **more, num_classes=CLASSES, class_dropout_prob=DROPOUT)
         self.losses = transport.create_transport(
             time_dist_type="logit-normal_0_1", time_dist_shift=time_shift(arguments.shape)
         ).training_losses
@@ -233,27 +227,19 @@ def measure(arguments: argparse.Namespace, network: str) -> dict[str, dict[str, 
     chosen = variants(arguments, network)
     latents, labels = inputs(arguments)
     steps = {name: cls(arguments, network, compiled) for name, (cls, compiled) in chosen.items()}
-    wall, processor = ({name: [] for name in steps} for _ in range(2))
-    for turn in range(arguments.warm + arguments.repeats):
-        for name, step in steps.items():
-            began = time.perf_counter(), time.process_time()
-            step.run(latents, labels)
-            if turn >= arguments.warm:
-                wall[name].append(time.perf_counter() - began[0])
-                processor[name].append(time.process_time() - began[1])
+    runs = {name: partial(step.run, latents, labels) for name, step in steps.items()}
+    times = in_turns(
+        runs, arguments.warm, arguments.repeats, lambda: np.array([time.perf_counter(), time.process_time()])
+    )
     found = {}
-    for name, step in steps.items():
-        seconds = statistics.median(wall[name])
-        found[name] = {
-            "seconds": seconds,
-            "images_per_s": len(latents) / seconds,
-            "processor_s": statistics.median(processor[name]),
-        }
+    for name in steps:
+        seconds, processor = np.median(times[name], axis=0).tolist()
+        found[name] = {"seconds": seconds, "images_per_s": len(latents) / seconds, "processor_s": processor}
         if not name.endswith("compiled"):
-            times = [outside_products(lambda step=step: step.run(latents, labels)) for _ in range(arguments.repeats)]
-            found[name]["outside_products_s"] = min(times)  # by the clock of one thread, so other work on it counts
+            outside = [outside_products(runs[name]) for _ in range(arguments.repeats)]
+            found[name]["outside_products_s"] = min(outside)  # by the clock of one thread, so other work on it counts
     for name in [*steps]:
-        del steps[name]
+        del steps[name], runs[name]
         command = [sys.executable, *sys.argv, "--network", network, "--memory_of", name]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found[name]["peak_gb"] = json.loads(done.stdout.splitlines()[-1])

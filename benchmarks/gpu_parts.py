@@ -239,22 +239,19 @@ def half_precision(job: Job) -> None:
             gan, gan_gradient = of_step.gan_gradient(other, draws.augment[0], scale)
             with torch.no_grad():
                 latents = models.rae.encode_raw(x)
-        names, values = (
-            ("latents", "LPIPS", "its gradient", "GAN", "its"),
-            (latents, lpips, lpips_gradient, gan, gan_gradient),
-        )
-        return {name: value.double().cpu() for name, value in zip(names, values, strict=True)}
+        values = {"latents": latents, "LPIPS": lpips, "its gradient": lpips_gradient, "GAN": gan, "its": gan_gradient}
+        return {name: value.double().cpu() for name, value in values.items()}
 
     with full_float32(job.device):
         exact = quantities("fp32", 1.0)
     for precision, scale in (("bf16", 1.0),) if job.dry else (("bf16", 1.0), ("fp16", 2.0**16)):
-        errors = {
-            name: {
-                "largest": float((value - exact[name]).abs().max() / exact[name].abs().max()),
-                "norm": float((value - exact[name]).norm() / exact[name].norm()),
+        errors = {}
+        for name, value in quantities(precision, scale).items():
+            off, whole = value - exact[name], exact[name]
+            errors[name] = {
+                "largest": float(off.abs().max() / whole.abs().max()),
+                "norm": float(off.norm() / whole.norm()),
             }
-            for name, value in quantities(precision, scale).items()
-        }
         text = ", ".join(f"{name} {error['norm']:.1e}" for name, error in errors.items())
         job.add(precision, errors, f"{precision}, norm of the error: {text}")
 

@@ -158,11 +158,8 @@ def main() -> None:
             for batch, accumulate in product(batches, arguments.accumulate):
                 held, peak = peak_bytes(arguments, variant, batch, accumulate)
                 micro = f" x {accumulate}" if accumulate > 1 else ""
-                print(
-                    f"{phase}, {variant}, batch {batch}{micro}: {peak / GIB:.2f} GiB at the peak, "
-                    f"{held / GIB:.2f} GiB between steps",
-                    flush=True,
-                )
+                sizes = f"{peak / GIB:.2f} GiB at the peak, {held / GIB:.2f} GiB between steps"
+                print(f"{phase}, {variant}, batch {batch}{micro}: {sizes}", flush=True)
             found = {"peak_gib": peak / GIB, "between_steps_gib": held / GIB}  # of the last batch size
             results[phase][variant] = found | largest_batches(arguments, variant, batch, peak)
     said = {k: str(v) for k, v in vars(arguments).items() if k not in ("scratch", "batch", "phase")}
@@ -175,9 +172,8 @@ def largest_batches(arguments: argparse.Namespace, variant: str, batch: int, pea
     if not arguments.fit:
         return {}
     other = max(1, batch // 2) if batch > 1 else 2
-    share = (peak - peak_bytes(arguments, variant, other, arguments.accumulate[-1])[1]) / (
-        batch - other
-    )  # bytes per image
+    less = peak_bytes(arguments, variant, other, arguments.accumulate[-1])[1]
+    share = (peak - less) / (batch - other)  # bytes per image
     found = {"gib_per_image": share / GIB}
     for gib in arguments.fit:
         largest = max(0, int(((gib - OVERHEAD) * GIB - (peak - share * batch)) / share))

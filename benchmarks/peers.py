@@ -36,20 +36,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from benchmarks.runners import (
-    DECODERS,
-    DTYPES,
-    ENCODERS,
-    PHASES,
-    build_models,
-    copy_to,
-    make_inputs,
-    make_runner,
-    positive,
-)
-from benchmarks.surroundings import surroundings, write
+from benchmarks.runners import DTYPES, ENCODERS, PHASES, build_models, copy_to, make_inputs, make_runner, step_parser
+from benchmarks.surroundings import in_turns, surroundings, write
 from benchmarks.train_step import autocast, clock, free_memory, memory_alone, peak_memory, turns
-from src.losses.vgg import CHANNELS, CONVS_PER_STAGE
+from src.losses.lpips import CHANNELS, CONVS_PER_STAGE
 from src.models.dino import RECIPES, DinoTrunk
 
 VARIANTS = ("official", "raev2", "raev2_compile", "plain", "ours", "compiled")
@@ -291,31 +281,13 @@ def make(name: str, arguments: argparse.Namespace, device: torch.device) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = step_parser(__doc__, VARIANTS, ["warmup", "gan"])
     parser.add_argument("--rae", type=Path, required=True, help="checkout of the official code")
     parser.add_argument("--raev2", type=Path, required=True, help="checkout of RAEv2")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--decoder", choices=DECODERS, default="ViTB", help="a folder of configs/decoder, here and there"
-    )
-    parser.add_argument(
-        "--disc", choices=("S_8", "S_16", "B_16"), default="S_8", help="DINO trunk of the discriminator"
-    )
-    parser.add_argument("--batch", type=positive, default=4)
     parser.add_argument("--precision", choices=DTYPES, default="fp32")
-    parser.add_argument("--phases", nargs="+", choices=["warmup", "gan"], default=["warmup", "gan"])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--repeats", type=positive, default=3)
-    parser.add_argument("--warm", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--scratch", default="logs/benchmark", help="folder for untrained files")
-    parser.add_argument("--memory_only", action="store_true", help="print peaks; what the program calls itself with")
-    parser.add_argument("--out", type=Path, help="JSON")
     arguments = parser.parse_args()
-    for option, folder, repository in (
-        ("rae", arguments.rae, "bytetriper/RAE"),
-        ("raev2", arguments.raev2, "nanovisionx/RAEv2"),
-    ):
+    for option, repository in (("rae", "bytetriper/RAE"), ("raev2", "nanovisionx/RAEv2")):
+        folder = getattr(arguments, option)
         if not (folder / "src/train_stage1.py").is_file():
             parser.error(
                 f"--{option} {folder}: no src/train_stage1.py there. Get one: git clone https://github.com/{repository}"
@@ -341,10 +313,11 @@ def main() -> None:
             for phase in arguments.phases:
                 for name, runner in runners.items() if on_gpu else ():
                     memory[name][phase] = peak(runner, images, phase, device)
-                seconds[phase] |= timed(runners, images, phase, device, arguments)
+                steps = {name: partial(runner.run, images, phase) for name, runner in runners.items()}
+                seconds[phase] |= in_turns(steps, arguments.warm, arguments.repeats, partial(clock, device))
         except torch.OutOfMemoryError:
             print(f"{', '.join(names)}: out of memory at batch {arguments.batch}")
-        runners = {}
+        runners = steps = {}
         free_memory(device)
         report(arguments, device, seconds, memory)  # after each, for what may end the program later
     dist.destroy_process_group()
@@ -353,19 +326,6 @@ def main() -> None:
 def peak(runner: Any, images: Tensor, phase: str, device: torch.device) -> float | None:
     runner.run(images, phase)
     return peak_memory(partial(runner.run, images, phase), device)
-
-
-def timed(
-    runners: dict[str, Any], images: Tensor, phase: str, device: torch.device, arguments: argparse.Namespace
-) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {name: [] for name in runners}
-    for turn in range(arguments.warm + arguments.repeats):
-        for name, runner in runners.items():
-            began = clock(device)
-            runner.run(images, phase)
-            if turn >= arguments.warm:
-                found[name].append(clock(device) - began)
-    return found
 
 
 def times_as_fast(row: dict[str, Any], other: dict[str, Any]) -> float:

@@ -26,6 +26,46 @@ from src.models.rae import RAE
 from src.training.stage1_step import LatentNoise, Phase, StepSettings
 
 
+@contextmanager
+def published_layers() -> Iterator[None]:
+    """Make the blocks of decoder and DINO trunk work as the official ones do."""
+    plain = (
+        (decoder.SelfAttention, "forward", _decoder_attention),
+        (decoder.Block, "forward", _decoder_block),
+        (dino.Block, "_attention", _dino_attention),
+    )
+    ours = [(owner, name, getattr(owner, name)) for owner, name, _ in plain]
+    try:
+        for owner, name, function in plain:
+            setattr(owner, name, function)
+        yield
+    finally:
+        for owner, name, function in ours:
+            setattr(owner, name, function)
+
+
+def _decoder_attention(self: decoder.SelfAttention, x: Tensor) -> Tensor:
+    query, key, value = (
+        layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in self.attention.values()
+    )  # B A N D/A
+    return self.output["dense"](_softmax_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+def _decoder_block(self: decoder.Block, x: Tensor) -> Tensor:
+    x = x + self.attention(self.layernorm_before(x))
+    return x + self.output["dense"](F.gelu(self.intermediate["dense"](self.layernorm_after(x))))
+
+
+def _dino_attention(self: dino.Block, x: Tensor) -> Tensor:
+    qkv = self.attn["qkv"](x).unflatten(2, (3, self.heads, -1))  # B 1+L 3 heads C/heads
+    mixed = _softmax_attention(*qkv.permute(2, 0, 3, 1, 4))
+    return self.attn["proj"](mixed.transpose(1, 2).flatten(2))
+
+
+def _softmax_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return (query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5).softmax(dim=-1) @ value
+
+
 @dataclass(frozen=True)
 class PlainStep:
     rae: RAE
@@ -36,23 +76,16 @@ class PlainStep:
     disc_weight: float
     max_d_weight: float
 
-    def generator(self, images: Tensor, noise: LatentNoise | None, augment: Draws, phase: Phase) -> dict[str, Tensor]:
-        """Put gradients of the total loss into the decoder and return the terms. Images in [0, 1]."""
-        with published_layers():
-            return self._generator(images, noise, augment, phase)
-
+    @published_layers()
     def fake(self, images: Tensor) -> Tensor:
         """Return what D judges as fake, B 3 H W in [-1, 1], for images in [0, 1]."""
-        with torch.no_grad(), record_function("disc_decode"), published_layers():
+        with torch.no_grad(), record_function("disc_decode"):
             fake = self.rae.decode(self._encode(images, None)) * 2 - 1
             return torch.round((fake.clamp(-1, 1) + 1) * 127.5) / 127.5 - 1
 
-    def discriminate(self, images: Tensor, fake: Tensor, fake_draws: Draws, real_draws: Draws) -> dict[str, Tensor]:
-        """Put gradients of D's hinge loss into its heads. Images in [0, 1], `fake` in [-1, 1]."""
-        with published_layers():
-            return self._discriminate(images, fake, fake_draws, real_draws)
-
-    def _generator(self, images: Tensor, noise: LatentNoise | None, augment: Draws, phase: Phase) -> dict[str, Tensor]:
+    @published_layers()
+    def generator(self, images: Tensor, noise: LatentNoise | None, augment: Draws, phase: Phase) -> dict[str, Tensor]:
+        """Put gradients of the total loss into the decoder and return the terms. Images in [0, 1]."""
         with record_function("encode"):
             latents = self._encode(images, noise)
         with record_function("decode"):
@@ -78,7 +111,9 @@ class PlainStep:
             terms["loss"].backward()
         return {name: value.detach() for name, value in terms.items()}
 
-    def _discriminate(self, images: Tensor, fake: Tensor, fake_draws: Draws, real_draws: Draws) -> dict[str, Tensor]:
+    @published_layers()
+    def discriminate(self, images: Tensor, fake: Tensor, fake_draws: Draws, real_draws: Draws) -> dict[str, Tensor]:
+        """Put gradients of D's hinge loss into its heads. Images in [0, 1], `fake` in [-1, 1]."""
         self.discriminator.zero_grad()  # the generator's backward pass left some there
         with record_function("disc"):
             self.discriminator.power_iteration()
@@ -120,43 +155,3 @@ def step_settings(**changes: Any) -> StepSettings:
 
 def _unit(features: Tensor) -> Tensor:
     return features / (features.square().sum(1, keepdim=True).sqrt() + 1e-10)
-
-
-@contextmanager
-def published_layers() -> Iterator[None]:
-    """Make the blocks of decoder and DINO trunk work as the official ones do."""
-    plain = (
-        (decoder.SelfAttention, "forward", _decoder_attention),
-        (decoder.Block, "forward", _decoder_block),
-        (dino.Block, "_attention", _dino_attention),
-    )
-    ours = [(owner, name, getattr(owner, name)) for owner, name, _ in plain]
-    try:
-        for owner, name, function in plain:
-            setattr(owner, name, function)
-        yield
-    finally:
-        for owner, name, function in ours:
-            setattr(owner, name, function)
-
-
-def _decoder_attention(self: decoder.SelfAttention, x: Tensor) -> Tensor:
-    query, key, value = (
-        layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in self.attention.values()
-    )  # B A N D/A
-    return self.output["dense"](_softmax_attention(query, key, value).transpose(1, 2).flatten(2))
-
-
-def _decoder_block(self: decoder.Block, x: Tensor) -> Tensor:
-    x = x + self.attention(self.layernorm_before(x))
-    return x + self.output["dense"](F.gelu(self.intermediate["dense"](self.layernorm_after(x))))
-
-
-def _dino_attention(self: dino.Block, x: Tensor) -> Tensor:
-    qkv = self.attn["qkv"](x).unflatten(2, (3, self.heads, -1))  # B 1+L 3 heads C/heads
-    mixed = _softmax_attention(*qkv.permute(2, 0, 3, 1, 4))
-    return self.attn["proj"](mixed.transpose(1, 2).flatten(2))
-
-
-def _softmax_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return (query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5).softmax(dim=-1) @ value

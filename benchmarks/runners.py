@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from src.core.precision import cast_frozen
 from src.core.weights import PROJECT_ROOT, SizedWeights
 from src.losses.diffaug import UNIFORMS_PER_BATCH, UNIFORMS_PER_SAMPLE, DiffAug
 from src.losses.lpips import LPIPS
+from src.models.dino import RECIPES
 from src.models.discriminator import DinoDiscriminator
 from src.models.rae import RAE
 from src.training.module import compile_in_place, loss_scale
@@ -52,12 +54,9 @@ class PlainRunner:
         self.models = models
         self.step = PlainStep(models.rae, models.lpips, models.discriminator, models.augment, 1.0, 0.75, 1e4)
         self.average = deepcopy(models.rae.decoder).requires_grad_(False)
-        self.optimizers = [
-            torch.optim.AdamW(
-                [p for p in module.parameters() if p.requires_grad], 2e-4, (0.9, 0.95), weight_decay=0.0, fused=True
-            )
-            for module in (models.rae.decoder, models.discriminator.heads)
-        ]  # fmt: skip
+        trained = models.rae.decoder, models.discriminator.heads
+        trained = [[p for p in module.parameters() if p.requires_grad] for module in trained]
+        self.optimizers = [torch.optim.AdamW(p, 2e-4, (0.9, 0.95), weight_decay=0.0, fused=True) for p in trained]
 
     def run(self, images: Tensor, draws: Any, phase: Phase) -> None:
         x = bytes_to_unit(images)
@@ -156,14 +155,8 @@ def build_models(arguments: argparse.Namespace) -> Models:
     (scratch / "config.json").write_text(json.dumps(config))
     (scratch / "preprocessor_config.json").write_text((folder / "preprocessor_config.json").read_text())
     torch.manual_seed(0)
-    rae = RAE(
-        "Dinov2withNorm",
-        str(scratch),
-        {"dinov2_path": str(scratch), "weights": "untrained"},
-        f"configs/decoder/{arguments.decoder}",
-        16,
-        arguments.image_size,
-    )
+    params = {"dinov2_path": str(scratch), "weights": "untrained"}
+    rae = RAE("Dinov2withNorm", str(scratch), params, f"configs/decoder/{arguments.decoder}", 16, arguments.image_size)
     small = arguments.encoder == "tiny"
     weights: SizedWeights = "tiny" if small else "untrained"
     lpips = LPIPS(None, None, weights)
@@ -183,10 +176,8 @@ def copy_to(models: Models, device: torch.device) -> Models:
 
 def make_inputs(arguments: argparse.Namespace, models: Models, device: torch.device) -> tuple[Tensor, Draws]:
     rng = torch.Generator().manual_seed(1)
-    batch = arguments.batch
-    images = torch.randint(
-        0, 256, (batch, 3, arguments.image_size, arguments.image_size), dtype=torch.uint8, generator=rng
-    )
+    batch, size = arguments.batch, arguments.image_size
+    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=rng)
     sigma = torch.rand(batch, 1, 1, 1, generator=rng)
     noise = LatentNoise(sigma.to(device), torch.randn(batch, *models.rae.latent_shape, generator=rng).to(device))
     augment = [
@@ -205,6 +196,26 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
     return number
+
+
+def step_parser(description: str | None, variants: Sequence[str], phases: Sequence[str]) -> argparse.ArgumentParser:
+    """Return a parser of what the benchmarks of stage 1's step share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--decoder", choices=DECODERS, default="ViTB", help="a folder of configs/decoder")
+    parser.add_argument("--disc", choices=sorted(RECIPES), default="S_8", help="DINO trunk of the discriminator")
+    parser.add_argument("--batch", type=positive, default=4)
+    parser.add_argument("--phases", nargs="+", choices=phases, default=phases)
+    parser.add_argument("--variants", nargs="+", choices=variants, default=variants)
+    parser.add_argument("--repeats", type=positive, default=3)
+    parser.add_argument("--warm", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--scratch", default="logs/benchmark", help="folder for untrained files")
+    parser.add_argument(
+        "--memory_only", action="store_true", help="print peaks as JSON; what the program calls itself with"
+    )
+    parser.add_argument("--out", type=Path, help="JSON")
+    return parser
 
 
 def make_runner(name: str, models: Models, device: torch.device, options: dict[str, Any]) -> Any:

@@ -1,10 +1,12 @@
-"""Where and on what a benchmark ran, and its file."""
+"""What all benchmarks share: the clock, where and on what one ran, its file."""
 
 import json
 import os
 import platform
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,20 @@ def surroundings(device: torch.device | None = None) -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "clean": not _git("status", "--porcelain"),
     }
+
+
+def in_turns(
+    steps: Mapping[str, Callable[[], Any]], warm: int, repeats: int, clock: Callable[[], Any] = time.perf_counter
+) -> dict[str, list[Any]]:
+    """Time each step once a turn, so that a change of the machine's speed meets all alike; `warm` turns don't count."""
+    found: dict[str, list[Any]] = {name: [] for name in steps}
+    for turn in range(warm + repeats):
+        for name, step in steps.items():
+            began = clock()
+            step()
+            if turn >= warm:
+                found[name].append(clock() - began)
+    return found
 
 
 def write(record: dict[str, Any], out: Path | None) -> None:

@@ -9,7 +9,6 @@ that trains. All weights are untrained; shapes are the real ones. Not in it: loa
 exchange between processes. Phases: warmup (L1 + LPIPS), disc (D updates too), gan.
 """
 
-import argparse
 import gc
 import json
 import math
@@ -42,8 +41,9 @@ from benchmarks.runners import (
     copy_to,
     make_inputs,
     make_runner,
-)
-from benchmarks.surroundings import surroundings, write
+    step_parser,
+)  # fmt: skip
+from benchmarks.surroundings import in_turns, surroundings, write
 from src.training.stage1_step import Phase
 
 PARTS = ("encode", "decode", "lpips", "gan", "adaptive_weight", "backward", "disc_decode", "disc", "optimizer", "ema")
@@ -68,18 +68,11 @@ def measure(
     runners: dict[str, Any], images: Tensor, draws: Draws, phase: Phase, precision: str, repeats: int, warm: int
 ) -> dict[str, Any]:
     """Time each of `runners`, in turns: a change of the machine's speed meets all alike."""
-    device = images.device
-    seconds: dict[str, list[float]] = {name: [] for name in runners}
-    for turn in range(warm + repeats):
-        for name, runner in runners.items():
-            began = clock(device)
-            with autocast(device, precision):
-                runner.run(images, draws, phase)
-            if turn >= warm:
-                seconds[name].append(clock(device) - began)
-    found = {}
-    for name, runner in runners.items():
-        step = partial(runner.run, images, draws, phase)
+    device, found = images.device, {}
+    steps = {name: partial(runner.run, images, draws, phase) for name, runner in runners.items()}
+    with autocast(device, precision):
+        seconds = in_turns(steps, warm, repeats, partial(clock, device))
+    for name, step in steps.items():
         with autocast(device, precision):
             parts = part_times(step, device)
             flops = FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU)
@@ -179,27 +172,14 @@ def matmul_peak(device: torch.device, precision: str, size: int | None = None) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
+    parser = step_parser(__doc__, VARIANTS, list(PHASES))
+    parser.set_defaults(variants=["plain", "ours"], repeats=5)
     parser.add_argument("--encoder", choices=ENCODERS, default="dinov2_b", help="tiny: all frozen parts tiny")
-    parser.add_argument("--decoder", default="ViTB", help="a folder of configs/decoder")
-    parser.add_argument("--disc", default="S_8", help="DINO trunk of the discriminator")
     parser.add_argument("--image_size", type=int, default=256, help="px")
-    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--precision", nargs="+", choices=DTYPES, default=["fp32"])
-    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["plain", "ours"])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--warm", type=int, default=1)
     parser.add_argument("--disc_fake", choices=["fresh", "reuse"], default="fresh")
     parser.add_argument("--loss_chunk_size", type=int)
     parser.add_argument("--activation_checkpointing", action="store_true")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--scratch", default="logs/benchmark", help="folder for the untrained encoder's config")
-    parser.add_argument(
-        "--memory_only", action="store_true", help="print peaks as JSON; what the program calls itself with"
-    )
-    parser.add_argument("--out", type=Path, help="JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
+from src.core.files import write_text
 from src.core.options import above_zero
 
 RESERVE_S = 30
@@ -138,15 +139,7 @@ def keep(out: Path, content: dict[str, Any], letter: str, found: dict[str, Any])
     if found["status"] == "done" or content["parts"].get(letter, {}).get("status") != "done":
         content["parts"][letter] = found
     content["parts"] = dict(sorted(content["parts"].items()))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write(content, out)
-
-
-def write(content: dict[str, Any], file: Path) -> None:
-    """Write JSON; a reader never sees half of it."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, file)
+    write_text(out, json.dumps(content, indent=1) + "\n")
 
 
 def measure(
@@ -158,7 +151,7 @@ def measure(
     checkouts = {"rae": arguments.rae, "raev2": arguments.raev2}
     task = {"dry": arguments.dry, "seconds": deadline - began, "scratch": str(scratch), "earlier": earlier}
     task["checkouts"] = {name: folder and str(folder.resolve()) for name, folder in checkouts.items()}
-    write(task, job)
+    job.write_text(json.dumps(task))
     result, code = job.with_suffix(".result"), None
     result.unlink(missing_ok=True)
     if arguments.dry and letter != "a":  # to start Python takes longer there than most parts
@@ -182,7 +175,7 @@ def measure(
 def work(letter: str, job: Path) -> None:
     """Measure one part in this process; what is there so far is written after each figure."""
     out, task, ended = job.with_suffix(".result"), json.loads(job.read_text()), {"status": "done"}
-    task |= {"scratch": Path(task["scratch"]), "write": lambda result: write({"result": result}, out)}
+    task |= {"scratch": Path(task["scratch"]), "write": lambda result: write_text(out, json.dumps({"result": result}))}
     measuring = None
     try:
         from benchmarks import gpu_parts
@@ -193,7 +186,7 @@ def work(letter: str, job: Path) -> None:
         ended = {"status": "failed", "error": traceback.format_exc()[-3000:]}
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    write({"result": measuring.result if measuring else {}, "commit": commit, **ended}, out)
+    write_text(out, json.dumps({"result": measuring.result if measuring else {}, "commit": commit, **ended}))
 
 
 def show(content: dict[str, Any]) -> None:

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: Options) -> int:
     from src.formats.checkpoint import OtherStage
-    from src.formats.export import ExportOptions, check_output, export
+    from src.formats.export import check_output, export
     from src.formats.opening import open_model
     from src.formats.upload import check_repo_id
 
@@ -64,8 +64,10 @@ def _run(options: Options) -> int:
         loaded = open_model(options)
     except OtherStage as error:
         return _transformer(options, error)
-    how = ExportOptions(options.format, options.dtype, options.with_encoder, options.published_names, options.overwrite)
-    remarks = export(loaded, options.output, how, options.scores)
+    remarks = export(
+        loaded, options.output, options.format, options.dtype, options.with_encoder, options.published_names,
+        options.overwrite, options.scores,
+    )  # fmt: skip
     source, weights = loaded.description["source"], loaded.description["weights"]
     return _report(options, f"{source} ({weights}, {options.dtype})", remarks)
 

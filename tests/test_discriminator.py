@@ -262,16 +262,6 @@ def test_state_of_the_heads_is_clean_and_returns() -> None:
     assert torch.equal(other(images()), model(images()))
 
 
-def test_untrained_is_named_seeded_and_leaves_the_generator_alone(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("DEBUG", "src")
-    torch.manual_seed(3)
-    before = torch.get_rng_state()
-    a, b, c = make(), make(), make(seed=1)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert a.untrained and "untrained" in caplog.text
-    assert torch.equal(a(images()), b(images())) and not torch.equal(a(images()), c(images()))
-
-
 @pytest.mark.parametrize(("changes", "said"), [
     ({"norm_type": "sbn"}, "norm_type='sbn': expected bn or gn"),
     ({"recipe": "S_9"}, "recipe='S_9': expected S_8, S_16, B_16"),

@@ -106,9 +106,8 @@ def reference(model: nn.Module, images: torch.Tensor, skip: int, norm: str) -> t
         options["interpolate_pos_encoding"] = True
     if isinstance(model, transformers.ViTMAEModel):
         model.config.mask_ratio = 0.0
-        options["noise"] = (
-            torch.arange((images.shape[-1] // model.config.patch_size) ** 2).float().expand(len(images), -1)
-        )
+        tokens = (images.shape[-1] // model.config.patch_size) ** 2
+        options["noise"] = torch.arange(tokens).float().expand(len(images), -1)
     names = ("layernorm", "norm", "post_layernorm", "rms_norm")
     final = next((getattr(model, name) for name in names if hasattr(model, name)), None)
     if norm == "plain":
@@ -241,20 +240,6 @@ def test_no_block_is_kept_longer_than_needed(name, fusion, tmp_path, monkeypatch
     assert seen == [(0, 0)] + [(1, 1)] * (DEPTH - 1)
 
 
-@pytest.mark.parametrize("name", TINY_ENCODERS)
-def test_frozen_stays_frozen(name):
-    encoder = ENCODERS[name](**TINY_ENCODERS[name], weights="untrained")
-    encoder.train()
-    encoder.train(True)
-    assert not any(module.training for module in encoder.modules())
-    assert not any(parameter.requires_grad for parameter in encoder.parameters())
-    images = torch.randn(1, 3, 8 * encoder.patch_size, 8 * encoder.patch_size, requires_grad=True)
-    first = encoder(images)
-    assert not first.requires_grad
-    nn.Sequential(encoder).train()
-    assert torch.equal(encoder(images), first)
-
-
 # -- loading
 
 
@@ -265,50 +250,32 @@ def test_loading_is_strict(name, tmp_path):
     _, kind, _ = build(name, tmp_path)
     file = tmp_path / "model.safetensors"
     state = load_file(file)
-    block = next(
-        key for key in state if "1" in key and key.endswith("weight") and not key.startswith(("text_model", "decoder"))
-    )
-    save_file({k: v for k, v in state.items() if k != block}, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="missing"):
-        kind(str(tmp_path))
-    save_file(state | {"stowaway": torch.zeros(1)}, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"unexpected.*stowaway"):
-        kind(str(tmp_path))
-    save_file(state | {block: torch.zeros(3)}, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=kind.__name__):
-        kind(str(tmp_path))
+    names = [key for key in state if "1" in key and key.endswith("weight")]
+    block = next(key for key in names if not key.startswith(("text_model", "decoder")))
+    for content, said in (
+        ({k: v for k, v in state.items() if k != block}, "missing"),
+        (state | {"stowaway": torch.zeros(1)}, r"unexpected.*stowaway"),
+        (state | {block: torch.zeros(3)}, kind.__name__),
+    ):
+        save_file(content, file, metadata={"format": "pt"})
+        with pytest.raises(UserError, match=said):
+            kind(str(tmp_path))
     file.unlink()
     with pytest.raises(UserError, match="can't be loaded"):
         kind(str(tmp_path))
     assert kind(str(tmp_path), weights="untrained").untrained
 
 
-@pytest.mark.parametrize("name", TINY_ENCODERS)
-def test_untrained_weights_are_seeded_and_leave_the_generator_alone(name):
-    before = torch.get_rng_state()
-    first, again, other = (ENCODERS[name](**TINY_ENCODERS[name], weights="untrained", seed=s) for s in (1, 1, 2))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
-    assert first.identity() == again.identity() != other.identity()
-    assert first.identity()["weights"].startswith("untrained")
-
-
 def test_identity_follows_what_a_latent_depends_on(tmp_path):
     model, kind, _ = build("dinov3", tmp_path / "a")
     model.save_pretrained(tmp_path / "b")
-    one, moved = (
-        kind(str(tmp_path / "a"), layers=[1, 3]).identity(),
-        kind(str(tmp_path / "b"), layers=[1, 3]).identity(),
-    )
+    one, moved = (kind(str(tmp_path / name), layers=[1, 3]).identity() for name in "ab")
     assert one | {"source": ""} == moved | {"source": ""}
     assert str(tmp_path) not in str(one)
     for options in ({"layers": [2, 3]}, {"layers": [1, 3], "layer_fusion": "mean"}):
         assert kind(str(tmp_path / "a"), **options).identity() != one
-    for name, changed in (
-        ("norm.bias", False),
-        ("embeddings.cls_token", True),
-        ("model.layer.2.mlp.up_proj.bias", True),
-    ):
+    parts = {"norm.bias": False, "embeddings.cls_token": True, "model.layer.2.mlp.up_proj.bias": True}
+    for name, changed in parts.items():
         with torch.no_grad():  # the final norm loses its affine parameters, so they make no difference
             model.get_parameter(name).add_(1)
         model.save_pretrained(tmp_path / name)
@@ -317,9 +284,6 @@ def test_identity_follows_what_a_latent_depends_on(tmp_path):
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"layers": []}, "is empty: name at least one block"),
-    ({"layers": [1, 4]}, r"4 blocks, numbered 0 to 3; got \[4\]"),
-    ({"layers": "k7"}, "needs more than the 4 blocks of this encoder. Names that fit: k1"),
-    ({"layers": "k9"}, "expected null, k1, k7, k23"),
     ({"layer_fusion": "median"}, "unknown to DINOv3wNorm: expected mean, mean_plus_spatial_mean, sum"),
     ({"weights": "pretraned"}, "expected pretrained, untrained"),
     ({"norm": "layer"}, "unknown to DINOv3wNorm: expected plain, affine, none"),
@@ -336,18 +300,17 @@ def test_a_model_of_another_family_is_refused():
     with pytest.raises(UserError, match="'dinov3_vit' model, but encoder_cls=Dinov2withNorm"):
         ENCODERS["Dinov2withNorm"](TINY_ENCODERS["DINOv3wNorm"]["model_name"])
     with pytest.raises(
-        UserError, match=r"encoder_cls='Dinov3' is unknown. Expected one of: Dinov2withNorm, DINOv3wNorm"
+        UserError, match="encoder_cls='Dinov3' is unknown. Expected one of: Dinov2withNorm, DINOv3wNorm"
     ):
         encoder_class("Dinov3")
 
 
-@pytest.mark.parametrize(("model_type", "reason"), [
-    ("swin", "fewer from stage to stage"), ("dinov3_convnext", "convolutional"), ("siglip2", "any aspect ratio")
-])  # fmt: skip
-def test_a_model_without_a_grid_is_refused_with_the_reason(model_type, reason, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    with pytest.raises(UserError, match=f"'{model_type}' model, which has no grid of patch tokens: .*{reason}"):
-        ENCODERS["SigLIP2wNorm"](str(tmp_path))
+def test_a_model_without_a_grid_is_refused_with_the_reason(tmp_path):
+    reasons = {"swin": "fewer from stage to stage", "dinov3_convnext": "convolutional", "siglip2": "any aspect ratio"}
+    for model_type, reason in reasons.items():
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        with pytest.raises(UserError, match=f"'{model_type}' model, which has no grid of patch tokens: .*{reason}"):
+            ENCODERS["SigLIP2wNorm"](str(tmp_path))
 
 
 def test_choices_that_change_latents_are_in_the_identity_and_the_usual_ones_are_not(tmp_path):
@@ -372,9 +335,8 @@ def test_choices_that_change_latents_are_in_the_identity_and_the_usual_ones_are_
 
 def test_without_timm_one_message_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(
-        UserError, match=r"TimmViT needs timm, which can't be imported here: .*pip install -e '\.\[timm\]'"
-    ):
+    said = r"TimmViT needs timm, which can't be imported here: .*pip install -e '\.\[timm\]'"
+    with pytest.raises(UserError, match=said):
         ENCODERS["TimmViT"]("timm/vit_pe_core_large_patch14_336.fb")
 
 
@@ -408,22 +370,18 @@ def test_the_norm_has_no_affine_parameters_and_the_models_own_eps():
 # -- what the whole model takes
 
 
-@pytest.mark.parametrize(
-    ("images", "message"),
-    [
-        (torch.full((1, 3, 64, 64), 255.0), "values from 255 to 255"),
-        (torch.full((1, 3, 64, 64), -1.0), "values from -1 to -1"),
-        (torch.full((1, 3, 64, 64), float("nan")), "values from nan to nan"),
-        (torch.full((1, 3, 64, 64), 1.02), "values from 1.02 to 1.02"),
+def test_other_images_than_the_models_are_refused(rae):
+    for value in (255.0, -1.0, float("nan"), 1.02):
+        for function in (rae.encode, rae):
+            with pytest.raises(ValueError, match=f"values from {value:g} to {value:g}"):
+                function(torch.full((1, 3, 64, 64), value))
+    for images, message in (
         (torch.zeros(1, 3, 64, 64, dtype=torch.int64), "got torch.int64"),
         (torch.zeros(1, 3, 32, 32), r"got \(1, 3, 32, 32\); resize=True"),
         (torch.zeros(3, 64, 64), r"got \(3, 64, 64\)"),
-    ],
-)
-def test_other_images_than_the_models_are_refused(rae, images, message):
-    for function in (rae.encode, rae):
+    ):
         with pytest.raises(ValueError, match=message):
-            function(images)
+            rae.encode(images)
 
 
 def test_images_that_are_taken(rae):

@@ -25,9 +25,7 @@ from src.data.decode import ORIENTATION_TAG
 from src.data.splits import open_splits
 from src.evaluation.images import open_images
 from src.evaluation.options import EvaluationOptions
-from src.formats.checkpoint import FORMAT_VERSION, LoadedModel, RAESettings, load_trained
-from src.formats.diffusers import write_diffusers
-from src.formats.folder import write_folder
+from src.formats.checkpoint import FORMAT_VERSION, RAESettings, load_trained
 from src.metrics.quality import psnr
 from tests.conftest import make_rae
 
@@ -129,9 +127,8 @@ def test_every_option_in_both_spellings():
     for action in parser._actions:
         for name in action.option_strings:
             if name.startswith("--"):
-                assert {"--" + name[2:].replace("_", "-"), "--" + name[2:].replace("-", "_")} <= set(
-                    action.option_strings
-                )
+                spellings = {"--" + name[2:].replace("_", "-"), "--" + name[2:].replace("-", "_")}
+                assert spellings <= set(action.option_strings)
     guide = "--checkpoint c --data_dir d --num_samples 5 --batch_size 2 --image-size 64 --device cpu --output-dir o --num-workers 1"
     options = parser.parse_args(guide.split())
     assert (options.num_samples, options.image_size, options.output_dir, options.num_workers) == (5, 64, "o", 1)
@@ -164,9 +161,8 @@ def test_noise_and_blocks_give_a_row_each(evaluate, checkpoint, images, tmp_path
     assert [(r["layers"], r["noise_sigma"]) for r in rows] == variants
     assert len({round(r["psnr"], 6) for r in rows}) == 4 and "blocks" in out
     own = evaluate(model)[1]["results"][0]  # the model's own blocks are 0 and 1
-    assert (
-        rows[2]["rfid_untrained"] == pytest.approx(own["rfid_untrained"], rel=1e-6) and rows[2]["psnr"] == own["psnr"]
-    )
+    assert rows[2]["rfid_untrained"] == pytest.approx(own["rfid_untrained"], rel=1e-6)
+    assert rows[2]["psnr"] == own["psnr"]
     lines = table(tmp_path / "a.csv")
     assert len(lines) == 11 * 4 and list(lines[0])[-4:] == ["noise_sigma", "psnr", "ssim", "lpips_untrained"]
     for row, (layers, sigma) in zip(rows, variants, strict=True):
@@ -215,10 +211,12 @@ def test_a_checkpoint_is_scored_as_its_training_scored_it(evaluate, caplog, chec
         file.unlink()
     Image.new("RGB", (400, 400)).save(pictures / "class0" / "large.png")
     training = {"data": {"exif": "ignore", "max_megapixels": 0.1}, "callbacks": {"rfid": {"quantization": "truncate"}}}
+    training |= {"trainer": {"precision": "bf16-mixed"}}  # which is told and not followed
     other = write_checkpoint(tmp_path / "other.ckpt", pictures, **training)
 
     def run(file: Path, *more: str) -> tuple[list, dict]:
         content = evaluate(f"--checkpoint {file} --data_dir {pictures} --max_bad_share 1 {' '.join(more)}")[1]
+        assert content["precision"] == "32"
         return [content[name] for name in ("exif", "quantization", "max_megapixels")], content["results"][0]
 
     with caplog.at_level("INFO", "src"):
@@ -227,6 +225,7 @@ def test_a_checkpoint_is_scored_as_its_training_scored_it(evaluate, caplog, chec
         followed, result = run(other)
         assert "--exif ignore (as in training, data.exif)" in caplog.text
         assert "--quantization truncate (as in training, callbacks.rfid.quantization)" in caplog.text
+        assert "trainer.precision=bf16-mixed" in caplog.text
         said, _ = run(other, "--exif apply --quantization round")
         assert "the training of this checkpoint used data.exif=ignore" in caplog.text
     assert (plain, plain_result["images"]) == (["apply", "round", 80], 7)
@@ -235,16 +234,8 @@ def test_a_checkpoint_is_scored_as_its_training_scored_it(evaluate, caplog, chec
     for exif in ("apply", "ignore"):
         for quantization in ("round", "truncate"):
             value = run(other, f"--exif {exif} --quantization {quantization}")[1]["psnr"]
-            assert (value == pytest.approx(result["psnr"], rel=1e-6)) == (
-                (exif, quantization) == ("ignore", "truncate")
-            )
-
-
-def test_the_precision_of_training_is_told_not_followed(evaluate, caplog, images, tmp_path):
-    half = write_checkpoint(tmp_path / "half.ckpt", images, trainer={"precision": "bf16-mixed"})
-    with caplog.at_level("INFO", "src"):
-        content = evaluate(f"--checkpoint {half} --data_dir {images}")[1]
-    assert "trainer.precision=bf16-mixed" in caplog.text and content["precision"] == "32"
+            followed = (exif, quantization) == ("ignore", "truncate")
+            assert (value == pytest.approx(result["psnr"], rel=1e-6)) == followed
 
 
 def start(line: str, *launcher: str) -> subprocess.Popen:
@@ -302,45 +293,61 @@ def test_no_device(refused, checkpoint, images):
     assert "--device cpu" in refused(f"--checkpoint {checkpoint} --data_dir {images}", quick="")
 
 
-def test_no_inception_file(refused, checkpoint, images, tmp_path):
-    words = f"--device cpu --checkpoint {checkpoint} --data_dir {images} --inception_path {tmp_path}"
-    message = refused(f"{words}/no.pth", quick="")
-    for part in (str(tmp_path / "no.pth"), "download_weights.py inception", "--inception_weights untrained"):
-        assert part in message
-    (tmp_path / "wrong.pth").write_bytes(b"")
-    assert "wrong.pth" in refused(f"{words}/wrong.pth", quick="")
-    assert "width" in refused(f"{words}/no.pth --inception_width 0.5", quick="")
-
-
-def test_no_images_one_image_broken_images(refused, checkpoint, tmp_path):
-    (tmp_path / "empty").mkdir()
-    words = f"--checkpoint {checkpoint} --data_dir {tmp_path}"
-    assert "is empty" in refused(f"{words}/empty")
-    write_images(tmp_path / "one", 1)
-    assert "at least 2 images, got 1" in refused(f"{words}/one")
-    two = write_images(tmp_path / "two", 2)
-    for file in two.rglob("*.png"):
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory, checkpoint) -> Path:
+    """Data sets and files that can't be scored."""
+    folder = tmp_path_factory.mktemp("odd")
+    (folder / "empty").mkdir()
+    write_images(folder / "one", 1)
+    for file in write_images(folder / "two", 2).rglob("*.png"):
         file.write_bytes(b"no image")
-    assert "bad images" in refused(f"{words}/two --csv {tmp_path}/a.csv --save_npz {tmp_path}/a.npz")
-    assert "could be decoded" in refused(f"{words}/two --max_bad_share 1")
-    assert not list(tmp_path.glob("*a.*"))  # nothing half-done stays
-    assert "No dataset at" in refused(f"{words}/nowhere")
-    assert "--csv /proc/a.csv can't be written" in refused(f"{words}/two --csv /proc/a.csv")
+    whole = checkpoint.read_bytes()
+    for share in (0, 50, 99):
+        (folder / f"cut{share}.ckpt").write_bytes(whole[: len(whole) * share // 100])
+    torch.save({"a": torch.zeros(1)}, folder / "other.ckpt")
+    (folder / "wrong.pth").write_bytes(b"")
+    return folder
+
+
+FILE = "--inception_weights pretrained --inception_path ODD"
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ("", ["one of --checkpoint"]),
+    ("--checkpoint CHECKPOINT --decoder x.pt", ["x.pt"]),
+    ("--checkpoint CHECKPOINT --image-size 128", ["--image_size 128, but the model of", "64 px"]),
+    ("--checkpoint CHECKPOINT --stats x", ["--stats"]),
+    ("--checkpoint CHECKPOINT --layers k7", ["--layers=k7"]),
+    ("--checkpoint CHECKPOINT --split test", ["no split 'test'"]),
+    ("--checkpoint CHECKPOINT --split held_out", ["held nothing out"]),
+    ("--checkpoint CHECKPOINT --reference a.npz b.npz", ["--reference names 2"]),
+    ("--checkpoint CHECKPOINT --reference no.npz", ["no.npz"]),
+    ("--checkpoint CHECKPOINT --device tpu", ["--device tpu"]),
+    ("--decoder IMAGES/class0/000.png", ["needs its encoder"]),
+    *((f"--checkpoint ODD/cut{share}.ckpt", [f"cut{share}.ckpt"]) for share in (0, 50, 99)),
+    ("--checkpoint ODD/none.ckpt", ["not found"]),
+    ("--checkpoint ODD/other.ckpt", ["--decoder"]),
+    ("--checkpoint CHECKPOINT --data_dir ODD/empty", ["is empty"]),
+    ("--checkpoint CHECKPOINT --data_dir ODD/one", ["at least 2 images, got 1"]),
+    ("--checkpoint CHECKPOINT --data_dir ODD/nowhere", ["No dataset at"]),
+    ("--checkpoint CHECKPOINT --data_dir ODD/two --csv ODD/a.csv --save_npz ODD/a.npz", ["bad images"]),
+    ("--checkpoint CHECKPOINT --data_dir ODD/two --max_bad_share 1", ["could be decoded"]),
+    ("--checkpoint CHECKPOINT --csv /proc/a.csv", ["--csv /proc/a.csv can't be written"]),
+    (f"--checkpoint CHECKPOINT {FILE}/no.pth", ["no.pth", "download_weights.py inception", "--inception_weights untrained"]),
+    (f"--checkpoint CHECKPOINT {FILE}/wrong.pth", ["wrong.pth"]),
+    (f"--checkpoint CHECKPOINT {FILE}/no.pth --inception_width 0.5", ["width"]),
+])  # fmt: skip
+def test_what_can_not_be_scored(refused, checkpoint, images, odd, arguments, words):
+    for name, place in (("CHECKPOINT", checkpoint), ("IMAGES", images), ("ODD", odd)):
+        arguments = arguments.replace(name, str(place))
+    message = refused(f"--data_dir {images} {arguments}")
+    assert all(word in message for word in words)
+    assert not list(odd.glob("*a.*"))  # nothing half-done stays
 
 
 def test_images_smaller_than_the_model_are_enlarged(evaluate, checkpoint, tmp_path):
     small = write_images(tmp_path / "small", 4, side=9)
     assert "4 of 4" in evaluate(f"--checkpoint {checkpoint} --data_dir {small}")[0]
-
-
-def test_bad_checkpoints(refused, checkpoint, images, tmp_path):
-    words = f"--data_dir {images} --checkpoint {tmp_path}"
-    for share in (0.0, 0.5, 0.99):
-        (tmp_path / "cut.ckpt").write_bytes(checkpoint.read_bytes()[: int(checkpoint.stat().st_size * share)])
-        assert "cut.ckpt" in refused(f"{words}/cut.ckpt")
-    assert "not found" in refused(f"{words}/none.ckpt")
-    torch.save({"a": torch.zeros(1)}, tmp_path / "other.ckpt")
-    assert "--decoder" in refused(f"{words}/other.ckpt")
 
 
 class Malice:
@@ -363,39 +370,9 @@ def test_code_in_a_file_is_refused_and_not_run(refused, checkpoint, images, tmp_
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ("", ["one of --checkpoint"]),
-        ("--checkpoint CHECKPOINT --decoder x.pt", ["x.pt"]),
-        ("--checkpoint CHECKPOINT --image-size 128", ["--image_size 128, but the model of", "64 px"]),
-        ("--checkpoint CHECKPOINT --stats x", ["--stats"]),
-        ("--checkpoint CHECKPOINT --layers k7", ["--layers=k7"]),
-        ("--checkpoint CHECKPOINT --split test", ["no split 'test'"]),
-        ("--checkpoint CHECKPOINT --split held_out", ["held nothing out"]),
-        ("--checkpoint CHECKPOINT --reference a.npz b.npz", ["--reference names 2"]),
-        ("--checkpoint CHECKPOINT --reference no.npz", ["no.npz"]),
-        ("--checkpoint CHECKPOINT --device tpu", ["--device tpu"]),
-        ("--decoder IMAGES/class0/000.png", ["needs its encoder"]),
-    ],
-)
-def test_contradictions(refused, checkpoint, images, arguments, words):
-    arguments = arguments.replace("CHECKPOINT", str(checkpoint)).replace("IMAGES", str(images))
-    message = refused(f"{arguments} --data_dir {images}")
-    assert all(word in message for word in words)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        "--worst 3",
-        "--save_npz x.npz --data_dir a b",
-        "--num_samples 0",
-        "--noise_sigma -1",
-        "--num 3",
-        "--weights best",
-    ],
-)
+@pytest.mark.parametrize("arguments", [
+    "--worst 3", "--save_npz x.npz --data_dir a b", "--num_samples 0", "--noise_sigma -1", "--num 3", "--weights best",
+])  # fmt: skip
 def test_misuse_exits_with_2(arguments):
     with pytest.raises(SystemExit) as caught:
         eval_rfid.main(["--checkpoint", "c", "--data_dir", "d", *arguments.split()])
@@ -433,30 +410,6 @@ def test_an_official_decoder_with_its_statistics(evaluate, images, tmp_path):
         f"--decoder_config configs/decoder/tiny --image_size 64 --data_dir {images}",
         f"--checkpoint {same} --data_dir {images}",
     )
-
-
-@pytest.mark.parametrize("kind", ["diffusers", "folder"])
-def test_exported_folders(evaluate, refused, images, tmp_path, kind):
-    """A grid of 16 x 16, the only one that diffusers can express."""
-    shape = json.loads((PROJECT_ROOT / "configs/encoder/dinov2_tiny/config.json").read_text()) | {"image_size": 518}
-    (tmp_path / "shape").mkdir()
-    (tmp_path / "shape" / "config.json").write_text(json.dumps(shape))
-    rae = make_rae(decoder_patch_size=4, encoder_params={"dinov2_path": str(tmp_path / "shape")})
-    folder = tmp_path / kind
-    folder.mkdir()
-    if kind == "diffusers":
-        write_diffusers(rae, folder)
-    else:
-        write_folder(LoadedModel(rae, {"encoder": rae.encoder.identity(), "config": None}), folder, with_encoder=True)
-    torch.save(rae.decoder.state_dict(), tmp_path / "model.pt")
-    rae.encoder.model.save_pretrained(tmp_path / "encoder")
-    assert_same_scores(
-        evaluate,
-        f"--decoder {folder} --data_dir {images}",
-        f"--decoder {tmp_path}/model.pt --encoder_cls Dinov2withNorm --encoder {tmp_path}/encoder "
-        f"--decoder_config configs/decoder/tiny --decoder_patch_size 4 --image_size 64 --data_dir {images}",
-    )
-    assert "--stats" in refused(f"--decoder {folder} --stats x --data_dir {images}")
 
 
 def test_the_encoder_of_a_checkpoint_may_lie_elsewhere(evaluate, refused, checkpoint, images, tmp_path):

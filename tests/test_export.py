@@ -1,6 +1,8 @@
 """src/export.py: three formats out of a checkpoint, their cards, and what is refused before anything is lost."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -22,52 +24,45 @@ from src.models.rae import RAE
 from tests.tiny_models import checkpoint, equal_decoders, tiny_rae
 
 
-def run(*words) -> int:
-    return main([str(word) for word in words])
+def run(line: str) -> int:
+    return main(shlex.split(line))
 
 
 def test_help_is_quick_and_names_the_formats():
-    done = subprocess.run(
-        [sys.executable, PROJECT_ROOT / "src/export.py", "--help"], capture_output=True, text=True, timeout=30
-    )
+    program = [sys.executable, PROJECT_ROOT / "src/export.py"]
+    done = subprocess.run([*program, "--help"], capture_output=True, text=True, timeout=30)
     assert done.returncode == 0 and "--published" in done.stdout and "--published-names" in done.stdout
-    assert (
-        subprocess.run([sys.executable, PROJECT_ROOT / "src/export.py"], capture_output=True, timeout=30).returncode
-        == 2
-    )
+    assert subprocess.run(program, capture_output=True, timeout=30).returncode == 2
 
 
-def test_every_format_gives_the_checkpoint_back(tmp_path, capsys):
+def test_every_format_gives_the_checkpoint_back_and_exports_are_exported_again(tmp_path, capsys):
     file = checkpoint(tmp_path, image_size=256, statistics=True)
     rae = load_trained(file).rae
     images = torch.rand(1, 3, 256, 256)
-    for words, read in (
-        (("--format", "folder"), read_folder),
-        (("--format", "folder", "--with_encoder"), read_folder),
-        (("--format", "diffusers"), read_diffusers),
+    for name, words, read in (
+        ("folder", "--format folder", read_folder),
+        ("whole", "--format folder --with_encoder", read_folder),
+        ("a", "--format diffusers", read_diffusers),
     ):
-        out = tmp_path / "_".join(words)
-        assert run("--checkpoint", file, *words, "--output", out) == 0
-        back = read(out)
+        assert run(f"--checkpoint {file} {words} --output {tmp_path}/{name}") == 0
+        back = read(tmp_path / name)
         assert equal_decoders(rae, back.rae) and torch.equal(back.rae(images), rae(images))
         assert back.description["encoder"] == load_trained(file).description["encoder"]
         assert back.description["step"] == 12 and back.rae.encoder.untrained
-    assert run("--checkpoint", file, "--format", "official", "--output", tmp_path / "o") == 0
+    assert run(f"--checkpoint {file} --format official --output {tmp_path}/o") == 0
     source = rae.encoder.source
     again = RAE("Dinov2withNorm", source, {"dinov2_path": source, "weights": "untrained"}, tmp_path / "decoder.json", 16, 256,
                 pretrained_decoder_path=tmp_path / "o/model.pt", normalization_stat_path=tmp_path / "o/stats.pt")  # fmt: skip
     assert torch.equal(again(images), rae(images))
     assert "UNTRAINED: encoder" in capsys.readouterr().out
 
-
-def test_an_export_is_exported_again(tmp_path):
-    file = checkpoint(tmp_path, image_size=256, statistics=True)
-    assert run("--checkpoint", file, "--format", "diffusers", "--output", tmp_path / "a") == 0
-    assert (
-        run("--decoder", tmp_path / "a", "--format", "folder", "--output", tmp_path / "b") == 1
-    )  # its encoder lies nowhere
-    assert run("--decoder", tmp_path / "a", "--format", "folder", "--with_encoder", "--output", tmp_path / "b") == 0
-    assert run("--decoder", tmp_path / "b", "--format", "diffusers", "--output", tmp_path / "c") == 0
+    assert run(f"--decoder {tmp_path}/a --format folder --output {tmp_path}/b") == 1  # its encoder lies nowhere
+    assert run(f"--decoder {tmp_path}/a --format folder --with_encoder --output {tmp_path}/b") == 0
+    assert run(f"--decoder {tmp_path}/b --format diffusers --output {tmp_path}/c") == 0
+    capsys.readouterr()
+    for name in "ab":  # they say it themselves
+        assert run(f"--decoder {tmp_path}/{name} --stats x --format official --output {tmp_path}/d") == 1
+        assert "--stats" in capsys.readouterr().err
     a, c = (file_hashes(tmp_path / name) for name in "ac")
     same = "diffusion_pytorch_model.safetensors", "config.json"
     assert {name: a[name] for name in same} == {name: c[name] for name in same}
@@ -76,21 +71,7 @@ def test_an_export_is_exported_again(tmp_path):
 
 def test_online_weights_and_half_precision(tmp_path):
     file = checkpoint(tmp_path)
-    assert (
-        run(
-            "--checkpoint",
-            file,
-            "--weights",
-            "online",
-            "--dtype",
-            "bf16",
-            "--format",
-            "official",
-            "--output",
-            tmp_path / "o",
-        )
-        == 0
-    )
+    assert run(f"--checkpoint {file} --weights online --dtype bf16 --format official --output {tmp_path}/o") == 0
     content = torch.load(tmp_path / "o/model.pt", weights_only=True)
     online = load_trained(file, "online").rae.decoder.state_dict()
     assert all(torch.equal(content[name], online[name].bfloat16()) for name in online)
@@ -102,19 +83,7 @@ def test_the_card_says_what_people_need(tmp_path):
     scores = {"quantization": "round", "exif": "apply", "features": "inception", "model": {"weights": "ema"},
               "results": [{"data_dir": "/data/private/in1k", "split": "validation", "images": 50000, "rfid": 0.5678, "psnr": 19.1, "ssim": 0.5}]}  # fmt: skip
     (tmp_path / "scores.json").write_text(json.dumps(scores))
-    assert (
-        run(
-            "--checkpoint",
-            file,
-            "--format",
-            "official",
-            "--output",
-            tmp_path / "o",
-            "--scores",
-            tmp_path / "scores.json",
-        )
-        == 0
-    )
+    assert run(f"--checkpoint {file} --format official --output {tmp_path}/o --scores {tmp_path}/scores.json") == 0
     card = (tmp_path / "o/README.md").read_text()
     for text in ("Dinov2withNorm", "64 x 4 x 4", "1,234 training images", "c0ffee", "| rfid | 0.5678 | 50,000 images", "18.2500", "56 held-out images",
                  "1,000 images", "| global batch | 64", "UNTRAINED: encoder", file_hashes(tmp_path / "o")["model.pt"]):  # fmt: skip
@@ -125,46 +94,48 @@ def test_the_card_says_what_people_need(tmp_path):
 
 
 def test_existing_output_is_safe(tmp_path, capsys):
-    file = checkpoint(tmp_path)
-    words = ("--checkpoint", file, "--format", "official", "--output", tmp_path / "o")
-    assert run(*words) == 0 and run(*words) == 1
+    words = f"--checkpoint {checkpoint(tmp_path)} --format official --output {tmp_path}"
+    assert run(f"{words}/o") == 0 and run(f"{words}/o") == 1
     assert "--overwrite" in capsys.readouterr().err
-    (tmp_path / "o/note.txt").write_text("of the export")
-    assert run(*words, "--overwrite") == 0 and not (tmp_path / "o/note.txt").exists()
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/thesis.txt").write_text("precious")
-    assert run(*words[:-1], tmp_path / "mine", "--overwrite") == 1
-    assert (tmp_path / "mine/thesis.txt").exists() and "no earlier export" in capsys.readouterr().err
-
-
-def test_a_failing_export_leaves_the_earlier_one(tmp_path, capsys):
-    file = checkpoint(tmp_path)
-    assert run("--checkpoint", file, "--format", "folder", "--output", tmp_path / "o") == 0
     before = file_hashes(tmp_path / "o")
-    assert run("--checkpoint", file, "--format", "diffusers", "--output", tmp_path / "o", "--overwrite") == 1  # 4 x 4
+    assert run(f"{words}/o --overwrite --format diffusers") == 1  # 4 x 4: nothing is lost
     assert file_hashes(tmp_path / "o") == before and not list(tmp_path.glob(".o.*"))
     assert "grid is 4 x 4" in capsys.readouterr().err
+    (tmp_path / "o/note.txt").write_text("of the export")
+    assert run(f"{words}/o --overwrite") == 0 and not (tmp_path / "o/note.txt").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("precious")
+    assert run(f"{words}/mine --overwrite") == 1
+    assert (tmp_path / "mine/thesis.txt").exists() and "no earlier export" in capsys.readouterr().err
+    for place in (tmp_path / "mine/thesis.txt/o", Path("/proc/o")):  # below a file, or where nobody may write
+        assert run(f"{words} --output {place}") == 1
+        assert "can't be written" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("make", "reason"), [
-    (lambda p: p / "missing.ckpt", "not found"),
-    (lambda p: _file(p, b"no checkpoint"), "refused|can't be read"),
-    (lambda p: _saved(p, {"state_dict": {}}), "no checkpoint of this trainer"),
-    (lambda p: _file(p, b"x", "unwritable") / "o", "can't be read|not found|Not a directory"),
+@pytest.mark.parametrize(("content", "more", "reason"), [
+    (None, "", "not found"),
+    (b"no checkpoint", "", "refused|can't be read"),
+    ({"state_dict": {}}, "", "no checkpoint of this trainer"),
+    (b"x", "/o", "can't be read|not found|Not a directory"),
+    (None, " --push nonsense", "NAME/MODEL"),
 ])  # fmt: skip
-def test_bad_checkpoints(tmp_path, capsys, make, reason):
-    import re
-
-    assert run("--checkpoint", make(tmp_path), "--format", "official", "--output", tmp_path / "o") == 1
+def test_what_can_not_be_exported(tmp_path, capsys, content, more, reason):
+    file = tmp_path / "file.ckpt"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        torch.save(content, file)
+    assert run(f"--format official --output {tmp_path}/o --checkpoint {file}{more}") == 1
     assert re.search(reason, capsys.readouterr().err) and not (tmp_path / "o").exists()
 
 
-def test_output_below_a_file_or_where_nobody_may_write(tmp_path, capsys):
-    file = checkpoint(tmp_path)
-    (tmp_path / "file").write_text("")
-    for place in (tmp_path / "file/o", Path("/proc/o")):
-        assert run("--checkpoint", file, "--format", "official", "--output", place) == 1
-        assert "can't be written" in capsys.readouterr().err
+def test_released_decoder_file_with_its_encoder(tmp_path):
+    rae = tiny_rae(tmp_path)
+    torch.save(rae.decoder.state_dict(), tmp_path / "model.pt")
+    rae.encoder.model.save_pretrained(tmp_path / "encoder")  # with weights, as the hub has them
+    words = f"--encoder_cls Dinov2withNorm --encoder {tmp_path}/encoder --decoder_config {tmp_path}/decoder.json --image_size 64"
+    assert run(f"--decoder {tmp_path}/model.pt {words} --format folder --with_encoder --output {tmp_path}/o") == 0
+    assert equal_decoders(read_folder(tmp_path / "o").rae, rae)
 
 
 # -- the hub
@@ -205,32 +176,3 @@ def http_error(status):
 def test_push_errors_say_what_to_do(tmp_path, error, text):
     with pytest.raises(UserError, match=text):
         push(tmp_path, "me/model", False, Hub(error))
-
-
-def test_push_wants_a_name_before_any_work(tmp_path, capsys):
-    assert (
-        run("--checkpoint", tmp_path / "x", "--format", "official", "--output", tmp_path / "o", "--push", "nonsense")
-        == 1
-    )
-    assert "NAME/MODEL" in capsys.readouterr().err
-
-
-def _file(folder, data, name="file.ckpt"):
-    (folder / name).write_bytes(data)
-    return folder / name
-
-
-def _saved(folder, content):
-    torch.save(content, folder / "file.ckpt")
-    return folder / "file.ckpt"
-
-
-def test_released_decoder_file_with_its_encoder(tmp_path):
-    rae = tiny_rae(tmp_path)
-    torch.save(rae.decoder.state_dict(), tmp_path / "model.pt")
-    # an encoder folder with weights, as the hub has them
-    rae.encoder.model.save_pretrained(tmp_path / "encoder")
-    words = ("--decoder", tmp_path / "model.pt", "--encoder_cls", "Dinov2withNorm", "--encoder", tmp_path / "encoder", "--decoder_config", tmp_path / "decoder.json",
-             "--image_size", 64, "--format", "folder", "--with_encoder", "--output", tmp_path / "o")  # fmt: skip
-    assert run(*words) == 0
-    assert equal_decoders(read_folder(tmp_path / "o").rae, rae)

@@ -14,8 +14,6 @@ from transformers import Dinov2Config, Dinov2Model
 from src import eval_rfid, make_reference
 from src.core.errors import UserError
 from src.evaluation.networks import EncoderFeatures, load_features, resize_pillow
-from src.metrics.fid import frechet_distance
-from src.metrics.reference import image_statistics
 from src.models.encoders import Dinov2withNorm, SigLIP2wNorm
 from tests.test_eval_rfid import write_checkpoint, write_images
 
@@ -79,19 +77,11 @@ def test_images_are_resized_as_pillow_does_it(side):
     assert difference.max() <= 2 and (difference > 0).mean() < 0.02
 
 
-def test_the_distance_against_a_second_implementation(dinov2):
-    network = EncoderFeatures("dinov2", str(dinov2))
-    sets = [pictures(40, seed=1), pictures(50, 48, seed=2)]
-    x, y = (network(images).double().numpy() for images in sets)
-    assert x.shape == (40, 32)
-    # tr (A B)^(1/2) as the sum of the roots of the eigenvalues of A^(1/2) B A^(1/2)
-    a, b = np.cov(x.T), np.cov(y.T)
-    values, vectors = np.linalg.eigh(a)
-    root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
-    overlap = np.sqrt(np.linalg.eigvalsh(root @ b @ root).clip(min=0)).sum()
-    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * overlap
-    moments = [image_statistics([images], network, 16) for images in sets]
-    assert frechet_distance(*moments) == pytest.approx(expected, rel=1e-5)
+def test_features_are_pooled_of_normalised_images(dinov2):
+    network, images = EncoderFeatures("dinov2", str(dinov2)), pictures(3, 224)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    torch.testing.assert_close(network(images), network.encoder.pooled((images / 255 - mean) / std))
+    assert network(images).shape == (3, 32)
 
 
 def test_names(dinov2, caplog):

@@ -62,30 +62,29 @@ def test_grids_that_cannot_be(steps, kind, message):
         fm.sampling_grid(steps, 2.0, kind)
 
 
+def draw_times(time: str, uniforms: torch.Tensor, mu: float = 0.0, sigma: float = 1.0) -> torch.Tensor:
+    values = {"prediction": "velocity", "t_eps": 0.0, "shift": None, "base_weight": 1.0}
+    return fm.FlowSettings(time=time, time_mu=mu, time_sigma=sigma, **values).draw_time(uniforms, 1.0)
+
+
 def test_uniform_times():
-    assert torch.allclose(fm.uniform_time(torch.tensor([0.0, 0.5])), torch.tensor([0.0, 0.4995]))
+    assert torch.allclose(draw_times("uniform", torch.tensor([0.0, 0.5])), torch.tensor([0.0, 0.4995]))
 
 
+@pytest.mark.parametrize("last", [0.999, None])
 @pytest.mark.parametrize(("mu", "sigma"), [(0.0, 1.0), (2.0, 1.5), (-0.8, 0.8)])
-def test_truncated_logit_normal_times(mu, sigma):
-    """The share of draws below t is Phi(logit t) / Phi(logit .999)."""
+def test_logit_normal_times(mu, sigma, last):
+    """The share of draws below t is Phi(logit t), over Phi(logit .999) where the distribution ends there."""
     u = torch.linspace(0, 1, 20001)[:-1]
-    t = fm.truncated_logit_normal_time(u, mu, sigma)
-    assert t.dtype == u.dtype and t[0] == 0 and t.max() <= 0.999 and (t.diff() >= 0).all()
+    t = draw_times("logit_normal" if last is None else "truncated_logit_normal", u, mu, sigma)
+    assert t.dtype == u.dtype and t[0] < (0.01 if last is None else 1e-12) and (t.diff() >= 0).all()
+    assert (t.max() > 0.9) if last is None else (0.9 < t.max() <= last)
 
     def phi(at):
         return 0.5 * (1 + math.erf((math.log(at / (1 - at)) - mu) / sigma / math.sqrt(2)))
 
     for at in (0.1, 0.5, 0.9, 0.99):
-        assert (t < at).double().mean() == pytest.approx(phi(at) / phi(0.999), abs=2e-4)
-
-
-def test_logit_normal_times_are_not_truncated():
-    normals = torch.tensor([-1.0, 0.0, 9.0], dtype=torch.float64)
-    expected = [1 / (1 + math.exp(-(0.5 + 2 * z))) for z in normals.tolist()]
-    assert fm.logit_normal_time(normals, 0.5, 2.0).tolist() == pytest.approx(expected, rel=1e-12)
-    with pytest.raises(UserError, match="sigma=0"):
-        fm.logit_normal_time(normals, 0.0, 0.0)
+        assert (t < at).double().mean() == pytest.approx(phi(at) / (1 if last is None else phi(last)), abs=2e-4)
 
 
 def test_path_and_velocity_agree():

@@ -16,7 +16,7 @@ from src.metrics.generation import (
     compute_scores,
     load_generation_reference,
     precision_recall,
-)
+)  # fmt: skip
 from src.metrics.inception import InceptionFeatures
 from src.metrics.inception_network import SPATIAL_DIM
 from src.metrics.reference import Preparation
@@ -140,7 +140,12 @@ def test_scores_are_those_of_the_features(inception):
 
 def adm_file(path, inception, pictures, **more):
     made = statistics(inception, pictures)
-    moments = {"mu": made.mean, "sigma": made.covariance, "mu_s": made.spatial.mean, "sigma_s": made.spatial.covariance}
+    moments = {
+        "mu": made.pool.mean,
+        "sigma": made.pool.covariance,
+        "mu_s": made.spatial.mean,
+        "sigma_s": made.spatial.covariance,
+    }
     arrays = {name: value.numpy() for name, value in moments.items()}
     np.savez(path, **arrays, arr_0=pictures.permute(0, 2, 3, 1).numpy(), features=inception.name, **more)
     return made
@@ -172,7 +177,7 @@ def test_references_with_less(inception, tmp_path, caplog):
     assert scores.keys() == {"gfid_untrained", "inception_score_untrained", "images"}
     assert scores["gfid_untrained"] == pytest.approx(0, abs=1e-6)
     whole = statistics(inception, pictures)
-    save_npz(tmp_path / "ours.npz", whole, inception.name, {"image_size": PX}, whole.spatial)
+    save_npz(tmp_path / "ours.npz", whole.pool, inception.name, {"image_size": PX}, whole.spatial)
     scores = compute_scores(whole, load_generation_reference(tmp_path / "ours.npz", inception, 4, HERE))
     assert scores["sfid_untrained"] == pytest.approx(0, abs=1e-6)
 

@@ -127,18 +127,11 @@ def test_resize_is_that_of_tensorflow_1_worked_by_hand() -> None:
     assert resize_tf1(images, 299) is images
 
 
-def test_frozen_in_eval_and_no_gradient() -> None:
-    inception = InceptionFeatures(None, "tiny")
-    inception.train()
-    assert not any(module.training for module in inception.modules())
-    assert not any(parameter.requires_grad for parameter in inception.parameters())
-    assert not inception(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).requires_grad
-
-
 def test_autocast_and_chunks_do_not_change_the_features() -> None:
     inception = InceptionFeatures(None, "tiny")
     images = torch.randint(0, 256, (5, 3, 48, 40), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     whole = inception(images)
+    assert whole.std(dim=0).mean() > 1e-4  # random weights tell images apart
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(inception(images), whole)
     torch.testing.assert_close(torch.cat([inception(x) for x in images.split(2)]), whole, rtol=1e-5, atol=1e-6)
@@ -153,24 +146,13 @@ def test_precision_settings_are_given_back() -> None:
     assert torch.backends.cudnn.allow_tf32 in (True, False)  # the older switch can still be read
 
 
-def test_untrained_only_by_name_seeded_and_without_disturbing_anyone() -> None:
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    first, second, other = (InceptionFeatures(None, "tiny", seed) for seed in (3, 3, 4))
-    assert torch.equal(torch.get_rng_state(), before)
-    images = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    assert first.untrained and torch.equal(first(images), second(images))
-    assert not torch.equal(first(images), other(images))
-    assert first(images).std(dim=0).mean() > 1e-4  # they tell images apart
+def test_a_missing_file_says_where_to_get_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"(?s)nowhere\.pth.*--inception.*download_weights"):
+        InceptionFeatures(tmp_path / "nowhere.pth", key="--inception")
     with pytest.raises(UserError, match="untrained"):
         InceptionFeatures(None)
     with pytest.raises(UserError, match="random"):
         InceptionFeatures(None, "random")  # type: ignore[arg-type]
-
-
-def test_a_missing_file_says_where_to_get_it(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"(?s)nowhere\.pth.*--inception.*download_weights"):
-        InceptionFeatures(tmp_path / "nowhere.pth", key="--inception")
 
 
 def test_other_networks_and_damaged_files_are_refused(tmp_path: Path) -> None:

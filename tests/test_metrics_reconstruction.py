@@ -33,10 +33,8 @@ def lpips(x: Tensor, y: Tensor) -> Tensor:
 def data(count: int = 24) -> tuple[Tensor, Tensor]:
     """Originals uint8 and reconstructions in about [-.05, 1.05]."""
     generator = torch.Generator().manual_seed(0)
-    original = (
-        torch.rand(count, 3, 16, 16, generator=generator) * torch.rand(count, 3, 1, 1, generator=generator)
-    ) * 255
-    original = original.round().to(torch.uint8)
+    pixels, colours = (torch.rand(count, 3, side, side, generator=generator) for side in (16, 1))
+    original = (pixels * colours * 255).round().to(torch.uint8)
     return original, bytes_to_unit(original) + 0.1 * torch.rand(original.shape, generator=generator) - 0.05
 
 
@@ -157,13 +155,8 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
     shares = [(slice(0, 5), slice(5, 19)), (slice(19, 24),)]
     uneven = score_of(network, [(original[s], reconstruction[s]) for s in shares[rank]], lpips=lpips).reduce()
     idle = score_of(network, [(original, reconstruction)] * (rank == 1), lpips=lpips).reduce()  # rank 0 has no image
-    content = [
-        uneven.compute(),
-        idle.compute(),
-        uneven.references["inception"].count,
-        uneven.references["inception"].covariance,
-    ]
-    torch.save(content, f"{folder}/{rank}.pt")
+    moments = uneven.references["inception"]
+    torch.save([uneven.compute(), idle.compute(), moments.count, moments.covariance], f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 

@@ -65,15 +65,10 @@ def test_side_by_side_is_what_each_is_alone(place, tmp_path, capsys):
     assert sorted(path.name for path in folder.iterdir()) == ["report_card.json", "report_card.md", "sheet.png"]
     assert json.loads((folder / "report_card.json").read_text())["results"] == together
     card = (folder / "report_card.md").read_text()
-    for words in (
-        "8 of 9 images",
-        "6 generated latents",
-        f"{second['gfid_untrained']:.4f}",
-        "rFID (untrained)",
-        str(place / "b"),
-    ):
+    figure = f"{second['gfid_untrained']:.4f}"
+    for words in ("8 of 9 images", "6 generated latents", figure, "rFID (untrained)", str(place / "b")):
         assert words in card
-    assert f"{second['gfid_untrained']:.4f}" in printed
+    assert figure in printed
     with Image.open(folder / "sheet.png") as sheet:  # originals and four variants of eight images, names on the left
         assert sheet.height == 5 * 66 - 2 and 8 * 66 < sheet.width < 8 * 66 + 300
         assert np.asarray(sheet)[:, : sheet.width - 8 * 66].min() < 64

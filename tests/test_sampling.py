@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from src.core.errors import UserError
+from src.evaluation.generate import SamplerSettings
 from src.evaluation.sampling import (
     Guidance,
     autoguidance,
@@ -17,7 +18,7 @@ from src.evaluation.sampling import (
     guide,
     internal_guidance,
     solve,
-)
+)  # fmt: skip
 from src.losses.flow_matching import sampling_grid
 
 NULL = 9
@@ -180,10 +181,22 @@ def test_internal_guidance_of_each_branch_then_classifier_free(null_scale):
     assert torch.allclose(result[:, 0, 0, 0], times(*expected)) and model.calls == [[1, 2, NULL, NULL]]
 
 
-@pytest.mark.parametrize(("arguments", "message"), [((0.5,), "scale 0.5"), ((2.0, 0.8, 0.2), "t_min=0.8 to t_max=0.2")])
-def test_guidance_that_cannot_be(arguments, message):
+@pytest.mark.parametrize(("change", "message"), [
+    ({"cfg": 0.5}, "sampler.cfg=0.5: expected at least 1"), ({"t_min": 0.8, "t_max": 0.2}, "t_min=0.8 exceeds t_max=0.2"),
+])  # fmt: skip
+def test_guidance_that_cannot_be(change, message):
+    values = {
+        "num_steps": 5,
+        "grid": "rae",
+        "method": "euler",
+        "cfg": 1.0,
+        "internal": 1.0,
+        "auto": 1.0,
+        "t_min": 0.0,
+        "t_max": 1.0,
+    }
     with pytest.raises(UserError, match=message):
-        Guidance(*arguments)
+        SamplerSettings.parse(values | change, "sampler")
 
 
 def test_a_guided_sample_of_half_precision_outputs_is_guided_in_float32():

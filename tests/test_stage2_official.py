@@ -19,7 +19,7 @@ from src.evaluation.sampling import (
     for_labels,
     internal_guidance,
     solve,
-)
+)  # fmt: skip
 from src.losses.flow_matching import flow_matching_loss, interpolate, sampling_grid
 from src.models.dit import DiTDH, LightningDiT, RAEv2DiT
 
@@ -61,57 +61,33 @@ def ditdh(depth=(2, 2)):
     return filled(DiTDH(depth=depth, **TWO))
 
 
+PATCH_2 = {"patch_size": 2, "use_swiglu": False, "use_qknorm": True, "use_rmsnorm": False}
 MODELS = {
-    "lightning": lambda: filled(LightningDiT(hidden_size=24, depth=2, num_heads=2, **SIZES)),
-    "lightning_patch_2": lambda: filled(
-        LightningDiT(
-            patch_size=2,
-            hidden_size=24,
-            depth=2,
-            num_heads=2,
-            use_swiglu=False,
-            use_qknorm=True,
-            use_rmsnorm=False,
-            **SIZES,
-        )
-    ),
+    "lightning": lambda **options: filled(LightningDiT(hidden_size=24, depth=2, num_heads=2, **SIZES, **options)),
+    "lightning_patch_2": lambda: MODELS["lightning"](**PATCH_2),
     "ditdh": ditdh,
     "raev2": lambda: filled(RAEv2DiT(patch_size=1, depth=[3, 2], base_model_depth=2, **TWO)),
 }
 OFFICIAL = {
     "lightning": {
-        "forward": [1.235642, -0.1244406, 0.4727196],
-        "loss": [2.915207, 4.241402, 3.23363],
-        "gradients": [7.54861, 30.47194],
-        "euler": [2.507472, 2.525566, -0.5182828],
-        "heun": [2.48811, 2.535614, -0.5336926],
+        "forward": [1.235642, -0.1244406, 0.4727196], "loss": [2.915207, 4.241402, 3.23363], "gradients": [7.54861, 30.47194],
+        "euler": [2.507472, 2.525566, -0.5182828], "heun": [2.48811, 2.535614, -0.5336926],
     },
     "lightning_patch_2": {
-        "forward": [1.143451, -0.4867631, 0.3339741],
-        "loss": [3.366544, 3.357535, 3.627574],
-        "gradients": [4.468782, 18.80175],
-        "euler": [2.240917, 1.533614, -0.6753911],
-        "heun": [2.24076, 1.418271, -0.6842408],
+        "forward": [1.143451, -0.4867631, 0.3339741], "loss": [3.366544, 3.357535, 3.627574], "gradients": [4.468782, 18.80175],
+        "euler": [2.240917, 1.533614, -0.6753911], "heun": [2.24076, 1.418271, -0.6842408],
     },
     "ditdh": {
-        "forward": [1.172546, -1.024509, 0.2587629],
-        "loss": [3.737029, 4.108451, 4.218576],
-        "gradients": [6.953357, 36.29348],
-        "euler": [2.369913, 1.98054, -1.665454],
-        "heun": [2.364584, 1.902721, -1.584625],
-        "cfg": [2.362452, 1.943115, -1.760824],
-        "autoguidance": [2.587394, 1.986514, -1.892167],
+        "forward": [1.172546, -1.024509, 0.2587629], "loss": [3.737029, 4.108451, 4.218576], "gradients": [6.953357, 36.29348],
+        "euler": [2.369913, 1.98054, -1.665454], "heun": [2.364584, 1.902721, -1.584625],
+        "cfg": [2.362452, 1.943115, -1.760824], "autoguidance": [2.587394, 1.986514, -1.892167],
     },
     "raev2": {
-        "forward": [2.095655, -0.001377881, -2.609259],
-        "base": [0.8356418, -1.378676, -1.097303],
-        "loss": [107.674, 15.28075, 7.56685],
-        "gradients": [199.1973, 1471.049],
-        "euler": [3.254701, 0.3799176, 0.1780517],
-        "internal": [45.84694, 10.10242, 8.771222],
-        "internal_cfg": [118.0778, 17.40269, 14.06516],
+        "forward": [2.095655, -0.001377881, -2.609259], "base": [0.8356418, -1.378676, -1.097303], "loss": [107.674, 15.28075, 7.56685],
+        "gradients": [199.1973, 1471.049], "euler": [3.254701, 0.3799176, 0.1780517],
+        "internal": [45.84694, 10.10242, 8.771222], "internal_cfg": [118.0778, 17.40269, 14.06516],
     },
-}
+}  # fmt: skip
 
 
 def figures(latent):

@@ -51,20 +51,15 @@ def make_pair(train_positions=False, statistics=False, augment_prob=1.0, **setti
     plain = PlainStep(deepcopy(rae), lpips, deepcopy(disc), augment, **weights)
     ours = TrainingStep(rae, lpips, disc, augment, step_settings(**weights, **settings))
 
-    def draw():
-        return augment.draw(
-            torch.rand(UNIFORMS_PER_BATCH, generator=rng), torch.rand(BATCH, UNIFORMS_PER_SAMPLE, generator=rng)
-        )
+    def uniform(*shape):
+        return torch.rand(*shape, generator=rng)
 
-    draws = SimpleNamespace(
-        images=torch.randint(0, 2, (BATCH, 3, 64, 64), generator=rng) * 3.0
-        - 1,  # -1 or 2: no output comes near, see above
-        noise=LatentNoise(
-            torch.rand(BATCH, 1, 1, 1, generator=rng), torch.randn(BATCH, *rae.latent_shape, generator=rng)
-        ),
-        augment={"generator": draw(), "fake": draw(), "real": draw()},
-    )
-    return plain, ours, draws
+    # -1 or 2: no output comes near, see above
+    images = torch.randint(0, 2, (BATCH, 3, 64, 64), generator=rng) * 3.0 - 1
+    noise = LatentNoise(uniform(BATCH, 1, 1, 1), torch.randn(BATCH, *rae.latent_shape, generator=rng))
+    sizes = (UNIFORMS_PER_BATCH,), (BATCH, UNIFORMS_PER_SAMPLE)
+    drawn = {name: augment.draw(*(uniform(*size) for size in sizes)) for name in ("generator", "fake", "real")}
+    return plain, ours, SimpleNamespace(images=images, noise=noise, augment=drawn)
 
 
 def run_generator(plain, ours, draws, phase):

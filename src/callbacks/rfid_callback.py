@@ -189,7 +189,7 @@ class RFIDCallback(pl.Callback):
             with trainer.precision_plugin.forward_context():
                 return [pl_module.reconstruct(batch, "ema")]
 
-        score_images(loader, reconstruct, [score], process, [pairs] if self._pairs else [])
+        score_images(loader, reconstruct, [score], process, [pairs.observe] if self._pairs else [])
         score.reduce()
         if score.count < 2:  # on all ranks, so that none waits for the others
             raise UserError(f"rFID needs at least 2 images that can be decoded, got {score.count}.")

@@ -1,4 +1,4 @@
-"""Tables of parameter names that read in both directions: ours and those of a foreign format."""
+"""Names of parameters: tables that read in both directions (ours, those of a foreign format), prefixes, wrappers."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -27,6 +27,16 @@ class NameTable:
 
     def to_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {self.ours(name): value for name, value in state.items()}
+
+
+def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return what is under a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict without the prefixes that DistributedDataParallel and torch.compile put in front of names."""
+    return {re.sub("^(module\\.|_orig_mod\\.)+", "", str(name)): value for name, value in state.items()}
 
 
 def _apply(rules: list[tuple[re.Pattern[str], str]], name: str) -> str:

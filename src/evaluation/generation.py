@@ -3,7 +3,7 @@
 Legend: B batch, S side of the images, px.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,17 +98,22 @@ def score_sets(
             raise UserError(
                 f"{images.label} has {images.count} image: a Frechet distance needs at least 2. Generate more."
             )
-    sizes = {images.image_size for images in sets}
-    if len(sizes) > 1:
-        found = ", ".join(f"{images.label} {images.image_size} px" for images in sets)
-        raise UserError(f"The models make images of different sizes ({found}): score them in calls of their own.")
-    references = load_references(reference, sizes.pop(), networks, options, process)
+    size = common_size({images.label: images.image_size for images in sets})
+    references = load_references(reference, size, networks, options, process)
     results = []
     for images in sets:
         statistics = [GenerationStatistics(network, options.batch_size, images.count) for network in networks]
         _measure(statistics, images.batches(), images.count, images.label, process)
         results.append(all_scores(statistics, references, process.device) if process.main else {})
     return results
+
+
+def common_size(sizes: Mapping[str, int]) -> int:
+    """Return the image size of all models or sets, px, by their names. UserError where they differ."""
+    if len(set(sizes.values())) > 1:
+        found = ", ".join(f"{name} {size} px" for name, size in sizes.items())
+        raise UserError(f"The models make images of different sizes ({found}): score them in calls of their own.")
+    return next(iter(sizes.values()))
 
 
 def all_scores(

@@ -14,8 +14,7 @@ from src.core.errors import UserError
 from src.core.options import INCEPTION_FILE, LPIPS_FILES, FeatureOptions, LpipsOptions
 from src.core.precision import full_float32
 from src.core.weights import resolve
-from src.evaluation.protocol import stored
-from src.formats.checkpoint import with_current_keys
+from src.formats.checkpoint import stored, with_current_keys
 from src.losses.lpips import LPIPS
 from src.metrics.features import INCEPTION, FeatureNetwork, FeatureOutputs
 from src.metrics.inception import InceptionFeatures, InceptionWeights

@@ -8,18 +8,11 @@ from typing import Any, TypeVar
 from src.core.options import DataOptions
 from src.data.decode import Decoder, Exif
 from src.evaluation.images import MAX_MEGAPIXELS
+from src.formats.checkpoint import stored
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-def stored(config: Mapping[str, Any], key: str) -> Any:
-    """Return the value of a dotted key of a run's configuration; None where there is none."""
-    value: Any = config
-    for part in key.split("."):
-        value = (value or {}).get(part)
-    return value
 
 
 def choose(option: str, given: T | None, config: Mapping[str, Any], key: str, default: T) -> T:

@@ -80,7 +80,7 @@ def reconstruct(options: ReconstructionOptions, loaded: LoadedModel, inputs: Inp
         update = stack.enter_context(progress("batches", process.main))
         names = scores[0].quality_names if scores else ()
         files = _Files(stack, options, size, inputs.output_name, process, names)
-        score_images(counted(loader, len(loader), update), through, scores, process, [files])
+        score_images(counted(loader, len(loader), update), through, scores, process, [files.observe])
         shards = [shard for part in gather_on_main(writer.close() if writer is not None else []) for shard in part]
         total = scores[0].reduce().count if scores else sum(shard["count"] for shard in shards)
         if process.main and not total:
@@ -142,7 +142,8 @@ class _Files:
         kinds = {NPZ: False, ORIGINALS_NPZ: True} if self.compared else {NPZ: False}
         packed = [image_stack(self.output / file, size, process, kind) for file, kind in kinds.items()]
         self.packed = [stack.enter_context(part) for part in packed] if "npz" in self.wanted else []
-        self.observers: list[Observer] = [self.pairs, *self.packed, *([self.table] if "scores" in self.wanted else [])]
+        seen = [self.pairs, *self.packed, *([self.table] if "scores" in self.wanted else [])]
+        self.observers: list[Observer] = [part.observe for part in seen]
 
     def observe(self, variants: Sequence[ScoredBatch]) -> None:
         if not variants:  # latents alone
@@ -152,7 +153,7 @@ class _Files:
             for row, image in zip(batch.rows.tolist(), batch.decoded.cpu(), strict=True):
                 self.png.write(image, self.output / RECONSTRUCTIONS / f"{self.name(row)}.png")
         for observer in self.observers:
-            observer.observe(variants)
+            observer(variants)
 
     def finish(self, inputs: Inputs | None) -> list[Path]:
         """Write the files that are made at the end, and return all. On all ranks."""

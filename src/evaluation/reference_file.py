@@ -14,7 +14,8 @@ from src.evaluation.images import ALL, HELD_OUT, Images, centre_crops, open_imag
 from src.evaluation.networks import networks_of
 from src.evaluation.options import EvaluationOptions, ReferenceOptions
 from src.evaluation.per_image_files import image_stack
-from src.evaluation.protocol import decoder_of, stored
+from src.evaluation.protocol import decoder_of
+from src.formats.checkpoint import stored
 from src.formats.opening import DEFAULT_IMAGE_PX, run_config
 from src.metrics.fid import save_npz
 from src.metrics.generation import GenerationStatistics
@@ -51,7 +52,7 @@ def write_reference(options: ReferenceOptions, process: Process) -> tuple[int, s
                 statistics.update(batch["image"])
             statistics.reduce()
             if process.main:
-                save_npz(target, statistics, network.name, prepared.facts(), statistics.spatial)
+                save_npz(target, statistics.pool, network.name, prepared.facts(), statistics.spatial)
             more = " and, for sFID, mu_s and sigma_s" if statistics.spatial is not None else ""
             return statistics.count, f"mu and sigma{more} ({network.name}; {made_of})"
         with image_stack(target, size, process) as stack:

@@ -17,7 +17,7 @@ from src.core.images import Quantization, save_png
 from src.core.terminal import counted, progress
 from src.core.weights import resolve
 from src.evaluation import report_card
-from src.evaluation.generation import Reference, decoded_set, score_sets
+from src.evaluation.generation import Reference, common_size, decoded_set, score_sets
 from src.evaluation.image_pairs import COLUMNS, KeptPairs, contact_sheet, save_pairs
 from src.evaluation.images import Images, centre_crops, open_images
 from src.evaluation.networks import lpips_of, networks_of
@@ -25,9 +25,8 @@ from src.evaluation.options import EvaluationOptions
 from src.evaluation.per_image_files import CsvTable, ImageStack, image_stack
 from src.evaluation.protocol import choose, compare_precision, decoder_of
 from src.evaluation.reference_file import command_for
-from src.evaluation.scoring_pass import Observer, score_images
+from src.evaluation.scoring_pass import score_images
 from src.evaluation.variants import Reconstructions, share_encoders, variants_of
-from src.formats.checkpoint import LoadedModel
 from src.formats.opening import open_model
 from src.metrics.fid import Moments
 from src.metrics.reconstruction import ReconstructionScore
@@ -84,7 +83,8 @@ class Evaluation:
         share_encoders(self.models)
         config: Mapping[str, Any] = self.models[0].description["config"] or {}
         self.trained_on = config.get("data")
-        self.image_size, self.decoder = common_size(self.models), decoder_of(options, config)
+        sizes = {str(model.description["source"]): model.rae.geometry.image_size for model in self.models}
+        self.image_size, self.decoder = common_size(sizes), decoder_of(options, config)
         self.quantization: Quantization = choose(
             "quantization", options.quantization, config, "callbacks.rfid.quantization", "round"
         )
@@ -157,10 +157,9 @@ class Evaluation:
         """
         started, process, options = time.perf_counter(), self.process, self.options
         pairs, worst = KeptPairs(options.save_samples_count if output else 0), KeptPairs(options.worst, worst=True)
-        observers: list[Observer] = [pairs, worst, *([self.table] if options.csv else [])]
-        observers += [packed] if packed is not None else []
-        side_by_side = KeptPairs(COLUMNS, variants=len(self.variants))
-        observers += [side_by_side] if card is not None else []
+        side_by_side = KeptPairs(COLUMNS if card else 0, variants=len(self.variants))
+        observers = [pairs.observe, worst.observe, side_by_side.observe, *([self.table.observe] if options.csv else [])]
+        observers += [packed.observe] if packed is not None else []
         scores = [self._score(references)]
         scores += [self._score(scores[0].references) for _ in self.variants[1:]]  # they share the originals' features
         loader = centre_crops(images, self.image_size, self.decoder, options, process)
@@ -212,15 +211,6 @@ class Evaluation:
 
     def _score(self, references: Mapping[str, Moments]) -> ReconstructionScore:
         return ReconstructionScore(self.networks, self.options.batch_size, self.lpips, self.quantization, references)
-
-
-def common_size(models: Sequence[LoadedModel]) -> int:
-    """Return the image size of all models, px. UserError where they differ."""
-    sizes = {str(model.description["source"]): model.rae.geometry.image_size for model in models}
-    if len(set(sizes.values())) > 1:
-        found = ", ".join(f"{name} {size} px" for name, size in sizes.items())
-        raise UserError(f"The models make images of different sizes ({found}): score them in calls of their own.")
-    return next(iter(sizes.values()))
 
 
 def output_folders(output: str | None, data_dirs: Sequence[str]) -> list[Path | None]:

@@ -52,8 +52,10 @@ def sample(
     flow = generator.flow
     sampler = Sampler(generator.network, settings, flow.prediction, flow.t_eps, generator.shift, options.seed, weaker)
     labels = labels_of(options.labels, options.seed, options.num_images, generator.network.num_classes)
-    shape = (options.num_images, rae.geometry.image_size, rae.geometry.image_size, 3)
-    work = Blocks(output, shape, rae.latent_shape if options.latents else None, options.batch_size, process)
+    size = rae.geometry.image_size
+    files: dict[str, Any] = {"images": (np.uint8, (size, size, 3))}
+    files |= {"latents": (np.float32, rae.latent_shape)} if options.latents else {}
+    work = Blocks(output, options.num_images, files, options.batch_size, process)
     work.open({**settings.model_dump(), **_facts(generator, guide, options)}, options.overwrite)
     mine = work.remaining()
     for number, indices in enumerate(mine):
@@ -62,11 +64,11 @@ def sample(
         work.write(indices, *draw(sampler, rae, indices, labels, process.device, options.decode_batch, half))
     wait_for_all()
     if process.main:
-        work.finish(labels)
+        work.pack("images", "arr_0", output, labels)
         if options.grid is not None:
             save_png(grid(output, labels), options.grid)
         if options.latents is not None:
-            work.save_latents(options.latents, labels)
+            work.pack("latents", "latents", options.latents, labels)
         work.remove()
     wait_for_all()
     return settings
@@ -119,14 +121,15 @@ def describe(generator: Generator, options: SampleOptions) -> str:
 
 
 class Blocks:
-    """The half-made file: images in place, and which blocks are done. A block is `size` indices in a row."""
+    """Half-made files: images, and latents, in place, and which blocks are done. A block is `size` indices in a row."""
 
     def __init__(
-        self, output: Path, shape: tuple[int, ...], latents: tuple[int, int, int] | None, size: int, process: Process
+        self, output: Path, count: int, files: dict[str, tuple[type, tuple[int, int, int]]], size: int, process: Process
     ) -> None:
-        self.output, self.shape, self.size, self.process = output, shape, size, process
+        """`files`: type and shape of what they hold of an image, by name."""
+        self.output, self.count, self.files, self.size, self.process = output, count, files, size, process
         self.folder = output.with_name(f".{output.name}.parts")
-        self.latents = latents
+        self._bytes = {name: int(np.prod(shape)) * np.dtype(kind).itemsize for name, (kind, shape) in files.items()}
         self._journal = self.folder / f"done.{process.rank}"
 
     def open(self, settings: dict[str, Any], overwrite: bool) -> None:
@@ -147,24 +150,24 @@ class Blocks:
             if found != said:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 self.folder.mkdir(parents=True)
-                for name, entry in self._files().items():
+                for name, entry in self._bytes.items():
                     with open(self.folder / name, "wb") as file:
-                        file.truncate(self.shape[0] * entry)
+                        file.truncate(self.count * entry)
                 write_text(self.folder / "settings.json", json.dumps(said))
         wait_for_all()
-        self._open = {name: os.open(self.folder / name, os.O_RDWR) for name in self._files()}
+        self._open = {name: os.open(self.folder / name, os.O_RDWR) for name in self.files}
 
     def remaining(self) -> list[np.ndarray]:
         """Return the indices of this rank's blocks that are not done yet."""
         done = {int(line) for file in self.folder.glob("done.*") for line in file.read_text().split("\n")[:-1]}
         wait_for_all()  # all have read before anyone writes
-        left = [block for block in blocks(self.shape[0], self.size) if int(block[0]) not in done]
+        left = [block for block in blocks(self.count, self.size) if int(block[0]) not in done]
         return left[self.process.rank :: self.process.world]
 
     def write(self, indices: np.ndarray, images: Tensor, latents: Tensor) -> None:
         """Put a block in place: uint8 B x 3 x H x W, float32 B x C x h x w; then note that it is done."""
         data = {"images": images.permute(0, 2, 3, 1), "latents": latents}
-        for name, entry in self._files().items():
+        for name, entry in self._bytes.items():
             content = data[name].contiguous().cpu().numpy().tobytes()
             _write_at(self._open[name], content, int(indices[0]) * entry, self.output)
             os.fsync(self._open[name])
@@ -173,27 +176,16 @@ class Blocks:
             journal.flush()
             os.fsync(journal.fileno())
 
-    def finish(self, labels: np.ndarray) -> None:
-        """Pack the npz. On rank 0."""
-        images = np.memmap(self.folder / "images", np.uint8, "r", shape=self.shape)
-        with replacing(self.output) as file:
-            np.savez(file, arr_0=images, labels=labels)
-
-    def save_latents(self, target: Path, labels: np.ndarray) -> None:
-        """Write `latents` (float32 N x C x h x w, normalised) and `labels` into an npz. On rank 0."""
-        assert self.latents is not None
-        latents = np.memmap(self.folder / "latents", np.float32, "r", shape=(self.shape[0], *self.latents))
+    def pack(self, name: str, key: str, target: Path, labels: np.ndarray) -> None:
+        """Write one of `files` as array `key` of an npz, beside `labels`. On rank 0."""
+        kind, shape = self.files[name]
         with replacing(target) as file:
-            np.savez(file, latents=latents, labels=labels)
+            content = np.memmap(self.folder / name, kind, "r", shape=(self.count, *shape))
+            np.savez(file, **{key: content}, labels=labels)  # type: ignore[arg-type]  # numpy's stub
 
     def remove(self) -> None:
         """Delete the half-made file. On rank 0."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _files(self) -> dict[str, int]:
-        """Bytes of an image in each file."""
-        files = {"images": int(np.prod(self.shape[1:]))}
-        return files | ({"latents": 4 * int(np.prod(self.latents))} if self.latents else {})
 
 
 def grid(samples: Path, labels: np.ndarray) -> Tensor:

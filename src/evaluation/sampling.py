@@ -75,12 +75,6 @@ class Guidance:
     t_min: float = 0.0
     t_max: float = 1.0
 
-    def __post_init__(self) -> None:
-        if self.scale < 1:
-            raise UserError(f"Guidance scale {self.scale}: expected at least 1 (1: no guidance).")
-        if self.t_min > self.t_max:
-            raise UserError(f"Guidance from t_min={self.t_min} to t_max={self.t_max}: t_min must not exceed t_max.")
-
     def used_at(self, t: Tensor) -> bool:
         """Return whether any of the times needs the weak side."""
         return self.scale > 1 and bool(_inside(t, self.t_min, self.t_max).any())

@@ -5,7 +5,7 @@ Legend: B batch, H, W image px. Images are uint8 B x 3 x H x W, reconstructions 
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,12 +29,8 @@ class ScoredBatch:
     """psnr, ssim and lpips (or lpips_untrained), as far as they were asked for, each (B,)."""
 
 
-class Observer(Protocol):
-    """Sees every batch once it is scored."""
-
-    def observe(self, variants: Sequence[ScoredBatch]) -> None:
-        """Take in one entry for each variant, of the same images."""
-        ...
+Observer = Callable[[Sequence[ScoredBatch]], None]
+"""Sees every batch once it is scored: an entry for each variant, of the same images."""
 
 
 @torch.no_grad()
@@ -59,4 +55,4 @@ def score_images(
             if observers:
                 scored.append(ScoredBatch(places, batch["index"], images, score.to_bytes(output), values))
         for observer in observers:
-            observer.observe(scored)
+            observer(scored)

@@ -13,6 +13,7 @@ from pydantic import Field
 from src.core.errors import UserError
 from src.core.geometry import Pixels
 from src.core.json_files import Document, check_json
+from src.core.key_mapping import below
 from src.core.settings import Settings
 from src.core.weights import freeze, load_strict, read, resolve
 from src.models.encoder_presets import expand_encoder
@@ -112,9 +113,7 @@ def load_trained(path: str | Path, which: Which = "ema", changes: Mapping[str, A
     stored = content["encoder"]
     require_same_encoder(rae.encoder, stored, file)
     state = content["state_dict"]
-    prefix = _PREFIX[which]
-    decoder = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    load_strict(rae.decoder, decoder, file)
+    load_strict(rae.decoder, below(state, _PREFIX[which]), file)
     rae.set_statistics(state.get("rae.latent_mean"), state.get("rae.latent_var"))
     freeze(rae)
     facts = {"weights": which, "step": content["global_step"], "epoch": content["epoch"], "config": content["config"]}
@@ -143,6 +142,13 @@ def existing(path: str | Path, key: str = "--checkpoint") -> Path:
     beside = sorted(other.name for other in file.parent.glob("*.ckpt")) if file.parent.is_dir() else []
     hint = f"That folder has {', '.join(beside)}." if beside else "Checkpoints lie in logs/runs/DATE/TIME/checkpoints."
     raise UserError(f"Checkpoint not found: {file} (from {key}). {hint}")
+
+
+def stored(config: Any, key: str) -> Any:
+    """Return the value of a dotted key of nested mappings; None where there is none."""
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else None
+    return config
 
 
 def statistics_digest(rae: RAE) -> str | None:

@@ -16,12 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from src.core.errors import UserError
 from src.core.geometry import Pixels
 from src.core.json_files import read_json
+from src.core.key_mapping import below, unwrapped
 from src.core.settings import Settings
 from src.core.weights import load_strict, read, require, resolve
 from src.formats import diffusers_layout
@@ -41,7 +43,6 @@ RECORD = "rae_export.json"
 STATISTICS = "stats.pt"
 """Latent statistics in the official format, beside every export of a model that has them."""
 _POSITIONS = "decoder_pos_embed"
-_WRAPPERS = ("module.", "_orig_mod.")
 _STATES = ("ema", "state_dict", "model_state_dict", "model", "decoder")
 """Keys under which files of others keep a state dict; `ema` is that of official training checkpoints."""
 
@@ -67,10 +68,8 @@ def kind_of(path: str | Path, key: str) -> tuple[Kind | None, Path]:
         UserError: nothing there, or a folder of another kind. `key` is the config key or option that named it.
     """
     place = resolve(path)
-    if (
-        place.name in (FOLDER_WEIGHTS, diffusers_layout.WEIGHTS, "config.json")
-        and (place.parent / "config.json").is_file()
-    ):
+    known = (FOLDER_WEIGHTS, diffusers_layout.WEIGHTS, "config.json")
+    if place.name in known and (place.parent / "config.json").is_file():
         place = place.parent
     if not place.is_dir():
         return None, require(path, "Decoder, export or checkpoint", key)
@@ -85,8 +84,7 @@ def kind_of(path: str | Path, key: str) -> tuple[Kind | None, Path]:
         return "folder", place
     found = config.get("_class_name") or config.get("model_type") or "no config.json of either kind"
     raise UserError(
-        f"{key}={path} is a folder with {found}. Expected a decoder file (.pt, .ckpt, .safetensors), a folder "
-        "written by "
+        f"{key}={path} is a folder with {found}. Expected a decoder file (.pt, .ckpt, .safetensors), a folder written by "
         f"`src/export.py --format folder`, or a diffusers {diffusers_layout.CLASS} folder."
     )
 
@@ -102,20 +100,15 @@ def read_decoder(path: str | Path, key: str = "model.pretrained_decoder_path") -
         return _from_diffusers(place)
     if kind == "folder":
         config = read_folder_config(place)
-        state = _below(read(place / FOLDER_WEIGHTS), "decoder.")
+        state = below(read(place / FOLDER_WEIGHTS), "decoder.")
         denormalize = config["model"]["decoder_denormalize"]
         return DecoderFile(place, "folder", state, config["decoder"], denormalize, config["encoder"])
     content = read(place)
-    if isinstance(content, Mapping) and "format_version" in content and "state_dict" in content:
+    if _is_checkpoint(content):
         check_parts(content, place)
-        sizes = {
-            k.removeprefix("decoder config: "): v
-            for k, v in content.get("architecture", {}).items()
-            if k.startswith("decoder config: ")
-        }
-        state = _below(content["state_dict"], "ema_decoder.")
-        denormalize = content.get("architecture", {}).get("model.decoder_denormalize")
-        return DecoderFile(place, "checkpoint", state, sizes, denormalize, content["encoder"])
+        said = content.get("architecture", {})
+        state, sizes = below(content["state_dict"], "ema_decoder."), below(said, "decoder config: ")
+        return DecoderFile(place, "checkpoint", state, sizes, said.get("model.decoder_denormalize"), content["encoder"])
     return DecoderFile(place, "official", _official(content, place))
 
 
@@ -144,11 +137,8 @@ def load_decoder(decoder: ViTDecoder, path: str | Path, denormalize: bool, encod
     if differing:
         log.warning(
             "%s was trained with another encoder (%s): %s there, %s here.",
-            file.path,
-            ", ".join(differing),
-            file.encoder,
-            dict(encoder),
-        )
+            file.path, ", ".join(differing), file.encoder, dict(encoder),
+        )  # fmt: skip
     state = file.state
     if _POSITIONS in state:
         state = state | {_POSITIONS: fit_positions(state[_POSITIONS], decoder.grid, str(file.path))}
@@ -156,30 +146,62 @@ def load_decoder(decoder: ViTDecoder, path: str | Path, denormalize: bool, encod
     log.info("Decoder from %s (%s).", file.path, file.kind)
 
 
-def read_statistics_content(path: str | Path) -> tuple[Any, Path]:
-    """Return what a statistics file says (`mean`, `var`, perhaps `encoder`), or what an export or a checkpoint holds of it."""
-    place = resolve(path)
-    if not place.is_dir():
-        file = require(path, "Latent statistics", "model.normalization_stat_path")
+def read_statistics(
+    path: str | Path, shape: tuple[int, int, int], identity: Mapping[str, Any]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return `mean` and `var` (None: absent) of a statistics file in the official format, an export or a checkpoint.
+
+    Raises:
+        UserError: neither is there, another shape than `shape`, complex or not finite, a negative or all-zero variance,
+            or an encoder identity beside them that differs from `identity`.
+    """
+    file, key = resolve(path), "model.normalization_stat_path"
+    if file.is_dir():
+        kind, file = kind_of(path, key)
+        if (file / STATISTICS).is_file():
+            file = file / STATISTICS
+            content = read(file)
+        else:
+            weights = diffusers_layout.read_weights(file) if kind == "diffusers" else {}
+            content = dict(zip(("mean", "var"), diffusers_layout.statistics(weights, file) or (), strict=False))
+    else:
+        file = require(path, "Latent statistics", key)
         content = read(file)
-        if isinstance(content, Mapping) and "format_version" in content and "state_dict" in content:
+        if _is_checkpoint(content):
             check_parts(content, file)
-            state = content["state_dict"]
-            content = {
-                "mean": state.get("rae.latent_mean"),
-                "var": state.get("rae.latent_var"),
-                "encoder": content["encoder"],
+            content = {name: content["state_dict"].get(f"rae.latent_{name}") for name in ("mean", "var")} | {
+                "encoder": content["encoder"]
             }
-            _require_statistics(content["var"] if content["mean"] is None else content["mean"], file)
-        return content, file
-    kind, place = kind_of(path, "model.normalization_stat_path")
-    if (place / STATISTICS).is_file():
-        return read(place / STATISTICS), place / STATISTICS
-    state = diffusers_layout.read_weights(place) if kind == "diffusers" else {}
-    found = diffusers_layout.statistics(state, place)
-    _require_statistics(found, place)
-    assert found is not None
-    return {"mean": found[0], "var": found[1]}, place
+    mean, var = (content.get("mean"), content.get("var")) if isinstance(content, Mapping) else (None, None)
+    if mean is None and var is None:
+        found = f"keys {sorted(map(str, content))[:8]}" if isinstance(content, Mapping) else type(content).__name__
+        raise UserError(
+            f"{file} has no latent statistics: expected a dictionary with `mean` and `var`, found {found}. Set {key} to a "
+            "file that `python src/latent_stats.py` wrote, or to null."
+        )
+    if problem := statistics_problem(mean, var, shape):
+        raise UserError(f"{file}: {problem} Use statistics of this encoder and size (`python src/latent_stats.py`).")
+    if differing := identity_differences(stored := content.get("encoder") or identity, identity):
+        differing = [f"{name}: file {stored.get(name)!r}, model {identity[name]!r}" for name in differing]
+        raise UserError(
+            f"{file} was made with another encoder ({'; '.join(differing)}). Compute its own with `python src/latent_stats.py`."
+        )
+    return mean, var
+
+
+def statistics_problem(mean: Any, var: Any, shape: tuple[int, int, int]) -> str | None:
+    """Return what is wrong with latent statistics for latents of `shape` (C, h, w); None where nothing is."""
+    for name, tensor in (("mean", mean), ("var", var)):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            return f"`{name}` is {got}; this model's latents are {shape} (C x h x w)."
+        if tensor.is_complex() or not torch.isfinite(tensor).all():
+            return f"`{name}` holds numbers that are complex, NaN or infinite."
+    if var is not None and ((var < 0).any() or not var.any()):
+        return f"`var` is {'zero everywhere' if not var.any() else f'negative (smallest: {var.min().item():g})'}."
+    return None
 
 
 class FolderModel(Settings):
@@ -213,10 +235,14 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def _from_diffusers(folder: Path) -> DecoderFile:
     config = diffusers_layout.read_config(folder)
-    state = diffusers_layout.DECODER.to_ours(_below(diffusers_layout.read_weights(folder), "decoder."))
+    state = diffusers_layout.DECODER.to_ours(below(diffusers_layout.read_weights(folder), "decoder."))
     state[_POSITIONS] = sincos_positions(config["decoder_hidden_size"], diffusers_layout.grid(config))[None]
     encoder = read_record(folder).get("encoder") or {}
     return DecoderFile(folder, "diffusers", state, diffusers_layout.decoder_config(config), True, encoder)
+
+
+def _is_checkpoint(content: Any) -> bool:
+    return isinstance(content, Mapping) and {"format_version", "state_dict"} <= content.keys()
 
 
 def _official(content: Any, file: Path) -> dict[str, Tensor]:
@@ -230,28 +256,10 @@ def _official(content: Any, file: Path) -> dict[str, Tensor]:
     while key := next((key for key in _STATES if isinstance(content.get(key), Mapping)), None):
         log.info("%s: the weights under %r are taken.", file, key)
         content = content[key]
-    state = {_unwrapped(str(name)): value for name, value in content.items()}
+    state = unwrapped(content)
     if any(name.startswith("decoder.decoder_layers.") for name in state):
-        state = _below(state, "decoder.")
+        state = below(state, "decoder.")
     if not any(name.startswith("decoder_layers.") for name in state):
         names = ", ".join(sorted(state)[:6])
         raise UserError(f"{file} holds no decoder: no `decoder_layers.*` among its names ({names} …).")
     return state
-
-
-def _unwrapped(name: str) -> str:
-    while name.startswith(_WRAPPERS):
-        name = name.split(".", 1)[1]
-    return name
-
-
-def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-def _require_statistics(found: Any, place: Path) -> None:
-    if found is None:
-        raise UserError(
-            f"{place} has no latent statistics. Set model.normalization_stat_path to a file that `python "
-            "src/latent_stats.py` wrote, or to null."
-        )

@@ -21,11 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from src.core.errors import UserError
+from src.core.key_mapping import below
 from src.core.weights import freeze, read
 from src.formats import diffusers_layout
 from src.formats.checkpoint import LoadedModel
 from src.formats.decoder_files import STATISTICS, read_record
 from src.formats.diffusers_layout import FAMILIES, HEAD_WIDTH, Family
+from src.models.encoder_presets import source_key
 from src.models.frozen_encoder import FrozenEncoder, is_untrained
 from src.models.positions import are_fixed
 from src.models.rae import RAE
@@ -106,10 +108,11 @@ def write_diffusers(
         )
     family = next(f for f in FAMILIES if f.encoder_cls == type(rae.encoder).__name__)
     published_names = published_names or family.name == "siglip2"
-    state = {
-        "encoder." + name: value.to(dtype) for name, value in _encoder_out(rae.encoder, family, published_names).items()
-    }
-    state |= {"decoder." + name: value.to(dtype) for name, value in _decoder_out(rae).items()}
+    encoder = _encoder_out(rae.encoder, family, published_names)
+    decoder = diffusers_layout.DECODER.to_theirs(rae.decoder.state_dict())
+    del decoder["decoder_pos_embed"]
+    state = {f"encoder.{name}": value.to(dtype) for name, value in encoder.items()}
+    state |= {f"decoder.{name}": value.to(dtype) for name, value in decoder.items()}
     mean, std = _statistics_out(rae)
     plain = {"encoder_mean": rae.image_mean, "encoder_std": rae.image_std, "_latents_mean": mean, "_latents_std": std}
     state |= {name: value.float() for name, value in plain.items()}
@@ -149,15 +152,11 @@ def _config_out(rae: RAE, family: Family) -> dict[str, Any]:
 
 
 def _encoder_out(encoder: FrozenEncoder, family: Family, published_names: bool) -> dict[str, Tensor]:
-    installed = encoder.model.state_dict()
-    published = {family.names.theirs(name): (name, value) for name, value in installed.items()}
-    kept = {name: pair for name, pair in published.items() if not name.startswith(family.unused_norm + ".")}
-    return {name if published_names else own: value for name, (own, value) in kept.items()}
-
-
-def _decoder_out(rae: RAE) -> dict[str, Tensor]:
-    state = diffusers_layout.DECODER.to_theirs(rae.decoder.state_dict())
-    del state["decoder_pos_embed"]
+    state = {}
+    for name, value in encoder.model.state_dict().items():
+        published = family.names.theirs(name)
+        if not published.startswith(family.unused_norm + "."):
+            state[published if published_names else name] = value
     return state
 
 
@@ -174,9 +173,8 @@ def _statistics_out(rae: RAE) -> tuple[Tensor, Tensor]:
 def _remarks(family: Family, published_names: bool) -> list[str]:
     if family.name == "siglip2":
         return [
-            f"diffusers {VERSION} can't load SigLIP2 with transformers 5 (SiglipVisionModel lost `vision_model`). "
-            "The files are right: "
-            "they load with transformers 4, or with a diffusers that has caught up."
+            f"diffusers {VERSION} can't load SigLIP2 with transformers 5 (SiglipVisionModel lost `vision_model`). The files are "
+            "right: they load with transformers 4, or with a diffusers that has caught up."
         ]
     names = "transformers 4 and the hub's files" if published_names else "the installed transformers"
     other = "" if published_names else " For diffusers with transformers 4 export with --published_names."
@@ -205,7 +203,7 @@ def read_diffusers(folder: str | Path) -> LoadedModel:
         rae = RAE(
             encoder_cls=family.encoder_cls,
             encoder_config_path=place,
-            encoder_params={family.source_key: place},
+            encoder_params={source_key(family.encoder_cls): place},
             decoder_config_path=diffusers_layout.decoder_config(config),
             decoder_patch_size=config["patch_size"],
             encoder_input_size=config["encoder_input_size"],
@@ -243,10 +241,8 @@ def _write_encoder(place: Path, family: Family, config: Mapping[str, Any], state
     """Write the encoder as a folder that transformers loads, which is how our classes take their weights."""
     width = config["encoder_hidden_size"]
     names = family.names
-    found = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
-    found = {
-        names.theirs(names.ours(name)): value for name, value in found.items()
-    }  # to the hub's, from either spelling
+    # to the hub's names, from either spelling
+    found = {names.theirs(names.ours(name)): value for name, value in below(state, "encoder.").items()}
     found[family.unused_norm + ".weight"], found[family.unused_norm + ".bias"] = torch.ones(width), torch.zeros(width)
     save_file(found, place / "model.safetensors", metadata={"format": "pt"})
     transformers = {

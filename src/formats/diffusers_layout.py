@@ -153,8 +153,6 @@ class Family:
 
     name: str
     encoder_cls: str
-    source_key: str
-    """The argument of our class that names the folder."""
     fixed: Mapping[str, Any]
     """Values of the transformers config."""
     names: NameTable
@@ -179,7 +177,6 @@ FAMILIES = (
     Family(
         "dinov2",
         "Dinov2withNorm",
-        "dinov2_path",
         {"image_size": 518, "mlp_ratio": 4, "num_register_tokens": 4, "layer_norm_eps": 1e-6, "use_swiglu_ffn": False,
          "hidden_act": "gelu", "qkv_bias": True, "num_channels": 3},
         NameTable(_attention("encoder.layer", "encoder.layer")),
@@ -189,7 +186,6 @@ FAMILIES = (
     Family(
         "mae",
         "MAEwNorm",
-        "model_name",
         {"image_size": 224, "intermediate_size": 3072, "layer_norm_eps": 1e-12, "hidden_act": "gelu", "qkv_bias": True,
          "num_channels": 3},
         NameTable(
@@ -207,7 +203,6 @@ FAMILIES = (
     Family(
         "siglip2",
         "SigLIP2wNorm",
-        "model_name",
         {"image_size": 256, "intermediate_size": 3072, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh",
          "num_channels": 3},
         NameTable([("**", "vision_model.**")]),

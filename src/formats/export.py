@@ -5,7 +5,6 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -25,34 +24,33 @@ log = logging.getLogger(__name__)
 Format = Literal["official", "diffusers", "folder"]
 
 
-@dataclass(frozen=True)
-class ExportOptions:
-    format: Format
-    dtype: Literal["fp32", "bf16", "fp16"]
-    with_encoder: bool
-    """Of `folder`; `diffusers` always has it, `official` never."""
-    published_names: bool
-    """Of `diffusers`: name the encoder's parameters as transformers 4 does."""
-    overwrite: bool
-
-
 def export(
-    loaded: LoadedModel, output: Path, options: ExportOptions, score_files: Sequence[str | Path] = ()
+    loaded: LoadedModel,
+    output: Path,
+    format: Format,
+    dtype: str = "fp32",
+    with_encoder: bool = False,
+    published_names: bool = False,
+    overwrite: bool = False,
+    score_files: Sequence[str | Path] = (),
 ) -> list[str]:
     """Write the export, its statistics, record and model card; returns what its user should know.
+
+    Args:
+        with_encoder: of `folder`; `diffusers` always has it, `official` never.
+        published_names: of `diffusers`: name the encoder's parameters as transformers 4 does.
 
     Raises:
         UserError: something is at `output` already, it can't be written, or the format can't hold the model.
     """
-    facts = provenance(loaded, score_files) | {"format": options.format, "dtype": options.dtype}
-    dtype = DTYPES[options.dtype]
-    with new_folder(output, options.overwrite) as folder:
-        if options.format == "official":
-            remarks = write_official(loaded.rae, folder, dtype)
-        elif options.format == "diffusers":
-            remarks = write_diffusers(loaded.rae, folder, dtype, options.published_names)
+    facts = provenance(loaded, score_files) | {"format": format, "dtype": dtype}
+    with new_folder(output, overwrite) as folder:
+        if format == "official":
+            remarks = write_official(loaded.rae, folder, DTYPES[dtype])
+        elif format == "diffusers":
+            remarks = write_diffusers(loaded.rae, folder, DTYPES[dtype], published_names)
         else:
-            remarks = write_folder(loaded, folder, dtype, options.with_encoder)
+            remarks = write_folder(loaded, folder, DTYPES[dtype], with_encoder)
         write_own_statistics(loaded.rae, folder, loaded.description["encoder"])
         facts |= {"remarks": remarks, "files": file_hashes(folder)}
         write_record(facts, folder)

@@ -9,7 +9,6 @@ Legend: C latent channels, h = w latent grid.
 
 import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,19 @@ from transformers.utils.logging import disable_progress_bar
 from src.core.errors import UserError
 from src.core.json_files import read_json
 from src.core.weights import freeze, load_strict, read
-from src.formats.checkpoint import LoadedModel
-from src.formats.decoder_files import FOLDER_FORMAT, FOLDER_VERSION, FOLDER_WEIGHTS, read_folder_config, read_record
+from src.formats.checkpoint import LoadedModel, stored
+from src.formats.decoder_files import (
+    FOLDER_FORMAT,
+    FOLDER_VERSION,
+    FOLDER_WEIGHTS,
+    read_folder_config,
+    read_record,
+    statistics_problem,
+)  # fmt: skip
+from src.formats.diffusers_layout import WEIGHTS
+from src.models.encoder_presets import source_key
 from src.models.frozen_encoder import is_untrained, require_same_encoder
-from src.models.rae import RAE, SOURCE_KEYS, source_key, statistics_problem
+from src.models.rae import RAE
 
 log = logging.getLogger(__name__)
 
@@ -64,15 +72,12 @@ def write_folder(
     }
     state |= {name: value.cpu().clone() for name in _STATISTICS if (value := getattr(rae, name)) is not None}
     save_file(state, folder / FOLDER_WEIGHTS, metadata={"format": "pt"})
-    if with_encoder:
-        _write_encoder(rae, folder / ENCODER, dtype)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if with_encoder:
+        _write_encoder(rae, folder / ENCODER, dtype)
         return []
-    source = params[source_key(params)]
-    return [
-        f"The encoder is not in this folder: it is loaded from {source}, and compared with the one of the training."
-    ]
+    place = rae.encoder.source
+    return [f"The encoder is not in this folder: it is loaded from {place}, and compared with the one of the training."]
 
 
 def read_folder(folder: str | Path, encoder: str | None = None) -> LoadedModel:
@@ -86,20 +91,17 @@ def read_folder(folder: str | Path, encoder: str | None = None) -> LoadedModel:
     """
     folder = Path(folder)
     config = read_folder_config(folder)
-    model, stored = config["model"], config["encoder"]
-    params = dict(model["encoder_params"])
-    key = source_key(params)
-    inside = folder / ENCODER
-    if encoder is not None:
-        params[key] = encoder
-    elif params[key] is None:
-        params |= {key: str(inside)}
+    model, identity = config["model"], config["encoder"]
+    key, inside = source_key(model["encoder_cls"]), folder / ENCODER
+    place = encoder or model["encoder_params"].get(key) or str(inside)
+    params = model["encoder_params"] | {key: place}
     state = read(folder / FOLDER_WEIGHTS)
     rae = RAE(
-        encoder_config_path=params[key], encoder_params=params, decoder_config_path=config["decoder"],
+        encoder_config_path=place, encoder_params=params, decoder_config_path=config["decoder"],
         **{name: value for name, value in model.items() if name != "encoder_params"},
     )  # fmt: skip
-    load_strict(rae.decoder, {n.removeprefix("decoder."): v for n, v in state.items() if n not in _STATISTICS}, folder)
+    decoder = {name.removeprefix("decoder."): value for name, value in state.items() if name not in _STATISTICS}
+    load_strict(rae.decoder, decoder, folder)
     if statistics := {name: state[name] for name in _STATISTICS if name in state}:
         mean, var = (statistics.get(name) for name in _STATISTICS)
         if problem := statistics_problem(mean, var, rae.latent_shape):
@@ -107,37 +109,28 @@ def read_folder(folder: str | Path, encoder: str | None = None) -> LoadedModel:
         rae.set_statistics(mean, var)
     for name in ("image_mean", "image_std"):
         getattr(rae, name).copy_(torch.tensor(config[name]).view(1, 3, 1, 1))
-    rae.encoder.untrained = is_untrained(stored)
-    if not _was_rounded(config, params[key], inside):
-        require_same_encoder(rae.encoder, stored, folder)
+    rae.encoder.untrained = is_untrained(identity)
+    if not (place == str(inside) and _was_rounded(inside)):
+        require_same_encoder(rae.encoder, identity, folder)
     if rae.encoder.untrained:
         log.warning("%s: its encoder is UNTRAINED: random weights, not a result.", folder)
     freeze(rae)
-    return LoadedModel.of(rae, folder, stored, read_record(folder))
+    return LoadedModel.of(rae, folder, identity, read_record(folder))
 
 
 def _encoder_params(loaded: LoadedModel, with_encoder: bool) -> dict[str, Any]:
     """Return the arguments of the encoder's class; its place is null where the folder holds it."""
     encoder = loaded.rae.encoder
-    config = (loaded.description.get("config") or {}).get("model") or {}
-    params: dict[str, Any] = dict(config.get("encoder_params") or loaded.description.get("encoder_params") or {})
-    key = next(
-        (key for key in SOURCE_KEYS if key in params),
-        "dinov2_path" if type(encoder).__name__ == "Dinov2withNorm" else "model_name",
-    )
-    params |= {
-        key: None if with_encoder else encoder.source,
-        "layers": list(encoder.layers),
-        "layer_fusion": encoder.layer_fusion,
-    }
-    if with_encoder:
-        params.pop("weights", None)
-        params.pop("seed", None)
-    elif Path(encoder.source).is_dir() and Path(encoder.source, "diffusion_pytorch_model.safetensors").is_file():
+    said = stored(loaded.description, "config.model.encoder_params") or loaded.description.get("encoder_params") or {}
+    left_out = ("weights", "seed") if with_encoder else ()
+    params = {name: value for name, value in said.items() if name not in left_out}
+    if not with_encoder and Path(encoder.source, WEIGHTS).is_file():
         raise UserError(
             "This model's encoder comes out of a diffusers folder and lies nowhere else: export with --with_encoder."
         )
-    return params
+    place = None if with_encoder else encoder.source
+    chosen = {"layers": list(encoder.layers), "layer_fusion": encoder.layer_fusion}
+    return params | {source_key(type(encoder).__name__): place, **chosen}
 
 
 def _write_encoder(rae: RAE, folder: Path, dtype: torch.dtype) -> None:
@@ -147,16 +140,10 @@ def _write_encoder(rae: RAE, folder: Path, dtype: torch.dtype) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(means) + "\n")
 
 
-def _was_rounded(config: Mapping[str, Any], source: str, inside: Path) -> bool:
+def _was_rounded(inside: Path) -> bool:
     """Return whether the folder's own encoder is in half precision: its weights are rounded, so no digest can agree."""
-    if source != str(inside):
-        return False
     dtype = read_json(inside / "config.json").get("dtype")
-    rounded = dtype not in (None, "float32") or any(
-        v.dtype != torch.float32 for v in read(inside / FOLDER_WEIGHTS).values()
-    )
-    if rounded:
-        log.info(
-            "%s: the encoder is stored in half precision; it is not compared with the one of the training.", inside
-        )
-    return rounded
+    if dtype in (None, "float32") and all(v.dtype == torch.float32 for v in read(inside / FOLDER_WEIGHTS).values()):
+        return False
+    log.info("%s: the encoder is stored in half precision; it is not compared with the one of the training.", inside)
+    return True

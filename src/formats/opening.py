@@ -1,17 +1,20 @@
-"""Open the model of an evaluation: a checkpoint of ours, a decoder file of others, or an exported folder."""
+"""Open the model of an evaluation, or the autoencoder of stage 2: a checkpoint of ours, a decoder file of others, an exported
+folder."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from src.core.errors import UserError
 from src.core.options import ModelOptions
+from src.core.settings import check_keys
 from src.core.weights import freeze, read
-from src.formats.checkpoint import LoadedModel, existing, load_trained
-from src.formats.decoder_files import kind_of
+from src.formats.checkpoint import LoadedModel, existing, load_trained, stored
+from src.formats.decoder_files import kind_of, read_statistics
 from src.formats.diffusers import read_diffusers
 from src.formats.folder import read_folder
-from src.models.encoder_presets import expand_encoder
-from src.models.rae import RAE, SOURCE_KEYS
+from src.models.encoder_presets import expand_encoder, source_key
+from src.models.rae import RAE
 
 DEFAULT_IMAGE_PX = 256
 
@@ -50,9 +53,12 @@ def _from_checkpoint(options: ModelOptions) -> LoadedModel:
     changes: dict[str, Any] = {}
     if options.encoder is not None:
         content = read(existing(options.checkpoint))
-        params = _model_config(content).get("encoder_params") or {}
-        key = next((key for key in SOURCE_KEYS if key in params), SOURCE_KEYS[-1])
-        changes = {"encoder_config_path": options.encoder, "encoder_params": {**params, key: options.encoder}}
+        model = stored(content, "config.model") or {}
+        place = {source_key(str(model.get("encoder_cls"))): options.encoder}
+        changes = {
+            "encoder_config_path": options.encoder,
+            "encoder_params": (model.get("encoder_params") or {}) | place,
+        }
     return load_trained(options.checkpoint, options.weights, changes)
 
 
@@ -73,18 +79,15 @@ def _from_decoder(options: ModelOptions) -> LoadedModel:
         decoder_denormalize=options.decoder_output == "normalized",
     )
     freeze(rae)
-    unknown = {"step": None, "epoch": None, "config": None}
-    return LoadedModel(
-        rae, {"source": str(place), "weights": "as stored", "encoder": rae.encoder.identity(), **unknown}
-    )
+    return LoadedModel.of(rae, place, rae.encoder.identity(), {"weights": "as stored"})
 
 
 def _encoder(options: ModelOptions) -> dict[str, Any]:
     """Return the arguments of `RAE` for the encoder: a preset's name, or a class and a place."""
     node = {"encoder_cls": options.encoder_cls, "encoder_params": {"layers": options.encoder_layers}}
     if options.encoder_cls is not None and options.encoder is not None:
-        key = "dinov2_path" if options.encoder_cls == "Dinov2withNorm" else "model_name"
-        params = {key: options.encoder, **({"layers": options.encoder_layers} if options.encoder_layers else {})}
+        params = {source_key(options.encoder_cls): options.encoder}
+        params |= {"layers": options.encoder_layers} if options.encoder_layers else {}
         return node | {"encoder_config_path": options.encoder, "encoder_params": params}
     try:
         return expand_encoder({"encoder": options.encoder or "", **node})
@@ -100,7 +103,7 @@ def run_config(checkpoint: str) -> Mapping[str, Any]:
     """Return the configuration of the run that wrote `checkpoint`. UserError where there is none."""
     file = existing(checkpoint)
     content = read(file)
-    if not _model_config(content):
+    if not stored(content, "config.model"):
         raise UserError(
             f"{file} is no checkpoint of this trainer. Expected a .ckpt from the checkpoints/ folder of a run. Without "
             "one drop --checkpoint and say --split, --image_size and --exif."
@@ -109,7 +112,46 @@ def run_config(checkpoint: str) -> Mapping[str, Any]:
     return config
 
 
-def _model_config(content: Any) -> Mapping[str, Any]:
-    """Return the node `model:`; empty where this is no checkpoint of ours: whoever loads it says so."""
-    config = content.get("config") if isinstance(content, Mapping) else None
-    return (config.get("model") or {}) if isinstance(config, Mapping) else {}
+def open_autoencoder(
+    where: str | Mapping[str, Any] | None, statistics: str | None = None, image_size: int | None = None
+) -> LoadedModel:
+    """Return a frozen RAE with latent statistics.
+
+    Args:
+        where: a `.ckpt` or an export of this trainer, a diffusers folder; or a mapping {encoder, decoder, statistics} of
+            released files, `encoder` a preset's name, or a place with `encoder_cls` beside it. Other options of
+            `ModelOptions` may stand in it.
+        statistics: a file, where the autoencoder has none or others are wanted.
+        image_size: px that its images must have; None: its own.
+
+    Raises:
+        UserError: files that are missing or don't fit, no statistics, another image size.
+    """
+    decoder = where.get("decoder") if isinstance(where, Mapping) else where
+    if decoder is None:
+        raise UserError(
+            "model.autoencoder is not set: give a .ckpt of stage 1, the folder of an export, or "
+            "released files: '{encoder: dinov2-b, decoder: model.pt, statistics: stat.pt}'."
+        )
+    if decoder is not where and (str(decoder).endswith(".ckpt") or kind_of(decoder, "model.autoencoder.decoder")[0]):
+        raise UserError(
+            f"model.autoencoder.decoder={decoder} says its encoder itself: set model.autoencoder={decoder} instead of a mapping."
+        )
+    if isinstance(where, str):
+        is_checkpoint = where.endswith(".ckpt")
+        _ = existing(where, "model.autoencoder") if is_checkpoint else kind_of(where, "model.autoencoder")
+        choice: dict[str, Any] = {"checkpoint" if is_checkpoint else "decoder": where}
+    else:
+        known = {"stats": "statistics"}
+        check_keys(where, [known.get(field.name, field.name) for field in fields(ModelOptions)], "model.autoencoder")
+        choice = {("stats" if key == "statistics" else str(key)): value for key, value in where.items()}
+    loaded = open_model(ModelOptions(**{**choice, "image_size": image_size}))
+    rae = loaded.rae
+    if statistics is not None:
+        rae.set_statistics(*read_statistics(statistics, rae.latent_shape, rae.encoder.identity()))
+    if not rae.has_statistics:
+        raise UserError(
+            f"The autoencoder {where} has no latent statistics. Make them with `python src/latent_stats.py --checkpoint CKPT "
+            "--data_dir IMAGES --output stats.pt` and set model.statistics=stats.pt."
+        )
+    return loaded

@@ -14,7 +14,7 @@ from src.core.files import file_digest
 from src.core.json_files import Document, read_json
 from src.core.run_names import git_state
 from src.core.weights import RANDOM, resolve
-from src.formats.checkpoint import LoadedModel
+from src.formats.checkpoint import LoadedModel, stored
 from src.formats.decoder_files import RECORD, read_record
 from src.models.frozen_encoder import is_untrained
 
@@ -66,20 +66,13 @@ _OPTIONAL = (dict[str, Any] | None, None)
 def untrained_parts(description: Mapping[str, Any], run: Mapping[str, Any] | None) -> list[str]:
     """Return the parts that were never trained, by name: whoever uses the model has to know."""
     parts = ["encoder"] if is_untrained(description["encoder"]) else []
-    if _at(description, "config", "model", "lpips_arch", "weights") in RANDOM:
+    if stored(description, "config.model.lpips_arch.weights") in RANDOM:
         parts.append("LPIPS (a loss of the training)")
-    if _at(description, "config", "model", "disc_arch", "arch", "weights") in RANDOM:
+    if stored(description, "config.model.disc_arch.arch.weights") in RANDOM:
         parts.append("the discriminator's trunk (a loss of the training)")
-    if description.get("step") == 0 or _at(run, "result", "step") == 0:
+    if description.get("step") == 0 or stored(run, "result.step") == 0:
         parts.append("decoder")
     return parts
-
-
-def _at(values: Any, *keys: str) -> Any:
-    """Return what nested mappings hold; None where one of them is none or has no such key."""
-    for key in keys:
-        values = values.get(key) if isinstance(values, Mapping) else None
-    return values
 
 
 def write_record(values: Mapping[str, Any], folder: Path) -> None:

@@ -15,11 +15,12 @@ from torch import Tensor
 from src.core.compose import compose
 from src.core.errors import UserError
 from src.core.files import write_torch
+from src.core.key_mapping import below, unwrapped
 from src.core.weights import freeze, load_strict, read, resolve
-from src.formats.autoencoder import open_autoencoder
 from src.formats.checkpoint import LoadedModel, existing, statistics_digest
 from src.formats.decoder_files import RECORD, read_record
 from src.formats.export import new_folder
+from src.formats.opening import open_autoencoder
 from src.formats.provenance import file_hashes, without_private_paths, write_record
 from src.losses.flow_matching import FlowSettings
 from src.models.dit import LatentTransformer, build_network
@@ -28,7 +29,6 @@ from src.models.rae import RAE
 
 FORMAT = "stage2"
 _OURS = "ema_network."
-_WRAPPERS = ("module.", "_orig_mod.")
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def open_generator(
         raise UserError(f"{file} is of latents of {_latent_shape(said)} (C x h x w), but {shape} are wanted.")
     flow = FlowSettings.parse(config["flow"], "model.flow")
     network = build_network(config["network"], shape, config["num_classes"], config["label_dropout"], seed=0)
-    load_strict(network, _own(content) if ours else foreign_weights(content, file), file)
+    load_strict(network, below(content["state_dict"], _OURS) if ours else foreign_weights(content, file), file)
     freeze(network)
     identity = {part: said[part] for part in ("encoder", "statistics")} if said else {}
     step = said["global_step"] if said else None
@@ -128,7 +128,7 @@ def foreign_weights(content: Any, file: object) -> dict[str, Tensor]:
         )
     if not isinstance(content, Mapping):
         raise UserError(f"{file} holds a {type(content).__name__}; expected a state dict or a training checkpoint.")
-    return {_unwrapped(str(name)): value for name, value in content.items()}
+    return unwrapped(content)
 
 
 def export_official(checkpoint: str | Path, output: Path, dtype: torch.dtype, overwrite: bool) -> None:
@@ -142,7 +142,8 @@ def export_official(checkpoint: str | Path, output: Path, dtype: torch.dtype, ov
     file = existing(checkpoint)
     content = read(file)
     config = content["config"]
-    state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in _own(content).items()}
+    averaged = below(content["state_dict"], _OURS)
+    state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in averaged.items()}
     v2 = config["model"]["network"]["name"] == "RAEv2DiT"
     name = "checkpoint.pt" if v2 else "stage2_model.pt"
     untrained = ["encoder"] * is_untrained(content["encoder"])
@@ -189,14 +190,3 @@ def _check_latents(content: Mapping[str, Any], loaded: LoadedModel, file: Path) 
             f"({'; '.join(differing)}). Give the autoencoder of the training, or one with the same encoder and statistics "
             "(--autoencoder)."
         )
-
-
-def _own(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    state = content["state_dict"]
-    return {name.removeprefix(_OURS): value for name, value in state.items() if name.startswith(_OURS)}
-
-
-def _unwrapped(name: str) -> str:
-    while name.startswith(_WRAPPERS):
-        name = name.split(".", 1)[1]
-    return name

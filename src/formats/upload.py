@@ -24,33 +24,20 @@ def push(folder: Path, repo_id: str, private: bool, api: Any | None = None) -> s
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message=f"Export {folder.name}")
-    except LocalTokenNotFoundError as error:
-        raise UserError(_no_token(repo_id)) from error
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        if status == 401:
-            raise UserError(_no_token(repo_id)) from error
-        if status == 403:
-            raise UserError(
-                f"--push {repo_id}: the token may not write there (HTTP 403). Use a token with write permission, "
-                "or a name of your own account."
-            ) from error
-        raise UserError(
-            f"--push {repo_id}: the hub answered {str(error).splitlines()[0]}. The export itself is in {folder}; "
-            "push again later."
-        ) from error
-    except (OSError, ValueError) as error:  # no connection, offline mode
-        raise UserError(
-            f"--push {repo_id}: the hub can't be reached ({str(error).splitlines()[0]}). The export itself is in "
-            f"{folder}."
-        ) from error
-    return f"{repo_id}"
+    except (OSError, ValueError) as error:
+        status, first = getattr(getattr(error, "response", None), "status_code", None), str(error).splitlines()[0]
+        if isinstance(error, LocalTokenNotFoundError) or status == 401:
+            reason = "no valid token. Log in with `hf auth login`, or set HF_TOKEN to a token with write permission."
+        elif status == 403:
+            reason = "the token may not write there (HTTP 403). Use a token with write permission, or a name of your own account."
+        elif isinstance(error, HfHubHTTPError):
+            reason = f"the hub answered {first}. The export itself is in {folder}; push again later."
+        else:  # no connection, offline mode
+            reason = f"the hub can't be reached ({first}). The export itself is in {folder}."
+        raise UserError(f"--push {repo_id}: {reason}") from error
+    return repo_id
 
 
 def check_repo_id(repo_id: str) -> None:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
         raise UserError(f"--push {repo_id}: expected NAME/MODEL, your account or organisation and the repository.")
-
-
-def _no_token(repo_id: str) -> str:
-    return f"--push {repo_id}: no valid token. Log in with `hf auth login`, or set HF_TOKEN to a token with write permission."

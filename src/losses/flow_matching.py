@@ -20,7 +20,6 @@ from src.core.settings import Settings
 Time = TypeVar("Time", float, Tensor)
 LAST_TIME = 0.999
 """RAE's largest t in training, and the share of the time axis that its sampling grid covers"""
-PREDICTIONS = ("velocity", "x")
 
 
 def time_shift(latent_shape: Sequence[int]) -> float:
@@ -41,26 +40,6 @@ def time_shift(latent_shape: Sequence[int]) -> float:
 def shift_time(t: Time, s: float) -> Time:
     """Return s t / (1 + (s - 1) t), in a form that maps 0 to 0 and 1 to 1 exactly."""
     return s * t / ((1 - t) + s * t)
-
-
-def uniform_time(uniforms: Tensor) -> Tensor:
-    """Map U[0, 1) -> t uniform on [0, 0.999)."""
-    return LAST_TIME * uniforms
-
-
-def truncated_logit_normal_time(uniforms: Tensor, mu: float = 0.0, sigma: float = 1.0) -> Tensor:
-    """Map U[0, 1) -> t = sigmoid(N(mu, sigma)) under the condition t <= 0.999, by the inverse distribution function (RAE)."""
-    _check_sigma(sigma)
-    largest = (math.log(LAST_TIME / (1 - LAST_TIME)) - mu) / sigma
-    share = 0.5 * math.erfc(-largest / math.sqrt(2))  # of the normal distribution that lies below it
-    normals = torch.special.ndtri(uniforms.double() * share)
-    return torch.sigmoid(mu + sigma * normals).to(uniforms.dtype)
-
-
-def logit_normal_time(normals: Tensor, mu: float = 0.0, sigma: float = 1.0) -> Tensor:
-    """Map N(0, 1) -> t = sigmoid(N(mu, sigma)), not truncated (RAEv2)."""
-    _check_sigma(sigma)
-    return torch.sigmoid(mu + sigma * normals)
 
 
 def sampling_grid(num_steps: int, s: float, kind: str, start: float = 1.0) -> Tensor:
@@ -94,7 +73,8 @@ def velocity(output: Tensor, x_t: Tensor, t: Tensor, prediction: str, t_eps: flo
 
     `prediction`: `velocity`: the output itself; `x`: the clean latent, v = (x_t - x^) / max(t, t_eps).
     """
-    _check_prediction(prediction)
+    if prediction not in ("velocity", "x"):
+        raise UserError(f"Prediction {prediction!r}: expected one of velocity, x.")
     return output if prediction == "velocity" else (x_t - output) / per_image(t, x_t).clamp(min=t_eps)
 
 
@@ -116,7 +96,6 @@ def flow_matching_loss(
     if isinstance(output, tuple):
         full, base = (flow_matching_loss(part, x, noise, t, prediction, t_eps)["loss"] for part in output)
         return {"loss": full + base_weight * base, "full": full, "base": base}
-    _check_prediction(prediction)
     if prediction == "x":
         if t_eps <= 0:
             raise UserError(f"t_eps={t_eps}: the prediction 'x' divides by max(t, t_eps); RAEv2 has 0.05.")
@@ -142,16 +121,6 @@ def per_image(t: Tensor, images: Tensor) -> Tensor:
     return t.reshape(-1, *[1] * (images.ndim - 1))
 
 
-def _check_prediction(prediction: str) -> None:
-    if prediction not in PREDICTIONS:
-        raise UserError(f"Prediction {prediction!r}: expected one of {', '.join(PREDICTIONS)}.")
-
-
-def _check_sigma(sigma: float) -> None:
-    if sigma <= 0:
-        raise UserError(f"sigma={sigma} of the logit-normal times: expected more than 0.")
-
-
 class FlowSettings(Settings):
     """The node `model.flow`."""
 
@@ -168,14 +137,21 @@ class FlowSettings(Settings):
     """Of the base head's loss, where the network has one (RAEv2's internal guidance)."""
 
     def draw_time(self, uniforms: Tensor, shift: float) -> Tensor:
-        """Turn U[0, 1) into times before noise is added: monotone, so quartiles of draws are quartiles of t."""
+        """Turn U[0, 1) into times before noise is added: monotone, so quartiles of draws are quartiles of t.
+
+        `uniform`: on [0, 0.999); `logit_normal`: sigmoid(N(mu, sigma)) (RAEv2), `truncated_logit_normal`: under the
+        condition that t <= 0.999 (RAE), by the inverse distribution function.
+        """
+        mu, sigma = self.time_mu, self.time_sigma
         if self.time == "uniform":
-            t = uniform_time(uniforms)
+            t = LAST_TIME * uniforms
         elif self.time == "truncated_logit_normal":
-            t = truncated_logit_normal_time(uniforms, self.time_mu, self.time_sigma)
+            largest = (math.log(LAST_TIME / (1 - LAST_TIME)) - mu) / sigma
+            share = 0.5 * math.erfc(-largest / math.sqrt(2))  # of the normal distribution that lies below it
+            t = torch.sigmoid(mu + sigma * torch.special.ndtri(uniforms.double() * share)).to(uniforms.dtype)
         else:
             normals = torch.special.ndtri(uniforms.double().clamp(min=2**-26)).to(uniforms.dtype)
-            t = logit_normal_time(normals, self.time_mu, self.time_sigma)
+            t = torch.sigmoid(mu + sigma * normals)
         return shift_time(t, shift)
 
     def shift_for(self, latent_shape: Sequence[int]) -> float:

@@ -4,6 +4,7 @@ Legend: B batch, H height, W width. Images are B x 3 x H x W, RGB, float in [-1,
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from src.core.settings import Settings
 from src.core.weights import SizedWeights, freeze, load_strict, read, require
 from src.losses.lpips_distance import feature_distance
-from src.losses.vgg import CHANNELS, TINY_CHANNELS, VGG16, without_classifier
 
 log = logging.getLogger(__name__)
 
+CONVS_PER_STAGE = (2, 2, 3, 3, 3)
+CHANNELS = (64, 128, 256, 512, 512)
+TINY_CHANNELS = (4, 8, 8, 16, 16)
 # The "scaling layer" of LPIPS: ImageNet mean and deviation, seen from [-1, 1].
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
@@ -67,7 +70,9 @@ class LPIPS(nn.Module):
         else:
             vgg_file = require(vgg_path, "The VGG16 weights of LPIPS", "vgg_path")
             linear_file = require(linear_path, "The linear weights of LPIPS", "linear_path")
-            load_strict(self.vgg, without_classifier(read(vgg_file)), vgg_file)
+            of_file = read(vgg_file)
+            kept = {name: value for name, value in of_file.items() if not name.startswith("classifier.")}
+            load_strict(self.vgg, kept, vgg_file)
             load_strict(self.linear, linear_from_file(read(linear_file)), linear_file)
         freeze(self)
 
@@ -93,6 +98,40 @@ class LPIPS(nn.Module):
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < MIN_SIZE:
             raise ValueError(f"LPIPS takes B x 3 x H x W of at least {MIN_SIZE} px a side, got {tuple(images.shape)}")
         return self.vgg((images - self.shift) / self.scale)
+
+
+class VGG16(nn.Module):
+    """VGG16 up to relu5_3: thirteen 3 x 3 convolutions in five stages; ReLU after each, 2 x 2 max-pooling between stages.
+
+    Simonyan & Zisserman, arXiv 1409.1556, configuration D. `features` has the layers and so the names of torchvision's
+    VGG16 file, without its last pooling.
+    """
+
+    def __init__(self, channels: Sequence[int] = CHANNELS) -> None:
+        super().__init__()
+        self.features = nn.Sequential()
+        self.taps: list[int] = []
+        """Numbers of the layers whose results are looked at: the last ReLU of each stage."""
+        width = 3
+        for stage, (depth, wide) in enumerate(zip(CONVS_PER_STAGE, channels, strict=True)):
+            if stage:
+                self.features.append(nn.MaxPool2d(2))
+            for _ in range(depth):
+                self.features.append(nn.Conv2d(width, wide, kernel_size=3, padding=1))
+                self.features.append(nn.ReLU(inplace=True))  # a convolution's backward does not look at its output
+                width = wide
+            self.taps.append(len(self.features) - 1)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Return relu1_2, ..., relu5_3, B x C x H/2^stage x W/2^stage, of normalised images of at least 16 px a side."""
+        maps = []
+        x = x.contiguous(memory_format=torch.channels_last)
+        for number, layer in enumerate(self.features):
+            x = layer(x)
+            if number in self.taps:
+                maps.append(x)
+        return maps
 
 
 def linear_from_file(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -21,20 +21,9 @@ from src.core.files import replacing
 from src.metrics.npz import opened_npz, scalar
 
 
-class Moments(Protocol):
-    """What the distance needs: `mean` (D,), `covariance` (D, D, unbiased), and `count`, None when unknown."""
-
-    @property
-    def mean(self) -> Tensor: ...
-    @property
-    def covariance(self) -> Tensor: ...
-    @property
-    def count(self) -> int | None: ...
-
-
 @dataclass(frozen=True)
 class Gaussian:
-    """Moments as of a reference file. `features` names the network they come from, where the file says so."""
+    """Moments of a reference file. `features` names the network they come from, where the file says so."""
 
     mean: Tensor  # (D,) float64
     covariance: Tensor  # (D, D) float64
@@ -50,59 +39,55 @@ class FeatureStatistics:
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
-        self._count = 0
-        self._mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.count = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        """(D,) float64"""
         self._scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
-
-    @property
-    def count(self) -> int:
-        return self._count
-
-    @property
-    def mean(self) -> Tensor:
-        """(D,) float64."""
-        return self._mean
 
     @property
     def covariance(self) -> Tensor:
         """(D, D) float64, divided by count - 1 as in published FID. UserError for fewer than two images."""
-        if self._count < 2:
-            raise UserError(f"FID needs at least 2 images to have a covariance, got {self._count}. Score more images.")
-        return self._scatter / (self._count - 1)
+        if self.count < 2:
+            raise UserError(f"FID needs at least 2 images to have a covariance, got {self.count}. Score more images.")
+        return self._scatter / (self.count - 1)
 
     def update(self, features: Tensor) -> None:
         """Take in features (B, D), any float type and device."""
-        if features.ndim != 2 or features.shape[1] != len(self._mean):
-            raise ValueError(f"features must be B x {len(self._mean)}, got {tuple(features.shape)}")
+        if features.ndim != 2 or features.shape[1] != len(self.mean):
+            raise ValueError(f"features must be B x {len(self.mean)}, got {tuple(features.shape)}")
         if len(features) == 0:
             return
-        rows = features.detach().to(self._mean.device).double()
+        rows = features.detach().to(self.mean.device).double()
         mean = rows.mean(dim=0)
-        shift, total = mean - self._mean, self._count + len(rows)
+        shift, total = mean - self.mean, self.count + len(rows)
         # the shift between the two means enters the scatter as one more row
-        bridge = shift * (self._count * len(rows) / total) ** 0.5
+        bridge = shift * (self.count * len(rows) / total) ** 0.5
         rows = torch.cat([rows - mean, bridge[None]])  # B+1 D
         self._scatter.addmm_(rows.T, rows)
-        self._mean += shift * (len(rows) - 1) / total
-        self._count = total
+        self.mean += shift * (len(rows) - 1) / total
+        self.count = total
 
     def merge(self, *others: Self, across: Callable[[Tensor], Tensor] = lambda sums: sums) -> Self:
         """Add the images of `others`, in place; `across` adds up what several processes have, each its own sums."""
         parts = (self, *others)
-        weighted = [torch.cat([part._mean * part._count, part._mean.new_tensor([part._count])]) for part in parts]
+        weighted = [torch.cat([part.mean * part.count, part.mean.new_tensor([part.count])]) for part in parts]
         sums = across(functools.reduce(torch.add, weighted))
         total = round(sums[-1].item())
         if total == 0:
             return self
         mean = sums[:-1] / total
-        scatters = (part._scatter.addr(part._mean - mean, part._mean - mean, alpha=part._count) for part in parts)
+        scatters = (part._scatter.addr(part.mean - mean, part.mean - mean, alpha=part.count) for part in parts)
         self._scatter = across(functools.reduce(torch.add, scatters))
-        self._mean, self._count = mean, total
+        self.mean, self.count = mean, total
         return self
 
     def reduce(self) -> Self:
         """Replace this rank's statistics by those of all ranks, in place; once, and on every rank."""
         return self.merge(across=sum_over_ranks)
+
+
+Moments = Gaussian | FeatureStatistics
+"""What the distance needs: `mean` (D,), `covariance` (D, D, unbiased), and `count`, None when unknown."""
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:

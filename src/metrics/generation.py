@@ -25,7 +25,7 @@ from src.metrics.features import FeatureNetwork, score_name
 from src.metrics.fid import FeatureStatistics, Moments, few_images_warning, frechet_distance, load_npz
 from src.metrics.inception_network import TF_CLASSES
 from src.metrics.npz import ImageNpz, opened_npz
-from src.metrics.reference import Preparation, load_reference
+from src.metrics.reference import ALONE, Preparation, stored_moments
 
 log = logging.getLogger(__name__)
 
@@ -76,10 +76,8 @@ def neighbour_distances(features: Tensor, k: int = NEIGHBOURS) -> Tensor:
             f"Precision and recall look at the {k} nearest neighbours of an image among the others, so they need at "
             f"least {k + 1} images on each side; got {len(features)}. Give more images."
         )
-    parts = [
-        part.kthvalue(k + 1, dim=1).values for part in _distances(features, features)
-    ]  # the first is the image itself
-    return torch.cat(parts)
+    # the first is the image itself
+    return torch.cat([part.kthvalue(k + 1, dim=1).values for part in _distances(features, features)])
 
 
 def share_inside(points: Tensor, centres: Tensor, radii: Tensor) -> float:
@@ -121,15 +119,6 @@ class GenerationStatistics:
     @property
     def count(self) -> int:
         return self.pool.count
-
-    @property
-    def mean(self) -> Tensor:
-        """(F,) float64; with `covariance` and `count` these statistics are `Moments`."""
-        return self.pool.mean
-
-    @property
-    def covariance(self) -> Tensor:
-        return self.pool.covariance
 
     @property
     def features(self) -> Tensor:
@@ -175,38 +164,32 @@ def load_generation_reference(
     batch_size: int,
     wanted: Preparation,
     remedy: str = "",
-    process: Process | None = None,
+    process: Process = ALONE,
 ) -> GenerationReference:
     """Read an npz with `mu`, `sigma`, `mu_s`, `sigma_s` and images `arr_0` (ADM's), or with some of them (ours).
 
     Stored moments count; what is missing is made of the images, or left out with a warning where there are none.
     Arguments, checks and errors are those of `load_reference`. On all ranks; whole on rank 0.
     """
-
-    def measure(batches: Iterable[Tensor], network: FeatureNetwork, batch_size: int) -> GenerationStatistics:
-        found = GenerationStatistics(network, batch_size)
-        for images in batches:
-            found.update(images)
-        return found.reduce()
-
-    pool = load_reference(path, network, batch_size, wanted, remedy, process, measure)
-    if isinstance(pool, GenerationStatistics):
-        return GenerationReference.of(pool)
+    pool: Moments | None = stored_moments(path, network, wanted, remedy)
     with opened_npz(path) as archive:
         names = set(archive.files)
-    stored = network.spatial_dim and {"mu_s", "sigma_s"} <= names
+    stored = pool is not None and network.spatial_dim and {"mu_s", "sigma_s"} <= names
     spatial: Moments | None = load_npz(path, ("mu_s", "sigma_s")) if stored else None
     features = None
     if "arr_0" in names:
-        rank, world = (process.rank, process.world) if process else (0, 1)
-        made = measure(ImageNpz(path).batches(batch_size, rank, world), network, batch_size)
-        spatial, features = spatial or made.spatial, made.features
+        made = GenerationStatistics(network, batch_size)
+        for images in ImageNpz(path).batches(batch_size, process.rank, process.world):
+            made.update(images)
+        made.reduce()
+        pool, spatial, features = pool or made.pool, spatial or made.spatial, made.features
     missing = ["sFID"] * bool(network.spatial_dim and spatial is None) + ["precision and recall"] * (features is None)
     if missing:
         log.warning(
             "%s has no images (`arr_0`), so there is no %s. A reference of images has everything: "
             "`python src/make_reference.py --kind images`. %s", path, ", and no ".join(missing), remedy,
         )  # fmt: skip
+    assert pool is not None
     return GenerationReference(pool, spatial, features)
 
 

@@ -1,11 +1,12 @@
 """Statistics to score against: of an npz with statistics, of an npz of images, or of images on the fly."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from src.core.distributed import Process, float64_device
@@ -15,6 +16,8 @@ from src.metrics.fid import FeatureStatistics, Gaussian, Moments, load_npz
 from src.metrics.npz import ImageNpz, opened_npz, scalar
 
 log = logging.getLogger(__name__)
+
+ALONE = Process(torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -79,47 +82,36 @@ def load_reference(
     batch_size: int,
     wanted: Preparation,
     remedy: str = "",
-    process: Process | None = None,
-    measure: Callable[[Iterable[Tensor], FeatureNetwork, int], Moments] | None = None,
+    process: Process = ALONE,
 ) -> Moments:
-    """Read `mu` and `sigma` of an npz where it has them, else make those of its images `arr_0`.
+    """Return the moments of an npz (`stored_moments`), or those of its images `arr_0` where it has none.
 
-    With several ranks each reads its share of the images and all get the whole. `wanted` describes the images that are
-    scored: another size is a UserError, any other difference a warning, and so is a file that doesn't state its size.
-    `remedy` says what to type instead. UserError also for other files and for statistics that another network made (as
-    far as the file says: ours do, others only by their dimension). `measure` is called instead of `image_statistics`.
+    With several ranks each reads its share of the images and all get the whole.
+    """
+    if (moments := stored_moments(path, network, wanted, remedy)) is not None:
+        return moments
+    batches = ImageNpz(path).batches(batch_size, process.rank, process.world)
+    return image_statistics(batches, network, batch_size).reduce()
+
+
+def stored_moments(path: str | Path, network: FeatureNetwork, wanted: Preparation, remedy: str = "") -> Gaussian | None:
+    """Read `mu` and `sigma` of an npz; None where it has only images, `arr_0`.
+
+    `wanted` describes the images that are scored: another size is a UserError, any other difference a warning, and so is
+    a file that doesn't state its size. `remedy` says what to type instead. UserError also for other files and for statistics
+    that another network made (as far as the file says: ours do, others only by their dimension).
     """
     with opened_npz(path) as archive:
         names = set(archive.files)
-    if {"mu", "sigma"} <= names:
-        gaussian = load_npz(path)
-        _check_network(path, gaussian, network)
-        stated = Preparation.of_file(path)
-        size = None if stated.image_size is None else (stated.image_size, stated.image_size)
-        if size is None and "arr_0" in names:  # the ADM suite's own files hold statistics and images
-            size = ImageNpz(path).shape[1:3]
-        _check_preparation(path, stated, size, gaussian.count, wanted, remedy)
-        return gaussian
-    if "arr_0" not in names:
+    moments = load_npz(path) if {"mu", "sigma"} <= names else None
+    if moments is not None:
+        _check_network(path, moments, network)
+    elif "arr_0" not in names:
         raise UserError(f"{path} holds {sorted(names)}; a reference has `mu` and `sigma`, or uint8 images in `arr_0`.")
-    images = ImageNpz(path)
-    _check_preparation(path, Preparation.of_file(path), images.shape[1:3], len(images), wanted, remedy)
-    rank, world = (process.rank, process.world) if process else (0, 1)
-    batches = images.batches(batch_size, rank, world)
-    return measure(batches, network, batch_size) if measure else image_statistics(batches, network, batch_size).reduce()
-
-
-def _check_preparation(
-    path: str | Path,
-    stated: Preparation,
-    size: tuple[int, ...] | None,
-    count: int | None,
-    wanted: Preparation,
-    remedy: str,
-) -> None:
-    """size: H, W in px of the reference's images; count: how many they are."""
-    px = wanted.image_size
-    if size is None:
+    stated, px = Preparation.of_file(path), wanted.image_size
+    images = ImageNpz(path) if "arr_0" in names else None  # the ADM suite's own files hold statistics and images
+    size = (stated.image_size, stated.image_size) if images is None else images.shape[1:3]
+    if None in size:
         log.warning(
             "%s does not say of which size its images were: another tool or an older version made it. Only if they "
             "were centre crops of %d px, prepared like those of this evaluation, does the score mean something. %s",
@@ -131,13 +123,16 @@ def _check_preparation(
             f"between them says nothing of the model. {remedy}"
         )
     if stated.selected is None:
-        stated = replace(stated, selected=count)
+        stated = replace(
+            stated, selected=len(images) if moments is None and images else getattr(moments, "count", None)
+        )
     if differences := stated.differences(wanted):
         log.warning(
             "%s was prepared otherwise than the images of this evaluation, and the score depends on that as on the "
             "model. The reference: %s. %s",
             path, "; ".join(differences), remedy,
         )  # fmt: skip
+    return moments
 
 
 def _differ(there: str | int | None, here: str | int | None) -> bool:

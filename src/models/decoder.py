@@ -170,14 +170,12 @@ class ViTDecoder(nn.Module):
 
 
 def sincos_positions(width: int, grid: int) -> Tensor:
-    """Return 2-D sin-cos positions, (1 + grid*grid) x width: zeros for cls; the first half encodes the column."""
-    quarter = width // 4
-    omega = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega  # grid D/4
+    """Return 2-D sin-cos positions, (1 + grid*grid) x width: zeros for cls; the first half encodes the column, each half is
+    sines, then cosines."""
+    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies  # grid D/4
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # grid D/2
-    column = axis[None, :, :].expand(grid, grid, -1)
-    row = axis[:, None, :].expand(grid, grid, -1)
-    positions = torch.cat([column, row], dim=2).reshape(grid * grid, width)
+    positions = torch.cat([axis.repeat(grid, 1), axis.repeat_interleave(grid, dim=0)], dim=1)
     return torch.cat([torch.zeros(1, width), positions.float()])
 
 
@@ -189,8 +187,8 @@ def patchify(images: Tensor, patch: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch: int) -> Tensor:
-    """Undo `patchify` for square images: B N (P*P*3) -> B 3 H W."""
+    """Undo `patchify` for square images of C channels: B N (P*P*C) -> B C H W."""
     batch, tokens, _ = patches.shape
     side = round(tokens**0.5)
-    x = patches.reshape(batch, side, side, patch, patch, 3)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, 3, side * patch, side * patch)
+    x = patches.reshape(batch, side, side, patch, patch, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, side * patch, side * patch)

@@ -6,7 +6,7 @@ Legend: B batch, L patch tokens, C width, H W image, P patch.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +75,7 @@ class DinoTrunk(nn.Module):
             log.debug("The DINO trunk of the discriminator is untrained (seed %d).", seed)
         else:
             file = require(path, "The DINO trunk of the discriminator", "dino_ckpt_path")
-            load_strict(self, without_unused(read(file)), file)
+            load_strict(self, {name: value for name, value in read(file).items() if name not in UNUSED_IN_FILE}, file)
             for block in self.blocks:  # a bias of the keys shifts all scores of a query alike: the softmax ignores it
                 block.attn["qkv"].bias.data.chunk(3)[1].zero_()
         _fold_normalisation(self.patch_embed["proj"])
@@ -126,11 +126,6 @@ class Block(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # B heads 1+L C/heads
         x = F.scaled_dot_product_attention(query, key, value)
         return self.attn["proj"](x.transpose(1, 2).flatten(2))
-
-
-def without_unused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the file's tensors but those of UNUSED_IN_FILE; anything else unknown is left to the strict load."""
-    return {name: value for name, value in state.items() if name not in UNUSED_IN_FILE}
 
 
 @torch.no_grad()

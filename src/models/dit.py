@@ -21,17 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from src.core.errors import UserError
 from src.core.settings import LARGEST, check_arguments, check_keys
 from src.models import flops
-from src.models.dit_layers import (
-    Block,
-    FinalLayer,
-    LabelEmbedder,
-    LayerOptions,
-    PatchEmbed,
-    Rotary,
-    TimeEmbedder,
-    sincos_positions,
-    unpatchify,
-)
+from src.models.decoder import sincos_positions, unpatchify
+from src.models.dit_layers import Block, FinalLayer, LabelEmbedder, LayerOptions, PatchEmbed, Rotary, TimeEmbedder
 
 
 class Part(NamedTuple):
@@ -91,7 +82,7 @@ class LatentTransformer(nn.Module):
     def _positions(self, width: int) -> nn.Parameter:
         if width % 4:
             raise self._error(f"hidden_size={width}: sin-cos positions need a multiple of 4.")
-        return nn.Parameter(sincos_positions(width, self.grid)[None])  # 1 N D
+        return nn.Parameter(sincos_positions(width, self.grid)[None, 1:])  # 1 N D
 
     def _run(self, blocks: Iterable[nn.Module], x: Tensor, condition: Tensor | None, rope: Rotary | None) -> Tensor:
         for block in blocks:
@@ -100,9 +91,6 @@ class LatentTransformer(nn.Module):
             else:
                 x = block(x, condition, rope)
         return x
-
-    def _to_latents(self, patches: Tensor) -> Tensor:
-        return unpatchify(patches, self.grid, self.patch_size)
 
     def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
         if x.ndim != 4 or tuple(x.shape[1:]) != self.latent_shape:
@@ -207,7 +195,7 @@ class LightningDiT(LatentTransformer):
         if self.pos_embed is not None:
             tokens = tokens + self.pos_embed
         tokens = self._run(self.blocks, tokens, condition, self.feat_rope)
-        return self._to_latents(self.final_layer(tokens, condition))
+        return unpatchify(self.final_layer(tokens, condition), self.patch_size)
 
 
 class DiTDH(LatentTransformer):
@@ -270,7 +258,7 @@ class DiTDH(LatentTransformer):
         tokens = self._run(self.blocks[: self.encoder_depth], tokens, condition, self.enc_feat_rope)  # B N D
         condition = F.silu(self.s_projector(F.silu(time + tokens)))  # B N W
         tokens = self._run(self.blocks[self.encoder_depth :], self.x_embedder(x), condition, self.dec_feat_rope)
-        return self._to_latents(self.final_layer(tokens, condition))
+        return unpatchify(self.final_layer(tokens, condition), self.patch_size)
 
 
 class RAEv2DiT(LatentTransformer):
@@ -338,11 +326,11 @@ class RAEv2DiT(LatentTransformer):
         tokens = self._run(self.blocks[below : self.encoder_depth], tokens, None, self.enc_rope)
         condition = F.silu(self.s_projector(F.silu(time + tokens[:, :number])))  # B N W
         tokens = self._run(self.blocks[self.encoder_depth :], self.x_embedder(x), condition, self.dec_rope)
-        full = self._to_latents(self.final_layer(tokens, condition))
+        full = unpatchify(self.final_layer(tokens, condition), self.patch_size)
         if self.base_model_depth is None:
             return full
         base_tokens = F.silu(time + base_tokens)
-        return full, self._to_latents(self.base_final_layer(base_tokens, F.silu(base_tokens)))
+        return full, unpatchify(self.base_final_layer(base_tokens, F.silu(base_tokens)), self.patch_size)
 
 
 def projector(width: int, head_width: int) -> nn.Module:

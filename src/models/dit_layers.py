@@ -307,17 +307,3 @@ class LabelEmbedder(nn.Module):
 
 def learned_tokens(number: int, width: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(number, width) * width**-0.5)
-
-
-def sincos_positions(width: int, grid: int) -> Tensor:
-    """Return 2-D sin-cos positions, N x D: the first half encodes the column, each half is sines, then cosines."""
-    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # grid D/2
-    return torch.cat([axis.repeat(grid, 1), axis.repeat_interleave(grid, dim=0)], dim=1).float()
-
-
-def unpatchify(patches: Tensor, grid: int, patch: int) -> Tensor:
-    """Rearrange B N (p*p*C), order (row, column, channel) inside a patch -> B C g g; `grid` patches a side."""
-    x = patches.unflatten(2, (patch, patch, -1)).unflatten(1, (grid, grid))  # B row column p p C
-    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

@@ -238,19 +238,14 @@ def expand_encoder(config: Mapping[str, Any]) -> dict[str, Any]:
             "Take the model config that leaves it open (model=rae_encoder), or drop model.encoder."
         )
     place = expanded.get("encoder_config_path") or preset.hub_id
-    key = "dinov2_path" if preset.encoder_cls == "Dinov2withNorm" else "model_name"
     given = {k: v for k, v in (expanded.get("encoder_params") or {}).items() if v is not None}
-    params = {key: place, **preset.params, **given}
+    params = {source_key(preset.encoder_cls): place, **preset.params, **given}
     return expanded | {"encoder_cls": preset.encoder_cls, "encoder_config_path": place, "encoder_params": params}
 
 
-def preset_rows() -> list[tuple[str, ...]]:
-    """Return the table as texts under a heading: name, class, hub id, blocks, input at 256 px, licence, decoders."""
-    heading = ("name", "encoder_cls", "hub id", "blocks", "input at 256 px", "licence", "published decoders")
-    return [heading] + [
-        (p.name, p.encoder_cls, p.hub_id, p.params.get("layers", "last"), f"{p.input_px()} px", p.licence, p.decoders)
-        for p in PRESETS.values()
-    ]
+def source_key(encoder_cls: str) -> str:
+    """Return the argument of an encoder's class that says where the encoder lies."""
+    return "dinov2_path" if encoder_cls == "Dinov2withNorm" else "model_name"
 
 
 def hub_assets() -> dict[str, Asset]:

@@ -22,19 +22,6 @@ _TOLERANCE = 1e-5
 """Between float32 sines of different programs. One step of training moves a position by about the learning rate, 2e-4."""
 
 
-def grid_of(positions: Tensor, source: str) -> int:
-    """Return the latents a side of stored positions."""
-    if (
-        positions.ndim != 3
-        or positions.shape[0] != 1
-        or math.isqrt(positions.shape[1] - 1) ** 2 != positions.shape[1] - 1
-    ):
-        raise UserError(
-            f"{source}: decoder_pos_embed is {tuple(positions.shape)}; expected 1 x (1 + a square number) x width."
-        )
-    return math.isqrt(positions.shape[1] - 1)
-
-
 def are_fixed(positions: Tensor) -> bool:
     """Whether they are the sin-cos ones, in float32 or rounded to half precision once."""
     fixed = sincos_positions(positions.shape[2], math.isqrt(positions.shape[1] - 1))[None]
@@ -47,28 +34,18 @@ def are_fixed(positions: Tensor) -> bool:
 
 def fit_positions(positions: Tensor, grid: int, source: str) -> Tensor:
     """Return positions for `grid` x `grid` latents by the rule above; unchanged where they are for that grid already."""
-    before = grid_of(positions, source)
+    if positions.ndim != 3 or len(positions) != 1 or math.isqrt(positions.shape[1] - 1) ** 2 != positions.shape[1] - 1:
+        raise UserError(
+            f"{source}: decoder_pos_embed is {tuple(positions.shape)}; expected 1 x (1 + a square number) x width."
+        )
+    before = math.isqrt(positions.shape[1] - 1)
     if before == grid:
         return positions
-    width = positions.shape[2]
+    sizes = f"positions of a {before} x {before} grid", f"{grid} x {grid}"
     if are_fixed(positions):
-        log.info(
-            "%s: positions of a %d x %d grid, computed anew for %d x %d (fixed sin-cos).",
-            source,
-            before,
-            before,
-            grid,
-            grid,
-        )
-        return sincos_positions(width, grid)[None]
-    log.warning(
-        "%s: TRAINED positions of a %d x %d grid, resampled bicubically to %d x %d; the cls row is kept.",
-        source,
-        before,
-        before,
-        grid,
-        grid,
-    )
+        log.info("%s: %s, computed anew for %s (fixed sin-cos).", source, *sizes)
+        return sincos_positions(positions.shape[2], grid)[None]
+    log.warning("%s: TRAINED %s, resampled bicubically to %s; the cls row is kept.", source, *sizes)
     patches = positions[:, 1:].float().transpose(1, 2).unflatten(2, (before, before))  # 1 D g g
     patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
     return torch.cat([positions[:, :1].float(), patches.flatten(2).transpose(1, 2)], dim=1)

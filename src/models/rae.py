@@ -17,13 +17,12 @@ from src.core.geometry import Geometry
 from src.core.images import bytes_to_unit
 from src.core.settings import check_arguments
 from src.models.decoder import DecoderConfig, ViTDecoder, unpatchify
-from src.models.encoder_presets import PRESETS
+from src.models.encoder_presets import PRESETS, source_key
 from src.models.encoders import encoder_class
-from src.models.frozen_encoder import FrozenEncoder, identity_differences, local_place
+from src.models.frozen_encoder import FrozenEncoder, local_place
 
 log = logging.getLogger(__name__)
 
-SOURCE_KEYS = ("dinov2_path", "model_name")
 VARIANCE_EPS = 1e-5
 TOLERANCE = 1e-2
 """By how much images may leave [0, 1], as resized ones do."""
@@ -74,7 +73,7 @@ class RAE(nn.Module):
         Raises:
             UserError: sizes that don't fit (before any weight is read), missing or unfitting files.
         """
-        from src.formats.decoder_files import load_decoder
+        from src.formats.decoder_files import load_decoder, read_statistics
 
         super().__init__()
         kind = encoder_class(encoder_cls)
@@ -224,7 +223,7 @@ def geometry_of(
     """Work out sizes without weights: from the encoder's config, or the table of presets where it is on the hub."""
     kind = encoder_class(encoder_cls)
     check_arguments(kind, encoder_params, "model.encoder_params")
-    source = str(encoder_params[source_key(encoder_params)])
+    source = str(encoder_params[source_key(encoder_cls)])
     known = {preset.patch for preset in PRESETS.values() if preset.hub_id == source and local_place(source) == source}
     patch = known.pop() if len(known) == 1 else kind.read_config(source).patch_size
     if image_size is None:
@@ -238,61 +237,3 @@ def geometry_of(
             )
         image_size = encoder_input_size // patch * decoder_patch_size
     return Geometry.of(image_size, decoder_patch_size, patch, encoder_input_size, encoder_params.get("num_tokens"))
-
-
-def read_statistics(
-    path: str | Path, shape: tuple[int, int, int], identity: Mapping[str, Any]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return `mean` and `var` (None: absent) of a statistics file in the official format, an export or a checkpoint.
-
-    Raises:
-        UserError: neither is there, another shape than `shape`, complex or not finite, a negative or all-zero variance,
-            or an encoder identity beside them that differs from `identity`.
-    """
-    from src.formats.decoder_files import read_statistics_content
-
-    content, file = read_statistics_content(path)
-    mean, var = (content.get("mean"), content.get("var")) if isinstance(content, Mapping) else (None, None)
-    if mean is None and var is None:
-        raise UserError(f"{file}: expected a dictionary with `mean` and `var`, found {_describe(content)}.")
-    if problem := statistics_problem(mean, var, shape):
-        raise UserError(f"{file}: {problem} Use statistics of this encoder and size (`python src/latent_stats.py`).")
-    stored = content.get("encoder")
-    if stored is not None:
-        differing = [
-            f"{k}: file {stored.get(k)!r}, model {identity[k]!r}" for k in identity_differences(stored, identity)
-        ]
-        if differing:
-            raise UserError(
-                f"{file} was made with another encoder ({'; '.join(differing)}). Compute its own with `python src/latent_stats.py`."
-            )
-    return mean, var
-
-
-def statistics_problem(mean: Any, var: Any, shape: tuple[int, int, int]) -> str | None:
-    """Return what is wrong with latent statistics for latents of `shape` (C, h, w); None where nothing is."""
-    for name, tensor in (("mean", mean), ("var", var)):
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
-            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            return f"`{name}` is {got}; this model's latents are {shape} (C x h x w)."
-        if tensor.is_complex() or not torch.isfinite(tensor).all():
-            return f"`{name}` holds numbers that are complex, NaN or infinite."
-    if var is not None and ((var < 0).any() or not var.any()):
-        return f"`var` is {'zero everywhere' if not var.any() else f'negative (smallest: {var.min().item():g})'}."
-    return None
-
-
-def source_key(params: Mapping[str, Any]) -> str:
-    """Return the argument that says where an encoder lies. Raises UserError where there is none."""
-    for key in SOURCE_KEYS:
-        if key in params:
-            return key
-    raise UserError(
-        f"model.encoder_params has none of {', '.join(SOURCE_KEYS)}: it must say where the encoder comes from."
-    )
-
-
-def _describe(content: Any) -> str:
-    return f"keys {sorted(map(str, content))[:8]}" if isinstance(content, Mapping) else type(content).__name__

@@ -20,8 +20,8 @@ from src.core.weights import freeze
 from src.data.latents import LatentStore
 from src.evaluation.generate import Sampler, SamplerSettings
 from src.evaluation.reconstruction import check_store
-from src.formats.autoencoder import open_autoencoder
 from src.formats.checkpoint import statistics_digest
+from src.formats.opening import open_autoencoder
 from src.losses.flow_matching import FlowSettings, quartile_sums
 from src.models import flops
 from src.models.dit import build_network, forward_flops
