@@ -50,7 +50,7 @@ class StepSettings(Settings):
     disc_weight: float = Field(ge=0)
     disc_loss: Annotated[str, one_of(DISCRIMINATOR_LOSSES)]
     gen_loss: Annotated[str, one_of(GENERATOR_LOSSES)]
-    disc_updates: int = Field(ge=1)
+    disc_updates: int = Field(ge=1, le=100)
     """Discriminator updates for each generator update."""
     max_d_weight: float = Field(ge=0)
     adaptive_weight: Literal["global", "per_rank"]
