@@ -45,7 +45,7 @@ from src.core.nonfinite import NonFiniteCounter
 from src.losses.flow_matching import FlowSettings, time_shift
 from src.models.dit import build_network
 from src.training.module import compile_in_place
-from src.training.optimisation import adamw
+from src.training.optimizers import adamw
 from src.training.settings import OptimizerSettings
 from src.training.stage2_step import FlowDraws, FlowStep
 

@@ -50,7 +50,7 @@ def _run(folder: Path, epochs: int | None) -> int:
         model = "--checkpoint", autoencoder, "--device", "cpu", "--num_workers", 0, "--overwrite"
         _program("reconstruct.py", *model, "--input", DATA, "--latents", "raw", "--output", folder / "encoded")
         _program("latent_stats.py", *model, "--data_dir", DATA, "--output", statistics)
-    run = _new_folder(folder)
+    run = folder / f"run-{1 + sum(1 for _ in folder.glob('run-*'))}"
     length = [] if epochs is None else [f"trainer.max_epochs={epochs}"]
     _program("train.py", "experiment=dit_dummy", f"model.autoencoder='{autoencoder}'", f"model.statistics='{statistics}'",
              f"data.data_dir='{folder / 'encoded/latents'}'", f"paths.run_dir='{run}'", *length)  # fmt: skip
@@ -70,11 +70,6 @@ def _program(name: str, *words: object) -> None:
     done = subprocess.run([sys.executable, f"src/{name}", *map(str, words)], cwd=PROJECT_ROOT)
     if done.returncode:
         sys.exit(done.returncode)
-
-
-def _new_folder(folder: Path) -> Path:
-    number = 1 + sum(1 for _ in folder.glob("run-*"))
-    return folder / f"run-{number}"
 
 
 def _judge(checkpoint: Path, samples: Path) -> tuple[float, float, float]:

@@ -11,8 +11,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from src.core.errors import UserError
-from src.core.options import option, parse
-from src.core.terminal import run_program
+from src.core.options import option, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +34,7 @@ class Options:
 
 
 def main() -> int:
-    options = parse(Options, __doc__, None)
-    return run_program(lambda: index(options))
+    return run(Options, __doc__, index, None)
 
 
 def index(options: Options) -> int:

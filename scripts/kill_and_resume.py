@@ -62,10 +62,8 @@ def main() -> int:
             mode = modes[number % len(modes)]
             done = kill_once(base / "killed", arguments.processes, mode, rng)
             bad = unreadable(base / "killed")
-            print(
-                f"kill {number + 1}/{arguments.kills} ({mode}): newest checkpoint at step {step_of(base / 'killed')}",
-                flush=True,
-            )
+            step = step_of(base / "killed")
+            print(f"kill {number + 1}/{arguments.kills} ({mode}): newest checkpoint at step {step}", flush=True)
             if bad:
                 print(f"UNREADABLE: {bad}")
                 return 1
@@ -100,17 +98,9 @@ def sampling(base: Path, kills: int, rng: random.Random) -> bool:
     import numpy as np
 
     def start_sampling(name: str, processes: int) -> subprocess.Popen:
-        words = [
-            "--checkpoint",
-            newest(base / "peace"),
-            "--device",
-            "cpu",
-            "--num_images",
-            8 * kills + 16,
-            "--batch_size",
-            4,
-        ]
-        command = [*launcher(processes), "src/sample.py", *map(str, words), "--cfg", "2", "--output", str(base / name)]
+        words = f"--device cpu --num_images {8 * kills + 16} --batch_size 4 --cfg 2".split()
+        files = ["--checkpoint", str(newest(base / "peace")), "--output", str(base / name)]
+        command = [*launcher(processes), "src/sample.py", *words, *files]
         with open(base / "sampling.txt", "ab") as output:
             return subprocess.Popen(
                 command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True, env=environment()
@@ -166,26 +156,19 @@ def kill_once(log_dir: Path, processes: int, mode: str, rng: random.Random) -> b
     workers = 2 if mode == "loader" else rng.choice([0, 2])
     process = start(log_dir, processes, f"data.num_workers={workers}")
     folder = wait_for(lambda: next(iter(set(log_dir.glob("runs/*/*")) - seen), None), process)
-    moment = None
     if mode not in ("writing", "last_batch"):
         wait_for(lambda: "step " in text(folder / "run.log"), process)
-        moment = time.monotonic() + rng.uniform(0, 3)
+    moment = time.monotonic() + rng.uniform(0, 3)
     wanted_step = STEPS_PER_EPOCH * rng.randint(1, EPOCHS)
-    wait_for(
-        lambda: (
-            (moment is not None and time.monotonic() > moment)
-            or (
-                mode == "writing"
-                and (folder / "checkpoints" / ".last.ckpt.next.writing").exists()
-                and rng.random() < 0.3
-            )
-            or (
-                mode == "last_batch"
-                and any(f"step {s}:" in text(folder / "run.log") for s in range(wanted_step, 99, STEPS_PER_EPOCH))
-            )
-        ),
-        process,
-    )
+
+    def due() -> bool:
+        if mode == "writing":
+            return (folder / "checkpoints" / ".last.ckpt.next.writing").exists() and rng.random() < 0.3
+        if mode == "last_batch":
+            return any(f"step {s}:" in text(folder / "run.log") for s in range(wanted_step, 99, STEPS_PER_EPOCH))
+        return time.monotonic() > moment
+
+    wait_for(due, process)
     ended = process.poll() is not None
     if not ended and mode.startswith("SIG"):
         os.killpg(process.pid, signal.Signals[mode])

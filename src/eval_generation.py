@@ -14,8 +14,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root instead of src/
 
-from src.core.options import EXIT_CODES, parse
-from src.core.terminal import run_program
+from src.core.options import EXIT_CODES, run
 from src.evaluation.options import GenerationOptions
 
 EPILOG = rf"""
@@ -32,8 +31,7 @@ several decoders on the same latents tell whether a worse gFID comes from the de
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(GenerationOptions, __doc__, argv, EPILOG)
-    return run_program(lambda: _run(options))
+    return run(GenerationOptions, __doc__, _run, argv, EPILOG)
 
 
 def _run(options: GenerationOptions) -> int:

@@ -13,8 +13,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root instead of src/
 
-from src.core.options import EXIT_CODES, parse
-from src.core.terminal import run_program
+from src.core.options import EXIT_CODES, run
 from src.evaluation.options import EvaluationOptions
 
 EPILOG = rf"""
@@ -39,8 +38,7 @@ RFID = {"rfid": "rFID", "rfid_untrained": "rFID (untrained Inception)"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(EvaluationOptions, __doc__, argv, EPILOG)
-    return run_program(lambda: _run(options))
+    return run(EvaluationOptions, __doc__, _run, argv, EPILOG)
 
 
 def _run(options: EvaluationOptions) -> int:

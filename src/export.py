@@ -19,8 +19,7 @@ from typing import Literal
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root instead of src/
 
 from src.core.errors import UserError
-from src.core.options import ModelOptions, option, parse
-from src.core.terminal import run_program
+from src.core.options import ModelOptions, option, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +46,7 @@ class Options(ModelOptions):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Return 0 where the export is there, 1 where something is wrong with what was given."""
-    options = parse(Options, __doc__, argv)
-    return run_program(lambda: _run(options))
+    return run(Options, __doc__, _run, argv)
 
 
 def _run(options: Options) -> int:

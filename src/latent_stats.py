@@ -17,15 +17,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root inste
 
 from src.core.errors import UserError
 from src.core.files import check_writable
-from src.core.options import ModelOptions, parse
-from src.core.terminal import progress, run_program
+from src.core.options import ModelOptions, run
+from src.core.terminal import progress
 from src.evaluation.options import StatisticsOptions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Return 0 where the statistics are written, 1 where something is wrong with what was given."""
-    options = parse(StatisticsOptions, __doc__, argv)
-    return run_program(lambda: _run(options))
+    return run(StatisticsOptions, __doc__, _run, argv)
 
 
 def _run(options: StatisticsOptions) -> int:

@@ -16,14 +16,12 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root instead of src/
 
-from src.core.options import parse
-from src.core.terminal import run_program
+from src.core.options import run
 from src.evaluation.options import ReferenceOptions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(ReferenceOptions, __doc__, argv)
-    return run_program(lambda: _run(options))
+    return run(ReferenceOptions, __doc__, _run, argv)
 
 
 def _run(options: ReferenceOptions) -> int:

@@ -22,8 +22,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root inste
 
 from src.core.errors import UserError
 from src.core.files import check_folder, write_text
-from src.core.options import parse
-from src.core.terminal import run_program
+from src.core.options import run
 from src.evaluation.options import ReconstructionOptions
 
 if TYPE_CHECKING:
@@ -35,8 +34,7 @@ FIGURES = {"psnr": "PSNR {:.2f} dB", "lpips_untrained": "LPIPS {:.4f} with UNTRA
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Return 0 where everything is written, 1 where something is wrong with what was given."""
-    options = parse(ReconstructionOptions, __doc__, argv)
-    return run_program(lambda: _run(options))
+    return run(ReconstructionOptions, __doc__, _run, argv)
 
 
 def _run(options: ReconstructionOptions) -> int:

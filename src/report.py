@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root instead of src/
 
-from src.core.options import option, parse
+from src.core.options import option, run
 
 EPILOG = """exit codes: 0 the page is written; 1 a folder is no run's, or the page can't be written; 2 wrong options"""
 
@@ -35,28 +35,19 @@ class Options:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse(Options, __doc__, argv, EPILOG)
-    from src.core.errors import UserError
-
-    try:
-        written = write(arguments.run_dirs, arguments.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{written}  {written.stat().st_size / 1e6:.1f} MB")
-    return 0
+    return run(Options, __doc__, _run, argv, EPILOG)
 
 
-def write(run_dirs: Sequence[str | Path], out: str | Path | None) -> Path:
-    """The page's file. Raises UserError."""
+def _run(options: Options) -> int:
     from src.core.errors import UserError
     from src.core.files import replacing
     from src.core.weights import resolve
     from src.reporting.page import page
     from src.reporting.reading import read_runs
 
-    runs = read_runs(run_dirs)
-    target = resolve(out) if out else runs[0].folder / ("report.html" if len(runs) == 1 else "comparison.html")
+    runs = read_runs(options.run_dirs)
+    name = "report.html" if len(runs) == 1 else "comparison.html"
+    target = resolve(options.out) if options.out else runs[0].folder / name
     if target.is_dir():
         raise UserError(f"--out {target} is a folder: name a file in it, such as {target / 'report.html'}.")
     content = page(runs).encode("utf-8", errors="replace")
@@ -65,7 +56,8 @@ def write(run_dirs: Sequence[str | Path], out: str | Path | None) -> Path:
             file.write(content)
     except OSError as error:
         raise UserError(f"{target} can't be written: {error}. Name another place with --out FILE.") from error
-    return target
+    print(f"{target}  {len(content) / 1e6:.1f} MB")
+    return 0
 
 
 if __name__ == "__main__":

@@ -21,15 +21,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root inste
 
 from src.core.errors import UserError
 from src.core.files import check_writable
-from src.core.options import parse
-from src.core.terminal import progress, run_program
+from src.core.options import run
+from src.core.terminal import progress
 from src.evaluation.options import SampleOptions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Return 0 where the samples are written, 1 where something is wrong with what was given."""
-    options = parse(SampleOptions, __doc__, argv)
-    return run_program(lambda: _run(options))
+    return run(SampleOptions, __doc__, _run, argv)
 
 
 def _run(options: SampleOptions) -> int:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
-from src.core.command_line import problem
+from src.core.compose import explained, problem
 
 RAISE = "HYDRA_FULL_ERROR"
 """While Hydra reads the configuration, it is to raise its errors instead of printing some of them with tracebacks."""
@@ -43,8 +43,6 @@ if __name__ == "__main__":
     except (CompactHydraException, OmegaConfBaseException, MarkedYAMLError, ValueError, TypeError) as error:
         if wanted or RAISE not in os.environ:  # asked for, or of the run itself
             raise
-        from src.core.compose import explained
-
         ended = explained(error, sys.argv[1:])
     except KeyboardInterrupt:  # before the run listens for it
         print("interrupted before the run began", file=sys.stderr)

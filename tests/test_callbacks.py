@@ -9,17 +9,10 @@ import torch
 
 from src.callbacks import progress
 from src.callbacks.samples import SampleImages
-from src.core import metrics_file
-from src.core.rank_requests import RankRequests
+from src.core.distributed import RankRequests
 from src.data.loader import TrainLoader
 from src.training.stage1 import RAEModule
-from tests.training import composed, train
-
-QUIET = ["~callbacks.rfid", "logger=csv"]
-
-
-def logged(folder, name):
-    return [value for _, found, value, _ in metrics_file.read(folder / "metrics.csv") if found == name]
+from tests.training import QUIET, composed, logged, train
 
 
 def test_a_timed_save_on_several_ranks_happens_once(tmp_path, monkeypatch):
@@ -62,34 +55,25 @@ def clock(monkeypatch):
     return clock
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_evaluation_pictures_and_checkpoints_are_no_training_time(tmp_path, monkeypatch, clock, terminal):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)  # then a bar is shown
-    train(tmp_path, *QUIET, "model.sample_every=1", "callbacks.checkpoint.every_n_steps=1")
-    assert logged(tmp_path, "perf/images_per_s") == [4.0] * 6
-    assert logged(tmp_path, "perf/data_wait") == [0.0] * 6
-
-
-@pytest.mark.parametrize(("seconds", "warned"), [(0.2, False), (1.0, True)])
-def test_waiting_for_data_is_measured_and_warned_of(tmp_path, monkeypatch, clock, caplog, seconds, warned):
+def test_evaluation_pictures_and_checkpoints_are_no_training_time_and_waiting_for_data_is(tmp_path, monkeypatch, clock):
     original = TrainLoader.__iter__
 
     def slow(self):
         for batch in original(self):
-            clock.now += seconds
+            clock.now += 0.25
             yield batch
 
     monkeypatch.setattr(TrainLoader, "__iter__", slow)
-    fast = ["model.disc_weight=0", "model.perceptual_weight=0", "trainer.max_epochs=1", "callbacks=watch"]
-    train(tmp_path, "logger=csv", *fast, "trainer.limit_train_batches=44", "trainer.log_every_n_steps=22")
-    waits = logged(tmp_path, "perf/data_wait")
-    assert waits[1] == pytest.approx(seconds / (1 + seconds), rel=0.1)
-    said = [record for record in caplog.records if "data path is the bottleneck" in record.getMessage()]
-    assert len(said) == warned
+    train(tmp_path, *QUIET, "model.sample_every=1", "callbacks.checkpoint.every_n_steps=1")
+    assert logged(tmp_path, "perf/images_per_s") == pytest.approx(dict.fromkeys(range(1, 7), 4 / 1.25))
+    assert logged(tmp_path, "perf/data_wait") == pytest.approx(dict.fromkeys(range(1, 7), 0.2))
 
 
-@pytest.mark.parametrize(("loader", "expected"), [(0.25, 0.2), (0.15, 0.0)])
-def test_on_a_gpu_only_its_own_idle_time_counts_as_waiting(monkeypatch, loader, expected):
+@pytest.mark.parametrize(
+    ("loader", "every", "expected", "warned"),
+    [(0.24, 22, 1 / 6, False), (0.30, 22, 1 / 3, True), (0.30, 10, 1 / 3, False), (0.15, 22, 0.0, False)],
+)
+def test_on_a_gpu_only_its_own_idle_time_counts_as_waiting(monkeypatch, caplog, loader, every, expected, warned):
     """A step keeps the GPU busy for 200 ms and the host for 20, which then waits for the loader while the GPU computes."""
     now = SimpleNamespace(host=0.0, gpu=0.0)
 
@@ -110,7 +94,7 @@ def test_on_a_gpu_only_its_own_idle_time_counts_as_waiting(monkeypatch, loader, 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(progress, "peak_memory_gb", lambda device: 1.0)
     module = SimpleNamespace(
-        device=torch.device("cuda"), settings=SimpleNamespace(loop=SimpleNamespace(accumulate_grad_batches=1, log_every_n_steps=10)),
+        device=torch.device("cuda"), settings=SimpleNamespace(loop=SimpleNamespace(accumulate_grad_batches=1, log_every_n_steps=every)),
         check_numbers=synchronize, train_terms={"train/loss": torch.ones(())}, sparse_terms=(), steps_per_epoch=100,
         learning_rates=lambda step: {}, nonfinite=SimpleNamespace(max_skipped_steps=0), write_metrics=lambda values: None,
     )  # fmt: skip
@@ -119,7 +103,7 @@ def test_on_a_gpu_only_its_own_idle_time_counts_as_waiting(monkeypatch, loader, 
     )
     callback = progress.TrainingProgress()
     callback.on_train_start(trainer, module)
-    for number in range(20):
+    for number in range(2 * every):
         now.host = max(now.host, number * loader)  # when the batch is there
         callback.on_train_batch_start(trainer, module, None, number)
         now.gpu = max(now.host, now.gpu) + 0.2
@@ -127,25 +111,14 @@ def test_on_a_gpu_only_its_own_idle_time_counts_as_waiting(monkeypatch, loader, 
         trainer.global_step += 1
         callback.on_train_batch_end(trainer, module, None, {"position": [0]}, number)
     assert callback.speed["data_wait"] == pytest.approx(expected, abs=0.01)
+    left = 100 - 2 * every  # updates
+    assert callback.speed["seconds_left"] == pytest.approx(left * max(loader, 0.2), rel=0.1)
+    assert ("data path is the bottleneck" in caplog.text) == warned
 
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
     return train(tmp_path_factory.mktemp("run"), *QUIET, "trainer.max_steps=1")
-
-
-def test_the_discriminators_rate_is_never_negative(fitted):
-    """Preflight updates it at steps that lie before its start."""
-    warming_up = fitted.module.settings.disc_scheduler.model_copy(
-        update={"warmup_epochs": 1.0, "warmup_from_zero": True}
-    )
-    settings = fitted.module.settings.model_copy(update={"disc_scheduler": warming_up})
-    module = SimpleNamespace(settings=settings, steps_per_epoch=10)
-    first = settings.starts.steps(10)["disc"]
-    assert first > 1
-    rates = [RAEModule._discriminator_lr(module, step, 0) for step in range(first + 3)]
-    assert rates[0] > 0 and rates[: first + 1] == [rates[0]] * (first + 1)
-    assert rates[first] < rates[first + 1] < rates[first + 2]
 
 
 def test_all_but_the_images_leaves_the_tensors_behind(fitted):

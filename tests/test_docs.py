@@ -21,38 +21,22 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from src.core.weights import PROJECT_ROOT, read
+from src.core.weights import PROJECT_ROOT
 from src.formats.official import write_official
 from src.training.record import RunRecord, make_folder
 from tests.tiny_models import tiny_rae
 from tests.training import composed, train
 
-PAGES = [
-    PROJECT_ROOT / "README.md",
-    PROJECT_ROOT / "README.zh-CN.md",
-    PROJECT_ROOT / "CONTRIBUTING.md",
-    PROJECT_ROOT / "CHANGELOG.md",
-]
+PAGES = [PROJECT_ROOT / name for name in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += sorted((PROJECT_ROOT / "docs").glob("*.md"))
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT_ROOT)))
 PAIRS = [("README.md", "README.zh-CN.md"), ("docs/guide.md", "docs/guide.zh-CN.md")]
 HYDRA_FLAGS = {"-m", "--multirun", "--cfg", "job", "--help", "--resolve", "--hydra-help"}
 # Commands whose programs are not ours, by how they begin; what they name of ours is looked at below.
 OTHERS = (
-    "make",
-    "pip",
-    "conda",
-    "tensorboard",
-    "sbatch",
-    "pre-commit",
-    "source",
-    "python3 -m venv",
-    "python -m pip",
-    "python -m pytest",
-    "python -c",
-    "nvidia-smi",
-)
-
-
+    "make", "pip", "conda", "tensorboard", "sbatch", "pre-commit", "source", "python3 -m venv", "python -m pip", "python -m pytest",
+    "python -c", "nvidia-smi",
+)  # fmt: skip
 # The shortest runs still validate, so that there is a best.ckpt.
 OFTEN = ["~callbacks.rfid", "trainer.check_val_every_n_epoch=1"]
 
@@ -61,7 +45,7 @@ def text(page: Path | str) -> str:
     return (PROJECT_ROOT / page).read_text(encoding="utf-8")
 
 
-def without_code(page: Path) -> str:
+def without_code(page: Path | str) -> str:
     return re.sub(r"^```.*?^```", "", text(page), flags=re.MULTILINE | re.DOTALL)
 
 
@@ -69,15 +53,9 @@ def commands(page: Path | str) -> list[str]:
     """Command lines of the ```bash blocks, continuation lines joined, comments dropped; then those between backticks."""
     found = []
     for block in re.findall(r"^```bash\n(.*?)^```", text(page), re.MULTILINE | re.DOTALL):
-        found += [
-            line.strip()
-            for line in block.replace("\\\n", " ").splitlines()
-            if line.strip() and not line.startswith("#")
-        ]
-    inline = re.findall(
-        r"`((?:python|torchrun|make|pip|conda|tensorboard) [^`]+)`",
-        re.sub(r"^```.*?^```", "", text(page), flags=re.M | re.S),
-    )
+        lines = block.replace("\\\n", " ").splitlines()
+        found += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    inline = re.findall(r"`((?:python|torchrun|make|pip|conda|tensorboard) [^`]+)`", without_code(page))
     return [" ".join(shlex.split(part, posix=False)) for line in found + inline for part in line.split(" && ")]
 
 
@@ -138,15 +116,10 @@ def compose_training(arguments: list[str]) -> None:
     if "hparams_search=optuna" in overrides:  # needs an extra
         overrides = [word for word in overrides if not word.startswith(("hparams_search", "hydra."))]
     if "-m" in arguments:  # the first value of each sweep, and the launcher where it is installed
-        installed = importlib.util.find_spec("hydra_plugins") and importlib.util.find_spec(
-            "hydra_plugins.hydra_submitit_launcher"
-        )
-        launcher = [word for word in overrides if word.startswith("hydra")]
-        assert installed or all(
-            (PROJECT_ROOT / "configs/hydra/launcher" / f"{w.split('=')[1]}.yaml").is_file()
-            for w in launcher
-            if w.startswith("hydra/launcher=")
-        )
+        find = importlib.util.find_spec
+        installed = find("hydra_plugins") and find("hydra_plugins.hydra_submitit_launcher")
+        for word in (word for word in overrides if word.startswith("hydra/launcher=")):
+            assert (PROJECT_ROOT / f"configs/hydra/launcher/{word.split('=')[1]}.yaml").is_file()
         overrides = [word.split(",")[0] for word in overrides if installed or not word.startswith("hydra")]
     config = composed(overrides)
     config.paths.run_dir = "somewhere"
@@ -224,18 +197,6 @@ def test_a_requeued_slurm_job_goes_on_with_its_own_run(tmp_path, monkeypatch):
     assert again.trainer.num_nodes == 2
 
 
-def test_a_run_resumes_in_its_own_folder(tmp_path):
-    """As that job does: the folder is there already, and the checkpoint that it goes on from is the one that it replaces."""
-    last = tmp_path / "job/checkpoints/last.ckpt"
-    for start in (0, 1):
-        folder = make_folder(str(tmp_path / "logs"), str(tmp_path / "job"), last)
-        steps = 2 * (start + 1)
-        run = train(folder, *OFTEN, f"trainer.max_steps={steps}", checkpoint=last if last.exists() else None)
-        assert run.trainer.global_step == steps
-        assert read(last)["global_step"] == steps
-    assert (last.parent / "best.ckpt").is_file() and not list(last.parent.glob(".*"))
-
-
 def test_a_released_decoder_in_python(tmp_path):
     """The example of the guides, with a tiny encoder and decoder at the places that it names."""
     blocks = [
@@ -276,21 +237,15 @@ def test_the_first_ten_minutes_of_the_readme(tmp_path, monkeypatch, capsys):
     section = text("README.md").split("## The first ten minutes")[1].split("\n## ")[0]
     lines = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1].replace("\\\n", " ").splitlines()
     runs = [script(words(line)) for line in lines]
-    assert [file for file, _ in runs] == ["src/train.py"] * 2 + [
-        "src/report.py",
-        "src/eval_rfid.py",
-        "src/reconstruct.py",
-        "src/export.py",
-    ]
-    own = [
-        [w for w in arguments if not w.startswith(("ckpt_path", "trainer.max_epochs", "experiment"))]
-        for _, arguments in runs[:2]
-    ]
-    assert own[0] == own[1] == ["model.optimizer.lr=5e-4"]
-    first = train(tmp_path / "first", *OFTEN, *own[0], "trainer.max_epochs=1")
-    assert first.module.settings.optimizer.lr == 5e-4
+    programs = [f"src/{name}.py" for name in ("train", "train", "report", "eval_rfid", "reconstruct", "export")]
+    assert [file for file, _ in runs] == programs
+    for _, arguments in runs[:2]:
+        others = ("ckpt_path", "trainer.max_epochs", "experiment")
+        assert [word for word in arguments if not word.startswith(others)] == ["model.optimizer.lr=5e-4"]
+    rate = [*OFTEN, "model.optimizer.lr=5e-4"]
+    assert train(tmp_path / "first", *rate, "trainer.max_epochs=1").module.settings.optimizer.lr == 5e-4
     folder = tmp_path / "run"
-    train(folder, *OFTEN, *own[1], "trainer.max_epochs=2", checkpoint=tmp_path / "first/checkpoints/last.ckpt")
+    train(folder, *rate, "trainer.max_epochs=2", checkpoint=tmp_path / "first/checkpoints/last.ckpt")
     for file, arguments in runs[2:]:
         here = [word.replace("logs/runs/DATE/TIME", str(folder)) for word in arguments]
         here = [str(tmp_path / word) if word in ("outputs/reconstructed", "exports/dummy") else word for word in here]
@@ -323,9 +278,8 @@ def test_the_help_of_training_names_real_keys_and_experiments():
     overrides = re.findall(r"^  ([a-z][\w./]*=[^\s]+)", everything, re.MULTILINE)
     assert len(overrides) > 12
     composed(["experiment=rae_dino", *overrides])
-    for command in re.findall(
-        r"^  (?:python|torchrun) .*?src/train\.py (.*?)(?:   .*)?$", help_text["template"], re.MULTILINE
-    ):
+    lines = re.findall(r"^  (?:python|torchrun) .*?src/train\.py (.*?)(?:   .*)?$", help_text["template"], re.MULTILINE)
+    for command in lines:
         if "NAME" not in command:
             composed(shlex.split(command))
     for code in ("0  ", "1  ", "143"):
@@ -344,7 +298,7 @@ def anchors(page: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT_ROOT)))
+@each_page
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page)):
         if target.startswith(("https://", "http://")):
@@ -356,7 +310,7 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(place), f"{page.name}: no heading #{anchor} in {place.name}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT_ROOT)))
+@each_page
 def test_files_that_are_named_exist(page):
     for name in re.findall(r"`((?:src|configs|scripts|docs|tests|benchmarks)/[\w./-]+)`", text(page)):
         if not any(mark in name for mark in ("NAME", "my_dataset", "rae_vit")):
@@ -368,39 +322,22 @@ def whole_configs():
     return [composed([f"experiment={name}", "logger=many"]) for name in ("rae_dino", "ditdh_xl")]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT_ROOT)))
+@each_page
 def test_keys_that_are_named_exist(page):
     for key in re.findall(r"`((?:data|model|trainer|callbacks|paths|logger|seed)\.[a-z_.]+)(?:=[^`]*)?`", text(page)):
-        if key.startswith("model.encoder_params.") or key in (
-            "model.pt",
-            "model.safetensors",
-        ):  # differ from family to family; a file
-            continue
+        if key.startswith("model.encoder_params.") or key in ("model.pt", "model.safetensors"):
+            continue  # they differ from family to family; a file
         missing = object()
         found = (OmegaConf.select(config, key.rstrip("."), default=missing) for config in whole_configs())
         assert any(value is not missing for value in found), f"{page.name}: {key}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT_ROOT)))
+@each_page
 def test_options_that_are_named_exist(page):
-    known = "\n".join(
-        f.read_text(encoding="utf-8")
-        for f in [
-            *(PROJECT_ROOT / "src").rglob("*.py"),
-            *(PROJECT_ROOT / "scripts").glob("*.py"),
-            *(PROJECT_ROOT / "benchmarks").glob("*.py"),
-        ]
-    )
-    for name in set(re.findall(r"`--([a-z][\w-]*)", text(page))) - {
-        "help",
-        "cfg",
-        "no-index",
-        "nodes",
-        "ntasks",
-        "ntasks-per-node",
-        "signals-to-handle",
-        "signal",
-    }:
+    files = [file for folder in ("src", "scripts", "benchmarks") for file in (PROJECT_ROOT / folder).rglob("*.py")]
+    known = "\n".join(text(file) for file in files)
+    others = {"help", "cfg", "no-index", "nodes", "ntasks", "ntasks-per-node", "signals-to-handle", "signal"}
+    for name in set(re.findall(r"`--([a-z][\w-]*)", text(page))).difference(others):
         spelled = name.replace("-", "[_-]")  # quoted, or a field of a class of options
         assert re.search(rf"[\"'](?:--)?{spelled}[\"']|^    {spelled}: .*= option\(", known, re.M), (
             f"{page.name}: --{name}"

@@ -16,11 +16,9 @@ from src.core.weights import PROJECT_ROOT
 from src.training.resume import find_checkpoint
 from src.training.run import run as program
 from src.training.stage1 import RAEModule
-from tests.test_resume import assert_equal_ends
-from tests.training import SMALL, composed, train
+from tests.training import QUIET, SMALL, assert_equal_ends, composed, train
 
-BARE = ["~callbacks.rfid", "logger=csv"]
-LIGHT = [*BARE, "model.disc_weight=0", "model.perceptual_weight=0"]
+LIGHT = [*QUIET, "model.disc_weight=0", "model.perceptual_weight=0"]
 
 
 def theirs(folder):
@@ -41,7 +39,7 @@ def whole(tmp_path_factory):
     """Two epochs of three updates of two micro-batches, with Lightning's callbacks beside ours."""
     folder = tmp_path_factory.mktemp("whole")
     halves = ["data.batch_size=2", "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=6"]
-    return folder, train(folder, *BARE, *halves, *theirs(folder)), halves
+    return folder, train(folder, *QUIET, *halves, *theirs(folder)), halves
 
 
 def test_what_is_logged_is_where_lightnings_callbacks_look(whole):
@@ -53,9 +51,7 @@ def test_what_is_logged_is_where_lightnings_callbacks_look(whole):
     assert all(float(found[name]) == pytest.approx(value, rel=1e-6) for name, value in latest.items())
     assert "train/loss" in run.trainer.progress_bar_metrics
     steps = [step for step, *_ in rows]
-    assert steps == sorted(steps), (
-        "Lightning counts updates too, or readers would take it for a start from an earlier state"
-    )
+    assert steps == sorted(steps), "Lightning counts updates too, or readers would see a start from an earlier state"
 
 
 @pytest.mark.parametrize("name", ["checkpoints/epoch=0-step=3.ckpt", "by_step/epoch=0-step=2.ckpt", "alone"])
@@ -63,8 +59,8 @@ def test_their_checkpoint_resumes_as_ours_does(whole, tmp_path, name):
     folder, _, halves = whole
     if name == "alone":
         folder, name = tmp_path / "alone", "by_step/epoch=1-step=4.ckpt"
-        train(folder, *BARE[1:], *halves, *theirs(folder), "callbacks=watch", "trainer.max_steps=4")
-    train(tmp_path / "resumed", *BARE, *halves, checkpoint=folder / name)
+        train(folder, *QUIET[1:], *halves, *theirs(folder), "callbacks=watch", "trainer.max_steps=4")
+    train(tmp_path / "resumed", *QUIET, *halves, checkpoint=folder / name)
     assert_equal_ends(whole[0], tmp_path / "resumed")
 
 
@@ -96,9 +92,8 @@ def test_overfitting_repeats_the_same_batches(tmp_path, monkeypatch):
 
 
 def test_fast_dev_run_leaves_neither_checkpoints_nor_figures(tmp_path):
-    run = train(
-        tmp_path, *LIGHT, "trainer.fast_dev_run=2", "trainer.detect_anomaly=true", "trainer.accumulate_grad_batches=2"
-    )
+    debugging = ["trainer.fast_dev_run=2", "trainer.detect_anomaly=true", "trainer.accumulate_grad_batches=2"]
+    run = train(tmp_path, *LIGHT, *debugging)
     assert run.trainer.global_step == 2 and not (tmp_path / "checkpoints").exists()
     assert not list(metrics_file.read(tmp_path / "metrics.csv")) and "val/loss" in run.trainer.callback_metrics
 
@@ -132,9 +127,8 @@ def test_a_run_returns_the_metric_that_was_asked_for(tmp_path):
 
 @pytest.mark.skipif("hydra_plugins.hydra_optuna_sweeper" in sys.modules, reason="the plugin is here")
 def test_a_missing_plugin_is_one_message():
-    done = subprocess.run(
-        [sys.executable, "src/train.py", "hparams_search=optuna"], cwd=PROJECT_ROOT, capture_output=True, text=True
-    )
+    command = [sys.executable, "src/train.py", "hparams_search=optuna"]
+    done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert "pip install -e '.[optuna]'" in done.stderr
 
@@ -180,7 +174,15 @@ def test_a_resume_goes_on_in_the_same_wandb_run(tmp_path, monkeypatch):
     for name, module in parts.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr("pytorch_lightning.loggers.wandb._WANDB_AVAILABLE", True)
-    words = [*SMALL, "~callbacks.rfid", "logger=wandb", *LIGHT[2:], f"paths.log_dir={tmp_path}", "tags=[mine]"]
+    words = [
+        *SMALL,
+        "~callbacks.rfid",
+        "logger=wandb",
+        *LIGHT[2:],
+        f"paths.log_dir={tmp_path}",
+        "tags=[mine]",
+        "trainer.limit_train_batches=1",
+    ]
     program(composed([*words, "trainer.max_epochs=1"]))
     program(composed([*words, "ckpt_path=last"]))
     program(composed(words))
@@ -205,9 +207,7 @@ def test_a_watched_run_has_one_bar_and_its_figures_in_the_file(tmp_path, monkeyp
     monkeypatch.setattr(progress, "progress_bar", lambda *columns: (bars.append(make(*columns)), bars[-1])[1])
     program(composed([*SMALL, *LIGHT, f"paths.run_dir={tmp_path}"]))
     (bar,) = bars
-    assert [(task.total, task.completed) for task in bar.tasks] == [
-        (6, 6)
-    ]  # of the run: its clock stops at its end alone
+    assert [(task.total, task.completed) for task in bar.tasks] == [(6, 6)]  # of the run: it stops at its end alone
     written, shown = (tmp_path / "run.log").read_text(), capfd.readouterr().err
     for step in range(1, 7):
         assert f"step {step}: grad_norm" in written and f"step {step}: grad_norm" not in shown

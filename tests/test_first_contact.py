@@ -4,7 +4,7 @@ import huggingface_hub
 import pytest
 from omegaconf import OmegaConf, open_dict
 
-from src.core import command_line
+from src.core import compose as composing
 from src.core.compose import compose
 from src.core.download import cached_encoder
 from src.core.errors import UserError
@@ -45,9 +45,8 @@ def refused(capfd, folder, *words):
 
 
 def test_all_that_is_missing_at_once_with_the_command(tmp_path, capfd, empty_cache):
-    said = refused(
-        capfd, tmp_path, "experiment=rae_dino", f"paths.weights_dir={tmp_path}/weights", "data.data_dir=data/nowhere"
-    )
+    words = [f"paths.weights_dir={tmp_path}/weights", "data.data_dir=data/nowhere"]
+    said = refused(capfd, tmp_path, "experiment=rae_dino", *words)
     for name in (HUB_ID, "vgg16-397923af.pth", "lpips_vgg", "pt_inception", "discs/dino_vit_small"):
         assert said.count(name) == 1, name
     assert f"scripts/download_weights.py --experiment rae_dino paths.weights_dir={tmp_path}/weights\n" in said
@@ -89,16 +88,12 @@ def test_what_is_in_the_cache_is_not_asked_for_again(tmp_path):
 
 
 def test_parts_that_a_run_leaves_out_need_no_files(tmp_path):
-    config = compose(
-        ["experiment=rae_dino", "model.disc_weight=0", "model.perceptual_weight=0", "callbacks=no_checkpoint"]
-    )
+    off = ["model.disc_weight=0", "model.perceptual_weight=0", "callbacks=no_checkpoint"]
+    config = compose(["experiment=rae_dino", *off])
     config["callbacks"]["rfid"] |= {"rfid_every_n_steps": 0, "rfid_every_epoch": False}
     assert [asset.name for asset in requirements(config, tmp_path, PROJECT_ROOT)] == [HUB_ID]
-    released = {
-        "encoder": HUB_ID,
-        "decoder": "weights/decoders/dinov2/wReg_base/ViTXL_n08/model.pt",
-        "statistics": "s.pt",
-    }
+    decoder = "weights/decoders/dinov2/wReg_base/ViTXL_n08/model.pt"
+    released = {"encoder": HUB_ID, "decoder": decoder, "statistics": "s.pt"}
     found = requirements({"model": {"autoencoder": released}}, PROJECT_ROOT / "weights", PROJECT_ROOT)
     assert [asset.name for asset in found] == [HUB_ID, "decoder-dinov2", "model.autoencoder.statistics"]
 
@@ -122,9 +117,9 @@ AS_PRINTED = """defaults:
 def test_the_experiment_of_the_users_guide_as_it_is_printed(tmp_path, monkeypatch):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment/mine.yaml").write_text(AS_PRINTED)
-    monkeypatch.setattr(command_line, "_CONFIGS", tmp_path)
-    said = command_line.problem(["experiment=mine"])
+    monkeypatch.setattr(composing, "_CONFIGS", tmp_path)
+    said = composing.problem(["experiment=mine"])
     assert "mine.yaml" in said and "# @package _global_" in said and "- override /model: …" in said
     monkeypatch.undo()
     for file in (PROJECT_ROOT / "configs/experiment").glob("*.yaml"):
-        assert not command_line.problem([f"experiment={file.stem}"])
+        assert not composing.problem([f"experiment={file.stem}"])

@@ -9,10 +9,9 @@ from src import eval_generation, sample
 from src.core.errors import UserError
 from src.core.weights import read
 from tests.test_eval_generation import as_folder, as_npz, pictures
-from tests.test_rfid_callback import logged
-from tests.test_stage2 import SMALL, last
+from tests.test_stage2 import SMALL, fit
 from tests.tiny_models import two_processes
-from tests.training import same, train
+from tests.training import assert_equal_ends, last, logged
 
 
 def gfid(place, **options):
@@ -27,51 +26,25 @@ def reference(tmp_path_factory):
 
 
 def offline(checkpoint, reference, folder):
-    words = ["--device", "cpu", "--batch_size", 4]
-    samples = [
-        *words,
-        "--checkpoint",
-        checkpoint,
-        "--num_images",
-        10,
-        "--decode_batch",
-        3,
-        "--seed",
-        5,
-        "--cfg",
-        1.5,
-        "--interval",
-        "0.2:1",
-    ]
-    assert sample.main([str(word) for word in (*samples, "--output", folder / "s.npz")]) == 0
-    scores = [
-        *words,
-        "--num_workers",
-        0,
-        "--samples",
-        folder / "s.npz",
-        "--reference",
-        reference,
-        "--inception_weights",
-        "tiny",
-    ]
-    assert eval_generation.main([str(word) for word in (*scores, "--json", folder / "s.json")]) == 0
+    common = "--device cpu --batch_size 4"
+    drawn = f"--checkpoint {checkpoint} --num_images 10 --decode_batch 3 --seed 5 --cfg 1.5 --interval 0.2:1 --output {folder}/s.npz"
+    assert sample.main([*common.split(), *drawn.split()]) == 0
+    scored = f"--samples {folder}/s.npz --reference {reference} --inception_weights tiny --num_workers 0 --json {folder}/s.json"
+    assert eval_generation.main([*common.split(), *scored.split()]) == 0
     return json.loads((folder / "s.json").read_text())["results"][0]
 
 
 def test_online_and_offline_numbers_are_equal_and_training_is_not_disturbed(autoencoder, reference, tmp_path):
-    base = [*SMALL, f"model.autoencoder={autoencoder}"]
-    train(tmp_path / "with", *base, *gfid(reference, every_n_steps=4, every_n_epochs=2), small=False)
-    train(tmp_path / "without", *base, small=False)
-    a, b = (read(last(tmp_path / name)) for name in ("with", "without"))
-    assert same(a["state_dict"], b["state_dict"]) and same(a["optimizer_states"], b["optimizer_states"])
+    fit(tmp_path / "with", autoencoder, *gfid(reference, every_n_steps=4, every_n_epochs=2))
+    fit(tmp_path / "without", autoencoder)
+    assert_equal_ends(tmp_path / "with", tmp_path / "without")
     scores = logged(tmp_path / "with", "gfid_untrained/score")
     assert sorted(scores) == [4, 6]  # 6 is the end of the second epoch
     found = offline(last(tmp_path / "with"), reference, tmp_path)
     names = {name: f"{name}_untrained" for name in ("sfid", "inception_score", "precision", "recall")}
     for name, key in {"score": "gfid_untrained", "images": "images", **names}.items():
         assert logged(tmp_path / "with", f"gfid_untrained/{name}")[6] == found[key], name
-    state = next(v for k, v in a["callbacks"].items() if "RunCheckpoint" in k)
+    state = next(v for k, v in read(last(tmp_path / "with"))["callbacks"].items() if "RunCheckpoint" in k)
     assert state["monitor"] == "gfid_untrained/score" and state["best"] == min(scores.values())
 
 
@@ -97,9 +70,8 @@ def test_two_processes_give_the_score_of_one(autoencoder, reference, tmp_path):
     ],
 )
 def test_what_is_refused_before_training(autoencoder, reference, tmp_path, options, message):
-    values = [*SMALL, f"model.autoencoder={autoencoder}", *gfid(reference, **options)]
     with pytest.raises(UserError, match=f"(?s){message}"):
-        train(tmp_path / "run", *values, small=False)
+        fit(tmp_path / "run", autoencoder, *gfid(reference, **options))
 
 
 def test_a_reference_that_does_not_fit_is_told_before_training(autoencoder, tmp_path):
@@ -107,4 +79,4 @@ def test_a_reference_that_does_not_fit_is_told_before_training(autoencoder, tmp_
     one = as_folder(tmp_path / "one", pictures(1, 1))
     for place, message in ((small, "48 x 48 px, this evaluation has 64 x 64 px"), (one, "has 1 image: 2 or more")):
         with pytest.raises(UserError, match=message):
-            train(tmp_path / "run", *SMALL, f"model.autoencoder={autoencoder}", *gfid(place), small=False)
+            fit(tmp_path / "run", autoencoder, *gfid(place))

@@ -47,9 +47,8 @@ def damaged(content: Any) -> Iterator[str]:
 
 
 def places(content: Any, depth: int = 3) -> Iterator[tuple[Any, ...]]:
-    inner = (
-        content.items() if isinstance(content, dict) else enumerate(content[:1]) if isinstance(content, list) else ()
-    )
+    inner = content.items() if isinstance(content, dict) else ()
+    inner = enumerate(content[:1]) if isinstance(content, list) else inner
     for key, value in inner if depth else ():
         yield (key,)
         yield from ((key, *rest) for rest in places(value, depth - 1))
@@ -127,10 +126,8 @@ DIFFUSERS = {
     "decoder_hidden_size": 32, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 4, "decoder_intermediate_size": 64, "patch_size": 16,
     "encoder_input_size": 56, "encoder_norm_mean": [0.5, 0.5, 0.5], "noise_tau": 0.8, "latents_mean": None, "latents_std": None, "image_size": 64,
 }  # fmt: skip
-SCORES = {
-    "features": "pretrained",
-    "results": [{"images": 1000, "split": "val", "rfid": 0.5, "data_dir": "a", "noise_sigma": 0.1}],
-}
+RESULT = {"images": 1000, "split": "val", "rfid": 0.5, "data_dir": "a", "noise_sigma": 0.1}
+SCORES = {"features": "pretrained", "results": [RESULT]}
 
 
 def lines(content: Any, name: str = "config.json") -> Callable[[Path], None]:

@@ -15,24 +15,24 @@ from src.core.stopping import SIGNALS
 from src.core.weights import PROJECT_ROOT, read
 from src.training.run import run
 from src.training.stage1 import RAEModule
-from tests.training import SMALL, composed
+from tests.training import QUIET, SMALL, composed
 
-QUIET = [*SMALL, "~callbacks.rfid", "logger=csv", "callbacks.checkpoint.every_n_steps=0"]
+CHEAP = [*SMALL, *QUIET, "callbacks.checkpoint.every_n_steps=0", "model.disc_weight=0", "model.perceptual_weight=0"]
 
 
-def run_and_signal(folder, monkeypatch, number, at=1, overrides=()):
-    """Run the program's body in this process and signal it in the update after step `at`; return its exit code."""
+def run_and_signal(folder, monkeypatch, numbers, overrides=()):
+    """Run the program's body in this process and signal it in its second update; return its exit code."""
     original = RAEModule.training_step
 
     def training_step(self, batch, batch_idx):
-        if self.global_step == at:
+        for number in numbers if self.global_step == 1 else ():
             os.kill(os.getpid(), number)
         return original(self, batch, batch_idx)
 
     monkeypatch.setattr(RAEModule, "training_step", training_step)
     before = {sent: signal.getsignal(sent) for sent in SIGNALS}
     try:
-        run(composed([*QUIET, f"paths.run_dir={folder}", *overrides]))
+        run(composed([*CHEAP, f"paths.run_dir={folder}", *overrides]))
         code = 0
     except SystemExit as error:
         code = error.code
@@ -49,7 +49,7 @@ def record_of(folder):
     [("SIGINT", 130, "interrupted"), ("SIGHUP", 129, "interrupted"), ("SIGUSR1", 138, "interrupted"), ("SIGTERM", 143, "terminated")],
 )  # fmt: skip
 def test_a_signal_finishes_the_update_and_saves(tmp_path, monkeypatch, name, code, status):
-    assert run_and_signal(tmp_path / "run", monkeypatch, signal.Signals[name]) == code
+    assert run_and_signal(tmp_path / "run", monkeypatch, [signal.Signals[name]]) == code
     file = tmp_path / "run/checkpoints/last.ckpt"
     assert read(file)["global_step"] == 2
     assert (record_of(tmp_path / "run")["status"], record_of(tmp_path / "run")["error"]) == (status, name)
@@ -59,24 +59,18 @@ def test_a_signal_finishes_the_update_and_saves(tmp_path, monkeypatch, name, cod
         assert str(code) in (PROJECT_ROOT / page).read_text()
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_that_arrives_ignored_stays_ignored(tmp_path, monkeypatch, number):
-    before = signal.signal(number, signal.SIG_IGN)
+def test_a_signal_that_arrives_ignored_stays_ignored(tmp_path, monkeypatch):
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
     try:
-        cheap = ["model.disc_weight=0", "trainer.max_steps=3"]
-        assert run_and_signal(tmp_path / "run", monkeypatch, number, overrides=cheap) == 0
+        assert run_and_signal(tmp_path / "run", monkeypatch, SIGNALS, overrides=["trainer.max_steps=3"]) == 0
     finally:
-        signal.signal(number, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert record_of(tmp_path / "run")["status"] == "finished"
 
 
 def test_without_checkpoints_a_signal_ends_the_run_where_it_is(tmp_path, monkeypatch):
-    assert (
-        run_and_signal(
-            tmp_path / "run", monkeypatch, signal.SIGINT, overrides=["callbacks=watch", "model.disc_weight=0"]
-        )
-        == 130
-    )
+    assert run_and_signal(tmp_path / "run", monkeypatch, [signal.SIGINT], ["callbacks=watch"]) == 130
     assert record_of(tmp_path / "run")["status"] == "interrupted"
 
 
@@ -85,6 +79,7 @@ import ctypes, os, signal, sys, time
 from multiprocessing import get_context
 from pathlib import Path
 from src.core.files import replacing
+from src.core import stopping
 from src.core.stopping import STOP, ignore_in_worker, listening
 
 def work(file):
@@ -92,8 +87,9 @@ def work(file):
     file.write_text(str(os.getpid()))
     time.sleep(600)
 
+stopping.STUCK_S = 0.5
 with listening():
-    STOP.deferred, folder = True, Path(sys.argv[1])
+    STOP.deferred, folder = len(sys.argv) == 2, Path(sys.argv[1])
     get_context("fork").Process(target=work, args=(folder / "worker",), daemon=True).start()
     with replacing(folder / "last.ckpt") as file:
         file.write(b"half")
@@ -104,11 +100,25 @@ with listening():
 """
 
 
+def hang(folder, *words):
+    """Start HANGING and wait until it hangs."""
+    command = [sys.executable, "-c", HANGING, str(folder), *words]
+    process = subprocess.Popen(command, cwd=PROJECT_ROOT, stderr=subprocess.PIPE)
+    kill_and_resume.wait_for(lambda: (folder / "ready").exists() and kill_and_resume.text(folder / "worker"), process)
+    return process
+
+
+def test_a_signal_ends_a_process_that_hangs_before_it_trains(tmp_path):
+    """As while it waits for other ranks to join."""
+    process = hang(tmp_path, "before")
+    time.sleep(0.5)  # from the last line to the call that hangs
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 143
+    gone([int((tmp_path / "worker").read_text())])
+
+
 def test_a_second_ctrl_c_ends_a_hanging_process_its_children_and_its_partial_files(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", HANGING, str(tmp_path)], cwd=PROJECT_ROOT, stderr=subprocess.PIPE)
-    kill_and_resume.wait_for(
-        lambda: (tmp_path / "ready").exists() and kill_and_resume.text(tmp_path / "worker"), process
-    )
+    process = hang(tmp_path)
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)  # at once: as a launcher passes on what the terminal has sent already

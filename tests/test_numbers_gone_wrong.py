@@ -16,9 +16,10 @@ from src.core.weights import load_strict, read
 from src.losses.gan import GENERATOR_LOSSES
 from src.training.stage1 import RAEModule
 from src.training.stage1_step import TrainingStep
-from tests.training import same, train
+from tests.training import QUIET as BASE
+from tests.training import last, logged, same, train
 
-QUIET = ["~callbacks.rfid", "logger=csv", "callbacks.checkpoint.every_n_steps=1"]
+QUIET = [*BASE, "callbacks.checkpoint.every_n_steps=1"]
 
 
 def poison(monkeypatch, name, at, only_gradient=False):
@@ -46,18 +47,15 @@ def poison(monkeypatch, name, at, only_gradient=False):
     monkeypatch.setattr(TrainingStep, "reconstruction_terms", poisoned)
 
 
-def last(folder):
-    return read(folder / "checkpoints" / "last.ckpt")
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize(("name", "bad_step"), [("lpips", 2), ("l1", 2), ("gan", 3)])  # the GAN term starts at step 1
+@pytest.mark.parametrize(
+    ("name", "bad_step", "accumulate"), [("lpips", 2, 1), ("l1", 2, 2), ("gan", 3, 1)]
+)  # the GAN term starts at step 1
 def test_training_stops_and_names_the_term_and_the_step(monkeypatch, tmp_path, name, bad_step, accumulate):
     poison(monkeypatch, name, at=[2 * accumulate])  # with two micro-batches, in the first of them
     updates = [f"trainer.accumulate_grad_batches={accumulate}", f"trainer.limit_train_batches={3 * accumulate}"]
     with pytest.raises(NonFiniteError, match=rf"^{name} is NaN or infinite at step {bad_step}.*max_skipped_steps=0"):
         train(tmp_path, *QUIET, *updates)
-    content = last(tmp_path)
+    content = read(last(tmp_path))
     assert content["global_step"] == bad_step
     assert all(torch.isfinite(value).all() for value in content["state_dict"].values())
 
@@ -66,12 +64,9 @@ def test_as_many_steps_as_allowed_are_skipped_and_counted(monkeypatch, tmp_path)
     poison(monkeypatch, "l1", at=[1, 3])
     run = train(tmp_path, *QUIET, "trainer.max_skipped_steps=2")
     assert run.trainer.global_step == 6 and run.module.nonfinite.skipped == 2
-    assert last(tmp_path)["skipped_steps"] == 2
-    assert "train/skipped_steps" in (tmp_path / "metrics.csv").read_text()
-    checkpoint = tmp_path / "checkpoints/last.ckpt"
-    again = train(
-        tmp_path / "again", *QUIET, "trainer.max_skipped_steps=2", "trainer.max_epochs=3", checkpoint=checkpoint
-    )
+    assert read(last(tmp_path))["skipped_steps"] == logged(tmp_path, "train/skipped_steps")[6] == 2
+    longer = ["trainer.max_skipped_steps=2", "trainer.max_epochs=3"]
+    again = train(tmp_path / "again", *QUIET, *longer, checkpoint=last(tmp_path))
     assert again.module.nonfinite.skipped == 2  # those before the resume count
     poison(monkeypatch, "l1", at=[0, 1, 2])
     with pytest.raises(NonFiniteError, match="3 such"):
@@ -82,7 +77,7 @@ def test_a_skipped_step_touches_neither_weights_nor_moments(monkeypatch, tmp_pat
     train(tmp_path / "before", *QUIET, "trainer.max_steps=1", "model.disc_weight=0")
     poison(monkeypatch, "l1", at=[1])
     train(tmp_path / "after", *QUIET, "trainer.max_steps=2", "trainer.max_skipped_steps=1", "model.disc_weight=0")
-    a, b = last(tmp_path / "before"), last(tmp_path / "after")
+    a, b = (read(last(tmp_path / name)) for name in ("before", "after"))
     decoder = [name for name in a["state_dict"] if name.startswith("rae.decoder")]
     assert decoder and all(torch.equal(a["state_dict"][n], b["state_dict"][n]) for n in decoder)
     assert same(a["optimizer_states"][0]["state"], b["optimizer_states"][0]["state"])
@@ -158,10 +153,9 @@ def test_clipping_bounds_the_update(tmp_path):
     """With a bound far below the gradient's norm, Adam's second moments are those of clipped gradients."""
     moments = {}
     for name, option in {"free": "null", "clipped": "1e-3"}.items():
-        train(
-            tmp_path / name, *QUIET, "trainer.max_steps=1", "model.disc_weight=0", f"trainer.gradient_clip_val={option}"
-        )
-        states = last(tmp_path / name)["optimizer_states"][0]["state"]
+        one_step = ["trainer.max_steps=1", "model.disc_weight=0", f"trainer.gradient_clip_val={option}"]
+        train(tmp_path / name, *QUIET, *one_step)
+        states = read(last(tmp_path / name))["optimizer_states"][0]["state"]
         moments[name] = sum(state["exp_avg_sq"].sum() for state in states.values())
     assert moments["clipped"] == pytest.approx(0.05 * 1e-6, rel=1e-2)  # (1 - beta2) * norm^2
     assert moments["free"] > 100 * moments["clipped"]
@@ -174,7 +168,7 @@ def test_clipping_bounds_the_update(tmp_path):
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     train(folder, *QUIET, "trainer.max_steps=2")
-    return folder / "checkpoints" / "last.ckpt"
+    return last(folder)
 
 
 @pytest.mark.parametrize("file_type", [".ckpt", ".pt", ".pth"])
@@ -208,8 +202,10 @@ def test_archives_without_crcs_are_read(tmp_path):
     assert read(tmp_path / "file.pt")["a"].sum() == 100
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("part", ["state_dict.ema_decoder", "state_dict.rae.decoder", "optimizer_states.0"])
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("state_dict.ema_decoder", math.nan), ("state_dict.rae.decoder", math.inf), ("optimizer_states.0", -math.inf)],
+)
 def test_a_checkpoint_with_such_a_number_is_refused(tmp_path, checkpoint, part, value):
     content = read(checkpoint)
     found = dict(_tensors(content, ""))
@@ -217,9 +213,8 @@ def test_a_checkpoint_with_such_a_number_is_refused(tmp_path, checkpoint, part, 
     found[name].view(-1)[-1] = value
     file = tmp_path / "bad.ckpt"
     torch.save(content, file)
-    with pytest.raises(
-        UserError, match=rf"bad\.ckpt holds numbers that are NaN or infinite, in [12] tensor.*{re.escape(name)}"
-    ):
+    said = rf"bad\.ckpt holds numbers that are NaN or infinite, in [12] tensor.*{re.escape(name)}"
+    with pytest.raises(UserError, match=said):
         AtomicCheckpointIO().load_checkpoint(file)
 
 
@@ -250,25 +245,21 @@ def test_such_weights_are_never_saved(tmp_path, monkeypatch, at, blamed):
                 next(self.rae.decoder.parameters()).view(-1)[0] = math.nan
 
     monkeypatch.setattr(RAEModule, "training_step", training_step)
-    with pytest.raises(
-        NonFiniteError, match=rf"At step {at + 1}, when it was to be saved, [12] of the tensors.*{blamed}"
-    ) as caught:
+    said = rf"At step {at + 1}, when it was to be saved, [12] of the tensors.*{blamed}"
+    with pytest.raises(NonFiniteError, match=said) as caught:
         train(tmp_path, *QUIET)
-    kept = tmp_path / "checkpoints/last.ckpt"
+    kept = last(tmp_path)
     assert kept.exists() == (at > 0) and (at == 0 or read(kept)["global_step"] == at)
     assert ("stays as it was" in str(caught.value)) == (at > 0)
 
 
 def test_a_validation_that_is_not_a_number_is_loud_and_never_the_best(tmp_path, monkeypatch, caplog):
     original = RAEModule.record_scores
-    monkeypatch.setattr(
-        RAEModule, "record_scores", lambda self, values: original(self, {**values, "val/loss": math.nan})
-    )
+    spoilt = {"val/loss": math.nan}
+    monkeypatch.setattr(RAEModule, "record_scores", lambda self, values: original(self, {**values, **spoilt}))
     train(tmp_path, *QUIET, "trainer.max_epochs=1", "model.disc_weight=0")
-    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
-    assert any("val/loss is nan at step 3" in text for text in errors) and any(
-        "no best.ckpt" in text for text in errors
-    )
+    errors = "\n".join(record.getMessage() for record in caplog.records if record.levelname == "ERROR")
+    assert "val/loss is nan at step 3" in errors and "no best.ckpt" in errors
     assert sorted(file.name for file in (tmp_path / "checkpoints").iterdir()) == ["epoch_001.ckpt", "last.ckpt"]
 
 

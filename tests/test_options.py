@@ -51,12 +51,8 @@ def test_help_has_groups_and_defaults(capsys):
     with pytest.raises(SystemExit):
         parse(Options, "Does things.", ["--help"], "the end")
     said = " ".join(capsys.readouterr().out.split())
-    for words in (
-        "Does things.",
-        "numbers: --batch_size N, --batch-size N images at once, here (default: 8)",
-        "the end",
-    ):
-        assert words in said
+    batch = "numbers: --batch_size N, --batch-size N images at once, here (default: 8)"
+    assert all(words in said for words in ("Does things.", batch, "the end"))
     assert "which (default: a)" in said and "anew" in said and "()" not in said
 
 

@@ -36,14 +36,8 @@ if __name__ == "__main__":
 def test_a_run_without_fcntl_resource_fork_and_most_signals(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(WITHOUT)  # in loading processes too
     (tmp_path / "start.py").write_text(TRAIN)
-    words = [
-        *SMALL,
-        "~callbacks.rfid",
-        "model.disc_weight=0",
-        "model.perceptual_weight=0",
-        "data.num_workers=1",
-        "trainer.max_epochs=1",
-    ]
+    light = ["~callbacks.rfid", "model.disc_weight=0", "model.perceptual_weight=0"]
+    words = [*SMALL, *light, "data.num_workers=1", "trainer.max_epochs=1"]
     done = subprocess.run(
         [sys.executable, str(tmp_path / "start.py"), "src/train.py", *words, f"paths.log_dir={tmp_path}/logs"],
         cwd=PROJECT_ROOT, env={**os.environ, "PYTHONPATH": f"{tmp_path}:{PROJECT_ROOT}"}, capture_output=True, text=True, timeout=300,
@@ -83,10 +77,8 @@ def test_paths_of_windows_are_no_hub_ids_and_no_addresses(path):
 
 
 def test_memory_is_bytes_on_macos_and_unknown_without_resource(monkeypatch):
-    cpu, one = (
-        torch.device("cpu"),
-        SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: SimpleNamespace(ru_maxrss=10**6)),
-    )
+    usage = SimpleNamespace(ru_maxrss=10**6)
+    cpu, one = torch.device("cpu"), SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: usage)
     monkeypatch.setitem(sys.modules, "resource", one)
     monkeypatch.setattr(sys, "platform", "linux")
     assert progress.peak_memory_gb(cpu) == pytest.approx(1.024)

@@ -30,7 +30,7 @@ def test_it_reports_every_stretch_and_writes_nothing(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         run_preflight(tmp_path, "trainer.max_epochs=4", "model.disc_upd_start_epoch=1", "model.disc_start_epoch=2")
     report = next(record.getMessage() for record in caplog.records if "Preflight passed" in record.getMessage())
-    for words in (
+    parts = (
         "L1 + LPIPS  ",
         "L1 + LPIPS + D  ",
         "L1 + LPIPS + D + GAN",
@@ -38,7 +38,8 @@ def test_it_reports_every_stretch_and_writes_nothing(tmp_path, caplog):
         "6 steps at",
         "12 in all",
         "device-hours",
-    ):
+    )
+    for words in parts:
         assert words in report, report
     assert not list(tmp_path.iterdir())
 
@@ -47,14 +48,11 @@ def test_a_loader_slower_than_an_update_is_what_is_forecast(tmp_path, monkeypatc
     """Batches made ahead would hide it from the few updates that are timed."""
     monkeypatch.setattr(preflight_module, "loader_seconds", lambda loader, workers: 7.0)
     with caplog.at_level(logging.INFO):
-        run_preflight(
-            tmp_path, "model.disc_weight=0", "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=4"
-        )
+        halves = ["trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=4"]
+        run_preflight(tmp_path, "model.disc_weight=0", *halves)
     report = next(record.getMessage() for record in caplog.records if "Preflight passed" in record.getMessage())
     assert re.search(r"loader +0\.5714 images/s by itself", report)
-    assert re.search(r"3 steps at 14 s \(0\.5714 images/s, peak .* GB, [\d.]+ s without waiting for data\)", report), (
-        report
-    )
+    assert re.search(r"3 steps at 14 s \(0\.5714 images/s, peak .* GB, [\d.]+ s without waiting for data\)", report)
 
 
 def test_the_loader_is_timed_by_what_it_does_in_the_long_run(monkeypatch):
@@ -100,11 +98,8 @@ def test_too_little_disk(tmp_path, monkeypatch):
 
 
 def test_stretches_cut_the_run_where_a_loss_starts():
-    run = build_run(
-        composed([*SMALL, "model.lpips_start_epoch=1", "model.disc_upd_start_epoch=2", "model.disc_start_epoch=3"]),
-        Launch(0, 1, "single"),
-        bare=True,
-    )
+    starts = [f"model.{key}_start_epoch={epoch}" for key, epoch in {"lpips": 1, "disc_upd": 2, "disc": 3}.items()]
+    run = build_run(composed([*SMALL, *starts]), Launch(0, 1, "single"), bare=True)
     steps_per_epoch = PropertyMock(return_value=10)
     with patch.object(RAEModule, "steps_per_epoch", steps_per_epoch):
         assert [part[1:] for part in run.module.stretches(planned=50)] == [

@@ -15,11 +15,10 @@ import torch
 
 from src import eval_rfid
 from src.callbacks.rfid_callback import RFIDCallback, run_id
-from src.core import metrics_file
 from src.core.errors import UserError
 from src.core.weights import PROJECT_ROOT, read
 from src.metrics.inception import InceptionFeatures
-from tests.training import SMALL, same, train
+from tests.training import SMALL, assert_equal_ends, last, logged, same, train
 
 
 def rfid(**options: object) -> list[str]:
@@ -29,13 +28,6 @@ def rfid(**options: object) -> list[str]:
         "rfid_save_samples": False, "inception_weights": "tiny", **options,
     }  # fmt: skip
     return ["logger=csv", *(f"callbacks.rfid.{name}={value}" for name, value in values.items())]
-
-
-def logged(folder: Path, name: str) -> dict[int, float]:
-    """Step -> value."""
-    return {
-        step: value for step, logged_name, value, _ in metrics_file.read(folder / "metrics.csv") if logged_name == name
-    }
 
 
 def everything(module) -> dict:
@@ -72,18 +64,19 @@ def test_training_with_and_without_is_the_same_bit_for_bit(tmp_path, monkeypatch
     train(tmp_path / "with", *rfid(rfid_every_n_steps=1, full_at_end=True, **pictures))
     assert len(logged(tmp_path / "with", "rfid_untrained/score")) == 6
     assert logged(tmp_path / "with", "rfid_untrained_full/images") == {6: 58}
-    a, b = (read(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("without", "with"))
-    for part in ("state_dict", "optimizer_states", "loops", "global_step"):
-        assert same(a[part], b[part]), part
+    assert_equal_ends(tmp_path / "without", tmp_path / "with")
 
 
-def test_when_and_what_is_written(tmp_path, caplog):
+def test_when_and_what_is_written(tmp_path, caplog, monkeypatch):
+    seen, forward = [], InceptionFeatures.forward
+    monkeypatch.setattr(InceptionFeatures, "forward", lambda self, x: (seen.append(len(x)), forward(self, x))[1])
     folder = tmp_path / "2026-01-02" / "03-04-05"
     pictures = {"rfid_save_samples": True, "save_samples_count": 3, "rfid_output_dir": tmp_path / "samples"}
     with caplog.at_level(logging.INFO):
         run = train(folder, *rfid(rfid_every_n_steps=2, **pictures))
     scores = logged(folder, "rfid_untrained/score")
     assert sorted(scores) == [2, 3, 4, 6]  # 3 and 6 are the ends of epochs
+    assert sum(seen) == 6 * (1 + 4)  # originals once only, then four reconstructions of them
     assert set(logged(folder, "rfid_untrained/images").values()) == {6}
     for name in ("psnr", "ssim", "lpips", "seconds"):
         assert sorted(logged(folder, f"rfid_untrained/{name}")) == [2, 3, 4, 6]
@@ -98,16 +91,20 @@ def test_when_and_what_is_written(tmp_path, caplog):
     assert sum("fewer than its" in line for line in lines) == 1
     no_gpu = sum("no CUDA device is visible: rFID runs on" in line for line in lines)
     assert no_gpu == (0 if torch.cuda.is_available() else 1)
-    checkpoint = read(folder / "checkpoints" / "last.ckpt")
+    checkpoint = read(last(folder))
     state = next(v for k, v in checkpoint["callbacks"].items() if "RunCheckpoint" in k)
     assert state == {"monitor": "rfid_untrained/score", "best": pytest.approx(min(scores.values()))}
     assert read(folder / "checkpoints" / "best.ckpt")["global_step"] == min(scores, key=scores.get)
 
 
-def test_steps_count_generator_updates_under_accumulation(tmp_path):
+def test_steps_count_generator_updates_under_accumulation_and_older_configurations_open(tmp_path, caplog):
+    """An untrained network of a smaller width is the tiny one."""
     accumulated = ["data.batch_size=2", "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=6"]
-    train(tmp_path, *rfid(rfid_every_n_steps=2, rfid_every_epoch=False), *accumulated)
+    old = ["+callbacks.rfid.inception_width=0.125", "model.disc_weight=0"]
+    options = rfid(rfid_every_n_steps=2, rfid_every_epoch=False, inception_weights="untrained")
+    train(tmp_path, *options, *accumulated, *old)
     assert sorted(logged(tmp_path, "rfid_untrained/score")) == [2, 4, 6]
+    assert "fewer than its 256 feature dimensions" in caplog.text
 
 
 def test_off_needs_no_file_and_best_follows_the_validation_loss(tmp_path):
@@ -118,21 +115,18 @@ def test_off_needs_no_file_and_best_follows_the_validation_loss(tmp_path):
     assert next(v for k, v in states.items() if "RunCheckpoint" in k)["monitor"] == "val/loss"
 
 
-@pytest.mark.parametrize("protocol", [[], ["callbacks.rfid.quantization=truncate", "data.exif=ignore"]])
-def test_the_command_line_gives_the_score_of_the_callback(tmp_path, capsys, protocol):
+def test_the_command_line_gives_the_score_of_the_callback(tmp_path):
     """Once over everything at the end: EMA weights, the same images and protocol, without a word on the command line."""
     options = [*rfid(rfid_every_epoch=False, full_at_end=True), "trainer.max_epochs=1", "model.ema_decay=0.5"]
-    run = train(tmp_path, *options, *protocol)
+    run = train(tmp_path, *options, "callbacks.rfid.quantization=truncate", "data.exif=ignore")
     assert run.module.scores["rfid_untrained_full/images"] == (3, 58) and run.datamodule.val_size == 58
     assert "rfid_untrained/score" not in run.module.scores  # never in one curve with scores of fewer images
-    line = (
-        f"--checkpoint {tmp_path}/checkpoints/last.ckpt --data_dir data/dummy_dataset_hf --device cpu --num_workers 0"
-    )
+    line = f"--checkpoint {last(tmp_path)} --data_dir data/dummy_dataset_hf --device cpu --num_workers 0"
     assert eval_rfid.main(shlex.split(f"{line} --inception_weights tiny --json {tmp_path}/a.json")) == 0
     used = json.loads((tmp_path / "a.json").read_text())
     (result,) = used["results"]
     assert (result["split"], result["images"]) == ("held_out", 58)
-    assert (used["exif"], used["quantization"]) == (("ignore", "truncate") if protocol else ("apply", "round"))
+    assert (used["exif"], used["quantization"]) == ("ignore", "truncate")
     for theirs, ours in (("rfid_untrained", "score"), ("psnr", "psnr"), ("ssim", "ssim"), ("lpips_untrained", "lpips")):
         assert result[theirs] == pytest.approx(run.module.scores[f"rfid_untrained_full/{ours}"][1], rel=1e-4)
 
@@ -157,13 +151,6 @@ def test_training_images_stand_in_only_where_nothing_is_held_out(tmp_path, caplo
     assert "rFID is measured on training images" in caplog.text
 
 
-def test_originals_go_through_inception_once_only(tmp_path, monkeypatch):
-    seen, forward = [], InceptionFeatures.forward
-    monkeypatch.setattr(InceptionFeatures, "forward", lambda self, x: (seen.append(len(x)), forward(self, x))[1])
-    train(tmp_path, *rfid(rfid_every_n_steps=1))
-    assert sum(seen) == 6 * (1 + 6)  # originals, then six reconstructions of them
-
-
 ARGUMENTS = {
     "rfid_every_n_steps": 1000, "rfid_every_epoch": True, "rfid_num_samples": 1000, "rfid_batch_size": 64, "rfid_device": "cuda",
     "rfid_output_dir": "x", "rfid_save_samples": True, "save_samples_count": 64, "use_train_dataloader": True, "full_at_end": False,
@@ -179,13 +166,6 @@ ARGUMENTS = {
 def test_values_that_make_no_sense(key, value):
     with pytest.raises(UserError, match=rf"callbacks\.rfid\.{key}={value!r}: expected"):
         RFIDCallback(**(ARGUMENTS | {key: value}))
-
-
-def test_the_configuration_of_an_older_run_still_opens(tmp_path, caplog):
-    """An untrained network of a smaller width is the tiny one."""
-    old = [*rfid(inception_weights="untrained"), "+callbacks.rfid.inception_width=0.125", "trainer.max_epochs=1"]
-    train(tmp_path, *old)
-    assert "fewer than its 256 feature dimensions" in caplog.text
 
 
 @pytest.mark.parametrize(

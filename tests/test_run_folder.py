@@ -14,10 +14,10 @@ from omegaconf import OmegaConf
 
 from src.core.distributed import Launch
 from src.core.errors import UserError
-from src.core.folder_lock import owner_of
+from src.core.folder_lock import owner_of, take_lock
 from src.core.weights import PROJECT_ROOT
 from src.training import record as module
-from src.training.record import make_folder, take_lock
+from src.training.record import make_folder
 from src.training.run import run
 from src.training.trainer import build_trainer
 from tests.training import SMALL, composed
@@ -27,9 +27,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def test_runs_that_start_in_the_same_second_get_one_each(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        module, "datetime", type("Fixed", (), {"now": staticmethod(lambda: datetime(2026, 1, 2, 3, 4, 5))})
-    )
+    fixed = type("Fixed", (), {"now": staticmethod(lambda: datetime(2026, 1, 2, 3, 4, 5))})
+    monkeypatch.setattr(module, "datetime", fixed)
     base, found = tmp_path / "runs/2026-01-02", []
     threads = [threading.Thread(target=lambda: found.append(make_folder(str(tmp_path), None))) for _ in range(8)]
     for thread in threads:
@@ -40,19 +39,11 @@ def test_runs_that_start_in_the_same_second_get_one_each(tmp_path, monkeypatch):
     assert all(folder.is_dir() for folder in found)
 
 
-def test_a_folder_that_was_asked_for_may_exist(tmp_path):
-    for _ in range(2):
-        assert make_folder("unused", str(tmp_path / "above" / "mine")) == tmp_path / "above" / "mine"
-
-
-def folder_with_a_run(folder, job=None, saved=True):
-    """What a run leaves that matters here."""
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"status": "failed", "slurm_job": job}))
-    last = folder / "checkpoints/last.ckpt"
-    if saved:
-        last.write_bytes(b"weights")
-    return last
+def test_a_folder_that_was_asked_for_may_exist_and_hold_other_things(tmp_path):
+    mine = tmp_path / "above" / "mine"
+    assert make_folder("unused", str(mine)) == mine
+    (mine / "notes.txt").write_text("mine")
+    assert make_folder("unused", str(mine)) == mine
 
 
 @pytest.mark.parametrize(
@@ -71,32 +62,29 @@ def folder_with_a_run(folder, job=None, saved=True):
     ],
 )
 def test_a_folder_that_holds_a_run_is_taken_again_in_two_cases(tmp_path, monkeypatch, checkpoint, job, saved, allowed):
-    last = folder_with_a_run(tmp_path / "run", job, saved)
+    folder = tmp_path / "run"
+    last = folder / "checkpoints/last.ckpt"
+    last.parent.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"status": "failed", "slurm_job": job}))
+    if saved:
+        last.write_bytes(b"weights")
+    places = {"inside": tmp_path / "x/../run/checkpoints/best.ckpt", "elsewhere": tmp_path / "run2/last.ckpt"}
+    given = places.get(checkpoint)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    given = {
-        None: None,
-        "inside": tmp_path / "x/../run/checkpoints/best.ckpt",
-        "elsewhere": tmp_path / "run2/last.ckpt",
-    }
     if allowed:
-        assert make_folder("unused", str(tmp_path / "run"), given[checkpoint]) == tmp_path / "run"
+        assert make_folder("unused", str(folder), given) == folder
         return
     with pytest.raises(UserError, match=r"holds a run already.*paths\.run_dir=null") as caught:
-        make_folder("unused", str(tmp_path / "run"), given[checkpoint])
+        make_folder("unused", str(folder), given)
     assert (f"ckpt_path={last}" in str(caught.value)) == saved
     monkeypatch.delenv("SLURM_JOB_ID")
     with pytest.raises(UserError, match="holds a run already"):
-        make_folder("unused", str(tmp_path / "run"), given[checkpoint])
-
-
-def test_a_folder_with_other_things_is_no_run(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    assert make_folder("unused", str(tmp_path)) == tmp_path
+        make_folder("unused", str(folder), given)
 
 
 def test_a_running_run_locks_its_folder_until_its_process_ends(tmp_path):
     pytest.importorskip("fcntl")
-    code = "import sys, time; from pathlib import Path; from src.core.folder_lock import lock\nheld = lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
+    code = "import sys, time; from pathlib import Path; from src.core.folder_lock import take_lock\nheld = take_lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], cwd=PROJECT_ROOT, stdout=subprocess.PIPE, text=True
     )
@@ -136,6 +124,7 @@ def test_the_same_folder_twice_keeps_the_first_runs_checkpoints(tmp_path, caplog
     assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "finished"
     start(f"paths.run_dir={tmp_path / 'run'}", f"ckpt_path={last}", "trainer.max_epochs=2")
     assert json.loads((tmp_path / "run/run.json").read_text())["result"]["step"] == 2
+    assert (last.parent / "best.ckpt").is_file() and not list(last.parent.glob(".*"))
     with take_lock(tmp_path / "run"):
         caplog.clear()
         start(f"ckpt_path={last}", "trainer.max_epochs=2")
@@ -164,15 +153,8 @@ def test_a_place_that_cannot_be_written(tmp_path, log_dir, wanted):
     ],
 )
 def test_who_started_this_process(monkeypatch, environment, expected):
-    for name in (
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "NODE_RANK",
-        "TORCHELASTIC_RUN_ID",
-        "SLURM_PROCID",
-        "SLURM_NTASKS",
-    ):
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "TORCHELASTIC_RUN_ID", "SLURM_PROCID", "SLURM_NTASKS")
+    for name in names:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -9,18 +9,19 @@ from omegaconf import OmegaConf
 from src.core.errors import UserError
 from src.core.settings import check_keys
 from src.core.weights import read
-from src.training.settings import ModelSettings, check_geometry
+from src.training.settings import ModelSettings
+from src.training.stage1 import RAEModule
 from tests.training import composed, same, train
 
 
 @pytest.fixture(scope="module")
 def node():
     config = composed(["experiment=rae_dummy", "paths.run_dir=somewhere"])
-    return OmegaConf.to_container(config.model, resolve=True)
+    return {k: v for k, v in OmegaConf.to_container(config.model, resolve=True).items() if k != "_target_"}
 
 
 def parse(node, **changes):
-    return ModelSettings.parse({k: v for k, v in (node | changes).items() if k != "_target_"})
+    return ModelSettings.parse(node | changes)
 
 
 def test_groups_and_types(node):
@@ -60,9 +61,9 @@ def test_every_problem_is_named_at_once(node):
 
 def test_keys_are_asked_before_sizes_and_sizes_before_weights(node):
     with pytest.raises(UserError, match=r"^unknown key model.foo"):
-        check_geometry(node | {"foo": 1, "image_size": 100})
+        RAEModule.check_arguments(node | {"foo": 1, "image_size": 100})
     with pytest.raises(UserError, match="image_size=100 is not a multiple"):
-        check_geometry(node | {"image_size": 100, "pretrained_decoder_path": "nowhere.pt"})
+        RAEModule.check_arguments(node | {"image_size": 100, "pretrained_decoder_path": "nowhere.pt"})
     with pytest.raises(UserError, match=r"^unknown key callbacks.rfd \(did you mean rfid\?\)"):
         check_keys(["rfid", "rfd"], {"rfid", "samples"}, "callbacks")
 

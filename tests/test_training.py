@@ -6,11 +6,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from src.core import metrics_file
 from src.core.images import bytes_to_unit
 from src.core.weights import PROJECT_ROOT, read
 from src.training.stage1_step import TrainingStep
-from tests.training import train
+from tests.training import QUIET, logged, train
 
 OFF = "~callbacks.rfid"
 
@@ -18,7 +17,8 @@ OFF = "~callbacks.rfid"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    return folder, train(folder, OFF, "model.sample_every=2", "trainer.num_sanity_val_steps=-1")
+    warmup = ["model.disc_scheduler.warmup_epochs=1", "model.disc_scheduler.warmup_from_zero=true"]
+    return folder, train(folder, OFF, "model.sample_every=2", "trainer.num_sanity_val_steps=-1", *warmup)
 
 
 def test_what_is_logged_under_which_name_at_which_step(run):
@@ -57,7 +57,8 @@ def test_val_loss_is_l1_plus_weighted_lpips_of_the_average(run):
     weight = fitted.module.settings.step.perceptual_weight
     assert scores["val/loss"] == pytest.approx(scores["val/l1"] + weight * scores["val/lpips"])
     images = bytes_to_unit(next(iter(fitted.datamodule.val_dataloader()))["image"])
-    l1, online = ((fitted.module.reconstruct(images, w) - images).abs().mean() for w in ("ema", "online"))
+    rae, average = fitted.module.rae, fitted.module.ema_decoder
+    l1, online = ((rae.decode_raw(rae.encode_raw(images), d) - images).abs().mean() for d in (average, rae.decoder))
     assert scores["val/l1"] == pytest.approx(float(l1), rel=1e-5)
     assert abs(float(online - l1)) > 1e-6
 
@@ -66,25 +67,15 @@ def test_a_term_added_to_the_table_is_trained_logged_and_validated(tmp_path, mon
     """At a weight that outweighs the others: the decoder then learns grey, whatever the images are."""
     original = TrainingStep.reconstruction_terms
     grey = (100.0, lambda output, target: (output - 0.5).square())
-    monkeypatch.setattr(
-        TrainingStep, "reconstruction_terms", lambda self, phase: original(self, phase) | {"grey": grey}
-    )
-    fitted = train(
-        tmp_path,
-        OFF,
-        "logger=csv",
-        "callbacks=no_checkpoint",
-        "model.disc_weight=0",
-        "trainer.max_steps=6",
-        "model.ema_decay=0",
-    )
+    monkeypatch.setattr(TrainingStep, "reconstruction_terms", lambda *args: original(*args) | {"grey": grey})
+    fitted = train(tmp_path, *QUIET, "callbacks=no_checkpoint", "model.disc_weight=0", "model.ema_decay=0")
     terms, scores = fitted.module.train_terms, {name: value for name, (_, value) in fitted.module.scores.items()}
     weight = fitted.module.settings.step.perceptual_weight
     for name, found in (("train", {n: float(v) for n, v in terms.items()}), ("val", scores)):
         total = found[f"{name}/l1"] + weight * found[f"{name}/lpips"] + 100 * found[f"{name}/grey"]
         assert found[f"{name}/loss"] == pytest.approx(total, rel=1e-5)
-    grey = [value for _, name, value, _ in metrics_file.read(tmp_path / "metrics.csv") if name == "train/grey"]
-    assert grey[-1] < 0.7 * grey[0]
+    grey = logged(tmp_path, "train/grey")
+    assert grey[6] < 0.7 * grey[1]
 
 
 def test_frozen_stays_frozen(run):
@@ -109,6 +100,7 @@ def test_learning_rates_in_the_log_are_those_of_the_schedule(run):
     settings = fitted.module.settings
     generator = [settings.scheduler.lr(step, 3) for step in range(6)]
     discriminator = [settings.disc_scheduler.lr(max(step - 1, 0), 3) for step in range(6)]  # counts its own updates
+    assert discriminator[0] == discriminator[1] < discriminator[2]
     assert [e.value for e in events.Scalars("lr/generator")] == pytest.approx(generator, rel=1e-5)
     assert [e.value for e in events.Scalars("lr/discriminator")] == pytest.approx(discriminator, rel=1e-5)
     used = [optimizer.param_groups[0]["lr"] for optimizer in fitted.trainer.optimizers]
@@ -117,20 +109,19 @@ def test_learning_rates_in_the_log_are_those_of_the_schedule(run):
 
 def test_old_epoch_checkpoints_are_pruned(tmp_path):
     short = ["trainer.max_epochs=4", "trainer.limit_train_batches=1", "callbacks.checkpoint.keep_epochs=2"]
-    train(tmp_path, OFF, "logger=csv", *short)
+    train(tmp_path, *QUIET, *short)
     assert sorted(f.name for f in (tmp_path / "checkpoints").glob("epoch_*")) == ["epoch_003.ckpt", "epoch_004.ckpt"]
 
 
 def test_accumulation_counts_updates_and_equals_one_batch_without_the_gan(tmp_path):
     """Without adaptive weights the gradient of two halves is that of the whole."""
-    base = [OFF, "logger=csv", "model.disc_weight=0", "trainer.max_epochs=1"]
+    base = [*QUIET, "model.disc_weight=0", "trainer.max_epochs=1"]
     whole = train(tmp_path / "whole", *base, "data.batch_size=4", "trainer.limit_train_batches=3")
     halved = ["data.batch_size=2", "trainer.limit_train_batches=7", "trainer.accumulate_grad_batches=2"]
     halves = train(tmp_path / "halves", *base, *halved)
     assert whole.trainer.global_step == halves.trainer.global_step == 3  # the seventh micro-batch is left over
     assert_same_moments(whole, halves)
-    rows = [metrics_file.read(tmp_path / name / "metrics.csv") for name in ("whole", "halves")]
-    losses = [{step: value for step, name, value, *_ in table if name == "train/loss"} for table in rows]
+    losses = [logged(tmp_path / name, "train/loss") for name in ("whole", "halves")]
     assert list(losses[1]) == [1, 2, 3]
     assert losses[1][1] == pytest.approx(losses[0][1], rel=1e-5)  # the mean over micro-batches
 
@@ -144,38 +135,34 @@ def assert_same_moments(first, second):
     assert (mine - theirs).abs().max() < 1e-2 * theirs.abs().max()
 
 
-def test_bf16_and_16_on_a_cpu(tmp_path):
-    for precision in ("bf16", "16"):
-        fitted = train(tmp_path / precision, OFF, "logger=csv", f"trainer.precision={precision}", "trainer.max_steps=3")
-        assert fitted.trainer.precision == "bf16-mixed"
-        assert all(torch.isfinite(p).all() for p in fitted.module.rae.decoder.parameters())
+def test_16_on_a_cpu(tmp_path):
+    fitted = train(tmp_path, *QUIET, "trainer.precision=16", "trainer.max_steps=3")
+    assert fitted.trainer.precision == "bf16-mixed"
+    assert all(torch.isfinite(p).all() for p in fitted.module.rae.decoder.parameters())
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["model.disc_fake=reuse"], ["model.loss_chunk_size=1"], ["model.activation_checkpointing=true"], ["model.train_positions=true"],
-        ["model.disc_updates=2"], ["model.disc_loss=softplus", "model.gen_loss=softplus"], ["model.perceptual_weight=0"],
-        ["model.disc_weight=0"], ["model.scheduler.type=linear"], ["model.disc_arch.augment.cutout=0.5"], ["model.noise_tau=0"],
+        ["model.disc_fake=reuse", "model.loss_chunk_size=1", "model.activation_checkpointing=true", "model.train_positions=true",
+         "model.disc_updates=2", "model.disc_loss=softplus", "model.gen_loss=softplus", "model.scheduler.type=linear",
+         "model.disc_arch.augment.cutout=0.5", "model.noise_tau=0"],
+        ["model.perceptual_weight=0"],
     ],
-    ids=lambda o: o[0],
+    ids=["all", "no LPIPS"],
 )  # fmt: skip
 def test_options_train(tmp_path, overrides):
-    fitted = train(tmp_path, OFF, "logger=csv", "trainer.max_steps=3", "callbacks=no_checkpoint", *overrides)
+    fitted = train(tmp_path, *QUIET, "trainer.max_steps=3", "callbacks=no_checkpoint", *overrides)
     assert fitted.trainer.global_step == 3
     assert all(torch.isfinite(value) for value in fitted.module.train_terms.values())
-
-
-def test_several_updates_of_the_discriminator(tmp_path):
-    for updates in (1, 2):
-        options = ["logger=csv", "trainer.max_steps=2", f"model.disc_updates={updates}"]
-        state = train(tmp_path / str(updates), OFF, *options).trainer.optimizers[1].state_dict()["state"]
-        assert int(next(iter(state.values()))["step"]) == updates  # in the second step, where it starts
+    state = fitted.trainer.optimizers[1].state_dict()["state"]
+    updates = fitted.module.settings.step.disc_updates
+    assert int(next(iter(state.values()))["step"]) == 2 * updates  # it starts in the second step
 
 
 def test_parts_that_never_start(tmp_path):
     options = [f"model.{key}=inf" for key in ("lpips_start_epoch", "disc_upd_start_epoch", "disc_start_epoch")]
-    fitted = train(tmp_path, OFF, "logger=csv", "callbacks=no_checkpoint", "trainer.max_steps=4", *options)
+    fitted = train(tmp_path, *QUIET, "callbacks=no_checkpoint", "trainer.max_steps=4", *options)
     assert {n for n in fitted.module.train_terms if not n.endswith("norm")} == {"train/l1", "train/loss"}
     assert fitted.module.learning_rates(3)["discriminator"] == fitted.module.settings.disc_scheduler.lr(0, 3)
 
@@ -194,7 +181,7 @@ def test_a_compiled_step_has_the_same_names_and_numbers(tmp_path):
     """A decoder of one block and no loss networks: compiling is slow, and one block is compiled as many are."""
     config = json.loads((PROJECT_ROOT / "configs/decoder/tiny/config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"decoder_num_hidden_layers": 1}))
-    base = [OFF, "logger=csv", "callbacks=no_checkpoint", "trainer.max_steps=2", "trainer.limit_val_batches=0", f"model.decoder_config_path={tmp_path}",
+    base = [*QUIET, "callbacks=no_checkpoint", "trainer.max_steps=2", "trainer.limit_val_batches=0", f"model.decoder_config_path={tmp_path}",
             "model.disc_weight=0", "model.perceptual_weight=0"]  # fmt: skip
     plain = train(tmp_path / "plain", *base)
     compiled = train(tmp_path / "compiled", *base, "model.compile=true")

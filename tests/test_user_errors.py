@@ -16,9 +16,7 @@ from src.core.weights import PROJECT_ROOT
 from src.training import logs
 from src.training.run import _message as message_of
 from src.training.run import check_config, run
-from tests.training import SMALL, composed, train
-
-QUIET = ["~callbacks.rfid", "logger=csv"]
+from tests.training import QUIET, SMALL, composed, last, train
 
 
 @pytest.mark.parametrize(
@@ -35,26 +33,13 @@ QUIET = ["~callbacks.rfid", "logger=csv"]
         (["model.pretrained_decoder_path=nowhere.pt"], ["nowhere.pt"]),
         (["model.normalization_stat_path=nowhere.pt"], ["nowhere.pt"]),
         (["data.batch_size=500"], ["230 training images", "data.batch_size=230"]),
-        (["model.scheduler.final_lr=1.0"], ["final_lr", "exceeds"]),
         (["trainer.precision=8"], ["trainer.precision=8", "bf16"]),
         (["trainer.accelerator=gpu"], ["gpu", "trainer=cpu"]),
         (["trainer.strategy=fsdp"], ["fsdp", "ddp"]),
-        (["trainer.accumulate_grad_batches=0"], ["trainer.accumulate_grad_batches", "0", "at least 1"]),
-        (["trainer.gradient_clip_val=-1"], ["gradient_clip_val=-1"]),
-        (["+model.foo=1"], ["foo", "Known keys"]),
-        (["+model.disc_weigth=1"], ["disc_weigth", "did you mean disc_weight"]),
         (["+data.foo=1"], ["foo", "data"]),
         (["+trainer.foo=1"], ["foo", "trainer"]),
         (["model.disc_arch.arch.recipe=L_8"], ["L_8", "S_8"]),
-        (["model.disc_loss=wgan"], ["wgan", "hinge"]),
         (["model.layer_subset.kind=odd"], ["odd", "uniform"]),
-        (["model.disc_fake=resue"], ["model.disc_fake='resue'", "fresh or reuse"]),
-        (["model.adaptive_weight=foo"], ["'foo'", "global or per_rank"]),
-        (["model.noise_tau=-1"], ["model.noise_tau=-1", "at least 0"]),
-        (["model.perceptual_weight=high"], ["perceptual_weight='high'", "a number"]),
-        (["model.loss_chunk_size=0"], ["loss_chunk_size=0", "at least 1"]),
-        (["model.train_positions=1"], ["train_positions=1", "true or false"]),
-        (["data.image_size=64px"], ["data.image_size='64px'", "whole number"]),
         (["data.num_workers=a"], ["data.num_workers='a'", "whole number"]),
         (["trainer.float32_matmul_precision=low"], ["low", "highest", "high"]),
         (["trainer.accumulate_grad_batches=4"], ["3 micro-batch(es)", "an update takes 4", "nothing would be trained"]),
@@ -87,16 +72,11 @@ def test_keys_that_hydra_lets_pass(added, said):
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("callbacks", ["default", "no_checkpoint", "watch"])
-def test_known_keys_pass(callbacks):
-    check_config(composed(["experiment=rae_dummy", f"callbacks={callbacks}"]))
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     train(folder, *QUIET, "trainer.max_steps=1")
-    return folder / "checkpoints" / "last.ckpt"
+    return last(folder)
 
 
 def test_a_checkpoint_of_another_model_names_every_difference(tmp_path, checkpoint):
@@ -104,9 +84,9 @@ def test_a_checkpoint_of_another_model_names_every_difference(tmp_path, checkpoi
     with pytest.raises(UserError) as caught:
         train(tmp_path, *QUIET, *other, checkpoint=checkpoint)
     for words in (
-        "data.image_size: checkpoint 64, model 128",
-        "model.decoder_denormalize: checkpoint True, model False",
-        "pretrained_decoder_path",
+        "image_size: checkpoint 64, model 128",
+        "denormalize: checkpoint True, model False",
+        "pretrained_decoder",
     ):
         assert words in str(caught.value)
 
@@ -173,19 +153,12 @@ def test_the_line_after_hydras_error(tmp_path):
     assert done.stderr.rstrip().endswith("ckpt_path=\"'/x/epoch=9.ckpt'\"")
 
 
-def test_storage_options_are_masked_whatever_their_keys():
+def test_secrets_are_masked_and_nothing_else():
+    for key in ("token", "hf_token", "logger.wandb.api_key", "a.password", "my_secret", "SECRET_KEY"):
+        hidden = {"a": {key.rsplit(".", 1)[-1]: "xyz"}, "list": [f"+{key}=xyz", "data.batch_size=4"]}
+        assert "xyz" not in str(masked(hidden)) and "data.batch_size=4" in masked(hidden)["list"], key
     config = {"data": {"storage_options": {"key": "xyz", "client_kwargs": {"a": "xyz"}}, "data_dir": "s3://b"}}
     assert "xyz" not in str(masked(config)) and masked(config)["data"]["data_dir"] == "s3://b"
-
-
-@pytest.mark.parametrize("key", ["token", "hf_token", "logger.wandb.api_key", "a.password", "my_secret", "SECRET_KEY"])
-def test_secrets_are_masked(key):
-    last = key.rsplit(".", 1)[-1]
-    hidden = {"a": {last: "xyz"}, "list": [f"+{key}=xyz", "data.batch_size=4"]}
-    assert "xyz" not in str(masked(hidden)) and "data.batch_size=4" in masked(hidden)["list"]
-
-
-def test_what_is_no_secret_stays():
     plain = {"num_tokens": 256, "token": None, "seed": 0, "tokens": [1], "list": ["num_tokens=256", "a=b"]}
     assert masked(plain) == plain
 
@@ -233,10 +206,8 @@ def test_no_pictures(tmp_path):
 
 
 def test_pictures_follow_log_dir():
-    assert (
-        composed(["experiment=rae_dummy", "paths.log_dir=/elsewhere"]).callbacks.rfid.rfid_output_dir
-        == "/elsewhere/rfid_samples"
-    )
+    config = composed(["experiment=rae_dummy", "paths.log_dir=/elsewhere"])
+    assert config.callbacks.rfid.rfid_output_dir == "/elsewhere/rfid_samples"
 
 
 def test_restarts_by_torchrun_do_not_begin_at_step_0(tmp_path, monkeypatch, capfd):

@@ -9,8 +9,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from src.core import metrics_file
 from src.core.distributed import Launch
-from src.core.weights import PROJECT_ROOT
+from src.core.weights import PROJECT_ROOT, read
 from src.training.record import RunRecord
 from src.training.run import Run, build_run, check_config, fit
 
@@ -20,6 +21,8 @@ SMALL = [
     "trainer.accelerator=cpu", "trainer.limit_train_batches=3", "trainer.limit_val_batches=1", "trainer.log_every_n_steps=1",
     "model.disc_upd_start_epoch=0.34", "model.disc_start_epoch=0.34", "model.sample_every=0", "trainer.num_sanity_val_steps=0", "trainer.check_val_every_n_epoch=1",
 ]  # fmt: skip
+
+QUIET = ["~callbacks.rfid", "logger=csv"]
 
 
 def composed(overrides: list[str]) -> DictConfig:
@@ -43,6 +46,22 @@ def train(folder: Path, *overrides: str, checkpoint: Path | None = None, small: 
     run = build_run(config, Launch(0, 1, "single"), checkpoint)
     fit(run, checkpoint, RunRecord(folder, config.experiment_name))
     return run
+
+
+def last(folder: Path) -> Path:
+    return folder / "checkpoints" / "last.ckpt"
+
+
+def logged(folder: Path, name: str) -> dict[int, float]:
+    """Step -> value."""
+    return {step: value for step, found, value, _ in metrics_file.read(folder / "metrics.csv") if found == name}
+
+
+def assert_equal_ends(expected: Path, actual: Path) -> None:
+    """Of two runs' folders: the last checkpoints are the same bit for bit."""
+    a, b = read(last(expected)), read(last(actual))
+    for part in ("state_dict", "optimizer_states", "global_step", "loops"):
+        assert same(a[part], b[part]), part
 
 
 def same(a: Any, b: Any) -> bool:

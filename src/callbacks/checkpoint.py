@@ -15,11 +15,10 @@ from pydantic import Field
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from src.callbacks.progress import training_paused
-from src.core.distributed import command_to_resume
+from src.core.distributed import RankRequests, command_to_resume
 from src.core.errors import UserError
 from src.core.files import disk_message, link_or_copy, write_torch
 from src.core.nonfinite import FIRST_STEP, REMEDY, NonFiniteError, nonfinite_tensors
-from src.core.rank_requests import RankRequests
 from src.core.settings import checked
 from src.core.stopping import FAILED, STOP, signal_name
 from src.core.weights import check_finite, read
@@ -53,7 +52,6 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         self._saved_step: int | None = None  # None: training has not begun
         self._saved_at = time.monotonic()
         self._began: int | None = None  # the step of the first update
-        self._epoch_ended = False
         self._stopped = False
         self._requests = RankRequests()
 
@@ -74,9 +72,6 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 link_or_copy(old, self.folder / "best.ckpt")
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._epoch_ended = False
-
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % pl_module.settings.loop.accumulate_grad_batches:
             return
@@ -96,9 +91,8 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
             self._link_best(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._epoch_ended = True
         better = self._is_better(pl_module)
-        self.save(trainer, pl_module)
+        self.save(trainer, pl_module, anew=True)
         epoch = trainer.current_epoch + 1
         if not trainer.is_global_zero:
             return
@@ -158,9 +152,9 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
 
     # -- what
 
-    def save(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Write RUN/checkpoints/last.ckpt. On all ranks."""
-        if trainer.global_step == self._saved_step and not self._epoch_ended:
+    def save(self, trainer: pl.Trainer, pl_module: Any, anew: bool = False) -> None:
+        """Write RUN/checkpoints/last.ckpt, unless that was done after this update; `anew`: all the same. On all ranks."""
+        if trainer.global_step == self._saved_step and not anew:
             return
         pl_module.check_numbers()
         with training_paused(trainer):

@@ -27,9 +27,6 @@ _SETTLED_STEPS = 20  # before that, start-up and compilation would be called a b
 class StartupTable(pl.Callback):
     """Logs what a run is, and what looks wrong with it, before its first step; tells all ranks the run's folder."""
 
-    began = False
-    """Whether a batch was trained on."""
-
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         trainer._default_root_dir = trainer.strategy.broadcast(trainer.default_root_dir)  # the first process made it
 
@@ -37,14 +34,6 @@ class StartupTable(pl.Callback):
         if trainer.is_global_zero:
             log.info("This run:\n%s", table(describe(trainer, pl_module)))
             warn(trainer, pl_module)
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.began = True
-
-
-def has_begun(trainer: pl.Trainer) -> bool:
-    """Return whether a run trained on a batch."""
-    return any(isinstance(callback, StartupTable) and callback.began for callback in trainer.callbacks)
 
 
 @checked("callbacks.progress")
@@ -92,7 +81,7 @@ class TrainingProgress(pl.Callback):
         if trainer.is_global_zero and sys.stderr.isatty() and not others:
             self._bar = progress_bar(TextColumn("{task.fields[figures]}"))
             self._bar.start()
-            total = planned_steps(trainer, pl_module) or None
+            total = planned_steps(trainer.max_epochs, trainer.max_steps, pl_module) or None
             self._task = self._bar.add_task("training", total=total, completed=trainer.global_step, figures="")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -155,11 +144,12 @@ class TrainingProgress(pl.Callback):
 
     def _measure(self, trainer: pl.Trainer, pl_module: Any) -> None:
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
+        planned = planned_steps(trainer.max_epochs, trainer.max_steps, pl_module)
         self.speed = {
             "images_per_s": self._images / seconds,
             "data_wait": min(sum(seconds_between(*wait) for wait in self._waits) / seconds, 1.0),
             "memory_gb": peak_memory_gb(pl_module.device),
-            "seconds_left": seconds / self._steps * (planned_steps(trainer, pl_module) - trainer.global_step),
+            "seconds_left": seconds / self._steps * (planned - trainer.global_step),
         }
         if self._flops is not None:
             self.speed["mfu"] = self.speed["images_per_s"] / trainer.world_size * self._flops
@@ -203,9 +193,9 @@ class TrainingProgress(pl.Callback):
                 bar.stop()
 
 
-def planned_steps(trainer: pl.Trainer, pl_module: Any) -> int:
-    """Return the updates after which the run is over; 0: no limit."""
-    limits = ((trainer.max_epochs or 0) * pl_module.steps_per_epoch, trainer.max_steps)
+def planned_steps(max_epochs: int | None, max_steps: int, pl_module: Any) -> int:
+    """Return the updates after which a run is over; 0: no limit."""
+    limits = ((max_epochs or 0) * pl_module.steps_per_epoch, max_steps)
     return min((steps for steps in limits if steps > 0), default=0)
 
 

@@ -2,8 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,9 +10,10 @@ from typing import Annotated, Any
 import pytorch_lightning as pl
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from src.callbacks.progress import training_paused
+from src.callbacks.scores import ScoreCallback, evaluation_mode, process_of
 from src.core.distributed import Process
 from src.core.errors import UserError
 from src.core.files import disk_message
@@ -22,27 +22,21 @@ from src.core.run_names import run_id
 from src.core.settings import checked
 from src.core.weights import resolve
 from src.evaluation.image_pairs import KeptPairs, save_pairs
-from src.evaluation.networks import load_features, load_inception
-from src.evaluation.report_card import label
 from src.evaluation.scoring_pass import score_images
-from src.metrics.features import INCEPTION, FeatureNetwork
+from src.metrics.features import FeatureNetwork
 from src.metrics.fid import Moments
-from src.metrics.inception import InceptionFeatures, InceptionWeights
+from src.metrics.inception import InceptionWeights
 from src.metrics.reconstruction import ReconstructionScore
 from src.metrics.reference import Preparation, load_reference
 
 log = logging.getLogger(__name__)
 
 OFF = "callbacks.rfid.rfid_every_n_steps=0 callbacks.rfid.rfid_every_epoch=false"
-REMEDY = (
-    f"To train without rFID: {OFF}. For a try-out: callbacks.rfid.inception_weights=untrained (the score is then "
-    "called rfid_untrained/score)."
-)
 
 
 @checked("callbacks.rfid")
 @dataclass(eq=False)
-class RFIDCallback(pl.Callback):
+class RFIDCallback(ScoreCallback):
     """Scores the EMA weights on held-out images; every process takes its share. Arguments: configs/callbacks/rfid.yaml.
 
     Logs `rfid/{score,psnr,ssim,lpips,images,seconds}`, and `rfid/rfd_NAME` for further feature networks; with untrained
@@ -51,11 +45,18 @@ class RFIDCallback(pl.Callback):
     nothing but time.
     """
 
+    score = "rfid"
+    scored = "images"
+    remedy = (
+        f"To train without rFID: {OFF}. For a try-out: callbacks.rfid.inception_weights=untrained (the score is then "
+        "called rfid_untrained/score)."
+    )
+
     rfid_every_n_steps: Annotated[int, Field(ge=0)]
     rfid_every_epoch: bool
     rfid_num_samples: Annotated[int, Field(ge=2)]
     rfid_batch_size: Annotated[int, Field(ge=1)]
-    rfid_device: str
+    rfid_device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$", description="cuda, cuda:N or cpu")]
     rfid_output_dir: str
     rfid_save_samples: bool
     save_samples_count: Annotated[int, Field(ge=0)]
@@ -69,31 +70,17 @@ class RFIDCallback(pl.Callback):
     """In the configurations of older runs: below 1 it makes untrained weights tiny."""
 
     def __post_init__(self) -> None:
-        if INCEPTION not in [name.partition("=")[0] for name in self.features]:
-            raise UserError(
-                f"callbacks.rfid.features={list(self.features)}: expected {INCEPTION} among them, for rfid/score."
-            )
-        self._device = _parse_device(self.rfid_device)
+        super().__post_init__()
+        self.every_n_steps, self.every_n_epochs = self.rfid_every_n_steps, int(self.rfid_every_epoch)
+        self._device = torch.device(self.rfid_device)
         self._pairs = self.save_samples_count if self.rfid_save_samples else 0
-        self.group = "rfid" if self.inception_weights == "pretrained" else "rfid_untrained"
-        """First part of the logged names."""
-        self._networks: list[FeatureNetwork] = []
         self._reals: dict[tuple[str | None, int], Mapping[str, Moments]] = {}  # by set and number of its images
         self._latest: tuple[int, int, dict[str, float]] = (-1, 0, {})  # step, images wanted, result
         self._warned_of_few = False
 
     @property
-    def scores_checkpoints(self) -> bool:
-        """Tell whether there are scores during training that `best.ckpt` can follow."""
-        return bool(self.rfid_every_n_steps) or self.rfid_every_epoch
-
-    @property
     def in_use(self) -> bool:
         return self.scores_checkpoints or self.full_at_end
-
-    @property
-    def monitor(self) -> str:
-        return f"{self.group}/score"
 
     # -- when
 
@@ -121,38 +108,22 @@ class RFIDCallback(pl.Callback):
                     "written, or callbacks.rfid.rfid_save_samples=false."
                 ) from error
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if due(trainer, pl_module, batch_idx, self.rfid_every_n_steps, self.rfid_every_epoch):
-            self._evaluate(trainer, pl_module, f"step_{trainer.global_step:07d}", self.rfid_num_samples)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if self.rfid_every_epoch and self._latest[0] != trainer.global_step:
-            self._evaluate(trainer, pl_module, f"epoch_{trainer.current_epoch + 1:03d}", self.rfid_num_samples)
-
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.full_at_end:
             self._evaluate(trainer, pl_module, "end", None, f"{self.group}_full")
 
-    def load_networks(self) -> list[FeatureNetwork]:
-        """Return the feature networks on the CPU. UserError where one is missing."""
-
-        def inception(place: str | None) -> InceptionFeatures:
-            key, path = "callbacks.rfid.inception_path", place or self.inception_path
-            return load_inception(path, self.inception_weights, key, REMEDY, self.inception_width)
-
-        return load_features(self.features, inception)
-
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        self._networks = []
+        super().teardown(trainer, pl_module, stage)
         self._reals.clear()
 
     # -- what
 
-    def _evaluate(
-        self, trainer: pl.Trainer, pl_module: Any, name: str, images: int | None, group: str | None = None
-    ) -> None:
+    def evaluate(self, trainer: pl.Trainer, pl_module: Any, name: str) -> None:
+        self._evaluate(trainer, pl_module, name, self.rfid_num_samples, self.group)
+
+    def _evaluate(self, trainer: pl.Trainer, pl_module: Any, name: str, images: int | None, group: str) -> None:
         """Score `images` (None: all) and log the figures; pictures go into the folder `name`."""
-        group, sets = group or self.group, trainer.datamodule.evaluation_sets
+        self._scored_at, sets = trainer.global_step, trainer.datamodule.evaluation_sets
         for number, which in enumerate(sets or [""]):
             start, chosen = time.perf_counter(), which or None
             settings = sets[which].settings if sets else None
@@ -168,14 +139,13 @@ class RFIDCallback(pl.Callback):
                         values = self._score(trainer, pl_module, folder, count, chosen)
                     if not number:
                         self._latest = (trainer.global_step, count, values)
-                figures = {**values, "seconds": time.perf_counter() - start}
-                self._publish(trainer, pl_module, f"{group}_{which}" if number else group, figures)
+                self.publish(trainer, pl_module, f"{group}_{which}" if number else group, values, start)
 
     def _score(
         self, trainer: pl.Trainer, pl_module: Any, name: str, images: int, which: str | None
     ) -> dict[str, float]:
         """Score the EMA weights on all ranks, with the same result on all of them. which: the evaluation set."""
-        process = Process(pl_module.device, trainer.global_rank, trainer.world_size)
+        process = process_of(trainer, pl_module)
         score = ReconstructionScore(
             self._on_device(pl_module.device), self.rfid_batch_size, pl_module.lpips, self.quantization,
             self._reals.get((which, images)) or self._given(trainer, which, process),
@@ -187,7 +157,7 @@ class RFIDCallback(pl.Callback):
 
         def reconstruct(batch: Tensor, rows: Tensor) -> list[Tensor]:
             with trainer.precision_plugin.forward_context():
-                return [pl_module.reconstruct(batch, "ema")]
+                return [pl_module.reconstruct(batch)]
 
         score_images(loader, reconstruct, [score], process, [pairs.observe] if self._pairs else [])
         score.reduce()
@@ -196,8 +166,7 @@ class RFIDCallback(pl.Callback):
         self._reals[which, images] = score.references
         values = score.compute(warn_of_few=not self._warned_of_few) if process.main else {}
         self._warned_of_few = True
-        values = dict(trainer.strategy.broadcast(values))
-        values = {key.removesuffix("_untrained").replace("rfid", "score"): value for key, value in values.items()}
+        values = self.on_all_ranks(trainer, values)
         kept = pairs.gather() if self._pairs else []
         if kept:
             try:
@@ -217,15 +186,6 @@ class RFIDCallback(pl.Callback):
         networks = self._on_device(process.device)
         return {n.space: load_reference(file, n, batch, wanted, remedy, process) for n in networks}
 
-    def _publish(self, trainer: pl.Trainer, pl_module: Any, group: str, figures: dict[str, float]) -> None:
-        pl_module.record_scores({f"{group}/{key}": value for key, value in figures.items()})
-        if trainer.is_global_zero:
-            rest = ", ".join(f"{label(key)} {value:.4g}" for key, value in figures.items() if label(key))
-            log.info(
-                "step %d, %s: %.4f over %s images (%s) in %.1f s", trainer.global_step, group, figures["score"],
-                f"{figures['images']:,}", rest, figures["seconds"],
-            )  # fmt: skip
-
     def _on_device(self, module_device: torch.device) -> list[FeatureNetwork]:
         """Return the networks on `rfid_device`: `cuda` is the module's own GPU, or the module's device without one."""
         device = self._device
@@ -240,35 +200,3 @@ class RFIDCallback(pl.Callback):
 
     def _folder(self, trainer: pl.Trainer) -> Path:
         return resolve(self.rfid_output_dir) / run_id(Path(trainer.default_root_dir))
-
-
-def due(trainer: pl.Trainer, pl_module: Any, batch_idx: int, every: int, at_epoch_end: bool) -> bool:
-    """Return whether the update that a micro-batch ended is one of every `every`; not where the end of its epoch follows
-    and `at_epoch_end` does it."""
-    accumulate = pl_module.settings.loop.accumulate_grad_batches
-    if not every or (batch_idx + 1) % accumulate or trainer.global_step % every:
-        return False
-    return not at_epoch_end or batch_idx + 1 < pl_module.steps_per_epoch * accumulate
-
-
-def _parse_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError):
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"callbacks.rfid.rfid_device={name!r}: expected cuda, cuda:N or cpu.")
-    return device
-
-
-@contextmanager
-def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
-    """Put every part in eval mode and give its own mode back afterwards."""
-    modes = [(part, part.training) for module in modules for part in module.modules()]
-    for module in modules:
-        module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training

@@ -1,31 +1,55 @@
-"""Compose the configuration of `src/train.py` outside of it. The only file below training that knows Hydra."""
+"""Compose the configuration of `src/train.py` outside of it, and say what is wrong with a command line where Hydra's own message
+would not say what to do. The only file below training that knows Hydra. No heavy imports.
+"""
 
+import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from src.core.errors import UserError
+from src.core.files import PROJECT_ROOT
 from src.core.text import hydra_quoted
-from src.core.weights import PROJECT_ROOT
+
+_CONFIGS = PROJECT_ROOT / "configs"
+_PLUGINS = {"hparams_search=optuna": "optuna_sweeper", "hydra/launcher=slurm": "submitit_launcher"}
+"""Overrides that need a package which is no requirement, and that package."""
+
+
+def problem(arguments: Sequence[str]) -> str:
+    """Return what is wrong with the overrides of `src/train.py`, and what to type; empty where nothing is known to be."""
+    for word in arguments:
+        key, _, value = word.partition("=")
+        plugin = _PLUGINS.get(word)
+        if plugin and not (find_spec("hydra_plugins") and find_spec(f"hydra_plugins.hydra_{plugin}")):
+            return f"{word} needs a plugin of Hydra that is not installed. Type: pip install -e '.[{value}]'"
+        file = _CONFIGS / "experiment" / f"{value}.yaml"
+        if key == "experiment" and re.fullmatch(r"[\w-]+", value) and file.is_file():
+            text = file.read_text(encoding="utf-8")
+            groups = re.findall(r"^\s*- (model|data|trainer|logger|callbacks):", text, re.MULTILINE)
+            if "@package _global_" not in text or groups:
+                lines = "".join(f"\n    - override /{group}: …" for group in groups)
+                return (
+                    f"{file}: an experiment begins with the line `# @package _global_`, and its defaults change those of "
+                    f"configs/train.yaml.{' Write' * bool(groups)}{lines}"
+                )
+    return ""
 
 
 def compose(overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the configuration that `python src/train.py OVERRIDES` would run, as plain values.
-
-    Raises:
-        UserError: an experiment or a key that does not exist, a value that can't be resolved.
-    """
+    """Return the configuration that `python src/train.py OVERRIDES` would run, as plain values. Raises UserError: an
+    experiment or a key that does not exist, a value that can't be resolved."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    configs = PROJECT_ROOT / "configs"
     try:
-        with initialize_config_dir(config_dir=str(configs), version_base="1.3"):
+        with initialize_config_dir(config_dir=str(_CONFIGS), version_base="1.3"):
             config = OmegaConf.to_container(hydra_compose("train", overrides=list(overrides)), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        known = ", ".join(sorted(path.stem for path in (configs / "experiment").glob("*.yaml")))
+        known = ", ".join(sorted(path.stem for path in (_CONFIGS / "experiment").glob("*.yaml")))
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"{' '.join(overrides)}: {reason} Expected overrides as for src/train.py; experiments: {known}."
@@ -58,7 +82,7 @@ def explained(error: Exception, arguments: Sequence[str]) -> str:
     if isinstance(error, ValueError | TypeError) and not isinstance(error, UnicodeDecodeError):
         lines = []
         for key, _, value in (word.partition("=") for word in arguments if not word.startswith(("-", "~"))):
-            known = sorted(file.stem for file in (PROJECT_ROOT / "configs" / key).glob("*.yaml"))
+            known = sorted(file.stem for file in (_CONFIGS / key).glob("*.yaml"))
             if known and not set(value.split(",")) <= set(known):
                 lines.append(f"{key}={value}: expected the name of a file in configs/{key}: {', '.join(known)}.")
         return "\n".join(lines) or f"The configuration can't be composed: {error}."

@@ -1,9 +1,10 @@
-"""Find the processes of a launch, join them, and sum over them, with gloo and nccl."""
+"""Find the processes of a launch, join them, and sum over them and agree among them, with gloo and nccl."""
 
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,7 +12,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from src.core.errors import UserError
 from src.core.text import hydra_quoted, masked
@@ -63,19 +64,17 @@ class Process:
 
 @contextmanager
 def processes(device: str) -> Iterator[Process]:
-    """Join the processes that torchrun started, where it did; `device` is cpu, cuda or cuda:N.
-
-    Raises:
-        UserError: no such device.
-    """
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in defaults.items())
+    """Join the processes that torchrun started, where it did; `device` is cpu, cuda or cuda:N. UserError: no such one."""
+    rank, local = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = find_device(device, local)
     if world == 1:
         yield Process(chosen)
         return
     on_gpu = chosen.type == "cuda"
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # one in Python would wait until all have joined
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=chosen if on_gpu else None)
+    signal.signal(signal.SIGTERM, handler)
     try:
         yield Process(chosen, rank, world)
     finally:
@@ -148,6 +147,46 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
     return tensor
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average gradients over ranks, in one exchange."""
+    if not is_distributed():
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = mean_over_ranks(torch.cat([g.flatten() for g in gradients]))
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+class RankRequests:
+    """Agrees across ranks on requests to save or stop, exchanged while the next step runs, so that no rank waits for another.
+
+    Goes from host to host (gloo): through nccl, each host would wait for all that its GPU still has to do.
+    """
+
+    def __init__(self) -> None:
+        self._group: dist.ProcessGroup | None = None
+        self._pending: tuple[Tensor, dist.Work] | None = None
+
+    def exchange(self, requests: list[int], world_size: int) -> list[int]:
+        """Return, on all ranks alike, the largest value of each request at the call before; at once with one process.
+
+        0: no request. Every rank must call it, at the same places.
+        """
+        if world_size == 1:
+            return requests
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")
+        heard = [0] * len(requests)
+        if self._pending is not None:
+            values, work = self._pending
+            work.wait()
+            heard = values.tolist()
+        values = torch.tensor([int(request) for request in requests], dtype=torch.int32)
+        work = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending = values, work
+        return heard
 
 
 def float64_device(device: torch.device) -> torch.device:

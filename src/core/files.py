@@ -142,14 +142,11 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def check_folder(folder: Path, overwrite: bool, marks: Sequence[str], what: str, option: str = "--output") -> None:
-    """Check that a program may write a new folder, or (`overwrite`) replace an earlier one of its own.
+    """Raise UserError unless a program may write a new folder, or (`overwrite`) replace an earlier one of its own.
 
     Args:
         marks: names of files; one of them is in every folder that the program wrote.
         what: the program's name for such a folder.
-
-    Raises:
-        UserError: a file is there, something of others, or an earlier one that is not to be replaced.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{option} {folder} is a file; give a folder.")

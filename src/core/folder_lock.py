@@ -5,6 +5,8 @@ import socket
 from pathlib import Path
 from typing import IO
 
+from src.core.errors import UserError
+
 try:
     import fcntl
 except ImportError:  # elsewhere than on POSIX
@@ -13,40 +15,47 @@ except ImportError:  # elsewhere than on POSIX
 NAME = ".running"
 
 
-def lock(folder: Path) -> tuple[IO[str] | None, str]:
-    """Return (lock, owner): a lock on `folder`, held until it is closed or this process ends, however it ends.
+def take_lock(folder: Path) -> IO[str]:
+    """Lock a run's folder until the file that is returned is closed or this process ends, however it ends.
 
-    None where another process holds it; `owner` then says which. Where the file system or the platform has no locks (no
-    `fcntl` on Windows, Lustre without `-o flock`), an open file that locks nothing.
+    Where the file system or the platform has no locks (no `fcntl` on Windows, Lustre without `-o flock`), the file locks
+    nothing. Raises UserError: another run lives in the folder, or it can't be written.
     """
-    file = open(folder / NAME, "a+", encoding="utf-8")  # noqa: SIM115
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    try:
+        file = open(folder / NAME, "a+", encoding="utf-8")  # noqa: SIM115
+        owner = _other_owner(file, "LOCK_EX")
+        if not owner:
             file.seek(0)
-            owner = file.read().strip()
-            file.close()
-            return None, owner or "another process"
-        except OSError:
-            return file, ""
-    file.seek(0)
-    file.truncate()
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file, ""
+            file.truncate()
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            return file
+        file.close()
+    except OSError as error:
+        raise UserError(f"The run's folder can't be written: {error}. Set paths.log_dir to another place.") from error
+    raise UserError(
+        f"A run is still going on in {folder} ({owner}). Wait for its end or stop it (kill -INT lets it save), or "
+        "choose another folder (paths.run_dir=null makes a new one)."
+    )
 
 
 def owner_of(folder: Path) -> str:
     """Return which process holds the lock of a run's folder; empty where none does, or nobody can tell."""
-    if fcntl is None or not (folder / NAME).is_file():
-        return ""
     try:
         with open(folder / NAME, encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return file.read().strip() or "another process"
+            return _other_owner(file, "LOCK_SH")
+    except OSError:
+        return ""
+
+
+def _other_owner(file: IO[str], kind: str) -> str:
+    """Lock an open file if possible; return which other process holds it, empty where none does or nobody can tell."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, getattr(fcntl, kind) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        return file.read().strip() or "another process"
     except OSError:
         pass
     return ""

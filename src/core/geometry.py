@@ -42,28 +42,27 @@ class Geometry:
         encoder_input_size: int | None = None,
         num_tokens: int | None = None,
     ) -> "Geometry":
-        """Check the sizes and derive the rest.
-
-        Raises:
-            UserError: naming the config keys, the numbers and the nearest values that fit.
-        """
+        """Check the sizes and derive the rest. UserError names the keys, the numbers and the nearest values that fit."""
         for key, value in (("data.image_size", image_size), ("model.decoder_patch_size", decoder_patch)):
             if value <= 0:
                 raise UserError(f"{key}={value}: expected a positive number of pixels.")
         if image_size % decoder_patch:
+            below = image_size // decoder_patch * decoder_patch
+            sizes = f"{below} and {below + decoder_patch}" if below else str(decoder_patch)
+            divisors = [d for d in range(1, image_size + 1) if image_size % d == 0]
+            patches = [d for d in divisors if d < decoder_patch][-1:] + [d for d in divisors if d > decoder_patch][:1]
             raise UserError(
                 f"data.image_size={image_size} is not a multiple of model.decoder_patch_size={decoder_patch}. "
-                f"Nearest sizes that fit: {_nearest_multiples(image_size, decoder_patch)}; "
-                f"nearest decoder patches that divide {image_size}: {_nearest_divisors(image_size, decoder_patch)}."
+                f"Nearest sizes that fit: {sizes}; nearest decoder patches that divide {image_size}: "
+                f"{' and '.join(map(str, patches))}."
             )
         geometry = cls(image_size, decoder_patch, encoder_patch, image_size // decoder_patch)
         if encoder_input_size is not None and encoder_input_size != geometry.encoder_input_size:
             raise UserError(
                 f"model.encoder_input_size={encoder_input_size} does not fit data.image_size={image_size} with "
                 f"model.decoder_patch_size={decoder_patch}: a grid of {geometry.grid} x {geometry.grid} latents and an "
-                f"encoder patch of {encoder_patch} px need {geometry.encoder_input_size}. Set "
-                f"model.encoder_input_size=null to have it derived, or ="
-                f"{geometry.encoder_input_size}."
+                f"encoder patch of {encoder_patch} px need {geometry.encoder_input_size}. Set model.encoder_input_size=null "
+                f"to have it derived, or ={geometry.encoder_input_size}."
             )
         if num_tokens is not None and num_tokens != geometry.tokens:
             raise UserError(
@@ -72,18 +71,6 @@ class Geometry:
                 f"{geometry.tokens} tokens. {_sizes_for_tokens(num_tokens, image_size, decoder_patch)}"
             )
         return geometry
-
-
-def _nearest_multiples(value: int, step: int) -> str:
-    below = value // step * step
-    return f"{below} and {below + step}" if below else str(step)
-
-
-def _nearest_divisors(value: int, near: int) -> str:
-    divisors = [d for d in range(1, value + 1) if value % d == 0]
-    below = [d for d in divisors if d < near][-1:]
-    above = [d for d in divisors if d > near][:1]
-    return " and ".join(map(str, below + above))
 
 
 def _sizes_for_tokens(tokens: int, image_size: int, decoder_patch: int) -> str:

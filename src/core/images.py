@@ -22,9 +22,9 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of pixels in [0, 1]."""
 
 
-def bytes_to_unit(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Convert uint8 0..255 -> float [0, 1]."""
-    return images.to(dtype).div_(255)
+def bytes_to_unit(images: Tensor) -> Tensor:
+    """Convert uint8 0..255 -> float32 [0, 1]."""
+    return images.float().div_(255)
 
 
 def unit_to_bytes(images: Tensor, quantization: Quantization = "round") -> Tensor:

@@ -17,14 +17,12 @@ class Document(Settings):
 
 
 def read_json(path: str | Path, remedy: str = "", /, **schema: Any) -> dict[str, Any]:
-    """Return the object that a JSON file holds.
+    """Return the object that a JSON file holds. UserError: no such file, unreadable, no object, or missing keys and values of
+    other types (all at once).
 
     Args:
         remedy: what to do about a bad file; ends the message.
         schema: annotations of keys: `weight_map=dict[str, str]`, or (annotation, None) of one that may be missing.
-
-    Raises:
-        UserError: no such file, unreadable, no JSON object, or missing keys and values of other types (all at once).
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))

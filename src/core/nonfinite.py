@@ -13,15 +13,8 @@ from torch import Tensor
 from src.core.errors import UserError
 
 CAUSAL_ORDER = (
-    "l1",
-    "lpips",
-    "gan",
-    "adaptive_weight",
-    "loss",
-    "gradient",
-    "discriminator loss",
-    "discriminator gradient",
-)
+    "l1", "lpips", "gan", "adaptive_weight", "loss", "gradient", "discriminator loss", "discriminator gradient",
+)  # fmt: skip
 """Names of watched values, each before those that it makes go wrong. Others count as causes of all of these."""
 
 
@@ -70,9 +63,7 @@ class NonFiniteCounter:
         self.max_skipped_steps = max_skipped_steps
         self._skipped: Tensor | None = None  # int64 scalar on the device
         self._last = torch.empty(0)  # the latest step that went wrong
-        self._first: dict[
-            tuple[str, ...], Tensor
-        ] = {}  # for names watched together: steps, -1 for never, on the device
+        self._first: dict[tuple[str, ...], Tensor] = {}  # for names watched together: steps, -1: never, on the device
         self._restored = 0
         self._began: int | None = None  # the first step of this process
 

@@ -4,10 +4,12 @@ The groups of options that several programs share are here too. No heavy imports
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from inspect import get_annotations
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from src.core.terminal import run_program
 
 T = TypeVar("T")
 
@@ -84,6 +86,18 @@ def parse(options: type[T], description: str | None, argv: Sequence[str] | None,
         return options(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
     except ValueError as error:
         parser.error(str(error))
+
+
+def run(
+    options: type[T],
+    description: str | None,
+    body: Callable[[T], int],
+    argv: Sequence[str] | None,
+    epilog: str = EXIT_CODES,
+) -> int:
+    """Run a program, `body`, with the options of a command line; return its exit status (`run_program`)."""
+    given = parse(options, description, argv, epilog)
+    return run_program(lambda: body(given))
 
 
 def _arguments(kind: Any) -> dict[str, Any]:

@@ -31,17 +31,13 @@ class Settings(BaseModel):
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], key: str) -> Self:
-        """Check a node of plain values. `key`: its place in the configuration.
-
-        Raises:
-            UserError: every missing, unknown and unfitting key, with what was expected.
-        """
+        """Check a node of plain values, `key` in the configuration. UserError names every missing, unknown and unfitting key,
+        with what was expected."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise _user_error(
-                list(dict.fromkeys(_problem(cls, found, key, values) for found in error.errors()))
-            ) from None
+            problems = dict.fromkeys(_problem(cls, found, key, values) for found in error.errors())
+            raise _user_error(list(problems)) from None
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:

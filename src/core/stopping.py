@@ -22,6 +22,7 @@ KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 """Windows has none."""
 FAILED = 1
 """Exit code of a run that stopped because a part of it can't go on."""
+STUCK_S = 5.0  # after which a handler in Python has run, unless a call of a library keeps it waiting
 _SAME_S = 1.0  # launchers pass on the signal that a terminal has sent to all processes already
 
 
@@ -76,11 +77,19 @@ class StopRequest:
             )
 
     def count(self, number: int) -> None:
-        """Count the signals as they arrive: Ctrl-C after another one ends the process."""
+        """Count the signals as they arrive: Ctrl-C after another one ends the process, and so does any while it is stuck."""
         now = time.monotonic()
         if self._first_at is None:
             self._first_at = now
+            if not self.deferred:  # as while it waits for other ranks to join
+                timer = threading.Timer(STUCK_S, lambda: self._end_if_stuck(now, number))
+                timer.daemon = True
+                timer.start()
         elif number == signal.SIGINT and now - self._first_at > _SAME_S:
+            self.end_now(128 + number)
+
+    def _end_if_stuck(self, since: float, number: int) -> None:
+        if self._first_at == since and self.code < 128:
             self.end_now(128 + number)
 
     def end_now(self, code: int) -> None:

@@ -56,7 +56,9 @@ def run_program(body: Callable[[], int]) -> int:
     from src.core.errors import UserError
 
     rank = int(os.environ.get("RANK", "0"))
-    _log_to_stderr(rank == 0)
+    warnings.filterwarnings("ignore", message=".*This DataLoader will create .* worker processes.*")
+    logging.basicConfig(level=logging.ERROR if rank else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("src").setLevel(logging.ERROR if rank else logging.INFO)
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         return body()
@@ -88,13 +90,6 @@ def in_options(text: str) -> str:
     """Return a message in the words of a program's options: `data.data_dir=X` becomes `--data_dir X`."""
     key = re.compile(rf"\b({'|'.join(map(re.escape, OPTION_OF))})(?![\w.]*\w=)\b(=(?=\S))?")
     return key.sub(lambda found: OPTION_OF[found[1]] + " " * bool(found[2]), text)
-
-
-def _log_to_stderr(main: bool) -> None:
-    """Log all that the first process says; of the others errors only."""
-    warnings.filterwarnings("ignore", message=".*This DataLoader will create .* worker processes.*")
-    logging.basicConfig(level=logging.WARNING if main else logging.ERROR, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("src").setLevel(logging.INFO if main else logging.ERROR)
 
 
 def _lines(what: str) -> Update:

@@ -60,19 +60,17 @@ def read(path: str | Path) -> Any:
     except (MemoryError, UserError):
         raise
     except Exception as error:  # what a damaged file raises depends on where it is damaged
+        said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
-            f"{path} ({path.stat().st_size:,} bytes) can't be read as a weights file: {_first_line(error)}. "
+            f"{path} ({path.stat().st_size:,} bytes) can't be read as a weights file: {said}. "
             "It may be cut short; download or copy it again."
         ) from error
 
 
 def check_archive(path: Path) -> None:
-    """Check the CRCs of an archive that torch.save wrote, which torch.load doesn't; other files pass.
+    """Check the CRCs of an archive that torch.save wrote, which torch.load doesn't; other files pass. UserError: a damaged entry.
 
-    Costs one pass over the file, 1.5 ms per MB.
-
-    Raises:
-        UserError: a damaged entry. Where all entries are wrong, the writer computed none (torch allows that).
+    Costs one pass over the file, 1.5 ms per MB. Where all CRCs are wrong, the writer computed none (torch allows that).
     """
     if not zipfile.is_zipfile(path) or _key(path) in _CHECKED:
         return
@@ -139,10 +137,6 @@ def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: st
 def freeze(module: nn.Module) -> nn.Module:
     """Set evaluation mode and no gradient, for networks that are never trained."""
     return module.eval().requires_grad_(False)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _abbreviate(names: list[str], shown: int = 12) -> str:

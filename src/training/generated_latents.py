@@ -71,18 +71,13 @@ class GeneratedLatents(nn.Module):
     @torch.no_grad()
     def forward(self, rae: RAE, latents: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """Turn raw latents B C h w of a batch into z~, raw, float32. Draws are functions of (seed, epoch, position)."""
-        epoch, positions = int(batch["epoch"]), batch["position"].tolist()
+        epoch, positions, null = int(batch["epoch"]), batch["position"].tolist(), self.network.null_label
+        labels = torch.as_tensor(batch.get("label", [NO_CLASS] * len(positions)), device=latents.device)
+        labels = labels if null is None else torch.where(labels == NO_CLASS, int(null), labels)
         noise = streams.normals(self.seed, Purpose.GENERATED_NOISE, epoch, positions, rae.latent_shape, latents.device)
         with record_function("generate"):
             start = interpolate(
                 rae.normalize(latents.float()), noise, latents.new_full((len(noise),), self.t0, dtype=torch.float32)
             )
-            end = self._sampler.integrate(start, self._labels(batch, latents.device), self._grid)
+            end = self._sampler.integrate(start, labels, self._grid)
         return rae.denormalize(end)
-
-    def _labels(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
-        null: Any = self.network.null_label
-        if "label" not in batch:
-            return torch.full((len(batch["position"]),), null, dtype=torch.int64, device=device)
-        labels = torch.as_tensor(batch["label"], device=device)
-        return labels if null is None else torch.where(labels == NO_CLASS, int(null), labels)

@@ -7,7 +7,7 @@ are done here. Every count of steps is a count of the updates that Lightning cou
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
@@ -106,10 +106,6 @@ class StageModule(pl.LightningModule):
         """Return the parts of a run of `planned` updates with the same losses on: name, updates, value of `phase_override`."""
         return [("all", planned, None)]
 
-    @classmethod
-    def check_arguments(cls, config: Mapping[str, Any]) -> None:
-        """Raise UserError: keys and values of the node `model:` that are wrong. Reads no data and no weights."""
-
     def training_flops(self) -> float | None:
         """Return the operations that training needs for an image, recomputation not counted; None where nobody counts."""
         return None
@@ -131,7 +127,9 @@ class StageModule(pl.LightningModule):
             return  # fewer micro-batches than an update takes are left in this epoch
         step, number = self.global_step, batch_idx % accumulate
         last = number == accumulate - 1
-        with nullcontext() if last else self._without_gradient_exchange():
+        strategy = self.trainer.strategy  # of one process has nothing to block
+        exchanges = last or not hasattr(strategy, "block_backward_sync")
+        with nullcontext() if exchanges else strategy.block_backward_sync():
             terms = self.compute_gradients(batch, batch_idx, step, 1 / accumulate)
         for name, value in terms.items():
             before = self.train_terms[f"train/{name}"] if number else 0
@@ -204,10 +202,6 @@ class StageModule(pl.LightningModule):
                     "step. Use trainer.precision=bf16 or 32, or a lower learning rate."
                 )
 
-    def _without_gradient_exchange(self) -> AbstractContextManager[None]:
-        strategy = self.trainer.strategy
-        return strategy.block_backward_sync() if hasattr(strategy, "block_backward_sync") else nullcontext()
-
     # -- results
 
     def write_metrics(self, values: Mapping[str, float]) -> None:
@@ -249,8 +243,12 @@ class StageModule(pl.LightningModule):
             compile_in_place(self.parts_to_compile())
 
     def on_train_start(self) -> None:
-        batches = int(self.trainer.num_training_batches)
-        require_updates(batches, self.settings.loop.accumulate_grad_batches)
+        batches, accumulate = int(self.trainer.num_training_batches), self.settings.loop.accumulate_grad_batches
+        if batches < accumulate:
+            raise UserError(
+                f"An epoch has {batches} micro-batch(es) and an update takes {accumulate} (trainer.accumulate_grad_batches): "
+                "nothing would be trained. Lower that, or data.batch_size, or raise trainer.limit_train_batches."
+            )
         loop = self.trainer.fit_loop  # says where a resumed run stands; the loader starts there
         done = loop.epoch_loop.batch_progress.current.ready
         if done > batches:
@@ -319,15 +317,6 @@ class StageModule(pl.LightningModule):
 def loss_scale(scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | float:
     """Return the factor of a loss scaler without waiting for the device."""
     return 1.0 if scaler is None else scaler.scale(torch.ones((), device=device))
-
-
-def require_updates(micro_batches: int, accumulate: int) -> None:
-    """Raise UserError where an epoch has no whole update."""
-    if micro_batches < accumulate:
-        raise UserError(
-            f"An epoch has {micro_batches} micro-batch(es) and an update takes {accumulate} (trainer.accumulate_grad_batches): "
-            "nothing would be trained. Lower that, or data.batch_size, or raise trainer.limit_train_batches."
-        )
 
 
 def compile_in_place(parts: Sequence[nn.Module]) -> None:

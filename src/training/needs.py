@@ -14,12 +14,10 @@ from src.models.encoder_presets import expand_encoder, hub_assets
 
 
 def require_weights(config: Mapping[str, Any], ask: bool) -> None:
-    """Raise UserError with every file and encoder that is missing, and the command that brings them.
+    """Raise UserError with every file and encoder that is missing for a run, and the command that brings them.
 
-    Args:
-        config: of the run, plain values.
-        ask: where encoders alone are missing, ask the hub for each, once; they are missing if it does not answer. False:
-            they are passed over then, to be asked for when all else is known to be right.
+    ask: where encoders alone are missing, ask the hub for each, once; they are missing if it does not answer. False: they are
+    passed over then, to be asked for when all else is known to be right.
     """
     config = {**config, "model": expand_encoder(config["model"])}
     wanted = requirements(config, resolve(config["paths"]["weights_dir"]), PROJECT_ROOT)
@@ -37,10 +35,14 @@ def require_weights(config: Mapping[str, Any], ask: bool) -> None:
     ]
     if reasons:
         lines += [f"  The hub did not give it. {reason}" for reason in dict.fromkeys(reasons.values()) if reason]
+    hydra = HydraConfig.get()
+    experiment = hydra.runtime.choices.get("experiment")
+    overrides = [word for word in hydra.overrides.task if word.startswith(("model", "callbacks", "paths.weights_dir="))]
+    names = ["--experiment", experiment, *overrides] if experiment else [asset.name for asset in missing]
     raise UserError(
         f"{len(missing)} missing of what this run needs:\n"
         + "\n".join(lines)
-        + f"\nGet all of it with:\n  {_command(missing)}\n"
+        + f"\nGet all of it with:\n  {shlex.join(['python', 'scripts/download_weights.py', *names])}\n"
         "Where huggingface.co can't be reached, put a mirror of it in front: HF_ENDPOINT=https://…; for a machine without a "
         "connection see docs/weights.md."
     )
@@ -58,12 +60,3 @@ def _without(name: str, config: Mapping[str, Any]) -> str:
         **dict.fromkeys(("vgg16", "lpips"), "model.perceptual_weight=0"),
     }.get(name)
     return f"; not needed with {words}" if words else ""
-
-
-def _command(missing: list[Any]) -> str:
-    """Return the command that downloads what the run of this process lacks."""
-    hydra = HydraConfig.get()
-    experiment = hydra.runtime.choices.get("experiment")
-    overrides = [word for word in hydra.overrides.task if word.startswith(("model", "callbacks", "paths.weights_dir="))]
-    names = ["--experiment", experiment, *overrides] if experiment else [asset.name for asset in missing]
-    return shlex.join(["python", "scripts/download_weights.py", *names])

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 import torch
 
-from src.callbacks.gfid_callback import GFIDCallback
-from src.callbacks.progress import describe, peak_memory_gb, warn
-from src.callbacks.rfid_callback import RFIDCallback
+from src.callbacks.progress import describe, peak_memory_gb, planned_steps, warn
+from src.callbacks.scores import ScoreCallback
 from src.core.errors import UserError
 from src.core.text import duration, table
 from src.core.weights import resolve
@@ -55,9 +54,7 @@ class Stopwatch(pl.Callback):
         self._began = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        limits = [self._limits[0] * pl_module.steps_per_epoch, self._limits[1]]
-        planned = min((steps for steps in limits if steps > 0), default=0)
-        self.stretches = [Stretch(*part) for part in pl_module.stretches(planned)]
+        self.stretches = [Stretch(*part) for part in pl_module.stretches(planned_steps(*self._limits, pl_module))]
         trainer.fit_loop.epoch_loop.max_steps = len(self.stretches) * (WARM_STEPS + TIMED_STEPS)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -82,10 +79,12 @@ class Stopwatch(pl.Callback):
 
 
 def preflight(run: "Run") -> None:
-    """Check and time; the report goes to the log. `run` has neither loggers nor callbacks. Raises UserError."""
+    """Check and time; the report goes to the log. `run` is bare. Raises UserError."""
     trainer, module, config = run.trainer, run.module, run.config
     check_disk(config, module)
-    check_inception(config)
+    for callback in run.callbacks:
+        if isinstance(callback, ScoreCallback) and callback.in_use:
+            callback.load_networks()  # a missing file is told now
     trainer.strategy.barrier()
     watch = Stopwatch(config["trainer"]["max_epochs"], config["trainer"]["max_steps"])
     trainer.callbacks.append(watch)
@@ -152,16 +151,6 @@ def check_disk(config: Mapping[str, Any], module: Any) -> None:
         )
     if not os.access(folder, os.W_OK):
         raise UserError(f"Preflight: {folder} can't be written. Set paths.log_dir to another place.")
-
-
-def check_inception(config: Mapping[str, Any]) -> None:
-    """Raise UserError where rFID or gFID is on and a network's weights are missing."""
-    for name, kind in (("rfid", RFIDCallback), ("gfid", GFIDCallback)):
-        node = (config.get("callbacks") or {}).get(name) or {}
-        if "_target_" in node:
-            callback = kind(**{key: value for key, value in node.items() if key != "_target_"})
-            if callback.in_use:
-                callback.load_networks()
 
 
 def _forecast(run: "Run", parts: list[Stretch], loading: float) -> list[tuple[str, str]]:

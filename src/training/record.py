@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
@@ -21,7 +21,6 @@ from src.callbacks.progress import TrainingProgress
 from src.callbacks.samples import SampleImages
 from src.core.errors import UserError
 from src.core.files import write_text
-from src.core.folder_lock import lock
 from src.core.json_files import read_json
 from src.core.run_names import git_state
 from src.core.text import hydra_quoted, masked, table
@@ -35,17 +34,10 @@ _PACKAGES = (
 
 
 def make_folder(log_dir: str, wanted: str | None, checkpoint: Path | None = None) -> Path:
-    """Make the folder of a run: `wanted`, or a new LOG_DIR/runs/YYYY-MM-DD/HH-MM-SS (`-2` when taken).
+    """Make the folder of a run: `wanted`, or a new LOG_DIR/runs/YYYY-MM-DD/HH-MM-SS (`-2` when taken). On the first process.
 
-    Only the first process of a launch calls it.
-
-    Args:
-        wanted: may exist. If it holds a run, `checkpoint` lies in it, or that run was an earlier start of this SLURM job
-            and has saved nothing.
-        checkpoint: that the run goes on from.
-
-    Raises:
-        UserError: the folder can't be made, or holds another run.
+    `wanted` may exist. If it holds a run, `checkpoint`, that this one goes on from, lies in it, or that run was an earlier
+    start of this SLURM job and has saved nothing. Raises UserError: another run's, or it can't be made.
     """
     now = datetime.now()
     base = resolve(wanted) if wanted else resolve(log_dir) / "runs" / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}"
@@ -88,20 +80,6 @@ def _check_free(folder: Path, checkpoint: Path | None) -> None:
         f"paths.run_dir={folder} holds a run already, which would be overwritten. {goes_on} choose another folder "
         "(paths.run_dir=null makes a new one)."
     )
-
-
-def take_lock(folder: Path) -> IO[str]:
-    """Lock the folder of this run until the file that is returned is closed. Raises UserError where a run lives in it."""
-    try:
-        held, owner = lock(folder)
-    except OSError as error:
-        raise UserError(f"The run's folder can't be written: {error}. Set paths.log_dir to another place.") from error
-    if held is None:
-        raise UserError(
-            f"A run is still going on in {folder} ({owner}). Wait for its end or stop it (kill -INT lets it save), or "
-            "choose another folder (paths.run_dir=null makes a new one)."
-        )
-    return held
 
 
 def save_config(config: DictConfig, folder: Path) -> None:

@@ -31,11 +31,8 @@ _FREE = {
 
 
 def find_checkpoint(ckpt_path: str | None, log_dir: str, experiment: str) -> Path | None:
-    """Return the file: None for a fresh start; `last`: the newest last.ckpt among runs of this experiment, those of sweeps
-    too; else a path.
-
-    Raises UserError where there is none.
-    """
+    """Return the file. ckpt_path: None for a fresh start; `last` for the newest last.ckpt among runs of this experiment, those
+    of sweeps too; else a path. UserError where there is none."""
     if ckpt_path is None:
         return None
     if ckpt_path != "last":
@@ -73,11 +70,8 @@ def announce_resume(checkpoint: Path, config: Mapping[str, Any], processes: int)
     old = before.get("trainer", {}).get("max_epochs", epochs)
     done = content.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {}).get("current", {}).get("completed", 0)
     if old != epochs:
-        log.warning(
-            "trainer.max_epochs was %s and is now %s: the cosine ends elsewhere, so the learning rate bends here.",
-            old,
-            epochs,
-        )
+        bends = "trainer.max_epochs was %s and is now %s: the cosine ends elsewhere, so the learning rate bends here."
+        log.warning(bends, old, epochs)
     elif done >= epochs:
         log.warning("That run is finished (%s epochs); nothing is left to do. Raise trainer.max_epochs to go on.", done)
     batches = [_global_batch(c, n) for c, n in ((before, content.get("processes")), (config, processes))]
@@ -92,9 +86,7 @@ def announce_resume(checkpoint: Path, config: Mapping[str, Any], processes: int)
     for group, free in _FREE.items():
         was, now = flat(before.get(group) or {}), flat(config[group])
         for key in sorted((was.keys() | now.keys()) - set(free)):
-            if "storage_options" in key:  # may hold secrets
-                continue
-            if was.get(key) != now.get(key):
+            if was.get(key) != now.get(key) and "storage_options" not in key:  # may hold secrets
                 change = f"{group}.{key} was {was.get(key)} and is now {now.get(key)}"
                 log.warning("%s: this is no longer the run before.", change)
 

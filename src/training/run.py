@@ -25,10 +25,11 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from src.callbacks.metrics_csv import MetricsCsv
-from src.callbacks.progress import StartupTable, device_name, has_begun
+from src.callbacks.progress import StartupTable, device_name
 from src.core.distributed import Launch
 from src.core.errors import UserError
 from src.core.files import DISK_ERRORS, disk_message
+from src.core.folder_lock import take_lock
 from src.core.json_files import read_json
 from src.core.settings import Settings, check_keys
 from src.core.stopping import KILL, STOP, end_with_parent, listening, signal_name, status_of
@@ -39,7 +40,7 @@ from src.training import logs
 from src.training.module import StageModule
 from src.training.needs import require_weights
 from src.training.preflight import preflight
-from src.training.record import RunRecord, make_folder, save_config, summary, take_lock
+from src.training.record import RunRecord, make_folder, save_config, summary
 from src.training.resume import announce_resume, find_checkpoint
 from src.training.trainer import TrainerSettings, build_trainer
 
@@ -47,7 +48,6 @@ log = logging.getLogger(__name__)
 
 KNOWN_CALLBACKS = frozenset(("rfid", "gfid", "checkpoint", "samples", "progress"))
 """Those whose settings may stay where the callback itself is left out."""
-ENDED_AT_ONCE = "ended at once by a second Ctrl-C"
 
 
 class PathSettings(Settings):
@@ -75,17 +75,8 @@ class RunSettings(Settings):
     logger: Mapping[str, Mapping[str, Any] | None] | None
 
 
-@dataclass(frozen=True)
-class Job:
-    """A job of a sweep in this process: its overrides, how it ended, and its `optimized_metric` or the reason."""
-
-    point: str
-    status: str
-    value: str
-
-
-JOBS: list[Job] = []
-"""Of this sweep, those that have ended."""
+JOBS: list[tuple[str, str, str]] = []
+"""Of this sweep in this process: overrides, `finished` or `failed`, and `optimized_metric` or the reason."""
 
 
 def run(config: DictConfig) -> float | None:
@@ -103,7 +94,7 @@ def run(config: DictConfig) -> float | None:
             raise SystemExit(late)
         if sweep:
             value = "was not logged" if result is None else f"{result:.4f}"
-            JOBS.append(Job(_point(), "finished", f"{config.optimized_metric} {value}"))
+            JOBS.append((_point(), "finished", f"{config.optimized_metric} {value}"))
         return result
     except Exception as error:
         text = _message(error)
@@ -112,7 +103,7 @@ def run(config: DictConfig) -> float | None:
         log.error("%s", text or traceback.format_exc().strip())
         if not sweep:
             raise SystemExit(1) from None
-        JOBS.append(Job(_point(), "failed", " ".join((text or repr(error)).split())[:300]))
+        JOBS.append((_point(), "failed", " ".join((text or repr(error)).split())[:300]))
         return None
 
 
@@ -151,9 +142,9 @@ def _point() -> str:
 def sweep_status() -> int:
     """Print the jobs of a sweep as a table and return the exit code: 1 if one of them failed."""
     if JOBS:
-        rows = [(job.point, f"{job.status:<8}  {job.value}") for job in JOBS]
+        rows = [(point, f"{status:<8}  {value}") for point, status, value in JOBS]
         print(f"The sweep, {len(JOBS)} jobs:\n{table(rows)}", file=sys.stderr)  # logging is Hydra's here
-    return int(any(job.status == "failed" for job in JOBS))
+    return int(any(status == "failed" for _, status, _ in JOBS))
 
 
 def _run(config: DictConfig, held: ExitStack) -> dict[str, Any]:
@@ -173,8 +164,10 @@ def _run(config: DictConfig, held: ExitStack) -> dict[str, Any]:
     check_config(config)
     if launch.main:
         require_weights(OmegaConf.to_container(config, resolve=True), ask=False)  # type: ignore[arg-type]
-    if sweep:
-        sys.argv[1:] = _arguments_of_one_job(sys.argv[1:])
+    if sweep:  # the processes that Lightning starts get the command line of this job instead of the sweep's
+        words = [word for word in sys.argv[1:] if word not in ("-m", "--multirun")]
+        flags = [word for word in words if word.startswith("-") or not ("=" in word or word.startswith("~"))]
+        sys.argv[1:] = [*flags, *HydraConfig.get().overrides.task]
     checkpoint = find_checkpoint(config.ckpt_path, config.paths.log_dir, config.experiment_name)
     folder, fresh = None, list[Path]()
     if launch.main and not config.preflight:
@@ -187,7 +180,9 @@ def _run(config: DictConfig, held: ExitStack) -> dict[str, Any]:
         save_config(config, folder)
     warnings = logs.set_up(folder, launch.main)
     record = RunRecord(folder, config.experiment_name)
-    STOP.before_exit = lambda code: record.finish(status_of(code), warnings.messages, error=ENDED_AT_ONCE)
+    STOP.before_exit = lambda code: record.finish(
+        status_of(code), warnings.messages, error=f"ended at once by {signal_name(code)}"
+    )
     record.update({"tags": list(config.tags), **({"resumed_from": str(checkpoint)} if checkpoint else {})})
     built = None
     try:
@@ -201,15 +196,18 @@ def _run(config: DictConfig, held: ExitStack) -> dict[str, Any]:
         reason = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception_only(error)).strip()
         with suppress(OSError):  # of the first error is to be told
             record.finish(status, warnings.messages, error=signal_name(STOP.code) if status != "failed" else reason)
-        if fresh and isinstance(error, UserError) and (built is None or not has_begun(built.trainer)):
+        if fresh and isinstance(error, UserError) and (built is None or not built.module.train_terms):
             logs.set_up(None, launch.main)  # closes run.log
             held.close()
             shutil.rmtree(fresh[0], ignore_errors=True)
             for day in fresh[1:]:
                 with suppress(OSError):  # of other runs too
                     day.rmdir()
-        if built is not None and status == "failed":
-            _end_children(built.trainer)
+        kill = getattr(built.trainer.strategy.launcher, "kill", None) if built and status == "failed" else None
+        if kill is not None:
+            # The processes that Lightning started would wait for this one and hold their GPUs. The last thing to do, since
+            # Lightning ends this process too when it sees one of them fail.
+            kill(KILL)
         raise
     record.finish("finished", warnings.messages, result=result)
     return result
@@ -232,13 +230,6 @@ def _process_state() -> Iterator[None]:
         os.environ.update(environment)
         sys.argv[:] = arguments
         torch.set_num_threads(threads)
-
-
-def _arguments_of_one_job(arguments: list[str]) -> list[str]:
-    """Return the command line of this job of a sweep: the processes that Lightning starts get it instead of the sweep's."""
-    overrides = [a for a in arguments if a.startswith("~") or ("=" in a and not a.startswith("-"))]
-    flags = [a for a in arguments if a not in ("-m", "--multirun", *overrides)]
-    return [*flags, *HydraConfig.get().overrides.task]
 
 
 def check_config(config: DictConfig) -> None:
@@ -286,22 +277,25 @@ class Run:
     module: pl.LightningModule
     datamodule: pl.LightningDataModule
     config: dict[str, Any]
+    callbacks: list[pl.Callback]
+    """Those of the configuration."""
 
 
 def build_run(config: DictConfig, launch: Launch, checkpoint: Path | None = None, bare: bool = False) -> Run:
     """Build all parts, those first whose mistakes show soonest.
 
-    `checkpoint`: that the run goes on from. `bare`: without loggers and callbacks, to write nothing.
+    `checkpoint`: that the run goes on from. `bare`: the trainer has neither loggers nor callbacks, to write nothing.
     """
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     plain["model"] = expand_encoder(plain["model"])  # a checkpoint keeps what a preset stood for
     pl.seed_everything(config.seed, workers=False, verbose=False)
     datamodule = build(config.data, "data")
-    callbacks = [] if bare else [StartupTable(), *_build_all(config.callbacks, "callbacks")]
+    callbacks = [build(node, f"callbacks.{name}") for name, node in _parts(config.callbacks).items()]
     writes = launch.main and not bare
     loggers = build_loggers(config.logger, plain["paths"]["run_dir"], checkpoint) if writes else []
     root = plain["paths"]["run_dir"] or plain["paths"]["log_dir"]
-    trainer = build_trainer(plain["trainer"], launch, callbacks, loggers, root)
+    used = [] if bare else [StartupTable(), *callbacks]
+    trainer = build_trainer(plain["trainer"], launch, used, loggers, root)
     datamodule.trainer = trainer
     datamodule.same_epoch = bool(config.trainer.overfit_batches)
     if trainer.is_global_zero:
@@ -314,7 +308,7 @@ def build_run(config: DictConfig, launch: Launch, checkpoint: Path | None = None
     module.run_config = kept
     for logger in loggers:
         logger.log_hyperparams(kept)
-    return Run(trainer, module, datamodule, kept)
+    return Run(trainer, module, datamodule, kept, callbacks)
 
 
 def fit(run: Run, checkpoint: Path | None, record: RunRecord) -> dict[str, Any]:
@@ -363,20 +357,6 @@ def build_loggers(group: DictConfig | None, folder: str, checkpoint: Path | None
     return [*(build(node, f"logger.{name}") for name, node in parts.items()), MetricsCsv(folder)]
 
 
-def _build_all(group: DictConfig | None, key: str) -> list[Any]:
-    return [build(node, f"{key}.{name}") for name, node in _parts(group).items()]
-
-
 def _parts(group: DictConfig | None) -> dict[str, DictConfig]:
     """Return the nodes with a `_target_`; others are settings for a part that this run leaves out."""
     return {str(name): node for name, node in (group or {}).items() if node and "_target_" in node}
-
-
-def _end_children(trainer: pl.Trainer) -> None:
-    """Kill the processes that Lightning started: where this one ends early they would wait for it and hold their GPUs.
-
-    The last thing to do, since Lightning ends this process too when it sees one of them fail.
-    """
-    kill = getattr(trainer.strategy.launcher, "kill", None)
-    if kill is not None:
-        kill(KILL)

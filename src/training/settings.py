@@ -15,7 +15,6 @@ from src.losses.diffaug import DiffAug
 from src.losses.lpips import LPIPSSettings
 from src.models.discriminator import DiscriminatorSettings
 from src.models.encoder_presets import expand_encoder
-from src.models.rae import geometry_of
 from src.training.stage1_step import StepSettings
 
 Epoch = Annotated[float, Field(ge=0, allow_inf_nan=True)]
@@ -60,6 +59,10 @@ class StageSettings(Settings):
 
     groups: ClassVar[tuple[str, ...]] = ("loop",)
     loop: LoopSettings
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], key: str = "model") -> Self:
+        return super().parse(values, key)
 
 
 class StartEpochs(Settings):
@@ -144,9 +147,3 @@ class ModelSettings(StageSettings):
     def parse(cls, values: Mapping[str, Any], key: str = "model") -> Self:
         """Check the node, that of an earlier version too. Raises UserError with every problem."""
         return super().parse(expand_encoder(with_current_keys(values)), key)
-
-
-def check_geometry(model: Mapping[str, Any]) -> None:
-    """Raise UserError: keys and values of the node `model:` that are wrong, or sizes that don't fit. Reads no weights."""
-    rae = ModelSettings.parse({key: value for key, value in model.items() if key != "_target_"}).rae
-    geometry_of(rae.encoder_cls, rae.encoder_params, rae.decoder_patch_size, rae.image_size, rae.encoder_input_size)

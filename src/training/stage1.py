@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from src.core.distributed import average_gradients
 from src.core.ema import EMA
 from src.core.errors import UserError
 from src.core.images import bytes_to_unit, unit_to_bytes
@@ -20,11 +21,11 @@ from src.core.random_streams import Purpose
 from src.losses.lpips import LPIPS
 from src.metrics.quality import RunningMeans, psnr, ssim
 from src.models.discriminator import DinoDiscriminator
-from src.models.rae import RAE
+from src.models.rae import RAE, geometry_of
 from src.training.generated_latents import GeneratedLatents
 from src.training.module import StageModule, loss_scale, sizes
-from src.training.optimisation import adamw, average_gradients
-from src.training.settings import ModelSettings, check_geometry
+from src.training.optimizers import adamw
+from src.training.settings import ModelSettings
 from src.training.stage1_step import Fake, Label, Phase, TrainingStep
 from src.training.step_noise import StepNoise
 
@@ -144,7 +145,7 @@ class RAEModule(StageModule):
         scale = partial(loss_scale, self.disc_scaler, self.device)
         images = [batch["image"] for batch in batches]
         for update, terms in enumerate(self.step.discriminator_updates(images, sources, draws, scale)):
-            average_gradients(list(self.discriminator.heads.parameters()))
+            average_gradients(self.discriminator.heads.parameters())
             self.step_optimizer(
                 step,
                 self.optimizer_list()[1].optimizer,  # Lightning counts the steps of the other one only
@@ -158,10 +159,9 @@ class RAEModule(StageModule):
     # -- evaluation
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor, weights: str = "ema") -> Tensor:
-        """Return reconstructions, float, not clamped, without latent noise, of uint8 or [0, 1] images B 3 H W."""
-        decoder = self.ema_decoder if weights == "ema" else self.rae.decoder
-        return self.rae.decode_raw(self.rae.encode_raw(images), decoder).float()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Return reconstructions by the EMA weights, float, not clamped, without noise, of uint8 or [0, 1] images B 3 H W."""
+        return self.rae.decode_raw(self.rae.encode_raw(images), self.ema_decoder).float()
 
     def on_validation_epoch_start(self) -> None:
         everything = Phase(lpips=self.lpips is not None, gan=True, disc=True)
@@ -196,7 +196,8 @@ class RAEModule(StageModule):
                 "decoder file with the official names (model.pt), a folder that src/export.py wrote, a diffusers "
                 "AutoencoderRAE folder, or a .ckpt of a run."
             )
-        check_geometry(config)
+        rae = ModelSettings.parse(config).rae
+        geometry_of(rae.encoder_cls, rae.encoder_params, rae.decoder_patch_size, rae.image_size, rae.encoder_input_size)
 
     def facts(self) -> list[tuple[str, str]]:
         rae, geometry, encoder = self.rae, self.rae.geometry, self.rae.encoder

@@ -4,7 +4,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -27,8 +27,7 @@ from src.models import flops
 from src.models.dit import build_network, forward_flops
 from src.models.dit_layers import LABEL_STD
 from src.training.module import StageModule, sizes
-from src.training.muon import MuonWithAdamW
-from src.training.optimisation import adamw
+from src.training.optimizers import MuonWithAdamW, adamw
 from src.training.settings import OptimizerSettings, StageSettings
 from src.training.stage2_step import FlowDraws, FlowStep
 
@@ -73,11 +72,6 @@ class Stage2Settings(StageSettings):
     sample_classes: Annotated[int, Field(ge=1)]
     optimizer: TransformerOptimizer
     scheduler: Schedule
-
-    @classmethod
-    def parse(cls, values: Mapping[str, Any], key: str = "model") -> Self:
-        """Check the node. Raises UserError with every problem."""
-        return super().parse(values, key)
 
 
 class DiffusionModule(StageModule):

@@ -48,7 +48,7 @@ class TrainerSettings(Settings):
     precision: int | str = Field(description="32, 16 or bf16")
     float32_matmul_precision: Literal["highest", "high"]
     max_epochs: Count
-    max_steps: int = Field(description="a number of updates, or -1: max_epochs decides")
+    max_steps: Literal[-1] | Count = Field(description="a number of updates, or -1: max_epochs decides")
     limit_train_batches: Count | Annotated[float, Field(gt=0, le=1)] = Field(
         description="a number of batches of at least 1, or a share of an epoch as a decimal, above 0 and up to 1.0"
     )
@@ -81,13 +81,6 @@ class TrainerSettings(Settings):
             raise ValueError
         return value
 
-    @field_validator("max_steps")
-    @classmethod
-    def _check_max_steps(cls, value: int) -> int:
-        if value < 1 and value != -1:
-            raise ValueError
-        return value
-
 
 def build_trainer(
     config: dict[str, Any], launch: Launch, callbacks: list[Any], loggers: list[Any], root: str
@@ -108,7 +101,13 @@ def build_trainer(
         settings["fast_dev_run"] = int(config["fast_dev_run"]) * config["accumulate_grad_batches"]
         callbacks = [c for c in callbacks if not isinstance(c, pl.callbacks.Checkpoint)]
     settings["profiler"] = _profiler(settings["profiler"], root) if launch.main else None
-    _set_float32_products(settings.pop("float32_matmul_precision"), on_gpu, settings["precision"])
+    products = settings.pop("float32_matmul_precision")
+    if on_gpu:
+        torch.set_float32_matmul_precision(products)
+    if on_gpu and products == "highest" and settings["precision"] == "32-true":
+        log.info(
+            "Float32 throughout. On a GPU trainer.float32_matmul_precision=high (TF32) or trainer.precision=bf16 is faster."
+        )
     # Every trained parameter gets a gradient in the one backward pass, so nothing has to search for unused ones; there
     # are no buffers to exchange; gradients that are views of the buckets save a copy of the model.
     ddp = DDPStrategy(find_unused_parameters=False, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -153,10 +152,8 @@ def _profiler(name: str | None, folder: str) -> pl.profilers.Profiler | None:
 
 
 def precision(wanted: Any, on_gpu: bool) -> str:
-    """Return Lightning's name of `trainer.precision`; fp16 on a CPU becomes bf16. Raises UserError."""
-    name = _PRECISION.get(str(wanted))
-    if name is None:
-        raise UserError(f"trainer.precision={wanted}: expected 32, 16 or bf16.")
+    """Return Lightning's name of `trainer.precision`; fp16 on a CPU becomes bf16."""
+    name = _PRECISION[str(wanted)]
     if name == "16-mixed" and not on_gpu:
         log.info("trainer.precision=16: a CPU has no fp16 training, so it runs in bf16.")
         name = "bf16-mixed"
@@ -182,16 +179,6 @@ def bf16_slowdown_on_cpu(size: int = 256) -> float:
         return min(taken)
 
     return seconds(torch.bfloat16) / seconds(torch.float32)
-
-
-def _set_float32_products(wanted: Any, on_gpu: bool, precision_name: str) -> None:
-    if not on_gpu:
-        return
-    torch.set_float32_matmul_precision(wanted)
-    if wanted == "highest" and precision_name == "32-true":
-        log.info(
-            "Float32 throughout. On a GPU trainer.float32_matmul_precision=high (TF32) or trainer.precision=bf16 is faster."
-        )
 
 
 def _accelerator(wanted: str) -> str:

@@ -1,6 +1,6 @@
-"""Muon for matrices and AdamW for the rest, as one optimiser: one schedule, one entry in a checkpoint.
+"""The optimisers: AdamW, and Muon for matrices with AdamW for the rest as one (one schedule, one entry in a checkpoint).
 
-Source: RAEv2 (arXiv 2605.18324), stage-2 recipe section 8. Named deviation: torch's Muon takes one coefficient triple for
+Source of Muon: RAEv2 (arXiv 2605.18324), stage-2 recipe section 8. Named deviation: torch's Muon takes one coefficient triple for
 all Newton-Schulz steps, where RAEv2's private package takes Polar Express coefficients.
 """
 
@@ -9,6 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from src.training.settings import OptimizerSettings
+
+
+def adamw(module: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """Return fused AdamW over what `module` trains."""
+    trained = (p for p in module.parameters() if p.requires_grad)
+    return torch.optim.AdamW(
+        trained, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+    )
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -19,18 +29,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """
 
     def __init__(
-        self,
-        parameters: Iterable[nn.Parameter],
-        lr: float,
-        betas: tuple[float, float],
-        weight_decay: float,
-        momentum: float = 0.95,
+        self, parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float
     ) -> None:
         parameters = list(parameters)
         matrices = [p for p in parameters if p.ndim == 2]
         others = [p for p in parameters if p.ndim != 2]
         muon = torch.optim.Muon(
-            matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=True, adjust_lr_fn="match_rms_adamw"
+            matrices, lr=lr, weight_decay=weight_decay, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw"
         )
         adamw = torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
         self.parts: tuple[torch.optim.Optimizer, ...] = (muon, adamw)

@@ -1,0 +1,127 @@
+"""What the callbacks that score a network while it trains have in common."""
+
+import logging
+import time
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import pytorch_lightning as pl
+from torch import nn
+
+from src.core.distributed import Process
+from src.core.errors import UserError
+from src.evaluation.networks import load_features, load_inception
+from src.evaluation.report_card import label
+from src.metrics.features import INCEPTION, FeatureNetwork
+from src.metrics.inception import InceptionFeatures, InceptionWeights
+
+log = logging.getLogger(__name__)
+
+
+class ScoreCallback(pl.Callback):
+    """Says when to score and logs the figures. What inherits it is a dataclass of the keys of its node."""
+
+    score: ClassVar[str]
+    """The name of the score, of its node in `callbacks:` and, with pretrained Inception weights, before the logged names."""
+    scored: ClassVar[str]
+    """The word for what is scored."""
+    remedy: ClassVar[str]
+    """How to train without the score, or without the weights."""
+    every_n_steps: int
+    every_n_epochs: int
+    features: Sequence[str]
+    inception_path: str | None
+    inception_weights: InceptionWeights
+    inception_width: float | None
+
+    def __post_init__(self) -> None:
+        if INCEPTION not in [name.partition("=")[0] for name in self.features]:
+            raise UserError(
+                f"callbacks.{self.score}.features={list(self.features)}: expected {INCEPTION} among them, for "
+                f"{self.score}/score."
+            )
+        self.group = self.score if self.inception_weights == "pretrained" else f"{self.score}_untrained"
+        """First part of the logged names."""
+        self._networks: list[FeatureNetwork] = []
+        self._scored_at = -1
+
+    @property
+    def scores_checkpoints(self) -> bool:
+        """Tell whether there are scores during training that `best.ckpt` can follow."""
+        return bool(self.every_n_steps or self.every_n_epochs)
+
+    @property
+    def in_use(self) -> bool:
+        return self.scores_checkpoints
+
+    @property
+    def monitor(self) -> str:
+        return f"{self.group}/score"
+
+    def load_networks(self) -> list[FeatureNetwork]:
+        """Return the feature networks on the CPU. UserError where one is missing."""
+
+        def inception(place: str | None) -> InceptionFeatures:
+            key, path = f"callbacks.{self.score}.inception_path", place or self.inception_path
+            return load_inception(path, self.inception_weights, key, self.remedy, self.inception_width)
+
+        return load_features(self.features, inception)
+
+    @abstractmethod
+    def evaluate(self, trainer: pl.Trainer, pl_module: Any, name: str) -> None:
+        """Note the step in `_scored_at`, score and publish. `name`: of a folder for pictures."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        accumulate = pl_module.settings.loop.accumulate_grad_batches
+        if not self.every_n_steps or (batch_idx + 1) % accumulate or trainer.global_step % self.every_n_steps:
+            return
+        if batch_idx + 1 < pl_module.steps_per_epoch * accumulate or not self._at_end_of(trainer.current_epoch):
+            self.evaluate(trainer, pl_module, f"step_{trainer.global_step:07d}")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if self._at_end_of(trainer.current_epoch) and self._scored_at != trainer.global_step:
+            self.evaluate(trainer, pl_module, f"epoch_{trainer.current_epoch + 1:03d}")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        self._networks = []
+
+    def _at_end_of(self, epoch: int) -> bool:
+        return bool(self.every_n_epochs) and (epoch + 1) % self.every_n_epochs == 0
+
+    def on_all_ranks(self, trainer: pl.Trainer, values: Mapping[str, float]) -> dict[str, float]:
+        """Return the scores that rank 0 worked out, by the second parts of their logged names."""
+        values = trainer.strategy.broadcast(values)
+        return {name.removesuffix("_untrained").replace(self.score, "score"): value for name, value in values.items()}
+
+    def publish(
+        self, trainer: pl.Trainer, pl_module: Any, group: str, values: Mapping[str, float], start: float
+    ) -> None:
+        """Record and log scores under the names `group`/...; `start`: of the evaluation, as of `time.perf_counter`."""
+        figures = {**values, "seconds": time.perf_counter() - start}
+        pl_module.record_scores({f"{group}/{name}": value for name, value in figures.items()})
+        if trainer.is_global_zero:
+            rest = ", ".join(f"{label(name)} {value:.4g}" for name, value in figures.items() if label(name))
+            log.info(
+                "step %d, %s: %.4f over %s %s%s in %.1f s", trainer.global_step, group, figures["score"],
+                f"{figures['images']:,}", self.scored, rest and f" ({rest})", figures["seconds"],
+            )  # fmt: skip
+
+
+def process_of(trainer: pl.Trainer, pl_module: Any) -> Process:
+    """Return this process among those that train."""
+    return Process(pl_module.device, trainer.global_rank, trainer.world_size)
+
+
+@contextmanager
+def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
+    """Put every part in eval mode and give its own mode back afterwards."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
