@@ -52,9 +52,8 @@ def _run(options: StatisticsOptions) -> int:
         partial_file(output).unlink(missing_ok=True)
     shape, std = " x ".join(map(str, content["mean"].shape)), content["var"].sqrt()
     print(f"{output}: mean and var, each {shape}, of {content['images']:,} images of {images.folder} ({images.split})")
-    print(
-        f"mean {content['mean'].mean():.4f} on average, std {std.mean():.4f} (from {std.min():.4f} to {std.max():.4f})"
-    )
+    spread = f"std {std.mean():.4f} (from {std.min():.4f} to {std.max():.4f})"
+    print(f"mean {content['mean'].mean():.4f} on average, {spread}")
     if rae.encoder.untrained:
         print("UNTRAINED encoder: random weights, not a result.")
     return 0

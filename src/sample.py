@@ -47,14 +47,12 @@ def _run(options: SampleOptions) -> int:
         generator = open_generator(options.checkpoint, options.model, options.autoencoder)
         guide = None
         if options.guide is not None:
-            guide = open_generator(
-                options.guide, options.guide_model, shape=generator.network.latent_shape, key="--guide"
-            )
+            shape = generator.network.latent_shape
+            guide = open_generator(options.guide, options.guide_model, shape=shape, key="--guide")
         rows: list[tuple[Any, ...]] = []
         for (cfg, interval), output in zip(sweep, outputs, strict=True):
-            point = replace(
-                options, cfg=() if cfg is None else (cfg,), interval=() if interval is None else (interval,)
-            )
+            alone = {"cfg": cfg, "interval": interval}
+            point = replace(options, **{name: () if value is None else (value,) for name, value in alone.items()})
             began = time.perf_counter()
             with progress("images", process.main) as update:
                 settings = sample(generator, guide, point, output, process, update)
@@ -67,10 +65,8 @@ def _run(options: SampleOptions) -> int:
 
 
 def _output(output: Path, cfg: float | None, interval: str | None) -> Path:
-    parts = [f"cfg{cfg:g}"] * (cfg is not None) + [interval.replace(":", "to") if interval else ""] * (
-        interval is not None
-    )
-    return output.with_stem("_".join([output.stem, *parts]))
+    parts = [output.stem, "" if cfg is None else f"cfg{cfg:g}", (interval or "").replace(":", "to")]
+    return output.with_stem("_".join(filter(None, parts)))
 
 
 if __name__ == "__main__":

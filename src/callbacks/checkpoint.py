@@ -231,11 +231,8 @@ class AtomicCheckpointIO(CheckpointIO):
                 f"{path} is no checkpoint of a training run. Weights of others go into model.pretrained_decoder_path, not "
                 "ckpt_path."
             )
-        check_finite(
-            {part: content.get(part) for part in CHECKED},
-            path,
-            "Resume from an earlier one: best.ckpt, epoch_XXX.ckpt.",
-        )
+        remedy = "Resume from an earlier one: best.ckpt, epoch_XXX.ckpt."
+        check_finite({part: content.get(part) for part in CHECKED}, path, remedy)
         return content
 
     def remove_checkpoint(self, path: str | Path) -> None:

@@ -236,16 +236,14 @@ def describe(trainer: pl.Trainer, pl_module: Any) -> list[tuple[str, str]]:
     """Return (name, text) rows about a run that is about to start."""
     data, loop, published = trainer.datamodule, pl_module.settings.loop, pl_module.published_batch
     batch = data.batch_size * trainer.world_size * loop.accumulate_grad_batches
+    factors = f"data.batch_size={data.batch_size} x {trainer.world_size} process(es) x "
+    factors += f"trainer.accumulate_grad_batches={loop.accumulate_grad_batches}"
     limit = f", at most {trainer.max_steps:,}" if trainer.max_steps > 0 else ""
     return [
         ("device", f"{trainer.world_size} x {device_name(trainer.strategy.root_device)}"),
         ("precision", str(trainer.precision)),
         *data.describe(),
-        (
-            "global batch",
-            f"{batch} images an update (data.batch_size={data.batch_size} x {trainer.world_size} process(es) x "
-            f"trainer.accumulate_grad_batches={loop.accumulate_grad_batches}); published: {published}",
-        ),
+        ("global batch", f"{batch} images an update ({factors}); published: {published}"),
         *pl_module.facts(),
         ("steps", f"{pl_module.steps_per_epoch:,} updates an epoch, {trainer.max_epochs} epoch(s){limit}"),
         ("seed", str(loop.seed)),

@@ -96,13 +96,9 @@ FILES = (
 )
 # Config keys that name a weights file, with the asset that such a file always is (None: its place and name tell).
 _FILE_KEYS = {
-    "vgg_path": "vgg16",
-    "linear_path": "lpips",
-    "inception_path": "inception",
-    "dino_ckpt_path": None,
-    "pretrained_decoder_path": None,
-    "normalization_stat_path": None,
-}
+    "vgg_path": "vgg16", "linear_path": "lpips", "inception_path": "inception", "dino_ckpt_path": None,
+    "pretrained_decoder_path": None, "normalization_stat_path": None,
+}  # fmt: skip
 USERS_CHOICE = "required"  # of `model.pretrained_decoder_path`: the experiment leaves its decoder to the user
 
 

@@ -72,7 +72,7 @@ class StageModule(pl.LightningModule):
 
     @abstractmethod
     def learning_rates(self, step: int) -> dict[str, float]:
-        """Return the learning rates of the updates in `step` by the names under which they are logged."""
+        """Return the learning rates of the updates in `step` by the names under which they are logged, as `scalers`."""
 
     @abstractmethod
     def identity(self) -> dict[str, dict[str, Any]]:
@@ -186,6 +186,13 @@ class StageModule(pl.LightningModule):
                 scaler.update()
             optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def step_counted(self, step: int, watched: Mapping[str, Tensor]) -> None:
+        """Update by the first optimiser, whose steps Lightning counts. `watched`: as of `step_optimizer`."""
+        rate, scaler = (next(iter(named.values())) for named in (self.learning_rates(step), self.scalers()))
+        clip, optimizer = self.settings.loop.gradient_clip_val, self.optimizer_list()[0]
+        norm = self.step_optimizer(step, optimizer, rate, watched, scaler=scaler, clip=clip)
+        self.train_terms["train/grad_norm"] = norm
 
     def optimizer_list(self) -> list[Any]:
         """Return what `configure_optimizers` gave, in Lightning's wrappers: a step of any of these adds 1 to `global_step`."""
@@ -317,6 +324,12 @@ class StageModule(pl.LightningModule):
 def loss_scale(scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | float:
     """Return the factor of a loss scaler without waiting for the device."""
     return 1.0 if scaler is None else scaler.scale(torch.ones((), device=device))
+
+
+def encoder_fact(encoder: Any) -> tuple[str, str]:
+    """Return the row of the start-up table about an encoder."""
+    untrained = " (UNTRAINED)" if encoder.untrained else ""
+    return "encoder", f"{type(encoder).__name__} {encoder.source}, blocks {list(encoder.layers)}{untrained}"
 
 
 def compile_in_place(parts: Sequence[nn.Module]) -> None:

@@ -33,12 +33,9 @@ class OptimizerSettings(Settings):
 class LoopSettings(Settings):
     """What surrounds the step, in any stage."""
 
-    typed_as: ClassVar[Mapping[str, str]] = {
-        "seed": "seed",
-        **{
-            key: f"trainer.{key}"
-            for key in ("accumulate_grad_batches", "gradient_clip_val", "max_skipped_steps", "log_every_n_steps")
-        },
+    typed_as: ClassVar[Mapping[str, str]] = {"seed": "seed"} | {
+        key: f"trainer.{key}"
+        for key in ("accumulate_grad_batches", "gradient_clip_val", "max_skipped_steps", "log_every_n_steps")
     }
 
     ema_decay: float = Field(ge=0, lt=1)

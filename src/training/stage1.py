@@ -23,7 +23,7 @@ from src.metrics.quality import RunningMeans, psnr, ssim
 from src.models.discriminator import DinoDiscriminator
 from src.models.rae import RAE, geometry_of
 from src.training.generated_latents import GeneratedLatents
-from src.training.module import StageModule, loss_scale, sizes
+from src.training.module import StageModule, encoder_fact, loss_scale, sizes
 from src.training.optimizers import adamw
 from src.training.settings import ModelSettings
 from src.training.stage1_step import Fake, Label, Phase, TrainingStep
@@ -119,17 +119,11 @@ class RAEModule(StageModule):
         return result.terms
 
     def update(self, step: int, batch_idx: int, terms: Mapping[str, Tensor]) -> None:
-        scaler = self.scalers()["generator"]
-        if scaler is not None:  # then these are of scaled gradients, and what overflows there is the scaler's business
+        if (
+            self.scalers()["generator"] is not None
+        ):  # then these are of scaled gradients, and what overflows there is the scaler's business
             terms = {name: value for name, value in terms.items() if name not in ("adaptive_weight", "loss")}
-        self.train_terms["train/grad_norm"] = self.step_optimizer(
-            step,
-            self.optimizer_list()[0],
-            self.learning_rates(step)["generator"],
-            terms,
-            scaler=scaler,
-            clip=self.settings.loop.gradient_clip_val,
-        )
+        self.step_counted(step, terms)
         if self._micro_batches:
             self._update_discriminator(step, batch_idx)
 
@@ -205,23 +199,16 @@ class RAEModule(StageModule):
         trunk = self.discriminator.trunk if self.discriminator is not None else None
         steps = self.settings.starts.steps(self.steps_per_epoch)
         parts = {"LPIPS": (self.lpips, "lpips"), "discriminator": (heads, "disc"), "GAN term": (heads, "gan")}
-        begin = [
-            (name, steps[key]) for name, (part, key) in parts.items() if part is not None and steps[key] < math.inf
-        ]
-        untrained = " (UNTRAINED)" if encoder.untrained else ""
+        begin = {name: steps[key] for name, (part, key) in parts.items() if part is not None and steps[key] < math.inf}
+        images = f"{geometry.image_size} px image -> {geometry.encoder_input_size} px encoder"
+        latents = f"{geometry.grid} x {geometry.grid} latents of {rae.latent_shape[0]}"
+        frozen = {"encoder": encoder, "LPIPS": self.lpips, "DINO trunk": trunk, "sampler": self.generated}
         return [
-            (
-                "geometry",
-                f"{geometry.image_size} px image -> {geometry.encoder_input_size} px encoder -> {geometry.grid} x "
-                f"{geometry.grid} latents of {rae.latent_shape[0]} -> patches of {geometry.decoder_patch} px",
-            ),
-            ("encoder", f"{type(encoder).__name__} {encoder.source}, blocks {list(encoder.layers)}{untrained}"),
+            ("geometry", f"{images} -> {latents} -> patches of {geometry.decoder_patch} px"),
+            encoder_fact(encoder),
             ("trained", sizes({"decoder": rae.decoder, "discriminator heads": heads})),
-            (
-                "frozen",
-                sizes({"encoder": encoder, "LPIPS": self.lpips, "DINO trunk": trunk, "sampler": self.generated}),
-            ),
-            ("starts", ", ".join(f"{name} at step {step:,}" for name, step in begin) or "L1 only"),
+            ("frozen", sizes(frozen)),
+            ("starts", ", ".join(f"{name} at step {step:,}" for name, step in begin.items()) or "L1 only"),
         ]
 
     def doubts(self, max_epochs: int | None) -> list[str]:

@@ -26,7 +26,7 @@ from src.losses.flow_matching import FlowSettings, quartile_sums
 from src.models import flops
 from src.models.dit import build_network, forward_flops
 from src.models.dit_layers import LABEL_STD
-from src.training.module import StageModule, sizes
+from src.training.module import StageModule, encoder_fact, sizes
 from src.training.optimizers import MuonWithAdamW, adamw
 from src.training.settings import OptimizerSettings, StageSettings
 from src.training.stage2_step import FlowDraws, FlowStep
@@ -132,14 +132,7 @@ class DiffusionModule(StageModule):
         return {name: value.detach().mean() for name, value in terms.items() if name != "zero"}
 
     def update(self, step: int, batch_idx: int, terms: Mapping[str, Tensor]) -> None:
-        self.train_terms["train/grad_norm"] = self.step_optimizer(
-            step,
-            self.optimizer_list()[0],
-            self.learning_rates(step)["network"],
-            {"loss": terms["loss"]},
-            scaler=self.scalers()["network"],
-            clip=self.settings.loop.gradient_clip_val,
-        )
+        self.step_counted(step, {"loss": terms["loss"]})
         assert self._window is not None
         sums, counts = self._window[:QUARTERS], self._window[QUARTERS : 2 * QUARTERS]
         for number, value in enumerate(sums / counts, 1):
@@ -219,14 +212,10 @@ class DiffusionModule(StageModule):
     def facts(self) -> list[tuple[str, str]]:
         channels, grid, _ = self.rae.latent_shape
         encoder = self.rae.encoder
-        untrained = " (UNTRAINED)" if encoder.untrained else ""
         forward, size = forward_flops(self.network) / 1e9, self.rae.geometry.image_size
         return [
-            (
-                "latents",
-                f"{size} px image -> {channels} x {grid} x {grid}, time shift {self.step.shift:.4g}",
-            ),
-            ("encoder", f"{type(encoder).__name__} {encoder.source}, blocks {list(encoder.layers)}{untrained}"),
+            ("latents", f"{size} px image -> {channels} x {grid} x {grid}, time shift {self.step.shift:.4g}"),
+            encoder_fact(encoder),
             ("trained", f"{sizes({type(self.network).__name__: self.network})}, {forward:.3g} GFLOP forward an image"),
             ("frozen", sizes({"encoder": encoder, "decoder": self.rae.decoder})),
             ("classes", f"{self.settings.num_classes}, dropped with probability {self.settings.label_dropout:g}"),

@@ -140,15 +140,11 @@ def build_trainer(
 
 def _profiler(name: str | None, folder: str) -> pl.profilers.Profiler | None:
     """Return Lightning's profiler, which leaves its table (pytorch: a trace too) in `folder`."""
-    known = {
-        "simple": pl.profilers.SimpleProfiler,
-        "advanced": pl.profilers.AdvancedProfiler,
-        "pytorch": pl.profilers.PyTorchProfiler,
-    }
+    kinds = {"simple": "SimpleProfiler", "advanced": "AdvancedProfiler", "pytorch": "PyTorchProfiler"}
     if name is None:
         return None
     log.info("Profile: %s", os.path.join(folder, "fit-profile.txt"))
-    return known[name](dirpath=folder, filename="profile")
+    return getattr(pl.profilers, kinds[name])(dirpath=folder, filename="profile")
 
 
 def precision(wanted: Any, on_gpu: bool) -> str:
