@@ -1,14 +1,12 @@
 """Two gloo processes on the CPU stand in for two GPUs."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from src.core.weights import PROJECT_ROOT
+from tests.training import python
 
 STEPS = 10
 # One global batch of 4 either way; GAN phase from the first step.
@@ -22,12 +20,8 @@ COMMON = [
 
 def launch(out: Path, processes: int, *overrides: str) -> list[dict]:
     out.mkdir()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [*(torchrun if processes > 1 else [sys.executable]), str(PROJECT_ROOT / "tests/rank_probe.py"), str(out)]
-    command += [*COMMON, f"paths.log_dir={out}", *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
+    python(*torchrun, PROJECT_ROOT / "tests/rank_probe.py", out, *COMMON, f"paths.log_dir={out}", *overrides)
     return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
 
 

@@ -7,8 +7,6 @@ import io
 import json
 import os
 import re
-import subprocess
-import sys
 import threading
 import zipfile
 from dataclasses import replace
@@ -27,6 +25,7 @@ from src.core.errors import UserError
 from src.core.requirements import FILES, Asset, requirements
 from src.core.weights import PROJECT_ROOT
 from src.models.encoder_presets import PRESETS, hub_assets
+from tests.training import python
 
 BODY = b"\x80" + bytes(range(256)) * 4096  # 1 MiB that starts as a pickle does
 SHA = hashlib.sha256(BODY).hexdigest()
@@ -359,13 +358,12 @@ def test_program_gets_an_encoder_from_a_hub(server, tmp_path, monkeypatch, capsy
 def test_program_says_what_to_do_by_hand(server, tmp_path):
     repo = "facebook/dinov3-vitb16-pretrain-lvd1689m"
     server.answers[f"/api/models/{repo}"] = status(401, X_Error_Code="GatedRepo", X_Error_Message="gated")
-    command = [sys.executable, "scripts/download_weights.py", repo, "discriminator", "--weights_dir", str(tmp_path)]
     hub = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-    done = subprocess.run(command, cwd=PROJECT_ROOT, env={**os.environ, **hub}, capture_output=True, text=True)
+    command = ["scripts/download_weights.py", repo, "discriminator", "--weights_dir", tmp_path]
+    said = python(*command, code=1, **hub)
     place = f"put it at\n    {tmp_path}/discs/dino_vit_small_patch8_224.pth"
     for words in (f"accept its licence at https://huggingface.co/{repo}", "HF_TOKEN", "hf download", "404", place):
-        assert words in done.stderr, done.stderr
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert words in said, said
 
 
 def test_program_lists_an_experiment(tmp_path, capsys):

@@ -3,7 +3,6 @@
 import importlib.machinery
 import json
 import os
-import subprocess
 import sys
 from types import ModuleType
 
@@ -12,11 +11,10 @@ import pytest
 from src.callbacks import progress
 from src.core import metrics_file
 from src.core.errors import UserError
-from src.core.weights import PROJECT_ROOT
 from src.training.resume import find_checkpoint
 from src.training.run import run as program
 from src.training.stage1 import RAEModule
-from tests.training import QUIET, SMALL, assert_equal_ends, composed, train
+from tests.training import QUIET, SMALL, assert_equal_ends, composed, python, train
 
 LIGHT = [*QUIET, "model.disc_weight=0", "model.perceptual_weight=0"]
 
@@ -127,10 +125,8 @@ def test_a_run_returns_the_metric_that_was_asked_for(tmp_path):
 
 @pytest.mark.skipif("hydra_plugins.hydra_optuna_sweeper" in sys.modules, reason="the plugin is here")
 def test_a_missing_plugin_is_one_message():
-    command = [sys.executable, "src/train.py", "hparams_search=optuna"]
-    done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert "pip install -e '.[optuna]'" in done.stderr
+    said = python("src/train.py", "hparams_search=optuna", code=1)
+    assert len(said.splitlines()) == 1 and "pip install -e '.[optuna]'" in said
 
 
 # -- Weights & Biases

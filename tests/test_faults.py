@@ -2,8 +2,6 @@
 
 import logging
 import shutil
-import subprocess
-import sys
 import zipfile
 
 import numpy as np
@@ -14,7 +12,6 @@ from scripts import fuzz
 from src.callbacks.checkpoint import AtomicCheckpointIO
 from src.core.errors import UserError
 from src.core.terminal import in_options
-from src.core.weights import PROJECT_ROOT
 from src.evaluation.per_image_files import as_text
 from src.evaluation.rfid import references
 from src.evaluation.variants import Reconstructions, Variant
@@ -25,6 +22,7 @@ from src.metrics.npz import ImageNpz
 from src.training.logs import WarningCollector
 from src.training.preflight import BYTES, check_disk
 from tests.conftest import make_rae
+from tests.training import python
 
 
 @pytest.mark.parametrize("kind", fuzz.KINDS)
@@ -137,10 +135,8 @@ def test_a_warning_that_comes_again_stands_once_in_the_record():
 def test_yaml_that_cannot_be_read_ends_in_one_message(tmp_path, text):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment/odd.yaml").write_bytes(b"# @package _global_\n" + text)
-    command = [sys.executable, "src/train.py", f"hydra.searchpath=[file://{tmp_path}]", "experiment=odd"]
-    done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "odd.yaml" in done.stderr
+    words = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=odd"]
+    assert "odd.yaml" in python("src/train.py", *words, code=1)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +151,4 @@ def test_yaml_that_cannot_be_read_ends_in_one_message(tmp_path, text):
     ],
 )
 def test_values_that_are_refused_at_once(line, code, said):
-    done = subprocess.run(
-        [sys.executable, *line.split()], cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert said in python(*line.split(), code=code)

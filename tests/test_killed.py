@@ -197,11 +197,9 @@ def test_under_torchrun_ctrl_c_saves_and_a_kill_of_the_launcher_too(tmp_path):
 @pytest.mark.slow
 def test_nohup_and_two_times_ctrl_c(tmp_path):
     """SIGHUP changes nothing; while the ranks hang, the second Ctrl-C leaves no process of either and no partial file."""
-    script = tmp_path / "train.py"
     hanging = "    if batch_idx == 4: pathlib.Path({pid!r}).touch(); time.sleep(600)\n    return original(self, batch, batch_idx)\n"
     body = "original = RAEModule.training_step\n\ndef training_step(self, batch, batch_idx):\n" + hanging
-    script.write_text((HEAD + body + TAIL).format(root=str(PROJECT_ROOT), pid=str(tmp_path / "hangs")))
-    command = ["nohup", sys.executable, str(script), *kill_and_resume.RUN, *LONG, "trainer=ddp_sim", "data.num_workers=1", f"paths.log_dir={tmp_path}"]  # fmt: skip
+    command = ["nohup", *patched(tmp_path, body, tmp_path / "hangs"), *LONG, "data.num_workers=1"]
     with open(tmp_path / "output.txt", "wb") as output:
         process = subprocess.Popen(
             command, cwd=PROJECT_ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=output, stderr=output, start_new_session=True,
@@ -221,19 +219,16 @@ def test_nohup_and_two_times_ctrl_c(tmp_path):
     assert not list(tmp_path.glob("runs/**/.*.writing"))
 
 
-HEAD = """
+PATCHED = """
 import os, pathlib, sys, time
 sys.path[0] = {root!r}
 from src.training.stage1 import RAEModule
-"""
-TAIL = """
+{body}
 RAEModule.training_step = training_step
 program = os.path.join({root!r}, "src", "train.py")
 exec(compile(open(program).read(), program, "exec"), {{"__name__": "__main__", "__file__": program}})
 """
-FAILING = (
-    HEAD
-    + """
+FAILING = """
 def training_step(self, batch, batch_idx):
     if self.global_rank == 0:
         while not pathlib.Path({pid!r}).exists():
@@ -242,16 +237,19 @@ def training_step(self, batch, batch_idx):
     pathlib.Path({pid!r}).write_text(str(os.getpid()))
     time.sleep(600)  # as one that waits in a collective of nccl
 """
-    + TAIL
-)
+
+
+def patched(folder, body, pid):
+    """Return the command of a run on two processes with another `training_step`; `pid`: a file that the body touches."""
+    script = folder / "train.py"
+    script.write_text(PATCHED.format(root=str(PROJECT_ROOT), body=body.format(pid=str(pid))))
+    return [sys.executable, str(script), *kill_and_resume.RUN, "trainer=ddp_sim", f"paths.log_dir={folder}"]
 
 
 @pytest.mark.slow
 def test_a_failure_of_the_first_process_ends_those_that_lightning_started(tmp_path):
-    script, pid = tmp_path / "train.py", tmp_path / "pid"
-    script.write_text(FAILING.format(root=str(PROJECT_ROOT), pid=str(pid)))
-    command = [sys.executable, str(script), *kill_and_resume.RUN, "trainer=ddp_sim", f"paths.log_dir={tmp_path}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pid, environment = tmp_path / "pid", {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = patched(tmp_path, FAILING, pid)
     done = subprocess.run(command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "the first process fails" in done.stderr, done.stderr[-2000:]
     (record,) = tmp_path.glob("runs/*/*/run.json")
@@ -262,9 +260,7 @@ def test_a_failure_of_the_first_process_ends_those_that_lightning_started(tmp_pa
 @pytest.mark.slow
 def test_sigkill_at_hard_moments_and_resumed(tmp_path):
     """The short form; `--kills 20` is the long one."""
-    done = subprocess.run(
-        [sys.executable, "scripts/kill_and_resume.py", "--kills", "4", "--folder", str(tmp_path)],
-        cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "NO" not in done.stdout and "same bit for bit" in done.stdout
+    command = [sys.executable, "scripts/kill_and_resume.py", "--kills", "4", "--folder", str(tmp_path)]
+    done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0 and "same bit for bit" in done.stdout, done.stdout + done.stderr
+    assert "NO" not in done.stdout

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from src.core.weights import PROJECT_ROOT
 from src.data.places import locate
 from src.models.frozen_encoder import check_source
 from src.training.trainer import _accelerator
-from tests.training import SMALL
+from tests.training import SMALL, python
 
 WITHOUT = "import sys\nsys.modules['fcntl'] = sys.modules['resource'] = None\n"
 TRAIN = """
@@ -38,11 +37,8 @@ def test_a_run_without_fcntl_resource_fork_and_most_signals(tmp_path):
     (tmp_path / "start.py").write_text(TRAIN)
     light = ["~callbacks.rfid", "model.disc_weight=0", "model.perceptual_weight=0"]
     words = [*SMALL, *light, "data.num_workers=1", "trainer.max_epochs=1"]
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "start.py"), "src/train.py", *words, f"paths.log_dir={tmp_path}/logs"],
-        cwd=PROJECT_ROOT, env={**os.environ, "PYTHONPATH": f"{tmp_path}:{PROJECT_ROOT}"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    path = f"{tmp_path}:{PROJECT_ROOT}"
+    python(tmp_path / "start.py", "src/train.py", *words, f"paths.log_dir={tmp_path}/logs", PYTHONPATH=path)
     (folder,) = tmp_path.glob("logs/runs/*/*")
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
     assert (folder / "checkpoints/last.ckpt").is_file()

@@ -2,11 +2,8 @@
 
 import json
 import logging
-import os
 import random
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +13,9 @@ import torch
 from src import eval_rfid
 from src.callbacks.rfid_callback import RFIDCallback, run_id
 from src.core.errors import UserError
-from src.core.weights import PROJECT_ROOT, read
+from src.core.weights import read
 from src.metrics.inception import InceptionFeatures
+from tests.tiny_models import two_processes
 from tests.training import SMALL, assert_equal_ends, last, logged, same, train
 
 
@@ -188,12 +186,8 @@ def test_two_processes_give_the_score_of_one(tmp_path):
     options += ["trainer.max_epochs=1", "trainer.limit_val_batches=0"]
     one = tmp_path / "one"
     train(one, *options, f"callbacks.rfid.rfid_output_dir={one}/samples")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "src/train.py"]
     options += ["data.batch_size=2", f"callbacks.rfid.rfid_output_dir={tmp_path}/samples", f"paths.log_dir={tmp_path}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [*launcher, *SMALL, *options]
-    done = subprocess.run(command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_processes("src/train.py", *SMALL, *options)
     (two,) = (tmp_path / "runs").glob("*/*")
     names = ("score", "psnr", "ssim", "lpips", "images")
     a, b = ({name: logged(run, f"rfid_untrained/{name}")[3] for name in names} for run in (one, two))

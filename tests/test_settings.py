@@ -35,7 +35,8 @@ def test_groups_and_types(node):
 def test_every_problem_is_named_at_once(node):
     changes = {
         "noise_tau": -1, "train_positions": 1, "perceptual_weight": "high", "disc_fake": "resue", "disc_loss": "wgan",
-        "accumulate_grad_batches": 0, "gradient_clip_val": math.inf, "ema_decay": 1, "lpips_start_epoch": math.nan, "image_size": "64px",
+        "accumulate_grad_batches": 0, "gradient_clip_val": -1, "disc_weight": math.inf, "loss_chunk_size": 0,
+        "adaptive_weight": "foo", "ema_decay": 1, "lpips_start_epoch": math.nan, "image_size": "64px",
         "optimizer": {"lr": 0, "betas": [0.9, 1.0], "weight_decay": 0}, "scheduler": node["scheduler"] | {"final_lr": 1.0},
         "disc_updates": 10**12, "lpips_arch": None, "layer_subset": {"kind": "none"}, "disc_weigth": 1, "foo": 2,
     }  # fmt: skip
@@ -45,8 +46,9 @@ def test_every_problem_is_named_at_once(node):
         "seed is missing.", "model.noise_tau=-1: expected at least 0.", "model.train_positions=1: expected true or false.",
         "model.perceptual_weight='high': expected a number.", "model.disc_fake='resue': expected fresh or reuse.",
         "model.disc_loss='wgan': expected hinge, softplus,", "model.disc_updates=1000000000000: expected at most 100.",
-        "trainer.accumulate_grad_batches=0: expected at least 1.",
-        "trainer.gradient_clip_val=inf: expected a finite number or null.", "model.ema_decay=1: expected less than 1.",
+        "trainer.accumulate_grad_batches=0: expected at least 1.", "trainer.gradient_clip_val=-1: expected more than 0 or null.",
+        "model.disc_weight=inf: expected a finite number.", "model.loss_chunk_size=0: expected at least 1 or null.",
+        "model.adaptive_weight='foo': expected global or per_rank.", "model.ema_decay=1: expected less than 1.",
         "model.lpips_start_epoch=nan: expected at least 0.", "data.image_size='64px': expected a whole number.",
         "model.optimizer.lr=0: expected more than 0.", "model.optimizer.betas.1=1.0: expected less than 1.",
         "model.scheduler: final_lr=1 exceeds the learning rate 0.001", "model.lpips_arch=null: expected a node of keys.",

@@ -3,7 +3,6 @@
 import logging
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,11 +11,10 @@ from src.callbacks.samples import SampleImages
 from src.core.compose import quoting_hint
 from src.core.errors import UserError
 from src.core.text import hydra_quoted, masked
-from src.core.weights import PROJECT_ROOT
 from src.training import logs
 from src.training.run import _message as message_of
 from src.training.run import check_config, run
-from tests.training import QUIET, SMALL, composed, last, train
+from tests.training import QUIET, SMALL, composed, last, python, train
 
 
 @pytest.mark.parametrize(
@@ -130,11 +128,9 @@ def test_what_hydra_cannot_parse_is_shown_quoted(value):
     assert quoting_hint(["experiment=rae_dummy", typed]) == ""
 
 
-def test_the_line_after_hydras_error(tmp_path):
-    command = [sys.executable, "src/train.py", "experiment=rae_dummy", "ckpt_path=/x/epoch=9.ckpt"]
-    done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert done.stderr.rstrip().endswith("ckpt_path=\"'/x/epoch=9.ckpt'\"")
+def test_the_line_after_hydras_error():
+    said = python("src/train.py", "experiment=rae_dummy", "ckpt_path=/x/epoch=9.ckpt", code=1)
+    assert said.rstrip().endswith("ckpt_path=\"'/x/epoch=9.ckpt'\"")
 
 
 def test_secrets_are_masked_and_nothing_else():

@@ -1,5 +1,8 @@
 """Runs of the training program inside a test: composed as on the command line, built and fitted in this process."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,15 @@ def train(folder: Path, *overrides: str, checkpoint: Path | None = None, small: 
     run = build_run(config, Launch(0, 1, "single"), checkpoint)
     fit(run, checkpoint, RunRecord(folder, config.experiment_name))
     return run
+
+
+def python(*words: object, code: int = 0, threads: str = "1", **environment: str) -> str:
+    """Run `python WORDS` in the project's folder and return what it said on stderr. A failure must be no traceback."""
+    own = {name: value for name, value in {**os.environ, "OMP_NUM_THREADS": threads, **environment}.items() if value}
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, cwd=PROJECT_ROOT, env=own, capture_output=True, text=True, timeout=400)
+    assert done.returncode == code and (not code or "Traceback" not in done.stderr), done.stdout + done.stderr
+    return done.stderr
 
 
 def last(folder: Path) -> Path:
