@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 
@@ -27,6 +27,9 @@ _PRECISION = {
 }  # fmt: skip
 
 Count = Annotated[int, Field(ge=1)]
+Devices = (
+    Annotated[int, Field(ge=1, le=1024)] | Annotated[list[Annotated[int, Field(ge=0, le=1024)]], Field(min_length=1)]
+)
 
 
 class TrainerSettings(Settings):
@@ -39,13 +42,15 @@ class TrainerSettings(Settings):
 
     target: Literal["pytorch_lightning.Trainer"] = Field(alias="_target_")
     accelerator: Literal["auto", "gpu", "cuda", "cpu", "mps"]
-    devices: Any = Field(description="auto, how many (up to 1024; -1: all GPUs), or a list of numbers from 0")
+    devices: Literal["auto", -1] | Devices = Field(
+        description="auto, how many (up to 1024; -1: all GPUs), or a list of numbers from 0"
+    )
     num_nodes: Annotated[int, Field(ge=1, le=65536)]
     strategy: Literal["auto", "ddp"] = Field(
         description="auto or ddp. Sharded strategies are not offered: the frozen networks and the decoder fit one GPU, and the "
         "adaptive weight needs whole gradients (docs/distributed.md)"
     )
-    precision: int | str = Field(description="32, 16 or bf16")
+    precision: Literal[16, 32, *_PRECISION] = Field(description="32, 16 or bf16")  # type: ignore[valid-type]
     float32_matmul_precision: Literal["highest", "high"]
     max_epochs: Count
     max_steps: Literal[-1] | Count = Field(description="a number of updates, or -1: max_epochs decides")
@@ -64,22 +69,6 @@ class TrainerSettings(Settings):
     profiler: Literal["simple", "advanced", "pytorch"] | None
     detect_anomaly: bool
     deterministic: bool | Literal["warn"] = Field(description="true, false or warn")
-
-    @field_validator("devices")
-    @classmethod
-    def _check_devices(cls, value: Any) -> Any:
-        listed = isinstance(value, list) and value
-        counts = value if listed else [value]
-        if value not in ("auto", -1) and not all(type(n) is int and (not listed) <= n <= 1024 for n in counts):
-            raise ValueError
-        return value
-
-    @field_validator("precision")
-    @classmethod
-    def _check_precision(cls, value: int | str) -> int | str:
-        if str(value) not in _PRECISION:
-            raise ValueError
-        return value
 
 
 def build_trainer(
@@ -149,7 +138,7 @@ def _profiler(name: str | None, folder: str) -> pl.profilers.Profiler | None:
 
 def precision(wanted: Any, on_gpu: bool) -> str:
     """Return Lightning's name of `trainer.precision`; fp16 on a CPU becomes bf16."""
-    name = _PRECISION[str(wanted)]
+    name = _PRECISION[str(wanted).removesuffix(".0")]
     if name == "16-mixed" and not on_gpu:
         log.info("trainer.precision=16: a CPU has no fp16 training, so it runs in bf16.")
         name = "bf16-mixed"
