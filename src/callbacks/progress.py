@@ -104,9 +104,6 @@ class TrainingProgress(pl.Callback):
                 self._show(trainer, due)
         self._mark = moment(self._device)
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self.pause()
-
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.resume()
         if trainer.is_global_zero and not trainer.sanity_checking:
@@ -114,15 +111,11 @@ class TrainingProgress(pl.Callback):
             scores = ", ".join(f"{name[4:]} {value:.4g}" for name, value in values.items())
             log.info("step %d, validation: %s", trainer.global_step, scores)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._stop_bar()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        self._stop_bar()
-
-    def pause(self) -> None:
+    def pause(self, *_: Any) -> None:
         """Stop the clock until `resume`."""
         self._paused -= time.perf_counter()
+
+    on_validation_start = pause
 
     def resume(self) -> None:
         self._paused += time.perf_counter()
@@ -186,11 +179,13 @@ class TrainingProgress(pl.Callback):
             extra={"file_only": self._bar is not None},
         )  # fmt: skip
 
-    def _stop_bar(self) -> None:
+    def _stop_bar(self, *_: Any) -> None:
         bar, self._bar = self._bar, None
         if bar is not None:
             with suppress(OSError):  # a terminal that was closed
                 bar.stop()
+
+    on_train_end = on_exception = _stop_bar
 
 
 def planned_steps(max_epochs: int | None, max_steps: int, pl_module: Any) -> int:
