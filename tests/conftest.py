@@ -4,15 +4,18 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: a test never asks a hub
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import omegaconf.base
 import pytest
 import torch
 
 from src.core.stopping import STOP
 from src.models.rae import RAE
 
+omegaconf.base.parse = cache(omegaconf.base.parse)  # of `${...}`: most of the time that resolving a configuration takes
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 TINY_ENCODERS = {
