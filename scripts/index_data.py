@@ -39,7 +39,7 @@ def main() -> int:
 
 def index(options: Options) -> int:
     from src.data.places import locate, look
-    from src.data.read_options import ReadOptions
+    from src.data.sources import ReadOptions
 
     storage = dict(text.split("=", 1) for text in options.option) or None
     place = look(locate(options.data_dir), ReadOptions(label=options.label, storage=storage))

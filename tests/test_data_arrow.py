@@ -18,7 +18,7 @@ from src.data.arrow import ArrowSource
 from src.data.arrow_writer import write_metadata
 from src.data.decode import BadImage
 from src.data.packed import open_files_limit
-from src.data.read_options import ReadOptions
+from src.data.sources import ReadOptions
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 ENUM = pa.dictionary(pa.int8(), pa.string())

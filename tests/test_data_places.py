@@ -20,8 +20,7 @@ from src.data import dummy
 from src.data.decode import BadImage
 from src.data.latents import LatentWriter, write_index
 from src.data.places import locate, look
-from src.data.read_options import DEFAULT_OPTIONS, ReadOptions
-from src.data.sources import walk
+from src.data.sources import DEFAULT_OPTIONS, ReadOptions, walk
 from src.data.splits import Splits, open_splits
 from src.evaluation.images import open_images
 from tests.test_data_sources import hf_dataset, tree

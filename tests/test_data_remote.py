@@ -20,7 +20,7 @@ from src.data import dummy, remote
 from src.data.datamodule import RAEDataModule
 from src.data.hub import hub_folder
 from src.data.places import look
-from src.data.read_options import ReadOptions
+from src.data.sources import ReadOptions
 from tests.test_data_loader import arguments, assert_same
 from tests.test_data_places import image_tar
 

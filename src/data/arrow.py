@@ -3,8 +3,6 @@
 The `datasets` library is not used: its import takes longer than opening ImageNet.
 """
 
-import functools
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +13,10 @@ import pyarrow as pa
 
 from src.core.errors import UserError
 from src.core.json_files import read_json
-from src.data.arrow_index import index_rows, read_schema
+from src.data.arrow_index import index_rows, listed, read_schema
 from src.data.decode import BadImage
-from src.data.packed import Damaged, PackedIndex, PackedSource
-from src.data.read_options import DEFAULT_OPTIONS, ReadOptions
-from src.data.sources import read_file
+from src.data.packed import PackedIndex, PackedSource
+from src.data.sources import DEFAULT_OPTIONS, ReadOptions, read_file, short_digest
 
 COPY_AGAIN = (
     "It was half-written or half-copied. Copy it again, or convert the images again into another folder with "
@@ -44,11 +41,11 @@ class ArrowSource(PackedSource):
         info, self._state = _metadata(folder, files)
         names = [entry["filename"] for entry in self._state["_data_files"]]
         paths = _present(folder, names)
-        schema = _schema(paths)
+        schema = read_schema(paths[0])
         features = _features(info, schema)
         image = _image_column(folder, features, schema, columns.image)
         label = _label_column(folder, schema, columns.label)
-        rows = [_whole(path, functools.partial(index_rows, path, image, label)) for path in paths]
+        rows = [index_rows(path, schema, image, label) for path in paths]
         self._paths = [part.paths for part in rows]
         index = PackedIndex.of_files(rows)
         if not index.starts[-1]:
@@ -63,10 +60,8 @@ class ArrowSource(PackedSource):
         return f"row {index} of {self.folder}" + (f" ({path})" if path else "")
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(str(self._state.get("_fingerprint")).encode())
-        for file in self.files:
-            digest.update(f"{file.name}:{file.stat().st_size}\0".encode())
-        return digest.hexdigest()[:16]
+        sizes = "".join(f"{file.name}:{file.stat().st_size}\0" for file in self.files)
+        return short_digest((str(self._state.get("_fingerprint")) + sizes).encode())
 
     def _elsewhere(self, index: int) -> bytes:
         path = self._path(index)
@@ -82,11 +77,10 @@ class ArrowSource(PackedSource):
             return None
         first, offsets, text, width = (int(n) for n in batches[np.searchsorted(batches[:, 0], row, "right") - 1])
         try:
-            places = np.frombuffer(self.read(number, offsets + (row - first) * width, 2 * width), f"<i{width}")
-            return (
-                self.read(number, text + int(places[0]), int(places[1]) - int(places[0])).decode("utf-8", "replace")
-                or None
-            )
+            start, stop = np.frombuffer(
+                self.read(number, offsets + (row - first) * width, 2 * width), f"<i{width}"
+            ).tolist()
+            return self.read(number, text + start, stop - start).decode("utf-8", "replace") or None
         except (BadImage, ValueError):
             return None
 
@@ -128,31 +122,6 @@ def _present(folder: Path, names: Sequence[str]) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _schema(paths: Sequence[Path]) -> pa.Schema:
-    """Read the schema that all files share."""
-    schemas = [_whole(path, functools.partial(read_schema, path)) for path in paths]
-    for path, schema in zip(paths, schemas, strict=True):
-        if not schema.equals(schemas[0]):
-            raise UserError(
-                f"The Arrow files of {path.parent} don't belong together: {path.name} has the columns {_listed(schema)}, "
-                f"{paths[0].name} {_listed(schemas[0])}."
-            )
-    return schemas[0]
-
-
-def _whole(path: Path, read: Any) -> Any:
-    """Call `read`. Raises UserError where the file is damaged."""
-    try:
-        return read()
-    except (Damaged, OSError) as error:
-        size = f" ({path.stat().st_size:,} bytes)" if path.is_file() else ""
-        raise UserError(f"{path}{size} is cut short or damaged: {error}") from error
-
-
-def _listed(schema: pa.Schema) -> str:
-    return ", ".join(f"{field.name} ({field.type})" for field in schema) or "none"
-
-
 def _features(info: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:
     """Return what `datasets` says of the columns: dataset_info.json, else the metadata of the Arrow schema."""
     features = info.get("features") or schema_features(schema)
@@ -161,7 +130,6 @@ def _features(info: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:
 
 def schema_features(schema: pa.Schema) -> dict[str, Any]:
     """Return the features that `datasets` noted in a schema; empty where there are none."""
-
     try:
         return dict(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
     except (KeyError, ValueError, TypeError, RecursionError):
@@ -189,7 +157,7 @@ def _is_binary(kind: pa.DataType) -> bool:
 def _image_column(folder: Path, features: dict[str, Any], schema: pa.Schema, wanted: str | None) -> str:
     images = image_columns(features, schema)
     if wanted is not None and wanted not in schema.names:
-        raise UserError(f"data.image_column={wanted}: {folder} has no such column. Its columns: {_listed(schema)}.")
+        raise UserError(f"data.image_column={wanted}: {folder} has no such column. Its columns: {listed(schema)}.")
     name = wanted or ("image" if "image" in schema.names and (not images or "image" in images) else None)
     if name is None and len(images) == 1:
         name = images[0]
@@ -199,7 +167,7 @@ def _image_column(folder: Path, features: dict[str, Any], schema: pa.Schema, wan
         )
     if name is None:
         raise UserError(
-            f"{folder} has no image column. Its columns: {_listed(schema)}. If one of them names or holds images, cast it: "
+            f"{folder} has no image column. Its columns: {listed(schema)}. If one of them names or holds images, cast it: "
             + _rewrite(folder, "cast_column('COLUMN', datasets.Image())", "images")
         )
     kind = schema.field(name).type

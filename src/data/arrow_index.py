@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from src.core.errors import UserError
 from src.data.packed import NO_BYTES, Damaged
 
 FILE_MAGIC = b"ARROW1"
@@ -38,23 +39,27 @@ class FileRows:
 
 
 def read_schema(path: Path) -> pa.Schema:
-    """Read the schema of a stream or file. Raises Damaged, OSError."""
+    """Read the schema of a stream or file. Raises UserError where it is damaged."""
     with _opened(path) as (*_, reader):
         if len(set(reader.schema.names)) != max(1, len(reader.schema)):  # decodes them
             raise Damaged("it has no columns, or two of one name")
         return reader.schema
 
 
-def index_rows(path: Path, image: str, label: str | None) -> FileRows:
+def index_rows(path: Path, schema: pa.Schema, image: str, label: str | None) -> FileRows:
     """Find the rows of column `image`: binary, or a struct with `bytes` and perhaps `path`.
 
     Raises:
-        Damaged: cut short, compressed, or with places that can't be.
-        OSError: can't be read.
+        UserError: of another schema, cut short, compressed, or with places that can't be.
     """
     offsets, sizes = [np.empty(0, np.int64)], [np.empty(0, np.uint32)]
     labels, paths, row = [np.empty(0, np.int64)], [], 0
     with _opened(path) as (descriptor, whole, stream, reader):
+        if not reader.schema.equals(schema):
+            raise UserError(
+                f"The Arrow files of {path.parent} don't belong together: {path.name} has the columns {listed(reader.schema)}, "
+                f"the first one {listed(schema)}."
+            )
         for batch in _batches(descriptor, whole, stream, reader):
             outer = batch.column(image)
             is_struct = pa.types.is_struct(outer.type)
@@ -62,8 +67,7 @@ def index_rows(path: Path, image: str, label: str | None) -> FileRows:
             starts, base = _places(whole, data)
             lengths = np.minimum(np.diff(starts), NO_BYTES - 1).astype(np.uint32)
             for column in (outer, data):
-                if column.null_count:
-                    lengths[column.is_null().to_numpy(zero_copy_only=False)] = NO_BYTES
+                lengths[_nulls(column)] = NO_BYTES
             offsets.append(starts[:-1] + base)
             sizes.append(lengths)
             if label is not None:
@@ -77,26 +81,32 @@ def index_rows(path: Path, image: str, label: str | None) -> FileRows:
     return FileRows(np.concatenate(offsets), np.concatenate(sizes), found, np.array(paths, np.int64).reshape(-1, 4))
 
 
+def listed(schema: pa.Schema) -> str:
+    """Return names and types of the columns, for messages."""
+    return ", ".join(f"{field.name} ({field.type})" for field in schema) or "none"
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[int, pa.Buffer, pa.BufferReader, Any]]:
-    """Yield the mapped file, the stream in it, and pyarrow's reader of that. Errors of pyarrow become Damaged."""
-    with open(path, "rb") as file:
-        if not file.seek(0, 2):
-            raise Damaged("the file is empty")
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if hasattr(mapped, "madvise"):
-            mapped.madvise(mmap.MADV_RANDOM)
-        whole = pa.py_buffer(mapped)
-        try:
+    """Yield the mapped file, the stream in it, and pyarrow's reader of that. Errors of it within become a UserError."""
+    try:
+        with open(path, "rb") as file:
+            if not file.seek(0, 2):
+                raise Damaged("the file is empty")
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if hasattr(mapped, "madvise"):
+                mapped.madvise(mmap.MADV_RANDOM)
+            whole = pa.py_buffer(mapped)
             is_file = mapped[: len(FILE_MAGIC)] == FILE_MAGIC
             if is_file and mapped[-len(FILE_MAGIC) :] != FILE_MAGIC:
                 raise Damaged("the end of the file is missing")
             stream = pa.BufferReader(whole.slice(STREAM_START) if is_file else whole)
             yield file.fileno(), whole, stream, pa.ipc.open_stream(stream)
-        except (pa.ArrowException, ValueError, KeyError, OSError) as error:  # names that are no UTF-8 among them
-            raise Damaged(
-                f"pyarrow says: {(str(error).splitlines() or [type(error).__name__])[0].rstrip('.')}"
-            ) from error
+    except (Damaged, pa.ArrowException, ValueError, KeyError, OSError) as error:  # names that are no UTF-8 among them
+        lines = str(error).splitlines() or [type(error).__name__]
+        text = error if isinstance(error, Damaged) else Damaged(lines[0].rstrip("."))
+        size = f" ({path.stat().st_size:,} bytes)" if path.is_file() else ""
+        raise UserError(f"{path}{size} is cut short or damaged: {text}") from error
 
 
 def _batches(descriptor: int, whole: pa.Buffer, stream: pa.BufferReader, reader: Any) -> Iterator[pa.RecordBatch]:
@@ -134,11 +144,14 @@ def _whole_numbers(column: pa.Array) -> np.ndarray:
     """Return an integer column as int64, -1 where null. Without `to_numpy`, whose first call imports pandas."""
     if not len(column):
         return np.empty(0, np.int64)
-    kind = np.dtype(str(column.type))
-    values = np.frombuffer(column.buffers()[1], kind, len(column)).astype(np.int64)
-    if column.null_count:
-        values[column.is_null().to_numpy(zero_copy_only=False)] = -1
+    values = np.frombuffer(column.buffers()[1], np.dtype(str(column.type)), len(column)).astype(np.int64)
+    values[_nulls(column)] = -1
     return values
+
+
+def _nulls(column: pa.Array) -> Any:
+    """Return where a column is null, as an index of a numpy array."""
+    return column.is_null().to_numpy(zero_copy_only=False) if column.null_count else slice(0)
 
 
 def _inside(whole: pa.Buffer, buffer: pa.Buffer | None) -> int:

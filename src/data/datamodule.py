@@ -31,7 +31,6 @@ from src.data.latents import LatentSource, LatentStore, LatentTransform
 from src.data.loader import PREFETCH_BATCHES, EvaluationLoader, TrainLoader, WorkerOptions
 from src.data.order import EpochOrder, Rows, evaluation_rows
 from src.data.places import locate
-from src.data.read_options import ReadOptions
 from src.data.source_settings import (
     BadShare,
     Count,
@@ -42,7 +41,7 @@ from src.data.source_settings import (
     parse_evaluation,
     parse_sources,
 )
-from src.data.sources import Source
+from src.data.sources import ReadOptions, Source
 from src.data.splits import Splits, open_evaluation, open_splits
 from src.data.worker_faults import prefetched_batches
 

@@ -7,10 +7,10 @@ row of a shuffled set.
 import bisect
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -26,6 +26,17 @@ OPEN_FILES = 128
 """Files of a source kept open at once; a quarter of the process's limit where that is less."""
 NO_BYTES = 0xFFFFFFFF
 """Size of a row whose bytes are not in the file."""
+
+
+class Readable(Protocol):
+    """An open file, or an object in a bucket."""
+
+    @property
+    def size(self) -> int: ...
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return `size` bytes from `offset` on; fewer only at the end of the file."""
+        ...
 
 
 class Damaged(Exception):
@@ -66,15 +77,16 @@ class PackedSource:
         index: PackedIndex,
         class_names: Sequence[str] | None = None,
         num_classes: int | None = None,
+        open_file: Callable[[int], Readable] | None = None,
     ) -> None:
-        """num_classes: None counts them by names and labels."""
+        """num_classes: None counts them by names and labels. open_file: by its number; None: a file of the disk."""
         self.files, self.index = files, index
         self.class_names = list(class_names) if class_names else None
         self.num_classes = num_classes
         if index.labels is not None and num_classes is None:
             self.num_classes = max(len(class_names or ()), int(index.labels.max(initial=-1)) + 1)
         self._starts: list[int] = index.starts.tolist()
-        self._open = functools.lru_cache(open_files_limit())(lambda number: OpenFile(files[number]))
+        self._open = functools.lru_cache(open_files_limit())(open_file or (lambda number: OpenFile(files[number])))
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -125,7 +137,6 @@ class OpenFile:
         return os.fstat(self._descriptor).st_size
 
     def read(self, offset: int, size: int) -> bytes:
-        """Return `size` bytes from `offset` on; fewer only at the end of the file."""
         data = os.pread(self._descriptor, size, offset)
         while 0 < len(data) < size and (more := os.pread(self._descriptor, size - len(data), offset + len(data))):
             data += more

@@ -16,9 +16,8 @@ from src.core.json_files import read_json
 from src.data import lists, parquet, patterns
 from src.data.arrow import ArrowSource
 from src.data.hub import PREFIX, hub_folder
-from src.data.read_options import DEFAULT_OPTIONS, ReadOptions
 from src.data.remote import RemoteTarSource, Storage, is_remote, remote_splits
-from src.data.sources import Source, folders, is_image, loose_files, open_image_tree, walk
+from src.data.sources import DEFAULT_OPTIONS, ReadOptions, Source, folders, is_image, loose_files, open_image_tree, walk
 from src.data.split_names import ALIASES, SPLIT_NAMES, TEST_SPLITS, TRAIN_SPLITS, VALIDATION_SPLITS, group_by_split
 from src.data.tars import TarSource
 

@@ -5,11 +5,9 @@ hold secrets, are never logged or written.
 """
 
 import hashlib
-import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,26 +16,15 @@ from typing import Any, TypeVar
 from src.core.errors import UserError
 from src.core.files import replacing
 from src.data import index_files
-from src.data.decode import BadImage
-from src.data.packed import Damaged
 from src.data.split_names import group_by_split
-from src.data.tar_index import TarRows, index_tar
 from src.data.tars import TarSource
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Before each new try."""
-THREADS = 16
-BLOCK_BYTES = 1 << 20
-"""What indexing asks for at once: headers lie between images, so it reads the objects whole, but for large images."""
 CACHE_CHECK_ROWS = 256
 """Rows between two looks at the size of the cache."""
-
-
-class NotReachable(Exception):
-    """The storage can't be read, after all tries; the message says why."""
 
 
 class Storage:
@@ -57,7 +44,7 @@ class Storage:
         """Return the sizes of the tars below the address, or matching it, by name relative to it.
 
         Raises:
-            UserError: nothing there.
+            UserError: not reachable, or nothing there.
         """
         system, root = self._system()
         if any(c in root for c in "*?["):
@@ -77,7 +64,7 @@ class Storage:
         return dict(sorted(sizes.items()))
 
     def read(self, name: str, start: int, size: int) -> bytes:
-        """Read a range with one request, trying again where the network fails. Raises NotReachable."""
+        """Read a range with one request, trying again where the network fails. Raises UserError."""
         system, root = self._system()
         return self._try(lambda: system.cat_file(f"{self.base(root)}/{name}", start=start, end=start + size))
 
@@ -107,17 +94,18 @@ class Storage:
             try:
                 return call()
             except Exception as error:  # each storage raises its own
-                final = isinstance(error, (FileNotFoundError, PermissionError))
+                tried = f" Tried {len(WAITS_S) + 1} times within {time.monotonic() - began:.0f} s."
+                if final := isinstance(error, (FileNotFoundError, PermissionError)):
+                    tried = ""
                 if final or (wait := next(waits, None)) is None:
-                    tried = f" Tried {len(WAITS_S) + 1} times within {time.monotonic() - began:.0f} s."
-                    text = f"{self.url}: {type(error).__name__}: {error}.{'' if final else tried}"
-                    raise NotReachable(text) from error
+                    said = f"{self.url}: {type(error).__name__}: {error}.{tried}"
+                    raise UserError(f"{said} (data.data_dir, data.storage_options)") from error
                 time.sleep(wait)
 
 
 @dataclass(frozen=True)
 class RemoteTar:
-    """An object, for indexing."""
+    """An object, read as a file is."""
 
     storage: Storage
     name: str
@@ -137,12 +125,15 @@ class RemoteTarSource(TarSource):
         UserError: not reachable, or whatever TarSource refuses.
     """
 
+    threads, header_bytes = 16, 1 << 20
+    """Headers lie between images, so that indexing reads the objects whole, but for large images."""
+
     def __init__(self, storage: Storage, sizes: Mapping[str, int], label: str | None, cache_gb: float = 0.0) -> None:
         self._arguments = storage, sizes, label, cache_gb
-        self.storage, self.root = storage, Path()
         folder = index_files.user_cache() / "remote"
         folder.mkdir(parents=True, exist_ok=True)
-        self._set_up(storage.url, folder, sizes, label, {"url": storage.url}, list(sizes.values()), quiet=False)
+        what, state = {"url": storage.url}, list(sizes.values())
+        self._set_up(storage.url, folder, sizes, label, what, state, lambda name: RemoteTar(storage, name, sizes[name]))
         images = index_files.user_cache() / "images" / index_files.digest(self.key)
         self._cache = Cache(images, cache_gb) if cache_gb else None
 
@@ -150,32 +141,13 @@ class RemoteTarSource(TarSource):
         return f"row {index} in {self.place}/{self.names[self.file_of(index)]}"
 
     def read(self, number: int, offset: int, size: int) -> bytes:
+        if self._cache is None:
+            return super().read(number, offset, size)
         key = f"{number}-{offset}"
-        if self._cache is not None and (data := self._cache.get(key)) is not None:
-            return data
-        try:
-            data = self.storage.read(self.names[number], offset, size)
-        except NotReachable as error:
-            raise UserError(str(error)) from error
-        if len(data) < size:
-            raise BadImage(f"{self.names[number]} ends before it")
-        if self._cache is not None:
+        if (data := self._cache.get(key)) is None:
+            data = super().read(number, offset, size)
             self._cache.put(key, data)
         return data
-
-    def _index(self, label: str | None) -> Iterator[TarRows]:
-        log.info("Indexing %s tar files of %s, once; they are read whole for it.", f"{len(self.sizes):,}", self.place)
-
-        def one(item: tuple[str, int]) -> TarRows:
-            try:
-                return index_tar(RemoteTar(self.storage, *item), label, BLOCK_BYTES)
-            except Damaged as error:
-                raise UserError(f"{self.place}/{item[0]} can't be read as a tar: {error}") from error
-            except NotReachable as error:
-                raise UserError(str(error)) from error
-
-        with ThreadPoolExecutor(THREADS) as pool:
-            yield from pool.map(one, self.sizes.items())
 
 
 class Cache:
@@ -230,9 +202,6 @@ def is_remote(data_dir: str | Path) -> bool:
 
 def remote_splits(storage: Storage) -> dict[str, dict[str, int]]:
     """Return name and size of the tars of each split. Raises UserError where it can't be reached."""
-    try:
-        sizes = storage.list_tars()
-    except NotReachable as error:
-        raise UserError(f"{error} (data.data_dir, data.storage_options)") from error
-    groups: Mapping[str, Sequence[str]] = group_by_split(list(sizes), storage.url)
+    sizes = storage.list_tars()
+    groups = group_by_split(list(sizes), storage.url)
     return {split: {name: sizes[name] for name in names} for split, names in groups.items()}

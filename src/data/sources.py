@@ -4,9 +4,10 @@ import hashlib
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from src.core.errors import UserError
 from src.data.decode import BadImage
@@ -15,6 +16,24 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
 MAX_FILE_BYTES = 1 << 29  # an encoded image of half a GiB is no photograph
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How a data set is read, whatever its format: names of columns, and options of object storage.
+
+    image: None for the column called `image`, else the only one of the type Image. label: None for the column called
+    `label`, where it holds whole numbers; of tars `cls` or `json:KEY`. storage: for fsspec; may hold secrets, so it is
+    never shown. cache_gb: of rows from object storage, on the local disk; 0: none.
+    """
+
+    image: str | None = None
+    label: str | None = None
+    storage: Mapping[str, Any] | None = field(default=None, repr=False)
+    cache_gb: float = 0.0
+
+
+DEFAULT_OPTIONS = ReadOptions()
 
 
 class Source(Protocol):
@@ -80,11 +99,16 @@ class FileSource:
         return self.names[index]
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(b"".join(os.fsencode(name) + b"\0" for name in self.names)).hexdigest()[:16]
+        return short_digest(b"".join(os.fsencode(name) + b"\0" for name in self.names))
 
     def cut(self, start: int, stop: int) -> "FileSource":
         """Return the rows from `start` to `stop`."""
         return FileSource(self.root, self.names[start:stop], self.labels[start:stop], self.class_names or ())
+
+
+def short_digest(data: bytes) -> str:
+    """Return 16 hex digits of SHA-256."""
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def read_file(path: str | Path) -> bytes:

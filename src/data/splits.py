@@ -7,8 +7,7 @@ from pathlib import Path
 from src.core.errors import UserError
 from src.data.order import AllRows, Rows, split_rows
 from src.data.places import KINDS, look
-from src.data.read_options import DEFAULT_OPTIONS, ReadOptions
-from src.data.sources import Source
+from src.data.sources import DEFAULT_OPTIONS, ReadOptions, Source
 from src.data.split_names import TEST_SPLITS, VALIDATION_SPLITS
 
 log = logging.getLogger(__name__)

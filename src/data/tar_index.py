@@ -9,16 +9,18 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from src.core.errors import UserError
-from src.data.packed import NO_BYTES, Damaged
+from src.data.packed import NO_BYTES, Damaged, Readable
 from src.data.sources import SUFFIXES
 
 BLOCK = 512
 PAGE = 4096
+HEADER_BYTES = 2 * PAGE
+"""Read for a header, with what follows."""
 NO_LABEL, ODD_LABEL = -1, -2
 """Of a sample without a label, and of one whose label is no whole number from 0 on."""
 NO_SPARSE = "Write the tar again without --sparse."
@@ -35,15 +37,6 @@ _USED = re.compile(rb"path=|size=|GNU\.sparse")
 """In PAX records; times and owners are not parsed."""
 _REGULAR, _CONTINUED = (b"0", b"\0", b"7"), (b"L", b"K")
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
-
-
-class Readable(Protocol):
-    """An open file, or an object in a bucket."""
-
-    @property
-    def size(self) -> int: ...
-
-    def read(self, offset: int, size: int) -> bytes: ...
 
 
 class Member(NamedTuple):
@@ -78,7 +71,7 @@ def check_label(label: str | None) -> None:
         )
 
 
-def index_tar(file: Readable, label: str | None = None, at_once: int = 2 * PAGE) -> TarRows:
+def index_tar(file: Readable, label: str | None = None, at_once: int = HEADER_BYTES) -> TarRows:
     """Find the samples of a tar. label: None or `cls` for the member `.cls`, `json:KEY` for a key of the member `.json`;
     at_once: bytes to read for a header, with what follows.
 
@@ -148,7 +141,7 @@ class _Window:
 
 def members(file: "_Window | Readable") -> Iterator[Member]:
     """Yield the regular files of a tar in their order. Raises Damaged."""
-    window = file if isinstance(file, _Window) else _Window(file, 2 * PAGE)
+    window = file if isinstance(file, _Window) else _Window(file, HEADER_BYTES)
     at, size = 0, window.size
     everywhere: dict[str, str] = {}  # PAX records of all members
     own: dict[str, str] = {}  # of the next one
