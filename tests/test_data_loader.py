@@ -229,7 +229,7 @@ def test_closed_loaders_work_again_and_torch_shuffles_nothing(folder: Path) -> N
 
 def test_any_ranks_and_accumulation_take_the_same_images(folder: Path) -> None:
     data = module(folder)
-    dataset = TrainDataset(data.splits.train, data.splits.train_rows, data.train_transform)
+    dataset = TrainDataset(data.splits.train, data.splits.train_rows, data.train_transforms[0])
 
     def image_at(b: int, w: int, k: int) -> dict[int, torch.Tensor]:
         loaders = [TrainLoader(dataset, EpochOrder(40, 7, b, w, r, k), data._workers(), 0.01) for r in range(w)]

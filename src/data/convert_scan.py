@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from src.core.errors import UserError
 from src.data import parquet, patterns
@@ -117,25 +117,21 @@ class ParquetRows:
         return sum(group.rows for group in self.groups)
 
     def entries(self) -> Iterator[Entry]:
+        import pyarrow.parquet as pq
+
         columns = [self.image, *([self.label] if self.label else [])]
         for group in self.groups:
             row = 0
-            for batch in self._batches(group, columns):
-                images, labels = batch.column(0), batch.column(1).to_pylist() if self.label else [None] * len(batch)
-                data, paths = (images, None) if images.type.num_fields == 0 else (images.field("bytes"), None)
-                if images.type.num_fields and images.type.get_field_index("path") >= 0:
-                    paths = images.field("path")
-                for i in range(len(batch)):
-                    name = paths[i].as_py() if paths is not None else None
-                    name = name or f"{group.file}, row {row} of group {group.number}"
-                    yield Entry(printable(name), partial(_bytes, data, i), labels[i])
-                    row += 1
-
-    def _batches(self, group: RowGroup, columns: list[str]) -> Iterator[Any]:
-        import pyarrow.parquet as pq
-
-        with pq.ParquetFile(self.root / group.file, memory_map=False) as file:
-            yield from file.iter_batches(100, [group.number], columns, use_threads=False)
+            with pq.ParquetFile(self.root / group.file, memory_map=False) as file:
+                for batch in file.iter_batches(100, [group.number], columns, use_threads=False):
+                    labels = batch.column(self.label).to_pylist() if self.label else [None] * len(batch)
+                    for value, label in zip(batch.column(self.image), labels, strict=True):
+                        image = value.as_py()
+                        if not isinstance(image, dict):
+                            image = {"bytes": image}
+                        name = image.get("path") or f"{group.file}, row {row} of group {group.number}"
+                        yield Entry(printable(name), partial(_present, image.get("bytes")), label)
+                        row += 1
 
     def parts(self, rows: int) -> Sequence["ParquetRows"]:
         found: list[list[RowGroup]] = [[]]
@@ -159,11 +155,10 @@ Rows = SourceRows | ParquetRows
 change with the rows, so that nothing half-finished is gone on with for other ones; `places` are their folders."""
 
 
-def _bytes(column: Any, row: int) -> bytes:
-    value = column[row].as_py()
-    if value is None:
+def _present(data: bytes | None) -> bytes:
+    if data is None:
         raise BadImage("no bytes in its row")
-    return value
+    return data
 
 
 def _parquet(root: Path, groups: dict[str, list[str]]) -> Tree:

@@ -1,6 +1,5 @@
 """The data of a run, from the keys of `configs/data/*.yaml`. The only Lightning in `src/data`."""
 
-import hashlib
 import logging
 import math
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ from src.data.decode import Decoder, Exif
 from src.data.fingerprint import compare_fingerprints, source_state
 from src.data.latents import LatentSource, LatentStore, LatentTransform
 from src.data.loader import PREFETCH_BATCHES, EvaluationLoader, TrainLoader, WorkerOptions
-from src.data.order import EpochOrder, Rows, evaluation_rows
+from src.data.order import AllRows, EpochOrder, Rows, evaluation_rows
 from src.data.places import locate
 from src.data.source_settings import (
     BadShare,
@@ -41,7 +40,7 @@ from src.data.source_settings import (
     parse_evaluation,
     parse_sources,
 )
-from src.data.sources import ReadOptions, Source
+from src.data.sources import ReadOptions, Source, short_digest
 from src.data.splits import Splits, open_evaluation, open_splits
 from src.data.worker_faults import prefetched_batches
 
@@ -96,6 +95,7 @@ class RAEDataModule(LightningDataModule):
         worker_timeout_s: Annotated[float, Field(ge=0, le=1e7)] = 0,
         **removed: Any,
     ) -> None:
+        given = dict(locals())  # before anything else has a name here
         super().__init__()
         if (data_dir is None) == (sources is None):
             raise UserError(
@@ -106,57 +106,37 @@ class RAEDataModule(LightningDataModule):
             raise UserError(
                 f"data.epoch_images={epoch_images} goes with data.sources: one source gives all of its images an epoch."
             )
-        common = {
-            "use_hf_dataset": use_hf_dataset,
-            "hf_split": hf_split,
-            "hf_validation_split": hf_validation_split,
-            "train_split": train_split,
-            "image_column": image_column,
-            "label": label,
-            "train_crop": train_crop,
-            "resize_shorter_px": resize_shorter_px,
-            "exif": exif,
-            "max_megapixels": max_megapixels,
-            "max_bad_share": max_bad_share,
-        }
-        self.sources = parse_sources(sources, common) if sources is not None else None
-        """Of a mix, by name."""
+        common = {key: given[key] for key in SourceSettings.field_names() if key in given}
+        self.is_mix = sources is not None
+        self.sources = (
+            {"": SourceSettings.model_construct(**common)} if sources is None else parse_sources(sources, common)
+        )
+        """By name; what is no mix has one of an empty name."""
         self.evaluation_settings = parse_evaluation(evaluation) if evaluation is not None else None
-        alone: dict[str, Any] = {"data_dir": data_dir, **common}
-        self._all_sources = self.sources or {"": SourceSettings.model_construct(**alone)}
-        self.data_dir = next(iter(self._all_sources.values())).data_dir
-        """Of the first source."""
         self._storage_options, self._cache_gb = storage_options, cache_gb
         self.epoch_images, self.mix_unit = epoch_images, mix_unit
-        self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
+        self.batch_size, self.accumulate, self.seed, self.image_size = batch_size, accumulate, seed, image_size
         self.num_workers, self.max_bad_share, self.allow_changed = num_workers, max_bad_share, allow_changed
+        self.worker_timeout_s = worker_timeout_s
         self.train_transforms = [
-            TrainTransform(
-                image_size,
-                s.train_crop,
-                s.resize_shorter_px,
-                Decoder(s.exif, s.max_megapixels),
-                seed,
-            )
-            for s in self._all_sources.values()
+            TrainTransform(image_size, s.train_crop, s.resize_shorter_px, Decoder(s.exif, s.max_megapixels), seed)
+            for s in self.sources.values()
         ]
-        self.train_transform = self.train_transforms[0]
         self.evaluation_transform = EvaluationTransform(image_size, Decoder(exif, max_megapixels))
+        self.same_epoch = False
+        """Whether every epoch is the first one again (`trainer.overfit_batches`)."""
         self._opened: list[Splits] | None = None
         self._evaluation_sets: dict[str, EvaluationSet] | None = None
         self._fingerprint_state: dict[str, Any] | None = None
         self._compared = False
-        self.same_epoch = False
-        """Whether every epoch is the first one again (`trainer.overfit_batches`)."""
-        self.worker_timeout_s, self.image_size = worker_timeout_s, image_size
         self._persistent: list[TrainLoader | EvaluationLoader] = []
 
     # -- what is there
 
     def prepare_data(self) -> None:
         """Make the project's own small data sets, and download those of the hub, where they are missing."""
-        for place in self._places():
-            found = locate(place, download=True)
+        for node in [*self.sources.values(), *(self.evaluation_settings or {}).values()]:
+            found = locate(node.data_dir, download=True)
             if isinstance(found, Path):
                 dummy.ensure(found)
 
@@ -165,16 +145,15 @@ class RAEDataModule(LightningDataModule):
         if self._opened is not None:
             return
         opened = []
-        for name, s in self._all_sources.items():
-            place, columns = locate(s.data_dir), self._options(s.image_column, s.label)
-            splits = open_splits(place, s.use_hf_dataset, s.hf_split, s.hf_validation_split, s.train_split, columns)
+        for name, s in self.sources.items():
+            place, options = locate(s.data_dir), self._options(s.image_column, s.label)
+            splits = open_splits(place, s.use_hf_dataset, s.hf_split, s.hf_validation_split, s.train_split, options)
+            if self.is_mix and isinstance(splits.train, LatentSource):
+                raise UserError(
+                    f"data.sources.{name} holds stored latents, which can't be mixed: set data.data_dir to them."
+                )
             log.info("Data%s: %s", f" {name}" if name else "", splits.description)
             opened.append(splits)
-        stored = [name for name, s in zip(self._all_sources, opened, strict=True) if isinstance(s.train, LatentSource)]
-        if stored and self.sources:
-            raise UserError(
-                f"data.sources.{stored[0]} holds stored latents, which can't be mixed: set data.data_dir to them."
-            )
         self._opened = opened
 
     def teardown(self, stage: str | None = None) -> None:
@@ -222,37 +201,31 @@ class RAEDataModule(LightningDataModule):
         """Return the evaluation sets by name, those of `data.evaluation` or what the first source holds out, which has an
         empty name; nothing where there is none."""
         if self._evaluation_sets is None:
-            if self.evaluation_settings is None:
-                splits = self.splits
-                held_out = (
-                    {} if splits.validation is None else {"": EvaluationSet(splits.validation, splits.validation_rows)}
-                )
-                self._evaluation_sets = held_out
-            else:
-                found = {}
-                for name, s in self.evaluation_settings.items():
-                    source, text = open_evaluation(locate(s.data_dir), s.split, self._options(s.image_column, None))
-                    rows = np.arange(len(source))
-                    log.info("Evaluation set %s: %s", name, text)
-                    found[name] = EvaluationSet(source, rows, s)
-                self._evaluation_sets = found
+            found = {}
+            if self.evaluation_settings is None and (source := self.splits.validation) is not None:
+                found[""] = EvaluationSet(source, self.splits.validation_rows)
+            for name, s in (self.evaluation_settings or {}).items():
+                source, text = open_evaluation(locate(s.data_dir), s.split, self._options(s.image_column, None))
+                log.info("Evaluation set %s: %s", name, text)
+                found[name] = EvaluationSet(source, AllRows(len(source)), s)
+            self._evaluation_sets = found
         return self._evaluation_sets
 
     def describe(self) -> list[tuple[str, str]]:
         """Return (name, text) rows about each source and evaluation set, for tables."""
-        shares = mix.shares(self._weights()) / mix.BLOCK if self.sources else np.ones(1)
+        shares = mix.shares(self._weights()) / mix.BLOCK
         rows = []
-        for (name, s), splits, share in zip(self._all_sources.items(), self.opened, shares, strict=True):
-            index = getattr(splits.train, "index_built", None)
-            notes = [
-                f"{len(splits.train_rows):,} training images",
-                *([f"weight {s.weight:g}, {share * self.order_length:,.0f} an epoch"] if self.sources else []),
-                *([f"{self.val_size:,} held out"] if not self.sources and self.evaluation_settings is None else []),
-                *([f"{splits.train.num_classes:,} classes"] if splits.train.num_classes else []),
-                *(["index built" if index else "index read"] if index is not None else []),
-                s.data_dir if self.sources else str(self.data_dir),
-            ]
-            rows.append((f"data {name}".rstrip(), f"{splits.kind}: {', '.join(notes)}"))
+        for (name, s), splits, share in zip(self.sources.items(), self.opened, shares, strict=True):
+            notes = [f"{len(splits.train_rows):,} training images"]
+            if self.is_mix:
+                notes.append(f"weight {s.weight:g}, {share * self.order_length:,.0f} an epoch")
+            elif self.evaluation_settings is None:
+                notes.append(f"{self.val_size:,} held out")
+            if splits.train.num_classes:
+                notes.append(f"{splits.train.num_classes:,} classes")
+            if (built := getattr(splits.train, "index_built", None)) is not None:
+                notes.append("index built" if built else "index read")
+            rows.append((f"data {name}".rstrip(), f"{splits.kind}: {', '.join(notes)}, {s.data_dir}"))
         for name, found in self.evaluation_sets.items():
             if found.settings is not None:
                 rows.append((f"evaluation {name}", f"{len(found.rows):,} images, {found.settings.data_dir}"))
@@ -261,36 +234,26 @@ class RAEDataModule(LightningDataModule):
     @property
     def fingerprint(self) -> str:
         """Identify data and division as `HEX-train_rows-validation_rows`; changes with files, not with the seed."""
-        parts = []
-        for splits in self.opened:
-            held_out = splits.validation
-            same = held_out is None or held_out is splits.train
-            parts.append(
-                splits.train.fingerprint() + ("" if same or held_out is None else f"+{held_out.fingerprint()}")
-            )
+        parts = ["+".join(source.fingerprint() for source in splits.sources) for splits in self.opened]
         own = parts[0]
-        if self.sources:
-            own = hashlib.sha256(repr((parts, self._weights(), self.order_length, self.mix_unit)).encode()).hexdigest()[
-                :16
-            ]
+        if self.is_mix:
+            own = short_digest(repr((parts, self._weights(), self.order_length, self.mix_unit)).encode())
         return f"{own}-{self.train_size}-{self.val_size}"
 
     def fingerprint_state(self) -> dict[str, Any]:
         """Return what tells this data from any other, file by file: plain values, for checkpoints. Made once."""
         if self._fingerprint_state is None:
-            states: dict[str, Any] = {}
-            for name, splits in zip(self._all_sources, self.opened, strict=True):
-                states[name or "training"] = source_state(splits.train)
-                if not name and splits.validation is not None and splits.validation is not splits.train:
-                    states["evaluation"] = source_state(splits.validation)
+            sources = dict(zip(("training", "evaluation"), self.splits.sources, strict=False))
+            if self.is_mix:
+                sources = {name: splits.train for name, splits in zip(self.sources, self.opened, strict=True)}
             for name, found in self.evaluation_sets.items():
                 if found.settings is not None:
-                    states[f"evaluation {name}"] = source_state(found.source)
+                    sources[f"evaluation {name}"] = found.source
             self._fingerprint_state = {
                 "rows": {"training": self.train_size, "evaluation": self.val_size},
-                "sources": states,
+                "sources": {name: source_state(source) for name, source in sources.items()},
             }
-            if self.sources:
+            if self.is_mix:
                 mixed = {"weights": list(self._weights()), "epoch_images": self.order_length, "block": mix.BLOCK}
                 self._fingerprint_state["mix"] = mixed | {"unit": self.mix_unit, "names": list(self.sources)}
         return self._fingerprint_state
@@ -323,7 +286,7 @@ class RAEDataModule(LightningDataModule):
     @property
     def order_length(self) -> int:
         """Count the images of an epoch, those of the last, partial batch among them."""
-        if self.sources is None:
+        if not self.is_mix:
             return self.train_size
         sizes = [len(splits.train_rows) for splits in self.opened]
         return self.epoch_images or mix.images_per_epoch(sizes, self._weights())
@@ -333,7 +296,7 @@ class RAEDataModule(LightningDataModule):
         """Assign images to the batches of this rank. Raises UserError where a global batch can't be filled."""
         world, rank = self._ranks()
         place = (self.order_length, self.seed, self.batch_size, world, rank, self.accumulate)
-        if len(self._all_sources) == 1 and self.order_length == self.train_size:
+        if len(self.sources) == 1 and self.order_length == self.train_size:
             return EpochOrder(*place)
         sizes = tuple(len(splits.train_rows) for splits in self.opened)
         return mix.MixOrder(*place, sizes, self._weights(), self.mix_unit)
@@ -347,8 +310,8 @@ class RAEDataModule(LightningDataModule):
             TrainDataset(splits.train, splits.train_rows, _transform(splits.train, transform, self.seed))
             for splits, transform in zip(self.opened, self.train_transforms, strict=True)
         ]
-        dataset = MixDataset(parts) if self.sources else parts[0]
-        allowed = [s.max_bad_share for s in self._all_sources.values()]
+        dataset = MixDataset(parts) if self.is_mix else parts[0]
+        allowed = [s.max_bad_share for s in self.sources.values()]
         loader = TrainLoader(dataset, self.order, self._workers(), allowed, self.same_epoch)
         self._persistent.append(loader)
         return loader
@@ -378,21 +341,19 @@ class RAEDataModule(LightningDataModule):
         Raises:
             UserError: nothing is held out and `fallback_to_train` is false.
         """
-        sets = self.evaluation_sets
-        if sets:
+        if sets := self.evaluation_sets:
             found = next(iter(sets.values())) if name is None else sets[name]
-            source, rows, is_train = found.source, found.rows, False
+        elif fallback_to_train:
+            found = EvaluationSet(self.splits.train, self.splits.train_rows)
         else:
-            if not fallback_to_train:
-                share = next(iter(self._all_sources.values())).train_split
-                raise UserError(
-                    f"{self.data_dir} has no validation split and data.train_split={share:g} holds nothing "
-                    "out. Set data.train_split=0.95 (say), name a split with data.hf_validation_split, or evaluate on "
-                    "training images with callbacks.rfid.use_train_dataloader=true."
-                )
-            source, rows, is_train = self.splits.train, self.splits.train_rows, True
-        chosen: np.ndarray = rows[evaluation_rows(len(rows), num_images, world, rank)]
-        return EvaluationDataset(source, chosen, _transform(source, self.evaluation_transform)), is_train
+            first = next(iter(self.sources.values()))
+            raise UserError(
+                f"{first.data_dir} has no validation split and data.train_split={first.train_split:g} holds nothing "
+                "out. Set data.train_split=0.95 (say), name a split with data.hf_validation_split, or evaluate on "
+                "training images with callbacks.rfid.use_train_dataloader=true."
+            )
+        chosen: np.ndarray = found.rows[evaluation_rows(len(found.rows), num_images, world, rank)]
+        return EvaluationDataset(found.source, chosen, _transform(found.source, self.evaluation_transform)), not sets
 
     def evaluation_loader(
         self,
@@ -417,13 +378,8 @@ class RAEDataModule(LightningDataModule):
     def _options(self, image: str | None, label: str | None) -> ReadOptions:
         return ReadOptions(image, label, self._storage_options, self._cache_gb)
 
-    def _places(self) -> list[str]:
-        """Return the `data_dir` of all sources and evaluation sets."""
-        places = [node.data_dir for node in self._all_sources.values()]
-        return places + [node.data_dir for node in (self.evaluation_settings or {}).values()]
-
     def _weights(self) -> tuple[float, ...]:
-        return tuple(s.weight for s in self._all_sources.values())
+        return tuple(s.weight for s in self.sources.values())
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)

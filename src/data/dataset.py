@@ -7,7 +7,7 @@ import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -62,8 +62,6 @@ class TrainTransform:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.train_crop not in get_args(TrainCrop):
-            raise UserError(f"data.train_crop={self.train_crop}: expected {' or '.join(get_args(TrainCrop))}.")
         if self.resize_shorter_px is None:
             return
         if self.train_crop != "random":
@@ -117,31 +115,29 @@ class _Rows(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def _label(self, index: int) -> int | None:
-        if self.source.num_classes is None:
-            return None
-        label = self.source.label(index)
-        return UNKNOWN_LABEL if label is None else label
+    def _sample(self, item: Item, *place: int) -> Sample:
+        """Make a sample of `item.row`, a row of the source. place: what the transform draws for."""
+        row, label = item.row, None
+        if self.source.num_classes is not None and (label := self.source.label(row)) is None:
+            label = UNKNOWN_LABEL
+        try:
+            return Sample(_to_tensor(self.transform(self.source.encoded(row), *place)), item, label=label)
+        except BadImage as error:
+            return Sample(None, item, (Failure(row, self.source.name(row), str(error)),), label)
 
 
 class TrainDataset(_Rows):
     """Rows of a source through a TrainTransform. A bad image is replaced by a row drawn from (seed, epoch, position)."""
 
     def __getitem__(self, item: Item) -> Sample:
-        row, draws = item.row, None
-        failures: list[Failure] = []
-        for _ in range(1 + ATTEMPTS):
-            index = int(self.rows[row])
-            try:
-                image = self.transform(self.source.encoded(index), item.epoch, item.position)
-                return Sample(_to_tensor(image), item._replace(row=index), tuple(failures), self._label(index))
-            except BadImage as error:
-                failures.append(Failure(index, self.source.name(index), str(error)))
-            if draws is None:
-                draws = stream.generator(self.transform.seed, stream.Purpose.REPLACEMENT, item.epoch, item.position)
-            row = int(draws.integers(len(self.rows)))
-        index = int(self.rows[item.row])
-        return Sample(None, item._replace(row=index), tuple(failures), self._label(index))
+        place = item.epoch, item.position
+        first = sample = self._sample(item._replace(row=int(self.rows[item.row])), *place)
+        failures, draws = sample.failures, None
+        while sample.image is None and len(failures) <= ATTEMPTS:
+            draws = draws or stream.generator(self.transform.seed, stream.Purpose.REPLACEMENT, *place)
+            sample = self._sample(item._replace(row=int(self.rows[int(draws.integers(len(self.rows)))])), *place)
+            failures += sample.failures
+        return replace(first if sample.image is None else sample, failures=failures)
 
 
 class MixDataset(Dataset[Sample]):
@@ -169,13 +165,7 @@ class EvaluationDataset(_Rows):
     image is left out, never replaced."""
 
     def __getitem__(self, position: int) -> Sample:
-        index = int(self.rows[position])
-        item = Item(0, position, index)
-        try:
-            image = _to_tensor(self.transform(self.source.encoded(index)))
-            return Sample(image, item, label=self._label(index))
-        except BadImage as error:
-            return Sample(None, item, (Failure(index, self.source.name(index), str(error)),), self._label(index))
+        return self._sample(Item(0, position, int(self.rows[position])))
 
 
 def collate(samples: list[Sample]) -> dict[str, Any]:

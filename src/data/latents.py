@@ -16,7 +16,6 @@ import math
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -258,13 +257,6 @@ class LatentTransform:
 
     def __call__(self, data: bytes | memoryview, *_: int) -> Tensor:
         return torch.frombuffer(bytearray(data), dtype=self.source.dtype).view(self.source.store.shape).float()
-
-
-def is_store(folder: Path) -> bool:
-    """Return whether a folder holds stored latents."""
-    with suppress(UserError):
-        return read_json(folder / INDEX).get("format") == FORMAT
-    return False
 
 
 class _Layout(NamedTuple):

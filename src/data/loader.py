@@ -2,12 +2,12 @@
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from src.core.errors import UserError
 from src.core.stopping import ignore_in_worker
@@ -87,17 +87,9 @@ class BadImages:
 class _Loader:
     """A DataLoader whose worker processes can be ended."""
 
-    def __init__(
-        self,
-        dataset: TrainDataset | MixDataset | EvaluationDataset,
-        workers: WorkerOptions,
-        persistent: bool,
-        **options: Any,
-    ) -> None:
+    def __init__(self, dataset: Dataset[Sample], workers: WorkerOptions, persistent: bool, **options: Any) -> None:
         self.dataset = dataset
-        self._loader: DataLoader[Sample] = DataLoader(
-            dataset, collate_fn=collate, **options, **workers.arguments(persistent)
-        )
+        self._loader = DataLoader(dataset, collate_fn=collate, **options, **workers.arguments(persistent))
 
     def close(self) -> None:
         """End the worker processes; the next pass starts new ones.
@@ -107,15 +99,6 @@ class _Loader:
         iterator, self._loader._iterator = self._loader._iterator, None
         if iterator is not None and hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()
-
-
-def _without_traceback(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the batches of a DataLoader; a UserError of a loading process comes as it was raised there."""
-    try:
-        yield from batches
-    except UserError as error:
-        marker = f"{UserError.__module__}.{UserError.__qualname__}: "
-        raise UserError(str(error).rpartition(marker)[2].strip()) from None
 
 
 class _Batches:
@@ -149,8 +132,6 @@ class TrainLoader(_Loader):
         same_epoch: bool = False,
     ) -> None:
         """max_bad_share: of the dataset, or of each source of a mix. same_epoch: every epoch is the first one again."""
-        if order.images != len(dataset):
-            raise ValueError(f"an order of {order.images} for {len(dataset)} images")
         self.order, self.batch_size = order, order.batch_size
         self.epoch, self.start_batch, self.same_epoch = 0, 0, same_epoch
         allowed = [max_bad_share] if isinstance(max_bad_share, float | int) else max_bad_share
@@ -188,7 +169,7 @@ class TrainLoader(_Loader):
         epoch, start, self.start_batch = self.epoch, self.start_batch, 0
         self._batches.epoch, self._batches.start = 0 if self.same_epoch else epoch, start
         self._handed_out = (epoch, start)
-        for number, batch in enumerate(_without_traceback(batches_of(self._loader)), start):
+        for number, batch in enumerate(batches_of(self._loader), start):
             stuck = len(batch["position"]) < self.batch_size
             failures = batch.pop("failures")
             for source, bad_images in enumerate(self.bad_images):
@@ -216,10 +197,8 @@ class EvaluationLoader(_Loader):
     ) -> None:
         """largest_share: images of the rank that has most, for `len`; None: this one's own. A rank whose loader says 0
         would skip the evaluation under Lightning, and the others wait for it."""
-        if batch_size < 1:
-            raise UserError(f"A batch size of {batch_size} for evaluation: expected at least 1.")
         self.batch_size, self.max_bad_share = batch_size, max_bad_share
-        self._largest_share = len(dataset) if largest_share is None else largest_share
+        self._share, self._largest_share = len(dataset), largest_share or len(dataset)
         generator = torch.Generator()  # or each pass would take a number from the global one, for seeds nobody uses
         super().__init__(dataset, workers, persistent, batch_size=batch_size, generator=generator)
 
@@ -228,8 +207,8 @@ class EvaluationLoader(_Loader):
         return -(-self._largest_share // self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        bad_images = BadImages(self.max_bad_share, len(self.dataset))
-        for batch in _without_traceback(batches_of(self._loader)):
+        bad_images = BadImages(self.max_bad_share, self._share)
+        for batch in batches_of(self._loader):
             failures = batch.pop("failures")
             bad_images.account(len(batch["position"]) + len(failures), failures)
             if len(batch["position"]):

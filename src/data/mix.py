@@ -41,13 +41,7 @@ class MixOrder(EpochOrder):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.unit not in ("image", "batch"):
-            raise UserError(f"data.mix_unit={self.unit}: expected image or batch.")
         shares(self.weights)
-
-    @property
-    def images(self) -> int:
-        return sum(self.sizes)
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[list[Item]]:
         for i in range(start_batch, self.batches):

@@ -31,7 +31,7 @@ class EpochOrder:
     """The batches of one rank.
 
     Raises:
-        UserError: fewer images than one global batch, or a size below 1.
+        UserError: fewer images than one global batch.
     """
 
     length: int
@@ -42,26 +42,12 @@ class EpochOrder:
     accumulate: int = 1
 
     def __post_init__(self) -> None:
-        for key, value in (
-            ("data.batch_size", self.batch_size),
-            ("trainer.accumulate_grad_batches", self.accumulate),
-            ("the number of processes", self.world),
-        ):
-            if value < 1:
-                raise UserError(f"{key} is {value}: expected at least 1.")
-        if not 0 <= self.rank < self.world:
-            raise ValueError(f"rank {self.rank} of {self.world}")
         if self.length < self.global_batch:
             raise UserError(self._too_few())
 
     @property
     def global_batch(self) -> int:
         return self.world * self.batch_size * self.accumulate
-
-    @property
-    def images(self) -> int:
-        """Count the rows that it chooses from."""
-        return self.length
 
     @property
     def batches(self) -> int:

@@ -4,7 +4,7 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ from src.core.json_files import read_json
 from src.data import lists, parquet, patterns
 from src.data.arrow import ArrowSource
 from src.data.hub import PREFIX, hub_folder
-from src.data.remote import RemoteTarSource, Storage, is_remote, remote_splits
+from src.data.remote import RemoteTarSource, Storage, is_remote
 from src.data.sources import DEFAULT_OPTIONS, ReadOptions, Source, folders, is_image, loose_files, open_image_tree, walk
 from src.data.split_names import ALIASES, SPLIT_NAMES, TEST_SPLITS, TRAIN_SPLITS, VALIDATION_SPLITS, group_by_split
 from src.data.tars import TarSource
@@ -82,23 +82,18 @@ class Place:
         Raises:
             UserError: no such split, or data that is damaged or holds no images.
         """
-        if (found := self.find(split)) is not None:
-            return self._open(found)
+        found = self.find(split)
         others = self.names if self.kind != "tree" else [n for n in self.names if n in ALIASES]
         only_splits = len(others) == len(self.names)
-        if others and (only_splits or split not in TRAIN_SPLITS):
+        if found is None and others and (only_splits or split not in TRAIN_SPLITS):
             raise UserError(
                 f"{self.root} has no split {split!r} (data.hf_split); it has {', '.join(others)}. "
                 f"Set data.hf_split={others[0]}."
             )
-        return self._open(None)
+        return self.open_named(found)
 
-    def open_all(self) -> Source:
-        """Open everything that is there. Raises UserError."""
-        return self._open(None)
-
-    def _open(self, split: str | None) -> Source:
-        """Open a split by its name here; None: everything."""
+    def open_named(self, split: str | None) -> Source:
+        """Open a split by its name here; None: everything. Raises UserError."""
         kind, root, options = self.kind, self.root, self.options
         if kind == "dataset":
             return ArrowSource(root if split is None else root / split, options)
@@ -116,13 +111,10 @@ class Place:
                 )
         if kind == "tree":
             return open_image_tree(root if split is None else root / split)
+        files = [name for part in self.splits if split in (part, None) for name in self.splits[part]]
         if kind == "remote":
-            if split is None and len(self.splits) != 1:
-                raise UserError(f"{root} has the splits {', '.join(self.splits)}; name one.")
             assert self.storage is not None
-            sizes = self.splits[split or next(iter(self.splits))]
-            return RemoteTarSource(self.storage, sizes, options.label, options.cache_gb)
-        files = [name for names in self.splits.values() for name in names] if split is None else self.splits[split]
+            return RemoteTarSource(self.storage, files, options.label, options.cache_gb)
         return TarSource(root, files, options.label) if kind == "tars" else ArrowSource(root, options, files)
 
 
@@ -147,7 +139,7 @@ def look(path: Path | str, options: ReadOptions = DEFAULT_OPTIONS, latents: bool
     """
     if is_remote(path):
         storage = Storage(str(path), options.storage)
-        return Place("remote", Path(str(path)), remote_splits(storage), options, storage)
+        return Place("remote", Path(str(path)), group_by_split(list(storage.sizes), storage.url), options, storage)
     found = survey(Path(path))
     if found.kind == "parquet":
         first, is_pattern = found.root / next(iter(found.splits.values()))[0], not Path(path).exists()
@@ -175,9 +167,11 @@ def survey(path: Path) -> Place:
 def _holds_latents(folder: Path) -> bool:
     if not (folder / "index.json").is_file():
         return False
-    from src.data.latents import is_store
+    from src.data.latents import FORMAT
 
-    return is_store(folder)
+    with suppress(UserError):
+        return read_json(folder / "index.json").get("format") == FORMAT
+    return False
 
 
 def is_dataset(folder: Path) -> bool:
@@ -308,7 +302,6 @@ def _folder(folder: Path) -> Place:
             f"{folder} (data.data_dir) is no dataset itself, but these folders in it are: {', '.join(below[:8])}. "
             f"Set data.data_dir={folder / below[0]}."
         )
-    splits = [name for name in folders(folder) if name in ALIASES]
     first = telling_file(folder)
     if first is None:
         raise UserError(f"No images in {folder} (data.data_dir): {_unreadable(folder)}")
@@ -316,40 +309,33 @@ def _folder(folder: Path) -> Place:
     if suffix in (".parquet", ".tar"):
         names = [name for name in walk(folder) if name.lower().endswith(suffix)]
         return Place("tars" if suffix == ".tar" else "parquet", folder, group_by_split(names, str(folder)))
-    if splits and (TRAIN_SPLITS[0] in splits or TRAIN_SPLITS[1] in splits):
-        return Place("tree", folder, {name: name for name in folders(folder)})
-    nested = nested_splits(folder)
-    if nested is not None:
+    root = folder
+    if not any((folder / name).is_dir() for name in TRAIN_SPLITS) and (nested := nested_splits(folder)) is not None:
         log.info("The splits of %s lie in %s.", folder, nested)
-        return Place("tree", nested, {name: name for name in folders(nested)})
-    return Place("tree", folder, {name: name for name in folders(folder)})
+        root = nested
+    return Place("tree", root, {name: name for name in folders(root)})
 
 
 def telling_file(folder: Path) -> Path | None:
-    """Return the first image, tar or Parquet file in the splits of a folder, else in it, which tells its kind."""
-    splits = [name for name in folders(folder) if name in ALIASES]
-    return next(_telling_files(folder, splits), None) or next(_telling_files(folder, [""]), None)
+    """Return the first image, tar or Parquet file in the splits of a folder, else in it, which tells its kind.
 
-
-def _telling_files(folder: Path, places: list[str]) -> Iterator[Path]:
-    """Yield the first file that tells the kind, tars before all else in its folder: img2dataset puts its Parquet beside
-    them. Parquet without images tells nothing while there may be images."""
+    Tars before all else in their folder: img2dataset puts its Parquet beside them. Parquet without images tells nothing
+    while there may be images.
+    """
     without = None
-    for place in places:
+    for place in (*(name for name in folders(folder) if name in ALIASES), ""):
         for name in walk(folder, place):
             lower = name.lower()
             if lower.endswith(".tar") or is_image(name):
-                yield folder / name
-            elif lower.endswith(".parquet"):
-                beside = sorted((folder / name).parent.glob("*.tar"))
-                if beside:
-                    yield beside[0]
-                elif without is None:
-                    if parquet.image_column(folder / name) is not None:
-                        yield folder / name
+                return folder / name
+            if lower.endswith(".parquet"):
+                if beside := sorted((folder / name).parent.glob("*.tar")):
+                    return beside[0]
+                if without is None:
                     without = folder / name
-    if without is not None:
-        yield without
+                    if parquet.image_column(without) is not None:
+                        return without
+    return without
 
 
 def _parquet_message(first: Path, shown: str) -> str:

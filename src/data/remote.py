@@ -4,10 +4,11 @@ Order, crops, noise and resuming are as with local files; the cache changes the 
 hold secrets, are never logged or written.
 """
 
+import functools
 import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import Any, TypeVar
 from src.core.errors import UserError
 from src.core.files import replacing
 from src.data import index_files
-from src.data.split_names import group_by_split
 from src.data.tars import TarSource
 
 T = TypeVar("T")
@@ -40,8 +40,9 @@ class Storage:
     def __repr__(self) -> str:
         return f"Storage({self.url})"
 
-    def list_tars(self) -> dict[str, int]:
-        """Return the sizes of the tars below the address, or matching it, by name relative to it.
+    @functools.cached_property
+    def sizes(self) -> dict[str, int]:
+        """List the tars below the address, or matching it: bytes by name relative to it.
 
         Raises:
             UserError: not reachable, or nothing there.
@@ -119,7 +120,7 @@ class RemoteTar:
 class RemoteTarSource(TarSource):
     """Samples of tars in object storage. Pickles as its arguments.
 
-    sizes: bytes of the tars, by name relative to the address. cache_gb: size of the local cache; 0: none.
+    names: relative to the address. cache_gb: size of the local cache; 0: none.
 
     Raises:
         UserError: not reachable, or whatever TarSource refuses.
@@ -128,8 +129,9 @@ class RemoteTarSource(TarSource):
     threads, header_bytes = 16, 1 << 20
     """Headers lie between images, so that indexing reads the objects whole, but for large images."""
 
-    def __init__(self, storage: Storage, sizes: Mapping[str, int], label: str | None, cache_gb: float = 0.0) -> None:
-        self._arguments = storage, sizes, label, cache_gb
+    def __init__(self, storage: Storage, names: Sequence[str], label: str | None, cache_gb: float = 0.0) -> None:
+        self._arguments = storage, names, label, cache_gb
+        sizes = {name: storage.sizes[name] for name in names}
         folder = index_files.user_cache() / "remote"
         folder.mkdir(parents=True, exist_ok=True)
         what, state = {"url": storage.url}, list(sizes.values())
@@ -198,10 +200,3 @@ def is_remote(data_dir: str | Path) -> bool:
     """Return whether this is an address of a storage, `s3://bucket/folder`."""
     scheme, found, _ = str(data_dir).partition("://")
     return bool(found) and scheme.isalnum()
-
-
-def remote_splits(storage: Storage) -> dict[str, dict[str, int]]:
-    """Return name and size of the tars of each split. Raises UserError where it can't be reached."""
-    sizes = storage.list_tars()
-    groups = group_by_split(list(sizes), storage.url)
-    return {split: {name: sizes[name] for name in names} for split, names in groups.items()}

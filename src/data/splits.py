@@ -26,6 +26,11 @@ class Splits:
     description: str
     """One sentence for the log."""
 
+    @property
+    def sources(self) -> list[Source]:
+        """Return the source of training, and that of evaluation where it is another one."""
+        return [self.train] if self.validation in (None, self.train) else [self.train, self.validation]
+
 
 def open_evaluation(
     data_dir: Path | str, split: str | None, columns: ReadOptions = DEFAULT_OPTIONS
@@ -40,7 +45,7 @@ def open_evaluation(
     """
     data = look(data_dir, columns)
     chosen = split or next((name for name in (*VALIDATION_SPLITS, *TEST_SPLITS) if data.find(name)), None)
-    source = data.open(chosen) if chosen is not None else data.open_all()
+    source = data.open(chosen) if chosen is not None else data.open_named(None)
     return source, f"{len(source):,} images of {data_dir}" + (f", split {chosen!r}" if chosen else "")
 
 
@@ -60,8 +65,6 @@ def open_splits(
     Raises:
         UserError: nothing there, or nothing left to train on.
     """
-    if not 0 < train_split <= 1:
-        raise UserError(f"data.train_split={train_split}: expected a share above 0 and up to 1.")
     data = look(data_dir, columns, latents=True)
     kind = KINDS[data.kind]
     if use_hf_dataset not in (None, data.kind in ("dataset", "cache", "arrow")):
@@ -76,9 +79,8 @@ def open_splits(
     validation_split = data.held_out_split(hf_split, hf_validation_split)
     if validation_split is not None:
         validation = data.open(validation_split)
-        text = f"{len(rows)} of {len(train)} images of {hf_split!r} for training, {len(validation)} of "
-        text = f"{data_dir}: {text}{validation_split!r} for evaluation"
-        return Splits(train, rows, validation, AllRows(len(validation)), kind, text)
+        text = f"{len(rows)} of {len(train)} images of {hf_split!r} for training, {len(validation)} of {validation_split!r} for"
+        return Splits(train, rows, validation, AllRows(len(validation)), kind, f"{data_dir}: {text} evaluation")
     text = f"{data_dir}: no split {hf_validation_split!r}; {len(rows)} of {len(train)} images for training"
     if not len(held_out):
         return Splits(train, rows, None, held_out, kind, f"{text}, none held out (data.train_split={train_split:g})")

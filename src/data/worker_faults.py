@@ -66,7 +66,11 @@ _WATCH = _DeathWatch()
 
 
 def batches_of(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Yield the batches of `loader`, all of them, whatever becomes of its processes."""
+    """Yield the batches of `loader`, all of them, whatever becomes of its processes.
+
+    Raises:
+        UserError: as the data set raised it, without the traceback that a loading process puts before it.
+    """
     if not loader.num_workers:
         yield from loader
         return
@@ -78,6 +82,9 @@ def batches_of(loader: DataLoader[Any]) -> Iterator[Any]:
             batch = _WATCH.next(iterator)
         except StopIteration:
             return
+        except UserError as error:
+            marker = f"{UserError.__module__}.{UserError.__qualname__}: "
+            raise UserError(str(error).rpartition(marker)[2].strip()) from None
         except Exception as error:  # where a process died, that of its half-sent batch too
             if not _is_fault(error, iterator):
                 raise
@@ -161,13 +168,11 @@ def _give_up(loader: DataLoader[Any], iterator: Any) -> None:
     for worker in dead:
         worker.join(2)
     text = (
-        _death(dead[0].exitcode)
-        if dead
-        else (
-            f"No batch came for {loader.timeout:g} s (data.worker_timeout_s): a disk that hangs, or shared memory "
-            f"({SHARED_MEMORY}) that is full. {_LARGER}, use fewer loading processes (data.num_workers), or raise the limit."
-        )
+        f"No batch came for {loader.timeout:g} s (data.worker_timeout_s): a disk that hangs, or shared memory "
+        f"({SHARED_MEMORY}) that is full. {_LARGER}, use fewer loading processes (data.num_workers), or raise the limit."
     )
+    if dead:
+        text = _death(dead[0].exitcode)
     for worker in iterator._workers:
         worker.kill()
     iterator._shutdown_workers()
