@@ -260,7 +260,7 @@ def _latents(folder: Path) -> list[Path]:
 def _use_latents(folder: Path) -> None:
     from src.data.latents import LatentStore
 
-    for _ in LatentStore.open(folder).batches(2):
+    for _ in LatentStore(folder).batches(2):
         pass
 
 

@@ -47,7 +47,7 @@ def _run(options: ReconstructionOptions) -> int:
     with processes(options.device) as process:
         if process.main:
             check_folder(options.output, options.overwrite, (RECORD,), "output of this program")
-        store = LatentStore.open(options.from_latents) if options.from_latents else None
+        store = LatentStore(options.from_latents) if options.from_latents else None
         inputs = None if store is not None else open_inputs(options.input, options.split, options.num_samples)
         loaded = open_model(options)
         loaded.rae.to(process.device)

@@ -126,9 +126,7 @@ def test_latents_through_several_decoders(evaluate, refused, files, tmp_path):
     _, (alone,) = evaluate(f"{latents} --checkpoint {file} {reference} --num_samples 6")
     assert alone["images"] == 6
 
-    z = load_trained(file).rae.normalize(
-        torch.cat([z for _, _, z in LatentStore.open(tmp_path / "out/latents").batches(4)])
-    )
+    z = load_trained(file).rae.normalize(torch.cat([z for _, _, z in LatentStore(tmp_path / "out/latents").batches(4)]))
     np.savez(tmp_path / "z.npz", latents=z.numpy(), labels=np.zeros(len(z)))
     _, (packed,) = evaluate(f"--latents {tmp_path}/z.npz --checkpoint {file} {reference} --num_samples 6")
     assert [packed[name] for name in SCORES] == pytest.approx([alone[name] for name in SCORES], rel=1e-3)

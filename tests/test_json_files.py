@@ -13,7 +13,7 @@ import torch
 from src.core.errors import UserError
 from src.data import dummy
 from src.data.decode import BadImage
-from src.data.latents import LatentSource, LatentStore, LatentWriter, write_index
+from src.data.latents import LatentStore, LatentWriter, write_index
 from src.data.places import locate
 from src.data.splits import open_splits
 from src.formats.card import _scores as card_rows
@@ -77,7 +77,7 @@ def latents(folder: Path) -> None:
 
 
 def read_latents(folder: Path) -> None:
-    store = LatentStore.open(folder)
+    store = LatentStore(folder)
     assert all(latent.shape == (2, *store.shape) or len(latent) == 1 for _, _, latent in store.batches(2))
 
 
@@ -201,7 +201,7 @@ def test_a_damaged_latent_is_found(tmp_path, damage):
     shard.write_bytes(data)
     with pytest.raises(UserError, match="latents 2 to 2 are not what was written"):
         read_latents(tmp_path)
-    source = LatentSource(tmp_path)  # as training reads it
+    source = LatentStore(tmp_path)  # as training reads it
     assert len(source.encoded(0)) == 8
     with pytest.raises(BadImage, match="not what was written"):
         source.encoded(len(source) - 1)

@@ -68,7 +68,7 @@ def test_two_processes_write_the_same(tmp_path):
         assert (one / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
     latents = []
     for name in ("one", "two"):
-        batches = LatentStore.open(tmp_path / name / "latents").batches(3)
+        batches = LatentStore(tmp_path / name / "latents").batches(3)
         latents.append({int(r): z for _, rows, zs in batches for r, z in zip(rows, zs, strict=True)})
     assert latents[0].keys() == latents[1].keys() == set(range(5))
     assert all(torch.equal(latents[0][row], latents[1][row]) for row in range(5))
@@ -111,7 +111,7 @@ def test_shards_have_their_size_and_any_batch_reads_them(tmp_path):
     assert [shard["count"] for shard in shards] == [4, 4, 3]
     write_index(tmp_path, shards, {"scale": "raw", "shape": [2, 3, 3], "encoder": {}, "statistics": None})
     for batch, world in ((1, 1), (3, 1), (5, 2), (100, 3)):
-        parts = [entry for rank in range(world) for entry in LatentStore.open(tmp_path).batches(batch, rank, world)]
+        parts = [entry for rank in range(world) for entry in LatentStore(tmp_path).batches(batch, rank, world)]
         places, rows, latents = (torch.cat([part[i] for part in parts]) for i in range(3))
         order = places.argsort()
         assert places[order].tolist() == list(range(11))

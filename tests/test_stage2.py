@@ -21,7 +21,7 @@ from src.core import random_streams as streams
 from src.core.errors import UserError
 from src.core.random_streams import Purpose
 from src.core.weights import PROJECT_ROOT, read
-from src.data.latents import LatentSource, LatentWriter
+from src.data.latents import LatentStore, LatentWriter
 from src.evaluation.images import open_images
 from src.export import main as export
 from src.formats.folder import write_folder
@@ -200,7 +200,7 @@ def on_latents(folder, store, autoencoder, *words, checkpoint=None):
 
 
 def test_training_from_stored_latents_is_training_from_their_images(stores, autoencoder, tmp_path):
-    source = LatentSource(stores["raw"])
+    source = LatentStore(stores["raw"])
     assert len(source.files) == 3 and source.num_classes == 3 and source.class_names == ["red", "green", "blue"]
     plain = [
         "data.train_split=0.9999",

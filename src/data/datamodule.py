@@ -26,7 +26,7 @@ from src.data.dataset import (
 )
 from src.data.decode import Decoder, Exif
 from src.data.fingerprint import compare_fingerprints, source_state
-from src.data.latents import LatentSource, LatentStore, LatentTransform
+from src.data.latents import LatentStore, LatentTransform
 from src.data.loader import PREFETCH_BATCHES, EvaluationLoader, TrainLoader, WorkerOptions
 from src.data.order import AllRows, EpochOrder, Rows, evaluation_rows
 from src.data.places import locate
@@ -148,7 +148,7 @@ class RAEDataModule(LightningDataModule):
         for name, s in self.sources.items():
             place, options = locate(s.data_dir), self._options(s.image_column, s.label)
             splits = open_splits(place, s.use_hf_dataset, s.hf_split, s.hf_validation_split, s.train_split, options)
-            if self.is_mix and isinstance(splits.train, LatentSource):
+            if self.is_mix and isinstance(splits.train, LatentStore):
                 raise UserError(
                     f"data.sources.{name} holds stored latents, which can't be mixed: set data.data_dir to them."
                 )
@@ -179,7 +179,7 @@ class RAEDataModule(LightningDataModule):
     def latent_store(self) -> LatentStore | None:
         """Return the stored latents that batches hold (`latent`); None where they hold images (`image`)."""
         source = self.splits.train
-        return source.store if isinstance(source, LatentSource) else None
+        return source if isinstance(source, LatentStore) else None
 
     @property
     def train_size(self) -> int:
@@ -399,4 +399,4 @@ class RAEDataModule(LightningDataModule):
 
 def _transform(source: Source, images: Any, seed: int = 0) -> Any:
     """Return what makes a sample of a row: `images`, unless the source holds latents."""
-    return LatentTransform(source, seed) if isinstance(source, LatentSource) else images
+    return LatentTransform(source, seed) if isinstance(source, LatentStore) else images

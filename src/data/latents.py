@@ -10,7 +10,7 @@
 Legend: B batch, n latents of a shard, C latent channels, h = w latent grid.
 """
 
-import hashlib
+import itertools
 import json
 import math
 import struct
@@ -32,6 +32,7 @@ from src.core.files import replacing, write_text
 from src.core.json_files import Document, check_json, read_json
 from src.data.decode import BadImage
 from src.data.packed import PackedIndex, PackedSource
+from src.data.sources import short_digest
 
 Scale = Literal["raw", "normalized"]
 FORMAT, VERSION = "rae-latents", 1
@@ -93,7 +94,9 @@ class LatentWriter:
         latents, rows, labels = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
         file = self.folder / f"latents-{self.rank:03d}-{len(self.shards):05d}.safetensors"
         tensors = {"latents": latents[:count], "rows": rows[:count], "labels": labels[:count]}
-        tensors["crc"] = checksums(**tensors)
+        data = tensors["latents"].contiguous().view(torch.uint8).numpy()
+        numbers = zip(data, rows.tolist(), labels.tolist(), strict=False)
+        tensors["crc"] = torch.tensor([checksum(one.data, row, label) for one, row, label in numbers])
         with replacing(file) as out:
             save_file({name: value.contiguous() for name, value in tensors.items()}, out.name)
         self.shards.append({"file": file.name, "count": count})
@@ -108,82 +111,100 @@ def write_index(folder: Path, shards: Sequence[Mapping[str, Any]], facts: Mappin
     write_text(folder / INDEX, json.dumps(content, indent=2) + "\n")
 
 
-@dataclass(frozen=True)
-class LatentStore:
-    """Latents of a folder, read a batch at a time."""
+class LatentStore(PackedSource):
+    """The latents of a folder, or of its index: a batch at a time, or as rows for training. Pickles as its folder.
 
-    folder: Path
-    index: dict[str, Any]
+    Raises:
+        UserError: no index, another format, shards that are missing, cut short or of another shape than the index says.
+    """
 
-    @classmethod
-    def open(cls, path: str | Path) -> "LatentStore":
-        """Open a folder or its index.
-
-        Raises:
-            UserError: no index, another format, or shards missing.
-        """
-        folder = Path(path).parent if Path(path).name == INDEX else Path(path)
+    def __init__(self, path: str | Path) -> None:
+        self.folder = folder = Path(path).parent if Path(path).name == INDEX else Path(path)
         remedy = (
             "Expected a folder that `src/reconstruct.py --latents` wrote; its index is there once that has finished."
         )
-        index = read_json(folder / INDEX, remedy, format=Literal[FORMAT], version=Literal[VERSION])
-        check_json(index, folder / INDEX, remedy, **_SCHEMA)
-        if index["count"] != sum(shard["count"] for shard in index["shards"]):
-            raise UserError(f"{folder / INDEX}: count={index['count']} is not the sum of its shards. {remedy}")
-        missing = [s["file"] for s in index["shards"] if not (folder / s["file"]).is_file()]
-        if missing:
+        self.about = read_json(folder / INDEX, remedy, format=Literal[FORMAT], version=Literal[VERSION])
+        """What the index says."""
+        check_json(self.about, folder / INDEX, remedy, **_SCHEMA)
+        shards = self.about["shards"]
+        counts = [shard["count"] for shard in shards]
+        if self.about["count"] != sum(counts):
+            raise UserError(f"{folder / INDEX}: count={self.about['count']} is not the sum of its shards. {remedy}")
+        if missing := [shard["file"] for shard in shards if not (folder / shard["file"]).is_file()]:
             raise UserError(
-                f"{folder} lacks {len(missing)} of {len(index['shards'])} shards: {', '.join(missing[:4])}. Copy "
-                "them again."
+                f"{folder} lacks {len(missing)} of {len(shards)} shards: {', '.join(missing[:4])}. Copy them again."
             )
-        return cls(folder, index)
+        self.scale: Scale = self.about["scale"]
+        self.shape: tuple[int, int, int] = tuple(self.about["shape"])
+        files = [folder / shard["file"] for shard in shards]
+        layouts = [_layout(file, (count, *self.shape)) for file, count in zip(files, counts, strict=True)]
+        self.dtype = layouts[0].dtype if layouts else torch.float32
+        size = math.prod(self.shape) * self.dtype.itemsize
+        starts = np.cumsum([0, *counts])
+        offsets = [layout.first + size * np.arange(count) for layout, count in zip(layouts, counts, strict=True)]
+        numbers = np.concatenate([np.empty((0, 3), np.int64), *(layout.numbers for layout in layouts)])
+        self._rows, self._labels, self._crc = np.ascontiguousarray(numbers.T)
+        labels = self._labels if self._labels.max(initial=-1) >= 0 else None
+        index = PackedIndex(starts, np.concatenate([starts[:0], *offsets]), np.full(starts[-1], size), labels)
+        super().__init__(files, index, self.about.get("class_names"))
 
-    def __len__(self) -> int:
-        return self.index["count"]
+    def encoded(self, index: int) -> bytes:
+        """Return a latent's bytes as they lie in its shard. Raises BadImage where they are not what was written."""
+        data = super().encoded(index)
+        if (crc := self._crc[index]) >= 0 and crc != checksum(data, self._rows[index], self._labels[index]):
+            raise BadImage("not what was written (CRC-32)")
+        return data
 
-    @property
-    def scale(self) -> Scale:
-        return self.index["scale"]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return tuple(self.index["shape"])
+    def decoded(self, data: bytes | memoryview) -> Tensor:
+        """Return a latent of its bytes, float32 C h w."""
+        return torch.frombuffer(bytearray(data), dtype=self.dtype).view(self.shape).float()
 
     def batches(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield (places in the store (B,), rows of the data set (B,), latents float32 B C h w), every world-th batch."""
-        number = first = 0
-        for shard in self.index["shards"]:
-            for start in range(0, shard["count"], batch_size):
-                if number % world == rank:
-                    stop = min(start + batch_size, shard["count"])
-                    rows, latents = self._read(self.folder / shard["file"], start, stop)
-                    yield torch.arange(first + start, first + stop), rows, latents
-                number += 1
-            first += shard["count"]
+        """Yield (places in the store (B,), rows of the data set (B,), latents float32 B C h w), every world-th batch.
 
-    def _read(self, file: Path, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        try:
-            with safe_open(file, "pt") as tensors:
-                names = [name for name in ("latents", "rows", "labels", "crc") if name in tensors.keys()]  # noqa: SIM118
-                found = {name: tensors.get_slice(name)[start:stop] for name in names}
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{file} ({file.stat().st_size:,} bytes) can't be read: {error}. It may be cut short; copy it "
-                "again, or write the latents again."
-            ) from error
-        crc, latents, rows = found.pop("crc", None), found.get("latents"), found.get("rows")
-        if (
-            latents is None
-            or rows is None
-            or tuple(latents.shape) != (stop - start, *self.shape)
-            or len(rows) != len(latents)
-        ):
-            raise UserError(f"{file}: expected latents {self.shape} and rows of {stop - start} images. Write it again.")
-        if (crc is not None and not torch.equal(crc, checksums(**found))) or not finite_rows(latents).all():
-            raise UserError(
-                f"{file} is damaged: latents {start} to {stop - 1} are not what was written (CRC-32). Copy it again."
-            )
-        return rows, latents.float()
+        Raises:
+            UserError: damaged latents.
+        """
+        batches = [
+            range(start, min(start + batch_size, stop))
+            for first, stop in itertools.pairwise(self._starts)
+            for start in range(first, stop, batch_size)
+        ]
+        for places in batches[rank::world]:
+            try:
+                latents = torch.stack([self.decoded(self.encoded(place)) for place in places])
+                if not finite_rows(latents).all():
+                    raise BadImage("NaN or infinity")
+            except BadImage as error:
+                number = self.file_of(places[0])
+                first = places[0] - self._starts[number]
+                raise UserError(
+                    f"{self.files[number]} is damaged: latents {first} to {first + len(places) - 1} are not what was written "
+                    f"({error}). Copy it again."
+                ) from error
+            yield torch.tensor(places), torch.from_numpy(self._rows[places[0] : places[-1] + 1].copy()), latents
+
+    def name(self, index: int) -> str:
+        number = self.file_of(index)
+        return f"latent {index - self._starts[number]} of {self.files[number]}"
+
+    def fingerprint(self) -> str:
+        facts = {key: value for key, value in self.about.items() if key not in ("model", "data")}
+        return short_digest(json.dumps(facts, sort_keys=True).encode())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LatentStore, (self.folder,)
+
+
+@dataclass(frozen=True)
+class LatentTransform:
+    """A stored latent as it is, float32 C x h x w. seed: of what replaces a latent that can't be read."""
+
+    store: LatentStore
+    seed: int = 0
+
+    def __call__(self, data: bytes | memoryview, *_: int) -> Tensor:
+        return self.store.decoded(data)
 
 
 def finite_rows(latents: Tensor) -> Tensor:
@@ -191,72 +212,9 @@ def finite_rows(latents: Tensor) -> Tensor:
     return latents.isfinite().flatten(1).all(1)
 
 
-def checksums(latents: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
-    """Return `checksum` of each latent, int64 (n,)."""
-    data = latents.contiguous().view(torch.uint8).numpy()
-    parts = zip(data, rows.tolist(), labels.tolist(), strict=True)
-    return torch.tensor([checksum(one.data, row, label) for one, row, label in parts])
-
-
 def checksum(data: bytes | memoryview, row: int, label: int) -> int:
     """Return CRC-32 of a latent's bytes, its row in the data set and its label."""
     return zlib.crc32(struct.pack("<qq", row, label), zlib.crc32(data))
-
-
-class LatentSource(PackedSource):
-    """The rows of a store, for training: `encoded` gives a latent's bytes as they lie in its shard.
-
-    Raises:
-        UserError: no store, shards that are missing, cut short or of another shape than the index says.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.store = store = LatentStore.open(folder)
-        counts = [int(shard["count"]) for shard in store.index["shards"]]
-        files = [store.folder / shard["file"] for shard in store.index["shards"]]
-        layouts = [_layout(file, (count, *store.shape)) for file, count in zip(files, counts, strict=True)]
-        self.dtype = layouts[0].dtype if layouts else torch.float32
-        size = math.prod(store.shape) * self.dtype.itemsize
-        starts = np.cumsum([0, *counts])
-        offsets = [layout.first + size * np.arange(count) for layout, count in zip(layouts, counts, strict=True)]
-        numbers = np.concatenate([np.empty((0, 3), np.int64), *(layout.numbers for layout in layouts)])
-        self._rows, labels, self._crc = np.ascontiguousarray(numbers.T)
-        index = PackedIndex(
-            starts,
-            np.concatenate([starts[:0], *offsets]),
-            np.full(starts[-1], size),
-            labels if labels.max(initial=-1) >= 0 else None,
-        )
-        super().__init__(files, index, store.index.get("class_names"))
-        self._labels = labels
-
-    def encoded(self, index: int) -> bytes:
-        data = super().encoded(index)
-        if (crc := self._crc[index]) >= 0 and crc != checksum(data, self._rows[index], self._labels[index]):
-            raise BadImage("not what was written (CRC-32)")
-        return data
-
-    def name(self, index: int) -> str:
-        number = self.file_of(index)
-        return f"latent {index - self._starts[number]} of {self.files[number]}"
-
-    def fingerprint(self) -> str:
-        facts = {key: value for key, value in self.store.index.items() if key not in ("model", "data")}
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return LatentSource, (self.store.folder,)
-
-
-@dataclass(frozen=True)
-class LatentTransform:
-    """A stored latent as it is, float32 C x h x w. seed: of what replaces a latent that can't be read."""
-
-    source: LatentSource
-    seed: int = 0
-
-    def __call__(self, data: bytes | memoryview, *_: int) -> Tensor:
-        return torch.frombuffer(bytearray(data), dtype=self.source.dtype).view(self.source.store.shape).float()
 
 
 class _Layout(NamedTuple):

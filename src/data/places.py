@@ -98,9 +98,9 @@ class Place:
         if kind == "dataset":
             return ArrowSource(root if split is None else root / split, options)
         if kind == "latents":
-            from src.data.latents import LatentSource  # with torch, which conversion does without
+            from src.data.latents import LatentStore  # with torch, which conversion does without
 
-            return LatentSource(root)
+            return LatentStore(root)
         if kind == "list":
             return lists.open_list(root, options.image, options.label)
         for key, value in (("image_column", options.image), ("label", options.label)):

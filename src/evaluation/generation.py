@@ -226,7 +226,7 @@ def decoded_set(
 ) -> GeneratedSet:
     """Return the images that a model makes of generated latents. Raises UserError where it can't decode them."""
     rae, size = loaded.rae, options.batch_size
-    latents: LatentNpz | LatentStore = LatentNpz(path) if path.suffix == ".npz" else LatentStore.open(path)
+    latents: LatentNpz | LatentStore = LatentNpz(path) if path.suffix == ".npz" else LatentStore(path)
     if isinstance(latents, LatentStore):
         check_store(latents, loaded)
     elif latents.shape[1:] != rae.latent_shape:

@@ -106,7 +106,7 @@ def decode_latents(
     rae = loaded.rae
     check_store(store, loaded)
     count = 0
-    batches = -(-sum(-(-shard["count"] // options.batch_size) for shard in store.index["shards"]) // process.world)
+    batches = -(-sum(-(-shard["count"] // options.batch_size) for shard in store.about["shards"]) // process.world)
     with ExitStack() as stack, torch.no_grad():
         stack.enter_context(full_float32(process.device))
         update = stack.enter_context(progress("batches", process.main))
@@ -195,14 +195,14 @@ def check_store(store: LatentStore, loaded: LoadedModel) -> None:
             f"{store.folder} holds latents of {store.shape}, the model of {loaded.description['source']} takes "
             f"{rae.latent_shape} (C x h x w)."
         )
-    theirs: Mapping[str, Any] = store.index["encoder"]
+    theirs: Mapping[str, Any] = store.about["encoder"]
     differing = identity_differences(theirs, own)
     if differing:
         raise UserError(
             f"{store.folder} was made with another encoder ({', '.join(differing)} differ): {theirs} there, {own} here."
         )
-    if store.scale == "normalized" and store.index["statistics"] != statistics_digest(rae):
+    if store.scale == "normalized" and store.about["statistics"] != statistics_digest(rae):
         raise UserError(
-            f"{store.folder} was normalised with statistics {store.index['statistics']}, the model has "
+            f"{store.folder} was normalised with statistics {store.about['statistics']}, the model has "
             f"{statistics_digest(rae)}. Use the model that wrote the latents."
         )
