@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -125,9 +126,6 @@ class RAEDataModule(LightningDataModule):
         self.evaluation_transform = EvaluationTransform(image_size, Decoder(exif, max_megapixels))
         self.same_epoch = False
         """Whether every epoch is the first one again (`trainer.overfit_batches`)."""
-        self._opened: list[Splits] | None = None
-        self._evaluation_sets: dict[str, EvaluationSet] | None = None
-        self._fingerprint_state: dict[str, Any] | None = None
         self._compared = False
         self._persistent: list[TrainLoader | EvaluationLoader] = []
 
@@ -142,8 +140,11 @@ class RAEDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Open the data. Raises UserError where there is none."""
-        if self._opened is not None:
-            return
+        _ = self.opened
+
+    @cached_property
+    def opened(self) -> list[Splits]:
+        """Open the data; by source."""
         opened = []
         for name, s in self.sources.items():
             place, options = locate(s.data_dir), self._options(s.image_column, s.label)
@@ -154,21 +155,12 @@ class RAEDataModule(LightningDataModule):
                 )
             log.info("Data%s: %s", f" {name}" if name else "", splits.description)
             opened.append(splits)
-        self._opened = opened
+        return opened
 
     def teardown(self, stage: str | None = None) -> None:
         """End the worker processes of the loaders given out."""
         while self._persistent:
             self._persistent.pop().close()
-
-    @property
-    def opened(self) -> list[Splits]:
-        """Open the data on first use; by source."""
-        if self._opened is None:
-            self.prepare_data()
-            self.setup()
-        assert self._opened is not None
-        return self._opened
 
     @property
     def splits(self) -> Splits:
@@ -196,20 +188,19 @@ class RAEDataModule(LightningDataModule):
         """Count the classes of the labels that batches carry as `label`; None where they carry none."""
         return max((splits.train.num_classes or 0 for splits in self.opened), default=0) or None
 
-    @property
+    @cached_property
     def evaluation_sets(self) -> dict[str, EvaluationSet]:
         """Return the evaluation sets by name, those of `data.evaluation` or what the first source holds out, which has an
         empty name; nothing where there is none."""
-        if self._evaluation_sets is None:
-            found = {}
-            if self.evaluation_settings is None and (source := self.splits.validation) is not None:
-                found[""] = EvaluationSet(source, self.splits.validation_rows)
-            for name, s in (self.evaluation_settings or {}).items():
-                source, text = open_evaluation(locate(s.data_dir), s.split, self._options(s.image_column, None))
-                log.info("Evaluation set %s: %s", name, text)
-                found[name] = EvaluationSet(source, AllRows(len(source)), s)
-            self._evaluation_sets = found
-        return self._evaluation_sets
+        if self.evaluation_settings is None:
+            source, rows = self.splits.validation, self.splits.validation_rows
+            return {} if source is None else {"": EvaluationSet(source, rows)}
+        found = {}
+        for name, s in self.evaluation_settings.items():
+            source, text = open_evaluation(locate(s.data_dir), s.split, self._options(s.image_column, None))
+            log.info("Evaluation set %s: %s", name, text)
+            found[name] = EvaluationSet(source, AllRows(len(source)), s)
+        return found
 
     def describe(self) -> list[tuple[str, str]]:
         """Return (name, text) rows about each source and evaluation set, for tables."""
@@ -240,36 +231,32 @@ class RAEDataModule(LightningDataModule):
             own = short_digest(repr((parts, self._weights(), self.order_length, self.mix_unit)).encode())
         return f"{own}-{self.train_size}-{self.val_size}"
 
+    @cached_property
     def fingerprint_state(self) -> dict[str, Any]:
-        """Return what tells this data from any other, file by file: plain values, for checkpoints. Made once."""
-        if self._fingerprint_state is None:
-            sources = dict(zip(("training", "evaluation"), self.splits.sources, strict=False))
-            if self.is_mix:
-                sources = {name: splits.train for name, splits in zip(self.sources, self.opened, strict=True)}
-            for name, found in self.evaluation_sets.items():
-                if found.settings is not None:
-                    sources[f"evaluation {name}"] = found.source
-            self._fingerprint_state = {
-                "rows": {"training": self.train_size, "evaluation": self.val_size},
-                "sources": {name: source_state(source) for name, source in sources.items()},
-            }
-            if self.is_mix:
-                mixed = {"weights": list(self._weights()), "epoch_images": self.order_length, "block": mix.BLOCK}
-                self._fingerprint_state["mix"] = mixed | {"unit": self.mix_unit, "names": list(self.sources)}
-        return self._fingerprint_state
+        """Return what tells this data from any other, file by file: plain values, for checkpoints."""
+        sources = dict(zip(("training", "evaluation"), self.splits.sources, strict=False))
+        if self.is_mix:
+            sources = {name: splits.train for name, splits in zip(self.sources, self.opened, strict=True)}
+        for name, found in self.evaluation_sets.items():
+            if found.settings is not None:
+                sources[f"evaluation {name}"] = found.source
+        state: dict[str, Any] = {
+            "rows": {"training": self.train_size, "evaluation": self.val_size},
+            "sources": {name: source_state(source) for name, source in sources.items()},
+        }
+        if self.is_mix:
+            mixed = {"weights": list(self._weights()), "epoch_images": self.order_length, "block": mix.BLOCK}
+            state["mix"] = mixed | {"unit": self.mix_unit, "names": list(self.sources)}
+        return state
 
     def state_dict(self) -> dict[str, Any]:
         """Return what Lightning keeps of the data in a checkpoint."""
-        return {"fingerprint": self.fingerprint_state()}
+        return {"fingerprint": self.fingerprint_state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compare the data of a checkpoint with this one.
-
-        Raises:
-            UserError: other data, unless `allow_changed`.
-        """
+        """Compare the data of a checkpoint with this one. Raises UserError: other data, unless `allow_changed`."""
         self._compared = True
-        changes = compare_fingerprints(state_dict.get("fingerprint") or {}, self.fingerprint_state())
+        changes = compare_fingerprints(state_dict.get("fingerprint") or {}, self.fingerprint_state)
         if not changes:
             return
         named = "; ".join(changes[:10]) + (f"; and {len(changes) - 10} more" if len(changes) > 10 else "")
@@ -302,7 +289,7 @@ class RAEDataModule(LightningDataModule):
         return mix.MixOrder(*place, sizes, self._weights(), self.mix_unit)
 
     def train_dataloader(self) -> TrainLoader:
-        self.fingerprint_state()  # of the data as it is before training
+        _ = self.fingerprint_state  # of the data as it is before training
         if self.trainer is not None and self.trainer.ckpt_path and not self._compared:
             log.warning("The checkpoint has no fingerprint of its data, so nobody knows whether this is the same.")
             self._compared = True
@@ -388,11 +375,9 @@ class RAEDataModule(LightningDataModule):
         on_gpu = self.trainer is None or self.trainer.strategy.root_device.type == "cuda"
         here = self.trainer.num_devices if self.trainer is not None else 1
         loaders = here * (2 if self.val_size else 1)
-        store = self.latent_store
+        store, batch = self.latent_store, self.batch_size
         each = 3 * self.image_size**2 if store is None else 4 * math.prod(store.shape)  # bytes
-        prefetch = prefetched_batches(
-            self.num_workers, PREFETCH_BATCHES, self.batch_size * each, loaders, self.batch_size
-        )
+        prefetch = prefetched_batches(self.num_workers, PREFETCH_BATCHES, batch * each, loaders, batch)
         pinned = on_gpu and torch.cuda.is_available()
         return WorkerOptions(self.num_workers, pinned, prefetch, self.worker_timeout_s)
 

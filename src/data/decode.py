@@ -12,6 +12,7 @@ What becomes of the less common kinds is what `PIL.Image.convert("RGB")` of the 
 import functools
 import io
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -150,12 +151,8 @@ def _jpeg_header(data: memoryview) -> tuple[int, int] | None:
 def _mended(data: memoryview) -> bytes | memoryview:
     """Return a baseline JPEG of one scan without flaws that cost no pixel: an unknown revision of JFIF or colour code of
     Adobe, wrong values of the scan's unused parameters, a missing end marker. Anything else as it is."""
-    out, at, components = bytearray(data[:2]), 2, 0
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        marker, end = data[at + 1], at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker == 0xFF:  # a fill byte
-            at += 1
-            continue
+    out, components = bytearray(data[:2]), 0
+    for marker, at, end in _segments(data):
         segment = bytearray(data[at:end])
         if marker in (0xC0, 0xC1) and len(segment) > 9:
             components = segment[9]
@@ -170,24 +167,28 @@ def _mended(data: memoryview) -> bytes | memoryview:
             rest = bytes(data[end:])
             return bytes(out + segment + rest + (b"" if b"\xff\xd9" in rest else b"\xff\xd9"))
         out += segment
-        at = end
     return data
+
+
+def _segments(data: memoryview) -> Iterator[tuple[int, int, int]]:
+    """Yield (marker, where it begins, where its segment ends) of what stands before the pixels of a JPEG."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        if data[at + 1] == 0xFF:  # a fill byte
+            at += 1
+            continue
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        yield data[at + 1], at, end
+        at = end
 
 
 def jpeg_orientation(data: memoryview) -> int:
     """Read the EXIF orientation (1..8) of a JPEG, 1 where there is none, from the segments in front of the pixels."""
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker == 0xFF:  # a fill byte
-            at += 1
-            continue
-        if marker == 0xDA or length < 2:  # start of scan
+    for marker, at, end in _segments(data):
+        if marker == 0xDA or end < at + 4:  # start of scan
             return 1
-        segment = data[at + 4 : at + 2 + length]
-        if marker == 0xE1 and segment[:6] == b"Exif\0\0":
-            return _orientation(None, segment)
-        at += 2 + length
+        if marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
+            return _orientation(None, data[at + 4 : end])
     return 1
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from src.data.packed import OpenFile, PackedSource
 from src.data.remote import RemoteTarSource
-from src.data.sources import FileSource, Source
+from src.data.sources import FileSource, Source, short_digest
 
 SAMPLED = 512
 RANGE = 4096
@@ -32,8 +32,8 @@ def source_state(source: Source) -> dict[str, Any]:
     else:
         entries = {"": [len(source), source.fingerprint()]}
     if len(entries) > LISTED:
-        digest = hashlib.sha256(repr(sorted(entries.items())).encode("utf-8", "surrogateescape"))
-        entries = {"": [len(entries), digest.hexdigest()[:16]]}
+        digest = short_digest(repr(sorted(entries.items())).encode("utf-8", "surrogateescape"))
+        entries = {"": [len(entries), digest]}
     return {"rows": len(source), "files": entries}
 
 
@@ -42,10 +42,10 @@ def compare_fingerprints(stored: Mapping[str, Any], own: Mapping[str, Any]) -> l
     found: list[str] = []
     before, now = stored.get("sources") or {}, own.get("sources") or {}
     for name in [*before, *(name for name in now if name not in before)]:
-        if name not in now or name not in before:
-            found.append(f"{name}: {'gone' if name not in now else 'new'}")
-            continue
-        found += [f"{name}: {change}" for change in _changes(before[name], now[name])]
+        if name in now and name in before:
+            found += [f"{name}: {change}" for change in _changes(before[name], now[name])]
+        else:
+            found.append(f"{name}: {'new' if name in now else 'gone'}")
     if not found:
         keys = [*(stored.keys() | own.keys()) - {"sources"}]
         found = [
@@ -100,11 +100,7 @@ def _ranges(file: Path) -> str:
         if not file.is_file():
             return ""
         opened = OpenFile(file)
-        size = opened.size
-        places = (0, max(0, size // 2 - RANGE // 2), max(0, size - RANGE))
-        digest = hashlib.sha256(str(size).encode())
-        for place in places:
-            digest.update(opened.read(place, RANGE))
-        return digest.hexdigest()[:16]
+        places = (0, max(0, opened.size // 2 - RANGE // 2), max(0, opened.size - RANGE))
+        return short_digest(b"".join([str(opened.size).encode(), *(opened.read(place, RANGE) for place in places)]))
     except OSError:
         return ""

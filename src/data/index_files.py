@@ -1,6 +1,5 @@
 """Keep the index of packed files on the disk, to be mapped: a line of JSON, then 16 bytes a row (`ROW`)."""
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ import numpy as np
 
 from src.core.files import replacing
 from src.data.packed import PackedIndex
+from src.data.sources import short_digest
 
 ROW = np.dtype([("offset", "<i8"), ("size", "<u4"), ("label", "<i4")])
 FOLDER = ".image_index"
@@ -55,7 +55,7 @@ def find_or_build(root: Path, what: Any, state: Any, build: Callable[[], tuple[P
 
 def digest(value: Any) -> str:
     """Return 16 hex digits of plain values."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    return short_digest(json.dumps(value, sort_keys=True).encode())
 
 
 def write(path: Path, index: PackedIndex, header: dict[str, Any]) -> None:
