@@ -18,8 +18,7 @@ from src.core.errors import UserError
 from src.core.weights import PROJECT_ROOT
 from src.data import dummy, remote
 from src.data.datamodule import RAEDataModule
-from src.data.hub import hub_folder
-from src.data.places import look
+from src.data.places import locate, look
 from src.data.sources import ReadOptions
 from tests.test_data_loader import arguments, assert_same
 from tests.test_data_places import image_tar
@@ -161,8 +160,8 @@ def test_names_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert data.train_size == 3
     assert asked == [("org/name", "v1", False), ("org/name", "v1", True)]
     with pytest.raises(UserError, match="401 Unauthorized.*huggingface-cli download --repo-type dataset org/gated"):
-        hub_folder("hf:org/gated", True)
+        locate("hf:org/gated", True)
     with pytest.raises(UserError, match="expected hf:ORG/NAME"):
-        hub_folder("hf:name", True)
+        locate("hf:name", True)
     with pytest.raises(UserError, match="No dataset at"):
         module("org/name").setup()  # not guessed

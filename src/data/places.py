@@ -15,7 +15,6 @@ from src.core.files import resolve
 from src.core.json_files import read_json
 from src.data import lists, parquet, patterns
 from src.data.arrow import ArrowSource
-from src.data.hub import PREFIX, hub_folder
 from src.data.remote import RemoteTarSource, Storage, is_remote
 from src.data.sources import DEFAULT_OPTIONS, ReadOptions, Source, folders, is_image, loose_files, open_image_tree, walk
 from src.data.split_names import ALIASES, SPLIT_NAMES, TEST_SPLITS, TRAIN_SPLITS, VALIDATION_SPLITS, group_by_split
@@ -121,12 +120,30 @@ class Place:
 def locate(data_dir: str | Path, download: bool = False) -> Path | str:
     """Return where a `data_dir` lies: a path, relative ones below the project, or the address of a storage as it is.
 
-    download: fetch a data set of the hub, `hf:ORG/NAME`, where it is missing.
+    A data set of the Hugging Face hub is named `hf:ORG/NAME` or `hf:ORG/NAME@REVISION`, never guessed from `a/b`; its folder
+    is where huggingface_hub keeps it. download: fetch one that is missing.
+
+    Raises:
+        UserError: no such name, not reachable, or not downloaded.
     """
     text = str(data_dir)
-    if is_remote(text):
-        return text
-    return hub_folder(text, download) if text.startswith(PREFIX) else resolve(data_dir)
+    if not text.startswith("hf:"):
+        return text if is_remote(text) else resolve(data_dir)
+    match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", text)
+    if match is None:
+        raise UserError(f"data.data_dir={text}: expected hf:ORG/NAME or hf:ORG/NAME@REVISION.")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(match[1], repo_type="dataset", revision=match[2], local_files_only=not download))
+    except Exception as error:  # errors of the network and of the hub share no class
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        revision = f" --revision {match[2]}" if match[2] else ""
+        raise UserError(
+            f"data.data_dir={text} can't be downloaded ({why}). Where there is a network: `huggingface-cli download "
+            f"--repo-type dataset {match[1]}{revision}`, once its terms are accepted on the hub; then copy the folder and set "
+            "data.data_dir to it."
+        ) from error
 
 
 def look(path: Path | str, options: ReadOptions = DEFAULT_OPTIONS, latents: bool = False) -> Place:
@@ -241,32 +258,25 @@ def _dataset(folder: Path) -> Place:
                 f"{folder / 'dataset_dict.json'}: `splits` lists {odd[0]!r:.60}; expected names of folders there."
             )
         return Place("dataset", folder, {name: name for name in names})
-    arrow = sorted(file.name for file in folder.glob("*.arrow") if not file.name.startswith("cache-"))
-    if not (folder / "state.json").is_file():
-        if cached := _cached_splits(folder, arrow):
-            return Place("cache", folder, cached)
-        if not (folder / "dataset_info.json").is_file():
-            raise UserError(
-                f"{folder} (data.data_dir) holds {len(arrow)} Arrow files but no dataset_info.json and state.json: it was "
-                f"half-written or half-copied. Copy it again, or move it away and convert again with `{CONVERT} IMAGES "
-                f"--output_dir {folder}`."
-            )
+    if not (folder / "state.json").is_file() and (cached := _cached_splits(folder)):
+        return Place("cache", folder, cached)
     return Place("dataset", folder)
 
 
-def _cached_splits(folder: Path, arrow: list[str]) -> dict[str, list[str]]:
+def _cached_splits(folder: Path) -> dict[str, list[str]]:
     """Return the files of each split as `load_dataset` caches them: NAME-SPLIT-00000-of-00002.arrow."""
     splits: dict[str, list[str]] = {}
-    for name in arrow:
-        match = re.fullmatch(r".+-([A-Za-z_.]+)(?:-(\d{5})-of-(\d{5}))?\.arrow", name)
+    counts: dict[str, int] = {}
+    for name in sorted(file.name for file in folder.glob("*.arrow") if not file.name.startswith("cache-")):
+        match = re.fullmatch(r".+-([A-Za-z_.]+)(?:-\d{5}-of-(\d{5}))?\.arrow", name)
         if match is None:
             return {}
         splits.setdefault(match[1], []).append(name)
+        counts.setdefault(match[1], int(match[2] or 0))
     for split, names in splits.items():
-        match = re.search(r"-of-(\d{5})\.arrow$", names[0])
-        if match and int(match[1]) != len(names):
+        if counts[split] not in (0, len(names)):
             raise UserError(
-                f"{folder} holds {len(names)} of the {int(match[1])} Arrow files of {split!r}. Copy it again."
+                f"{folder} holds {len(names)} of the {counts[split]} Arrow files of {split!r}. Copy it again."
             )
     return splits
 
