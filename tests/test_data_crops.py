@@ -148,7 +148,7 @@ def test_draws_belong_to_seed_epoch_and_position() -> None:
 
 @pytest.mark.parametrize(
     ("crop", "shorter_px", "says"),
-    [("center", 96, "train_crop.*resize_shorter_px"), ("random", 32, "resize_shorter_px=32.*image_size=64"), ("middle", None, "random or center")],
+    [("center", 96, "train_crop.*resize_shorter_px"), ("random", 32, "resize_shorter_px=32.*image_size=64")],
 )  # fmt: skip
 def test_contradictions_name_both_keys(crop: str, shorter_px: int | None, says: str) -> None:
     with pytest.raises(UserError, match=says):

@@ -49,35 +49,28 @@ def test_cmyk_follows_adobe_convention() -> None:
     assert np.abs(pixels.astype(int) - np.asarray(source)).mean() < 6  # inverted, it would be off by more than 60
 
 
-@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
-def test_other_formats_equal_pillow(kind: str) -> None:
-    data = encoded(photo(), kind)
-    np.testing.assert_array_equal(DECODER.decode(data).pixels, by_pillow(data))
+RAMP = np.tile(np.linspace(0, 65535, 256).astype(np.uint16), (40, 1))
+ALPHA = Image.linear_gradient("L")
 
 
-def test_palette_with_and_without_transparency() -> None:
-    image = photo().quantize(32)
-    for options in ({}, {"transparency": 3}, {"transparency": bytes(range(32))}):
-        data = encoded(image, "PNG", **options)
-        np.testing.assert_array_equal(DECODER.decode(data).pixels, np.asarray(image.convert("RGB")))
+def with_alpha(image: Image.Image) -> Image.Image:
+    image.putalpha(ALPHA.resize(image.size))
+    return image
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_alpha_is_dropped_not_blended(mode: str) -> None:
-    opaque = photo().convert(mode[:-1])
-    image = opaque.copy()
-    image.putalpha(Image.linear_gradient("L").resize(image.size))
-    assert image.mode == mode
-    np.testing.assert_array_equal(DECODER.decode(encoded(image, "PNG")).pixels, np.asarray(opaque.convert("RGB")))
-
-
-def test_sixteen_bit_grey_is_scaled_and_floating_point_refused() -> None:
-    with pytest.raises(BadImage, match="floating-point"):
-        DECODER.decode(encoded(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"))
-    ramp = np.tile(np.linspace(0, 65535, 256).astype(np.uint16), (40, 1))
-    for kind in ("PNG", "TIFF"):
-        pixels = DECODER.decode(encoded(Image.fromarray(ramp), kind)).pixels
-        np.testing.assert_array_equal(pixels, np.repeat((ramp >> 8).astype(np.uint8)[:, :, None], 3, axis=2))
+@pytest.mark.parametrize(
+    ("image", "kind", "options", "expected"),
+    [
+        *((photo(), kind, {}, None) for kind in ("PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")),
+        *((photo().quantize(32), "PNG", o, photo().quantize(32)) for o in ({}, {"transparency": 3}, {"transparency": bytes(range(32))})),
+        *((with_alpha(photo().convert(mode)), "PNG", {}, photo().convert(mode)) for mode in ("RGB", "L")),  # dropped, not blended
+        *((Image.fromarray(RAMP), kind, {}, Image.fromarray((RAMP >> 8).astype(np.uint8))) for kind in ("PNG", "TIFF")),
+    ],
+)  # fmt: skip
+def test_other_formats(image: Image.Image, kind: str, options: dict, expected: Image.Image | None) -> None:
+    data = encoded(image, kind, **options)
+    reference = by_pillow(data) if expected is None else np.asarray(expected.convert("RGB"))
+    np.testing.assert_array_equal(DECODER.decode(data).pixels, reference)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
@@ -163,38 +156,25 @@ def test_truncated_is_an_error_at_any_place() -> None:
             DECODER.decode(one)
 
 
-def flawed(data: bytes, flaw: str) -> bytes:
-    scan = data.index(b"\xff\xda")
-    at = scan + 2 + int.from_bytes(data[scan + 2 : scan + 4], "big")  # of the pixels
-    adobe = b"\xff\xee\0\x0eAdobe\0d\0\0\0\0\x07"
-    return {
-        "a wrong last coefficient in the scan header": lambda: data[: at - 2] + b"\x11" + data[at - 1 :],
-        "a wrong first coefficient in the scan header": lambda: data[: at - 3] + b"\x05" + data[at - 2 :],
-        "a revision of JFIF that nobody knows": lambda: data[:11] + b"\x09" + data[12:],
-        "a colour code of Adobe that nobody knows": lambda: data[:2] + adobe + data[20:],
-        "no end marker": lambda: data[:-2],
-    }[flaw]()
-
-
-FLAWS = [
-    "a wrong last coefficient in the scan header", "a wrong first coefficient in the scan header", "a revision of JFIF that nobody knows",
-    "a colour code of Adobe that nobody knows", "no end marker",
-]  # fmt: skip
+FLAWS = {  # of a file and the place of its pixels
+    "a wrong last coefficient in the scan header": lambda data, at: data[: at - 2] + b"\x11" + data[at - 1 :],
+    "a wrong first coefficient in the scan header": lambda data, at: data[: at - 3] + b"\x05" + data[at - 2 :],
+    "a revision of JFIF that nobody knows": lambda data, at: data[:11] + b"\x09" + data[12:],
+    "a colour code of Adobe that nobody knows": lambda data, at: data[:2] + b"\xff\xee\0\x0eAdobe\0d\0\0\0\0\x07" + data[20:],
+    "no end marker": lambda data, at: data[:-2],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("flaw", FLAWS)
 def test_flaws_that_lose_nothing_are_no_damage_and_hide_none(flaw: str) -> None:
     data = encoded(photo(), "JPEG")
-    np.testing.assert_array_equal(DECODER.decode(flawed(data, flaw)).pixels, by_pillow(data))
-    half = flawed(data, flaw)[: 2 * len(data) // 3]
+    scan = data.index(b"\xff\xda")
+    flawed = FLAWS[flaw](data, scan + 2 + int.from_bytes(data[scan + 2 : scan + 4], "big"))
+    np.testing.assert_array_equal(DECODER.decode(flawed).pixels, by_pillow(data))
+    half = flawed[: 2 * len(data) // 3]
     for lost in (half, half + b"\xff\xd9"):  # fewer pixels beside the flaw
         with pytest.raises(BadImage):
             DECODER.decode(lost)
-
-
-def test_a_progressive_file_without_its_end_may_lack_a_scan() -> None:
-    with pytest.raises(BadImage):
-        DECODER.decode(encoded(photo(), "JPEG", progressive=True)[:-2])
 
 
 def test_stray_bytes_lose_nothing() -> None:
@@ -203,8 +183,12 @@ def test_stray_bytes_lose_nothing() -> None:
         np.testing.assert_array_equal(DECODER.decode(padded).pixels, by_pillow(data))
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"<svg></svg>", bytes(4096)])  # fmt: skip
-def test_no_images_and_postscript(data: bytes) -> None:
+@pytest.mark.parametrize("data", [
+    b"", b"\xff\xd8\xff", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"<svg></svg>", bytes(4096),
+    encoded(photo(), "JPEG", progressive=True)[:-2],  # without its end it may lack a scan
+    encoded(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"),  # of no known range
+])  # fmt: skip
+def test_what_is_refused(data: bytes) -> None:
     with pytest.raises(BadImage):
         DECODER.decode(data)
 

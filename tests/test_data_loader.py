@@ -375,9 +375,9 @@ def test_every_data_config_is_complete() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("image_size", 0), ("batch_size", 0), ("num_workers", -1), ("max_bad_share", 2), ("exif", "both"),
+    [("image_size", 0), ("batch_size", 0), ("train_split", 0.0), ("train_split", 1.5), ("accumulate", 0), ("num_workers", -1), ("max_bad_share", 2), ("exif", "both"),
      ("max_megapixels", -1), ("train_crop", "left"), ("resize_shorter_px", 8)],
 )  # fmt: skip
 def test_bad_values_name_their_key_at_once(key: str, value: Any) -> None:
-    with pytest.raises(UserError, match=f"data.{key}"):
+    with pytest.raises(UserError, match="trainer.accumulate_grad_batches" if key == "accumulate" else f"data.{key}"):
         RAEDataModule(**arguments(**{key: value}))

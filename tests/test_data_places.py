@@ -23,16 +23,9 @@ from src.data.places import locate, look
 from src.data.sources import DEFAULT_OPTIONS, ReadOptions, walk
 from src.data.splits import Splits, open_splits
 from src.evaluation.images import open_images
-from tests.test_data_sources import hf_dataset, tree
+from tests.test_data_sources import FILES, hf_dataset, tree
 from tests.test_data_tars import tar
 from tests.training import composed
-
-FILES = [dummy.jpeg(i) for i in range(20)]
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> None:
-    datasets.disable_progress_bars()
 
 
 def opened(
