@@ -14,8 +14,8 @@ from src.data import dummy
 from src.data.arrow import ArrowSource
 from src.data.arrow_writer import write_metadata
 from src.data.decode import BadImage
+from src.data.file_names import VALIDATION_SPLITS
 from src.data.sources import ReadOptions, open_image_tree
-from src.data.split_names import VALIDATION_SPLITS
 from src.data.splits import open_splits
 from src.evaluation.images import open_images
 

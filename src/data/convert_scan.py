@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from src.core.errors import UserError
-from src.data import parquet, patterns
+from src.data import parquet
 from src.data.arrow import schema_features
 from src.data.decode import BadImage
+from src.data.file_names import SPLIT_NAMES, is_pattern
 from src.data.places import nested_splits, survey, telling_file
 from src.data.sources import FileSource, class_files, folders, loose_files, printable
-from src.data.split_names import SPLIT_NAMES
 from src.data.tars import TarSource
 
 
@@ -57,7 +57,7 @@ def scan(root: Path) -> Tree:
     """
     if root.is_dir() and ((first := telling_file(root)) is None or first.suffix.lower() not in (".tar", ".parquet")):
         return _tree(root)
-    if not root.exists() and not patterns.is_pattern(str(root)):
+    if not root.exists() and not is_pattern(str(root)):
         raise UserError(f"--input_dir {root}: no such folder.")
     place = survey(root)
     if place.kind == "parquet":

@@ -13,11 +13,20 @@ from typing import Any, Literal
 from src.core.errors import UserError
 from src.core.files import resolve
 from src.core.json_files import read_json
-from src.data import lists, parquet, patterns
+from src.data import lists, parquet
 from src.data.arrow import ArrowSource
+from src.data.file_names import (
+    ALIASES,
+    SPLIT_NAMES,
+    TEST_SPLITS,
+    TRAIN_SPLITS,
+    VALIDATION_SPLITS,
+    expand,
+    group_by_split,
+    is_pattern,
+)
 from src.data.remote import RemoteTarSource, Storage, is_remote
 from src.data.sources import DEFAULT_OPTIONS, ReadOptions, Source, folders, is_image, loose_files, open_image_tree, walk
-from src.data.split_names import ALIASES, SPLIT_NAMES, TEST_SPLITS, TRAIN_SPLITS, VALIDATION_SPLITS, group_by_split
 from src.data.tars import TarSource
 
 log = logging.getLogger(__name__)
@@ -170,8 +179,8 @@ def look(path: Path | str, options: ReadOptions = DEFAULT_OPTIONS, latents: bool
 
 def survey(path: Path) -> Place:
     """Return what lies at a path or what a pattern names, Parquet too. Raises UserError."""
-    if patterns.is_pattern(str(path)):
-        return _files(patterns.expand(str(path)), str(path))
+    if is_pattern(str(path)):
+        return _files(expand(str(path)), str(path))
     if path.is_file():
         return _files([path], str(path))
     if not path.is_dir():

@@ -7,6 +7,7 @@ hold secrets, are never logged or written.
 import functools
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -48,30 +49,24 @@ class Storage:
             UserError: not reachable, or nothing there.
         """
         system, root = self._system()
-        if any(c in root for c in "*?["):
-            found = self._try(lambda: system.glob(root, detail=True))
-        elif root.endswith(".tar"):
-            found = {root: self._try(lambda: system.info(root))}
-        else:
-            found = self._try(lambda: system.find(root, detail=True))
-        base = self.base(root)
-        sizes = {
-            name[len(base) :].lstrip("/"): int(info["size"]) for name, info in found.items() if name.endswith(".tar")
-        }
-        if not sizes:
+        one_by_one = root.endswith(".tar") or any(c in root for c in "*?[")
+        found = self._try(lambda: (system.glob if one_by_one else system.find)(root, detail=True))
+        names = {name[len(self._base(root)) :].lstrip("/"): name for name in sorted(found) if name.endswith(".tar")}
+        if not names:
             raise UserError(
                 f"No tar files at {self.url} (data.data_dir): expected a folder, a .tar, or a pattern such as s3://b/*.tar."
             )
-        return dict(sorted(sizes.items()))
+        return {name: int(found[path]["size"]) for name, path in names.items()}
 
     def read(self, name: str, start: int, size: int) -> bytes:
         """Read a range with one request, trying again where the network fails. Raises UserError."""
         system, root = self._system()
-        return self._try(lambda: system.cat_file(f"{self.base(root)}/{name}", start=start, end=start + size))
+        return self._try(lambda: system.cat_file(f"{self._base(root)}/{name}", start=start, end=start + size))
 
-    def base(self, root: str) -> str:
+    @staticmethod
+    def _base(root: str) -> str:
         """Return the folder that names are relative to."""
-        before = root.split("*")[0].split("?")[0].split("[")[0]
+        before = re.split(r"[*?[]", root, maxsplit=1)[0]
         return before.rpartition("/")[0] if before != root or root.endswith(".tar") else root
 
     def _system(self) -> tuple[Any, str]:
@@ -191,9 +186,8 @@ class Cache:
         for _, length, path in sorted(files):
             if size <= self.limit:
                 return
-            with suppress(OSError):
-                path.unlink()
-                size -= length
+            path.unlink(missing_ok=True)
+            size -= length
 
 
 def is_remote(data_dir: str | Path) -> bool:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from src.core.errors import UserError
+from src.data.file_names import TEST_SPLITS, VALIDATION_SPLITS
 from src.data.order import AllRows, Rows, split_rows
 from src.data.places import KINDS, look
 from src.data.sources import DEFAULT_OPTIONS, ReadOptions, Source
-from src.data.split_names import TEST_SPLITS, VALIDATION_SPLITS
 
 log = logging.getLogger(__name__)
 

@@ -14,12 +14,12 @@ from src.core.options import LoadingOptions
 from src.data import dummy
 from src.data.dataset import EvaluationDataset, EvaluationTransform
 from src.data.decode import Decoder
+from src.data.file_names import TEST_SPLITS, VALIDATION_SPLITS
 from src.data.loader import EvaluationLoader, WorkerOptions
 from src.data.order import evaluation_rows, split_rows
 from src.data.places import Place, locate, look
 from src.data.source_settings import first_source
 from src.data.sources import Source
-from src.data.split_names import TEST_SPLITS, VALIDATION_SPLITS
 from src.metrics.reference import Preparation
 
 log = logging.getLogger(__name__)
