@@ -2,53 +2,30 @@
 
 import logging
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from pytorch_lightning import LightningDataModule
 
 from src.core.errors import UserError
-from src.core.geometry import Pixels
-from src.core.settings import checked
 from src.data import dummy, mix
-from src.data.dataset import (
-    EvaluationDataset,
-    EvaluationTransform,
-    MixDataset,
-    TrainCrop,
-    TrainDataset,
-    TrainTransform,
-)
-from src.data.decode import Decoder, Exif
+from src.data.dataset import EvaluationDataset, EvaluationTransform, MixDataset, TrainDataset, TrainTransform
+from src.data.decode import Decoder
 from src.data.fingerprint import compare_fingerprints, source_state
 from src.data.latents import LatentStore, LatentTransform
 from src.data.loader import PREFETCH_BATCHES, EvaluationLoader, TrainLoader, WorkerOptions
 from src.data.order import AllRows, EpochOrder, Rows, evaluation_rows
 from src.data.places import locate
-from src.data.source_settings import (
-    BadShare,
-    Count,
-    EvaluationSettings,
-    Megapixels,
-    SourceSettings,
-    TrainShare,
-    parse_evaluation,
-    parse_sources,
-)
+from src.data.settings import DataSettings, EvaluationSettings
 from src.data.sources import ReadOptions, Source, short_digest
 from src.data.splits import Splits, open_evaluation, open_splits
 from src.data.worker_faults import prefetched_batches
 
 log = logging.getLogger(__name__)
-
-REMOVED_KEYS = {"prefetch_factor", "pin_memory", "worker_start", "val_batch_size"}
-"""Of run configs written by earlier versions; accepted and without effect."""
 
 
 @dataclass(frozen=True)
@@ -60,70 +37,27 @@ class EvaluationSet:
     settings: EvaluationSettings | None = None
 
 
-@checked("data", REMOVED_KEYS, seed="seed", accumulate="trainer.accumulate_grad_batches")
 class RAEDataModule(LightningDataModule):
     """Training crops and evaluation images. What each argument means stands in `configs/data/imagenet.yaml`.
 
     Ranks come from the trainer once it is attached, else there is one. Batches: `src.data.dataset.collate`.
     """
 
-    def __init__(
-        self,
-        data_dir: str | None,
-        use_hf_dataset: bool | None,
-        hf_split: str,
-        hf_validation_split: str | None,
-        train_split: TrainShare,
-        image_column: str | None,
-        label: str | None,
-        sources: Mapping[str, Any] | None,
-        epoch_images: Count | None,
-        mix_unit: mix.Unit,
-        evaluation: Mapping[str, Any] | None,
-        storage_options: Mapping[str, Any] | None,
-        cache_gb: Annotated[float, Field(ge=0)],
-        image_size: Pixels,
-        batch_size: Count,
-        accumulate: Count,
-        seed: int,
-        train_crop: TrainCrop,
-        resize_shorter_px: Pixels | None,
-        exif: Exif,
-        max_megapixels: Megapixels,
-        max_bad_share: BadShare,
-        allow_changed: bool,
-        num_workers: Annotated[int, Field(ge=0, le=1024)],
-        worker_timeout_s: Annotated[float, Field(ge=0, le=1e7)] = 0,
-        **removed: Any,
-    ) -> None:
-        given = dict(locals())  # before anything else has a name here
+    check_arguments = DataSettings.of
+
+    def __init__(self, **node: Any) -> None:
         super().__init__()
-        if (data_dir is None) == (sources is None):
-            raise UserError(
-                f"data.data_dir={data_dir} and data.sources={'null' if sources is None else 'set'}: expected one of them. "
-                + ("Set data.data_dir=PATH." if sources is None else "Set data.data_dir=null.")
-            )
-        if sources is None and epoch_images is not None:
-            raise UserError(
-                f"data.epoch_images={epoch_images} goes with data.sources: one source gives all of its images an epoch."
-            )
-        common = {key: given[key] for key in SourceSettings.field_names() if key in given}
-        self.is_mix = sources is not None
-        self.sources = (
-            {"": SourceSettings.model_construct(**common)} if sources is None else parse_sources(sources, common)
-        )
-        """By name; what is no mix has one of an empty name."""
-        self.evaluation_settings = parse_evaluation(evaluation) if evaluation is not None else None
-        self._storage_options, self._cache_gb = storage_options, cache_gb
-        self.epoch_images, self.mix_unit = epoch_images, mix_unit
-        self.batch_size, self.accumulate, self.seed, self.image_size = batch_size, accumulate, seed, image_size
-        self.num_workers, self.max_bad_share, self.allow_changed = num_workers, max_bad_share, allow_changed
-        self.worker_timeout_s = worker_timeout_s
+        self.settings = s = DataSettings.of(node)
+        self.is_mix = s.sources is not None
+        self.sources, self.evaluation_settings = s.parse_sources(), s.parse_evaluation()
+        self.batch_size, self.num_workers = s.batch_size, s.num_workers
         self.train_transforms = [
-            TrainTransform(image_size, s.train_crop, s.resize_shorter_px, Decoder(s.exif, s.max_megapixels), seed)
-            for s in self.sources.values()
+            TrainTransform(
+                s.image_size, one.train_crop, one.resize_shorter_px, Decoder(one.exif, one.max_megapixels), s.seed
+            )
+            for one in self.sources.values()
         ]
-        self.evaluation_transform = EvaluationTransform(image_size, Decoder(exif, max_megapixels))
+        self.evaluation_transform = EvaluationTransform(s.image_size, Decoder(s.exif, s.max_megapixels))
         self.same_epoch = False
         """Whether every epoch is the first one again (`trainer.overfit_batches`)."""
         self._compared = False
@@ -133,7 +67,7 @@ class RAEDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Make the project's own small data sets, and download those of the hub, where they are missing."""
-        for node in [*self.sources.values(), *(self.evaluation_settings or {}).values()]:
+        for node in [*self.sources.values(), *self.evaluation_settings.values()]:
             found = locate(node.data_dir, download=True)
             if isinstance(found, Path):
                 dummy.ensure(found)
@@ -192,7 +126,7 @@ class RAEDataModule(LightningDataModule):
     def evaluation_sets(self) -> dict[str, EvaluationSet]:
         """Return the evaluation sets by name, those of `data.evaluation` or what the first source holds out, which has an
         empty name; nothing where there is none."""
-        if self.evaluation_settings is None:
+        if not self.evaluation_settings:
             source, rows = self.splits.validation, self.splits.validation_rows
             return {} if source is None else {"": EvaluationSet(source, rows)}
         found = {}
@@ -210,7 +144,7 @@ class RAEDataModule(LightningDataModule):
             notes = [f"{len(splits.train_rows):,} training images"]
             if self.is_mix:
                 notes.append(f"weight {s.weight:g}, {share * self.order_length:,.0f} an epoch")
-            elif self.evaluation_settings is None:
+            elif not self.evaluation_settings:
                 notes.append(f"{self.val_size:,} held out")
             if splits.train.num_classes:
                 notes.append(f"{splits.train.num_classes:,} classes")
@@ -228,7 +162,7 @@ class RAEDataModule(LightningDataModule):
         parts = ["+".join(source.fingerprint() for source in splits.sources) for splits in self.opened]
         own = parts[0]
         if self.is_mix:
-            own = short_digest(repr((parts, self._weights(), self.order_length, self.mix_unit)).encode())
+            own = short_digest(repr((parts, self._weights(), self.order_length, self.settings.mix_unit)).encode())
         return f"{own}-{self.train_size}-{self.val_size}"
 
     @cached_property
@@ -246,7 +180,7 @@ class RAEDataModule(LightningDataModule):
         }
         if self.is_mix:
             mixed = {"weights": list(self._weights()), "epoch_images": self.order_length, "block": mix.BLOCK}
-            state["mix"] = mixed | {"unit": self.mix_unit, "names": list(self.sources)}
+            state["mix"] = mixed | {"unit": self.settings.mix_unit, "names": list(self.sources)}
         return state
 
     def state_dict(self) -> dict[str, Any]:
@@ -260,7 +194,7 @@ class RAEDataModule(LightningDataModule):
         if not changes:
             return
         named = "; ".join(changes[:10]) + (f"; and {len(changes) - 10} more" if len(changes) > 10 else "")
-        if self.allow_changed:
+        if self.settings.allow_changed:
             log.warning("The data is not that of the checkpoint (data.allow_changed=true): %s.", named)
             return
         raise UserError(
@@ -276,17 +210,17 @@ class RAEDataModule(LightningDataModule):
         if not self.is_mix:
             return self.train_size
         sizes = [len(splits.train_rows) for splits in self.opened]
-        return self.epoch_images or mix.images_per_epoch(sizes, self._weights())
+        return self.settings.epoch_images or mix.images_per_epoch(sizes, self._weights())
 
     @property
     def order(self) -> EpochOrder:
         """Assign images to the batches of this rank. Raises UserError where a global batch can't be filled."""
         world, rank = self._ranks()
-        place = (self.order_length, self.seed, self.batch_size, world, rank, self.accumulate)
+        place = (self.order_length, self.settings.seed, self.batch_size, world, rank, self.settings.accumulate)
         if len(self.sources) == 1 and self.order_length == self.train_size:
             return EpochOrder(*place)
         sizes = tuple(len(splits.train_rows) for splits in self.opened)
-        return mix.MixOrder(*place, sizes, self._weights(), self.mix_unit)
+        return mix.MixOrder(*place, sizes, self._weights(), self.settings.mix_unit)
 
     def train_dataloader(self) -> TrainLoader:
         _ = self.fingerprint_state  # of the data as it is before training
@@ -294,7 +228,7 @@ class RAEDataModule(LightningDataModule):
             log.warning("The checkpoint has no fingerprint of its data, so nobody knows whether this is the same.")
             self._compared = True
         parts = [
-            TrainDataset(splits.train, splits.train_rows, _transform(splits.train, transform, self.seed))
+            TrainDataset(splits.train, splits.train_rows, _transform(splits.train, transform, self.settings.seed))
             for splits, transform in zip(self.opened, self.train_transforms, strict=True)
         ]
         dataset = MixDataset(parts) if self.is_mix else parts[0]
@@ -355,7 +289,9 @@ class RAEDataModule(LightningDataModule):
         """Load `evaluation_dataset` in batches. persistent: keep the workers between passes."""
         dataset, _ = self.evaluation_dataset(train_fallback, num_images, rank, world, name)
         largest_share = len(self.evaluation_dataset(train_fallback, num_images, 0, world, name)[0])
-        loader = EvaluationLoader(dataset, batch_size, self._workers(), self.max_bad_share, persistent, largest_share)
+        loader = EvaluationLoader(
+            dataset, batch_size, self._workers(), self.settings.max_bad_share, persistent, largest_share
+        )
         if persistent:
             self._persistent.append(loader)
         return loader
@@ -363,7 +299,7 @@ class RAEDataModule(LightningDataModule):
     # -- inside
 
     def _options(self, image: str | None, label: str | None) -> ReadOptions:
-        return ReadOptions(image, label, self._storage_options, self._cache_gb)
+        return ReadOptions(image, label, self.settings.storage_options, self.settings.cache_gb)
 
     def _weights(self) -> tuple[float, ...]:
         return tuple(s.weight for s in self.sources.values())
@@ -376,10 +312,10 @@ class RAEDataModule(LightningDataModule):
         here = self.trainer.num_devices if self.trainer is not None else 1
         loaders = here * (2 if self.val_size else 1)
         store, batch = self.latent_store, self.batch_size
-        each = 3 * self.image_size**2 if store is None else 4 * math.prod(store.shape)  # bytes
+        each = 3 * self.settings.image_size**2 if store is None else 4 * math.prod(store.shape)  # bytes
         prefetch = prefetched_batches(self.num_workers, PREFETCH_BATCHES, batch * each, loaders, batch)
         pinned = on_gpu and torch.cuda.is_available()
-        return WorkerOptions(self.num_workers, pinned, prefetch, self.worker_timeout_s)
+        return WorkerOptions(self.num_workers, pinned, prefetch, self.settings.worker_timeout_s)
 
 
 def _transform(source: Source, images: Any, seed: int = 0) -> Any:

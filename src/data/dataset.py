@@ -178,8 +178,10 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
     kept = [s for s in samples if s.image is not None]
     labels = [s.label for s in kept if s.label is not None]
     labelled, of_mix = samples[0].label is not None, samples[0].source is not None
+    images = [s.image for s in kept if s.image is not None]
+    name = "latent" if images and images[0].is_floating_point() else "image"
     return {
-        **_stacked([s.image for s in kept if s.image is not None]),
+        name: torch.stack(images) if images else torch.empty(0, dtype=torch.uint8),
         "position": torch.tensor([s.item.position for s in kept], dtype=torch.int64),
         "index": torch.tensor([s.item.row for s in kept], dtype=torch.int64),
         "bad": torch.tensor([bool(s.failures) for s in kept], dtype=torch.bool),
@@ -188,12 +190,6 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
         "epoch": samples[0].item.epoch,
         "failures": tuple(f for s in samples for f in s.failures),
     }
-
-
-def _stacked(images: list[Tensor]) -> dict[str, Tensor]:
-    if not images:
-        return {"image": torch.empty(0, dtype=torch.uint8)}
-    return {"latent" if images[0].is_floating_point() else "image": torch.stack(images)}
 
 
 def _to_tensor(image: np.ndarray | Tensor) -> Tensor:

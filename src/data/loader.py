@@ -40,16 +40,15 @@ class WorkerOptions:
 
     def arguments(self, persistent: bool) -> dict[str, Any]:
         """Return keyword arguments for a DataLoader."""
-        arguments: dict[str, Any] = {"num_workers": self.num_workers, "pin_memory": self.pin_memory}
-        if self.num_workers:
-            arguments |= {
-                "prefetch_factor": self.prefetch,
-                "timeout": self.timeout_s,
-                "persistent_workers": persistent,
-                "multiprocessing_context": self.start,
-                "worker_init_fn": ignore_in_worker,
-            }
-        return arguments
+        of_workers = {
+            "prefetch_factor": self.prefetch,
+            "timeout": self.timeout_s,
+            "persistent_workers": persistent,
+            "multiprocessing_context": self.start,
+            "worker_init_fn": ignore_in_worker,
+        }
+        common = {"num_workers": self.num_workers, "pin_memory": self.pin_memory}
+        return common | of_workers if self.num_workers else common
 
 
 @dataclass

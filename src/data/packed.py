@@ -149,7 +149,5 @@ class OpenFile:
 
 def open_files_limit() -> int:
     """Return how many files a source keeps open."""
-    if resource is None:
-        return OPEN_FILES
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return OPEN_FILES if soft == resource.RLIM_INFINITY else max(4, min(OPEN_FILES, soft // 4))
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource is not None else -1
+    return OPEN_FILES if soft < 0 else max(4, min(OPEN_FILES, soft // 4))  # RLIM_INFINITY is -1

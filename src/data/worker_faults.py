@@ -42,23 +42,19 @@ class _DeathWatch:
 
     def install(self) -> None:
         if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, self._on_child)
+            signal.signal(signal.SIGCHLD, self._check)
 
     def next(self, iterator: Any) -> Any:
         """Return the next batch. Raises _WorkerDied if a process of this iterator has died."""
         self._waiting_for = iterator
         try:
-            self._check(iterator)
+            self._check()
             return next(iterator)
         finally:
             self._waiting_for = None
 
-    def _on_child(self, number: int, frame: object) -> None:
-        if self._waiting_for is not None:
-            self._check(self._waiting_for)
-
-    def _check(self, iterator: Any) -> None:
-        if _dead(iterator):
+    def _check(self, *_: Any) -> None:
+        if self._waiting_for is not None and _dead(self._waiting_for):
             raise _WorkerDied
 
 

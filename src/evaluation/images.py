@@ -18,7 +18,7 @@ from src.data.file_names import TEST_SPLITS, VALIDATION_SPLITS
 from src.data.loader import EvaluationLoader, WorkerOptions
 from src.data.order import evaluation_rows, split_rows
 from src.data.places import Place, locate, look
-from src.data.source_settings import first_source
+from src.data.settings import first_source
 from src.data.sources import Source
 from src.metrics.reference import Preparation
 
