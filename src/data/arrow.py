@@ -40,9 +40,15 @@ class ArrowSource(PackedSource):
         self.folder = folder
         info, self._state = _metadata(folder, files)
         names = [entry["filename"] for entry in self._state["_data_files"]]
-        paths = _present(folder, names)
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise UserError(
+                f"{folder} lacks {len(missing)} of its {len(names)} Arrow files: {', '.join(missing[:5])}"
+                f"{' …' if len(missing) > 5 else ''}. Copy them again."
+            )
+        paths = [folder / name for name in names]
         schema = read_schema(paths[0])
-        features = _features(info, schema)
+        features = info.get("features") or schema_features(schema)
+        features = features if isinstance(features, dict) else {}
         image = _image_column(folder, features, schema, columns.image)
         label = _label_column(folder, schema, columns.label)
         rows = [index_rows(path, schema, image, label) for path in paths]
@@ -50,10 +56,7 @@ class ArrowSource(PackedSource):
         index = PackedIndex.of_files(rows)
         if not index.starts[-1]:
             raise UserError(f"{folder} (data.data_dir) is a dataset of 0 images.")
-        feature = features.get(label) if label is not None else None
-        names = feature.get("names") if isinstance(feature, dict) else None
-        named = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        super().__init__(paths, index, names if named else None)
+        super().__init__(paths, index, class_names(features, label))
 
     def name(self, index: int) -> str:
         path = self._path(index)
@@ -72,20 +75,16 @@ class ArrowSource(PackedSource):
     def _path(self, index: int) -> str | None:
         """Read what the row says about its file; None where that is nothing."""
         number = self.file_of(index)
-        batches, row = self._paths[number], index - int(self.index.starts[number])
+        batches, row = self._paths[number], index - self._starts[number]
         if not len(batches):
             return None
         first, offsets, text, width = (int(n) for n in batches[np.searchsorted(batches[:, 0], row, "right") - 1])
         try:
-            start, stop = np.frombuffer(
-                self.read(number, offsets + (row - first) * width, 2 * width), f"<i{width}"
-            ).tolist()
+            places = self.read(number, offsets + (row - first) * width, 2 * width)
+            start, stop = np.frombuffer(places, f"<i{width}").tolist()
             return self.read(number, text + start, stop - start).decode("utf-8", "replace") or None
         except (BadImage, ValueError):
             return None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ArrowSource, self._arguments
 
 
 def _metadata(folder: Path, files: Sequence[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -112,28 +111,19 @@ def _metadata(folder: Path, files: Sequence[str] | None) -> tuple[dict[str, Any]
     return info, state
 
 
-def _present(folder: Path, names: Sequence[str]) -> list[Path]:
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise UserError(
-            f"{folder} lacks {len(missing)} of its {len(names)} Arrow files: {', '.join(missing[:5])}"
-            f"{' …' if len(missing) > 5 else ''}. Copy them again."
-        )
-    return [folder / name for name in names]
-
-
-def _features(info: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:
-    """Return what `datasets` says of the columns: dataset_info.json, else the metadata of the Arrow schema."""
-    features = info.get("features") or schema_features(schema)
-    return features if isinstance(features, dict) else {}
-
-
 def schema_features(schema: pa.Schema) -> dict[str, Any]:
     """Return the features that `datasets` noted in a schema; empty where there are none."""
     try:
         return dict(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
     except (KeyError, ValueError, TypeError, RecursionError):
         return {}
+
+
+def class_names(features: dict[str, Any], label: str | None) -> list[str] | None:
+    """Return the names of the classes of a column by what `datasets` says; None where it says none."""
+    feature = features.get(label or "")
+    names = feature.get("names") if isinstance(feature, dict) else None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
 def image_columns(features: dict[str, Any], schema: pa.Schema) -> list[str]:

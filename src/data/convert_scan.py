@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from src.core.errors import UserError
 from src.data import parquet
-from src.data.arrow import schema_features
+from src.data.arrow import class_names, schema_features
 from src.data.decode import BadImage
 from src.data.file_names import SPLIT_NAMES, is_pattern
 from src.data.places import nested_splits, survey, telling_file
@@ -170,8 +170,6 @@ def _parquet(root: Path, groups: dict[str, list[str]]) -> Tree:
             "metadata, or a list of addresses. img2dataset downloads those as tars; give its output folder."
         )
     schema = parquet.read_schema(first)
-    feature = schema_features(schema).get("label")
-    names = feature.get("names") if isinstance(feature, dict) else None
     whole = "label" in schema.names and str(schema.field("label").type).lstrip("u").startswith("int")
     splits = {}
     for split, files in groups.items():
@@ -183,7 +181,7 @@ def _parquet(root: Path, groups: dict[str, list[str]]) -> Tree:
             found += [RowGroup(file, i, facts.row_group(i).num_rows) for i in range(facts.num_row_groups)]
         splits[split] = ParquetRows(root, tuple(found), image, "label" if whole else None)
     has_splits = len(splits) > 1 or "train" not in splits
-    return Tree(root, splits, has_splits, (names or ()) if whole else None)  # type: ignore[arg-type]
+    return Tree(root, splits, has_splits, (class_names(schema_features(schema), "label") or ()) if whole else None)
 
 
 def _tree(root: Path) -> Tree:
@@ -193,18 +191,18 @@ def _tree(root: Path) -> Tree:
     if not has_splits and (nested := nested_splits(root)) is not None:
         return _tree(nested)
     places = by_split if has_splits else {"train": ""}
-    class_names = sorted({name for place in places.values() for name in folders(root / place)})
+    classes = sorted({name for place in places.values() for name in folders(root / place)})
     outside = [(n, "a folder beside the splits") for n in names if n not in places.values()] if has_splits else []
     splits: dict[str, Rows] = {}
     for split, place in places.items():
-        files, labels = class_files(root, class_names, place=place)
+        files, labels = class_files(root, classes, place=place)
         loose = [os.path.join(place, name) for name in loose_files(root / place)]
         if folders(root / place):
             outside += [(path, "beside the class folders, so of no class") for path in loose]
         else:
             files, labels = loose, []
         if files:
-            splits[split] = SourceRows(FileSource(root, files, labels, class_names), 0, len(files))
+            splits[split] = SourceRows(FileSource(root, files, labels, classes), 0, len(files))
     if not splits:
         raise UserError(f"--input_dir {root}: no files in it; expected images in one folder per class.")
-    return Tree(root, splits, has_splits, class_names or None, outside)
+    return Tree(root, splits, has_splits, classes or None, outside)

@@ -33,16 +33,18 @@ def find_or_build(root: Path, what: Any, state: Any, build: Callable[[], tuple[P
     what: plain values that name the files and how they are read. state: those that change with their contents (sizes,
     times): an index of the same files in another state is deleted.
     """
-    place, name = _place(root), f"{digest(what)}-{digest(state)}.idx"
-    for folder in dict.fromkeys((root / FOLDER, place)):
+    name = f"{digest(what)}-{digest(state)}.idx"
+    beside = root / FOLDER
+    writable = os.access(beside if beside.is_dir() else root, os.W_OK)
+    place = beside if writable else user_cache() / "index"
+    for folder in dict.fromkeys((beside, place)):
         if (found := read(folder / name)) is not None:
             return found
     place.mkdir(parents=True, exist_ok=True)
     with _locked(place / f"{digest(what)}.lock"):
         if (found := read(place / name)) is not None:
             return found
-        index, header = build()
-        write(place / name, index, header)
+        write(place / name, *build())
         for old in place.glob(f"{digest(what)}-*.idx"):
             if old.name != name:
                 with suppress(OSError):
@@ -86,12 +88,6 @@ def read(path: Path) -> Found | None:
 def user_cache() -> Path:
     """Return the folder for what is made once and can be made again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rae"
-
-
-def _place(root: Path) -> Path:
-    """Return where an index of `root` is written."""
-    beside = root / FOLDER
-    return beside if os.access(beside if beside.is_dir() else root, os.W_OK) else user_cache() / "index"
 
 
 @contextmanager

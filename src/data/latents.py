@@ -119,6 +119,7 @@ class LatentStore(PackedSource):
     """
 
     def __init__(self, path: str | Path) -> None:
+        self._arguments = (path,)
         self.folder = folder = Path(path).parent if Path(path).name == INDEX else Path(path)
         remedy = (
             "Expected a folder that `src/reconstruct.py --latents` wrote; its index is there once that has finished."
@@ -191,9 +192,6 @@ class LatentStore(PackedSource):
     def fingerprint(self) -> str:
         facts = {key: value for key, value in self.about.items() if key not in ("model", "data")}
         return short_digest(json.dumps(facts, sort_keys=True).encode())
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return LatentStore, (self.folder,)
 
 
 @dataclass(frozen=True)

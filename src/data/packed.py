@@ -69,7 +69,12 @@ class PackedIndex:
 
 
 class PackedSource:
-    """The rows of an index. What a kind of file adds to it (`name`, `fingerprint`, pickling) stands with that kind."""
+    """The rows of an index. What a kind of file adds to it (`name`, `fingerprint`) stands with that kind.
+
+    Pickles as `_arguments`, those of the constructor of that kind: another process opens the files itself.
+    """
+
+    _arguments: tuple[Any, ...]
 
     def __init__(
         self,
@@ -118,6 +123,9 @@ class PackedSource:
         if len(data) < size:
             raise BadImage(f"{self.files[number]} ends before it")
         return data
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._arguments
 
     def _elsewhere(self, index: int) -> bytes:
         raise BadImage("no bytes in its row")

@@ -160,7 +160,7 @@ def members(file: "_Window | Readable") -> Iterator[Member]:
         if kind in _REGULAR:
             records = everywhere | own if everywhere or own else None
             if records and "size" in records:
-                length = _decimal(records["size"], at)
+                length = _number(records["size"].encode("utf-8", "surrogateescape"), at, base=10)
                 end = at + (length + BLOCK - 1) // BLOCK * BLOCK
             name = records["path"] if records and "path" in records else header_name(header)
             if records and any(record.startswith("GNU.sparse") for record in records):
@@ -206,24 +206,18 @@ def check_header(header: bytes, at: int) -> None:
             raise Damaged(f"no tar header at byte {at:,}")
 
 
-def _number(digits: bytes, at: int) -> int:
-    """Parse a number: octal, or base 256 where the first bit is set (GNU)."""
-    if digits[0] & 0x80:
+def _number(digits: bytes, at: int, base: int = 8) -> int:
+    """Parse a number: in digits, or base 256 where the first bit is set (GNU)."""
+    if digits[:1] >= b"\x80":
         value = int.from_bytes(digits[1:], "big") if digits[0] == 0x80 else -1
     else:
         try:
-            value = int(digits.split(b"\0", 1)[0].strip() or b"0", 8)
+            value = int(digits.split(b"\0", 1)[0].strip() or b"0", base)
         except ValueError:
             value = -1
     if not 0 <= value < 1 << 62:
         raise Damaged(f"a member of an impossible size at byte {at:,}")
     return value
-
-
-def _decimal(text: str, at: int) -> int:
-    if not text.isascii() or not text.isdigit() or len(text) > 18:
-        raise Damaged(f"a member of an impossible size at byte {at:,}")
-    return int(text)
 
 
 def header_name(header: bytes) -> str:

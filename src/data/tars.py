@@ -37,7 +37,7 @@ class TarSource(PackedSource):
     """Of indexing: tars read at the same time, and what is read at once."""
 
     def __init__(self, root: Path, names: Sequence[str], label: str | None = None, quiet: bool = False) -> None:
-        self._arguments: tuple[Any, ...] = root, list(names), label, True
+        self._arguments = root, list(names), label, True
         try:
             status = {name: (root / name).stat() for name in names}
         except OSError as error:
@@ -110,9 +110,6 @@ class TarSource(PackedSource):
                 if time.monotonic() - began > 30:
                     log.info("Indexed %s of %s tar files.", f"{number:,}", count)
                     began = time.monotonic()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self._arguments
 
 
 def join(parts: Sequence[TarRows]) -> tuple[PackedIndex, dict[str, Any]]:
