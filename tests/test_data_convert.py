@@ -4,8 +4,6 @@ import errno
 import io
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
 import time
@@ -80,7 +78,7 @@ def test_bytes_and_classes_are_kept(workers: int, tmp_path: Path, monkeypatch: p
     assert len(ArrowSource(tmp_path / "out")) == 150
 
 
-def test_splits_share_their_classes(tmp_path: Path) -> None:
+def test_splits_share_their_classes_and_may_lack_them(tmp_path: Path) -> None:
     root = tree(tmp_path / "in", 9, "train")
     for name in ("dog", "zebra"):
         (root / "val" / name).mkdir(parents=True)
@@ -91,14 +89,10 @@ def test_splits_share_their_classes(tmp_path: Path) -> None:
     names = loaded["train"].features["label"].names
     assert names == ["cat", "dog", "zebra", "émeu"]
     assert [names[label] for label in loaded["validation"]["label"]] == ["dog", "zebra"]
-
-
-def test_flat_validation_folder_and_flat_tree(tmp_path: Path) -> None:
-    root = tree(tmp_path / "in", 6, "train")
-    (root / "val").mkdir()
-    (root / "val/a.JPEG").write_bytes(FILES[0])
-    run(root, tmp_path / "out")
-    assert datasets.load_from_disk(str(tmp_path / "out"))["validation"]["label"][0] == -1
+    for file in (root / "val").rglob("*.jpg"):
+        file.rename(root / "val" / f"{file.parent.name}.jpg").parent.joinpath(file.parent.name).rmdir()
+    run(root, tmp_path / "out", overwrite=True)
+    assert datasets.load_from_disk(str(tmp_path / "out"))["validation"]["label"] == [-1, -1]
     run(root / "val", tmp_path / "flat")
     assert datasets.load_from_disk(str(tmp_path / "flat")).column_names == ["image"]
 
@@ -183,19 +177,6 @@ def test_resizing(tmp_path: Path) -> None:
         assert row["image"]["bytes"] == (root / row["image"]["path"]).read_bytes()
 
 
-def test_existing_output_is_kept_unless_told(tmp_path: Path) -> None:
-    root = tree(tmp_path / "in")
-    run(root, tmp_path / "out")
-    with pytest.raises(UserError, match="--overwrite"):
-        run(root, tmp_path / "out")
-    (root / "cat/new.jpg").write_bytes(FILES[5])
-    (tmp_path / "empty").mkdir()
-    for output, overwrite in ((tmp_path / "out", True), (tmp_path / "empty", False)):
-        run(root, output, overwrite=overwrite)
-        assert rows(output) == expected(root)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "in", "out"]
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -224,7 +205,7 @@ def test_the_images_are_never_replaced(overwrite: bool, mark: str, tmp_path: Pat
     assert len(contents(tmp_path)) == len(before) + 12
 
 
-def test_only_a_dataset_is_replaced(tmp_path: Path) -> None:
+def test_only_a_dataset_is_replaced_and_only_when_told(tmp_path: Path) -> None:
     root, mine = tree(tmp_path / "in"), tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
@@ -235,13 +216,19 @@ def test_only_a_dataset_is_replaced(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="is a file; give a folder"):
             run(root, tmp_path / "file", overwrite=overwrite)
     assert contents(mine) == {"thesis.txt": b"years of work"}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "in", "mine"]
+    (tmp_path / "empty").mkdir()
+    run(root, tmp_path / "empty")
+    with pytest.raises(UserError, match="replace it with --overwrite"):
+        run(root, tmp_path / "empty")
+    (root / "cat/new.jpg").write_bytes(FILES[5])
+    run(root, tmp_path / "empty", overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "in", "mine"]
     for mark in ("conversion_report.json", "dataset_dict.json", "dataset_info.json", "state.json"):
         output = tmp_path / mark.partition(".")[0]
         output.mkdir()
         (output / mark).write_text("{}")
         run(root, output, overwrite=True)
-        assert rows(output) == expected(root)
+        assert rows(output) == rows(tmp_path / "empty") == expected(root)
 
 
 def test_what_others_called_old_or_partial_is_kept(tmp_path: Path) -> None:
@@ -370,26 +357,38 @@ def script(*args: object, **options: object) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
 
 
-def started(*args: object) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(SCRIPT), *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def test_killed_at_random_moments_and_resumed(tmp_path: Path) -> None:
-    root, output = tree(tmp_path / "in", 400), tmp_path / "out"
-    words = ["--input_dir", root, "--output_dir", output, "--num_workers", "2"]
-    moments = random.Random(4)
-    for _ in range(5):
-        process = started(*words)
-        time.sleep(moments.uniform(0.2, 0.8))
-        process.send_signal(signal.SIGKILL)
+@pytest.mark.parametrize("kind", ["tree", "parquet"])
+def test_a_killed_conversion_goes_on(kind: str, tmp_path: Path) -> None:
+    root, output = tmp_path / "in", tmp_path / "out"
+    if kind == "tree":
+        tree(root, 600)
+    else:
+        root.mkdir()
+        hf_dataset(1200).to_parquet(root / "train-00000-of-00001.parquet", batch_size=50)
+        assert pq.ParquetFile(root / "train-00000-of-00001.parquet").num_row_groups == 24
+    words = ["--input_dir", root, "--output_dir", output, "--num_workers", "1" if kind == "parquet" else "2"]
+    partial = tmp_path / "out.partial"
+    in_its_first_moment, in_the_middle = (
+        partial.exists,
+        lambda: len(list(partial.glob(".conversion/train-*.json"))) >= 2,
+    )
+    for begun in (in_its_first_moment, in_the_middle):
+        process = subprocess.Popen([sys.executable, str(SCRIPT), *map(str, words)], stdout=subprocess.DEVNULL)
+        while not begun() and process.poll() is None:
+            time.sleep(0.005)
+        process.kill()
         process.wait()
-        if output.exists():
-            break
-    if not output.exists():
-        assert script(*words).returncode == 0
-    assert rows(output) == expected(root)
-    assert not list(tmp_path.glob("*.partial"))
+    done = script(*words)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((output / "conversion_report.json").read_text())
+    assert report["shards_reused"] >= 1 and "Went on from an interrupted run" in done.stdout
+    assert not partial.exists()
+    if kind == "tree":
+        assert rows(output) == expected(root)
+        return
+    assert report["images"] == {"train": 1200}
+    source = open_splits(output, None, "train", None, 1.0).train
+    assert [source.encoded(i) for i in range(0, 1200, 97)] == [FILES[i % 20] for i in range(0, 1200, 97)]
 
 
 def test_script_reports_and_exit_codes(tmp_path: Path) -> None:
@@ -458,23 +457,3 @@ def test_parquet_without_images_or_cut_is_named(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"url": ["a"], "caption": ["b"]}).to_parquet(tmp_path / "meta/0.parquet")
     with pytest.raises(UserError, match="no images in its columns .url, caption.*img2dataset"):
         run(tmp_path / "meta", tmp_path / "out")
-
-
-def test_a_killed_conversion_goes_on(tmp_path: Path) -> None:
-    hub = tmp_path / "hub/data"
-    hub.mkdir(parents=True)
-    hf_dataset(1200).to_parquet(hub / "train-00000-of-00001.parquet", batch_size=50)
-    assert pq.ParquetFile(hub / "train-00000-of-00001.parquet").num_row_groups == 24
-    words = ["--input_dir", hub, "--output_dir", tmp_path / "out", "--num_workers", "1"]
-    process = started(*words)
-    journal, deadline = tmp_path / "out.partial/.conversion", time.monotonic() + 120
-    while len(list(journal.glob("train-*.json"))) < 2 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = script(*words)
-    report = json.loads((tmp_path / "out/conversion_report.json").read_text())
-    assert report["images"] == {"train": 1200} and report["shards_reused"] >= 1
-    assert "Went on from an interrupted run" in done.stdout
-    source = open_splits(tmp_path / "out", None, "train", None, 1.0).train
-    assert [source.encoded(i) for i in range(0, 1200, 97)] == [FILES[i % 20] for i in range(0, 1200, 97)]
