@@ -2,11 +2,12 @@
 
 import contextlib
 import itertools
+import json
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +37,20 @@ OTHERS: dict[str, tuple[pa.DataType, Any]] = {
 }
 
 
-def write(folder: Path, table: pa.Table, rows: int, files: int = 1, kind: str = "stream") -> list[pa.Table]:
-    """Write a dataset of record batches of `rows` rows."""
+def write(folder: Path, tables: Sequence[pa.Table], rows: int, kind: str = "stream", **options: Any) -> None:
+    """Write a dataset, a file of each table, of record batches of `rows` rows."""
     folder.mkdir()
-    names = [f"data-{i}.arrow" for i in range(files)]
-    size = -(-len(table) // files)
-    parts = [table.slice(i * size, size) for i in range(files)]
-    for name, part in zip(names, parts, strict=True):
-        new = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
-        with pa.OSFile(str(folder / name), "wb") as sink, new(sink, table.schema) as writer:
-            writer.write_table(part, max_chunksize=rows)
+    names = [f"data-{i}.arrow" for i in range(len(tables))]
+    new = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
+    for name, table in zip(names, tables, strict=True):
+        with pa.OSFile(str(folder / name), "wb") as sink, new(sink, table.schema, **options) as writer:
+            writer.write_table(table, max_chunksize=rows)
     write_metadata(folder, names, None, "train")
-    return parts
+
+
+def parts(table: pa.Table, count: int) -> list[pa.Table]:
+    size = -(-len(table) // count)
+    return [table.slice(i * size, size) for i in range(count)]
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -64,7 +67,8 @@ def test_rows_equal_those_of_pyarrow(seed: int, tmp_path: Path) -> None:
     columns += [(n, pa.array([v if draws.random() < 0.8 else None for _ in range(count)], k)) for n, (k, v) in OTHERS.items() if draws.random() < 0.5]  # fmt: skip
     draws.shuffle(columns)
     table = pa.table(dict(columns))
-    write(tmp_path / "set", table, draws.randint(1, 20), draws.randint(1, 3), draws.choice(["stream", "file"]))
+    size, files = draws.randint(1, 20), draws.randint(1, 3)
+    write(tmp_path / "set", parts(table, files), size, draws.choice(["stream", "file"]))
     source = ArrowSource(tmp_path / "set")
     assert len(source) == count
     for i, (value, label) in enumerate(zip(table["image"].to_pylist(), labels.to_pylist(), strict=True)):
@@ -81,7 +85,7 @@ def test_rows_equal_those_of_pyarrow(seed: int, tmp_path: Path) -> None:
 
 def small(folder: Path) -> bytes:
     rows = [{"bytes": bytes([i]) * (20 + i), "path": f"{i}.jpg"} for i in range(30)]
-    write(folder, pa.table({"image": pa.array(rows, STRUCT), "label": list(range(30))}), 10)
+    write(folder, [pa.table({"image": pa.array(rows, STRUCT), "label": list(range(30))})], 10)
     return (folder / "data-0.arrow").read_bytes()
 
 
@@ -126,34 +130,29 @@ def test_a_cut_file_is_refused_at_any_length(tmp_path: Path) -> None:
             ArrowSource(tmp_path / "set")
 
 
-def test_files_that_do_not_belong_together_and_compression_are_named(tmp_path: Path) -> None:
-    small(tmp_path / "set")
-    with pa.OSFile(str(tmp_path / "set/other.arrow"), "wb") as sink:
-        table = pa.table({"image": pa.array([b"x"])})
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-    write_metadata(tmp_path / "set", ["data-0.arrow", "other.arrow"], None, "train")
-    with pytest.raises(UserError, match="don't belong together: other.arrow"):
-        ArrowSource(tmp_path / "set")
-    with pa.OSFile(str(tmp_path / "set/data-0.arrow"), "wb") as sink:
-        options = pa.ipc.IpcWriteOptions(compression="zstd")
-        with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
-            writer.write_table(pa.table({"image": pa.array([b"x" * 5000])}))
-    write_metadata(tmp_path / "set", ["data-0.arrow"], None, "train")
-    with pytest.raises(UserError, match="compressed"):
-        ArrowSource(tmp_path / "set")
+ONE = pa.table({"image": pa.array([b"x" * 5000])})
+TWICE = pa.Table.from_arrays([pa.array([b"x"]), pa.array([1]), pa.array([2])], names=["image", "label", "label"])
 
 
-def test_two_columns_of_one_name_are_named(tmp_path: Path) -> None:
-    table = pa.Table.from_arrays([pa.array([b"x"]), pa.array([1]), pa.array([2])], names=["image", "label", "label"])
-    write(tmp_path / "set", table, 1)
-    with pytest.raises(UserError, match="two of one name"):
+@pytest.mark.parametrize(
+    ("tables", "options", "says"),
+    [
+        ([pa.table({"image": pa.array([b"x"]), "label": [1]}), ONE], {}, "don't belong together: data-1.arrow"),
+        ([ONE], {"options": pa.ipc.IpcWriteOptions(compression="zstd")}, "compressed"),
+        ([TWICE], {}, "two of one name"),
+    ],
+)
+def test_what_can_not_be_read_in_place_is_named(
+    tables: list[pa.Table], options: Any, says: str, tmp_path: Path
+) -> None:
+    write(tmp_path / "set", tables, 1, **options)
+    with pytest.raises(UserError, match=says):
         ArrowSource(tmp_path / "set")
 
 
 def two_images(folder: Path) -> Path:
     table = pa.table({"low": pa.array([b"l"]), "high": pa.array([b"h"]), "name": ["a.jpg"], "parts": [[b"x"]]})
-    write(folder, table, 1)
+    write(folder, [table], 1)
     return folder
 
 
@@ -176,7 +175,8 @@ def test_the_column_of_the_images(wanted: str | None, says: str, tmp_path: Path)
 @pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="needs /proc")
 def test_opening_reads_little_and_keeps_few_files_open(tmp_path: Path) -> None:
     image = bytes(150_000)
-    write(tmp_path / "set", pa.table({"image": pa.array([{"bytes": image, "path": "x"}] * 400, STRUCT)}), 100, 20)
+    table = pa.table({"image": pa.array([{"bytes": image, "path": "x"}] * 400, STRUCT)})
+    write(tmp_path / "set", parts(table, 20), 100)
     program = (
         "import sys; from pathlib import Path; from src.data.arrow import ArrowSource; import os\n"
         "def read(): return int(open('/proc/self/io').read().split()[1])\n"
@@ -199,8 +199,6 @@ def test_opening_reads_little_and_keeps_few_files_open(tmp_path: Path) -> None:
 def test_a_state_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
     small(tmp_path / "set")
     for name in ("../set/data-0.arrow", str(tmp_path / "set/data-0.arrow"), 5):
-        (tmp_path / "set/state.json").write_text(
-            '{"_data_files": [{"filename": %s}]}' % (f'"{name}"' if name != 5 else 5)
-        )
+        (tmp_path / "set/state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
         with pytest.raises(UserError, match="state.json: `_data_files` lists"):
             ArrowSource(tmp_path / "set")
