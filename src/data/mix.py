@@ -9,7 +9,7 @@ Legend: s source, n its rows, d draw, N images an epoch, G a global batch.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from src.core import random_streams as stream
 from src.core.errors import UserError
-from src.data.order import EpochOrder, Item
+from src.data.order import EpochOrder
 
 BLOCK = 1000
 """Units in which the shares are exact."""
@@ -43,12 +43,8 @@ class MixOrder(EpochOrder):
         super().__post_init__()
         shares(self.weights)
 
-    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[list[Item]]:
-        for i in range(start_batch, self.batches):
-            first = (i * self.world + self.rank) * self.batch_size
-            positions = np.arange(first, first + self.batch_size)
-            rows = self.rows(epoch, positions)
-            yield [Item(epoch, p, r) for p, r in zip(positions.tolist(), rows.tolist(), strict=True)]
+    def order_of(self, epoch: int) -> Callable[[np.ndarray], np.ndarray]:
+        return functools.partial(self.rows, epoch)
 
     def rows(self, epoch: int, positions: np.ndarray) -> np.ndarray:
         """Return the rows, int64, at positions of an epoch."""

@@ -7,7 +7,7 @@ Position p is the place of an image in its epoch's order over all ranks. Micro-b
 images for any W, b, k of equal product. The last, partial global batch is dropped (recipe section 4).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -56,10 +56,15 @@ class EpochOrder:
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[list[Item]]:
         """Yield the rank's micro-batches from number `start_batch` on."""
-        order = stream.permutation(self.seed, epoch, self.length)
+        order = self.order_of(epoch)
         for i in range(start_batch, self.batches):
             first = (i * self.world + self.rank) * self.batch_size
-            yield [Item(epoch, p, int(order[p])) for p in range(first, first + self.batch_size)]
+            positions = np.arange(first, first + self.batch_size)
+            yield [Item(epoch, p, row) for p, row in zip(positions.tolist(), order(positions).tolist(), strict=True)]
+
+    def order_of(self, epoch: int) -> Callable[[np.ndarray], np.ndarray]:
+        """Return the function from positions of an epoch to rows, int64."""
+        return stream.permutation(self.seed, epoch, self.length).__getitem__
 
     def _too_few(self) -> str:
         w, b, k = self.world, self.batch_size, self.accumulate
