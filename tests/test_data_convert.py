@@ -90,7 +90,8 @@ def test_splits_share_their_classes_and_may_lack_them(tmp_path: Path) -> None:
     assert names == ["cat", "dog", "zebra", "émeu"]
     assert [names[label] for label in loaded["validation"]["label"]] == ["dog", "zebra"]
     for file in sorted((root / "val").rglob("*.jpg")):
-        file.rename(root / "val" / f"{file.parent.name}.jpg").parent.joinpath(file.parent.name).rmdir()
+        file.rename(root / "val" / f"{file.parent.name}.jpg")
+        file.parent.rmdir()
     run(root, tmp_path / "out", overwrite=True)
     assert datasets.load_from_disk(str(tmp_path / "out"))["validation"]["label"] == [-1, -1]
     run(root / "val", tmp_path / "flat")
