@@ -32,14 +32,6 @@ def test_same_global_batches_for_equal_products(length: int, epoch: int) -> None
     assert [p for batch in reference for p, _ in batch] == list(range(len(seen)))
 
 
-def test_resume_is_the_tail() -> None:
-    order = EpochOrder(200, 9, 8, 2, 1, 2)
-    whole = list(order.epoch(4))
-    assert len(whole) == order.batches == 200 // 32 * 2
-    for start in range(order.batches + 1):
-        assert list(order.epoch(4, start)) == whole[start:]
-
-
 def test_epochs_and_seeds_differ() -> None:
     first, later, other = ([i.row for i in next(EpochOrder(64, s, 64).epoch(e))] for s, e in ((9, 0), (9, 1), (10, 0)))
     assert first != later and first != other and sorted(first) == list(range(64))

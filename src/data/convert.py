@@ -71,7 +71,7 @@ def convert(
         check_output(output, overwrite)
         _prepare(partial, tree, settings, overwrite)
         jobs = _jobs(partial, tree, settings)
-        open_jobs = [job for job in jobs if not Path(job.journal).is_file()]
+        open_jobs = [job for job in jobs if not job.journal.is_file()]
         done = tree.count - sum(len(job.part) for job in open_jobs)
         progress(done)
         for finished in _run(open_jobs, num_workers):
@@ -147,14 +147,14 @@ def _prepare(partial: Path, tree: Tree, settings: Settings, overwrite: bool) -> 
 def _jobs(partial: Path, tree: Tree, settings: Settings) -> list[Job]:
     jobs = []
     for split, rows in tree.splits.items():
-        folder = partial / split if tree.has_splits else partial
+        folder = tree.folder(partial, split)
         folder.mkdir(exist_ok=True)
         parts: Sequence[Rows] = rows.parts(min(SHARD_IMAGES[1], max(SHARD_IMAGES[0], -(-len(rows) // 16))))
         own = settings if split == "train" else replace(settings, resize_shorter_px=None)
         for i, part in enumerate(parts):
             name = shard_name(i, len(parts))
             journal = partial / JOURNAL / f"{split}-{name}.json"
-            jobs.append(Job(part, str(folder / name), str(journal), own, tree.class_names))
+            jobs.append(Job(part, folder / name, journal, own, tree.class_names))
     return jobs
 
 
@@ -189,13 +189,13 @@ def _finish(partial: Path, tree: Tree, jobs: list[Job], reused: int, started: fl
     bad = [{"file": printable(path), "reason": reason} for path, reason in tree.outside]
     images: dict[str, int] = {}
     for split in tree.splits:
-        folder = partial / split if tree.has_splits else partial
-        mine = [job for job in jobs if Path(job.target).parent == folder]
-        schema = {"rows": int, "bad": list[dict[str, str]]}
-        journals = [read_json(job.journal, "Repeat with --overwrite.", **schema) for job in mine]
-        images[split] = sum(j["rows"] for j in journals)
-        bad += [entry for j in journals for entry in j["bad"]]
-        write_metadata(folder, [Path(job.target).name for job in mine], tree.class_names, split)
+        folder, images[split] = tree.folder(partial, split), 0
+        mine = [job for job in jobs if job.target.parent == folder]
+        for job in mine:
+            journal = read_json(job.journal, "Repeat with --overwrite.", rows=int, bad=list[dict[str, str]])
+            images[split] += journal["rows"]
+            bad += journal["bad"]
+        write_metadata(folder, [job.target.name for job in mine], tree.class_names, split)
     if not images.get("train", sum(images.values())):
         first = "; ".join(f"{b['file']}: {b['reason']}" for b in bad[:3])
         shutil.rmtree(partial)

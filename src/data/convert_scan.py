@@ -45,6 +45,10 @@ class Tree:
     def count(self) -> int:
         return sum(map(len, self.splits.values()))
 
+    def folder(self, output: Path, split: str) -> Path:
+        """Return where a split is written."""
+        return output / split if self.has_splits else output
+
 
 def scan(root: Path) -> Tree:
     """List a folder, a file or a pattern: Parquet, tars, or a tree of files.

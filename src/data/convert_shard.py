@@ -39,8 +39,8 @@ class Job:
     """One shard."""
 
     part: Rows
-    target: str
-    journal: str
+    target: Path
+    journal: Path
     settings: Settings
     class_names: Sequence[str] | None
 
@@ -48,21 +48,18 @@ class Job:
 def convert_shard(job: Job) -> int:
     """Write a shard, then the journal entry that says it is done; return the number of files tried."""
     bad: list[dict[str, str]] = []
-    rows = write_shard(Path(job.target), _rows(job, bad), job.class_names)
-    write_json(Path(job.journal), {"rows": rows, "bad": bad})
+    rows = write_shard(job.target, _rows(job, bad), job.class_names)
+    write_json(job.journal, {"rows": rows, "bad": bad})
     return len(job.part)
 
 
 def _rows(job: Job, bad: list[dict[str, str]]) -> Iterable[Row]:
-    settings = job.settings
-    decoder = None
-    if not settings.trust or settings.resize_shorter_px is not None:
-        decoder = Decoder("apply", settings.max_megapixels)
+    shorter_px, decoder = job.settings.resize_shorter_px, Decoder("apply", job.settings.max_megapixels)
     for entry in job.part.entries():
         try:
             data = entry.read()
-            if decoder is not None:
-                data = encode(data, decoder, settings.resize_shorter_px)
+            if not job.settings.trust or shorter_px is not None:
+                data = encode(data, decoder, shorter_px)
         except BadImage as error:
             bad.append({"file": entry.name, "reason": str(error)})
             continue
