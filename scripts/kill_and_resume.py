@@ -80,8 +80,8 @@ def main() -> int:
 
 def stage_2(base: Path) -> list[str]:
     """Return the overrides of a small run of stage 2, on an untrained autoencoder made here."""
+    from src.formats.export import write_own_statistics
     from src.formats.folder import write_folder
-    from src.formats.official import write_own_statistics
     from tests.tiny_models import loaded, tiny_rae
 
     rae, folder = tiny_rae(base / "tiny", statistics=True), base / "autoencoder"

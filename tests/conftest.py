@@ -50,8 +50,8 @@ def rae() -> RAE:
 @pytest.fixture(scope="session")
 def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export of stage 1: latents of 64 x 4 x 4 at 64 px, with statistics of the dummy's like."""
+    from src.formats.export import write_own_statistics
     from src.formats.folder import write_folder
-    from src.formats.official import write_own_statistics
     from tests.tiny_models import loaded, tiny_rae
 
     folder = tmp_path_factory.mktemp("autoencoder")

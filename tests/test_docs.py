@@ -22,7 +22,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from src.core.weights import PROJECT_ROOT
-from src.formats.official import write_official
+from src.formats.export import write_official
 from src.training.record import RunRecord, make_folder
 from tests.tiny_models import tiny_rae
 from tests.training import composed, train

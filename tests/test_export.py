@@ -3,8 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +11,6 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from src.core.errors import UserError
-from src.core.weights import PROJECT_ROOT
 from src.export import main
 from src.formats.checkpoint import load_trained
 from src.formats.diffusers import read_diffusers
@@ -26,13 +23,6 @@ from tests.tiny_models import checkpoint, equal_decoders, tiny_rae
 
 def run(line: str) -> int:
     return main(shlex.split(line))
-
-
-def test_help_is_quick_and_names_the_formats():
-    program = [sys.executable, PROJECT_ROOT / "src/export.py"]
-    done = subprocess.run([*program, "--help"], capture_output=True, text=True, timeout=30)
-    assert done.returncode == 0 and "--published" in done.stdout and "--published-names" in done.stdout
-    assert subprocess.run(program, capture_output=True, timeout=30).returncode == 2
 
 
 def test_every_format_gives_the_checkpoint_back_and_exports_are_exported_again(tmp_path, capsys):

@@ -10,10 +10,9 @@ from src.core.errors import UserError
 from src.core.key_mapping import NameTable
 from src.formats.decoder_files import read_decoder
 from src.formats.diffusers import obstacles, read_diffusers, write_diffusers
+from src.formats.export import write_official, write_own_statistics, write_statistics
 from src.formats.folder import read_folder, write_folder
-from src.formats.official import write_official, write_own_statistics, write_statistics
-from src.models.decoder import DecoderConfig, ViTDecoder, sincos_positions
-from src.models.positions import are_fixed, fit_positions
+from src.models.decoder import DecoderConfig, ViTDecoder, are_fixed, fit_positions, sincos_positions
 from src.models.rae import RAE
 from tests.tiny_models import DECODER, WIDTH, equal_decoders, loaded, tiny_rae
 

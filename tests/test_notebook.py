@@ -8,8 +8,8 @@ import sys
 import torch
 
 from src.core.weights import PROJECT_ROOT
+from src.formats.export import write_own_statistics
 from src.formats.folder import write_folder
-from src.formats.official import write_own_statistics
 from tests.test_stage2 import SMALL
 from tests.tiny_models import checkpoint, loaded, photos, tiny_rae
 from tests.training import train

@@ -24,8 +24,8 @@ from src.core.weights import PROJECT_ROOT, read
 from src.data.latents import LatentStore, LatentWriter
 from src.evaluation.images import open_images
 from src.export import main as export
+from src.formats.export import write_own_statistics
 from src.formats.folder import write_folder
-from src.formats.official import write_own_statistics
 from src.formats.opening import open_autoencoder
 from src.formats.stage2 import foreign_weights, open_generator
 from src.models.dit import build_network, forward_flops

@@ -28,9 +28,8 @@ from src.core.settings import Settings
 from src.core.weights import load_strict, read, require, resolve
 from src.formats import diffusers_layout
 from src.formats.checkpoint import check_parts
-from src.models.decoder import ViTDecoder, sincos_positions
+from src.models.decoder import ViTDecoder, fit_positions, sincos_positions
 from src.models.frozen_encoder import identity_differences
-from src.models.positions import fit_positions
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +112,7 @@ def read_decoder(path: str | Path, key: str = "model.pretrained_decoder_path") -
 
 
 def load_decoder(decoder: ViTDecoder, path: str | Path, denormalize: bool, encoder: Mapping[str, Any]) -> None:
-    """Load a decoder in any form into `decoder`, strictly. For another grid the positions follow `models/positions.py`.
+    """Load a decoder in any form into `decoder`, strictly. For another grid the positions follow `fit_positions`.
 
     Args:
         denormalize: `decoder_denormalize` of the model; must be what the file says, where it says so.

@@ -27,9 +27,9 @@ from src.formats import diffusers_layout
 from src.formats.checkpoint import LoadedModel
 from src.formats.decoder_files import STATISTICS, read_record
 from src.formats.diffusers_layout import FAMILIES, HEAD_WIDTH, Family
+from src.models.decoder import are_fixed
 from src.models.encoder_presets import source_key
 from src.models.frozen_encoder import FrozenEncoder, is_untrained
-from src.models.positions import are_fixed
 from src.models.rae import RAE
 
 log = logging.getLogger(__name__)

@@ -1,27 +1,36 @@
-"""A model into a folder of one of three formats, whole or not at all."""
+"""A model into a folder of one of three formats, whole or not at all; the files of the official code.
+
+The names of its parameters are those of our decoder, so the table between the two is the identity.
+
+Legend: C latent channels, h = w latent grid.
+"""
 
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from src.core.errors import UserError
-from src.core.files import check_folder
+from src.core.files import check_folder, write_torch
 from src.core.weights import DTYPES
 from src.formats.card import model_card
 from src.formats.checkpoint import LoadedModel
-from src.formats.decoder_files import RECORD
+from src.formats.decoder_files import RECORD, STATISTICS
 from src.formats.diffusers import write_diffusers
 from src.formats.folder import write_folder
-from src.formats.official import write_official, write_own_statistics
 from src.formats.provenance import file_hashes, provenance, write_record
+from src.models.rae import RAE
 
 log = logging.getLogger(__name__)
 
 Format = Literal["official", "diffusers", "folder"]
+DECODER = "model.pt"
 
 
 def export(
@@ -87,3 +96,36 @@ def new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
 def check_output(output: Path, overwrite: bool) -> None:
     """Check that `output` is free, or an earlier export that is to be replaced. Raises UserError."""
     check_folder(output, overwrite, (RECORD,), "earlier export")
+
+
+def write_official(rae: RAE, folder: str | Path, dtype: torch.dtype = torch.float32) -> list[str]:
+    """Write `model.pt`, a flat dictionary of tensors; returns remarks for whoever uses it.
+
+    Positions are stored, as the official code expects, so any grid works there.
+    """
+    state = {
+        name: value.detach().to(dtype).cpu().contiguous().clone() for name, value in rae.decoder.state_dict().items()
+    }
+    write_torch(Path(folder) / DECODER, state)
+    remarks = [
+        f"The official code builds the decoder for its own grid: use it at {rae.geometry.image_size} px with "
+        f"patches of {rae.geometry.decoder_patch} px."
+    ]
+    if not rae.decoder_denormalize:
+        remarks.append(
+            "The decoder's output is the image itself (RAEv2); the first RAE code would multiply it by the "
+            "encoder's std and add its mean."
+        )
+    return remarks
+
+
+def write_statistics(mean: Tensor | None, var: Tensor | None, encoder: Mapping[str, Any], path: str | Path) -> None:
+    """Write the official file, {mean, var} each float32 C x h x w or None, and the encoder's identity."""
+    values = {name: None if v is None else v.float().cpu().clone() for name, v in (("mean", mean), ("var", var))}
+    write_torch(path, {**values, "encoder": dict(encoder)})
+
+
+def write_own_statistics(rae: RAE, folder: str | Path, encoder: Mapping[str, Any]) -> None:
+    """Write `stats.pt` beside an export of a model that has statistics."""
+    if rae.has_statistics:
+        write_statistics(rae.latent_mean, rae.latent_var, encoder, Path(folder) / STATISTICS)

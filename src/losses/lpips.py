@@ -121,7 +121,7 @@ class VGG16(nn.Module):
                 self.features.append(nn.ReLU(inplace=True))  # a convolution's backward does not look at its output
                 width = wide
             self.taps.append(len(self.features) - 1)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return relu1_2, ..., relu5_3, B x C x H/2^stage x W/2^stage, of normalised images of at least 16 px a side."""

@@ -85,16 +85,23 @@ class NpzRows:
     member: str
     dtype: type[np.generic]
     content: str
+    last: int | None = None
+    """Length of the last of its four axes; None: any."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        name = self.member.removesuffix(".npy")
         with npz_errors(self.path), zipfile.ZipFile(self.path) as archive:
             if self.member not in archive.namelist():
-                name = self.member.removesuffix(".npy")
                 raise UserError(f"{self.path} has no `{name}`, only {archive.namelist()}: expected {self.content}.")
             with archive.open(self.member) as file:
-                self.shape = self._header(file)
-                row = math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
+                self.shape, by_columns, dtype = read_header(file)
+                if dtype != self.dtype or by_columns or len(self.shape) != 4 or self.last not in (None, self.shape[3]):
+                    raise UserError(
+                        f"{self.path}: `{name}` is {dtype} {self.shape}{' in column order' if by_columns else ''}, expected "
+                        f"{self.content} (arrays of Python objects are refused)"
+                    )
+                row = math.prod(self.shape[1:]) * dtype.itemsize
                 _check_size(archive.getinfo(self.member), file.tell(), self.shape[0] * row)
                 if row > LARGEST_ROW:
                     raise ValueError(f"a row of {row:,} bytes, more than {LARGEST_ROW:,}")
@@ -106,7 +113,7 @@ class NpzRows:
         """Yield batches of rows: every world_size-th from `rank` on, so that ranks share them."""
         count, *entry = self.shape
         with npz_errors(self.path), zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
-            self._header(file)
+            read_header(file)
             for index, start in enumerate(range(0, count, batch_size)):
                 size = min(batch_size, count - start)
                 wanted = size * math.prod(entry) * np.dtype(self.dtype).itemsize
@@ -114,37 +121,17 @@ class NpzRows:
                 if len(data) != wanted:
                     raise UserError(f"{self.path} ends after image {start + len(data) * size // wanted} of {count}")
                 if index % world_size == rank:
-                    yield self._batch(
-                        torch.from_numpy(np.frombuffer(bytearray(data), self.dtype).reshape(size, *entry))
-                    )
-
-    def _batch(self, rows: Tensor) -> Tensor:
-        return rows
-
-    def _fits(self, shape: tuple[int, ...]) -> bool:
-        return len(shape) == 4
-
-    def _header(self, file: IO[bytes]) -> tuple[int, ...]:
-        name = self.member.removesuffix(".npy")
-        shape, fortran, dtype = read_header(file)
-        if dtype != self.dtype or fortran or not self._fits(shape):
-            raise UserError(
-                f"{self.path}: `{name}` is {dtype} {shape}{' in column order' if fortran else ''}, expected "
-                f"{self.content} (arrays of Python objects are refused)"
-            )
-        return shape
+                    yield torch.from_numpy(np.frombuffer(bytearray(data), self.dtype).reshape(size, *entry))
 
 
 class ImageNpz(NpzRows):
     """The images `arr_0` of an npz; batches are uint8 B x 3 x H x W."""
 
-    member, dtype, content = IMAGES, np.uint8, "uint8 images N x H x W x 3"
+    member, dtype, content, last = IMAGES, np.uint8, "uint8 images N x H x W x 3", 3
 
-    def _fits(self, shape: tuple[int, ...]) -> bool:
-        return len(shape) == 4 and shape[3] == 3
-
-    def _batch(self, rows: Tensor) -> Tensor:
-        return rows.permute(0, 3, 1, 2).contiguous()  # B 3 H W
+    def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
+        for rows in super().batches(batch_size, rank, world_size):
+            yield rows.permute(0, 3, 1, 2).contiguous()
 
 
 class LatentNpz(NpzRows):

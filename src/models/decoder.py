@@ -4,6 +4,8 @@ Legend: B batch, N tokens, C latent channels, D decoder width, A heads, P patch 
 Parameter names are those of the released decoder files, so that these load strictly and ours load elsewhere.
 """
 
+import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -20,6 +22,10 @@ from src.core.settings import Settings, Size
 from src.core.weights import resolve
 from src.models.recompute import recomputed
 
+log = logging.getLogger(__name__)
+
+_TOLERANCE = 1e-5
+"""Between float32 sines of different programs. One step of training moves a position by about the learning rate, 2e-4."""
 # Published files are ViT-MAE configs. What they say besides `DecoderConfig` is either fixed by the recipe (checked) or
 # about other networks (ignored); latent width, patch and image size come from the model's geometry.
 _FIXED = {
@@ -177,6 +183,38 @@ def sincos_positions(width: int, grid: int) -> Tensor:
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # grid D/2
     positions = torch.cat([axis.repeat(grid, 1), axis.repeat_interleave(grid, dim=0)], dim=1)
     return torch.cat([torch.zeros(1, width), positions.float()])
+
+
+def are_fixed(positions: Tensor) -> bool:
+    """Whether they are the sin-cos ones, in float32 or rounded to half precision once."""
+    fixed = sincos_positions(positions.shape[2], math.isqrt(positions.shape[1] - 1))[None]
+    found = positions.detach().float().cpu()
+    return any(
+        torch.allclose(found, fixed.to(dtype).float(), rtol=0, atol=_TOLERANCE)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    )
+
+
+def fit_positions(positions: Tensor, grid: int, source: str) -> Tensor:
+    """Return positions for `grid` x `grid` latents; unchanged where they are for that grid already.
+
+    Fixed sin-cos positions are computed anew; trained ones are resampled bicubically, the row of the cls token kept as it is.
+    """
+    if positions.ndim != 3 or len(positions) != 1 or math.isqrt(positions.shape[1] - 1) ** 2 != positions.shape[1] - 1:
+        raise UserError(
+            f"{source}: decoder_pos_embed is {tuple(positions.shape)}; expected 1 x (1 + a square number) x width."
+        )
+    before = math.isqrt(positions.shape[1] - 1)
+    if before == grid:
+        return positions
+    sizes = f"positions of a {before} x {before} grid", f"{grid} x {grid}"
+    if are_fixed(positions):
+        log.info("%s: %s, computed anew for %s (fixed sin-cos).", source, *sizes)
+        return sincos_positions(positions.shape[2], grid)[None]
+    log.warning("%s: TRAINED %s, resampled bicubically to %s; the cls row is kept.", source, *sizes)
+    patches = positions[:, 1:].float().transpose(1, 2).unflatten(2, (before, before))  # 1 D g g
+    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :1].float(), patches.flatten(2).transpose(1, 2)], dim=1)
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:

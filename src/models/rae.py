@@ -65,7 +65,7 @@ class RAE(nn.Module):
             decoder_config_path: JSON file or its folder, or what such a file holds.
             image_size: px; where None it follows from `encoder_input_size`. One of the two must be given.
             pretrained_decoder_path: a decoder in any form that `src/formats/decoder_files.py` reads; loads strictly, at
-                another grid with positions by the rule of `src/models/positions.py`.
+                another grid with positions by the rule of `fit_positions`.
             noise_tau: scale of the latent noise in training. Kept, not applied.
             normalization_stat_path: file with `mean` and `var`, each C x h x w; or an export or checkpoint that has them.
             decoder_denormalize: the decoder's output is in the encoder's normalised pixel space (RAE: true, RAEv2: false).
