@@ -131,14 +131,12 @@ def test_latents_through_several_decoders(evaluate, refused, files, tmp_path):
     _, (packed,) = evaluate(f"--latents {tmp_path}/z.npz --checkpoint {file} {reference} --num_samples 6")
     assert [packed[name] for name in SCORES] == pytest.approx([alone[name] for name in SCORES], rel=1e-3)
     np.savez(tmp_path / "z.npz", latents=z[:, :3].numpy())
-    assert "latents of (3, 4, 4), the model of" in refused(
-        f"--latents {tmp_path}/z.npz --checkpoint {file} {reference}"
-    )
+    assert "(3, 4, 4) there, (64, 4, 4) here" in refused(f"--latents {tmp_path}/z.npz --checkpoint {file} {reference}")
 
     index = tmp_path / "out" / "latents" / "index.json"
     content = json.loads(index.read_text())
     index.write_text(json.dumps({**content, "shape": [3, 2, 2]}))
-    assert "latents of (3, 2, 2), the model of" in refused(f"{latents} --checkpoint {file} {reference}")
+    assert "(3, 2, 2) there, (64, 4, 4) here" in refused(f"{latents} --checkpoint {file} {reference}")
 
 
 def test_what_cannot_be_scored(refused, files, tmp_path):

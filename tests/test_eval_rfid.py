@@ -25,8 +25,9 @@ from src.data.decode import ORIENTATION_TAG
 from src.data.splits import open_splits
 from src.evaluation.images import open_images
 from src.evaluation.options import EvaluationOptions
-from src.formats.checkpoint import FORMAT_VERSION, RAESettings, load_trained
+from src.formats.checkpoint import load_trained
 from src.metrics.quality import psnr
+from tests import tiny_models
 from tests.conftest import make_rae
 
 LAYERED = {"encoder_params": {"dinov2_path": "configs/encoder/dinov2_tiny", "weights": "untrained", "layers": [0, 1]}}
@@ -48,22 +49,11 @@ def write_images(folder: Path, count: int, side: int = 80, seed: int = 0) -> Pat
 
 def write_checkpoint(path: Path, data_dir: Path, train_split: float = 1.0, model: dict = LAYERED, **config) -> Path:
     """As training writes it; online and averaged weights differ. `config`: more keys of its nodes."""
-    rae = make_rae(**model)
-    settings = dict.fromkeys(RAESettings.field_names()) | {
-        "encoder_cls": "Dinov2withNorm", "encoder_config_path": "configs/encoder/dinov2_tiny", "image_size": 64,
-        "decoder_config_path": "configs/decoder/tiny", "decoder_patch_size": 16, "decoder_denormalize": True, "noise_tau": 0.1,
-        "train_positions": False, "activation_checkpointing": False, **model,
-    }  # fmt: skip
-    state = {f"ema_decoder.{k}": v for k, v in rae.decoder.state_dict().items()}
-    state |= {f"rae.decoder.{k}": v * 0.9 for k, v in rae.decoder.state_dict().items()}
     data = {**SPLITS, "data_dir": str(data_dir), "train_split": train_split, **config.pop("data", {})}
-    content = {
-        "format_version": FORMAT_VERSION,
-        "config": {"model": {**settings, "lpips_arch": LPIPS}, "data": data, "callbacks": {}, **config},
-        "encoder": rae.encoder.identity(), "state_dict": state, "global_step": 7, "epoch": 1,
-    }  # fmt: skip
-    torch.save(content, path)
-    return path
+    config = {"data": data, "callbacks": {}, **config}
+    return tiny_models.write_checkpoint(
+        path, make_rae(**model), "configs/decoder/tiny", config, lambda weights: weights * 0.9, lpips_arch=LPIPS
+    )
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +102,7 @@ def test_prints_the_score_in_the_guides_form_and_names_untrained_features(evalua
     assert f"\nSample images saved to: {tmp_path / 'out'}\n" in out
     assert result["images"] == result["available"] == 11 and "11 of 11" in out
     assert {"psnr", "ssim", "lpips_untrained", "seconds"} <= result.keys() and not {"rfid", "lpips"} & result.keys()
-    assert content["quantization"] == "round" and content["exif"] == "apply" and content["model"]["step"] == 7
+    assert content["quantization"] == "round" and content["exif"] == "apply" and content["model"]["step"] == 12
     assert len(list((tmp_path / "out").glob("*.png"))) == 2 * 11 + 1
 
 

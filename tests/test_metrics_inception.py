@@ -3,6 +3,7 @@
 import logging
 import math
 import pickle
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,7 @@ def published_forward(state: dict[str, Tensor], x: Tensor) -> Tensor:
     return block_7("Mixed_7c", x, F.max_pool2d(x, 3, 1, 1)).mean((2, 3))
 
 
+@cache
 def standard_state() -> dict[str, Tensor]:
     """Random weights laid out as the standard file."""
     state: dict[str, Tensor] = {}
@@ -103,7 +105,7 @@ def test_the_features_are_those_of_the_published_graph(standard_file: Path) -> N
 
 
 def test_a_file_resaved_with_counters_loads_too(standard_file: Path, tmp_path: Path) -> None:
-    state = standard_state()
+    state = dict(standard_state())
     state |= {name.replace("running_var", "num_batches_tracked"): torch.tensor(7) for name in state if "_var" in name}
     torch.save(state, tmp_path / "resaved.pth")
     images = torch.full((1, 3, 64, 64), 200, dtype=torch.uint8)

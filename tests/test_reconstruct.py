@@ -200,7 +200,7 @@ def test_latents_of_another_model_or_cut_short(tmp_path, capsys):
         assert run(f"--checkpoint {model} --from_latents {store} --output {tmp_path}/b") == 1
         return capsys.readouterr().err
 
-    others = {"takes": {"image_size": 96}, "another encoder": {"encoder": {"layer_norm_eps": 1e-5}}, "statistics": {}}
+    others = {"shape": {"image_size": 96}, "another encoder": {"encoder": {"layer_norm_eps": 1e-5}}, "statistics": {}}
     for text, options in others.items():
         (tmp_path / text).mkdir()
         assert text in refused(f"'{checkpoint(tmp_path / text, **options)}'")

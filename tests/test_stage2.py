@@ -240,14 +240,14 @@ def test_stored_latents_that_do_not_fit(stores, autoencoder, tmp_path):
 
     statistics = re.escape(str(index["statistics"]))
     for values, message in (
-        ({"statistics": "0" * 16}, f"statistics {'0' * 16}, the model has {statistics}"),
-        ({"encoder": dict.fromkeys(index["encoder"], "x")}, "another encoder.*class.*differ"),
+        ({"statistics": "0" * 16}, f"statistics: {'0' * 16} there, {statistics} here"),
+        ({"encoder": dict.fromkeys(index["encoder"], "x")}, "another encoder, by class.* there"),
         ({"shape": [64, 5, 5]}, r"latents \(20, 64, 4, 4\).*the index says \(20, 64, 5, 5\)"),
     ):
         (other / "index.json").write_text(json.dumps(index | values))
         with pytest.raises(UserError, match=message):
             on_latents(tmp_path / "run", other, autoencoder)
-    with pytest.raises(UserError, match=r"latents of \(64, 4, 4\), the model of .* takes \(64, 8, 8\)"):
+    with pytest.raises(UserError, match=r"shape \(C x h x w\): \(64, 4, 4\) there, \(64, 8, 8\) here"):
         large = tmp_path / "large"
         large.mkdir()
         rae = tiny_rae(tmp_path, image_size=128, statistics=True)

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from src.core.weights import PROJECT_ROOT, freeze
-from src.formats.checkpoint import FORMAT_VERSION, LoadedModel
+from src.formats.checkpoint import FORMAT_VERSION, LoadedModel, RAESettings
+from src.models.encoder_presets import source_key
 from src.models.rae import RAE
 
 WIDTH = 64
@@ -50,10 +51,10 @@ def tiny_rae(folder: Path, family="dinov2", image_size=64, statistics=False, enc
 
 
 def loaded(rae: RAE, **description) -> LoadedModel:
-    key = "dinov2_path" if type(rae.encoder).__name__ == "Dinov2withNorm" else "model_name"
+    params = {source_key(type(rae.encoder).__name__): rae.encoder.source, "weights": "untrained"}
     values = {
         "source": "somewhere.ckpt", "weights": "ema", "step": 7, "epoch": 1, "encoder": rae.encoder.identity(), "config": None,
-        "encoder_params": {key: rae.encoder.source, "weights": "untrained"},
+        "encoder_params": params,
     }  # fmt: skip
     return LoadedModel(rae, values | description)
 
@@ -63,30 +64,41 @@ def equal_decoders(a: RAE, b: RAE) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def checkpoint(folder: Path, statistics: bool = False, **options) -> Path:
-    """A run folder with run.json and a .ckpt as training writes it (without optimisers and losses)."""
-    rae = tiny_rae(folder, statistics=statistics, **options)
-    settings = {
-        "encoder_cls": type(rae.encoder).__name__, "encoder_config_path": rae.encoder.source, "encoder_params": {"dinov2_path": rae.encoder.source, "weights": "untrained"},
-        "encoder_input_size": None, "image_size": rae.geometry.image_size, "decoder_config_path": str(folder / "decoder.json"), "decoder_patch_size": 16,
-        "decoder_denormalize": True, "pretrained_decoder_path": None, "normalization_stat_path": None, "noise_tau": 0.8, "train_positions": False,
-        "activation_checkpointing": False,
+def write_checkpoint(
+    file: Path, rae: RAE, decoder: str | Path, config: dict, online=lambda weights: weights + 1, **model
+) -> Path:
+    """As training writes it, without optimisers and losses. `online` makes the optimiser's weights of the averaged ones."""
+    cls, source = type(rae.encoder).__name__, rae.encoder.source
+    settings = dict.fromkeys(RAESettings.field_names()) | {
+        "encoder_cls": cls, "encoder_config_path": source, "image_size": rae.geometry.image_size, "decoder_config_path": str(decoder),
+        "encoder_params": {source_key(cls): source, "weights": "untrained", "layers": list(rae.encoder.layers)},
+        "decoder_patch_size": rae.geometry.decoder_patch, "decoder_denormalize": rae.decoder_denormalize, "noise_tau": 0.8,
+        "train_positions": False, "activation_checkpointing": False, **model,
     }  # fmt: skip
-    extra = {"optimizer": {"lr": 2e-4}, "ema_decay": 0.9978, "perceptual_weight": 1.0, "disc_weight": 0.75, "disc_start_epoch": 8,
-             "lpips_arch": {"vgg_path": None, "linear_path": None, "weights": "tiny"}}  # fmt: skip
-    config = {"model": settings | extra, "data": {"data_dir": "/private/place/imagenet_hf", "batch_size": 8, "hf_split": "train", "train_split": 1.0},
-              "trainer": {"accumulate_grad_batches": 4, "precision": 16}}  # fmt: skip
     average = rae.decoder.state_dict()
     state = {f"ema_decoder.{name}": value for name, value in average.items()}
-    state |= {f"rae.decoder.{name}": value + 1 for name, value in average.items()}
-    if statistics:
-        state |= {"rae.latent_mean": rae.latent_mean, "rae.latent_var": rae.latent_var}
-    sizes = {f"decoder config: {name}": value for name, value in DECODER.items()}
-    content = {"format_version": FORMAT_VERSION, "config": config, "encoder": rae.encoder.identity(), "global_step": 12, "epoch": 3, "state_dict": state,
-               "architecture": {"model.decoder_denormalize": True, **sizes}}  # fmt: skip
-    file = folder / "run/checkpoints/last.ckpt"
-    file.parent.mkdir(parents=True)
+    state |= {f"rae.decoder.{name}": online(value) for name, value in average.items()}
+    state |= {
+        f"rae.{name}": value for name in ("latent_mean", "latent_var") if (value := getattr(rae, name)) is not None
+    }
+    sizes = {f"decoder config: {name}": value for name, value in vars(rae.decoder.config).items()}
+    content = {
+        "format_version": FORMAT_VERSION, "config": {"model": settings, **config}, "encoder": rae.encoder.identity(), "global_step": 12,
+        "epoch": 3, "state_dict": state, "architecture": {"model.decoder_denormalize": rae.decoder_denormalize, **sizes},
+    }  # fmt: skip
+    file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, file)
+    return file
+
+
+def checkpoint(folder: Path, statistics: bool = False, **options) -> Path:
+    """A run folder with run.json and a .ckpt."""
+    rae = tiny_rae(folder, statistics=statistics, **options)
+    losses = {"optimizer": {"lr": 2e-4}, "ema_decay": 0.9978, "perceptual_weight": 1.0, "disc_weight": 0.75, "disc_start_epoch": 8,
+              "lpips_arch": {"vgg_path": None, "linear_path": None, "weights": "tiny"}}  # fmt: skip
+    config = {"data": {"data_dir": "/private/place/imagenet_hf", "batch_size": 8, "hf_split": "train", "train_split": 1.0},
+              "trainer": {"accumulate_grad_batches": 4, "precision": 16}}  # fmt: skip
+    file = write_checkpoint(folder / "run/checkpoints/last.ckpt", rae, folder / "decoder.json", config, **losses)
     record = {"experiment_name": "rae_tiny", "status": "finished", "started": "then", "ended": "now", "git": {"commit": "c0ffee", "clean": True}, "processes": 2,
               "device": "CPU", "data": {"train": 1234, "validation": 56, "fingerprint": "f00d"}, "result": {"val/psnr": 18.25, "rfid/score": 0.57, "rfid/images": 1000}}  # fmt: skip
     (folder / "run/run.json").write_text(json.dumps(record))

@@ -4,7 +4,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +137,13 @@ def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: st
 def freeze(module: nn.Module) -> nn.Module:
     """Set evaluation mode and no gradient, for networks that are never trained."""
     return module.eval().requires_grad_(False)
+
+
+class Frozen(nn.Module):
+    """A network that is never trained: it stays in evaluation mode, whatever is asked."""
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(False)
 
 
 def _abbreviate(names: list[str], shown: int = 12) -> str:

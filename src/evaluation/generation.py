@@ -27,7 +27,7 @@ from src.evaluation.networks import networks_of
 from src.evaluation.options import GenerationOptions
 from src.evaluation.reconstruction import check_store
 from src.evaluation.reconstruction_inputs import Inputs, open_inputs
-from src.formats.checkpoint import LoadedModel
+from src.formats.checkpoint import LoadedModel, check_latents
 from src.formats.opening import open_model
 from src.metrics.features import FeatureNetwork
 from src.metrics.generation import (
@@ -229,11 +229,8 @@ def decoded_set(
     latents: LatentNpz | LatentStore = LatentNpz(path) if path.suffix == ".npz" else LatentStore(path)
     if isinstance(latents, LatentStore):
         check_store(latents, loaded)
-    elif latents.shape[1:] != rae.latent_shape:
-        raise UserError(
-            f"{path} holds latents of {latents.shape[1:]}, the model of {loaded.description['source']} takes "
-            f"{rae.latent_shape} (C x h x w)."
-        )
+    else:
+        check_latents(path, loaded, latents.shape[1:])
     raw = isinstance(latents, LatentStore) and latents.scale == "raw"
     taken = min(len(latents), options.num_samples or len(latents))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from src.core.errors import UserError
 from src.core.options import INCEPTION_FILE, LPIPS_FILES, FeatureOptions, LpipsOptions
@@ -39,13 +39,12 @@ ENCODERS = {"dinov2": PooledEncoder("dinov2-l-woreg", 224, {"position_offset": 0
 """By the name that --features takes, beside `inception`. dinov2: as dgm-eval has it (Stein et al., arXiv 2306.04675)."""
 
 
-class EncoderFeatures(nn.Module):
+class EncoderFeatures(FeatureNetwork):
     """`EncoderFeatures("dinov2")(uint8 B x 3 x H x W) -> B x F float32`, F = 1024: what `FrozenEncoder.pooled` gives.
 
     Images are resized to squares and rounded to 8 bits as Pillow does it (bicubic, antialiased).
     """
 
-    spatial_dim, untrained = 0, False
     mean: Tensor
     std: Tensor
 
@@ -74,17 +73,10 @@ class EncoderFeatures(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
-    @property
-    def device(self) -> torch.device:
-        return self.mean.device
-
-    def forward(self, images: Tensor) -> Tensor:
+    def outputs(self, images: Tensor) -> FeatureOutputs:
         with full_float32(self.device):
             x = resize_pillow(images.to(self.device).float(), self.input_px) / 255
-            return self.encoder.pooled((x - self.mean) / self.std)
-
-    def outputs(self, images: Tensor) -> FeatureOutputs:
-        return FeatureOutputs(self(images))
+            return FeatureOutputs(self.encoder.pooled((x - self.mean) / self.std))
 
 
 def resize_pillow(images: Tensor, size: int) -> Tensor:

@@ -4,7 +4,7 @@ Legend: B batch, C latent channels, h = w latent grid, H = W image px.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,8 @@ from src.evaluation.options import ReconstructionOptions
 from src.evaluation.per_image_files import CsvTable, image_stack
 from src.evaluation.reconstruction_inputs import FitTransform, Inputs
 from src.evaluation.scoring_pass import Observer, ScoredBatch, score_images
-from src.formats.checkpoint import LoadedModel, statistics_digest
+from src.formats.checkpoint import LoadedModel, check_latents, statistics_digest
 from src.metrics.reconstruction import ReconstructionScore
-from src.models.frozen_encoder import identity_differences
 
 log = logging.getLogger(__name__)
 
@@ -189,20 +188,5 @@ def _latent_facts(options: ReconstructionOptions, loaded: LoadedModel, inputs: I
 
 def check_store(store: LatentStore, loaded: LoadedModel) -> None:
     """Check that a model can decode stored latents: their shape, encoder and statistics. Raises UserError."""
-    rae, own = loaded.rae, loaded.description["encoder"]
-    if store.shape != rae.latent_shape:
-        raise UserError(
-            f"{store.folder} holds latents of {store.shape}, the model of {loaded.description['source']} takes "
-            f"{rae.latent_shape} (C x h x w)."
-        )
-    theirs: Mapping[str, Any] = store.about["encoder"]
-    differing = identity_differences(theirs, own)
-    if differing:
-        raise UserError(
-            f"{store.folder} was made with another encoder ({', '.join(differing)} differ): {theirs} there, {own} here."
-        )
-    if store.scale == "normalized" and store.about["statistics"] != statistics_digest(rae):
-        raise UserError(
-            f"{store.folder} was normalised with statistics {store.about['statistics']}, the model has "
-            f"{statistics_digest(rae)}. Use the model that wrote the latents."
-        )
+    statistics = store.about["statistics"] if store.scale == "normalized" else None
+    check_latents(store.folder, loaded, store.shape, store.about["encoder"], statistics)

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -17,7 +17,7 @@ from src.core.key_mapping import below
 from src.core.settings import Settings
 from src.core.weights import freeze, load_strict, read, resolve
 from src.models.encoder_presets import expand_encoder
-from src.models.frozen_encoder import require_same_encoder
+from src.models.frozen_encoder import identity_differences, require_same_encoder
 from src.models.rae import RAE
 
 log = logging.getLogger(__name__)
@@ -149,6 +149,29 @@ def stored(config: Any, key: str) -> Any:
     for part in key.split("."):
         config = config.get(part) if isinstance(config, Mapping) else None
     return config
+
+
+def check_latents(
+    what: object,
+    loaded: LoadedModel,
+    shape: Sequence[int],
+    encoder: Mapping[str, Any] | None = None,
+    statistics: str | None = None,
+) -> None:
+    """Raise UserError where the latents of `what` are not those of a model, as far as is known: by their shape (C, h, w), the
+    identity of their encoder, and the digest of the statistics that they are normalised with."""
+    rae, own = loaded.rae, loaded.description["encoder"]
+    pairs = {"shape (C x h x w)": (tuple(shape), rae.latent_shape)}
+    if statistics is not None:
+        pairs["statistics"] = (statistics, statistics_digest(rae))
+    differing = [f"{name}: {theirs} there, {ours} here" for name, (theirs, ours) in pairs.items() if theirs != ours]
+    if encoder is not None and (names := identity_differences(encoder, own)):
+        differing.append(f"another encoder, by {', '.join(names)}: {dict(encoder)} there, {own} here")
+    if differing:
+        raise UserError(
+            f"{what} is of other latents than those of the model {loaded.description['source']} ({'; '.join(differing)}). Give "
+            "the model that made them, or one with the same encoder and statistics."
+        )
 
 
 def statistics_digest(rae: RAE) -> str | None:

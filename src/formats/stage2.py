@@ -17,14 +17,14 @@ from src.core.errors import UserError
 from src.core.files import write_torch
 from src.core.key_mapping import below, unwrapped
 from src.core.weights import freeze, load_strict, read, resolve
-from src.formats.checkpoint import LoadedModel, existing, statistics_digest
+from src.formats.checkpoint import check_latents, existing
 from src.formats.decoder_files import RECORD, read_record
 from src.formats.export import new_folder
 from src.formats.opening import open_autoencoder
 from src.formats.provenance import file_hashes, without_private_paths, write_record
 from src.losses.flow_matching import FlowSettings
 from src.models.dit import LatentTransformer, build_network
-from src.models.frozen_encoder import identity_differences, is_untrained
+from src.models.frozen_encoder import is_untrained
 from src.models.rae import RAE
 
 FORMAT = "stage2"
@@ -92,7 +92,7 @@ def open_generator(
         loaded = open_autoencoder(where, statistics, config["image_size"])
         rae, shape = loaded.rae, loaded.rae.latent_shape
         if said:
-            _check_latents(said, loaded, file)
+            check_latents(file, loaded, _latent_shape(said), said["encoder"], said["statistics"]["digest"])
     elif said and shape != _latent_shape(said):
         raise UserError(f"{file} is of latents of {_latent_shape(said)} (C x h x w), but {shape} are wanted.")
     flow = FlowSettings.parse(config["flow"], "model.flow")
@@ -172,21 +172,3 @@ def _record(file: Path) -> dict[str, Any]:
 def _latent_shape(content: Mapping[str, Any]) -> tuple[int, int, int]:
     sizes = content["architecture"]
     return sizes["latent channels"], sizes["latent grid"], sizes["latent grid"]
-
-
-def _check_latents(content: Mapping[str, Any], loaded: LoadedModel, file: Path) -> None:
-    """Raise UserError where an autoencoder's latents are not those that a checkpoint of ours was trained on."""
-    rae = loaded.rae
-    pairs = {
-        "shape (C x h x w)": (_latent_shape(content), rae.latent_shape),
-        "statistics": (content["statistics"]["digest"], statistics_digest(rae)),
-    }
-    other = identity_differences(content["encoder"], rae.encoder.identity())
-    differing = [f"{name}: {a} there, {b} here" for name, (a, b) in pairs.items() if a != b]
-    differing += [f"encoder: {content['encoder']} there, {rae.encoder.identity()} here"] * bool(other)
-    if differing:
-        raise UserError(
-            f"{file} was trained on other latents than those of the autoencoder {loaded.description['source']} "
-            f"({'; '.join(differing)}). Give the autoencoder of the training, or one with the same encoder and statistics "
-            "(--autoencoder)."
-        )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from src.core.settings import Settings
-from src.core.weights import SizedWeights, freeze, load_strict, read, require
+from src.core.weights import Frozen, SizedWeights, freeze, load_strict, read, require
 from src.losses.lpips_distance import feature_distance
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class LPIPSSettings(Settings):
     weights: SizedWeights
 
 
-class LPIPS(nn.Module):
+class LPIPS(Frozen):
     """`LPIPS(...)(x, y)`: distance per image, (B,), float32; symmetric, 0 for equal images.
 
     Frozen: always in eval mode, no gradient to its weights; gradients flow to the images.
@@ -75,10 +75,6 @@ class LPIPS(nn.Module):
             load_strict(self.vgg, kept, vgg_file)
             load_strict(self.linear, linear_from_file(read(linear_file)), linear_file)
         freeze(self)
-
-    def train(self, mode: bool = True) -> "LPIPS":
-        """Stay in eval mode, whatever is asked."""
-        return super().train(False)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile in place: VGG16, and the kernels of the distance."""

@@ -3,10 +3,12 @@
 Legend: B batch, F features, S spatial features, K classes.
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from src.core.weights import Frozen
 
 INCEPTION = "inception"
 _PLAIN = {"rfid": "rfd", "gfid": "gfd"}  # the I is for Inception
@@ -23,25 +25,28 @@ class FeatureOutputs(NamedTuple):
     """B K, for the Inception Score: without the bias"""
 
 
-class FeatureNetwork(Protocol):
-    """A frozen network of uint8 images B x 3 x H x W of any size; float32, whatever surrounds it."""
+class FeatureNetwork(Frozen):
+    """Features B F of uint8 images B x 3 x H x W of any size; float32, whatever surrounds it."""
 
     space: str
     """Its name in options and scores."""
     name: str
     """Of its features: network and weights. References keep it; only equal names compare."""
     feature_dim: int
-    spatial_dim: int
+    spatial_dim: int = 0
     """0: neither spatial features nor logits."""
-    untrained: bool
+    untrained: bool = False
 
     @property
-    def device(self) -> torch.device: ...
-    def to(self, device: torch.device) -> "FeatureNetwork": ...
-    def outputs(self, images: Tensor) -> FeatureOutputs: ...
-    def __call__(self, images: Tensor) -> Tensor:
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def outputs(self, images: Tensor) -> FeatureOutputs:
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Tensor:
         """Return `outputs(images).pool`."""
-        ...
+        return self.outputs(images).pool
 
 
 def score_name(score: str, network: FeatureNetwork) -> str:

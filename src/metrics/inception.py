@@ -7,7 +7,7 @@ import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from src.core.errors import UserError
 from src.core.precision import full_float32
 from src.core.weights import freeze, load_strict, read, require
-from src.metrics.features import INCEPTION, FeatureOutputs
+from src.metrics.features import INCEPTION, FeatureNetwork, FeatureOutputs
 from src.metrics.inception_network import SPATIAL_DIM, TF_CLASSES, InceptionNetwork
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ UNUSED = "fc.bias"
 COUNTER = "num_batches_tracked"  # only in files re-saved by a newer PyTorch; eval mode doesn't read it
 
 
-class InceptionFeatures(nn.Module):
+class InceptionFeatures(FeatureNetwork):
     """`InceptionFeatures(path)(uint8 B x 3 x H x W) -> B x F float32` on the device of its weights.
 
     Always frozen, in eval mode, float32 (autocast and TF32 are switched off inside). Raises UserError when the file is
@@ -63,17 +63,6 @@ class InceptionFeatures(nn.Module):
             _load(network, weights_path, key)
         freeze(network)
         self.network = network.fuse().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.network.parameters()).device
-
-    def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode, whatever the owner does."""
-        return super().train(False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.outputs(images).pool
 
     @torch.no_grad()
     def outputs(self, images: Tensor) -> FeatureOutputs:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.core.images import IMAGENET_MEAN, IMAGENET_STD
-from src.core.weights import SizedWeights, freeze, load_strict, read, require
+from src.core.weights import Frozen, SizedWeights, freeze, load_strict, read, require
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ NORM_EPS = 1e-6
 UNUSED_IN_FILE = ("norm.weight", "norm.bias", "head.weight", "head.bias")
 
 
-class DinoTrunk(nn.Module):
+class DinoTrunk(Frozen):
     """Images in [-1, 1] -> patch tokens after chosen blocks. Frozen; gradients flow to the images only.
 
     Parameters bear the names of the file, so the file is the table; the ImageNet normalisation is folded into the
@@ -80,10 +80,6 @@ class DinoTrunk(nn.Module):
                 block.attn["qkv"].bias.data.chunk(3)[1].zero_()
         _fold_normalisation(self.patch_embed["proj"])
         freeze(self)
-
-    def train(self, mode: bool = True) -> "DinoTrunk":
-        """Stay in eval mode, whatever is asked."""
-        return super().train(False)
 
     def forward(self, images: Tensor, depths: Sequence[int]) -> list[Tensor]:
         """Return a B x C x L map after each of `depths` (ascending, from 0): images B x 3 x H x W, float in [-1, 1].

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from src.core.download import cached_encoder
 from src.core.errors import UserError
-from src.core.weights import PROJECT_ROOT, Weights, freeze
+from src.core.weights import PROJECT_ROOT, Frozen, Weights, freeze
 from src.models.encoder_files import STATISTICS, PixelStatistics, check_folder, read_statistics
 from src.models.layers import FUSIONS, LayerChoice, check_choice, parse_layers
 
@@ -37,7 +37,7 @@ NO_GRID = {
 """model_type of transformers: why no grid of patch tokens comes out of such a model."""
 
 
-class FrozenEncoder(nn.Module):
+class FrozenEncoder(Frozen):
     """Patch tokens of a frozen transformer, normalised and fused over the chosen blocks.
 
     One forward pass: each chosen block's tokens are added to one accumulator as they appear and then forgotten, and
@@ -205,10 +205,6 @@ class FrozenEncoder(nn.Module):
             tokens = block(tokens, **context)
         tokens = tokens if self.norm_module is None else self.norm_module(tokens)
         return tokens[:, 0] if self.prefix_tokens else tokens.mean(dim=1)
-
-    def train(self, mode: bool = True) -> "FrozenEncoder":
-        """Frozen stays frozen: evaluation mode whatever is asked for."""
-        return super().train(False)
 
     def pixel_statistics(self, source: str) -> PixelStatistics:
         """Return (mean, std) of the pixels: the chosen ones, else those of the files in `source`, else the family's."""
