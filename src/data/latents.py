@@ -181,7 +181,7 @@ class LatentStore(PackedSource):
                 first = places[0] - self._starts[number]
                 raise UserError(
                     f"{self.files[number]} is damaged: latents {first} to {first + len(places) - 1} are not what was written "
-                    f"({error}). Copy it again."
+                    "(CRC-32). Copy it again."
                 ) from error
             yield torch.tensor(places), torch.from_numpy(self._rows[places[0] : places[-1] + 1].copy()), latents
 
