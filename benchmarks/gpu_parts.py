@@ -312,7 +312,7 @@ def train(folder: Path, name: str) -> dict[str, Any]:
     def watched(module: Any, batch: Any, batch_idx: int) -> None:
         phase = module.phase(module.global_step)
         seen[phase] = seen.get(phase, 0) + 1
-        settled = seen[phase] > 2 * module.settings.loop.accumulate_grad_batches  # libraries are set up at first use
+        settled = seen[phase] > 2 * module.settings.accumulate_grad_batches  # libraries are set up at first use
         with no_synchronisation() if settled and module.device.type == "cuda" else nullcontext():
             original(module, batch, batch_idx)
         scaler = next(iter(module.scalers().values()))

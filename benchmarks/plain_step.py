@@ -150,7 +150,7 @@ class PlainStep:
 def step_settings(**changes: Any) -> StepSettings:
     """Return the settings of our step as configs/model/base.yaml has them, with `changes`."""
     defaults = yaml.safe_load((PROJECT_ROOT / "configs/model/base.yaml").read_text())
-    return StepSettings.parse({name: defaults[name] for name in StepSettings.field_names()} | changes, "model")
+    return StepSettings.parse({name: defaults[name] for name in StepSettings.model_fields} | changes, "model")
 
 
 def _unit(features: Tensor) -> Tensor:

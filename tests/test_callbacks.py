@@ -94,7 +94,7 @@ def test_on_a_gpu_only_its_own_idle_time_counts_as_waiting(monkeypatch, caplog, 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(progress, "peak_memory_gb", lambda device: 1.0)
     module = SimpleNamespace(
-        device=torch.device("cuda"), settings=SimpleNamespace(loop=SimpleNamespace(accumulate_grad_batches=1, log_every_n_steps=every)),
+        device=torch.device("cuda"), settings=SimpleNamespace(accumulate_grad_batches=1, log_every_n_steps=every),
         check_numbers=synchronize, train_terms={"train/loss": torch.ones(())}, sparse_terms=(), steps_per_epoch=100,
         learning_rates=lambda step: {}, nonfinite=SimpleNamespace(max_skipped_steps=0), write_metrics=lambda values: None,
     )  # fmt: skip
@@ -140,8 +140,7 @@ def test_all_but_the_images_leaves_the_tensors_behind(fitted):
 def test_warnings_at_the_start(fitted, caplog, monkeypatch, starts, pretrained, said):
     gan, disc = starts
     epochs = {"disc_start_epoch": gan, "disc_upd_start_epoch": disc}
-    starts = fitted.module.settings.starts.model_copy(update=epochs)
-    monkeypatch.setattr(fitted.module, "settings", fitted.module.settings.model_copy(update={"starts": starts}))
+    monkeypatch.setattr(fitted.module, "settings", fitted.module.settings.model_copy(update=epochs))
     monkeypatch.setattr(fitted.module.rae.encoder, "untrained", not pretrained)
     with caplog.at_level(logging.WARNING):
         progress.warn(fitted.trainer, fitted.module)

@@ -83,6 +83,6 @@ def test_the_configuration_reaches_the_new_parts():
     model = OmegaConf.to_container(config.model, resolve=True)
     model.pop("_target_")
     settings = ModelSettings.parse(model)
-    assert encoder_class(settings.rae.encoder_cls).__name__ == "DeiTwNorm"
-    assert settings.step.disc_loss == settings.step.gen_loss == "least_squares" and settings.step.mse_weight == 0.5
+    assert encoder_class(settings.encoder_cls).__name__ == "DeiTwNorm"
+    assert settings.disc_loss == settings.gen_loss == "least_squares" and settings.mse_weight == 0.5
 """

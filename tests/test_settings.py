@@ -26,10 +26,10 @@ def parse(node, **changes):
 
 def test_groups_and_types(node):
     settings = parse(node, gradient_clip_val=1, disc_start_epoch=math.inf)
-    assert settings.rae.image_size == settings.rae.decoder_patch_size * 8 and settings.optimizer.betas == (0.9, 0.95)
-    assert settings.loop.gradient_clip_val == 1.0 and settings.step.disc_loss == "hinge"
-    assert settings.starts.steps(3) == {"lpips": 0, "disc": 42, "gan": math.inf}
-    assert parse(node, disc_upd_start_epoch=0.5).starts.steps(3)["disc"] == 2  # rounded
+    assert settings.image_size == settings.decoder_patch_size * 8 and settings.optimizer.betas == (0.9, 0.95)
+    assert settings.gradient_clip_val == 1.0 and settings.disc_loss == "hinge"
+    assert settings.start_steps(3) == {"lpips": 0, "disc": 42, "gan": math.inf}
+    assert parse(node, disc_upd_start_epoch=0.5).start_steps(3)["disc"] == 2  # rounded
 
 
 def test_every_problem_is_named_at_once(node):

@@ -54,7 +54,7 @@ def test_what_a_run_leaves(run):
 def test_val_loss_is_l1_plus_weighted_lpips_of_the_average(run):
     _, fitted = run
     scores = {name: value for name, (_, value) in fitted.module.scores.items()}
-    weight = fitted.module.settings.step.perceptual_weight
+    weight = fitted.module.settings.perceptual_weight
     assert scores["val/loss"] == pytest.approx(scores["val/l1"] + weight * scores["val/lpips"])
     images = bytes_to_unit(next(iter(fitted.datamodule.val_dataloader()))["image"])
     rae, average = fitted.module.rae, fitted.module.ema_decoder
@@ -70,7 +70,7 @@ def test_a_term_added_to_the_table_is_trained_logged_and_validated(tmp_path, mon
     monkeypatch.setattr(TrainingStep, "reconstruction_terms", lambda *args: original(*args) | {"grey": grey})
     fitted = train(tmp_path, *QUIET, "callbacks=no_checkpoint", "model.disc_weight=0", "model.ema_decay=0")
     terms, scores = fitted.module.train_terms, {name: value for name, (_, value) in fitted.module.scores.items()}
-    weight = fitted.module.settings.step.perceptual_weight
+    weight = fitted.module.settings.perceptual_weight
     for name, found in (("train", {n: float(v) for n, v in terms.items()}), ("val", scores)):
         total = found[f"{name}/l1"] + weight * found[f"{name}/lpips"] + 100 * found[f"{name}/grey"]
         assert found[f"{name}/loss"] == pytest.approx(total, rel=1e-5)
@@ -156,7 +156,7 @@ def test_options_train(tmp_path, overrides):
     assert fitted.trainer.global_step == 3
     assert all(torch.isfinite(value) for value in fitted.module.train_terms.values())
     state = fitted.trainer.optimizers[1].state_dict()["state"]
-    updates = fitted.module.settings.step.disc_updates
+    updates = fitted.module.settings.disc_updates
     assert int(next(iter(state.values()))["step"]) == 2 * updates  # it starts in the second step
 
 

@@ -69,7 +69,7 @@ def write_checkpoint(
 ) -> Path:
     """As training writes it, without optimisers and losses. `online` makes the optimiser's weights of the averaged ones."""
     cls, source = type(rae.encoder).__name__, rae.encoder.source
-    settings = dict.fromkeys(RAESettings.field_names()) | {
+    settings = dict.fromkeys(RAESettings.model_fields) | {
         "encoder_cls": cls, "encoder_config_path": source, "image_size": rae.geometry.image_size, "decoder_config_path": str(decoder),
         "encoder_params": {source_key(cls): source, "weights": "untrained", "layers": list(rae.encoder.layers)},
         "decoder_patch_size": rae.geometry.decoder_patch, "decoder_denormalize": rae.decoder_denormalize, "noise_tau": 0.8,

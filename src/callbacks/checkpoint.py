@@ -73,7 +73,7 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
                 link_or_copy(old, self.folder / "best.ckpt")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if (batch_idx + 1) % pl_module.settings.loop.accumulate_grad_batches:
+        if (batch_idx + 1) % pl_module.settings.accumulate_grad_batches:
             return
         self._began = trainer.global_step - 1 if self._began is None else self._began
         late = bool(self.every_n_minutes) and time.monotonic() - self._saved_at > 60 * self.every_n_minutes
@@ -123,7 +123,7 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         if self._began is None or self._stopped:
             return
         done = trainer.fit_loop.epoch_loop.batch_progress.current
-        whole = done.ready == done.processed and done.ready % pl_module.settings.loop.accumulate_grad_batches == 0
+        whole = done.ready == done.processed and done.ready % pl_module.settings.accumulate_grad_batches == 0
         if not whole or self._saved_step in (None, trainer.global_step):
             return
         try:
@@ -268,4 +268,4 @@ def make_canonical(loops: dict[str, Any], steps_per_epoch: int, accumulate: int)
 
 
 def _batches_per_epoch(pl_module: Any) -> int:
-    return pl_module.steps_per_epoch * pl_module.settings.loop.accumulate_grad_batches
+    return pl_module.steps_per_epoch * pl_module.settings.accumulate_grad_batches

@@ -91,13 +91,13 @@ class TrainingProgress(pl.Callback):
         self._waits.append((self._mark, moment(self._device)))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        loop = pl_module.settings.loop
+        settings = pl_module.settings
         self._images += len(batch["position"]) * trainer.world_size
-        if (batch_idx + 1) % loop.accumulate_grad_batches == 0:
+        if (batch_idx + 1) % settings.accumulate_grad_batches == 0:
             self._steps += 1
             if pl_module.device.type == "cpu":
                 pl_module.check_numbers()  # costs nothing there
-            due = trainer.global_step % loop.log_every_n_steps == 0
+            due = trainer.global_step % settings.log_every_n_steps == 0
             if due:
                 self._publish(trainer, pl_module)
             if trainer.is_global_zero:
@@ -229,10 +229,10 @@ def training_paused(trainer: pl.Trainer) -> Iterator[None]:
 
 def describe(trainer: pl.Trainer, pl_module: Any) -> list[tuple[str, str]]:
     """Return (name, text) rows about a run that is about to start."""
-    data, loop, published = trainer.datamodule, pl_module.settings.loop, pl_module.published_batch
-    batch = data.batch_size * trainer.world_size * loop.accumulate_grad_batches
+    data, settings, published = trainer.datamodule, pl_module.settings, pl_module.published_batch
+    batch = data.batch_size * trainer.world_size * settings.accumulate_grad_batches
     factors = f"data.batch_size={data.batch_size} x {trainer.world_size} process(es) x "
-    factors += f"trainer.accumulate_grad_batches={loop.accumulate_grad_batches}"
+    factors += f"trainer.accumulate_grad_batches={settings.accumulate_grad_batches}"
     limit = f", at most {trainer.max_steps:,}" if trainer.max_steps > 0 else ""
     return [
         ("device", f"{trainer.world_size} x {device_name(trainer.strategy.root_device)}"),
@@ -241,7 +241,7 @@ def describe(trainer: pl.Trainer, pl_module: Any) -> list[tuple[str, str]]:
         ("global batch", f"{batch} images an update ({factors}); published: {published}"),
         *pl_module.facts(),
         ("steps", f"{pl_module.steps_per_epoch:,} updates an epoch, {trainer.max_epochs} epoch(s){limit}"),
-        ("seed", str(loop.seed)),
+        ("seed", str(settings.seed)),
         ("folder", trainer.default_root_dir),
     ]
 

@@ -31,7 +31,7 @@ class SampleImages(pl.Callback):
         self._drawn_at = -1
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        step, every = trainer.global_step, pl_module.settings.loop.sample_every
+        step, every = trainer.global_step, pl_module.settings.sample_every
         if every and step % every == 0 and step != self._drawn_at:
             with training_paused(trainer):
                 self.draw(trainer, pl_module)

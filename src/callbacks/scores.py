@@ -74,7 +74,7 @@ class ScoreCallback(pl.Callback):
         """Note the step in `_scored_at`, score and publish. `name`: of a folder for pictures."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        accumulate = pl_module.settings.loop.accumulate_grad_batches
+        accumulate = pl_module.settings.accumulate_grad_batches
         if not self.every_n_steps or (batch_idx + 1) % accumulate or trainer.global_step % self.every_n_steps:
             return
         if batch_idx + 1 < pl_module.steps_per_epoch * accumulate or not self._at_end_of(trainer.current_epoch):

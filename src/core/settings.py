@@ -10,7 +10,7 @@ from functools import cache, wraps
 from types import NoneType
 from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_type_hints
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from src.core.errors import UserError
 
@@ -24,8 +24,6 @@ class Settings(BaseModel):
     """Base of all settings: immutable; no unknown keys, no text for a number, no infinity unless a field allows it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-    groups: ClassVar[tuple[str, ...]] = ()
-    """Fields, themselves settings, whose keys stand in the node directly."""
     typed_as: ClassVar[Mapping[str, str]] = {}
     """Where users set a key that the configuration only copies into this node: name of the field -> key."""
 
@@ -38,24 +36,6 @@ class Settings(BaseModel):
         except ValidationError as error:
             problems = dict.fromkeys(_problem(cls, found, key, values) for found in error.errors())
             raise _user_error(list(problems)) from None
-
-    @classmethod
-    def field_names(cls) -> tuple[str, ...]:
-        """Return the keys of the node, those of `groups` among them."""
-        fields = cls.model_fields
-        inner = (fields[name].annotation.field_names() if name in cls.groups else (name,) for name in fields)  # type: ignore[union-attr]
-        return tuple(key for names in inner for key in names)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _sort_into_groups(cls, values: Any) -> Any:
-        if not cls.groups or not isinstance(values, Mapping):
-            return values
-        owner = {key: group for group in cls.groups for key in cls.model_fields[group].annotation.field_names()}  # type: ignore[union-attr]
-        result: dict[str, Any] = {group: {} for group in cls.groups}
-        for key, value in values.items():
-            (result[owner[key]] if key in owner else result)[key] = value
-        return result
 
 
 def one_of(names: Collection[str]) -> AfterValidator:
@@ -145,15 +125,14 @@ def _problem(cls: type[Settings], error: Any, place: str, values: Mapping[str, A
     owner: type[Settings] | None = cls
     annotation, value = None, values
     for part in error["loc"]:
-        if owner is None or part not in owner.groups:
-            below = f"{place}.{part}".lstrip(".")
-            place = owner.typed_as.get(part, below) if owner else below
-            try:
-                value = value[part]
-            except (LookupError, TypeError):  # missing, or a part of pydantic's own within a union
-                value = error["input"]
+        below = f"{place}.{part}".lstrip(".")
+        place = owner.typed_as.get(part, below) if owner else below
+        try:
+            value = value[part]
+        except (LookupError, TypeError):  # missing, or a part of pydantic's own within a union
+            value = error["input"]
         if owner and error["type"] == "extra_forbidden" and part not in owner.model_fields:
-            return _unknown(place, part, owner.field_names())
+            return _unknown(place, part, owner.model_fields)
         field = owner.model_fields.get(part) if owner else None
         if field and field.description and error["type"] != "missing":
             return f"{place}={_typed(value)}: expected {field.description}."

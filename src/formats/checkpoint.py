@@ -109,7 +109,7 @@ def load_trained(path: str | Path, which: Which = "ema", changes: Mapping[str, A
             f"trained on: {model['autoencoder']}."
         )
     model = model | {"pretrained_decoder_path": None, "normalization_stat_path": None, **(changes or {})}
-    rae = RAE(**vars(RAESettings.parse({n: model[n] for n in RAESettings.field_names() if n in model}, "model")))
+    rae = RAE(**vars(RAESettings.parse({n: model[n] for n in RAESettings.model_fields if n in model}, "model")))
     stored = content["encoder"]
     require_same_encoder(rae.encoder, stored, file)
     state = content["state_dict"]
@@ -123,7 +123,7 @@ def load_trained(path: str | Path, which: Which = "ema", changes: Mapping[str, A
 def encoder_of(config: dict[str, Any]) -> RAE:
     """Return a frozen RAE with the encoder and the sizes of a configuration. Its decoder is a stand-in."""
     model = expand_encoder(config["model"])
-    settings = {name: model[name] for name in RAESettings.field_names()}
+    settings = {name: model[name] for name in RAESettings.model_fields}
     settings |= {
         "decoder_config_path": _SMALL_DECODER,
         "pretrained_decoder_path": None,

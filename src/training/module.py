@@ -52,7 +52,7 @@ class StageModule(pl.LightningModule):
         self.settings = settings
         self.run_config: dict[str, Any] = {}
         """The whole configuration of the run as plain values, for checkpoints; set by whoever builds the run."""
-        self.nonfinite = NonFiniteCounter(settings.loop.max_skipped_steps)
+        self.nonfinite = NonFiniteCounter(settings.max_skipped_steps)
         self.train_terms: dict[str, Tensor] = {}
         """Scalars of the latest step by their logged names, still on the device."""
         self.scores: dict[str, tuple[int, float]] = {}
@@ -119,10 +119,10 @@ class StageModule(pl.LightningModule):
     @property
     def steps_per_epoch(self) -> int:
         """Updates in an epoch; known once the trainer has its data."""
-        return int(self.trainer.num_training_batches) // self.settings.loop.accumulate_grad_batches
+        return int(self.trainer.num_training_batches) // self.settings.accumulate_grad_batches
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        accumulate = self.settings.loop.accumulate_grad_batches
+        accumulate = self.settings.accumulate_grad_batches
         if batch_idx >= self.steps_per_epoch * accumulate:
             return  # fewer micro-batches than an update takes are left in this epoch
         step, number = self.global_step, batch_idx % accumulate
@@ -190,7 +190,7 @@ class StageModule(pl.LightningModule):
     def step_counted(self, step: int, watched: Mapping[str, Tensor]) -> None:
         """Update by the first optimiser, whose steps Lightning counts. `watched`: as of `step_optimizer`."""
         rate, scaler = (next(iter(named.values())) for named in (self.learning_rates(step), self.scalers()))
-        clip, optimizer = self.settings.loop.gradient_clip_val, self.optimizer_list()[0]
+        clip, optimizer = self.settings.gradient_clip_val, self.optimizer_list()[0]
         norm = self.step_optimizer(step, optimizer, rate, watched, scaler=scaler, clip=clip)
         self.train_terms["train/grad_norm"] = norm
 
@@ -246,11 +246,11 @@ class StageModule(pl.LightningModule):
         if dtype := HALF.get(str(self.trainer.precision)):
             for network in self.cast_when_half():
                 cast_frozen(network, dtype)
-        if self.settings.loop.compile:
+        if self.settings.compile:
             compile_in_place(self.parts_to_compile())
 
     def on_train_start(self) -> None:
-        batches, accumulate = int(self.trainer.num_training_batches), self.settings.loop.accumulate_grad_batches
+        batches, accumulate = int(self.trainer.num_training_batches), self.settings.accumulate_grad_batches
         if batches < accumulate:
             raise UserError(
                 f"An epoch has {batches} micro-batch(es) and an update takes {accumulate} (trainer.accumulate_grad_batches): "
@@ -291,7 +291,7 @@ class StageModule(pl.LightningModule):
         checkpoint["format_version"] = FORMAT_VERSION
         checkpoint["config"] = self.run_config
         checkpoint["processes"] = self.trainer.world_size
-        make_canonical(checkpoint["loops"], self.steps_per_epoch, self.settings.loop.accumulate_grad_batches)
+        make_canonical(checkpoint["loops"], self.steps_per_epoch, self.settings.accumulate_grad_batches)
         checkpoint["skipped_steps"] = self.nonfinite.skipped
         checkpoint.update(self.identity())
 
@@ -316,7 +316,7 @@ class StageModule(pl.LightningModule):
             )
         # A checkpoint lies between two updates, so the count of micro-batches divides by their number in an update then.
         count = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
-        was, now = checkpoint["config"]["model"]["accumulate_grad_batches"], self.settings.loop.accumulate_grad_batches
+        was, now = checkpoint["config"]["model"]["accumulate_grad_batches"], self.settings.accumulate_grad_batches
         count.update({name: value // was * now for name, value in count.items()})
         self.nonfinite.skipped = checkpoint["skipped_steps"]
 

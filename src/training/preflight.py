@@ -58,12 +58,12 @@ class Stopwatch(pl.Callback):
         trainer.fit_loop.epoch_loop.max_steps = len(self.stretches) * (WARM_STEPS + TIMED_STEPS)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx % pl_module.settings.loop.accumulate_grad_batches == 0:
+        if batch_idx % pl_module.settings.accumulate_grad_batches == 0:
             pl_module.phase_override = self._stretch(trainer.global_step).phase
             self._began = time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if (batch_idx + 1) % pl_module.settings.loop.accumulate_grad_batches:
+        if (batch_idx + 1) % pl_module.settings.accumulate_grad_batches:
             return
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize()
@@ -155,7 +155,7 @@ def check_disk(config: Mapping[str, Any], module: Any) -> None:
 
 def _forecast(run: "Run", parts: list[Stretch], loading: float) -> list[tuple[str, str]]:
     """Return (name, text) rows: the loader, the time of each stretch and of the whole run. loading: seconds of a batch."""
-    world, accumulate = run.trainer.world_size, run.module.settings.loop.accumulate_grad_batches
+    world, accumulate = run.trainer.world_size, run.module.settings.accumulate_grad_batches
     batch = run.datamodule.batch_size * world * accumulate
     rows = [
         ("loader", f"{batch / (loading * accumulate):.4g} images/s by itself"),

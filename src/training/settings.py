@@ -30,8 +30,8 @@ class OptimizerSettings(Settings):
     weight_decay: float = Field(ge=0)
 
 
-class LoopSettings(Settings):
-    """What surrounds the step, in any stage."""
+class StageSettings(Settings):
+    """What the settings of every stage have: what surrounds the step."""
 
     typed_as: ClassVar[Mapping[str, str]] = {"seed": "seed"} | {
         key: f"trainer.{key}"
@@ -50,13 +50,6 @@ class LoopSettings(Settings):
     """Steps with non-finite numbers that are skipped before training stops; 0: stop at the first."""
     log_every_n_steps: int = Field(ge=1)
 
-
-class StageSettings(Settings):
-    """What the settings of every stage have."""
-
-    groups: ClassVar[tuple[str, ...]] = ("loop",)
-    loop: LoopSettings
-
     @classmethod
     def parse(cls, values: Mapping[str, Any], key: str = "model") -> Self:
         return super().parse(values, key)
@@ -69,7 +62,7 @@ class StartEpochs(Settings):
     disc_upd_start_epoch: Epoch
     disc_start_epoch: Epoch
 
-    def steps(self, steps_per_epoch: int) -> dict[str, float]:
+    def start_steps(self, steps_per_epoch: int) -> dict[str, float]:
         """Return the first step of each part: whole numbers, or infinity."""
         epochs = {"lpips": self.lpips_start_epoch, "disc": self.disc_upd_start_epoch, "gan": self.disc_start_epoch}
         return {part: epoch if math.isinf(epoch) else round(epoch * steps_per_epoch) for part, epoch in epochs.items()}
@@ -122,14 +115,11 @@ class AdversarySettings(Settings):
     augment: DiffAug
 
 
-class ModelSettings(StageSettings):
+class ModelSettings(RAESettings, StepSettings, StartEpochs, StageSettings):
     """The whole node `model:` of stage 1."""
 
-    groups: ClassVar[tuple[str, ...]] = ("rae", "step", "starts", "loop")
+    typed_as: ClassVar[Mapping[str, str]] = {**RAESettings.typed_as, **StageSettings.typed_as}
 
-    rae: RAESettings
-    step: StepSettings
-    starts: StartEpochs
     optimizer: OptimizerSettings
     scheduler: Schedule
     disc_optimizer: OptimizerSettings

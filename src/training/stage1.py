@@ -18,6 +18,7 @@ from src.core.ema import EMA
 from src.core.errors import UserError
 from src.core.images import bytes_to_unit, unit_to_bytes
 from src.core.random_streams import Purpose
+from src.formats.checkpoint import RAESettings
 from src.losses.lpips import LPIPS
 from src.metrics.quality import RunningMeans, psnr, ssim
 from src.models.discriminator import DinoDiscriminator
@@ -42,14 +43,14 @@ class RAEModule(StageModule):
     def __init__(self, **config: Any) -> None:
         settings = ModelSettings.parse(config)
         super().__init__(settings)
-        arch, augment, seed = settings.disc_arch.arch, settings.disc_arch.augment, settings.loop.seed
-        self.rae = RAE(**vars(settings.rae))
+        arch, augment, seed = settings.disc_arch.arch, settings.disc_arch.augment, settings.seed
+        self.rae = RAE(**{name: getattr(settings, name) for name in RAESettings.model_fields})
         self.encoder_identity = self.rae.encoder.identity()  # of the weights as loaded, before any cast
-        self.ema = EMA(self.rae.decoder, settings.loop.ema_decay)
+        self.ema = EMA(self.rae.decoder, settings.ema_decay)
         self.ema_decoder = self.ema.average
-        self.lpips = LPIPS(**vars(settings.lpips_arch)) if settings.step.perceptual_weight > 0 else None
-        self.discriminator = DinoDiscriminator(**vars(arch), seed=seed) if settings.step.disc_weight > 0 else None
-        self.step = TrainingStep(self.rae, self.lpips, self.discriminator, augment, settings.step)
+        self.lpips = LPIPS(**vars(settings.lpips_arch)) if settings.perceptual_weight > 0 else None
+        self.discriminator = DinoDiscriminator(**vars(arch), seed=seed) if settings.disc_weight > 0 else None
+        self.step = TrainingStep(self.rae, self.lpips, self.discriminator, augment, settings)
         self.noise = StepNoise(self.rae, augment, settings.noise, settings.layer_subset, seed)
         chosen = settings.generated.checkpoint is not None
         if chosen and settings.layer_subset.kind != "none":
@@ -69,7 +70,7 @@ class RAEModule(StageModule):
         """Return what is switched on in `step`."""
         if self.phase_override is not None:
             return self.phase_override
-        starts = self.settings.starts.steps(self.steps_per_epoch)
+        starts = self.settings.start_steps(self.steps_per_epoch)
         adversarial = self.discriminator is not None
         return Phase(
             lpips=self.lpips is not None and step >= starts["lpips"],
@@ -85,8 +86,8 @@ class RAEModule(StageModule):
 
     def _discriminator_lr(self, step: int, update: int) -> float:
         """Return the rate of an update of D, whose schedule counts those alone; `update`: from 0 in each `step`."""
-        first = self.settings.starts.steps(self.steps_per_epoch)["disc"]
-        done = int(max(step - first, 0)) * self.settings.step.disc_updates + update
+        first = self.settings.start_steps(self.steps_per_epoch)["disc"]
+        done = int(max(step - first, 0)) * self.settings.disc_updates + update
         return self.settings.disc_scheduler.lr(done, self.steps_per_epoch)
 
     # -- training
@@ -190,14 +191,14 @@ class RAEModule(StageModule):
                 "decoder file with the official names (model.pt), a folder that src/export.py wrote, a diffusers "
                 "AutoencoderRAE folder, or a .ckpt of a run."
             )
-        rae = ModelSettings.parse(config).rae
+        rae = ModelSettings.parse(config)
         geometry_of(rae.encoder_cls, rae.encoder_params, rae.decoder_patch_size, rae.image_size, rae.encoder_input_size)
 
     def facts(self) -> list[tuple[str, str]]:
         rae, geometry, encoder = self.rae, self.rae.geometry, self.rae.encoder
         heads = self.discriminator.heads if self.discriminator is not None else None
         trunk = self.discriminator.trunk if self.discriminator is not None else None
-        steps = self.settings.starts.steps(self.steps_per_epoch)
+        steps = self.settings.start_steps(self.steps_per_epoch)
         parts = {"LPIPS": (self.lpips, "lpips"), "discriminator": (heads, "disc"), "GAN term": (heads, "gan")}
         begin = {name: steps[key] for name, (part, key) in parts.items() if part is not None and steps[key] < math.inf}
         images = f"{geometry.image_size} px image -> {geometry.encoder_input_size} px encoder"
@@ -212,7 +213,7 @@ class RAEModule(StageModule):
         ]
 
     def doubts(self, max_epochs: int | None) -> list[str]:
-        starts, found = self.settings.starts, []
+        starts, found = self.settings, []
         if self.discriminator is None:
             return []
         if max_epochs and 0 < max_epochs <= starts.disc_start_epoch < math.inf:
@@ -234,7 +235,7 @@ class RAEModule(StageModule):
         return [name for name, part in parts.items() if part is not None and part.untrained]
 
     def stretches(self, planned: int) -> list[tuple[str, int, Any]]:
-        starts = self.settings.starts.steps(self.steps_per_epoch)
+        starts = self.settings.start_steps(self.steps_per_epoch)
         borders = sorted({0, planned, *(min(step, planned) for step in starts.values())})
         found = []
         for first, end in pairwise(int(border) for border in borders):

@@ -54,7 +54,7 @@ class TransformerOptimizer(OptimizerSettings):
 class Stage2Settings(StageSettings):
     """The whole node `model:` of stage 2."""
 
-    typed_as: ClassVar[Mapping[str, str]] = {"image_size": "data.image_size"}
+    typed_as: ClassVar[Mapping[str, str]] = {**StageSettings.typed_as, "image_size": "data.image_size"}
 
     autoencoder: Any
     """A path or a mapping, see `open_autoencoder`."""
@@ -93,11 +93,11 @@ class DiffusionModule(StageModule):
             "statistics": {"digest": statistics_digest(self.rae)},
         }
         self.network = build_network(
-            settings.network, self.rae.latent_shape, settings.num_classes, settings.label_dropout, settings.loop.seed
+            settings.network, self.rae.latent_shape, settings.num_classes, settings.label_dropout, settings.seed
         )
         with torch.no_grad():
             self.network.label_table.mul_(settings.label_std / LABEL_STD)
-        self.ema = EMA(self.network, settings.loop.ema_decay)
+        self.ema = EMA(self.network, settings.ema_decay)
         self.ema_network = self.ema.average
         self.step = FlowStep(
             self.rae, settings.flow, settings.num_classes, settings.label_dropout, settings.flip_probability
@@ -123,7 +123,7 @@ class DiffusionModule(StageModule):
 
     def compute_gradients(self, batch: Mapping[str, Any], batch_idx: int, step: int, share: float) -> dict[str, Tensor]:
         labels = self._labels(batch)
-        draws = FlowDraws.at(self.settings.loop.seed, batch, self.rae.latent_shape, self.device, training=True)
+        draws = FlowDraws.at(self.settings.seed, batch, self.rae.latent_shape, self.device, training=True)
         terms = self.step.losses(
             self.network, self.step.latents(batch, draws, training=True), self.step.dropped(labels, draws), draws
         )
@@ -146,7 +146,7 @@ class DiffusionModule(StageModule):
 
     def _add_to_window(self, step: int, terms: Mapping[str, Tensor], draws: FlowDraws) -> None:
         """Sum losses by quartile of t since the last log entry: 4 sums, 4 counts, the loss of the output 0; no waiting."""
-        if self._window is None or (step % self.settings.loop.log_every_n_steps == 0 and step != self._window_updates):
+        if self._window is None or (step % self.settings.log_every_n_steps == 0 and step != self._window_updates):
             self._window = torch.zeros(2 * QUARTERS + 1, device=self.device)
             self._window_updates = step
         self._window[:-1] += quartile_sums(terms["loss"].detach(), draws.time)
@@ -173,7 +173,7 @@ class DiffusionModule(StageModule):
 
     @torch.no_grad()
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        draws = FlowDraws.at(self.settings.loop.seed, batch, self.rae.latent_shape, self.device, training=False)
+        draws = FlowDraws.at(self.settings.seed, batch, self.rae.latent_shape, self.device, training=False)
         latents = self.step.latents(batch, draws, training=False)
         losses = self.step.losses(self.ema_network, latents, self._labels(batch), draws)["loss"]
         self._totals += quartile_sums(losses.cpu().double(), draws.time.cpu())
@@ -186,7 +186,7 @@ class DiffusionModule(StageModule):
 
     def sampler(self, settings: SamplerSettings | None = None, seed: int | None = None) -> Sampler:
         """Return a sampler of the averaged network; by default with the run's own settings and seed."""
-        flow, own = self.settings.flow, self.settings.loop.seed
+        flow, own = self.settings.flow, self.settings.seed
         settings = settings or self.settings.sampler
         seed = own if seed is None else seed
         return Sampler(self.ema_network, settings, flow.prediction, flow.t_eps, self.step.shift, seed)
