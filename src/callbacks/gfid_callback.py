@@ -35,10 +35,7 @@ class GFIDCallback(ScoreCallback):
 
     score = "gfid"
     scored = "samples"
-    remedy = (
-        "To train without gFID: callbacks.gfid.every_n_steps=0 callbacks.gfid.every_n_epochs=0. For a try-out: "
-        "callbacks.gfid.inception_weights=untrained (the score is then called gfid_untrained/score)."
-    )
+    off = "callbacks.gfid.every_n_steps=0 callbacks.gfid.every_n_epochs=0"
     inception_width = None
 
     every_n_steps: Annotated[int, Field(ge=0)]

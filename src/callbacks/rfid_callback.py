@@ -31,8 +31,6 @@ from src.metrics.reference import Preparation, load_reference
 
 log = logging.getLogger(__name__)
 
-OFF = "callbacks.rfid.rfid_every_n_steps=0 callbacks.rfid.rfid_every_epoch=false"
-
 
 @checked("callbacks.rfid")
 @dataclass(eq=False)
@@ -47,10 +45,7 @@ class RFIDCallback(ScoreCallback):
 
     score = "rfid"
     scored = "images"
-    remedy = (
-        f"To train without rFID: {OFF}. For a try-out: callbacks.rfid.inception_weights=untrained (the score is then "
-        "called rfid_untrained/score)."
-    )
+    off = "callbacks.rfid.rfid_every_n_steps=0 callbacks.rfid.rfid_every_epoch=false"
 
     rfid_every_n_steps: Annotated[int, Field(ge=0)]
     rfid_every_epoch: bool
@@ -92,7 +87,7 @@ class RFIDCallback(ScoreCallback):
         if len(dataset) < 2:
             raise UserError(
                 f"rFID needs at least 2 images, the evaluation data has {len(dataset)}. Hold out more "
-                f"(data.train_split), or switch it off: {OFF}."
+                f"(data.train_split), or switch it off: {self.off}."
             )
         if training_images:
             log.warning(

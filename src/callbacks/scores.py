@@ -27,8 +27,8 @@ class ScoreCallback(pl.Callback):
     """The name of the score, of its node in `callbacks:` and, with pretrained Inception weights, before the logged names."""
     scored: ClassVar[str]
     """The word for what is scored."""
-    remedy: ClassVar[str]
-    """How to train without the score, or without the weights."""
+    off: ClassVar[str]
+    """What to type to train without the score."""
     every_n_steps: int
     every_n_epochs: int
     features: Sequence[str]
@@ -59,6 +59,14 @@ class ScoreCallback(pl.Callback):
     @property
     def monitor(self) -> str:
         return f"{self.group}/score"
+
+    @property
+    def remedy(self) -> str:
+        """Say how to train without the score, or without the weights."""
+        return (
+            f"To train without {self.score[0]}FID: {self.off}. For a try-out: callbacks.{self.score}.inception_weights="
+            f"untrained (the score is then called {self.score}_untrained/score)."
+        )
 
     def load_networks(self) -> list[FeatureNetwork]:
         """Return the feature networks on the CPU. UserError where one is missing."""

@@ -6,6 +6,8 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
+from src.callbacks.gfid_callback import GFIDCallback
+from src.callbacks.rfid_callback import RFIDCallback
 from src.core.download import present, why_unreachable
 from src.core.errors import UserError
 from src.core.requirements import requirements
@@ -50,12 +52,9 @@ def require_weights(config: Mapping[str, Any], ask: bool) -> None:
 
 def _without(name: str, config: Mapping[str, Any]) -> str:
     """Return how a run does without the file called `name`; empty where it can't."""
-    scores = {
-        "rfid": "callbacks.rfid.rfid_every_n_steps=0 callbacks.rfid.rfid_every_epoch=false",
-        "gfid": "callbacks.gfid.every_n_steps=0 callbacks.gfid.every_n_epochs=0",
-    }
+    scores = [kind.off for kind in (RFIDCallback, GFIDCallback) if kind.score in (config.get("callbacks") or {})]
     words = {
-        "inception": next((off for part, off in scores.items() if part in (config.get("callbacks") or {})), ""),
+        "inception": "".join(scores[:1]),
         "discriminator": "model.disc_weight=0",
         **dict.fromkeys(("vgg16", "lpips"), "model.perceptual_weight=0"),
     }.get(name)
