@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from src.core.errors import UserError
@@ -145,30 +143,3 @@ def test_what_a_score_holds_does_not_grow_with_the_images(inception: InceptionFe
     for _ in range(5):
         score.update(original, reconstruction)
     assert abs(held() - before) < 100  # bytes; the counters may take a digit more
-
-
-def _rank(rank: int, world_size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
-    original, reconstruction = data()
-    network = InceptionFeatures(None, "tiny")
-    shares = [(slice(0, 5), slice(5, 19)), (slice(19, 24),)]
-    uneven = score_of(network, [(original[s], reconstruction[s]) for s in shares[rank]], lpips=lpips).reduce()
-    idle = score_of(network, [(original, reconstruction)] * (rank == 1), lpips=lpips).reduce()  # rank 0 has no image
-    moments = uneven.references["inception"]
-    torch.save([uneven.compute(), idle.compute(), moments.count, moments.covariance], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_ranks_give_the_number_of_one(inception: InceptionFeatures, tmp_path: Path) -> None:
-    original, reconstruction = data()
-    alone = score_of(inception, [(original, reconstruction)], lpips=lpips)
-    expected = alone.compute()
-    mp.spawn(_rank, (2, str(tmp_path)), nprocs=2)
-    for rank in (0, 1):
-        uneven, idle, count, covariance = torch.load(tmp_path / f"{rank}.pt")
-        assert uneven["images"] == idle["images"] == count == 24
-        assert idle == pytest.approx(expected, rel=1e-8)
-        assert uneven == pytest.approx(expected, rel=1e-5)  # other batches, so float32 features rounded otherwise
-        torch.testing.assert_close(covariance, alone.references["inception"].covariance, rtol=1e-4, atol=1e-9)

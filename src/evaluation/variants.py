@@ -68,16 +68,12 @@ class Reconstructions:
 
     def __init__(self, variants: Sequence[Variant], precision: Literal["32", "16", "bf16"]) -> None:
         self.variants, self.precision = variants, precision
-        self._inputs = [
-            (
-                id(v.rae.encoder),
-                v.layers,
-                v.rae.geometry.encoder_input_size,
-                *v.rae.image_mean.flatten().tolist(),
-                *v.rae.image_std.flatten().tolist(),
-            )
-            for v in variants
-        ]
+
+        def pixels(rae: RAE) -> tuple[float, ...]:
+            return tuple(torch.cat([rae.image_mean, rae.image_std]).flatten().tolist())
+
+        sources = [(v.rae, v.layers) for v in variants]
+        self._inputs = [(id(r.encoder), layers, r.geometry.encoder_input_size, pixels(r)) for r, layers in sources]
         """All that the latents of a variant depend on."""
 
     def __call__(self, images: Tensor, rows: Tensor) -> Iterator[Tensor]:

@@ -120,11 +120,8 @@ def load_decoder(decoder: ViTDecoder, path: str | Path, denormalize: bool, encod
     """
     file = read_decoder(path)
     own = vars(decoder.config)
-    differing = [
-        f"{k}: file {file.config.get(k)!r}, model {own[k]!r}"
-        for k in own
-        if file.config and file.config.get(k) != own[k]
-    ]
+    said = file.config or own
+    differing = [f"{key}: file {said.get(key)!r}, model {own[key]!r}" for key in own if said.get(key) != own[key]]
     if file.denormalize not in (None, denormalize):
         differing.append(f"decoder_denormalize: file {file.denormalize}, model {denormalize}")
     if differing:
@@ -168,9 +165,8 @@ def read_statistics(
         content = read(file)
         if _is_checkpoint(content):
             check_parts(content, file)
-            content = {name: content["state_dict"].get(f"rae.latent_{name}") for name in ("mean", "var")} | {
-                "encoder": content["encoder"]
-            }
+            state, encoder = content["state_dict"], content["encoder"]
+            content = {"mean": state.get("rae.latent_mean"), "var": state.get("rae.latent_var"), "encoder": encoder}
     mean, var = (content.get("mean"), content.get("var")) if isinstance(content, Mapping) else (None, None)
     if mean is None and var is None:
         found = f"keys {sorted(map(str, content))[:8]}" if isinstance(content, Mapping) else type(content).__name__

@@ -123,9 +123,7 @@ def stored_moments(path: str | Path, network: FeatureNetwork, wanted: Preparatio
             f"between them says nothing of the model. {remedy}"
         )
     if stated.selected is None:
-        stated = replace(
-            stated, selected=len(images) if moments is None and images else getattr(moments, "count", None)
-        )
+        stated = replace(stated, selected=len(images or ()) if moments is None else moments.count)
     if differences := stated.differences(wanted):
         log.warning(
             "%s was prepared otherwise than the images of this evaluation, and the score depends on that as on the "
