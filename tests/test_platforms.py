@@ -36,7 +36,7 @@ def test_a_run_without_fcntl_resource_fork_and_most_signals(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(WITHOUT)  # in loading processes too
     (tmp_path / "start.py").write_text(TRAIN)
     light = ["~callbacks.rfid", "model.disc_weight=0", "model.perceptual_weight=0"]
-    words = [*SMALL, *light, "data.num_workers=1", "trainer.max_epochs=1"]
+    words = [*SMALL, *light, "data.num_workers=1", "trainer.max_epochs=1", "trainer.limit_train_batches=1"]
     path = f"{tmp_path}:{PROJECT_ROOT}"
     python(tmp_path / "start.py", "src/train.py", *words, f"paths.log_dir={tmp_path}/logs", PYTHONPATH=path)
     (folder,) = tmp_path.glob("logs/runs/*/*")

@@ -67,8 +67,9 @@ class RAEDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Make the project's own small data sets, and download those of the hub, where they are missing."""
-        for node in [*self.sources.values(), *self.evaluation_settings.values()]:
-            found = locate(node.data_dir, download=True)
+        of_training = [one.data_dir for one in self.sources.values()]
+        for data_dir in [*of_training, *(one.data_dir for one in self.evaluation_settings.values())]:
+            found = locate(data_dir, download=True)
             if isinstance(found, Path):
                 dummy.ensure(found)
 

@@ -186,10 +186,9 @@ class DiffusionModule(StageModule):
 
     def sampler(self, settings: SamplerSettings | None = None, seed: int | None = None) -> Sampler:
         """Return a sampler of the averaged network; by default with the run's own settings and seed."""
-        flow, own = self.settings.flow, self.settings.seed
-        settings = settings or self.settings.sampler
-        seed = own if seed is None else seed
-        return Sampler(self.ema_network, settings, flow.prediction, flow.t_eps, self.step.shift, seed)
+        own, flow = self.settings, self.settings.flow
+        seed = own.seed if seed is None else seed
+        return Sampler(self.ema_network, settings or own.sampler, flow.prediction, flow.t_eps, self.step.shift, seed)
 
     @torch.no_grad()
     def sample_rows(self, images: Tensor) -> list[Tensor]:
