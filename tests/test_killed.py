@@ -215,7 +215,7 @@ def test_nohup_and_two_times_ctrl_c(tmp_path):
     assert process.wait(timeout=20) == 130, (tmp_path / "output.txt").read_text()[-2000:]
     gone(others)
     (record,) = tmp_path.glob("runs/*/*/run.json")
-    assert '"status": "interrupted"' in record.read_text()
+    assert '"status": "interrupted"' in record.read_text() and "ended at once by SIGINT" in record.read_text()
     assert not list(tmp_path.glob("runs/**/.*.writing"))
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import pytest
+import torch
 
 from src.core import terminal
+from src.core.distributed import processes
 from src.core.errors import UserError
 from src.core.options import Positive, option, parse
 
@@ -92,3 +94,20 @@ def test_a_program_ends_with_a_message_and_a_status(error, status, words, capsys
     with pytest.raises(SystemExit) as stop:
         terminal.run_program(lambda: signal.raise_signal(signal.SIGTERM))
     assert stop.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_program_that_waits_for_others_to_join_is_ended_by_sigterm(monkeypatch):
+    """A handler in Python would wait as well."""
+    seen = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    join = lambda *_, **__: seen.append(signal.getsignal(signal.SIGTERM))  # noqa: E731
+    monkeypatch.setattr(torch.distributed, "init_process_group", join)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+
+    def body() -> int:
+        with processes("cpu") as process:
+            join()
+            return process.world
+
+    assert terminal.run_program(body) == 2
+    assert seen[0] == signal.SIG_DFL and callable(seen[1])
