@@ -6,7 +6,7 @@ A settings class has one field per key. Every problem of a node is named in one 
 import difflib
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from types import NoneType
 from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_type_hints
 
@@ -49,36 +49,28 @@ def one_of(names: Collection[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
-def check_arguments(cls: type, values: Mapping[str, Any], key: str, **typed_as: str) -> None:
+def check_arguments(cls: type, values: Mapping[str, Any], key: str) -> None:
     """Raise UserError, with every problem, where `cls(**values)` would be given what its constructor's annotations exclude.
 
-    Those of base classes count where a constructor passes on `**options`. `key` and `typed_as`: as in `Settings`.
+    Those of base classes count where a constructor passes on `**options`. `key`: as in `Settings`.
     """
-    schema = _argument_settings(cls)
-    schema.typed_as = typed_as
-    schema.parse(values, key)
+    _argument_settings(cls).parse(values, key)
 
 
-def checked(key: str, ignored: Collection[str] = (), **typed_as: str) -> Callable[[Class], Class]:
-    """Decorate a class whose arguments are the node `key`, so that its constructor begins with `check_arguments`.
-
-    ignored: keys of earlier versions, which may have any value.
-    """
+def checked(key: str) -> Callable[[Class], Class]:
+    """Decorate a class whose arguments are the node `key`, so that its constructor begins with `check_arguments`."""
 
     def decorate(cls: Class) -> Class:
         construct = cls.__init__  # type: ignore[misc]
         names = list(inspect.signature(construct).parameters)[1:]
 
-        def check(values: Mapping[str, Any]) -> None:
-            check_arguments(cls, {name: v for name, v in values.items() if name not in ignored}, key, **typed_as)
-
         @wraps(construct)
         def constructor(self: Any, *args: Any, **options: Any) -> None:
-            check(dict(zip(names, args, strict=False)) | options)
+            check_arguments(cls, dict(zip(names, args, strict=False)) | options, key)
             construct(self, *args, **options)
 
         cls.__init__ = constructor  # type: ignore[misc]
-        cls.check_arguments = staticmethod(check)  # type: ignore[attr-defined]
+        cls.check_arguments = staticmethod(partial(check_arguments, cls, key=key))  # type: ignore[attr-defined]
         return cls
 
     return decorate
