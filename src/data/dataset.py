@@ -121,7 +121,10 @@ class _Rows(Dataset[Sample]):
         if self.source.num_classes is not None and (label := self.source.label(row)) is None:
             label = UNKNOWN_LABEL
         try:
-            return Sample(_to_tensor(self.transform(self.source.encoded(row), *place)), item, label=label)
+            image = self.transform(self.source.encoded(row), *place)
+            if isinstance(image, np.ndarray):
+                image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))  # S S 3 -> 3 S S
+            return Sample(image, item, label=label)
         except BadImage as error:
             return Sample(None, item, (Failure(row, self.source.name(row), str(error)),), label)
 
@@ -190,9 +193,3 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
         "epoch": samples[0].item.epoch,
         "failures": tuple(f for s in samples for f in s.failures),
     }
-
-
-def _to_tensor(image: np.ndarray | Tensor) -> Tensor:
-    if isinstance(image, Tensor):
-        return image
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))  # S S 3 -> 3 S S

@@ -32,7 +32,14 @@ def open_list(file: Path, image_column: str | None, label_column: str | None) ->
         raise UserError(f"{file} can't be read as a list of images: {error}") from error
     if not rows:
         raise UserError(f"{file} lists no images.")
-    path, label = _column(file, rows[0], image_column), label_column or LABEL_COLUMN
+    path = image_column or next((name for name in PATH_COLUMNS if name in rows[0]), None)
+    if path is None or path not in rows[0]:
+        given = f"data.image_column={image_column}: " if image_column else ""
+        raise UserError(
+            f"{given}{file} has the columns {', '.join(map(str, rows[0]))}; expected one of {', '.join(PATH_COLUMNS)}, or set "
+            "data.image_column to the one that names the files."
+        )
+    label = label_column or LABEL_COLUMN
     if label_column is not None and label not in rows[0]:
         raise UserError(f"data.label={label}: {file} has no such column; it has {', '.join(rows[0])}.")
     files = [row.get(path) for row in rows]
@@ -73,17 +80,6 @@ def _text_rows(file: Path) -> Iterator[dict[str, Any]]:
     if all(numbered) and not (lines and (file.parent / lines[0]).exists()):
         return ({"path": match[1], LABEL_COLUMN: match[2]} for match in numbered if match)
     return ({"path": line} for line in lines)
-
-
-def _column(file: Path, row: dict[str, Any], wanted: str | None) -> str:
-    found = wanted or next((name for name in PATH_COLUMNS if name in row), None)
-    if found is None or found not in row:
-        given = f"data.image_column={wanted}: " if wanted else ""
-        raise UserError(
-            f"{given}{file} has the columns {', '.join(map(str, row))}; expected one of {', '.join(PATH_COLUMNS)}, or set "
-            "data.image_column to the one that names the files."
-        )
-    return found
 
 
 def _labels(values: Sequence[Any]) -> tuple[list[int], list[str]]:

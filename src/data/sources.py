@@ -114,7 +114,8 @@ def short_digest(data: bytes) -> str:
 def read_file(path: str | Path) -> bytes:
     """Read an image file whole. Raises BadImage where that can't be done, is no regular file or too large."""
     try:
-        with open(path, "rb", opener=_without_waiting) as file:
+        never_wait = getattr(os, "O_NONBLOCK", 0)  # for the writer of a pipe
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | never_wait)) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise BadImage("not a regular file")
@@ -123,11 +124,6 @@ def read_file(path: str | Path) -> bytes:
             return file.read()
     except OSError as error:
         raise BadImage(f"can't be read: {error.strerror or error}") from error
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    """Open a pipe that has no writer without waiting for one."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def open_image_tree(root: Path) -> FileSource:
