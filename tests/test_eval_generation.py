@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from src import eval_generation, reconstruct
-from src.data.latents import LatentStore
+from src.data.latents import LatentStore, LatentWriter, write_index
 from src.formats.checkpoint import load_trained
 from src.formats.folder import write_folder
 from src.metrics.generation import GenerationReference, GenerationStatistics, compute_scores
@@ -133,10 +133,12 @@ def test_latents_through_several_decoders(evaluate, refused, files, tmp_path):
     np.savez(tmp_path / "z.npz", latents=z[:, :3].numpy())
     assert "(3, 4, 4) there, (64, 4, 4) here" in refused(f"--latents {tmp_path}/z.npz --checkpoint {file} {reference}")
 
-    index = tmp_path / "out" / "latents" / "index.json"
-    content = json.loads(index.read_text())
-    index.write_text(json.dumps({**content, "shape": [3, 2, 2]}))
-    assert "(3, 2, 2) there, (64, 4, 4) here" in refused(f"{latents} --checkpoint {file} {reference}")
+    writer = LatentWriter(tmp_path / "small", (3, 2, 2), torch.float32, 0)
+    writer.write(torch.zeros(4, 3, 2, 2), torch.arange(4), torch.zeros(4, dtype=torch.int64))
+    facts = json.loads((tmp_path / "out/latents/index.json").read_text()) | {"shape": [3, 2, 2], "count": 4}
+    write_index(tmp_path / "small", writer.close(), facts)
+    words = f"--latents {tmp_path}/small --checkpoint {file} {reference}"
+    assert "(3, 2, 2) there, (64, 4, 4) here" in refused(words)
 
 
 def test_what_cannot_be_scored(refused, files, tmp_path):

@@ -18,7 +18,7 @@ from src.data.decode import Decoder
 from src.data.fingerprint import compare_fingerprints, source_state
 from src.data.latents import LatentStore, LatentTransform
 from src.data.loader import PREFETCH_BATCHES, EvaluationLoader, TrainLoader, WorkerOptions
-from src.data.order import AllRows, EpochOrder, Rows, evaluation_rows
+from src.data.order import EpochOrder, Rows, evaluation_rows
 from src.data.places import locate
 from src.data.settings import DataSettings, EvaluationSettings
 from src.data.sources import ReadOptions, Source, short_digest
@@ -134,7 +134,7 @@ class RAEDataModule(LightningDataModule):
         for name, s in self.evaluation_settings.items():
             source, text = open_evaluation(locate(s.data_dir), s.split, self._options(s.image_column, None))
             log.info("Evaluation set %s: %s", name, text)
-            found[name] = EvaluationSet(source, AllRows(len(source)), s)
+            found[name] = EvaluationSet(source, range(len(source)), s)
         return found
 
     def describe(self) -> list[tuple[str, str]]:
@@ -274,7 +274,9 @@ class RAEDataModule(LightningDataModule):
                 "out. Set data.train_split=0.95 (say), name a split with data.hf_validation_split, or evaluate on "
                 "training images with callbacks.rfid.use_train_dataloader=true."
             )
-        chosen: np.ndarray = found.rows[evaluation_rows(len(found.rows), num_images, world, rank)]
+        chosen = evaluation_rows(len(found.rows), num_images, world, rank)
+        if isinstance(found.rows, np.ndarray):
+            chosen = found.rows[chosen]
         return EvaluationDataset(found.source, chosen, _transform(found.source, self.evaluation_transform)), not sets
 
     def evaluation_loader(

@@ -9,7 +9,7 @@ images for any W, b, k of equal product. The last, partial global batch is dropp
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -95,26 +95,8 @@ def evaluation_rows(length: int, num_images: int | None = None, world: int = 1, 
     return order[:num_images][rank::world]
 
 
-@dataclass(frozen=True)
-class AllRows:
-    """All rows of a source, as an array of 0..length-1 would list them. Takes no memory."""
-
-    length: int
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return np.arange(*index.indices(self.length))
-        return index
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.length))
-
-
-Rows = np.ndarray | AllRows
-"""Rows of a source, to be indexed by a number or an array of numbers."""
+Rows = np.ndarray | range
+"""Rows of a source; a range, which takes no memory, where they are all of them."""
 
 
 def split_rows(length: int, train_share: float) -> tuple[Rows, np.ndarray]:
@@ -124,6 +106,6 @@ def split_rows(length: int, train_share: float) -> tuple[Rows, np.ndarray]:
     """
     cut = round(length * train_share)
     if cut == length:
-        return AllRows(length), np.empty(0, np.int64)
+        return range(length), np.empty(0, np.int64)
     order = stream.generator(0, stream.Purpose.SPLIT).permutation(length)
     return np.sort(order[:cut]), np.sort(order[cut:])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from src.core.errors import UserError
 from src.data.file_names import TEST_SPLITS, VALIDATION_SPLITS
-from src.data.order import AllRows, Rows, split_rows
+from src.data.order import Rows, split_rows
 from src.data.places import KINDS, look
 from src.data.sources import DEFAULT_OPTIONS, ReadOptions, Source
 
@@ -80,7 +80,7 @@ def open_splits(
     if validation_split is not None:
         validation = data.open(validation_split)
         text = f"{len(rows)} of {len(train)} images of {hf_split!r} for training, {len(validation)} of {validation_split!r} for"
-        return Splits(train, rows, validation, AllRows(len(validation)), kind, f"{data_dir}: {text} evaluation")
+        return Splits(train, rows, validation, range(len(validation)), kind, f"{data_dir}: {text} evaluation")
     text = f"{data_dir}: no split {hf_validation_split!r}; {len(rows)} of {len(train)} images for training"
     if not len(held_out):
         return Splits(train, rows, None, held_out, kind, f"{text}, none held out (data.train_split={train_split:g})")
