@@ -4,7 +4,7 @@ Every kind gives its rows in a fixed order as `Entry`, whose bytes are read when
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ class Tree:
     """What is to be converted."""
 
     root: Path
-    splits: "dict[str, Rows]"
+    splits: "Mapping[str, Rows]"
     has_splits: bool
     """False: one split, then called `train`."""
     class_names: Sequence[str] | None
@@ -70,7 +70,7 @@ def scan(root: Path) -> Tree:
         raise UserError(f"--input_dir {root}: expected a folder of images, tar files or Parquet files.")
     tars = {split: TarSource(place.root, group) for split, group in place.splits.items()}
     labelled = all(tar.num_classes is not None for tar in tars.values())
-    splits: dict[str, Rows] = {split: SourceRows(tar, 0, len(tar)) for split, tar in tars.items()}
+    splits = {split: SourceRows(tar, 0, len(tar)) for split, tar in tars.items()}
     return Tree(place.root, splits, len(splits) > 1 or "train" not in splits, () if labelled else None)
 
 
