@@ -22,7 +22,7 @@ NONSENSE = [
     "data.use_hf_dataset=maybe", "trainer.limit_train_batches=0", "model.scheduler.warmup_epochs=-3", "seed=-1", "model.optimizer.lr=-1",
     "model.optimizer.betas=[1]", "trainer.max_epochs=1.5", "ckpt_path=5", "data.image_size=100000", "model.disc_start_epoch=nan",
     "callbacks.rfid=maybe", "callbacks.samples._target_=maybe", "data._target_=src.training.stage1.RAEModule", "trainer._target_=maybe",
-    "trainer.devices=0", "trainer.max_steps=0", "callbacks.checkpoint.keep_epochs=-2", "paths.log_dir=null", "preflight=2",
+    "logger.tensorboard.name=1.5", "trainer.devices=0", "trainer.max_steps=0", "callbacks.checkpoint.keep_epochs=-2", "paths.log_dir=null", "preflight=2",
 ]  # fmt: skip
 
 

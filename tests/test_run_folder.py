@@ -131,6 +131,19 @@ def test_the_same_folder_twice_keeps_the_first_runs_checkpoints(tmp_path, caplog
         assert "still going on" in (beside / "run.log").read_text()
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_a_run_refused_before_its_first_update_leaves_no_folder(tmp_path, own):
+    """Neither its own, wherever that is, nor that of the day; a folder that was there before stays."""
+    (tmp_path / "before").mkdir()
+    words = [f"paths.log_dir={tmp_path}/logs", f"data.data_dir={tmp_path}/nothing"]
+    for folder in ("mine", "before") if own else (None,):
+        with pytest.raises(SystemExit):
+            run(composed([*FAST, *words, *([f"paths.run_dir={tmp_path}/{folder}"] if folder else [])]))
+    assert (
+        not (tmp_path / "mine").exists() and (tmp_path / "before").is_dir() and not list(tmp_path.glob("logs/runs/*"))
+    )
+
+
 @pytest.mark.parametrize(("log_dir", "wanted"), [("file", None), ("logs", "file"), ("logs", "file/mine")])
 def test_a_place_that_cannot_be_written(tmp_path, log_dir, wanted):
     (tmp_path / "file").write_text("")

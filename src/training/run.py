@@ -249,9 +249,12 @@ def check_config(config: DictConfig) -> None:
             "    defaults:\n      - base\n(dit_base for stage 2), or copy configs/model/rae.yaml."
         )
     _check_part(plain["data"], "data", pl.LightningDataModule)
-    for group in ("callbacks", "logger"):
-        for name, node in _parts(plain[group]).items():
-            _check_part(node, f"{group}.{name}", pl.Callback if group == "callbacks" else pl.loggers.Logger)
+    for name, node in _parts(callbacks).items():
+        _check_part(node, f"callbacks.{name}", pl.Callback)
+    for name, node in _parts(plain["logger"]).items():
+        _check_part(node, f"logger.{name}", pl.loggers.Logger)
+        if not isinstance(given := node.get("name"), str | None):  # Lightning would fail at the first figure
+            raise UserError(f"logger.{name}.name={given!r}: expected text or null.")
     _check_part(plain["model"], "model", StageModule)
 
 
