@@ -136,7 +136,9 @@ class TrainDataset(_Rows):
         place = item.epoch, item.position
         first = sample = self._sample(item._replace(row=int(self.rows[item.row])), *place)
         failures, draws = sample.failures, None
-        while sample.image is None and len(failures) <= ATTEMPTS:
+        for _ in range(ATTEMPTS):
+            if sample.image is not None:
+                break
             draws = draws or stream.generator(self.transform.seed, stream.Purpose.REPLACEMENT, *place)
             sample = self._sample(item._replace(row=int(self.rows[int(draws.integers(len(self.rows)))])), *place)
             failures += sample.failures
