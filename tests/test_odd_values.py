@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import fields
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -12,7 +13,9 @@ from omegaconf.errors import OmegaConfBaseException
 from scripts.odd_values import ODD, QUICK, STAGES, keys
 from src.core.distributed import Launch
 from src.core.errors import UserError
+from src.core.options import ModelOptions
 from src.core.text import flat
+from src.formats.opening import open_autoencoder
 from src.training.record import RunRecord
 from src.training.run import build_run, check_config, fit
 from tests.training import composed
@@ -83,6 +86,18 @@ def test_nonsense_is_refused(small, override):
     key, value = parsed.key_or_group, parsed.value()
     with changed(small, key, value), pytest.raises(UserError, match=key):
         check_config(small)
+
+
+def test_every_odd_value_of_an_autoencoder_is_refused():
+    """As a whole, under each key of a mapping, and a key that is none."""
+    names = [field.name for field in fields(ModelOptions) if field.name != "stats"]
+    for value in [*VALUES.values(), {1: 2}]:
+        for where in [
+            value,
+            *({"encoder": "dinov2-b", "decoder": "a.pt", name: value} for name in [*names, "statistics", "odd"]),
+        ]:
+            with pytest.raises(UserError, match="model.autoencoder"):
+                open_autoencoder(where)
 
 
 LEFT_OUT = ("trainer.max_steps", "trainer.fast_dev_run", "model.autoencoder", "model.compile")

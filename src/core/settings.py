@@ -106,8 +106,8 @@ def _user_error(problems: list[str]) -> UserError:
     return UserError(f"{len(problems)} problems:\n" + "\n".join(f"  {text}" for text in problems))
 
 
-def _unknown(place: str, name: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
+def _unknown(place: str, name: object, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(str(name), known, n=1)
     hint = f" (did you mean {near[0]}?)." if near else f". Known keys: {', '.join(sorted(known))}."
     return f"unknown key {place}{hint}"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from src.core.errors import UserError
 from src.core.options import ModelOptions
-from src.core.settings import check_keys
+from src.core.settings import check_arguments, check_keys
 from src.core.weights import freeze, read
 from src.formats.checkpoint import LoadedModel, existing, load_trained, stored
 from src.formats.decoder_files import kind_of, read_statistics
@@ -127,7 +127,19 @@ def open_autoencoder(
     Raises:
         UserError: files that are missing or don't fit, no statistics, another image size.
     """
-    decoder = where.get("decoder") if isinstance(where, Mapping) else where
+    decoder: Any = where
+    if isinstance(where, Mapping):
+        typed = {"stats": "statistics"}
+        check_keys(where, [typed.get(field.name, field.name) for field in fields(ModelOptions)], "model.autoencoder")
+        options = {str(key): value for key, value in where.items()}
+        if not isinstance(stats := options.pop("statistics", None), str | None):
+            raise UserError(f"model.autoencoder.statistics={stats!r}: expected text or null.")
+        check_arguments(ModelOptions, options, "model.autoencoder")
+        decoder = where.get("decoder")
+    elif not isinstance(where, str | None):
+        raise UserError(
+            f"model.autoencoder={where!r}: expected a path, or a mapping of decoder, encoder and statistics."
+        )
     if decoder is None:
         raise UserError(
             "model.autoencoder is not set: give a .ckpt of stage 1, the folder of an export, or "
@@ -140,12 +152,8 @@ def open_autoencoder(
     if isinstance(where, str):
         is_checkpoint = where.endswith(".ckpt")
         _ = existing(where, "model.autoencoder") if is_checkpoint else kind_of(where, "model.autoencoder")
-        choice: dict[str, Any] = {"checkpoint" if is_checkpoint else "decoder": where}
-    else:
-        known = {"stats": "statistics"}
-        check_keys(where, [known.get(field.name, field.name) for field in fields(ModelOptions)], "model.autoencoder")
-        choice = {("stats" if key == "statistics" else str(key)): value for key, value in where.items()}
-    loaded = open_model(ModelOptions(**{**choice, "image_size": image_size}))
+        options, stats = {"checkpoint" if is_checkpoint else "decoder": where}, None
+    loaded = open_model(ModelOptions(**{**options, "stats": stats, "image_size": image_size}))
     rae = loaded.rae
     if statistics is not None:
         rae.set_statistics(*read_statistics(statistics, rae.latent_shape, rae.encoder.identity()))

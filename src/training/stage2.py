@@ -56,8 +56,8 @@ class Stage2Settings(StageSettings):
 
     typed_as: ClassVar[Mapping[str, str]] = {**StageSettings.typed_as, "image_size": "data.image_size"}
 
-    autoencoder: Any
-    """A path or a mapping, see `open_autoencoder`."""
+    autoencoder: str | Mapping[str, Any] | None = Field(description="a path, or {encoder, decoder, statistics}")
+    """See `open_autoencoder`."""
     statistics: str | None
     image_size: Pixels
     network: Mapping[str, Any]
