@@ -159,7 +159,8 @@ def test_batches_of_a_mix(num_workers: int, folders: Path) -> None:
 
 
 def test_crops_and_bad_share_are_those_of_the_source(folders: Path, tmp_path: Path) -> None:
-    data = mixed(folders, "arrow plain", plain={"train_crop": "center", "weight": 3, "exif": "ignore"})
+    own = {"train_crop": "center", "weight": 3, "exif": "ignore"}  # the common shorter side is not for it
+    data = mixed(folders, "arrow plain", resize_shorter_px=48, plain=own)
     assert [t.train_crop for t in data.train_transforms] == ["random", "center"]
     assert [t.decoder.exif for t in data.train_transforms] == ["apply", "ignore"]
     (tmp_path / "bad").mkdir()
