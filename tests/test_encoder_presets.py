@@ -35,7 +35,7 @@ def test_every_name_composes_and_its_sizes_are_known_without_weights():
     assert {"dinov3mls-vit-h16plus", "webssl-vit-dino7b_full8b_224", "tipsv2-vit-so14"} < set(raev2_names())
     for name in [*PRESETS, *raev2_names(), K7]:
         preset = find_preset(name)
-        settings = ModelSettings.parse({**node, "encoder": name}).rae
+        settings = ModelSettings.parse({**node, "encoder": name})
         assert settings.encoder_cls == preset.encoder_cls and preset.encoder_cls in ENCODERS
         assert settings.encoder_config_path == preset.hub_id and preset.hub_id in settings.encoder_params.values()
         geometry = Geometry.of(256, 16, preset.patch)
@@ -85,7 +85,7 @@ def test_what_is_given_beside_a_name_goes_on_top():
     node = model_node(
         "model.encoder=dinov3-l-k23", "model.encoder_config_path=/data/dinov3", "model.encoder_params.layers=k7"
     )
-    rae = ModelSettings.parse(node).rae
+    rae = ModelSettings.parse(node)
     assert rae.encoder_params == {"model_name": "/data/dinov3", "layers": "k7"}
     assert rae.encoder_config_path == "/data/dinov3"
     assert expand_encoder(expand_encoder(node)) == expand_encoder(node)
@@ -100,7 +100,7 @@ def test_what_is_given_beside_a_name_goes_on_top():
     ("rae_mae", "mae-b"), ("raev2_dinov3l_k7", "dinov3-l-k7"), ("raev2_dinov3l_k23", "dinov3-l-k23"),
 ])  # fmt: skip
 def test_model_configs_say_what_the_table_says(config, name):
-    written, named = ModelSettings.parse(model_node(f"model={config}")).rae, expand_encoder({"encoder": name})
+    written, named = ModelSettings.parse(model_node(f"model={config}")), expand_encoder({"encoder": name})
     assert (written.encoder_cls, written.encoder_config_path) == (named["encoder_cls"], named["encoder_config_path"])
     given = {key: value for key, value in written.encoder_params.items() if value not in (None, True)}
     assert given == named["encoder_params"]
