@@ -1,4 +1,5 @@
-"""Draw originals above reconstructions by the EMA weights while training, always of the same images."""
+"""Draw pictures by the EMA weights while training: originals above their reconstructions, or samples of fixed noise and classes
+(stage 2)."""
 
 import logging
 from pathlib import Path
