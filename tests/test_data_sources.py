@@ -250,6 +250,7 @@ DAMAGED = {  # what becomes of a dataset of three Arrow files, and what is said 
     "no JSON": (lambda p: [file.unlink() for file in p.glob("*.json")], "No such file.*state.json.*half-"),
     "cut": (lambda p: os.truncate(arrow(p, 1), arrow(p, 1).stat().st_size - 3000), "data-00001.*cut short or damaged"),
     "cut after a batch": (lambda p: os.truncate(arrow(p, 1), arrow(p, 1).stat().st_size - 8), "data-00001.*cut short or damaged"),
+    "bytes behind its end": (lambda p: arrow(p, 1).open("ab").write(bytes(64)), "data-00001.*cut short or damaged: its stream ends at byte"),
     "empty shard": (lambda p: os.truncate(arrow(p, 0), 0), "data-00000.*cut short or damaged"),
     "garbage": (lambda p: arrow(p, 0).write_bytes(bytes(range(256)) * 9), "data-00000.*cut short or damaged"),
     "lost shard": (lambda p: arrow(p, 2).unlink(), "lacks 1 of its 3 Arrow files: data-00002"),
