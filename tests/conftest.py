@@ -1,6 +1,7 @@
 """Shared fixtures: the smallest models of every part, with seeded random weights."""
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: a test never asks a hub
 
@@ -16,6 +17,10 @@ from src.core.stopping import STOP
 from src.models.rae import RAE
 
 omegaconf.base.parse = cache(omegaconf.base.parse)  # of `${...}`: most of the time that resolving a configuration takes
+# Started by nohup or in the background, tests ignore these signals, and so would the runs that they start and signal.
+for _name, _handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    if hasattr(signal, _name) and signal.getsignal(getattr(signal, _name)) == signal.SIG_IGN:
+        signal.signal(getattr(signal, _name), _handler)
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 TINY_ENCODERS = {
