@@ -120,9 +120,8 @@ class RAEModule(StageModule):
         return result.terms
 
     def update(self, step: int, batch_idx: int, terms: Mapping[str, Tensor]) -> None:
-        if (
-            self.scalers()["generator"] is not None
-        ):  # then these are of scaled gradients, and what overflows there is the scaler's business
+        if self.scalers()["generator"] is not None:
+            # Then these are of scaled gradients, and what overflows there is the scaler's business.
             terms = {name: value for name, value in terms.items() if name not in ("adaptive_weight", "loss")}
         self.step_counted(step, terms)
         if self._micro_batches:
