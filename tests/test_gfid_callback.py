@@ -61,7 +61,7 @@ def test_two_processes_give_the_score_of_one(autoencoder, reference, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"reference": "null"}, "callbacks.gfid.reference=None: expected an npz"),
+        ({"reference": "null"}, "callbacks.gfid.reference=null: expected an npz"),
         ({"num_images": 1}, "callbacks.gfid.num_images=1: expected at least 2"),
         ({"sampler.cfg": 0.5}, "callbacks.gfid.sampler.cfg"),
         ({"labels": "7"}, "classes 0 to 2"),

@@ -14,6 +14,7 @@ from src.callbacks.scores import ScoreCallback, evaluation_mode, process_of
 from src.core.errors import UserError
 from src.core.options import LoadingOptions
 from src.core.settings import checked
+from src.core.text import typed
 from src.core.weights import resolve
 from src.evaluation.generate import SamplerSettings
 from src.evaluation.generation import Reference, all_scores, load_references
@@ -67,7 +68,7 @@ class GFIDCallback(ScoreCallback):
             raise UserError("callbacks.gfid scores the samples of a stage-2 run, and this model makes none: drop it.")
         if self.reference is None or not resolve(self.reference).exists():
             raise UserError(
-                f"callbacks.gfid.reference={self.reference}: expected an npz (ADM's, or of src/make_reference.py) or a data "
+                f"callbacks.gfid.reference={typed(self.reference)}: expected an npz (ADM's, or of src/make_reference.py) or a data "
                 f"set to score samples against. {self.remedy}"
             )
         own = pl_module.settings.sampler.model_dump()

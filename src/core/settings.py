@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_type_h
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from src.core.errors import UserError
+from src.core.text import typed
 
 Class = TypeVar("Class", bound=type)
 LARGEST = 65536
@@ -127,7 +128,7 @@ def _problem(cls: type[Settings], error: Any, place: str, values: Mapping[str, A
             return _unknown(place, part, owner.model_fields)
         field = owner.model_fields.get(part) if owner else None
         if field and field.description and error["type"] != "missing":
-            return f"{place}={_typed(value)}: expected {field.description}."
+            return f"{place}={typed(value)}: expected {field.description}."
         annotation = field.annotation if field else None
         owner = annotation if isinstance(annotation, type) and issubclass(annotation, Settings) else None
     if error["type"] == "missing":
@@ -135,12 +136,7 @@ def _problem(cls: type[Settings], error: Any, place: str, values: Mapping[str, A
     if error["type"] == "value_error" and isinstance(error["input"], Mapping):  # of several keys together
         return f"{place}: {error['ctx']['error']}"
     null = " or null" if NoneType in get_args(annotation) else ""
-    return f"{place}={_typed(error['input'])}: expected {_expected(error)}{null}."
-
-
-def _typed(value: Any) -> str:
-    """Return a value as users type it: `null`, `true`, `'text'`."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return f"{place}={typed(error['input'])}: expected {_expected(error)}{null}."
 
 
 def _expected(error: Any) -> str:

@@ -1,4 +1,4 @@
-"""Write durations, nested keys and two-column tables as text."""
+"""Write durations, values, nested keys and two-column tables as text."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,11 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min"
     return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def typed(value: Any) -> str:
+    """Return a value of the configuration as users type it: `null`, `true`, `'text'`."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pydantic import Field
 from src.core.errors import UserError
 from src.core.geometry import Pixels
 from src.core.settings import Settings
+from src.core.text import typed
 from src.data.dataset import TrainCrop
 from src.data.decode import Exif
 from src.data.mix import Unit
@@ -86,8 +87,8 @@ class DataSettings(_Common):
         """
         if (self.data_dir is None) == (self.sources is None):
             raise UserError(
-                f"data.data_dir={self.data_dir} and data.sources={'null' if self.sources is None else 'set'}: expected one of "
-                f"them. Set data.data_dir={'PATH' if self.sources is None else 'null'}."
+                f"data.data_dir={typed(self.data_dir)} and data.sources={'null' if self.sources is None else 'set'}: expected "
+                f"one of them. Set data.data_dir={'PATH' if self.sources is None else 'null'}."
             )
         common = {key: getattr(self, key) for key in _Common.model_fields}
         if self.sources is None:

@@ -8,6 +8,7 @@ from typing import Any
 from src.core.errors import UserError
 from src.core.options import ModelOptions
 from src.core.settings import check_arguments, check_keys
+from src.core.text import typed
 from src.core.weights import freeze, read
 from src.formats.checkpoint import LoadedModel, existing, load_trained, stored
 from src.formats.decoder_files import kind_of, read_statistics
@@ -129,16 +130,16 @@ def open_autoencoder(
     """
     decoder: Any = where
     if isinstance(where, Mapping):
-        typed = {"stats": "statistics"}
-        check_keys(where, [typed.get(field.name, field.name) for field in fields(ModelOptions)], "model.autoencoder")
+        keys = {"stats": "statistics"}
+        check_keys(where, [keys.get(field.name, field.name) for field in fields(ModelOptions)], "model.autoencoder")
         options = {str(key): value for key, value in where.items()}
         if not isinstance(stats := options.pop("statistics", None), str | None):
-            raise UserError(f"model.autoencoder.statistics={stats!r}: expected text or null.")
+            raise UserError(f"model.autoencoder.statistics={typed(stats)}: expected text or null.")
         check_arguments(ModelOptions, options, "model.autoencoder")
         decoder = where.get("decoder")
     elif not isinstance(where, str | None):
         raise UserError(
-            f"model.autoencoder={where!r}: expected a path, or a mapping of decoder, encoder and statistics."
+            f"model.autoencoder={typed(where)}: expected a path, or a mapping of decoder, encoder and statistics."
         )
     if decoder is None:
         raise UserError(

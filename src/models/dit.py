@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from src.core.errors import UserError
 from src.core.settings import LARGEST, check_arguments, check_keys
+from src.core.text import typed
 from src.models import flops
 from src.models.decoder import sincos_positions, unpatchify
 from src.models.dit_layers import Block, FinalLayer, LabelEmbedder, LayerOptions, PatchEmbed, Rotary, TimeEmbedder
@@ -362,7 +363,7 @@ def build_network(
     """
     cls = NETWORKS.get(str(config.get("name")))
     if cls is None:
-        raise UserError(f"model.network.name={config.get('name')!r}: expected one of {', '.join(NETWORKS)}.")
+        raise UserError(f"model.network.name={typed(config.get('name'))}: expected one of {', '.join(NETWORKS)}.")
     channels, grid, _ = latent_shape
     derived = {"input_size": grid, "in_channels": channels, "num_classes": num_classes}
     known = inspect.signature(cls.__init__).parameters.keys() - {"self"}

@@ -33,7 +33,7 @@ from src.core.folder_lock import take_lock
 from src.core.json_files import read_json
 from src.core.settings import Settings, check_keys
 from src.core.stopping import KILL, STOP, end_with_parent, listening, signal_name, status_of
-from src.core.text import masked, table
+from src.core.text import masked, table, typed
 from src.core.weights import resolve
 from src.models.encoder_presets import expand_encoder
 from src.training import logs
@@ -254,7 +254,7 @@ def check_config(config: DictConfig) -> None:
     for name, node in _parts(plain["logger"]).items():
         _check_part(node, f"logger.{name}", pl.loggers.Logger)
         if not isinstance(given := node.get("name"), str | None):  # Lightning would fail at the first figure
-            raise UserError(f"logger.{name}.name={given!r}: expected text or null.")
+            raise UserError(f"logger.{name}.name={typed(given)}: expected text or null.")
     _check_part(plain["model"], "model", StageModule)
 
 
