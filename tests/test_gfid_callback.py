@@ -63,8 +63,10 @@ def test_two_processes_give_the_score_of_one(autoencoder, reference, tmp_path):
     [
         ({"reference": "null"}, "callbacks.gfid.reference=null: expected an npz"),
         ({"num_images": 1}, "callbacks.gfid.num_images=1: expected at least 2"),
+        ({"num_images": 10**12}, "expected at most 10000000|1e.07"),
         ({"sampler.cfg": 0.5}, "callbacks.gfid.sampler.cfg"),
-        ({"labels": "7"}, "classes 0 to 2"),
+        ({"labels": "7"}, "callbacks.gfid.labels=7: .* classes 0 to 2"),
+        ({"labels": "maybe"}, "callbacks.gfid.labels=maybe: expected equal"),
         ({"features": "[dinov2]"}, "expected inception among them"),
         ({"inception_weights": "pretrained", "inception_path": "nowhere.pth"}, "nowhere.pth"),
     ],

@@ -41,7 +41,7 @@ class GFIDCallback(ScoreCallback):
 
     every_n_steps: Annotated[int, Field(ge=0)]
     every_n_epochs: Annotated[int, Field(ge=0)]
-    num_images: Annotated[int, Field(ge=2)]
+    num_images: Annotated[int, Field(ge=2, le=10_000_000)]
     batch_size: Annotated[int, Field(ge=1)]
     decode_batch: Annotated[int, Field(ge=1)]
     labels: Annotated[str | int, Field(description="text or one class")]
@@ -75,7 +75,9 @@ class GFIDCallback(ScoreCallback):
         given = {name: value for name, value in self.sampler.items() if value is not None}
         self._settings = SamplerSettings.parse(own | given, "callbacks.gfid.sampler")
         pl_module.sampler(self._settings)
-        labels_of(self.labels, self.seed, self.num_images, pl_module.network.num_classes)
+        self._labels = labels_of(
+            self.labels, self.seed, self.num_images, pl_module.network.num_classes, "callbacks.gfid.labels="
+        )
         self._networks = self.load_networks()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -103,10 +105,9 @@ class GFIDCallback(ScoreCallback):
         """Score samples of the averaged network on all ranks, with the same result on all of them."""
         process, count = process_of(trainer, pl_module), self.num_images
         sampler = pl_module.sampler(self._settings, self.seed)
-        labels = labels_of(self.labels, self.seed, count, pl_module.network.num_classes)
         statistics = [GenerationStatistics(network, self.batch_size, count) for network in self._networks]
         for indices in blocks(count, self.batch_size)[process.rank :: process.world]:
-            images, _ = draw(sampler, pl_module.rae, indices, labels, process.device, self.decode_batch)
+            images, _ = draw(sampler, pl_module.rae, indices, self._labels, process.device, self.decode_batch)
             for part in statistics:
                 part.update(images, torch.from_numpy(indices))
         for part in statistics:

@@ -195,8 +195,9 @@ def grid(samples: Path, labels: np.ndarray) -> Tensor:
     return sheet([torch.from_numpy(images[rows]).permute(0, 3, 1, 2) for rows in chosen])
 
 
-def labels_of(which: str, seed: int, num_images: int, num_classes: int) -> np.ndarray:
-    """Return the label of each index, int64 (N,), by the option --labels; the null label is `num_classes`."""
+def labels_of(which: str, seed: int, num_images: int, num_classes: int, key: str = "--labels ") -> np.ndarray:
+    """Return the label of each index, int64 (N,), by `which`; the null label is `num_classes`. `key`: what says it. UserError:
+    no such classes."""
     if which == "equal":
         return balanced_labels(seed, num_images, num_classes)
     if which == "random":
@@ -206,9 +207,9 @@ def labels_of(which: str, seed: int, num_images: int, num_classes: int) -> np.nd
     try:
         classes = np.array([int(label) for label in which.split(",")], np.int64)
     except ValueError as error:
-        raise UserError(f"--labels {which}: expected equal, random, null or classes such as 207,360.") from error
+        raise UserError(f"{key}{which}: expected equal, random, null or classes such as 207,360.") from error
     if classes.min() < 0 or classes.max() >= num_classes:
-        raise UserError(f"--labels {which}: the model has classes 0 to {num_classes - 1}.")
+        raise UserError(f"{key}{which}: the model has classes 0 to {num_classes - 1}.")
     return classes[np.arange(num_images) % len(classes)]
 
 
