@@ -83,7 +83,12 @@ def test_progress_is_lines_where_there_is_no_terminal(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "words"), [(UserError("x y"), 1, "Error: x y"), (KeyboardInterrupt(), 130, "interrupted")]
+    ("error", "status", "words"),
+    [
+        (UserError("x y"), 1, "Error: x y"),
+        (MemoryError("8 TB."), 1, "Error: Not enough memory: 8 TB. Take a smaller --batch_size, or fewer images."),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
 )
 def test_a_program_ends_with_a_message_and_a_status(error, status, words, capsys):
     def body() -> int:

@@ -53,7 +53,7 @@ def run_program(body: Callable[[], int]) -> int:
     It is that of `body`, 1 with one message for a mistake of the user, 130 for Ctrl-C. SIGTERM ends the program as an
     exception would (143), so that what is half written is removed.
     """
-    from src.core.errors import UserError
+    from src.core.errors import UserError, lacks_memory
 
     rank = int(os.environ.get("RANK", "0"))
     warnings.filterwarnings("ignore", message=".*This DataLoader will create .* worker processes.*")
@@ -62,8 +62,14 @@ def run_program(body: Callable[[], int]) -> int:
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         return body()
-    except UserError as error:
-        text = str(error) if "--config" in sys.argv else in_options(str(error))
+    except (UserError, MemoryError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            text = str(error) if "--config" in sys.argv else in_options(str(error))
+        elif lacks_memory(error):
+            said = (str(error).splitlines() or ["for Python objects"])[0].rstrip(".")
+            text = f"Not enough memory: {said}. Take a smaller --batch_size, or fewer images."
+        else:
+            raise
         print(f"Error{f' (process {rank})' if rank else ''}: {text}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # `PROGRAM | head`

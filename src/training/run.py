@@ -27,7 +27,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from src.callbacks.metrics_csv import MetricsCsv
 from src.callbacks.progress import StartupTable, device_name
 from src.core.distributed import Launch
-from src.core.errors import UserError
+from src.core.errors import UserError, lacks_memory
 from src.core.files import DISK_ERRORS, disk_message
 from src.core.folder_lock import take_lock
 from src.core.json_files import read_json
@@ -122,7 +122,7 @@ def _message(error: Exception) -> str | None:
             f"Too many open files: {str(error).splitlines()[0]} Allow more with `ulimit -n 4096` in the shell, or take fewer "
             "data.num_workers."
         )
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    if lacks_memory(error):
         return (
             f"Not enough memory: {str(error).splitlines()[0] if str(error) else 'for Python objects'} Smaller: data.batch_size "
             "(trainer.accumulate_grad_batches makes up for it), model.loss_chunk_size, data.image_size, the networks; "
