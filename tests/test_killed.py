@@ -229,6 +229,10 @@ program = os.path.join({root!r}, "src", "train.py")
 exec(compile(open(program).read(), program, "exec"), {{"__name__": "__main__", "__file__": program}})
 """
 FAILING = """
+import atexit
+from lightning_fabric.strategies.launchers import subprocess_script
+subprocess_script._ChildProcessObserver.__init__.__defaults__ = (0.05,)  # Lightning looks for failed processes this often
+atexit.register(time.sleep, 1)
 def training_step(self, batch, batch_idx):
     if self.global_rank == 0:
         while not pathlib.Path({pid!r}).exists():

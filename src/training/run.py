@@ -203,11 +203,11 @@ def _run(config: DictConfig, held: ExitStack) -> dict[str, Any]:
             for day in fresh[1:]:
                 with suppress(OSError):  # of other runs too
                     day.rmdir()
-        kill = getattr(built.trainer.strategy.launcher, "kill", None) if built and status == "failed" else None
-        if kill is not None:
-            # The processes that Lightning started would wait for this one and hold their GPUs. The last thing to do, since
-            # Lightning ends this process too when it sees one of them fail.
-            kill(KILL)
+        children = getattr(built.trainer.strategy.launcher, "procs", []) if built and status == "failed" else []
+        while children:
+            # The processes that Lightning started would wait for this one and hold their GPUs. They leave its list first, since
+            # it kills this process too, before the error is shown, when it sees one on the list fail.
+            children.pop().kill()
         raise
     record.finish("finished", warnings.messages, result=result)
     return result
