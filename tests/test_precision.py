@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from src.core.precision import cast_frozen
+from src.core.precision import cast_frozen, full_float32
 from src.models.discriminator import DinoDiscriminator
 from tests.conftest import TINY_ENCODERS, make_rae
 
@@ -37,3 +37,17 @@ def test_the_discriminators_trunk_and_its_gradient_to_the_image():
 def test_trained_networks_are_refused():
     with pytest.raises(ValueError, match="frozen"):
         cast_frozen(make_rae().decoder, torch.bfloat16)
+
+
+@pytest.mark.parametrize("products", ["highest", "high"])
+def test_scores_are_made_in_ieee_float32_whatever_the_run_does(products):
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    torch.set_float32_matmul_precision(products)
+    try:
+        before = [setting.fp32_precision for setting in settings]
+        with full_float32(torch.device("cpu")):
+            assert torch.get_float32_matmul_precision() == "highest" and settings[1].fp32_precision == "ieee"
+        assert torch.get_float32_matmul_precision() == products
+        assert before == [setting.fp32_precision for setting in settings]
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -9,19 +9,24 @@ from torch import nn
 
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """Compute in IEEE float32 on `device`: no autocast, no TF32 in convolutions; restores the caller's settings.
+    """Compute in IEEE float32 on `device`: no autocast, no TF32 in convolutions (PyTorch's default) and products
+    (`trainer.float32_matmul_precision=high`); restores the caller's settings.
 
-    PyTorch lets cuDNN round the inputs of convolutions to TF32 (10 bits) by default, which moves Inception features by
-    about 1e-3 and makes E[x^2] - E[x]^2 in SSIM as large as its constant c2.
+    TF32 rounds inputs to 10 bits, which moves Inception features by about 1e-3 and makes E[x^2] - E[x]^2 in SSIM as large as
+    its constant c2.
     """
     conv = torch.backends.cudnn.conv
-    before = conv.fp32_precision
+    before, fast_products = conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision == "tf32"
     conv.fp32_precision = "ieee"
+    if fast_products:
+        torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
         conv.fp32_precision = before
+        if fast_products:
+            torch.set_float32_matmul_precision("high")
 
 
 def cast_frozen(network: nn.Module, dtype: torch.dtype) -> None:

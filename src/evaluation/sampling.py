@@ -48,12 +48,19 @@ def solve(field: Field, z: Tensor, grid: Tensor, method: str) -> Tensor:
     times, x = grid.double().tolist(), z
     for start, end in pairwise(times):
         step = end - start
-        slope = field(x, z.new_full((len(z),), start)).to(z.dtype)
+        slope = field(x, _times(z, start)).to(z.dtype)
         if method == "heun":
-            ahead = field(x + step * slope, z.new_full((len(z),), end)).to(z.dtype)
+            ahead = field(x + step * slope, _times(z, end)).to(z.dtype)
             slope = (slope + ahead) / 2
         x = x + step * slope
     return x
+
+
+def _times(z: Tensor, value: float) -> Tensor:
+    """Return the time of each of z, (B,) in its dtype; what is asked of it is answered without waiting for the device."""
+    times = z.new_full((len(z),), value)
+    times.on_host = torch.tensor([value], dtype=z.dtype)  # type: ignore[attr-defined]
+    return times
 
 
 def _dopri5(field: Field, z: Tensor, grid: Tensor) -> Tensor:
@@ -76,8 +83,8 @@ class Guidance:
     t_max: float = 1.0
 
     def used_at(self, t: Tensor) -> bool:
-        """Return whether any of the times needs the weak side."""
-        return self.scale > 1 and bool(_inside(t, self.t_min, self.t_max).any())
+        """Return whether any of the times needs the weak side. Waits for the device, but not for times of `solve`."""
+        return self.scale > 1 and bool(_inside(getattr(t, "on_host", t), self.t_min, self.t_max).any())
 
 
 def guide(strong: Tensor, weak: Tensor, w: float | Tensor, t: float | Tensor, t_min: float, t_max: float) -> Tensor:
@@ -121,7 +128,10 @@ def classifier_free(inner: Conditional, null_label: int | None, guidance: Guidan
         if not guidance.used_at(t):
             return inner(x, t, y)
         labels = torch.cat([y, torch.full_like(y, null_label)])
-        strong, weak = inner(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
+        twice = torch.cat([t, t])
+        if hasattr(t, "on_host"):
+            twice.on_host = t.on_host  # type: ignore[attr-defined]
+        strong, weak = inner(torch.cat([x, x]), twice, labels).chunk(2)
         return guide(strong, weak, guidance.scale, t, guidance.t_min, guidance.t_max)
 
     return run

@@ -76,8 +76,9 @@ def neighbour_distances(features: Tensor, k: int = NEIGHBOURS) -> Tensor:
             f"Precision and recall look at the {k} nearest neighbours of an image among the others, so they need at "
             f"least {k + 1} images on each side; got {len(features)}. Give more images."
         )
-    # the first is the image itself
-    return torch.cat([part.kthvalue(k + 1, dim=1).values for part in _distances(features, features)])
+    # The first is the image itself. Not `kthvalue`, which a GPU refuses under trainer.deterministic=true.
+    parts = _distances(features, features)
+    return torch.cat([part.topk(k + 1, dim=1, largest=False).values[:, -1] for part in parts])
 
 
 def share_inside(points: Tensor, centres: Tensor, radii: Tensor) -> float:

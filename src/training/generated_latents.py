@@ -72,7 +72,8 @@ class GeneratedLatents(nn.Module):
     def forward(self, rae: RAE, latents: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """Turn raw latents B C h w of a batch into z~, raw, float32. Draws are functions of (seed, epoch, position)."""
         epoch, positions, null = int(batch["epoch"]), batch["position"].tolist(), self.network.null_label
-        labels = torch.as_tensor(batch.get("label", [NO_CLASS] * len(positions)), device=latents.device)
+        labels = torch.as_tensor(batch.get("label", [NO_CLASS] * len(positions)))
+        labels = labels.to(latents.device, non_blocking=True)
         labels = labels if null is None else torch.where(labels == NO_CLASS, int(null), labels)
         noise = streams.normals(self.seed, Purpose.GENERATED_NOISE, epoch, positions, rae.latent_shape, latents.device)
         with record_function("generate"):
