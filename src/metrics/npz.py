@@ -28,33 +28,24 @@ Scalar = TypeVar("Scalar", str, int)
 
 
 @contextmanager
-def npz_errors(path: Path) -> Iterator[None]:
-    """Turn what zipfile, zlib and numpy raise on a missing, broken or hostile file into one UserError."""
+def opened_npz(path: str | Path) -> Iterator[np.lib.npyio.NpzFile]:
+    """Open an npz; what zipfile, zlib and numpy raise on a missing, broken or hostile file becomes one UserError.
+
+    Arrays of Python objects are refused: they could run code.
+    """
+    path = Path(path)
     if not path.is_file():
         raise UserError(f"No such file: {path}. Expected an npz with `mu` and `sigma`, or with images in `arr_0`.")
     try:
-        yield
+        with np.lib.npyio.NpzFile(path, allow_pickle=False) as archive:
+            for info in archive.zip.infolist():
+                _check_size(archive.zip, info)
+            yield archive
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         raise UserError(
             f"{path} ({path.stat().st_size:,} bytes) can't be read as npz: {error}. Files with pickled objects are "
             "refused; a file that was cut short must be copied again."
         ) from error
-
-
-@contextmanager
-def opened_npz(path: str | Path) -> Iterator[np.lib.npyio.NpzFile]:
-    """Open an npz. Arrays of Python objects are refused (they could run code), broken files say so: UserError."""
-    path = Path(path)
-    with npz_errors(path), np.lib.npyio.NpzFile(path, allow_pickle=False) as archive:
-        for info in archive.zip.infolist():
-            if info.filename not in STREAMED and info.file_size > LARGEST_ARRAY:
-                raise ValueError(f"`{info.filename}` unpacks to {info.file_size:,} bytes, more than {LARGEST_ARRAY:,}")
-            if info.filename.endswith(".npy"):
-                with archive.zip.open(info) as file:
-                    shape, _, dtype = read_header(file)
-                    if not dtype.hasobject:  # refused where it is used
-                        _check_size(info, file.tell(), math.prod(shape) * dtype.itemsize)
-        yield archive
 
 
 def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -66,10 +57,16 @@ def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     return readers[version](file)
 
 
-def _check_size(info: zipfile.ZipInfo, header: int, content: int) -> None:
-    """Raise ValueError where the header announces other sizes than the archive: numpy would allocate what it says."""
-    if info.file_size != header + content:
-        raise ValueError(f"`{info.filename}` announces {content:,} bytes and has {info.file_size - header:,}")
+def _check_size(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
+    """Raise ValueError where an array is too large, or other than its header announces: numpy would allocate that much."""
+    if info.filename not in STREAMED and info.file_size > LARGEST_ARRAY:
+        raise ValueError(f"`{info.filename}` unpacks to {info.file_size:,} bytes, more than {LARGEST_ARRAY:,}")
+    if info.filename.endswith(".npy"):
+        with archive.open(info) as file:
+            shape, _, dtype = read_header(file)
+            announced, there = math.prod(shape) * dtype.itemsize, info.file_size - file.tell()
+        if announced != there and not dtype.hasobject:  # which is refused where it is used
+            raise ValueError(f"`{info.filename}` announces {announced:,} bytes and has {there:,}")
 
 
 def scalar(archive: np.lib.npyio.NpzFile, name: str, kind: type[Scalar]) -> Scalar | None:
@@ -91,20 +88,18 @@ class NpzRows:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         name = self.member.removesuffix(".npy")
-        with npz_errors(self.path), zipfile.ZipFile(self.path) as archive:
-            if self.member not in archive.namelist():
-                raise UserError(f"{self.path} has no `{name}`, only {archive.namelist()}: expected {self.content}.")
-            with archive.open(self.member) as file:
+        with opened_npz(self.path) as archive:
+            if name not in archive.files:
+                raise UserError(f"{self.path} has no `{name}`, only {archive.files}: expected {self.content}.")
+            with archive.zip.open(self.member) as file:
                 self.shape, by_columns, dtype = read_header(file)
-                if dtype != self.dtype or by_columns or len(self.shape) != 4 or self.last not in (None, self.shape[3]):
-                    raise UserError(
-                        f"{self.path}: `{name}` is {dtype} {self.shape}{' in column order' if by_columns else ''}, expected "
-                        f"{self.content} (arrays of Python objects are refused)"
-                    )
-                row = math.prod(self.shape[1:]) * dtype.itemsize
-                _check_size(archive.getinfo(self.member), file.tell(), self.shape[0] * row)
-                if row > LARGEST_ROW:
-                    raise ValueError(f"a row of {row:,} bytes, more than {LARGEST_ROW:,}")
+            if dtype != self.dtype or by_columns or len(self.shape) != 4 or self.last not in (None, self.shape[3]):
+                raise UserError(
+                    f"{self.path}: `{name}` is {dtype} {self.shape}{' in column order' if by_columns else ''}, expected "
+                    f"{self.content} (arrays of Python objects are refused)"
+                )
+            if (row := math.prod(self.shape[1:]) * dtype.itemsize) > LARGEST_ROW:
+                raise ValueError(f"a row of {row:,} bytes, more than {LARGEST_ROW:,}")
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -112,14 +107,11 @@ class NpzRows:
     def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
         """Yield batches of rows: every world_size-th from `rank` on, so that ranks share them."""
         count, *entry = self.shape
-        with npz_errors(self.path), zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
+        with opened_npz(self.path) as archive, archive.zip.open(self.member) as file:
             read_header(file)
             for index, start in enumerate(range(0, count, batch_size)):
                 size = min(batch_size, count - start)
-                wanted = size * math.prod(entry) * np.dtype(self.dtype).itemsize
-                data = file.read(wanted)
-                if len(data) != wanted:
-                    raise UserError(f"{self.path} ends after image {start + len(data) * size // wanted} of {count}")
+                data = file.read(size * math.prod(entry) * np.dtype(self.dtype).itemsize)
                 if index % world_size == rank:
                     yield torch.from_numpy(np.frombuffer(bytearray(data), self.dtype).reshape(size, *entry))
 
