@@ -15,12 +15,11 @@ from src.core.errors import UserError
 from src.core.options import LoadingOptions
 from src.core.settings import checked
 from src.core.text import typed
-from src.core.weights import resolve
+from src.core.weights import SizedWeights, resolve
 from src.evaluation.generate import SamplerSettings
 from src.evaluation.generation import Reference, all_scores, load_references
 from src.evaluation.samples import blocks, draw, labels_of
 from src.metrics.generation import GenerationReference, GenerationStatistics
-from src.metrics.inception import InceptionWeights
 
 
 @checked("callbacks.gfid")
@@ -51,7 +50,7 @@ class GFIDCallback(ScoreCallback):
     reference_split: str | None
     features: Sequence[str]
     inception_path: str | None
-    inception_weights: InceptionWeights
+    inception_weights: SizedWeights
 
     def __post_init__(self) -> None:
         super().__post_init__()

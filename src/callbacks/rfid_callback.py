@@ -20,12 +20,11 @@ from src.core.files import disk_message
 from src.core.images import Quantization
 from src.core.run_names import run_id
 from src.core.settings import checked
-from src.core.weights import resolve
+from src.core.weights import SizedWeights, resolve
 from src.evaluation.image_pairs import KeptPairs, save_pairs
 from src.evaluation.scoring_pass import score_images
 from src.metrics.features import FeatureNetwork
 from src.metrics.fid import Moments
-from src.metrics.inception import InceptionWeights
 from src.metrics.reconstruction import ReconstructionScore
 from src.metrics.reference import Preparation, load_reference
 
@@ -59,7 +58,7 @@ class RFIDCallback(ScoreCallback):
     full_at_end: bool
     quantization: Quantization
     inception_path: str | None
-    inception_weights: InceptionWeights
+    inception_weights: SizedWeights
     features: Sequence[str] = ("inception",)
     inception_width: Annotated[float, Field(gt=0)] | None = None
     """In the configurations of older runs: below 1 it makes untrained weights tiny."""

@@ -12,10 +12,11 @@ from torch import nn
 
 from src.core.distributed import Process
 from src.core.errors import UserError
+from src.core.weights import SizedWeights
 from src.evaluation.networks import load_features, load_inception
 from src.evaluation.report_card import label
 from src.metrics.features import INCEPTION, FeatureNetwork
-from src.metrics.inception import InceptionFeatures, InceptionWeights
+from src.metrics.inception import InceptionFeatures
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class ScoreCallback(pl.Callback):
     every_n_epochs: int
     features: Sequence[str]
     inception_path: str | None
-    inception_weights: InceptionWeights
+    inception_weights: SizedWeights
     inception_width: float | None
 
     def __post_init__(self) -> None:

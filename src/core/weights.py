@@ -28,7 +28,8 @@ def require(path: str | Path | None, what: str, key: str) -> Path:
     """Return the resolved path of a file that must exist; `what` names it for people, `key` the config key or option."""
     if path is None:
         raise UserError(
-            f"{what}: {key} is not set. Give the file, or ask for untrained weights by name (weights=untrained)."
+            f"{what}: {key} is not set. Give the file (`python scripts/download_weights.py --list` says where to get it), or "
+            "ask for untrained weights by name (weights=untrained)."
         )
     found = resolve(path)
     if not found.is_file():

@@ -13,11 +13,11 @@ from torch import Tensor
 from src.core.errors import UserError
 from src.core.options import INCEPTION_FILE, LPIPS_FILES, FeatureOptions, LpipsOptions
 from src.core.precision import full_float32
-from src.core.weights import resolve
+from src.core.weights import SizedWeights, resolve
 from src.formats.checkpoint import stored, with_current_keys
 from src.losses.lpips import LPIPS
 from src.metrics.features import INCEPTION, FeatureNetwork, FeatureOutputs
-from src.metrics.inception import InceptionFeatures, InceptionWeights
+from src.metrics.inception import InceptionFeatures
 from src.models.encoder_presets import PRESETS
 from src.models.encoders import encoder_class
 
@@ -115,7 +115,7 @@ def networks_of(options: FeatureOptions, config: Mapping[str, Any], remedy: str)
 
 
 def load_inception(
-    path: str | Path | None, weights: InceptionWeights, key: str, remedy: str, width: float | None = None
+    path: str | Path | None, weights: SizedWeights, key: str, remedy: str, width: float | None = None
 ) -> InceptionFeatures:
     """Load the Inception network, or say what is missing.
 

@@ -3,26 +3,24 @@
 Legend: B batch, C channels, H, W image px (any size), S output side, F features (2048).
 """
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from src.core.errors import UserError
+from src.core.files import file_digest
 from src.core.precision import full_float32
-from src.core.weights import freeze, load_strict, read, require
+from src.core.weights import SizedWeights, freeze, load_strict, read, require
 from src.metrics.features import INCEPTION, FeatureNetwork, FeatureOutputs
 from src.metrics.inception_network import SPATIAL_DIM, TF_CLASSES, InceptionNetwork
 
 logger = logging.getLogger(__name__)
 
-InceptionWeights = Literal["pretrained", "untrained", "tiny"]
-"""Those of the file; random ones; random ones in a network of an eighth of the channels, for tests and try-outs."""
 TINY_WIDTH = 0.125
+"""Share of the channels that `tiny` has."""
 INPUT_PX = 299
 PUBLISHED_SHA256 = "6726825d"  # in the file names of pytorch-fid and torch-fidelity, which hold the same tensors
 # In the standard file, and not needed. Everything else must be there and fit.
@@ -43,13 +41,11 @@ class InceptionFeatures(FeatureNetwork):
     def __init__(
         self,
         weights_path: str | Path | None,
-        weights: InceptionWeights = "pretrained",
+        weights: SizedWeights = "pretrained",
         seed: int = 0,
         key: str = "weights_path",
     ) -> None:
         super().__init__()
-        if weights not in get_args(InceptionWeights):
-            raise UserError(f"weights must be one of {', '.join(get_args(InceptionWeights))}, got {weights!r}")
         width = TINY_WIDTH if weights == "tiny" else 1.0
         network = InceptionNetwork(width)
         self.untrained = weights != "pretrained"
@@ -102,12 +98,6 @@ def _lerp(images: Tensor, axis: int, size: int) -> Tensor:
 
 
 def _load(network: InceptionNetwork, weights_path: str | Path | None, key: str) -> None:
-    if weights_path is None:
-        raise UserError(
-            f"No Inception weights for FID given ({key} is empty). Set {key} to pt_inception-2015-12-05-6726825d.pth "
-            "(`python scripts/download_weights.py --list` says where to get it); features of random weights are to "
-            "be had by weights=untrained only, and their score is called rfid_untrained."
-        )
     path = require(weights_path, "Inception weights for FID", key)
     state = read(path)
     if not isinstance(state, Mapping):
@@ -122,8 +112,7 @@ def _load(network: InceptionNetwork, weights_path: str | Path | None, key: str) 
     counters = {name: value for name, value in network.state_dict().items() if name.endswith(COUNTER)}
     needed = {name: value for name, value in state.items() if name != UNUSED and not name.endswith(COUNTER)}
     load_strict(network, {**needed, **{name: torch.zeros_like(value) for name, value in counters.items()}}, path)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_digest(path, "sha256")
     if not digest.startswith(PUBLISHED_SHA256):
         logger.warning(
             "%s is not the published file byte for byte (sha256 %s…, published %s…): scores compare with published "
