@@ -28,13 +28,9 @@ from huggingface_hub.utils import build_hf_headers
 
 from src.core.errors import UserError
 from src.core.files import file_digest, put_in_place, replacing, write_text
+from src.core.folder_lock import lock
 from src.core.json_files import read_json
 from src.core.requirements import HUB, HUB_ID, Asset
-
-try:
-    import fcntl
-except ImportError:  # elsewhere than on POSIX: nothing keeps two downloads of a file apart
-    fcntl = None  # type: ignore[assignment]
 
 RECORD = "SHA256SUMS"  # beside the files; `sha256sum -c SHA256SUMS` reads it too
 
@@ -191,8 +187,7 @@ def _fetch(url: str, target: Path, digest: str | None) -> str:
     partial = target.with_name(f"{target.name}.partial")
     for keep in (digest is not None, False):  # what is there may be of another file: once more without it
         with io.BufferedRandom(_Partial(partial, "a+")) as file:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file)
             if not keep:
                 file.truncate(0)
             kept = file.seek(0, os.SEEK_END)

@@ -1,9 +1,9 @@
-"""Lock a run's folder while the run lives."""
+"""Lock files, and a run's folder while the run lives."""
 
 import os
 import socket
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from src.core.errors import UserError
 
@@ -15,12 +15,23 @@ except ImportError:  # elsewhere than on POSIX
 NAME = ".running"
 
 
-def take_lock(folder: Path) -> IO[str]:
-    """Lock a run's folder until the file that is returned is closed or this process ends, however it ends.
+def lock(file: IO[Any], kind: str = "LOCK_EX", wait: bool = False) -> None:
+    """Lock an open file until it is closed or this process ends, however it ends.
 
-    Where the file system or the platform has no locks (no `fcntl` on Windows, Lustre without `-o flock`), the file locks
-    nothing. Raises UserError: another run lives in the folder, or it can't be written.
+    Where the file system or the platform has no locks (no `fcntl` on Windows, Lustre without `-o flock`), it locks nothing.
+    Raises BlockingIOError where another process holds it, unless told to `wait`.
     """
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, getattr(fcntl, kind) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass
+
+
+def take_lock(folder: Path) -> IO[str]:
+    """Lock a run's folder by the file that is returned. UserError: another run lives in it, or it can't be written."""
     try:
         file = open(folder / NAME, "a+", encoding="utf-8")  # noqa: SIM115
         owner = _other_owner(file, "LOCK_EX")
@@ -51,11 +62,8 @@ def owner_of(folder: Path) -> str:
 def _other_owner(file: IO[str], kind: str) -> str:
     """Lock an open file if possible; return which other process holds it, empty where none does or nobody can tell."""
     try:
-        if fcntl is not None:
-            fcntl.flock(file, getattr(fcntl, kind) | fcntl.LOCK_NB)
+        lock(file, kind)
     except BlockingIOError:
         file.seek(0)
         return file.read().strip() or "another process"
-    except OSError:
-        pass
     return ""

@@ -2,14 +2,15 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from src.core.files import replacing
+from src.core.folder_lock import lock
 from src.data.packed import PackedIndex
 from src.data.sources import short_digest
 
@@ -31,7 +32,7 @@ def find_or_build(root: Path, what: Any, state: Any, build: Callable[[], tuple[P
     """Map the index of files below `root`, or build and keep it, in one process at a time.
 
     what: plain values that name the files and how they are read. state: those that change with their contents (sizes,
-    times): an index of the same files in another state is deleted.
+    times): an index of the same files in another state is deleted. Where there are no locks, two may build the same.
     """
     name = f"{digest(what)}-{digest(state)}.idx"
     beside = root / FOLDER
@@ -41,7 +42,8 @@ def find_or_build(root: Path, what: Any, state: Any, build: Callable[[], tuple[P
         if (found := read(folder / name)) is not None:
             return found
     place.mkdir(parents=True, exist_ok=True)
-    with _locked(place / f"{digest(what)}.lock"):
+    with open(place / f"{digest(what)}.lock", "ab") as held:
+        lock(held, wait=True)
         if (found := read(place / name)) is not None:
             return found
         write(place / name, *build())
@@ -88,14 +90,3 @@ def read(path: Path) -> Found | None:
 def user_cache() -> Path:
     """Return the folder for what is made once and can be made again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rae"
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that ends with its process. Without locks (some network file systems) two may build the same."""
-    with open(path, "ab") as file:
-        with suppress(ImportError, OSError):
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
