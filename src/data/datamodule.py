@@ -248,17 +248,12 @@ class RAEDataModule(LightningDataModule):
         return self.evaluation_loader(self.batch_size, None, rank, world, persistent=True)
 
     def evaluation_dataset(
-        self,
-        fallback_to_train: bool,
-        num_images: int | None = None,
-        rank: int = 0,
-        world: int = 1,
-        name: str | None = None,
+        self, fallback_to_train: bool, num_images: int | None = None, name: str | None = None
     ) -> tuple[EvaluationDataset, bool]:
         """Return (images, whether they are training images).
 
         The images of a set, centre-cropped, in an order that depends on their number alone, mixed over classes; the first
-        `num_images`, of those every `world`-th from `rank` on. name: of a set of `data.evaluation`; None: the first one.
+        `num_images`. name: of a set of `data.evaluation`; None: the first one.
 
         Raises:
             UserError: nothing is held out and `fallback_to_train` is false.
@@ -274,7 +269,7 @@ class RAEDataModule(LightningDataModule):
                 "out. Set data.train_split=0.95 (say), name a split with data.hf_validation_split, or evaluate on "
                 "training images with callbacks.rfid.use_train_dataloader=true."
             )
-        chosen = evaluation_rows(len(found.rows), num_images, world, rank)
+        chosen = evaluation_rows(len(found.rows), num_images)
         if isinstance(found.rows, np.ndarray):
             chosen = found.rows[chosen]
         return EvaluationDataset(found.source, chosen, _transform(found.source, self.evaluation_transform)), not sets
@@ -289,9 +284,11 @@ class RAEDataModule(LightningDataModule):
         persistent: bool = False,
         name: str | None = None,
     ) -> EvaluationLoader:
-        """Load `evaluation_dataset` in batches. persistent: keep the workers between passes."""
-        dataset, _ = self.evaluation_dataset(train_fallback, num_images, rank, world, name)
-        largest_share = len(self.evaluation_dataset(train_fallback, num_images, 0, world, name)[0])
+        """Load every `world`-th image of `evaluation_dataset`, from `rank` on, in batches. persistent: keep the workers
+        between passes."""
+        dataset, _ = self.evaluation_dataset(train_fallback, num_images, name)
+        largest_share = len(dataset.rows[::world])
+        dataset.rows = dataset.rows[rank::world]
         loader = EvaluationLoader(
             dataset, batch_size, self._workers(), self.settings.max_bad_share, persistent, largest_share
         )
