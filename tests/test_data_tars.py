@@ -17,7 +17,7 @@ from src.core.errors import UserError
 from src.data import index_files
 from src.data.decode import BadImage
 from src.data.packed import Damaged, OpenFile
-from src.data.tar_index import index_tar, members
+from src.data.tar_index import Window, index_tar, members
 from src.data.tars import TarSource
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -65,7 +65,7 @@ def test_members_equal_those_of_tarfile(kind: str, seed: int, tmp_path: Path) ->
             out.addfile(info, io.BytesIO(data) if info.isreg() else None)
     with tarfile.open(tmp_path / "t.tar") as reference:
         expected = [(m.name, m.offset_data, m.size) for m in reference if m.isreg()]
-    assert [tuple(m) for m in members(OpenFile(tmp_path / "t.tar"))] == expected
+    assert [tuple(m) for m in members(Window(OpenFile(tmp_path / "t.tar")))] == expected
 
 
 def test_sizes_in_base_256_and_global_headers(tmp_path: Path) -> None:
@@ -75,12 +75,12 @@ def test_sizes_in_base_256_and_global_headers(tmp_path: Path) -> None:
     data[148:156] = b" " * 8
     data[148:156] = b"%06o\0 " % sum(data[:512])
     path.write_bytes(data)
-    assert [tuple(m) for m in members(OpenFile(path))] == [("a.jpg", 512, 700), ("b.jpg", 2048, 1)]
+    assert [tuple(m) for m in members(Window(OpenFile(path)))] == [("a.jpg", 512, 700), ("b.jpg", 2048, 1)]
     with tarfile.open(tmp_path / "g.tar", "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "all"}) as out:
         info = tarfile.TarInfo("a.jpg")
         info.size = 3
         out.addfile(info, io.BytesIO(b"abc"))
-    assert [m.size for m in members(OpenFile(tmp_path / "g.tar"))] == [3]
+    assert [m.size for m in members(Window(OpenFile(tmp_path / "g.tar")))] == [3]
 
 
 def test_samples(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_damaged_tars_are_named(tmp_path: Path) -> None:
     for data, says in (
         (b"\x1f\x8b\x08" + bytes(600), "compressed with gzip.*gunzip"),
         (b"\x28\xb5\x2f\xfd" + bytes(600), "compressed with zstd"),
-        (b"<html>" + b" " * 2000, "no tar header at byte 0"),
+        (b"<html>" + b" " * 2000, "no readable tar header at byte 0"),
     ):
         path.write_bytes(data)
         with pytest.raises(UserError, match=says):
@@ -156,7 +156,7 @@ def test_any_damage_is_a_message_or_reads_within_the_file(tmp_path: Path) -> Non
             broken[draws.randrange(len(whole) // 512) * 512 + draws.choice([0, 124, 130, 148, 156, 257, draws.randrange(512)])] = draws.choice([0, 255, 49, 120, 128])  # fmt: skip
         (tmp_path / "t.tar").write_bytes(broken)
         with contextlib.suppress(Damaged):
-            for member in members(OpenFile(tmp_path / "t.tar")):
+            for member in members(Window(OpenFile(tmp_path / "t.tar"))):
                 assert 0 <= member.offset <= member.offset + member.size <= len(whole)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from src.core.errors import UserError
-from src.data.packed import NO_BYTES, Damaged
+from src.data.packed import NO_BYTES, Damaged, FileRows
 
 FILE_MAGIC = b"ARROW1"
 STREAM_START = 8
@@ -26,15 +26,12 @@ STREAM_START = 8
 
 
 @dataclass(frozen=True)
-class FileRows:
-    """Rows of one file. offsets (n,) int64; sizes (n,) uint32, `NO_BYTES` where null; labels (n,) int64 or None.
+class ArrowRows(FileRows):
+    """Rows of one file.
 
     paths: (batches, 4) int64: first row, place of the offsets of the path column, place of its text, bytes of an offset.
     """
 
-    offsets: np.ndarray
-    sizes: np.ndarray
-    labels: np.ndarray | None
     paths: np.ndarray
 
 
@@ -46,7 +43,7 @@ def read_schema(path: Path) -> pa.Schema:
         return reader.schema
 
 
-def index_rows(path: Path, schema: pa.Schema, image: str, label: str | None) -> FileRows:
+def index_rows(path: Path, schema: pa.Schema, image: str, label: str | None) -> ArrowRows:
     """Find the rows of column `image`: binary, or a struct with `bytes` and perhaps `path`.
 
     Raises:
@@ -78,7 +75,7 @@ def index_rows(path: Path, schema: pa.Schema, image: str, label: str | None) -> 
                 paths.append((row, places, start, 8 if pa.types.is_large_string(text.type) else 4))
             row += len(batch)
     found = np.concatenate(labels) if label is not None else None
-    return FileRows(np.concatenate(offsets), np.concatenate(sizes), found, np.array(paths, np.int64).reshape(-1, 4))
+    return ArrowRows(np.concatenate(offsets), np.concatenate(sizes), found, np.array(paths, np.int64).reshape(-1, 4))
 
 
 def listed(schema: pa.Schema) -> str:

@@ -47,11 +47,20 @@ class Damaged(Exception):
 
 
 @dataclass(frozen=True)
+class FileRows:
+    """Rows of one file. offsets (n,) int64, bytes; sizes (n,) uint32, bytes, `NO_BYTES` where there are none; labels (n,)
+    whole numbers, -1 for none; None where there are no labels."""
+
+    offsets: np.ndarray
+    sizes: np.ndarray
+    labels: np.ndarray | None
+
+
+@dataclass(frozen=True)
 class PackedIndex:
     """Where n rows lie in files, in the order of files and of rows in them. The arrays may be mapped from a file.
 
-    starts: (files + 1,) int64, the first row of each file, and n. offsets: (n,) int64, bytes. sizes: (n,) uint32, bytes,
-    `NO_BYTES` where there are none. labels: (n,) whole numbers, -1 for none; None where there are no labels.
+    starts: (files + 1,) int64, the first row of each file, and n. The others as in `FileRows`.
     """
 
     starts: np.ndarray
@@ -60,8 +69,8 @@ class PackedIndex:
     labels: np.ndarray | None = None
 
     @classmethod
-    def of_files(cls, parts: Sequence[Any]) -> "PackedIndex":
-        """Join the rows of files: what has offsets, sizes and labels as above, each of its file alone."""
+    def of_files(cls, parts: Sequence[FileRows]) -> "PackedIndex":
+        """Join the rows of files."""
         starts = np.cumsum([0, *(len(part.offsets) for part in parts)], dtype=np.int64)
         labelled = all(part.labels is not None for part in parts)
         columns = ("offsets", "sizes", "labels") if labelled else ("offsets", "sizes")

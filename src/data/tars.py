@@ -1,6 +1,7 @@
 """Open tar files of images, read in place through an index that is made once."""
 
 import logging
+import tarfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -87,7 +88,10 @@ class TarSource(PackedSource):
     def member(self, index: int) -> str:
         """Return the name of the row's member; of a long one the beginning. Raises BadImage where it can't be read."""
         number = self.file_of(index)
-        return header_name(self.read(number, int(self.index.offsets[index]) - BLOCK, BLOCK))
+        try:
+            return header_name(self.read(number, int(self.index.offsets[index]) - BLOCK, BLOCK))
+        except tarfile.HeaderError as error:
+            raise BadImage(f"no header before it: {error}") from error
 
     def fingerprint(self) -> str:
         sizes = "".join(f"{name}:{size}\0" for name, size in self.sizes.items())
