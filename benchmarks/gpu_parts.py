@@ -12,6 +12,7 @@ import runpy
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ from benchmarks.plain_step import step_settings
 from benchmarks.runners import DTYPES, PHASES, VARIANTS, Draws, Models, build_models, copy_to, make_inputs, make_runner
 from benchmarks.surroundings import ROOT, surroundings
 from benchmarks.train_step import autocast, clock, free_memory, matmul_peak, measure, peak
+from src.core.errors import lacks_memory
 from src.core.precision import cast_frozen, full_float32
 from src.training.stage1_step import TrainingStep
 
@@ -114,13 +116,19 @@ class Job:
 
     def call(self, *command: str, **environment: str) -> str:
         """Run a Python program of the project, as long as the share lasts, and return what it said."""
-        env, options = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}, {"stdout": -1, "stderr": -2, "text": True}
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, **options)
-        try:
-            return process.communicate(timeout=max(self.left - 5, 1))[0]
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return process.communicate()[0] + "\nended: its share of the time was over"
+        env, ended = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}, ""
+        with tempfile.TemporaryFile(
+            "w+", errors="replace"
+        ) as said:  # a pipe would stay open as long as what it started lives
+            process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stdout=said, stderr=said)
+            try:
+                process.wait(max(self.left - 5, 1))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                ended = "\nended: its share of the time was over"
+            said.seek(0)
+            return said.read() + ended
 
 
 def environment(job: Job) -> None:
@@ -188,12 +196,15 @@ def largest_batch(job: Job) -> None:
         computed = int((total - OVERHEAD - constant) / known["gib_per_image"])
         low, high = (2, 6) if job.dry else (8, computed * 3 // 2)
         found = {"computed": computed}
-        while high - low > 2 and job.left > 10:  # `low` fits, `high` does not or has not been tried
+        while high - low > 2 and job.left > 10:  # both ends are assumed until they are tried
             middle = (low + high) // 2
-            low, high = (middle, high) if _fits(job, runner, middle, phase) else (low, middle)
-            found |= {"fits": low, "does_not_fit": high}
+            if _fits(job, runner, middle, phase):
+                low = found["fits"] = middle
+            else:
+                high = found["does_not_fit"] = middle
             job.add(phase, found)
-        job.add(phase, found, f"{phase}: {low} fit, {high} don't; computed {computed} (goal on 80 GB: 200)")
+        tried = [f"{found[key]} {words}" for key, words in (("fits", "fit"), ("does_not_fit", "don't")) if key in found]
+        job.add(phase, found, f"{phase}: {', '.join(tried)}; computed {computed} (goal on 80 GB: 200)")
 
 
 def _fits(job: Job, runner: Any, batch: int, phase: str) -> bool:
@@ -204,7 +215,9 @@ def _fits(job: Job, runner: Any, batch: int, phase: str) -> bool:
             for _ in range(2):  # moments come with the first update
                 runner.run(images, draws, PHASES[phase])
         clock(job.device)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
         fits = False
     images = draws = None  # type: ignore[assignment]
     for network in (runner.models.rae, runner.models.discriminator):
@@ -313,6 +326,7 @@ def train(folder: Path, name: str) -> dict[str, Any]:
         phase = module.phase(module.global_step)
         seen[phase] = seen.get(phase, 0) + 1
         settled = seen[phase] > 2 * module.settings.accumulate_grad_batches  # libraries are set up at first use
+        settled = settled and not torch.are_deterministic_algorithms_enabled()  # some of these may wait
         with no_synchronisation() if settled and module.device.type == "cuda" else nullcontext():
             original(module, batch, batch_idx)
         scaler = next(iter(module.scalers().values()))

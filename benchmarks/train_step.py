@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -44,6 +43,7 @@ from benchmarks.runners import (
     step_parser,
 )  # fmt: skip
 from benchmarks.surroundings import in_turns, surroundings, write
+from src.core.errors import lacks_memory
 from src.training.stage1_step import Phase
 
 PARTS = ("encode", "decode", "lpips", "gan", "adaptive_weight", "backward", "disc_decode", "disc", "optimizer", "ema")
@@ -114,15 +114,20 @@ def clock(device: torch.device) -> float:
 def peak(runner: Any, images: Tensor, draws: Draws, phase: str, precision: str) -> float | None:
     """Return GB at the peak of a runner's second step in a phase; infinite where it does not fit."""
     step = partial(runner.run, images, draws, PHASES[phase])
-    with autocast(images.device, precision), suppress(torch.OutOfMemoryError):
-        step()
-        return peak_memory(step, images.device)
+    try:
+        with autocast(images.device, precision):
+            step()
+            return peak_memory(step, images.device)
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
     free_memory(images.device)
     return math.inf
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what nothing holds any more."""
+    """Give back what nothing holds any more, compiled code of networks that are gone included."""
+    torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

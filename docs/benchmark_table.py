@@ -114,7 +114,7 @@ def _gpu(content: dict[str, Any]) -> Iterator[Row]:
         if "results" in found.get(letter, {}):
             yield from _steps({"device": content["cuda_device"], "threads": 0, **found[letter]})
     for phase in ("warmup", "gan"):
-        if batch := found.get("c", {}).get(phase):
+        if "fits" in (batch := found.get("c", {}).get(phase, {})):
             text = f"largest batch {batch['fits']}, computed {batch['computed']}"
             yield f"{text}: {phase}, bf16; dinov2_b + ViTXL, 256 px", content["cuda_device"], "", "", ""
 

@@ -4,9 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from pytorch_lightning.strategies import DDPStrategy
 
+from src.core.distributed import Launch
 from src.core.weights import PROJECT_ROOT
-from tests.training import python
+from src.training.trainer import build_trainer
+from tests.training import SMALL, composed, python
 
 STEPS = 10
 # One global batch of 4 either way; GAN phase from the first step.
@@ -91,3 +95,13 @@ def test_per_rank_weights_as_published_differ_from_the_global_one(results, tmp_p
     assert published[0]["weights"][0] != pytest.approx(published[1]["weights"][0], rel=1e-6)
     assert published[0]["digests"] == published[1]["digests"]  # the averaged gradient is still one
     assert published[0]["weights"][0] != pytest.approx(first["weights"][0], rel=1e-6)
+
+
+def test_several_devices_without_a_strategy_are_trained_by_our_ddp(tmp_path):
+    """Whose gradients are views of the buckets; Lightning's own choice would keep a copy of them."""
+    for devices, strategy, expected in ((2, "auto", True), (1, "auto", False), (1, "ddp", True)):
+        words = [*SMALL, f"trainer.devices={devices}", f"trainer.strategy={strategy}"]
+        config = OmegaConf.to_container(composed(words).trainer, resolve=True)
+        trainer = build_trainer(config, Launch(0, 1, "single"), [], [], str(tmp_path))
+        ours = isinstance(trainer.strategy, DDPStrategy) and trainer.strategy._ddp_kwargs.get("gradient_as_bucket_view")
+        assert bool(ours) == expected, (devices, strategy)

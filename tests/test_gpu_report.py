@@ -41,7 +41,7 @@ def test_every_part_runs_its_code_on_the_cpu_and_a_table_comes_of_it(tmp_path, c
     said = (
         "DRY RUN",
         "x plain with",
-        "6 don't; computed",
+        "gan: 4 fit; computed",
         "skipped",
         "two deterministic runs are bit-equal",
         "x as fast",

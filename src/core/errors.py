@@ -7,5 +7,7 @@ class UserError(Exception):
 
 def lacks_memory(error: BaseException) -> bool:
     """Return whether the host or a GPU had too little memory."""
-    words = "can't allocate memory" in str(error)  # PyTorch's, on the CPU
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or words
+    # PyTorch's on the CPU, and of what takes a GPU's memory beside PyTorch: kernels that are loaded, cuBLAS, cuDNN, NCCL
+    words = ("can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or (isinstance(error, RuntimeError) and any(text in str(error) for text in words))

@@ -78,7 +78,7 @@ def build_trainer(
     settings = {key: value for key, value in config.items() if key not in (*TAKEN_OVER, "_target_")}
     accelerator = _accelerator(settings["accelerator"])
     on_gpu = accelerator == "gpu"
-    distributed = settings["strategy"] == "ddp" or launch.world > 1
+    distributed = settings["strategy"] == "ddp" or launch.world > 1 or _several(settings["devices"])
     settings["accelerator"] = accelerator
     settings["devices"] = _devices(settings["devices"], on_gpu, distributed, launch)
     settings["precision"] = precision(settings["precision"], on_gpu)
@@ -95,7 +95,8 @@ def build_trainer(
         torch.set_float32_matmul_precision(products)
     if on_gpu and products == "highest" and settings["precision"] == "32-true":
         log.info(
-            "Float32 throughout. On a GPU trainer.float32_matmul_precision=high (TF32) or trainer.precision=bf16 is faster."
+            "Float32 products in full precision. On a GPU trainer.float32_matmul_precision=high (TF32) or trainer.precision=bf16 "
+            "is faster."
         )
     # Every trained parameter gets a gradient in the one backward pass, so nothing has to search for unused ones; there
     # are no buffers to exchange; gradients that are views of the buckets save a copy of the model.
@@ -179,6 +180,12 @@ def _accelerator(wanted: str) -> str:
             "trainer.accelerator=mps, but this torch has no MPS: it needs a Mac with Apple silicon. Use trainer=cpu."
         )
     return "mps" if wanted == "mps" else "gpu" if cuda and wanted != "cpu" else "cpu"
+
+
+def _several(devices: Any) -> bool:
+    """Return whether they are several, which Lightning by itself would train by DDP with other settings than ours."""
+    count = len(devices) if isinstance(devices, list) else devices
+    return {"auto": 1, -1: torch.cuda.device_count()}.get(count, count) > 1
 
 
 def _devices(wanted: Any, on_gpu: bool, distributed: bool, launch: Launch) -> Any:
