@@ -194,9 +194,9 @@ def largest_batch(job: Job) -> None:
         known = stored["results"][phase]["ours"]
         constant = known["peak_gib"] - known["gib_per_image"] * stored["batch"]
         computed = int((total - OVERHEAD - constant) / known["gib_per_image"])
-        low, high = (2, 6) if job.dry else (8, computed * 3 // 2)
+        low, high = (2, 6) if job.dry else (computed // 2, computed * 3 // 2)  # so the computed one is tried first
         found = {"computed": computed}
-        while high - low > 2 and job.left > 10:  # both ends are assumed until they are tried
+        while high - low > max(2, low // 50) and job.left > 10:  # both ends are assumed until they are tried
             middle = (low + high) // 2
             if _fits(job, runner, middle, phase):
                 low = found["fits"] = middle
@@ -381,7 +381,7 @@ def peers(job: Job) -> None:
         raise RuntimeError(said[-2000:])
     content = json.loads(out.read_text())
     job.add("arguments", content["arguments"])
-    lines = [line for line in said.splitlines() if line.startswith(("gan ", "warmup ")) or "out of memory" in line]
+    lines = [line for line in said.splitlines() if line.startswith(("gan ", "warmup ")) or "not measured" in line]
     job.result["summary"] += list(dict.fromkeys(lines))
     job.add("results", content["results"])
 

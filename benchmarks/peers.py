@@ -39,6 +39,7 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 from benchmarks.runners import DTYPES, ENCODERS, PHASES, build_models, copy_to, make_inputs, make_runner, step_parser
 from benchmarks.surroundings import in_turns, surroundings, write
 from benchmarks.train_step import autocast, clock, free_memory, memory_alone, peak_memory, turns
+from src.core.errors import lacks_memory
 from src.losses.lpips import CHANNELS, CONVS_PER_STAGE
 from src.models.dino import RECIPES, DinoTrunk
 
@@ -315,8 +316,11 @@ def main() -> None:
                     memory[name][phase] = peak(runner, images, phase, device)
                 steps = {name: partial(runner.run, images, phase) for name, runner in runners.items()}
                 seconds[phase] |= in_turns(steps, arguments.warm, arguments.repeats, partial(clock, device))
-        except torch.OutOfMemoryError:
-            print(f"{', '.join(names)}: out of memory at batch {arguments.batch}")
+        except Exception as error:  # their code has not run on this GPU before; the other variants go on
+            if not on_gpu:
+                raise
+            why = f"out of memory at batch {arguments.batch}" if lacks_memory(error) else f"{error!r:.300}"
+            print(f"{names[0]}: not measured, {why}")
         runners = steps = {}
         free_memory(device)
         report(arguments, device, seconds, memory)  # after each, for what may end the program later
