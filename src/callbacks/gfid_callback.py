@@ -30,7 +30,7 @@ class GFIDCallback(ScoreCallback):
 
     Logs `gfid/{score,sfid,inception_score,precision,recall,images,seconds}` (what the reference allows), and
     `gfid/gfd_NAME` for further feature networks; with untrained Inception weights the first part is `gfid_untrained`.
-    Training loses nothing but time. In float32, whatever the run's precision.
+    Training loses nothing but time. As `src/sample.py` does it by default, whatever the run's precision.
     """
 
     score = "gfid"

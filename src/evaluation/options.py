@@ -198,7 +198,9 @@ class SampleOptions:
     seed: shared.NotNegative = option("of noise and labels", "N", 0)
     batch_size: shared.Positive = option("images of a block, the unit of work and of going on", "N", 64)
     decode_batch: shared.Positive = option("images decoded at once", "N", 16)
-    precision: Literal["fp32", "bf16"] = option("of the transformer; published scores are of fp32", default="fp32")
+    precision: Literal["fp32", "bf16"] = option(
+        "of the transformer; published scores are of fp32 with products in TF32, as here on a GPU", default="fp32"
+    )
     steps: shared.Positive | None = option("points (rae) or steps (raev2) (default: as in training)", "N")
     time_grid: Literal["rae", "raev2"] | None = option("where times end (default: as in training)")
     method: Literal["euler", "heun", "dopri5"] | None = option("solver (default: as in training)")

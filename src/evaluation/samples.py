@@ -20,6 +20,7 @@ from src.core.errors import UserError
 from src.core.files import replacing, write_text
 from src.core.images import save_png, sheet, unit_to_bytes
 from src.core.json_files import read_json
+from src.core.precision import float32_products, full_float32
 from src.evaluation.generate import Sampler, SamplerSettings, balanced_labels, random_labels
 from src.evaluation.options import SampleOptions
 from src.formats.stage2 import Generator
@@ -86,11 +87,12 @@ def draw(
 ) -> tuple[Tensor, Tensor]:
     """Return the images, uint8 B x 3 x H x W, and latents, float32 B x C x h x w, of a block of indices (B,).
 
-    `labels`: of all indices. `half`: the transformer under bf16 autocast; the decoder never is.
+    `labels`: of all indices. `half`: the transformer under bf16 autocast, else its products in TF32 on a GPU, as published;
+    the decoder is in float32. Nothing depends on the caller's settings.
     """
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+    with torch.autocast(device.type, torch.bfloat16, enabled=half), float32_products(device, "high"):
         latents = sampler.latents(indices, torch.from_numpy(labels[indices]), device).float()
-    with torch.autocast(device.type, enabled=False):
+    with full_float32(device):
         return torch.cat([unit_to_bytes(rae.decode(z)) for z in latents.split(decode_batch)]), latents
 
 
