@@ -9,9 +9,11 @@ import torch
 from benchmarks.train_step import autocast
 from src.core.images import unit_to_bytes
 from src.core.precision import cast_frozen, full_float32
+from src.metrics.generation import precision_recall
 from src.metrics.inception import InceptionFeatures
 from src.metrics.reconstruction import ReconstructionScore
 from tests.conftest import make_rae
+from tests.test_stage2 import fit
 from tests.test_step_parity import FULL, make_pair
 from tests.training import same, train
 
@@ -74,6 +76,22 @@ def test_deterministic_runs_are_bit_equal_and_so_is_a_resumed_one(tmp_path, dete
     resumed = train(tmp_path / "resumed", *QUIET, *deterministic, "trainer.max_steps=6", checkpoint=checkpoint)
     assert same(whole.module.state_dict(), again.module.state_dict())
     assert same(whole.module.state_dict(), resumed.module.state_dict())
+
+
+@pytest.mark.parametrize("words", [
+    ["trainer.precision=bf16"], ["trainer.precision=16", "model.optimizer.name=muon"], ["trainer.deterministic=true"],
+], ids=str)  # fmt: skip
+def test_a_run_of_stage_2_and_guided_samples(tmp_path, autoencoder, deterministic, words):
+    run = fit(tmp_path, autoencoder, "trainer.accelerator=gpu", "model.sampler.cfg=2", *words)
+    assert all(value.isfinite().all() for value in run.module.state_dict().values())
+    rows = run.module.to(GPU).sample_rows(torch.zeros(2, 3, 64, 64, dtype=torch.uint8, device=GPU))
+    assert {row.device.type for row in rows} == {GPU.type}
+
+
+def test_precision_and_recall_of_a_deterministic_run(deterministic):
+    torch.use_deterministic_algorithms(True)
+    features = torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(0))
+    assert precision_recall(*features.to(GPU)) == precision_recall(*features)
 
 
 def on_gpu(step, draws):
