@@ -45,11 +45,11 @@ from src.core.nonfinite import NonFiniteCounter
 from src.losses.flow_matching import FlowSettings, time_shift
 from src.models.dit import build_network
 from src.training.module import compile_in_place
-from src.training.optimizers import adamw
+from src.training.optimizers import adamw, step_optimizer
 from src.training.settings import OptimizerSettings
 from src.training.stage2_step import FlowDraws, FlowStep
 
-CLASSES, DROPOUT, CLIP, DECAY = 1000, 0.1, 1.0, 0.9995
+CLASSES, DROPOUT, LR, CLIP, DECAY = 1000, 0.1, 2e-4, 1.0, 0.9995
 HEAD = {"hidden_size": [384, 2048], "depth": [12, 2], "num_heads": [6, 16]}
 NETWORKS: dict[str, dict[str, Any]] = {
     "ditdh_s": {"name": "DiTDH", **HEAD},
@@ -77,7 +77,7 @@ class Ours:
         )
         self.step = FlowStep(SimpleNamespace(latent_shape=shape), flow, CLASSES, DROPOUT, 0.0)  # type: ignore[arg-type]
         self.ema = EMA(self.network, DECAY)
-        self.optimizer = adamw(self.network, OptimizerSettings(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0))
+        self.optimizer = adamw(self.network, OptimizerSettings(lr=LR, betas=(0.9, 0.95), weight_decay=0.0))
         self.counter, self.number = NonFiniteCounter(0), 0
         self.draws: FlowDraws | None = None
         if compiled:
@@ -91,12 +91,7 @@ class Ours:
         draws = self.draws or FlowDraws.at(0, where, tuple(latents.shape[1:]), latents.device, True)  # type: ignore[arg-type]
         loss = self.step.losses(self.network, latents, self.step.dropped(labels, draws), draws)["loss"].mean()
         loss.backward()
-        parameters = list(self.network.parameters())
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
-        self.optimizer.found_inf = self.counter.observe(self.number, {"loss": loss.detach(), "gradient": norm})
-        torch.nn.utils.clip_grads_with_norm_(parameters, CLIP, norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        step_optimizer(self.optimizer, LR, self.counter, self.number, {"loss": loss.detach()}, clip=CLIP)
         self.ema.update()
         self.number += 1
 
@@ -112,7 +107,7 @@ class Theirs:
         self.model.requires_grad_(True).train()
         self.average = deepcopy(self.model).requires_grad_(False).eval()
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=2e-4, betas=(0.9, 0.95), weight_decay=0, fused=True
+            self.model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0, fused=True
         )
         source = ast.parse((root / "src/utils/train_utils.py").read_text())
         function = [n for n in source.body if isinstance(n, ast.FunctionDef) and n.name == "update_ema"]

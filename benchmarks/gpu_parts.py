@@ -317,7 +317,8 @@ def runs(job: Job) -> None:
 def train(folder: Path, name: str) -> dict[str, Any]:
     """Run src/train.py in this process and return what is to know of it."""
     from src.core import metrics_file
-    from src.training.module import StageModule, loss_scale
+    from src.training.module import StageModule
+    from src.training.optimizers import loss_scale
 
     dry, scales, seen = "GPU_REPORT_DRY" in os.environ, [], {}
     original = StageModule.training_step

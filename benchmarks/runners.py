@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.plain_step import PlainStep, step_settings
 from src.core.ema import EMA
@@ -23,9 +23,10 @@ from src.losses.lpips import LPIPS
 from src.models.dino import RECIPES
 from src.models.discriminator import DinoDiscriminator
 from src.models.rae import RAE
-from src.training.module import compile_in_place, loss_scale
+from src.training.module import compile_in_place
+from src.training.optimizers import adamw, loss_scale, step_optimizer
 from src.training.settings import OptimizerSettings
-from src.training.stage1 import adamw, parts_to_compile
+from src.training.stage1 import parts_to_compile
 from src.training.stage1_step import LatentNoise, Phase, TrainingStep
 
 PHASES = {"warmup": Phase(True, False, False), "disc": Phase(True, False, True), "gan": Phase(True, True, True)}
@@ -36,6 +37,7 @@ ENCODERS = {
 }
 DECODERS = sorted(file.parent.name for file in (PROJECT_ROOT / "configs/decoder").glob("*/config.json"))
 VARIANTS = ("plain", "ours", "compiled")
+LR = 2e-4
 
 
 @dataclass
@@ -56,7 +58,7 @@ class PlainRunner:
         self.average = deepcopy(models.rae.decoder).requires_grad_(False)
         trained = models.rae.decoder, models.discriminator.heads
         trained = [[p for p in module.parameters() if p.requires_grad] for module in trained]
-        self.optimizers = [torch.optim.AdamW(p, 2e-4, (0.9, 0.95), weight_decay=0.0, fused=True) for p in trained]
+        self.optimizers = [torch.optim.AdamW(p, LR, (0.9, 0.95), weight_decay=0.0, fused=True) for p in trained]
 
     def run(self, images: Tensor, draws: Any, phase: Phase) -> None:
         x = bytes_to_unit(images)
@@ -84,7 +86,7 @@ class OurRunner:
         models.rae.decoder.activation_checkpointing = options["activation_checkpointing"]
         self.ema = EMA(models.rae.decoder, 0.9978)
         self.optimizers = [
-            adamw(module, OptimizerSettings(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0))
+            adamw(module, OptimizerSettings(lr=LR, betas=(0.9, 0.95), weight_decay=0.0))
             for module in (models.rae.decoder, models.discriminator.heads)
         ]
         self.counter, self.steps, self.accumulate = NonFiniteCounter(0), 0, 1
@@ -106,7 +108,7 @@ class OurRunner:
             terms |= result.terms
             sources += [] if result.fake_source is None else [result.fake_source]
             del result
-        self.update(0, self.models.rae.decoder, terms)
+        self.update(0, terms)
         with torch.profiler.record_function("ema"):
             self.ema.update()
         if phase.disc:
@@ -114,23 +116,11 @@ class OurRunner:
                 [images] * self.accumulate, sources, lambda label, *_: draws.augment[1 + (label == "real")],
                 partial(self._scale, 1),
             ):  # fmt: skip
-                self.update(1, self.models.discriminator.heads, terms)
+                self.update(1, terms)
         self.steps += 1
 
-    def update(self, which: int, module: nn.Module, terms: dict[str, Tensor]) -> None:
-        optimizer, scaler = self.optimizers[which], self.scalers[which]
-        with torch.profiler.record_function("optimizer"):
-            norm = torch.nn.utils.get_total_norm(
-                [p.grad for p in module.parameters() if p.grad is not None], foreach=True
-            )
-            found = self.counter.observe(self.steps, {**terms, "gradient": norm})
-            if scaler is None:
-                optimizer.found_inf = found
-                optimizer.step()
-            else:
-                scaler.step(optimizer)
-                scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+    def update(self, which: int, terms: dict[str, Tensor]) -> None:
+        step_optimizer(self.optimizers[which], LR, self.counter, self.steps, terms, scaler=self.scalers[which])
 
     def _scale(self, which: int) -> Tensor | float:
         return loss_scale(self.scalers[which], self.device)

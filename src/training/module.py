@@ -24,6 +24,7 @@ from src.core.weights import check_fit
 from src.data.latents import LatentStore
 from src.formats.checkpoint import FORMAT_VERSION
 from src.models.frozen_encoder import identity_differences
+from src.training.optimizers import step_optimizer
 from src.training.settings import StageSettings
 
 HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -143,55 +144,11 @@ class StageModule(pl.LightningModule):
         # Lightning adds 1 and logs at that number; micro-batches are no updates.
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step - 1
 
-    def step_optimizer(
-        self,
-        step: int,
-        optimizer: Any,
-        lr: float,
-        watched: Mapping[str, Tensor],
-        prefix: str = "",
-        scaler: torch.amp.GradScaler | None = None,
-        clip: float | None = None,
-    ) -> Tensor:
-        """Update by the gradients at hand, or leave weights and moments as they are where a number is not finite.
-
-        Args:
-            optimizer: fused, so that it heeds `found_inf`. Lightning's wrapper of it, which uses its scaler by itself, or a
-                bare one, whose steps are not counted.
-            watched: scalars that have to be finite, named as in `CAUSAL_ORDER` after `prefix`.
-            scaler: of these gradients. It skips those that overflow by itself, so they are not watched.
-            clip: largest norm of the gradient; None: no clipping.
-
-        Returns:
-            Norm of the gradient before clipping, a scalar on the device.
-        """
-        inner = getattr(optimizer, "optimizer", optimizer)
-        parameters = [p for group in inner.param_groups for p in group["params"]]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True) / loss_scale(scaler, self.device)
-        scaled = scaler is not None and scaler.is_enabled()
-        seen = watched if scaled else {**watched, "gradient": norm}
-        found = self.nonfinite.observe(step, {prefix + name: value for name, value in seen.items()})
-        if clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-        for group in inner.param_groups:
-            group["lr"] = lr
-        if not scaled:  # where it is 1 the fused update changes nothing
-            inner.found_inf = found
-        with record_function("optimizer"):
-            if scaler is None or optimizer is not inner:
-                optimizer.step()
-            else:
-                scaler.step(optimizer)
-                scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-        return norm
-
     def step_counted(self, step: int, watched: Mapping[str, Tensor]) -> None:
         """Update by the first optimiser, whose steps Lightning counts. `watched`: as of `step_optimizer`."""
         rate, scaler = (next(iter(named.values())) for named in (self.learning_rates(step), self.scalers()))
         clip, optimizer = self.settings.gradient_clip_val, self.optimizer_list()[0]
-        norm = self.step_optimizer(step, optimizer, rate, watched, scaler=scaler, clip=clip)
+        norm = step_optimizer(optimizer, rate, self.nonfinite, step, watched, scaler=scaler, clip=clip)
         self.train_terms["train/grad_norm"] = norm
 
     def optimizer_list(self) -> list[Any]:
@@ -319,11 +276,6 @@ class StageModule(pl.LightningModule):
         was, now = checkpoint["config"]["model"]["accumulate_grad_batches"], self.settings.accumulate_grad_batches
         count.update({name: value // was * now for name, value in count.items()})
         self.nonfinite.skipped = checkpoint["skipped_steps"]
-
-
-def loss_scale(scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | float:
-    """Return the factor of a loss scaler without waiting for the device."""
-    return 1.0 if scaler is None else scaler.scale(torch.ones((), device=device))
 
 
 def encoder_fact(encoder: Any) -> tuple[str, str]:

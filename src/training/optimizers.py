@@ -1,15 +1,18 @@
-"""The optimisers: AdamW, and Muon for matrices with AdamW for the rest as one (one schedule, one entry in a checkpoint).
+"""The optimisers: AdamW, and Muon for matrices with AdamW for the rest as one (one schedule, one entry in a checkpoint). An
+update by one of them.
 
 Source of Muon: RAEv2 (arXiv 2605.18324), stage-2 recipe section 8. Named deviation: torch's Muon takes one coefficient triple for
 all Newton-Schulz steps, where RAEv2's private package takes Polar Express coefficients.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
+from src.core.nonfinite import NonFiniteCounter
 from src.training.settings import OptimizerSettings
 
 
@@ -58,3 +61,55 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for part, name in zip(self.parts, ("muon", "adamw"), strict=True):
             part.load_state_dict(state_dict[name])
+
+
+def step_optimizer(
+    optimizer: Any,
+    lr: float,
+    counter: NonFiniteCounter,
+    step: int,
+    watched: Mapping[str, Tensor],
+    prefix: str = "",
+    scaler: torch.amp.GradScaler | None = None,
+    clip: float | None = None,
+) -> Tensor:
+    """Update by the gradients at hand, or leave weights and moments as they are where a number is not finite.
+
+    Args:
+        optimizer: fused, so that it heeds `found_inf`. Lightning's wrapper of it, which uses its scaler by itself, or a
+            bare one, whose steps are not counted.
+        counter: takes note of numbers that are not finite in update number `step`.
+        watched: scalars that have to be finite, named as in `CAUSAL_ORDER` after `prefix`.
+        scaler: of these gradients. It skips those that overflow by itself, so they are not watched.
+        clip: largest norm of the gradient; None: no clipping.
+
+    Returns:
+        Norm of the gradient before clipping, a scalar on the device.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    parameters = [p for group in inner.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    norm = norm / loss_scale(scaler, norm.device)
+    scaled = scaler is not None and scaler.is_enabled()
+    seen = watched if scaled else {**watched, "gradient": norm}
+    found = counter.observe(step, {prefix + name: value for name, value in seen.items()})
+    if clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    for group in inner.param_groups:
+        group["lr"] = lr
+    if not scaled:  # where it is 1 the fused update changes nothing
+        inner.found_inf = found
+    with record_function("optimizer"):
+        if scaler is None or optimizer is not inner:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def loss_scale(scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | float:
+    """Return the factor of a loss scaler without waiting for the device."""
+    return 1.0 if scaler is None else scaler.scale(torch.ones((), device=device))

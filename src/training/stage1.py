@@ -24,8 +24,8 @@ from src.metrics.quality import RunningMeans, psnr, ssim
 from src.models.discriminator import DinoDiscriminator
 from src.models.rae import RAE, geometry_of
 from src.training.generated_latents import GeneratedLatents
-from src.training.module import StageModule, encoder_fact, loss_scale, sizes
-from src.training.optimizers import adamw
+from src.training.module import StageModule, encoder_fact, sizes
+from src.training.optimizers import adamw, loss_scale, step_optimizer
 from src.training.settings import ModelSettings
 from src.training.stage1_step import Fake, Label, Phase, TrainingStep
 from src.training.step_noise import StepNoise
@@ -140,10 +140,11 @@ class RAEModule(StageModule):
         images = [batch["image"] for batch in batches]
         for update, terms in enumerate(self.step.discriminator_updates(images, sources, draws, scale)):
             average_gradients(self.discriminator.heads.parameters())
-            self.step_optimizer(
-                step,
+            step_optimizer(
                 self.optimizer_list()[1].optimizer,  # Lightning counts the steps of the other one only
                 self._discriminator_lr(step, update),
+                self.nonfinite,
+                step,
                 {"loss": terms["loss"]},
                 prefix="discriminator ",
                 scaler=self.disc_scaler,
