@@ -501,8 +501,9 @@ def test_generated_latents_are_brought_back_from_t0_for_each_image_by_itself(who
 
     noise = streams.normals(0, Purpose.GENERATED_NOISE, 1, [5, 2, 9, 7], rae.latent_shape, torch.device("cpu"))
     x, labels = 0.5 * rae.normalize(raw) + 0.5 * noise, torch.tensor([0, 2, 3, 1])
-    u0 = 0.5 / (module.shift - (module.shift - 1) * 0.5)
-    times = [module.shift * u / (1 + (module.shift - 1) * u) for u in (u0, u0 * 2 / 3, u0 / 3, 0.0)]
+    shift = module.sampler.shift
+    u0 = 0.5 / (shift - (shift - 1) * 0.5)
+    times = [shift * u / (1 + (shift - 1) * u) for u in (u0, u0 * 2 / 3, u0 / 3, 0.0)]
     settings, flow = run.module.settings.sampler, run.module.settings.flow
     assert (settings.method, settings.cfg, settings.internal, flow.prediction) == ("euler", 1, 1, "velocity")
     for t, end in itertools.pairwise(times):

@@ -17,7 +17,7 @@ from src.core.random_streams import Purpose
 from src.core.settings import Settings
 from src.evaluation import sampling
 from src.evaluation.sampling import Conditional, Guidance
-from src.losses.flow_matching import sampling_grid
+from src.losses.flow_matching import FlowSettings, sampling_grid
 
 
 class SamplerSettings(Settings):
@@ -51,43 +51,44 @@ class Sampler:
         self,
         network: nn.Module,
         settings: SamplerSettings,
-        prediction: str,
-        t_eps: float,
-        shift: float,
+        flow: FlowSettings,
         seed: int,
-        guide: tuple[nn.Module, str, float] | None = None,
+        guide: tuple[nn.Module, FlowSettings] | None = None,
     ) -> None:
         """
         Args:
             network: a transformer of `src/models/dit.py` in evaluation mode.
-            guide: network, prediction and t_eps of the weaker model of autoguidance.
+            flow: what the network was trained with.
+            guide: the weaker network of autoguidance, and what it was trained with.
 
         Raises:
             UserError: guidance that the networks don't allow.
         """
         self.network, self.seed = network, seed
         self.shape: tuple[int, int, int] = network.latent_shape
-        self.method, self.grid = settings.method, sampling_grid(settings.num_steps, shift, settings.grid)
+        self.shift = flow.shift_for(self.shape)
+        self.method, self.grid = settings.method, sampling_grid(settings.num_steps, self.shift, settings.grid)
         interval = settings.t_min, settings.t_max
-        run: Conditional = sampling.conditional(network, prediction, t_eps)
+        run: Conditional = sampling.conditional(network, flow.prediction, flow.t_eps)
         if settings.internal > 1:
             if getattr(network, "base_model_depth", None) is None:
                 raise UserError(
                     f"internal={settings.internal:g} (model.sampler.internal, --internal) needs a network with a base output "
                     "(model.network.base_model_depth), and this one has none. Set it to 1."
                 )
-            run = sampling.internal_guidance(network, prediction, Guidance(settings.internal, *interval), t_eps)
+            guidance = Guidance(settings.internal, *interval)
+            run = sampling.internal_guidance(network, flow.prediction, guidance, flow.t_eps)
         if settings.auto > 1:
             if guide is None:
                 raise UserError(
                     f"model.sampler.auto={settings.auto:g}: autoguidance needs a second network (src/sample.py --guide)."
                 )
-            weaker, its_prediction, its_eps = guide
+            weaker, its_flow = guide
             if weaker.latent_shape != self.shape:
                 raise UserError(
                     f"The guide makes latents of {weaker.latent_shape}, the model of {self.shape} (C x h x w): they must agree."
                 )
-            weak = sampling.conditional(weaker, its_prediction, its_eps)
+            weak = sampling.conditional(weaker, its_flow.prediction, its_flow.t_eps)
             run = sampling.autoguidance(run, weak, Guidance(settings.auto, *interval))
         if settings.cfg > 1:
             run = sampling.classifier_free(run, network.null_label, Guidance(settings.cfg, *interval))

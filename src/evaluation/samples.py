@@ -47,11 +47,8 @@ def sample(
     assert rae is not None
     generator.network.to(process.device)
     rae.to(process.device)
-    weaker = None
-    if guide is not None:
-        weaker = (guide.network.to(process.device), guide.flow.prediction, guide.flow.t_eps)
-    flow = generator.flow
-    sampler = Sampler(generator.network, settings, flow.prediction, flow.t_eps, generator.shift, options.seed, weaker)
+    weaker = None if guide is None else (guide.network.to(process.device), guide.flow)
+    sampler = Sampler(generator.network, settings, generator.flow, options.seed, weaker)
     labels = labels_of(options.labels, options.seed, options.num_images, generator.network.num_classes)
     size = rae.geometry.image_size
     files: dict[str, Any] = {"images": (np.uint8, (size, size, 3))}

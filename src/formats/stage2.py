@@ -41,7 +41,6 @@ class Generator:
     flow: FlowSettings
     sampler: dict[str, Any]
     """The node `sampler` of its configuration."""
-    shift: float
     source: str
     step: int | None
     """Updates; None where the file does not say."""
@@ -101,7 +100,7 @@ def open_generator(
     freeze(network)
     identity = {part: said[part] for part in ("encoder", "statistics")} if said else {}
     step = said["global_step"] if said else None
-    return Generator(network, rae, flow, dict(config["sampler"]), flow.shift_for(shape), str(file), step, identity)
+    return Generator(network, rae, flow, dict(config["sampler"]), str(file), step, identity)
 
 
 def _mapping_or_path(text: str | None) -> Any:

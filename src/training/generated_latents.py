@@ -50,11 +50,10 @@ class GeneratedLatents(nn.Module):
                 f"model.generated.checkpoint={settings.checkpoint} was trained on latents normalised by other statistics "
                 f"(digest {trained_on}, here {own}). Set model.normalization_stat_path to those of that run."
             )
-        self.t0, self.seed, self.shift, self.network = settings.t0, seed, generator.shift, generator.network
+        self.t0, self.seed, self.network = settings.t0, seed, generator.network
         sampler = SamplerSettings.parse({**generator.sampler, "auto": 1.0}, "sampler")  # without a second network
-        flow = generator.flow
-        self._sampler = Sampler(self.network, sampler, flow.prediction, flow.t_eps, generator.shift, seed)
-        self._grid = sampling_grid(settings.steps, generator.shift, "raev2", settings.t0)
+        self.sampler = Sampler(self.network, sampler, generator.flow, seed)
+        self._grid = sampling_grid(settings.steps, self.sampler.shift, "raev2", settings.t0)
 
     def check_labels(self, classes: int | None) -> None:
         """Raise UserError where the network has no use for the labels of the data, `classes` of them; None: unlabelled."""
@@ -80,5 +79,5 @@ class GeneratedLatents(nn.Module):
             start = interpolate(
                 rae.normalize(latents.float()), noise, latents.new_full((len(noise),), self.t0, dtype=torch.float32)
             )
-            end = self._sampler.integrate(start, labels, self._grid)
+            end = self.sampler.integrate(start, labels, self._grid)
         return rae.denormalize(end)

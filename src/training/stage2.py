@@ -187,9 +187,8 @@ class DiffusionModule(StageModule):
 
     def sampler(self, settings: SamplerSettings | None = None, seed: int | None = None) -> Sampler:
         """Return a sampler of the averaged network; by default with the run's own settings and seed."""
-        own, flow = self.settings, self.settings.flow
-        seed = own.seed if seed is None else seed
-        return Sampler(self.ema_network, settings or own.sampler, flow.prediction, flow.t_eps, self.step.shift, seed)
+        own = self.settings
+        return Sampler(self.ema_network, settings or own.sampler, own.flow, own.seed if seed is None else seed)
 
     @torch.no_grad()
     def sample_rows(self, images: Tensor) -> list[Tensor]:

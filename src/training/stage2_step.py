@@ -52,26 +52,34 @@ class FlowDraws:
         return cls(streams.normals(seed, noise, epoch, positions, shape, device), time, drop, flip)
 
 
+@dataclass
 class FlowStep:
     """The loss of a micro-batch. It knows no optimiser and no Lightning."""
 
-    def __init__(
-        self, rae: RAE, settings: FlowSettings, num_classes: int, label_dropout: float, flip_probability: float
-    ) -> None:
-        self.rae = rae
-        self.settings = settings
-        self.num_classes = num_classes
-        self.label_dropout = label_dropout
-        self.flip_probability = flip_probability
-        self.shift = settings.shift_for(rae.latent_shape)
-        self.normalize_stored = False
-        """Whether stored latents are as the encoder gives them."""
+    rae: RAE
+    settings: FlowSettings
+    num_classes: int
+    label_dropout: float
+    flip_probability: float
+    normalize_stored: bool = False
+    """Whether stored latents are as the encoder gives them."""
 
-    def encode(self, images: Tensor, flip: Tensor) -> Tensor:
-        """Encode uint8 B 3 H W -> normalised latents B C h w, float32 whatever autocast says; mirrored where `flip`, (B,) bool."""
+    def __post_init__(self) -> None:
+        self.shift = self.settings.shift_for(self.rae.latent_shape)
+
+    def latents(self, batch: Mapping[str, Any], draws: FlowDraws, training: bool) -> Tensor:
+        """Return the normalised latents B C h w of a batch: of `image`, uint8 B 3 H W, mirrored in training and encoded in float32
+        whatever autocast says, or the stored `latent`."""
+        if "latent" in batch:
+            return self.rae.normalize(batch["latent"]) if self.normalize_stored else batch["latent"]
+        images, flip = batch["image"], draws.flip < (self.flip_probability if training else 0)
         images = torch.where(flip[:, None, None, None], images.flip(-1), images)
         with torch.autocast(images.device.type, enabled=False), record_function("encode"):
             return self.rae.encode(bytes_to_unit(images), check=False)
+
+    def dropped(self, labels: Tensor, draws: FlowDraws) -> Tensor:
+        """Return the labels (B,) of training, dropped ones replaced by the null label."""
+        return torch.where(draws.drop < self.label_dropout, self.num_classes, labels)
 
     def losses(self, network: nn.Module, latents: Tensor, labels: Tensor, draws: FlowDraws) -> dict[str, Tensor]:
         """Return per-image terms (B,): loss; full and base where there is a base head; zero, the loss of the output 0.
@@ -80,28 +88,16 @@ class FlowStep:
             latents: normalised, B C h w float32.
             labels: (B,) int64 in 0..K; the null label stays what it is.
         """
-        t = self.settings.draw_time(draws.time, self.shift)
+        settings = self.settings
+        t = settings.draw_time(draws.time, self.shift)
         with record_function("denoise"):
             output = network(flow.interpolate(latents, draws.noise, t), t, labels)
         output = tuple(part.float() for part in output) if isinstance(output, tuple) else output.float()
-        terms = self._loss(output, latents, draws.noise, t)
         zero = torch.zeros_like(latents)
-        with torch.no_grad():
-            reference = self._loss((zero, zero) if isinstance(output, tuple) else zero, latents, draws.noise, t)
-        return terms | {"zero": reference["loss"]}
-
-    def _loss(self, output: Any, latents: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
-        settings = self.settings
-        return flow.flow_matching_loss(
-            output, latents, noise, t, settings.prediction, settings.t_eps, settings.base_weight
+        terms, reference = (
+            flow.flow_matching_loss(
+                found, latents, draws.noise, t, settings.prediction, settings.t_eps, settings.base_weight
+            )
+            for found in (output, (zero, zero) if isinstance(output, tuple) else zero)
         )
-
-    def latents(self, batch: Mapping[str, Any], draws: FlowDraws, training: bool) -> Tensor:
-        """Return the normalised latents B C h w of a batch: of `image`, mirrored in training, or the stored `latent`."""
-        if "latent" in batch:
-            return self.rae.normalize(batch["latent"]) if self.normalize_stored else batch["latent"]
-        return self.encode(batch["image"], draws.flip < (self.flip_probability if training else 0))
-
-    def dropped(self, labels: Tensor, draws: FlowDraws) -> Tensor:
-        """Return the labels (B,) of training, dropped ones replaced by the null label."""
-        return torch.where(draws.drop < self.label_dropout, self.num_classes, labels)
+        return terms | {"zero": reference["loss"]}
