@@ -13,10 +13,9 @@ from torch import nn
 from src.core.distributed import Process
 from src.core.errors import UserError
 from src.core.weights import SizedWeights
-from src.evaluation.networks import load_features, load_inception
+from src.evaluation.networks import load_features
 from src.evaluation.report_card import label
 from src.metrics.features import INCEPTION, FeatureNetwork
-from src.metrics.inception import InceptionFeatures
 
 log = logging.getLogger(__name__)
 
@@ -71,12 +70,8 @@ class ScoreCallback(pl.Callback):
 
     def load_networks(self) -> list[FeatureNetwork]:
         """Return the feature networks on the CPU. UserError where one is missing."""
-
-        def inception(place: str | None) -> InceptionFeatures:
-            key, path = f"callbacks.{self.score}.inception_path", place or self.inception_path
-            return load_inception(path, self.inception_weights, key, self.remedy, self.inception_width)
-
-        return load_features(self.features, inception)
+        key, weights, width = f"callbacks.{self.score}.inception_path", self.inception_weights, self.inception_width
+        return load_features(self.features, self.inception_path, weights, key, self.remedy, width)
 
     @abstractmethod
     def evaluate(self, trainer: pl.Trainer, pl_module: Any, name: str) -> None:

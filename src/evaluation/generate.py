@@ -1,12 +1,11 @@
-"""Draw latents from a diffusion transformer: noise and labels as functions of (seed, index), guidance by settings.
+"""Draw latents from a diffusion transformer: noise as a function of (seed, index), guidance by settings.
 
-Legend: B images, C latent channels, h = w latent grid, K classes.
+Legend: B images, C latent channels, h = w latent grid.
 """
 
 from collections.abc import Sequence
 from typing import Literal, Self
 
-import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -102,19 +101,3 @@ class Sampler:
     def integrate(self, z: Tensor, labels: Tensor, grid: Tensor) -> Tensor:
         """Return the latents at the last time of a grid for z, B C h w, at its first; labels (B,) on the same device."""
         return sampling.solve(sampling.for_labels(self._run, labels), z, grid, self.method)
-
-
-def balanced_labels(seed: int, num_images: int, num_classes: int) -> np.ndarray:
-    """Return a label for each index, int64 (num_images,): each class equally often up to one, in an order by the seed.
-
-    Where the classes don't come out even, those with one image more are drawn by the seed too.
-    """
-    numbers = streams.generator(seed, Purpose.SAMPLE_LABELS)
-    rounds, rest = divmod(num_images, num_classes)
-    labels = np.concatenate([np.tile(np.arange(num_classes), rounds), numbers.permutation(num_classes)[:rest]])
-    return numbers.permutation(labels).astype(np.int64)
-
-
-def random_labels(seed: int, num_images: int, num_classes: int) -> np.ndarray:
-    """Return a uniformly drawn label for each index, int64 (num_images,); the same for an index whatever the number."""
-    return streams.generator(seed, Purpose.SAMPLE_LABELS, 1).integers(num_classes, size=num_images)

@@ -83,35 +83,35 @@ def resize_pillow(images: Tensor, size: int) -> Tensor:
     return images
 
 
-def load_features(chosen: Sequence[str], inception: Any) -> list[FeatureNetwork]:
+def load_features(
+    chosen: Sequence[str], path: str | None, weights: SizedWeights, key: str, remedy: str, width: float | None
+) -> list[FeatureNetwork]:
     """Return the networks named by NAME or NAME=DIR, in their order.
 
     Args:
-        inception: called for the Inception network, with its path where there is one.
+        path: of Inception's file, where no DIR says it; this and all others as of `load_inception`.
 
     Raises:
         UserError: an unknown name, a name twice, weights that are missing or don't fit.
     """
-    networks: list[Any] = []
+    networks: list[FeatureNetwork] = []
     for name, _, place in (text.partition("=") for text in chosen):
         if name not in (INCEPTION, *ENCODERS) or name in [network.space for network in networks]:
             raise UserError(
                 f"--features {' '.join(chosen)}: expected one or more of {', '.join((INCEPTION, *ENCODERS))}, each once."
             )
-        networks.append(inception(place or None) if name == INCEPTION else EncoderFeatures(name, place or None))
+        if name == INCEPTION:
+            networks.append(load_inception(place or path, weights, key, remedy, width))
+        else:
+            networks.append(EncoderFeatures(name, place or None))
     return networks
 
 
 def networks_of(options: FeatureOptions, config: Mapping[str, Any], remedy: str) -> list[FeatureNetwork]:
     """Load the networks that the options name; Inception's file is that of a run's configuration, else the usual one."""
     path = options.inception_path or stored(config, "callbacks.rfid.inception_path") or INCEPTION_FILE
-
-    def inception(place: str | None) -> InceptionFeatures:
-        return load_inception(
-            place or path, options.inception_weights, "--inception_path", remedy, options.inception_width
-        )
-
-    return load_features(options.features, inception)
+    weights, width = options.inception_weights, options.inception_width
+    return load_features(options.features, path, weights, "--inception_path", remedy, width)
 
 
 def load_inception(

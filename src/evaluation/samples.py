@@ -15,13 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from src.core import random_streams as streams
 from src.core.distributed import Process, wait_for_all
 from src.core.errors import UserError
 from src.core.files import replacing, write_text
 from src.core.images import save_png, sheet, unit_to_bytes
 from src.core.json_files import read_json
 from src.core.precision import float32_products, full_float32
-from src.evaluation.generate import Sampler, SamplerSettings, balanced_labels, random_labels
+from src.core.random_streams import Purpose
+from src.evaluation.generate import Sampler, SamplerSettings
 from src.evaluation.options import SampleOptions
 from src.formats.stage2 import Generator
 from src.models.rae import RAE
@@ -195,12 +197,22 @@ def grid(samples: Path, labels: np.ndarray) -> Tensor:
 
 
 def labels_of(which: str, seed: int, num_images: int, num_classes: int, key: str = "--labels ") -> np.ndarray:
-    """Return the label of each index, int64 (N,), by `which`; the null label is `num_classes`. `key`: what says it. UserError:
-    no such classes."""
+    """Return the label of each index, int64 (N,); the null label is `num_classes`.
+
+    Args:
+        which: `equal`, each class equally often up to one, in an order by the seed, which also draws those with one image
+            more; `random`, uniform, the same for an index whatever the number; `null`; or classes, repeated in turn.
+        key: the option or config key that says it.
+
+    Raises:
+        UserError: no such classes.
+    """
     if which == "equal":
-        return balanced_labels(seed, num_images, num_classes)
+        numbers, (rounds, rest) = streams.generator(seed, Purpose.SAMPLE_LABELS), divmod(num_images, num_classes)
+        labels = np.concatenate([np.tile(np.arange(num_classes), rounds), numbers.permutation(num_classes)[:rest]])
+        return numbers.permutation(labels).astype(np.int64)
     if which == "random":
-        return random_labels(seed, num_images, num_classes)
+        return streams.generator(seed, Purpose.SAMPLE_LABELS, 1).integers(num_classes, size=num_images)
     if which == "null":
         return np.full(num_images, num_classes, np.int64)
     try:

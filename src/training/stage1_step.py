@@ -156,20 +156,21 @@ class TrainingStep:
 
         terms: dict[str, Tensor] = {}
         loss = reconstruction.new_zeros(())
-        gradient = torch.zeros_like(reconstruction)
+        grad_r = torch.zeros_like(reconstruction)
         for name, (weight, term) in self.reconstruction_terms(phase).items():
             with record_function(name):
                 terms[name], term_gradient = self.reconstruction_gradient(term, reconstruction, images, loss_scale)
-            gradient.add_(term_gradient, alpha=weight)
+            grad_r.add_(term_gradient, alpha=weight)
             loss = loss + weight * terms[name]
+        gradient = grad_r
         if phase.gan:
             with record_function("gan"):
-                terms["gan"], gan_gradient = self.gan_gradient(reconstruction, augment, loss_scale)
+                terms["gan"], grad_g = self.gan_gradient(reconstruction, augment, loss_scale)
             with record_function("adaptive_weight"):
-                terms["adaptive_weight"] = self.adaptive_weight(features.detach(), gradient, gan_gradient)
+                terms["adaptive_weight"] = self.adaptive_weight(features.detach(), grad_r, grad_g)
             factor = self.settings.disc_weight * terms["adaptive_weight"]
             loss = loss + factor * terms["gan"]
-            gradient.addcmul_(gan_gradient, factor)
+            gradient = grad_r.addcmul_(grad_g, factor)
         terms["loss"] = loss
         with record_function("backward"):
             backward(output, gradient * share)
