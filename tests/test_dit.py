@@ -486,7 +486,7 @@ def test_flops_leave_the_weights_alone():
 
 @pytest.mark.parametrize(("make", "changes", "message"), [
     (lightning, {"patch_size": 4}, "patch_size=4: expected 1 or 2"),
-    (ditdh, {"patch_size": 2}, "DiTDH: patch_size=2: expected 1"),
+    (ditdh, {"patch_size": 2}, "model.network.patch_size=2: expected 1"),
     (lightning, {"patch_size": 2, "input_size": 5}, "input_size=5 is not a multiple of patch_size=2"),
     (lightning, {"hidden_size": 25}, "hidden_size=25 is not a multiple of num_heads=2"),
     (lightning, {"hidden_size": 20}, "heads 10 wide"),
@@ -496,7 +496,7 @@ def test_flops_leave_the_weights_alone():
     (lightning, {"num_classes": 0}, "num_classes=0"),
     (lightning, {"class_dropout_prob": 1.5}, "class_dropout_prob=1.5"),
     (lightning, {"mlp_ratio": 0.0}, "mlp_ratio=0.0"),
-    (ditdh, {"hidden_size": 16}, r"hidden_size=16: expected two numbers, \[encoder, head\]"),
+    (ditdh, {"hidden_size": 16}, r"hidden_size=16: expected two whole numbers of at least 1, \[encoder, head\]"),
     (ditdh, {"depth": [2, 2, 2]}, r"depth=\[2, 2, 2\]"),
     (ditdh, {"hidden_size": [16, 28]}, "hidden_size=28 with num_heads=2 makes heads 14 wide"),
     (raev2, {"base_model_depth": 4}, "base_model_depth=4: expected 1 to 3"),

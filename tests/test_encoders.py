@@ -5,7 +5,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,9 +17,10 @@ from transformers import DINOv3ViTModel
 from src.core.errors import UserError
 from src.models.encoders import ENCODERS, encoder_class
 from src.models.frozen_encoder import FrozenEncoder
-from src.models.layers import FUSIONS
+from src.models.layers import Fusion
 from tests.conftest import TINY_ENCODERS
 
+FUSIONS = get_args(Fusion)
 TOLERANCE = 1e-5
 DEPTH = 4
 SMALL: dict[str, Any] = {
@@ -273,11 +274,11 @@ def test_identity_follows_what_a_latent_depends_on(tmp_path):
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"layers": []}, "is empty: name at least one block"),
-    ({"layer_fusion": "median"}, "unknown to DINOv3wNorm: expected mean, mean_plus_spatial_mean, sum"),
-    ({"weights": "pretraned"}, "expected pretrained, untrained"),
-    ({"norm": "layer"}, "unknown to DINOv3wNorm: expected plain, affine, none"),
+    ({"layer_fusion": "median"}, "params.layer_fusion='median': expected mean, mean_plus_spatial_mean or sum"),
+    ({"weights": "pretraned"}, "expected pretrained or untrained"),
+    ({"norm": "layer"}, "expected plain, affine or none"),
     ({"statistics": "imagenette"}, "expected imagenet, half, clip, none"),
-    ({"resize": "lanczos"}, "expected bicubic, bilinear"),
+    ({"resize": "lanczos"}, "expected bicubic or bilinear"),
 ])  # fmt: skip
 def test_mistakes_are_named_before_any_weight_is_read(options, message, tmp_path, monkeypatch):
     monkeypatch.setattr(DINOv3ViTModel, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))

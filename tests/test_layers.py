@@ -13,7 +13,7 @@ from src.core import random_streams as streams
 from src.core.errors import UserError
 from src.core.random_streams import Purpose
 from src.losses.diffaug import DiffAug
-from src.models.layers import FUSIONS, check_choice, parse_layers, random_subset
+from src.models.layers import parse_layers, random_subset
 from src.training.settings import LatentNoiseSettings, LayerSubset
 from src.training.step_noise import StepNoise
 
@@ -58,14 +58,6 @@ def test_mistakes(layers, depth, message):
 def test_the_key_of_the_caller_and_unknown_fusions():
     with pytest.raises(UserError, match=r"^--layers='k9': expected"):
         parse_layers("k9", 24, "--layers")
-
-
-def test_unknown_fusions_fail_with_the_list():
-    check_choice("layer_fusion", "sum", FUSIONS, "Some")
-    with pytest.raises(
-        UserError, match="layer_fusion='max' is unknown to Some: expected mean, mean_plus_spatial_mean, sum"
-    ):
-        check_choice("layer_fusion", "max", FUSIONS, "Some")
 
 
 # -- random subsets

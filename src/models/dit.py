@@ -11,19 +11,25 @@ the head, K classes.
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from src.core.errors import UserError
-from src.core.settings import LARGEST, check_arguments, check_keys
+from src.core.settings import Size, check_keys, checked
 from src.core.text import typed
 from src.models import flops
 from src.models.decoder import sincos_positions, unpatchify
 from src.models.dit_layers import Block, FinalLayer, LabelEmbedder, LayerOptions, PatchEmbed, Rotary, TimeEmbedder
+
+Pair = Annotated[
+    Sequence[Size], Field(min_length=2, max_length=2, description="two whole numbers of at least 1, [encoder, head]")
+]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Part(NamedTuple):
@@ -41,7 +47,6 @@ class LatentTransformer(nn.Module):
     """C, g, g"""
     null_label: int | None
     """The label that means `no class`: K, or None where the label table has no row for it."""
-    patch_sizes: tuple[int, ...] = (1, 2)
 
     def __init__(
         self,
@@ -54,7 +59,8 @@ class LatentTransformer(nn.Module):
         activation_checkpointing: bool,
     ) -> None:
         super().__init__()
-        self._check_sizes(latent_shape, patch_size, num_classes, class_dropout_prob)
+        if latent_shape[1] % patch_size:
+            raise self._error(f"input_size={latent_shape[1]} is not a multiple of patch_size={patch_size}.")
         for part in parts:
             self._check_part(part, options)
         self.latent_shape = latent_shape
@@ -99,21 +105,8 @@ class LatentTransformer(nn.Module):
         if t.shape != x.shape[:1] or y.shape != x.shape[:1]:
             raise ValueError(f"t and y have shapes {tuple(t.shape)} and {tuple(y.shape)}; expected ({len(x)},) each.")
 
-    def _check_sizes(
-        self, latent_shape: tuple[int, int, int], patch_size: int, num_classes: int, class_dropout_prob: float
-    ) -> None:
-        channels, size, _ = latent_shape
-        self._check_counts(in_channels=channels, input_size=size, num_classes=num_classes)
-        if patch_size not in self.patch_sizes:
-            raise self._error(f"patch_size={patch_size}: expected {' or '.join(map(str, self.patch_sizes))}.")
-        if size % patch_size:
-            raise self._error(f"input_size={size} is not a multiple of patch_size={patch_size}.")
-        if not 0 <= class_dropout_prob < 1:
-            raise self._error(f"class_dropout_prob={class_dropout_prob}: expected at least 0 and below 1.")
-
     def _check_part(self, part: Part, options: LayerOptions) -> None:
-        width, depth, heads = part
-        self._check_counts(hidden_size=width, depth=depth, num_heads=heads)
+        width, _, heads = part
         if width % heads:
             raise self._error(f"hidden_size={width} is not a multiple of num_heads={heads}.")
         if options.rope and width // heads % 4:
@@ -124,39 +117,27 @@ class LatentTransformer(nn.Module):
         if int(options.mlp_ratio * width) < 2:
             raise self._error(f"mlp_ratio={options.mlp_ratio} leaves no hidden width in the MLP of width {width}.")
 
-    def _check_counts(self, **values: int) -> None:
-        for key, value in values.items():
-            if not isinstance(value, int) or not 1 <= value <= LARGEST:
-                raise self._error(f"{key}={value}: expected a whole number from 1 to {LARGEST}.")
-
     @classmethod
     def _error(cls, text: str) -> UserError:
         return UserError(f"{cls.__name__}: {text}")
 
-    @classmethod
-    def _two_parts(cls, **values: Sequence[int]) -> tuple[Part, Part]:
-        for key, value in values.items():
-            if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
-                raise cls._error(f"{key}={value}: expected two numbers, [encoder, head].")
-        encoder, head = zip(*values.values(), strict=True)
-        return Part(*encoder), Part(*head)
 
-
+@checked("model.network")
 class LightningDiT(LatentTransformer):
     """RAE's plain model: adaLN blocks of one width (recipe section 3)."""
 
     def __init__(
         self,
-        input_size: int,
-        patch_size: int = 1,
+        input_size: Size,
+        patch_size: Literal[1, 2] = 1,
         *,
-        in_channels: int,
-        hidden_size: int,
-        depth: int,
-        num_heads: int,
+        in_channels: Size,
+        hidden_size: Size,
+        depth: Size,
+        num_heads: Size,
         mlp_ratio: float = 4.0,
-        class_dropout_prob: float = 0.1,
-        num_classes: int = 1000,
+        class_dropout_prob: Share = 0.1,
+        num_classes: Size = 1000,
         use_qknorm: bool = False,
         use_swiglu: bool = True,
         use_rmsnorm: bool = True,
@@ -199,26 +180,25 @@ class LightningDiT(LatentTransformer):
         return unpatchify(self.final_layer(tokens, condition), self.patch_size)
 
 
+@checked("model.network")
 class DiTDH(LatentTransformer):
     """DiT^DH: an encoder part, whose tokens condition a wide shallow head on the same latent (recipe section 4).
 
     The last `depth[1]` blocks are the head's.
     """
 
-    patch_sizes = (1,)
-
     def __init__(
         self,
-        input_size: int,
-        patch_size: int = 1,
+        input_size: Size,
+        patch_size: Literal[1] = 1,
         *,
-        in_channels: int,
-        hidden_size: Sequence[int],
-        depth: Sequence[int],
-        num_heads: Sequence[int],
+        in_channels: Size,
+        hidden_size: Pair,
+        depth: Pair,
+        num_heads: Pair,
         mlp_ratio: float = 4.0,
-        class_dropout_prob: float = 0.1,
-        num_classes: int = 1000,
+        class_dropout_prob: Share = 0.1,
+        num_classes: Size = 1000,
         use_qknorm: bool = False,
         use_swiglu: bool = True,
         use_rmsnorm: bool = True,
@@ -228,7 +208,6 @@ class DiTDH(LatentTransformer):
     ) -> None:
         """
         Args:
-            patch_size: only 1.
             hidden_size, depth, num_heads: [encoder, head] each.
             mlp_ratio, class_dropout_prob, activation_checkpointing: as in `LightningDiT`.
 
@@ -236,7 +215,7 @@ class DiTDH(LatentTransformer):
             UserError: sizes that don't fit.
         """
         shape = (in_channels, input_size, input_size)
-        encoder, head = parts = self._two_parts(hidden_size=hidden_size, depth=depth, num_heads=num_heads)
+        encoder, head = parts = [Part(*sizes) for sizes in zip(hidden_size, depth, num_heads, strict=True)]
         options = LayerOptions(mlp_ratio, use_qknorm, use_swiglu, use_rmsnorm, use_rope)
         super().__init__(shape, patch_size, num_classes, class_dropout_prob, parts, options, activation_checkpointing)
         self.s_embedder = PatchEmbed(in_channels, patch_size, encoder.width)
@@ -262,6 +241,7 @@ class DiTDH(LatentTransformer):
         return unpatchify(self.final_layer(tokens, condition), self.patch_size)
 
 
+@checked("model.network")
 class RAEv2DiT(LatentTransformer):
     """RAEv2's model: time and class are tokens in the encoder's sequence, the head is DiT^DH's (recipe section 8).
 
@@ -271,17 +251,17 @@ class RAEv2DiT(LatentTransformer):
 
     def __init__(
         self,
-        input_size: int,
-        patch_size: int,
-        in_channels: int,
-        hidden_size: Sequence[int],
-        depth: Sequence[int],
-        num_heads: Sequence[int],
-        num_classes: int,
+        input_size: Size,
+        patch_size: Literal[1, 2],
+        in_channels: Size,
+        hidden_size: Pair,
+        depth: Pair,
+        num_heads: Pair,
+        num_classes: Size,
         base_model_depth: int | None = None,
         mlp_ratio: float = 4.0,
-        num_t_tokens: int = 4,
-        num_c_tokens: int = 8,
+        num_t_tokens: Size = 4,
+        num_c_tokens: Size = 8,
         activation_checkpointing: bool = False,
     ) -> None:
         """
@@ -295,10 +275,9 @@ class RAEv2DiT(LatentTransformer):
             UserError: sizes that don't fit.
         """
         shape = (in_channels, input_size, input_size)
-        encoder, head = parts = self._two_parts(hidden_size=hidden_size, depth=depth, num_heads=num_heads)
+        encoder, head = parts = [Part(*sizes) for sizes in zip(hidden_size, depth, num_heads, strict=True)]
         options = LayerOptions(mlp_ratio, qknorm=True, v2=True)
         super().__init__(shape, patch_size, num_classes, 0.1, parts, options, activation_checkpointing)
-        self._check_counts(num_t_tokens=num_t_tokens, num_c_tokens=num_c_tokens)
         if base_model_depth is not None and base_model_depth not in range(1, encoder.depth + 1):
             raise self._error(
                 f"base_model_depth={base_model_depth}: expected 1 to {encoder.depth} (the encoder), or null."
@@ -365,12 +344,11 @@ def build_network(
     if cls is None:
         raise UserError(f"model.network.name={typed(config.get('name'))}: expected one of {', '.join(NETWORKS)}.")
     channels, grid, _ = latent_shape
-    derived = {"input_size": grid, "in_channels": channels, "num_classes": num_classes}
+    derived: dict[str, Any] = {"input_size": grid, "in_channels": channels, "num_classes": num_classes}
     known = inspect.signature(cls.__init__).parameters.keys() - {"self"}
     derived |= {"class_dropout_prob": label_dropout} if "class_dropout_prob" in known else {}
     arguments = {name: value for name, value in config.items() if name != "name"}
     check_keys(arguments, known - derived.keys(), "model.network")
-    check_arguments(cls, {**derived, **arguments}, "model.network")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return cls(**derived, **arguments)

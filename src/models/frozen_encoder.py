@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from src.core.download import cached_encoder
 from src.core.errors import UserError
+from src.core.settings import checked, one_of
 from src.core.weights import PROJECT_ROOT, Frozen, Weights, freeze
 from src.models.encoder_files import STATISTICS, PixelStatistics, check_folder, read_statistics
-from src.models.layers import FUSIONS, LayerChoice, check_choice, parse_layers
+from src.models.layers import Fusion, LayerChoice, parse_layers
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ NO_GRID = {
 """model_type of transformers: why no grid of patch tokens comes out of such a model."""
 
 
+@checked("model.encoder_params")
 class FrozenEncoder(Frozen):
     """Patch tokens of a frozen transformer, normalised and fused over the chosen blocks.
 
@@ -66,10 +68,10 @@ class FrozenEncoder(Frozen):
         model_name: str,
         *,
         layers: LayerChoice = None,
-        layer_fusion: str | None = None,
+        layer_fusion: Fusion | None = None,
         norm: Norm | None = None,
         norm_eps: Annotated[float, Field(gt=0)] | None = None,
-        statistics: str | None = None,
+        statistics: Annotated[str, one_of(STATISTICS)] | None = None,
         resize: Literal["bicubic", "bilinear"] = "bicubic",
         weights: Weights = "pretrained",
         seed: int = 0,
@@ -93,11 +95,6 @@ class FrozenEncoder(Frozen):
                 another family, weights that are missing, damaged or don't fit.
         """
         super().__init__()
-        kind = type(self).__name__
-        check_choice("weights", weights, get_args(Weights), kind)
-        check_choice("resize", resize, ("bicubic", "bilinear"), kind)
-        check_choice("statistics", statistics or self.statistics, tuple(STATISTICS), kind)
-        check_choice("norm", norm or self.default_norm, get_args(Norm), kind)
         config = self.read_config(model_name)
         self.source = model_name
         self.hidden_size: int = config.hidden_size
@@ -105,7 +102,6 @@ class FrozenEncoder(Frozen):
         self.depth: int = config.num_hidden_layers
         self.layers = parse_layers(layers, self.depth)
         self.layer_fusion = layer_fusion or (self.default_fusion if len(self.layers) > 1 else "mean")
-        check_choice("layer_fusion", self.layer_fusion, FUSIONS, kind)
         self.norm: Norm = norm or self.default_norm
         self.chosen_statistics = statistics
         self.resize = resize
@@ -115,7 +111,9 @@ class FrozenEncoder(Frozen):
         self.config_digest = _digest(json.dumps(said, sort_keys=True, default=str).encode())
         self.model = freeze(model)
         if self.norm == "affine" and self.norm_module is None:
-            raise UserError(f"model.encoder_params.norm=affine: {kind} of {model_name} has no final norm.")
+            raise UserError(
+                f"model.encoder_params.norm=affine: {type(self).__name__} of {model_name} has no final norm."
+            )
         own_eps = float(getattr(self.norm_module, "eps", getattr(self.norm_module, "variance_epsilon", 1e-6)))
         self.norm_eps = own_eps if norm_eps is None else norm_eps
         self.other_choices = [

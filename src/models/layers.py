@@ -5,7 +5,7 @@ Legend: K number of chosen blocks.
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
@@ -13,7 +13,6 @@ from pydantic import Field
 from src.core.errors import UserError
 
 Fusion = Literal["mean", "mean_plus_spatial_mean", "sum"]
-FUSIONS: tuple[str, ...] = get_args(Fusion)
 LayerChoice = Annotated[str | int | float | Sequence[int] | None, Field(description="a list of blocks, one, or a name")]
 """What config keys and options may say; `parse_layers` makes block numbers of it."""
 
@@ -50,14 +49,6 @@ def parse_layers(layers: LayerChoice, depth: int, key: str = "model.encoder_para
     if len(set(chosen)) != len(chosen):
         raise UserError(f"{key}={layers} names a block twice.")
     return tuple(sorted(chosen))
-
-
-def check_choice(name: str, value: object, allowed: Sequence[str], encoder: str) -> None:
-    """Raise UserError unless `value` of `model.encoder_params.NAME` is one of `allowed`."""
-    if value not in allowed:
-        raise UserError(
-            f"model.encoder_params.{name}={value!r} is unknown to {encoder}: expected {', '.join(allowed)}."
-        )
 
 
 def random_subset(layers: Sequence[int], keep_probability: float, uniforms: np.ndarray) -> tuple[int, ...]:
