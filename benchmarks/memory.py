@@ -28,8 +28,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from benchmarks.runners import DECODERS, DTYPES, ENCODERS, PHASES, build_models, make_inputs, make_runner, positive
+from benchmarks.runners import DECODERS, DTYPES, ENCODERS, PHASES, build_models, make_inputs, make_runner
 from benchmarks.surroundings import write
+from src.core.options import positive
 from src.core.precision import cast_frozen
 from src.losses import lpips_distance
 from src.models.dino import RECIPES

@@ -16,6 +16,7 @@ from benchmarks.plain_step import PlainStep, step_settings
 from src.core.ema import EMA
 from src.core.images import bytes_to_unit
 from src.core.nonfinite import NonFiniteCounter
+from src.core.options import positive
 from src.core.precision import cast_frozen
 from src.core.weights import PROJECT_ROOT, SizedWeights
 from src.losses.diffaug import UNIFORMS_PER_BATCH, UNIFORMS_PER_SAMPLE, DiffAug
@@ -178,14 +179,6 @@ def make_inputs(arguments: argparse.Namespace, models: Models, device: torch.dev
         for _ in range(3)
     ]
     return images.to(device), Draws(noise, augment)
-
-
-def positive(text: str) -> int:
-    """Parse a whole number of at least 1, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
-    return number
 
 
 def step_parser(description: str | None, variants: Sequence[str], phases: Sequence[str]) -> argparse.ArgumentParser:

@@ -78,32 +78,25 @@ def _judge(checkpoint: Path, samples: Path) -> tuple[float, float, float]:
     import torch
 
     from src.core.images import unit_to_bytes
-    from src.data.dataset import EvaluationDataset, EvaluationTransform
+    from src.core.options import LoadingOptions
     from src.data.decode import Decoder
-    from src.data.places import look
+    from src.evaluation.images import centre_crops, open_images
     from src.formats.stage2 import open_generator
-    from src.metrics.fid import FeatureStatistics, frechet_distance
+    from src.metrics.fid import frechet_distance
     from src.metrics.inception import InceptionFeatures
+    from src.metrics.reference import ALONE, image_statistics
 
     generator = open_generator(checkpoint)
     rae, inception = generator.rae, InceptionFeatures(None, "tiny")
-    source = look(PROJECT_ROOT / DATA).open("train")
-    transform = EvaluationTransform(rae.geometry.image_size, Decoder("apply", 80.0))
-    data = EvaluationDataset(source, np.arange(len(source)), transform)
+    loading, decoder = LoadingOptions(num_workers=0, batch_size=32), Decoder("apply", 80.0)
+    loader = centre_crops(open_images(DATA, "train", None), rae.geometry.image_size, decoder, loading, ALONE)
     noise = torch.randn(IMAGES, *rae.latent_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        decoded = torch.cat([unit_to_bytes(rae.decode(part)) for part in noise.split(32)])
+        decoded = [unit_to_bytes(rae.decode(part)) for part in noise.split(32)]
     archive = np.load(samples)
     made = torch.from_numpy(archive["arr_0"]).permute(0, 3, 1, 2)
-    sets = [torch.stack([data[i].image for i in range(len(data))]), decoded, made]
-
-    def statistics(images: torch.Tensor) -> FeatureStatistics:
-        found = FeatureStatistics(inception.feature_dim)
-        for part in images.split(32):
-            found.update(inception(part))
-        return found
-
-    real, before, after = map(statistics, sets)
+    sets = ((batch["image"] for batch in loader), decoded, [made])
+    real, before, after = (image_statistics(batches, inception, 32) for batches in sets)
     right = made.float().mean((2, 3)).argmax(1).numpy() == archive["labels"]
     return frechet_distance(real, before), frechet_distance(real, after), float(right.mean())
 

@@ -134,11 +134,11 @@ def _use_pictures(folder: Path) -> None:
         Decoder("apply", 80).decode(file.read_bytes())
 
 
-def _arrow(folder: Path) -> list[Path]:
+def _dataset(pattern: str, folder: Path) -> list[Path]:
     from src.data import dummy
 
     dummy.write(folder / "set", 6)
-    return sorted((folder / "set").glob("*.arrow"))
+    return sorted((folder / "set").glob(pattern))
 
 
 def _tar(folder: Path) -> list[Path]:
@@ -266,22 +266,15 @@ def _use_latents(folder: Path) -> None:
         pass
 
 
-def _json(folder: Path) -> list[Path]:
-    from src.data import dummy
-
-    dummy.write(folder / "set", 6)
-    return sorted((folder / "set").glob("*.json"))
-
-
 KINDS = {
     "images": Kind(_pictures, _use_pictures),
-    "arrow": Kind(_arrow, _use_data),
+    "arrow": Kind(partial(_dataset, "*.arrow"), _use_data),
     "tar": Kind(_tar, _use_data),
     "npz": Kind(_npz, _use_npz),
     "decoder": Kind(_decoder, _use_decoder),
     "checkpoint": Kind(_checkpoint, _use_checkpoint, odd_torch),
     "latents": Kind(_latents, _use_latents),
-    "json": Kind(_json, _use_data, odd_json),
+    "json": Kind(partial(_dataset, "*.json"), _use_data, odd_json),
 }
 
 

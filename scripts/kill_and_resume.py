@@ -100,11 +100,7 @@ def sampling(base: Path, kills: int, rng: random.Random) -> bool:
     def start_sampling(name: str, processes: int) -> subprocess.Popen:
         words = f"--device cpu --num_images {8 * kills + 16} --batch_size 4 --cfg 2".split()
         files = ["--checkpoint", str(newest(base / "peace")), "--output", str(base / name)]
-        command = [*launcher(processes), "src/sample.py", *words, *files]
-        with open(base / "sampling.txt", "ab") as output:
-            return subprocess.Popen(
-                command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True, env=environment()
-            )
+        return launch(base / "sampling.txt", processes, "src/sample.py", *words, *files)
 
     start_sampling("whole.npz", 1).wait()
     for number in range(kills):
@@ -130,24 +126,20 @@ def blocks(base: Path) -> int:
     return sum(text(file).count("\n") for file in base.glob(".cut.npz.parts/done.*"))
 
 
-def launcher(processes: int) -> list[str]:
-    if processes == 1:
-        return [sys.executable]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+def launch(log: Path, processes: int, *words: str) -> subprocess.Popen:
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
+    command, environment = [sys.executable, *several, *words], {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(log, "ab") as output:
+        return subprocess.Popen(
+            command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True, env=environment
+        )
 
 
 def start(log_dir: Path, processes: int, *overrides: str) -> subprocess.Popen:
     log_dir.mkdir(parents=True, exist_ok=True)
     resume = ["ckpt_path=last"] if newest(log_dir) else []
-    command = [*launcher(processes), "src/train.py", *RUN, f"paths.log_dir={log_dir}", *resume, *overrides]
-    with open(log_dir / "output.txt", "ab") as output:
-        return subprocess.Popen(
-            command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True, env=environment()
-        )
+    words = ["src/train.py", *RUN, f"paths.log_dir={log_dir}", *resume, *overrides]
+    return launch(log_dir / "output.txt", processes, *words)
 
 
 def kill_once(log_dir: Path, processes: int, mode: str, rng: random.Random) -> bool:
@@ -214,8 +206,8 @@ def finish(log_dir: Path, processes: int, rng: random.Random) -> None:
         raise SystemExit(f"the last resume failed with status {code}; see {log_dir / 'output.txt'}")
 
 
-def wait_for(condition, process, patience: float = 120.0):
-    deadline = time.monotonic() + patience
+def wait_for(condition, process):
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if (value := condition()) or process.poll() is not None:
             return value

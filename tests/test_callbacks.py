@@ -94,8 +94,8 @@ def test_on_a_gpu_only_its_own_idle_time_counts_as_waiting(monkeypatch, caplog, 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(progress, "peak_memory_gb", lambda device: 1.0)
     module = SimpleNamespace(
-        device=torch.device("cuda"), settings=SimpleNamespace(accumulate_grad_batches=1, log_every_n_steps=every),
-        check_numbers=synchronize, train_terms={"train/loss": torch.ones(())}, sparse_terms=(), steps_per_epoch=100,
+        device=torch.device("cuda"), settings=SimpleNamespace(log_every_n_steps=every),
+        ends_update=lambda number: True, check_numbers=synchronize, train_terms={"train/loss": torch.ones(())}, sparse_terms=(), steps_per_epoch=100,
         learning_rates=lambda step: {}, nonfinite=SimpleNamespace(max_skipped_steps=0), write_metrics=lambda values: None,
     )  # fmt: skip
     trainer = SimpleNamespace(

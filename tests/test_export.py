@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -144,11 +145,12 @@ class Hub:
         self.calls.append(("upload", repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
 
 
-def test_push_sends_the_whole_folder(tmp_path):
+def test_push_sends_the_whole_folder(tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text("card")
     (tmp_path / "model.pt").write_text("weights")
     hub = Hub()
-    push(tmp_path, "me/model", True, hub)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    push(tmp_path, "me/model", True)
     assert hub.calls == [("create", "me/model", True, True), ("upload", "me/model", ["README.md", "model.pt"])]
 
 
@@ -163,6 +165,7 @@ def http_error(status):
     (LocalTokenNotFoundError("none"), "HF_TOKEN"), (http_error(401), "HF_TOKEN"), (http_error(403), "write permission"),
     (http_error(500), "push again later"), (ConnectionError("no route"), "can't be reached"),
 ])  # fmt: skip
-def test_push_errors_say_what_to_do(tmp_path, error, text):
+def test_push_errors_say_what_to_do(tmp_path, monkeypatch, error, text):
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Hub(error))
     with pytest.raises(UserError, match=text):
-        push(tmp_path, "me/model", False, Hub(error))
+        push(tmp_path, "me/model", False)

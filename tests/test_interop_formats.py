@@ -317,7 +317,7 @@ def test_wrong_kinds_of_files(tmp_path):
         ("encoder_dinov2", "dinov2_with_registers"), (".", r"no config\.json of either kind"), ("nothing.pt", "not found"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=said):
-            read_decoder(tmp_path / name, "--decoder")
+            read_decoder(tmp_path / name)
 
 
 def test_truncated_weights_say_so(tmp_path):

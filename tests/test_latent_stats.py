@@ -72,12 +72,13 @@ class Stop(Exception):
     pass
 
 
-def test_an_interrupted_pass_goes_on_and_another_one_starts_afresh(tmp_path, caplog):
+def test_an_interrupted_pass_goes_on_and_another_one_starts_afresh(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("src.evaluation.latent_statistics.PIECE_IMAGES", 4)
     rae, images = tiny_rae(tmp_path), open_images(photos(tmp_path / "photos", 9), "all", None)
 
     def work(name, update=lambda done, total: None, **options):
         options = StatisticsOptions(checkpoint="x", output=tmp_path / name, num_workers=0, **options)
-        return latent_statistics(rae, images, options, Process(torch.device("cpu")), update, piece_images=4)
+        return latent_statistics(rae, images, options, Process(torch.device("cpu")), update)
 
     once, seen = work("once.pt", batch_size=4), []
 

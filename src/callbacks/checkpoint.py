@@ -73,14 +73,14 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
                 link_or_copy(old, self.folder / "best.ckpt")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if (batch_idx + 1) % pl_module.settings.accumulate_grad_batches:
+        if not pl_module.ends_update(batch_idx):
             return
         self._began = trainer.global_step - 1 if self._began is None else self._began
         late = bool(self.every_n_minutes) and time.monotonic() - self._saved_at > 60 * self.every_n_minutes
         stop, late = self._requests.exchange([STOP.code, late], trainer.world_size)
         if stop:
             self._save_and_stop(trainer, pl_module, stop)
-        if batch_idx + 1 >= _batches_per_epoch(pl_module):
+        if batch_idx + 1 >= pl_module.batches_per_epoch:
             return  # the end of the epoch saves, once its evaluation is over
         by_steps = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
         by_time = late and trainer.global_step > self._saved_step + 1  # else it is the request granted a step ago
@@ -98,7 +98,7 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
             return
         if better or self.monitor is None:
             self._link_best(trainer)
-        whole = trainer.fit_loop.epoch_loop.batch_progress.current.ready >= _batches_per_epoch(pl_module)
+        whole = trainer.fit_loop.epoch_loop.batch_progress.current.ready >= pl_module.batches_per_epoch
         if whole and self.every_n_epochs and epoch % self.every_n_epochs == 0:
             link_or_copy(self.folder / "last.ckpt", self.folder / f"epoch_{epoch:03d}.ckpt")
             saved = sorted(self.folder.glob("epoch_*.ckpt"))
@@ -265,7 +265,3 @@ def make_canonical(loops: dict[str, Any], steps_per_epoch: int, accumulate: int)
     batches["is_last_batch"] = False
     fit["epoch_loop.state_dict"]["_batches_that_stepped"] = batches["total"]["ready"]
     fit.pop("combined_loader", None)  # where the data goes on follows from the counters
-
-
-def _batches_per_epoch(pl_module: Any) -> int:
-    return pl_module.steps_per_epoch * pl_module.settings.accumulate_grad_batches

@@ -91,13 +91,12 @@ class TrainingProgress(pl.Callback):
         self._waits.append((self._mark, moment(self._device)))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        settings = pl_module.settings
         self._images += len(batch["position"]) * trainer.world_size
-        if (batch_idx + 1) % settings.accumulate_grad_batches == 0:
+        if pl_module.ends_update(batch_idx):
             self._steps += 1
             if pl_module.device.type == "cpu":
                 pl_module.check_numbers()  # costs nothing there
-            due = trainer.global_step % settings.log_every_n_steps == 0
+            due = trainer.global_step % pl_module.settings.log_every_n_steps == 0
             if due:
                 self._publish(trainer, pl_module)
             if trainer.is_global_zero:

@@ -78,10 +78,9 @@ class ScoreCallback(pl.Callback):
         """Note the step in `_scored_at`, score and publish. `name`: of a folder for pictures."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        accumulate = pl_module.settings.accumulate_grad_batches
-        if not self.every_n_steps or (batch_idx + 1) % accumulate or trainer.global_step % self.every_n_steps:
+        if not (self.every_n_steps and pl_module.ends_update(batch_idx)) or trainer.global_step % self.every_n_steps:
             return
-        if batch_idx + 1 < pl_module.steps_per_epoch * accumulate or not self._at_end_of(trainer.current_epoch):
+        if batch_idx + 1 < pl_module.batches_per_epoch or not self._at_end_of(trainer.current_epoch):
             self.evaluate(trainer, pl_module, f"step_{trainer.global_step:07d}")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -68,12 +68,7 @@ class LatentMoments:
 
 
 def latent_statistics(
-    rae: RAE,
-    images: Images,
-    options: StatisticsOptions,
-    process: Process,
-    update: Update,
-    piece_images: int = PIECE_IMAGES,
+    rae: RAE, images: Images, options: StatisticsOptions, process: Process, update: Update
 ) -> dict[str, Any]:
     """Return what `src/latent_stats.py` writes: mean and var (float32, C x h x w) of raw latents, and what they are of.
 
@@ -84,20 +79,20 @@ def latent_statistics(
     """
     rows = images.rows[: options.num_samples]
     identity = {"encoder": rae.encoder.identity(), "image_size": rae.geometry.image_size, "images": len(rows),
-                "data": images.source.fingerprint(), "exif": options.exif, "piece_images": piece_images}  # fmt: skip
+                "data": images.source.fingerprint(), "exif": options.exif, "piece_images": PIECE_IMAGES}  # fmt: skip
     partial = partial_file(options.output)
     total, done = LatentMoments(rae.latent_shape, process.device), 0
     if state := _interrupted(partial, identity):
         done = state["done"]
         total.add(state["count"], state["sums"])
     update(done, len(rows))
-    for start in range(done, len(rows), piece_images):
-        piece = replace(images, rows=rows[start : start + piece_images])
+    for start in range(done, len(rows), PIECE_IMAGES):
+        piece = replace(images, rows=rows[start : start + PIECE_IMAGES])
         moments = _piece(rae, piece, options, process, lambda n, s=start: update(s + n, len(rows)))
         total.add(moments.count, moments.sums)
-        if process.main and start + piece_images < len(rows):
+        if process.main and start + PIECE_IMAGES < len(rows):
             sums = {"count": total.count, "sums": total.sums.cpu()}
-            write_torch(partial, {"pass": identity, "done": start + piece_images, **sums})
+            write_torch(partial, {"pass": identity, "done": start + PIECE_IMAGES, **sums})
     if total.count < 2:
         raise UserError(f"Statistics need at least two images, {images.folder} gave {total.count}.")
     if total.count < len(rows):

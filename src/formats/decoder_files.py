@@ -88,13 +88,13 @@ def kind_of(path: str | Path, key: str) -> tuple[Kind | None, Path]:
     )
 
 
-def read_decoder(path: str | Path, key: str = "model.pretrained_decoder_path") -> DecoderFile:
+def read_decoder(path: str | Path) -> DecoderFile:
     """Read a decoder in any of the four forms.
 
     Raises:
         UserError: missing, unreadable or cut short, or no decoder at all.
     """
-    kind, place = kind_of(path, key)
+    kind, place = kind_of(path, "model.pretrained_decoder_path")
     if kind == "diffusers":
         return _from_diffusers(place)
     if kind == "folder":

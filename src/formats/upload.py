@@ -2,25 +2,20 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 from src.core.errors import UserError
 
 
-def push(folder: Path, repo_id: str, private: bool, api: Any | None = None) -> str:
+def push(folder: Path, repo_id: str, private: bool) -> str:
     """Upload all files of `folder` as one commit of the model repository, made when missing; returns its address.
 
-    Args:
-        api: stands in for `huggingface_hub.HfApi()`.
-
     Raises:
-        UserError: a name that is none, no token, no permission, no connection.
+        UserError: no token, no permission, no connection.
     """
-    check_repo_id(repo_id)
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-    api = api or HfApi()
+    api = HfApi()
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message=f"Export {folder.name}")

@@ -132,29 +132,20 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """contract(widen(x)) = w3(silu(a) * b), where w12 gives a and b."""
+    """contract(widen(x)) = w3(silu(a) * b), where w12 gives a and b; `split` (RAEv2): w1 and w2 do."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, split: bool) -> None:
         super().__init__()
-        self.w12 = nn.Linear(width, 2 * hidden)
+        self.split = split
+        if split:
+            self.w1, self.w2 = (nn.Linear(width, hidden) for _ in range(2))
+        else:
+            self.w12 = nn.Linear(width, 2 * hidden)
         self.w3 = nn.Linear(hidden, width)
 
     def widen(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.w12(x).chunk(2, dim=-1)
-
-    def contract(self, a: Tensor, b: Tensor) -> Tensor:
-        return self.w3(F.silu(a) * b)
-
-
-class SplitSwiGLU(nn.Module):
-    """contract(widen(x)) = w3(silu(w1 x) * w2 x): RAEv2's form."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.w1, self.w2 = (nn.Linear(width, hidden) for _ in range(2))
-        self.w3 = nn.Linear(hidden, width)
-
-    def widen(self, x: Tensor) -> tuple[Tensor, ...]:
+        if not self.split:
+            return self.w12(x).chunk(2, dim=-1)
         x = autocast_once(x)
         return self.w1(x), self.w2(x)
 
@@ -185,7 +176,7 @@ def feed_forward(width: int, options: LayerOptions) -> nn.Module:
     hidden = int(options.mlp_ratio * width)
     if not options.swiglu:
         return MLP(width, hidden)
-    return SplitSwiGLU(width, int(2 / 3 * width * options.mlp_ratio)) if options.v2 else SwiGLU(width, hidden * 2 // 3)
+    return SwiGLU(width, int(2 / 3 * width * options.mlp_ratio) if options.v2 else hidden * 2 // 3, split=options.v2)
 
 
 class Modulation(nn.ModuleDict):

@@ -53,13 +53,13 @@ class Preset:
     decoders: str
     """Who has published decoders for it; empty where nobody is known to."""
 
-    def input_px(self, image_size: int = 256, decoder_patch: int = 16) -> int:
-        """Return what the encoder sees of an image: one patch for each latent."""
-        return image_size // decoder_patch * self.patch
+    def input_px(self, image_size: int = 256) -> int:
+        """Return what the encoder sees of an image, with a decoder patch of 16 px: one patch of its own for each latent."""
+        return image_size // 16 * self.patch
 
-    def latent_shape(self, image_size: int = 256, decoder_patch: int = 16) -> tuple[int, int, int]:
-        """Return C, h, w."""
-        return self.size.width, image_size // decoder_patch, image_size // decoder_patch
+    def latent_shape(self, image_size: int = 256) -> tuple[int, int, int]:
+        """Return C, h, w with a decoder patch of 16 px."""
+        return self.size.width, image_size // 16, image_size // 16
 
 
 APACHE, NC = "Apache-2.0", "CC-BY-NC-4.0"

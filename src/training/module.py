@@ -122,12 +122,20 @@ class StageModule(pl.LightningModule):
         """Updates in an epoch; known once the trainer has its data."""
         return int(self.trainer.num_training_batches) // self.settings.accumulate_grad_batches
 
+    @property
+    def batches_per_epoch(self) -> int:
+        """Micro-batches of these updates; what is left of an epoch behind them is not trained on."""
+        return self.steps_per_epoch * self.settings.accumulate_grad_batches
+
+    def ends_update(self, batch_idx: int) -> bool:
+        """Return whether micro-batch number `batch_idx` of an epoch is the last one of an update."""
+        return (batch_idx + 1) % self.settings.accumulate_grad_batches == 0
+
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        if batch_idx >= self.batches_per_epoch:
+            return
         accumulate = self.settings.accumulate_grad_batches
-        if batch_idx >= self.steps_per_epoch * accumulate:
-            return  # fewer micro-batches than an update takes are left in this epoch
-        step, number = self.global_step, batch_idx % accumulate
-        last = number == accumulate - 1
+        step, number, last = self.global_step, batch_idx % accumulate, self.ends_update(batch_idx)
         strategy = self.trainer.strategy  # of one process has nothing to block
         exchanges = last or not hasattr(strategy, "block_backward_sync")
         with nullcontext() if exchanges else strategy.block_backward_sync():

@@ -63,7 +63,7 @@ class Stopwatch(pl.Callback):
             self._began = time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if (batch_idx + 1) % pl_module.settings.accumulate_grad_batches:
+        if not pl_module.ends_update(batch_idx):
             return
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize()
