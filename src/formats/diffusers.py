@@ -162,12 +162,11 @@ def _encoder_out(encoder: FrozenEncoder, family: Family, published_names: bool) 
 
 def _statistics_out(rae: RAE) -> tuple[Tensor, Tensor]:
     """Return mean and std, C x h x w, such that (z - mean) / (std + 1e-5) is the official normalisation."""
-    if not rae.has_statistics:
-        return diffusers_layout.no_statistics()
+    if not rae.has_statistics:  # std + 1e-5 is 1; diffusers' default of 1 divides by 1.00001
+        return torch.zeros(1), torch.full((1,), 1 - diffusers_layout.STD_EPS)
     mean = torch.zeros(rae.latent_shape) if rae.latent_mean is None else rae.latent_mean.float().cpu()
-    return mean, diffusers_layout.std_from_var(
-        torch.ones(rae.latent_shape) if rae.latent_var is None else rae.latent_var
-    )
+    var = torch.ones(rae.latent_shape) if rae.latent_var is None else rae.latent_var
+    return mean, diffusers_layout.std_from_var(var)
 
 
 def _remarks(family: Family, published_names: bool) -> list[str]:

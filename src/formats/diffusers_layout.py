@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -116,11 +115,6 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{folder} has no {WEIGHTS} (nor its index); it holds {there}.")
     shards = sorted({Path(name).name for name in read_json(index, weight_map=dict[str, str])["weight_map"].values()})
     return {name: value for shard in shards for name, value in read(folder / shard).items()}
-
-
-def no_statistics() -> tuple[Tensor, Tensor]:
-    """Return mean and std of a model without statistics: std + 1e-5 is 1; diffusers' default of 1 divides by 1.00001."""
-    return torch.zeros(1), torch.full((1,), 1 - STD_EPS)
 
 
 def statistics(state: Mapping[str, Tensor], source: object) -> tuple[Tensor, Tensor] | None:

@@ -85,23 +85,21 @@ def _measure(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def _pull_back(x: Tensor, y: Tensor, norm_x: Tensor, norm_y: Tensor, scale: Tensor) -> Tensor:
-    """Return the gradient to x, B x C x P in the dtype of x; scale B x C x 1."""
+    """Return the gradient to x, B x C x P in the dtype of x; scale B x C x 1.
+
+    The transposed Jacobian of x / (|x| + eps) times a gradient g to it is r g - x (g . x) r^2 / |x|, with r = 1 / (|x| + eps).
+    """
     wide_x, wide_y = x.to(scale.dtype), y.to(scale.dtype)
-    pull = _error(wide_x, norm_x, wide_y, norm_y).mul_(scale)  # d distance / d (x / |x|)
-    return _through_norm(pull, wide_x, norm_x).to(x.dtype)
+    pull = _error(wide_x, norm_x, wide_y, norm_y).mul_(scale)  # g
+    nonzero = norm_x > 0
+    r = torch.where(nonzero, (norm_x + EPS).reciprocal(), 0)
+    along = (pull * wide_x).sum(1, keepdim=True) * r * r / torch.where(nonzero, norm_x, 1)
+    return (pull * r).addcmul_(wide_x, along, value=-1).to(x.dtype)
 
 
 def _error(x: Tensor, norm_x: Tensor, y: Tensor, norm_y: Tensor) -> Tensor:
     # Each map by its own reciprocal, in this order for both: equal inputs have distance exactly 0.
     return (x * (norm_x + EPS).reciprocal()).sub_(y * (norm_y + EPS).reciprocal())
-
-
-def _through_norm(pull: Tensor, x: Tensor, norm: Tensor) -> Tensor:
-    """Return the transposed Jacobian of x / (|x| + eps) times `pull`: r pull - x (pull . x) r^2 / |x|, with r = 1 / (|x| + eps)."""
-    nonzero = norm > 0
-    r = torch.where(nonzero, (norm + EPS).reciprocal(), 0)
-    along = (pull * x).sum(1, keepdim=True) * r * r / torch.where(nonzero, norm, 1)
-    return (pull * r).addcmul_(x, along, value=-1)
 
 
 @cache

@@ -223,7 +223,7 @@ class FrozenEncoder(Frozen):
         weights = _digest(b"".join(sorted(starts)))
         return {
             "class": type(self).__name__,
-            "source": _portable(self.source),
+            "source": Path(self.source).name if Path(self.source).is_absolute() else self.source,
             "config": ", ".join([self.config_digest, *self.other_choices]),
             "weights": "untrained " + weights if self.untrained else weights,
             "layers": list(self.layers),
@@ -365,11 +365,6 @@ def _checked(config: Any, source: str) -> Any:
     if getattr(config, "quantization_config", None):
         raise UserError(f"{source} is quantised, which changes the latents. Give the encoder in float32, bf16 or fp16.")
     return config
-
-
-def _portable(source: str) -> str:
-    path = Path(source)
-    return path.name if path.is_absolute() else source
 
 
 def _digest(data: bytes) -> str:
