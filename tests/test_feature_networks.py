@@ -2,7 +2,6 @@
 
 import json
 import shlex
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -85,14 +84,14 @@ def test_features_are_pooled_of_normalised_images(dinov2):
 
 
 def test_names(dinov2, caplog):
-    inception = SimpleNamespace(space="inception")
-    found = load_features(["inception", f"dinov2={dinov2}"], lambda place: inception)
-    assert found[0] is inception and found[1].name.startswith("dinov2-") and "another size" in caplog.text
+    inception = {"path": None, "weights": "tiny", "key": "KEY", "remedy": "", "width": None}
+    found = load_features(["inception", f"dinov2={dinov2}"], **inception)
+    assert found[0].space == "inception" and found[1].name.startswith("dinov2-") and "another size" in caplog.text
     with pytest.raises(UserError, match="dinov2=nowhere: no such folder.*download_weights.py facebook/dinov2-large"):
-        load_features(["dinov2=nowhere"], lambda place: inception)
+        load_features(["dinov2=nowhere"], **inception)
     for wrong in (["clip"], ["inception", "inception"]):
         with pytest.raises(UserError, match="expected one or more of inception, dinov2, each once"):
-            load_features(wrong, lambda place: inception)
+            load_features(wrong, **inception)
 
 
 def test_references_and_scores_of_two_feature_spaces(dinov2, tmp_path, capsys):
