@@ -18,6 +18,7 @@ from src.core.ema import EMA
 from src.core.errors import UserError
 from src.core.images import bytes_to_unit, unit_to_bytes
 from src.core.random_streams import Purpose
+from src.core.requirements import USERS_CHOICE
 from src.formats.checkpoint import RAESettings
 from src.losses.lpips import LPIPS
 from src.metrics.quality import RunningMeans, psnr, ssim
@@ -185,7 +186,7 @@ class RAEModule(StageModule):
     @classmethod
     def check_arguments(cls, config: Mapping[str, Any]) -> None:
         """Raise UserError: keys and values that are wrong, sizes that don't fit, what an experiment leaves to the user."""
-        if config.get("pretrained_decoder_path") == "required":  # `???` would give way to the null of the base
+        if config.get("pretrained_decoder_path") == USERS_CHOICE:  # `???` would give way to the null of the base
             raise UserError(
                 "This experiment starts from a decoder: add model.pretrained_decoder_path=PATH to the command. PATH is a "
                 "decoder file with the official names (model.pt), a folder that src/export.py wrote, a diffusers "
