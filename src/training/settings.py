@@ -50,10 +50,6 @@ class StageSettings(Settings):
     """Steps with non-finite numbers that are skipped before training stops; 0: stop at the first."""
     log_every_n_steps: int = Field(ge=1)
 
-    @classmethod
-    def parse(cls, values: Mapping[str, Any], key: str = "model") -> Self:
-        return super().parse(values, key)
-
 
 class StartEpochs(Settings):
     """When each part of the loss begins."""

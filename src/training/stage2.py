@@ -84,7 +84,7 @@ class DiffusionModule(StageModule):
     settings: Stage2Settings
 
     def __init__(self, **config: Any) -> None:
-        settings = Stage2Settings.parse(config)
+        settings = Stage2Settings.parse(config, "model")
         super().__init__(settings)
         self.autoencoder = loaded = open_autoencoder(settings.autoencoder, settings.statistics, settings.image_size)
         self.rae = loaded.rae
@@ -206,7 +206,7 @@ class DiffusionModule(StageModule):
 
     @classmethod
     def check_arguments(cls, config: Mapping[str, Any]) -> None:
-        Stage2Settings.parse(config)
+        Stage2Settings.parse(config, "model")
 
     def facts(self) -> list[tuple[str, str]]:
         channels, grid, _ = self.rae.latent_shape
