@@ -80,7 +80,7 @@ def test_every_experiment_composes_and_its_model_node_is_understood(experiment):
     config = plain(composed([f"experiment={experiment}"]))
     assert config["experiment_name"] == experiment
     settings = {key: value for key, value in config["model"].items() if key != "_target_"}
-    (Stage2Settings if "autoencoder" in settings else ModelSettings).parse(settings)
+    (Stage2Settings if "autoencoder" in settings else ModelSettings).parse(settings, "model")
     assert settings["image_size"] == config["data"]["image_size"]
     assert ("rfid" in config["callbacks"]) == ("autoencoder" not in settings)
 
