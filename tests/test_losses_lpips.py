@@ -1,5 +1,6 @@
 """LPIPS against the plain formula, its hand-written backward, its files, and what it must never do."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src.core.errors import UserError
+from src.core.precision import full_float32
 from src.losses import lpips_distance
 from src.losses.lpips import LPIPS
 from src.losses.lpips_distance import feature_distance
+from src.training.module import compile_in_place
 
 CHANNELS = (4, 6, 8, 8, 8)
 CONVS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
@@ -195,3 +198,22 @@ def test_wrong_shapes_are_told() -> None:
     for pair, said in (((x[..., :8, :8], x[..., :8, :8]), "16 px"), ((x, torch.cat([x, x])), "one shape")):
         with pytest.raises(ValueError, match=said):
             untrained()(*pair)
+
+
+def test_compiled_code_is_enough_for_training_validation_and_scores(monkeypatch):
+    """Beyond a number of kinds torch leaves further ones uncompiled, and says so in the log; here that is an error."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    lpips_distance._compiled.cache_clear()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
+        lpips = LPIPS(None, None, "tiny")
+        compile_in_place([lpips])
+        x, y = (image.requires_grad_(number == 0) for number, image in enumerate(torch.rand(2, 3, 3, 64, 64)))
+        half = partial(torch.autocast, "cpu", torch.bfloat16)
+        with half():
+            lpips(x, y).sum().backward()
+        for surroundings in (half, partial(full_float32, torch.device("cpu"))):
+            for size in (3, 2):
+                with torch.no_grad(), surroundings():
+                    lpips(x[:size], y[:size])
+    lpips_distance._compiled.cache_clear()
+    torch._dynamo.reset()

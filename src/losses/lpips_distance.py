@@ -109,5 +109,6 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _any_batch(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()  # or training and evaluation would have kernels of their own
     torch._dynamo.maybe_mark_dynamic(tensor, 0)
     return tensor

@@ -296,6 +296,9 @@ def compile_in_place(parts: Sequence[nn.Module]) -> None:
     """Compile so that names, and so checkpoints, stay as they are. The average was made before."""
     # DDP's graphs would be cut where its gradient buckets end; block by block, exchange and backward overlap as it is.
     torch._dynamo.config.optimize_ddp = False
+    # Blocks of one class share a limit of 8 kinds; widths, training, validation and scores in float32 are more, and what is
+    # above it would run as it is.
+    torch._dynamo.config.recompile_limit = 64
     for part in parts:
         part.compile()
 
