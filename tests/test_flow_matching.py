@@ -141,3 +141,5 @@ def test_losses_by_quartile_add_up():
     sums = fm.quartile_sums(losses, uniforms)
     assert sums.tolist() == [3, 4, 8, 48, 2, 1, 1, 2]
     assert torch.equal(sum(fm.quartile_sums(losses[part], uniforms[part]) for part in (slice(0, 2), slice(2, 6))), sums)
+    with torch.autocast("cpu", torch.bfloat16):  # in training
+        assert fm.quartile_sums(losses + 1 / 1024, uniforms)[0] == 3 + 2 / 1024

@@ -149,8 +149,7 @@ class DiffusionModule(StageModule):
         if self._window is None or (step % self.settings.log_every_n_steps == 0 and step != self._window_updates):
             self._window = torch.zeros(2 * QUARTERS + 1, device=self.device)
             self._window_updates = step
-        with torch.autocast(self.device.type, enabled=False):  # which would round the losses to half precision
-            self._window[:-1] += quartile_sums(terms["loss"].detach(), draws.time)
+        self._window[:-1] += quartile_sums(terms["loss"].detach(), draws.time)
         self._window[-1] += terms["zero"].sum()
 
     def check_numbers(self) -> None:
