@@ -63,7 +63,9 @@ class RunningMeans:
         sizes = {name: tuple(value.shape) for name, value in values.items()}
         if set(values) != set(self.names) or len(set(sizes.values())) > 1:
             raise ValueError(f"expected {self.names}, each (B,), got {sizes}")
-        stacked = torch.stack([values[name].detach().cpu().double() for name in self.names])  # names B
+        found = (values[name].detach() for name in self.names)
+        # One copy for all: the host waits for a GPU at each.
+        stacked = torch.stack([value.to(float64_device(value.device)).double() for value in found]).cpu()  # names B
         self._sums += stacked.sum(dim=1)
         self.count += stacked.shape[1]
 
