@@ -55,19 +55,22 @@ def rae() -> RAE:
 @pytest.fixture(scope="session")
 def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export of stage 1: latents of 64 x 4 x 4 at 64 px, with statistics of the dummy's like."""
-    from src.formats.export import write_own_statistics
-    from src.formats.folder import write_folder
-    from tests.tiny_models import loaded, tiny_rae
+    from tests.tiny_models import exported, tiny_rae
 
     folder = tmp_path_factory.mktemp("autoencoder")
     rae = tiny_rae(folder)
     latents = rae.encode_raw(torch.rand(64, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
     rae.set_statistics(latents.mean(0), latents.var(0))
-    out = folder / "export"
-    out.mkdir()
-    write_folder(loaded(rae), out)
-    write_own_statistics(rae, out, rae.encoder.identity())
-    return out
+    return exported(rae, folder / "export")
+
+
+@pytest.fixture(scope="session")
+def stage2_run(autoencoder: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Six updates of stage 2 in two epochs, without interruption: the folder and the run's parts."""
+    from tests.training import train_stage2
+
+    folder = tmp_path_factory.mktemp("stage2")
+    return folder, train_stage2(folder, autoencoder)
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,8 @@ from src import eval_generation, sample
 from src.core.errors import UserError
 from src.core.weights import read
 from tests.test_eval_generation import as_folder, as_npz, pictures
-from tests.test_stage2 import SMALL, fit
 from tests.tiny_models import two_processes
-from tests.training import assert_equal_ends, last, logged
+from tests.training import SMALL_STAGE2, assert_equal_ends, last, logged, train_stage2
 
 
 def gfid(place, **options):
@@ -34,10 +33,11 @@ def offline(checkpoint, reference, folder):
     return json.loads((folder / "s.json").read_text())["results"][0]
 
 
-def test_online_and_offline_numbers_are_equal_and_training_is_not_disturbed(autoencoder, reference, tmp_path):
-    fit(tmp_path / "with", autoencoder, *gfid(reference, every_n_steps=4, every_n_epochs=2))
-    fit(tmp_path / "without", autoencoder)
-    assert_equal_ends(tmp_path / "with", tmp_path / "without")
+def test_online_and_offline_numbers_are_equal_and_training_is_not_disturbed(
+    autoencoder, stage2_run, reference, tmp_path
+):
+    train_stage2(tmp_path / "with", autoencoder, *gfid(reference, every_n_steps=4, every_n_epochs=2))
+    assert_equal_ends(tmp_path / "with", stage2_run[0])
     scores = logged(tmp_path / "with", "gfid_untrained/score")
     assert sorted(scores) == [4, 6]  # 6 is the end of the second epoch
     found = offline(last(tmp_path / "with"), reference, tmp_path)
@@ -50,7 +50,7 @@ def test_online_and_offline_numbers_are_equal_and_training_is_not_disturbed(auto
 
 @pytest.mark.slow
 def test_two_processes_give_the_score_of_one(autoencoder, reference, tmp_path):
-    words = [*SMALL, f"model.autoencoder={autoencoder}", "data.batch_size=4", *gfid(reference, every_n_epochs=2)]
+    words = [*SMALL_STAGE2, f"model.autoencoder={autoencoder}", "data.batch_size=4", *gfid(reference, every_n_epochs=2)]
     two_processes("src/train.py", *words, f"paths.run_dir={tmp_path}/run", f"paths.log_dir={tmp_path}")
     found = offline(last(tmp_path / "run"), reference, tmp_path)
     for name, key in (("score", "gfid_untrained"), ("sfid", "sfid_untrained"), ("precision", "precision_untrained")):
@@ -73,7 +73,7 @@ def test_two_processes_give_the_score_of_one(autoencoder, reference, tmp_path):
 )
 def test_what_is_refused_before_training(autoencoder, reference, tmp_path, options, message):
     with pytest.raises(UserError, match=f"(?s){message}"):
-        fit(tmp_path / "run", autoencoder, *gfid(reference, **options))
+        train_stage2(tmp_path / "run", autoencoder, *gfid(reference, **options))
 
 
 def test_a_reference_that_does_not_fit_is_told_before_training(autoencoder, tmp_path):
@@ -81,4 +81,4 @@ def test_a_reference_that_does_not_fit_is_told_before_training(autoencoder, tmp_
     one = as_folder(tmp_path / "one", pictures(1, 1))
     for place, message in ((small, "48 x 48 px, this evaluation has 64 x 64 px"), (one, "has 1 image: 2 or more")):
         with pytest.raises(UserError, match=message):
-            fit(tmp_path / "run", autoencoder, *gfid(place))
+            train_stage2(tmp_path / "run", autoencoder, *gfid(place))

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from src.core.errors import UserError
+from src.core.weights import read
 from src.evaluation.sampling import (
     Guidance,
     autoguidance,
@@ -20,8 +22,11 @@ from src.evaluation.sampling import (
     internal_guidance,
     solve,
 )  # fmt: skip
+from src.export import main as export
+from src.formats.stage2 import foreign_weights, open_generator
 from src.losses.flow_matching import flow_matching_loss, interpolate, sampling_grid
 from src.models.dit import DiTDH, LightningDiT, RAEv2DiT
+from tests.training import last, same, train_stage2
 
 TOLERANCE = 1e-4
 SIZES = {"input_size": 4, "in_channels": 5, "num_classes": 3}
@@ -147,3 +152,42 @@ def test_raev2_rounds_the_width_of_its_mlp_once():
     rae = DiTDH(depth=[1, 1], mlp_ratio=3.1, **TWO)
     assert v2.blocks[0].mlp.w1.out_features == 33  # int(2/3 * 16 * 3.1)
     assert rae.blocks[0].mlp.w3.in_features == 32  # int(2/3 * int(16 * 3.1))
+
+
+# -- official files
+
+
+def test_official_files_load_strictly_and_a_checkpoint_without_average_is_refused(stage2_run, tmp_path):
+    folder, run = stage2_run
+    state = {name: value.clone() for name, value in run.module.ema_network.state_dict().items()}
+    assert same(foreign_weights({"ema": {f"module.{k}": v for k, v in state.items()}, "model": {}}, "f"), state)
+    with pytest.raises(UserError, match=r"has `model` and no `ema`"):
+        foreign_weights({"model": state}, "f")
+    torch.save(state, tmp_path / "stage2_model.pt")
+    with pytest.raises(UserError, match="--model"):
+        open_generator(tmp_path / "stage2_model.pt")
+    with pytest.raises(UserError, match="does not fit DiTDH"):
+        open_generator(tmp_path / "stage2_model.pt", "ditdh_s", shape=(64, 4, 4))
+    own = open_generator(last(folder))
+    assert same(dict(own.network.state_dict()), state) and own.rae.has_statistics
+
+
+@pytest.mark.parametrize("kind", ["DiTDH", "RAEv2DiT"])
+def test_an_export_is_the_official_file_and_comes_back_bit_equal(stage2_run, autoencoder, tmp_path, kind, capsys):
+    folder, _ = stage2_run
+    if kind == "RAEv2DiT":
+        folder, flow = tmp_path / "run", ["model.flow.prediction=x", "model.flow.t_eps=0.05", "trainer.max_steps=1"]
+        network = ["model.network.name=RAEv2DiT", "+model.network.base_model_depth=1"]
+        train_stage2(folder, autoencoder, *network, *flow)
+    out = tmp_path / "out"
+    words = ["--checkpoint", str(last(folder)), "--output", str(out)]
+    assert export([*words, "--format", "official"]) == 0
+    own = read(last(folder))["state_dict"]
+    own = {name.removeprefix("ema_network."): value for name, value in own.items() if name.startswith("ema_network.")}
+    content = read(out / ("checkpoint.pt" if kind == "RAEv2DiT" else "stage2_model.pt"))
+    assert same(content["ema"] if kind == "RAEv2DiT" else content, own)
+    back = open_generator(next(out.glob("*.pt")), shape=(64, 4, 4))
+    assert same(dict(back.network.state_dict()), own) and type(back.network).__name__ == kind
+    assert "UNTRAINED" in (out / "README.md").read_text() and str(folder) not in (out / "rae_export.json").read_text()
+    assert export([*words, "--format", "folder", "--overwrite"]) == 1
+    assert "exported with --format official alone" in capsys.readouterr().err

@@ -10,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from src.core.weights import PROJECT_ROOT, freeze
 from src.formats.checkpoint import FORMAT_VERSION, LoadedModel, RAESettings
+from src.formats.export import write_own_statistics
+from src.formats.folder import write_folder
 from src.models.encoder_presets import source_key
 from src.models.rae import RAE
 
@@ -57,6 +60,21 @@ def loaded(rae: RAE, **description) -> LoadedModel:
         "encoder_params": params,
     }  # fmt: skip
     return LoadedModel(rae, values | description)
+
+
+def exported(rae: RAE, out: Path) -> Path:
+    """Write the folder of `src/export.py`, with `stats.pt` where the model has statistics."""
+    out.mkdir()
+    write_folder(loaded(rae), out)
+    write_own_statistics(rae, out, rae.encoder.identity())
+    return out
+
+
+def stir(network: nn.Module) -> None:
+    """Add noise to every weight: near its initial values a transformer hardly looks at its labels."""
+    rng = torch.Generator().manual_seed(4)
+    for parameter in network.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=rng)
 
 
 def equal_decoders(a: RAE, b: RAE) -> bool:
@@ -116,8 +134,8 @@ def photos(folder: Path, count: int = 6) -> Path:
     return folder
 
 
-def two_processes(*words) -> None:
-    """A program as torchrun starts it, without the time that torchrun takes."""
+def two_processes(*words) -> str:
+    """Run a program as torchrun starts it, without the time that torchrun takes; return what both print."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -129,3 +147,4 @@ def two_processes(*words) -> None:
     ]  # fmt: skip
     ends = [(process.communicate(timeout=120), process.returncode) for process in started]
     assert all(code == 0 for _, code in ends), ends
+    return "".join(out for (out, _), _ in ends)

@@ -27,6 +27,14 @@ SMALL = [
 
 QUIET = ["~callbacks.rfid", "logger=csv"]
 
+# The same of stage 2: 3 updates an epoch of a network of two blocks.
+SMALL_STAGE2 = [
+    "experiment=dit_dummy", "data.batch_size=8", "data.num_workers=0", "trainer.accelerator=cpu", "trainer.max_epochs=2", "trainer.limit_train_batches=3",
+    "trainer.limit_val_batches=1", "trainer.check_val_every_n_epoch=1", "trainer.log_every_n_steps=1", "model.sample_every=0", "callbacks.checkpoint.every_n_steps=1",
+    "~callbacks.samples", "logger=csv", "model.network.hidden_size=[32,48]", "model.network.depth=[1,1]", "model.network.num_heads=[2,2]",
+    "model.sampler.num_steps=4",
+]  # fmt: skip
+
 
 def composed(overrides: list[str]) -> DictConfig:
     """The configuration of `python src/train.py OVERRIDES…`."""
@@ -49,6 +57,11 @@ def train(folder: Path, *overrides: str, checkpoint: Path | None = None, small: 
     run = build_run(config, Launch(0, 1, "single"), checkpoint)
     fit(run, checkpoint, RunRecord(folder, config.experiment_name))
     return run
+
+
+def train_stage2(folder: Path, autoencoder: Path, *overrides: str, checkpoint: Path | None = None) -> Run:
+    autoencoder_of = f"model.autoencoder={autoencoder}"
+    return train(folder, *SMALL_STAGE2, autoencoder_of, *overrides, small=False, checkpoint=checkpoint)
 
 
 def python(*words: object, code: int = 0, threads: str = "1", **environment: str) -> str:
