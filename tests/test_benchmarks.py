@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -54,6 +55,20 @@ def test_largest_batch(monkeypatch):
     assert found == {"gib_per_image": 1.0, "batch_in_12_gib": 8}  # 1.5 GiB are not for tensors
 
 
+@contextmanager
+def kept_for_backward():
+    """Sizes in bytes by place in memory of what autograd keeps."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
 def test_a_block_keeps_less_than_the_plain_one_and_gives_the_same():
     """The GELU's result, B N 4D, is not kept, and no matrix product is done twice for it."""
     torch.manual_seed(0)
@@ -64,14 +79,7 @@ def test_a_block_keeps_less_than_the_plain_one_and_gives_the_same():
     def run() -> tuple[list[torch.Tensor], int, int]:
         block.zero_grad()
         x.grad = None
-        kept: dict[int, int] = {}
-        with (
-            FlopCounterMode(display=False) as flops,
-            torch.autograd.graph.saved_tensors_hooks(
-                lambda t: (kept.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}), t)[1],
-                lambda t: t,
-            ),
-        ):
+        with FlopCounterMode(display=False) as flops, kept_for_backward() as kept:
             y = block(x)
             y.square().sum().backward()
         results = [y.detach(), x.grad, *(p.grad for p in block.parameters())]
@@ -106,11 +114,7 @@ def test_a_block_of_stage_2_keeps_neither_silu_nor_product_and_gives_the_same(op
     x, condition = torch.randn(2, 5, 64, requires_grad=True), torch.randn(2, 1, 64, requires_grad=True)
 
     def run() -> tuple[list[torch.Tensor], int]:
-        kept: dict[int, int] = {}
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: (kept.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}), t)[1],
-            lambda t: t,
-        ):
+        with kept_for_backward() as kept:
             y = block(x, condition, None)
         return [y, *torch.autograd.grad(y.square().sum(), [x, condition, *block.parameters()])], sum(kept.values())
 

@@ -27,18 +27,13 @@ from src.data.convert_scan import scan
 from src.data.convert_shard import Settings
 from src.data.sources import MAX_FILE_BYTES
 from src.data.splits import open_splits
+from tests.test_data_decode import encoded
 from tests.test_data_places import image_tar, parquet
 from tests.test_data_sources import FILES, hf_dataset
 from tests.test_data_tars import tar
 
 SCRIPT = Path(__file__).parents[1] / "scripts/create_hf_test_data.py"
 COPY, TRUST = Settings(None, 80.0), Settings(None, 80.0, trust=True)
-
-
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    out = io.BytesIO()
-    image.save(out, kind, **options)
-    return out.getvalue()
 
 
 def tree(root: Path, count: int = 12, split: str = "") -> Path:

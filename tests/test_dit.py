@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from src.core.errors import UserError
-from src.losses.flow_matching import flow_matching_loss, interpolate
 from src.models.dit import DiTDH, LightningDiT, RAEv2DiT, forward_flops
 
 TOLERANCE = 1e-5
@@ -284,55 +283,29 @@ def test_checkpointed_activations_change_nothing(make):
         assert (a.grad - b.grad).abs().max() <= 1e-5 * a.grad.abs().max(), name
 
 
-BLOCK = ["norm1.weight", "norm2.weight", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias",
-         "mlp.w12.weight", "mlp.w12.bias", "mlp.w3.weight", "mlp.w3.bias", "adaLN_modulation.1.weight", "adaLN_modulation.1.bias"]  # fmt: skip
-COMMON = ["x_embedder.proj.weight", "x_embedder.proj.bias", "t_embedder.W", "t_embedder.mlp.0.weight", "t_embedder.mlp.0.bias",
-          "t_embedder.mlp.2.weight", "t_embedder.mlp.2.bias", "final_layer.linear.weight", "final_layer.linear.bias"]  # fmt: skip
-RAE_COMMON = [*COMMON, "y_embedder.embedding_table.weight", "pos_embed", "final_layer.norm_final.weight",
-              "final_layer.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.bias"]  # fmt: skip
-HEADED = ["s_embedder.proj.weight", "s_embedder.proj.bias", "s_projector.weight", "s_projector.bias"]
-V2_BLOCK = [
-    "norm1.weight", "norm2.weight", "attn.q.weight", "attn.q.bias", "attn.k.weight", "attn.k.bias", "attn.v.weight", "attn.v.bias",
-    "attn.proj.weight", "attn.proj.bias", "attn.q_norm.weight", "attn.k_norm.weight", "mlp.w1.weight", "mlp.w1.bias",
-    "mlp.w2.weight", "mlp.w2.bias", "mlp.w3.weight", "mlp.w3.bias",
-]  # fmt: skip
-V2_FINAL = ["norm.weight", "linear.weight", "linear.bias", "adaln_modulation.1.weight", "adaln_modulation.1.bias"]
-
-
-def in_blocks(count, names):
-    return [f"blocks.{i}.{name}" for i in range(count) for name in names]
-
-
 def names_of(model):
-    return sorted(model.state_dict())
+    return set(model.state_dict())
 
 
 def tables(*ropes):
-    return [f"{rope}.freqs_{kind}" for rope in ropes for kind in ("cos", "sin")]
+    return {f"{rope}.freqs_{kind}" for rope in ropes for kind in ("cos", "sin")}
 
 
-def test_names_of_parameters():
-    assert names_of(lightning()) == sorted([*RAE_COMMON, *tables("feat_rope"), *in_blocks(2, BLOCK)])
-    headed = [*RAE_COMMON, *HEADED, *tables("enc_feat_rope", "dec_feat_rope"), *in_blocks(4, BLOCK)]
-    assert names_of(ditdh()) == sorted(headed)
-    assert not [name for name in names_of(ditdh(hidden_size=[24, 24])) if name.startswith("s_projector")]
-    names = [*COMMON, *HEADED, *in_blocks(5, V2_BLOCK), *tables("enc_rope", "dec_rope")]
-    names += [f"blocks.{i}.adaln_modulation.1.{kind}" for i in (3, 4) for kind in ("weight", "bias")]
-    names += ["t_embedder.learnable_tokens", "ctx_embedder.learnable_tokens", "ctx_embedder.embedding_table.weight"]
-    names += [f"base_final_layer.{name}" for name in V2_FINAL]
-    names += [f"final_layer.{name}" for name in V2_FINAL if "linear" not in name]
-    assert names_of(raev2(base_model_depth=2)) == sorted(names)
-
-
-def test_options_change_the_names():
-    plain = set(names_of(lightning()))
-    assert plain - set(names_of(lightning(use_pos_embed=False))) == {"pos_embed"}
-    assert plain - set(names_of(lightning(use_rope=False))) == set(tables("feat_rope"))
-    norms = in_blocks(2, ["attn.q_norm.weight", "attn.k_norm.weight"])
-    assert set(names_of(lightning(use_qknorm=True))) - plain == set(norms)
-    affine = in_blocks(2, [f"attn.{part}_norm.{kind}" for part in "qk" for kind in ("weight", "bias")])
-    assert {n for n in names_of(lightning(use_qknorm=True, use_rmsnorm=False)) if "norm" in n} == set(affine)
-    assert {"blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.bias"} <= set(names_of(lightning(use_swiglu=False)))
+def test_names_beside_those_of_the_official_figures():
+    """tests/test_stage2_official.py fills each parameter by its name: another name would be another figure."""
+    for model, ropes in (
+        (lightning(), ["feat_rope"]),
+        (ditdh(), ["enc_feat_rope", "dec_feat_rope"]),
+        (raev2(), ["enc_rope", "dec_rope"]),
+    ):
+        assert names_of(model) - {name for name, _ in model.named_parameters()} == tables(*ropes)
+    plain = names_of(lightning())
+    assert plain - names_of(lightning(use_pos_embed=False)) == {"pos_embed"}
+    assert plain - names_of(lightning(use_rope=False)) == tables("feat_rope")
+    norms = {f"blocks.{i}.attn.{part}_norm.weight" for i in range(2) for part in "qk"}
+    assert names_of(lightning(use_qknorm=True)) - plain == norms
+    projector = {"s_projector.weight", "s_projector.bias"}
+    assert names_of(ditdh()) - names_of(ditdh(hidden_size=[24, 24])) == projector
 
 
 @pytest.mark.parametrize(("make", "shapes"), [
@@ -345,7 +318,6 @@ def test_shapes_and_what_trains(make, shapes):
     state = model.state_dict()
     assert {name: tuple(state[name].shape) for name in shapes} == shapes
     assert all(parameter.requires_grad for parameter in model.parameters())
-    assert {"pos_embed", "t_embedder.W"} & set(state) <= {name for name, _ in model.named_parameters()}
 
 
 def test_no_row_for_the_null_label_without_dropout():
@@ -417,64 +389,10 @@ def test_lightning_dit_starts_xavier_with_zero_biases():
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_untrained_output_is_zero_and_the_loss_of_velocities_two(make):
+def test_untrained_output_is_zero(make):
     model = make(base_model_depth=2) if make is raev2 else make()
-    rng = torch.Generator().manual_seed(0)
-    x, noise = (torch.randn(64, *model.latent_shape, generator=rng) for _ in range(2))
-    t = torch.rand(64, generator=rng)
-    with torch.no_grad():
-        output = model(interpolate(x, noise, t), t, torch.zeros(64, dtype=torch.long))
-    for part in output if make is raev2 else (output,):
-        assert not part.any()
-        assert flow_matching_loss(part, x, noise, t, "velocity", 0.0)["loss"].mean() == pytest.approx(2, rel=0.05)
-
-
-@pytest.mark.slow
-def test_ditdh_learns_eight_latents_by_heart():
-    torch.manual_seed(0)
-    model = DiTDH(4, in_channels=8, hidden_size=[64, 96], depth=[1, 1], num_heads=[4, 4], num_classes=8)
-    rng = torch.Generator().manual_seed(0)
-    x, y = torch.randn(8, 8, 4, 4, generator=rng).repeat(4, 1, 1, 1), torch.arange(8).repeat(4)
-    steps, losses = 300, []
-    optimizer = torch.optim.Adam(model.parameters(), lr=6e-3, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        noise, t = torch.randn(x.shape, generator=rng), torch.sigmoid(torch.randn(len(x), generator=rng))
-        output = model(interpolate(x, noise, t), t, y)
-        loss = flow_matching_loss(output, x, noise, t, "velocity", 0.0)["loss"].mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-    assert sum(losses[-20:]) / 20 < 0.1
-
-
-SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-COSTS = [  # millions of parameters and GFLOP of LightningDiT, then of DiTDH
-    ("S", 33.7, 12.4, 196.5, 96.9), ("B", 131.9, 46.6, 294.3, 131.4), ("L", 459.9, 162, 621.7, 247), ("XL", 677.2, 238, 838.7, 323),
-]  # fmt: skip
-
-
-def cost(model):
-    return sum(p.numel() for p in model.parameters()) / 1e6, forward_flops(model) / 1e9
-
-
-def test_parameters_and_flops():
-    dh = {"in_channels": 768, "depth": [28, 2]}
-    for size, params, gflop, params_dh, gflop_dh in COSTS:
-        width, depth, heads = SIZES[size]
-        with torch.device("meta"):
-            plain = LightningDiT(16, in_channels=768, hidden_size=width, depth=depth, num_heads=heads)
-            headed = DiTDH(16, **dh | {"depth": [depth, 2]}, hidden_size=[width, 2048], num_heads=[heads, 16])
-        assert cost(plain) == (pytest.approx(params, abs=0.1), pytest.approx(gflop, rel=0.01)), size
-        assert cost(headed) == (pytest.approx(params_dh, abs=0.1), pytest.approx(gflop_dh, rel=0.01)), size
-    with torch.device("meta"):
-        v2 = RAEv2DiT(16, 1, 1024, [1440, 2048], [28, 2], [20, 16], 1000, base_model_depth=8)
-        large = DiTDH(32, **dh, hidden_size=[1152, 2048], num_heads=[16, 16])  # 512 px
-    assert cost(v2) == (pytest.approx(875.2, abs=0.1), pytest.approx(475, rel=0.01))
-    assert cost(large) == (pytest.approx(839.6, abs=0.1), pytest.approx(1406, rel=0.01))
+    output = model(*batch(model))
+    assert not any(part.any() for part in (output if make is raev2 else (output,)))
 
 
 def test_flops_leave_the_weights_alone():

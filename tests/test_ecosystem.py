@@ -170,15 +170,8 @@ def test_a_resume_goes_on_in_the_same_wandb_run(tmp_path, monkeypatch):
     for name, module in parts.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr("pytorch_lightning.loggers.wandb._WANDB_AVAILABLE", True)
-    words = [
-        *SMALL,
-        "~callbacks.rfid",
-        "logger=wandb",
-        *LIGHT[2:],
-        f"paths.log_dir={tmp_path}",
-        "tags=[mine]",
-        "trainer.limit_train_batches=1",
-    ]
+    words = [*SMALL, "~callbacks.rfid", "logger=wandb", *LIGHT[2:], f"paths.log_dir={tmp_path}", "tags=[mine]"]
+    words += ["trainer.limit_train_batches=1"]
     program(composed([*words, "trainer.max_epochs=1"]))
     program(composed([*words, "ckpt_path=last"]))
     program(composed(words))

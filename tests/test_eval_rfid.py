@@ -23,13 +23,13 @@ from src.core.weights import PROJECT_ROOT
 from src.data.crops import adm_center_crop
 from src.data.decode import ORIENTATION_TAG
 from src.data.order import evaluation_rows
-from src.data.splits import open_splits
 from src.evaluation.images import open_images
 from src.evaluation.options import EvaluationOptions
 from src.formats.checkpoint import load_trained
 from src.metrics.quality import psnr
 from tests import tiny_models
 from tests.conftest import make_rae
+from tests.tiny_models import two_processes
 
 LAYERED = {"encoder_params": {"dinov2_path": "configs/encoder/dinov2_tiny", "weights": "untrained", "layers": [0, 1]}}
 QUICK = "--device cpu --inception_weights tiny --num_workers 0 --batch_size 4"
@@ -224,13 +224,6 @@ def test_a_checkpoint_is_scored_as_its_training_scored_it(evaluate, caplog, chec
             assert (value == pytest.approx(result["psnr"], rel=1e-6)) == followed
 
 
-def start(line: str, *launcher: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, *launcher, "src/eval_rfid.py", *shlex.split(f"{QUICK} {line}")], cwd=PROJECT_ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(capsys, checkpoint, images, tmp_path):
     """Also where the second process has nothing: its only image of three can't be decoded."""
@@ -245,9 +238,7 @@ def test_two_processes_give_what_one_gives(capsys, checkpoint, images, tmp_path)
 
     one, two = tmp_path / "one", tmp_path / "two"
     assert eval_rfid.main(shlex.split(f"{QUICK} {words(one)}")) == 0
-    process = start(words(two), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err[-3000:]
+    out = two_processes("src/eval_rfid.py", *shlex.split(f"{QUICK} {words(two)}"))
     assert capsys.readouterr().out.count("Score: ") == out.count("Score: ") == 2  # one process speaks
     names = [sorted(str(file.relative_to(folder)) for file in folder.rglob("*")) for folder in (one, two)]
     assert names[0] == names[1]
@@ -266,7 +257,10 @@ def test_two_processes_give_what_one_gives(capsys, checkpoint, images, tmp_path)
 def test_sigterm_leaves_nothing_behind(checkpoint, tmp_path):
     out, many = tmp_path / "out", write_images(tmp_path / "many", 60)
     files = f"--csv {out}/a.csv --save_npz {out}/a.npz --json {out}/a.json --noise_sigma {'0.1 ' * 50}"
-    process = start(f"--checkpoint {checkpoint} --data_dir {many} {files}")
+    process = subprocess.Popen(
+        [sys.executable, "src/eval_rfid.py", *shlex.split(f"{QUICK} --checkpoint {checkpoint} --data_dir {many} {files}")],
+        cwd=PROJECT_ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
     until = time.monotonic() + 60
     while not out.exists() and time.monotonic() < until:
         time.sleep(0.1)
@@ -408,56 +402,3 @@ def test_the_encoder_of_a_checkpoint_may_lie_elsewhere(evaluate, refused, checkp
     words = f"--checkpoint {checkpoint} --data_dir {images}"
     assert_same_scores(evaluate, words, f"{words} --encoder {elsewhere}")
     assert "siglip" in refused(f"{words} --encoder {PROJECT_ROOT}/configs/encoder/siglip_tiny")
-
-
-# -- which images
-
-
-def test_splits(images, tmp_path):
-    tree = tmp_path / "tree"
-    write_images(tree / "train", 6)
-    write_images(tree / "val", 3)
-    own = {**SPLITS, "data_dir": str(images), "train_split": 0.75}
-    elsewhere = own | {"data_dir": str(tree)}
-    for folder, split, trained_on, expected in (
-        (tree, None, None, ("val", 3)),
-        (tree, "train", None, ("train", 6)),
-        (images, None, own, ("held_out", 3)),
-        (images, "all", own, ("all", 11)),
-        (images, None, elsewhere, ("all", 11)),  # other data than that of the training, which is here
-        (images, None, own | {"data_dir": "/not/here"}, ("held_out", 3)),  # may be a copy of it
-        (images, "held_out", elsewhere, ("held_out", 3)),
-        (images, None, None, ("all", 11)),
-    ):
-        found = open_images(folder, split, trained_on)
-        assert (found.split, len(found.rows)) == expected
-
-
-def test_training_and_evaluation_hold_out_the_same_of_hugging_face_sets(images, tmp_path):
-    from datasets import Dataset, DatasetDict
-    from datasets import Image as ImageFeature
-
-    files = sorted(str(p) for p in images.rglob("*.png"))
-
-    def dataset(paths: list[str]) -> Dataset:
-        return Dataset.from_dict({"image": paths}).cast_column("image", ImageFeature())
-
-    def write(name: str, *splits: str) -> Path:
-        parts = {"train": files[:8], "validation": files[8:], "val": files[8:], "test": files[9:]}
-        DatasetDict({split: dataset(parts[split]) for split in splits}).save_to_disk(tmp_path / name)
-        return tmp_path / name
-
-    dataset(files).save_to_disk(tmp_path / "single")
-    for folder, share, expected, held_out in (
-        (write("validation", "train", "validation", "test"), 0.5, "validation", 3),
-        (write("val", "train", "val"), 0.5, "val", 3),
-        (write("test", "train", "test"), 0.5, "held_out", 4),
-        (tmp_path / "test", 1.0, "test", 0),  # not held out of training's data
-        (tmp_path / "single", 1.0, "all", 0),
-    ):
-        trained_on = {**SPLITS, "data_dir": str(folder), "train_split": share}
-        assert open_images(folder, None, trained_on).split == expected
-        rows = open_splits(folder, True, "train", "validation", share).validation_rows
-        assert len(rows) == held_out and (not held_out or len(open_images(folder, None, trained_on).rows) == held_out)
-    assert len(open_images(tmp_path / "val", "train", None).rows) == 8
-    assert len(open_images(tmp_path / "single", None, None).rows) == 11

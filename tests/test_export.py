@@ -65,6 +65,7 @@ def test_online_weights_and_half_precision(tmp_path):
     assert run(f"--checkpoint {file} --weights online --dtype bf16 --format official --output {tmp_path}/o") == 0
     content = torch.load(tmp_path / "o/model.pt", weights_only=True)
     online = load_trained(file, "online").rae.decoder.state_dict()
+    assert type(content) is dict and content.keys() == online.keys()
     assert all(torch.equal(content[name], online[name].bfloat16()) for name in online)
     assert "online, bf16" in (tmp_path / "o/README.md").read_text()
 

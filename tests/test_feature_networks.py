@@ -14,9 +14,7 @@ from src import eval_rfid, make_reference
 from src.core.errors import UserError
 from src.evaluation.networks import EncoderFeatures, load_features, resize_pillow
 from src.models.encoders import Dinov2withNorm, SigLIP2wNorm
-from tests.test_eval_rfid import write_checkpoint, write_images
-
-QUICK = "--device cpu --inception_weights tiny --num_workers 0 --batch_size 4"
+from tests.test_eval_rfid import QUICK, write_checkpoint, write_images
 
 
 @pytest.fixture(scope="module")

@@ -101,14 +101,6 @@ def test_path_and_velocity_agree():
         fm.velocity(v, x_t, t, "noise")
 
 
-def test_loss_of_rae():
-    x, noise, output, t = latents()
-    loss = fm.flow_matching_loss(output, x, noise, t, "velocity", 0.0)
-    assert loss.keys() == {"loss"}
-    for i in range(4):
-        assert loss["loss"][i] == pytest.approx((output[i] - (noise[i] - x[i])).square().mean().item(), rel=1e-5)
-
-
 @pytest.mark.parametrize("prediction", ["velocity", "x"])
 def test_loss_of_raev2(prediction):
     """Squared difference of two velocities, each (x_t - x) / max(t, .05); with a base output the sum of both losses."""

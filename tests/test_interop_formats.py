@@ -65,17 +65,6 @@ def test_official_names_and_shapes(size, width, depth, mlp, heads):
 # -- official
 
 
-def test_official_round_trip_is_bit_equal(tmp_path):
-    rae = tiny_rae(tmp_path, statistics=True)
-    write_official(rae, tmp_path)
-    write_own_statistics(rae, tmp_path, rae.encoder.identity())
-    back = again(rae, tmp_path, tmp_path / "model.pt", tmp_path / "stats.pt")
-    assert equal_decoders(rae, back)
-    assert torch.equal(back.latent_mean, rae.latent_mean) and torch.equal(back.latent_var, rae.latent_var)
-    content = torch.load(tmp_path / "model.pt", weights_only=True)
-    assert set(content) == set(rae.decoder.state_dict()) and type(content) is dict
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_files_load_and_keep_their_fixed_positions(tmp_path, dtype):
     rae = tiny_rae(tmp_path)
@@ -375,17 +364,6 @@ def test_bad_statistics_are_refused(tmp_path):
         torch.save(content | {name: change(content[name])}, tmp_path / "stats.pt")
         with pytest.raises(UserError, match=message):
             again(rae, tmp_path, statistics=tmp_path / "stats.pt")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("", "no readable JSON"), ("[1]", "holds a JSON list"), ("{}", "decoder is missing"), ('{"model": 3, "decoder": {}, "encoder": {}}', "model=3: expected a node of keys"), ("[" * 10**5, "no readable JSON")],
-    ids=["empty", "list", "no keys", "wrong type", "deep"],
-)  # fmt: skip
-def test_damaged_json_is_one_message(tmp_path, text, message):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match=message):
-        read_folder(tmp_path)
 
 
 def test_statistics_of_another_encoder_or_size(tmp_path):

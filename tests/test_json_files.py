@@ -175,16 +175,6 @@ def test_damaged_json_is_read_or_named(tmp_path, kind):
     assert not [text for text in refused if " at 0x" in text]
 
 
-@pytest.mark.parametrize("name", ["../a.arrow", "/etc/passwd", "a/../../b.arrow"])
-def test_files_outside_the_folder_are_refused(tmp_path, name):
-    dataset(tmp_path)
-    state = json.loads((tmp_path / "state.json").read_text())
-    state["_data_files"][0]["filename"] = name
-    (tmp_path / "state.json").write_text(json.dumps(state))
-    with pytest.raises(UserError, match="a file in that folder"):
-        open_dataset(tmp_path)
-
-
 @pytest.mark.parametrize("damage", ["bit", "nan"])
 def test_a_damaged_latent_is_found(tmp_path, damage):
     if damage == "nan":

@@ -160,37 +160,27 @@ def ended_well(log_dir, status):
     assert not list(log_dir.glob("runs/*/*/checkpoints/.*"))
 
 
-def test_ctrl_c_in_a_terminal_signals_the_loading_processes_too(tmp_path):
-    process = kill_and_resume.start(tmp_path, 1, *LONG, "data.num_workers=2")
+@pytest.mark.parametrize(
+    ("processes", "word", "number", "code", "status"),
+    [
+        # a terminal signals the loading processes too
+        (1, "data.num_workers=2", signal.SIGINT, 130, "interrupted"),
+        # of two that Lightning started the first one's code counts; the other's must not look like a crash to Lightning, which kills all then
+        pytest.param(1, "trainer=ddp_sim", signal.SIGTERM, 143, "terminated", marks=pytest.mark.slow),
+        # torchrun ends with a code of its own
+        pytest.param(2, "data.num_workers=1", signal.SIGINT, 1, "interrupted", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_to_the_launcher_and_all_its_processes_saves_and_ends_them(
+    tmp_path, processes, word, number, code, status
+):
+    process = kill_and_resume.start(tmp_path, processes, *LONG, word)
     at_step(tmp_path, 3, process)
     others = kill_and_resume.children(process.pid)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=90) == 130
-    ended_well(tmp_path, "interrupted")
-    gone(others)
-
-
-@pytest.mark.slow
-def test_sigterm_of_two_processes_that_lightning_started(tmp_path):
-    """The first process's exit code counts; the other one's must not look like a crash to Lightning, which kills all then."""
-    process = kill_and_resume.start(tmp_path, 1, *LONG, "trainer=ddp_sim")
-    at_step(tmp_path, 3, process)
-    others = kill_and_resume.children(process.pid)
-    os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=90) == 143
-    ended_well(tmp_path, "terminated")
-    gone(others)
-
-
-@pytest.mark.slow
-def test_under_torchrun_ctrl_c_saves_and_a_kill_of_the_launcher_too(tmp_path):
-    process = kill_and_resume.start(tmp_path, 2, *LONG, "data.num_workers=1")
-    at_step(tmp_path, 3, process)
-    others = kill_and_resume.children(process.pid)
-    assert len(others) >= 4
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=90) == 1  # torchrun's own
-    ended_well(tmp_path, "interrupted")
+    assert len(others) >= 2 * processes - ("ddp" in word)
+    os.killpg(process.pid, number)
+    assert process.wait(timeout=90) == code
+    ended_well(tmp_path, status)
     gone(others)
 
 

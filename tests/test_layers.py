@@ -55,7 +55,7 @@ def test_mistakes(layers, depth, message):
         parse_layers(layers, depth)
 
 
-def test_the_key_of_the_caller_and_unknown_fusions():
+def test_the_key_is_that_of_the_caller():
     with pytest.raises(UserError, match=r"^--layers='k9': expected"):
         parse_layers("k9", 24, "--layers")
 

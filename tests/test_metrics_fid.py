@@ -243,14 +243,7 @@ def test_a_reference_is_statistics_or_images(tmp_path: Path) -> None:
             load(tmp_path / f"{name}.npz")
 
 
-def test_a_reference_says_how_it_was_prepared_and_others_read_it_as_ever(tmp_path: Path) -> None:
-    write_both_kinds(tmp_path)
-    for name in ("statistics", "images"):
-        assert Preparation.of_file(tmp_path / f"{name}.npz") == PREPARED
-    with np.load(tmp_path / "images.npz") as plain:
-        assert plain["arr_0"].shape == (6, 16, 16, 3) and plain["image_size"] == 16 and plain["exif"] == "apply"
-    with np.load(tmp_path / "statistics.npz") as plain:
-        assert plain.files[:2] == ["mu", "sigma"] and plain["split"] == "validation" and plain["count"] == 6
+def test_facts_of_a_reference_that_are_none_are_taken_as_unknown(tmp_path: Path) -> None:
     odd = {"image_size": np.zeros(2), "exif": np.arange(3), "split": np.array(7), "count": np.arange(3)}
     np.savez(tmp_path / "odd.npz", mu=np.zeros(3), sigma=np.eye(3), **odd)
     assert Preparation.of_file(tmp_path / "odd.npz") == Preparation()

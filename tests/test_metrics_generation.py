@@ -128,13 +128,8 @@ def test_scores_are_those_of_the_features(inception):
 
 def adm_file(path, inception, pictures, **more):
     made = statistics(inception, pictures)
-    moments = {
-        "mu": made.pool.mean,
-        "sigma": made.pool.covariance,
-        "mu_s": made.spatial.mean,
-        "sigma_s": made.spatial.covariance,
-    }
-    arrays = {name: value.numpy() for name, value in moments.items()}
+    arrays = {"mu": made.pool.mean.numpy(), "sigma": made.pool.covariance.numpy()}
+    arrays |= {"mu_s": made.spatial.mean.numpy(), "sigma_s": made.spatial.covariance.numpy()}
     np.savez(path, **arrays, arr_0=pictures.permute(0, 2, 3, 1).numpy(), features=inception.name, **more)
     return made
 

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import pickle
 from functools import cache
 from pathlib import Path
 
@@ -169,17 +168,6 @@ def test_other_networks_and_damaged_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "short.pth").write_bytes((tmp_path / "bad.pth").read_bytes()[:5000])
     with pytest.raises(UserError, match="short.pth"):
         InceptionFeatures(tmp_path / "short.pth")
-
-
-def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
-    class Bomb:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "ran",)
-
-    (tmp_path / "bomb.pth").write_bytes(pickle.dumps({"fc.weight": Bomb()}, protocol=2))
-    with pytest.raises(UserError, match="refused"):
-        InceptionFeatures(tmp_path / "bomb.pth")
-    assert not (tmp_path / "ran").exists()
 
 
 def test_a_file_that_is_not_the_published_one_is_named_in_the_log(

@@ -60,15 +60,6 @@ def test_all_numbers_are_what_the_parts_give(inception: InceptionFeatures) -> No
     assert list(result)[:3] == ["rfid_untrained", "psnr", "ssim"] and list(result)[-1] == "images"
 
 
-def test_any_split_gives_the_same(inception: InceptionFeatures) -> None:
-    original, reconstruction = data()
-    whole = score_of(inception, [(original, reconstruction)]).compute()
-    for size in (1, 7):
-        split = list(zip(original.split(size), reconstruction.split(size), strict=True))
-        # the features themselves are float32: a convolution may round otherwise for another batch size
-        assert score_of(inception, split).compute() == pytest.approx(whole, rel=1e-5)
-
-
 def test_perfect_reconstructions_have_no_distance(inception: InceptionFeatures) -> None:
     original, _ = data()
     result = score_of(inception, [(original, bytes_to_unit(original))]).compute()

@@ -3,13 +3,12 @@
 import math
 import re
 import zipfile
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from src.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoint
+from src.callbacks.checkpoint import AtomicCheckpointIO
 from src.core.errors import UserError
 from src.core.nonfinite import NonFiniteCounter, NonFiniteError, _tensors, nonfinite_tensors
 from src.core.weights import load_strict, read
@@ -89,33 +88,31 @@ def test_gradient_overflow_with_finite_losses_is_named(monkeypatch, tmp_path):
         train(tmp_path, *QUIET, "model.disc_weight=0")
 
 
-def test_the_first_step_of_a_name_and_the_cause_among_several():
-    counter = NonFiniteCounter(max_skipped_steps=1)
-    good, bad = torch.tensor(1.0), torch.tensor(math.inf)
-    assert counter.observe(0, {"l1": good, "gan": good}) == 0
-    assert counter.observe(1, {"loss": bad, "gan": bad, "l1": good}) == 1
-    counter.check()
-    assert counter.observe(2, {"l1": bad, "a term of one's own": bad}) == 1
-    with pytest.raises(NonFiniteError, match=r"^gan is .* at step 1 \(then: loss, a term of one's own, l1\)"):
+GOOD, BAD = torch.tensor(1.0), torch.tensor(math.nan)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "observed", "said"),
+    [
+        (0, [(7, {"l1": BAD})], "first step, so look at what was loaded.*ckpt_path"),
+        # the first step of a name, and the cause among several
+        (1, [(0, {"l1": GOOD, "gan": GOOD}), (1, {"loss": BAD, "gan": BAD, "l1": GOOD}), (2, {"l1": BAD, "my own": BAD})],
+         r"^gan is .* at step 1 \(then: loss, my own, l1\)"),
+        # the terms of a step change when a loss starts
+        (1, [(0, {"l1": GOOD}), (1, {"l1": BAD, "gan": GOOD}), (2, {"l1": BAD})], "^l1 is NaN or infinite at step 1; 2 such"),
+        # both networks going wrong is one step
+        (2, [(step, {name: BAD}) for step in (4, 5) for name in ("l1", "discriminator loss")], None),
+    ],
+)  # fmt: skip
+def test_what_is_counted_and_named(allowed, observed, said):
+    counter = NonFiniteCounter(allowed)
+    flaws = [int(counter.observe(step, terms)) for step, terms in observed]
+    assert flaws == [any(term is BAD for term in terms.values()) for _, terms in observed]
+    assert counter.skipped == len({step for (step, _), flaw in zip(observed, flaws, strict=True) if flaw})
+    if said is None:
         counter.check()
-
-
-def test_both_networks_going_wrong_is_one_step():
-    counter, bad = NonFiniteCounter(max_skipped_steps=2), torch.tensor(math.nan)
-    for step in (4, 5):
-        counter.observe(step, {"l1": bad})
-        counter.observe(step, {"discriminator loss": bad})
-    assert counter.skipped == 2
-    counter.check()
-
-
-def test_a_name_that_is_watched_in_different_company_is_one_name():
-    """The terms of a step change when a loss starts."""
-    counter, good, bad = NonFiniteCounter(max_skipped_steps=1), torch.tensor(1.0), torch.tensor(math.nan)
-    counter.observe(0, {"l1": good})
-    counter.observe(1, {"l1": bad, "gan": good})
-    counter.observe(2, {"l1": bad})
-    with pytest.raises(NonFiniteError, match="^l1 is NaN or infinite at step 1; 2 such"):
+        return
+    with pytest.raises(NonFiniteError, match=said):
         counter.check()
 
 
@@ -137,16 +134,6 @@ def test_watching_more_numbers_takes_no_more_operations():
         return operations.count
 
     assert count("abcdefgh") == count("a") <= 15
-
-
-def test_a_score_that_is_not_a_number_is_never_the_best():
-    checkpoint = RunCheckpoint(every_n_steps=0, every_n_minutes=0, every_n_epochs=0, keep_epochs=0)
-    checkpoint.monitor = "val/loss"
-    found = []
-    for step, score in enumerate((math.nan, 3.0, math.nan, math.inf, 2.0, 2.5), 1):
-        found.append(checkpoint._is_better(SimpleNamespace(scores={"val/loss": (step, score)})))
-    assert found == [False, True, False, False, True, False]
-    assert checkpoint.best == 2.0
 
 
 def test_clipping_bounds_the_update(tmp_path):
@@ -261,10 +248,3 @@ def test_a_validation_that_is_not_a_number_is_loud_and_never_the_best(tmp_path, 
     errors = "\n".join(record.getMessage() for record in caplog.records if record.levelname == "ERROR")
     assert "val/loss is nan at step 3" in errors and "no best.ckpt" in errors
     assert sorted(file.name for file in (tmp_path / "checkpoints").iterdir()) == ["epoch_001.ckpt", "last.ckpt"]
-
-
-def test_a_bad_first_step_blames_what_was_loaded():
-    counter, bad = NonFiniteCounter(max_skipped_steps=0), torch.tensor(math.nan)
-    counter.observe(7, {"l1": bad})
-    with pytest.raises(NonFiniteError, match="first step, so look at what was loaded.*ckpt_path"):
-        counter.check()

@@ -11,11 +11,10 @@ from PIL import Image
 from src import eval_generation, eval_rfid, make_reference
 from src.formats.checkpoint import load_trained
 from src.formats.folder import write_folder
-from tests.test_eval_rfid import LAYERED, write_checkpoint, write_images
+from tests.test_eval_generation import SCORES
+from tests.test_eval_rfid import LAYERED, QUICK, write_checkpoint, write_images
 
-QUICK = "--device cpu --inception_weights tiny --num_workers 0 --batch_size 4"
 QUALITY = ("rfid_untrained", "psnr", "ssim", "lpips_untrained")
-SCORES = [f"{name}_untrained" for name in ("gfid", "sfid", "inception_score", "precision", "recall")]
 
 
 @pytest.fixture(scope="module")

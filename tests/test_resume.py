@@ -59,20 +59,12 @@ def test_a_checkpoint_behind_the_end_of_a_shorter_epoch_is_refused(tmp_path):
         train(tmp_path / "second", *QUIET, "trainer.limit_train_batches=1", checkpoint=last(tmp_path / "first"))
 
 
-def test_the_same_encoder_may_lie_elsewhere(whole, tmp_path):
-    shutil.copytree(PROJECT_ROOT / "configs/encoder/dinov2_tiny", tmp_path / "moved")
-    run = train(
-        tmp_path / "run", *QUIET, f"model.encoder_config_path={tmp_path / 'moved'}", "trainer.max_epochs=3",
-        checkpoint=last(whole),
-    )  # fmt: skip
-    assert run.trainer.global_step == 9
-
-
-def test_a_finished_run_ends_well_again_and_goes_on_with_more_epochs(whole, tmp_path):
+def test_a_finished_run_ends_well_again_and_goes_on_with_more_epochs_and_its_encoder_elsewhere(whole, tmp_path):
     run = train(tmp_path / "again", *QUIET, checkpoint=last(whole))
     assert run.trainer.global_step == 6
-    longer = train(tmp_path / "longer", *QUIET, "trainer.max_epochs=3", checkpoint=last(whole))
-    assert longer.trainer.global_step == 9
+    moved = shutil.copytree(PROJECT_ROOT / "configs/encoder/dinov2_tiny", tmp_path / "moved")
+    more = [f"model.encoder_config_path={moved}", "trainer.max_epochs=3"]
+    assert train(tmp_path / "longer", *QUIET, *more, checkpoint=last(whole)).trainer.global_step == 9
 
 
 def test_the_checkpoint_holds_plain_values_only_and_no_frozen_weights(whole):
@@ -87,10 +79,6 @@ def test_a_resume_says_what_makes_it_another_run(whole, tmp_path, caplog):
     changes = ["model.optimizer.lr=5e-4", "data.batch_size=2", "data.num_workers=1", "trainer.limit_train_batches=3"]
     train(tmp_path / "changed", *QUIET, *changes, "trainer.max_epochs=3", checkpoint=last(whole))
     said = "\n".join(record.getMessage() for record in caplog.records)
-    changes = (
-        "max_epochs was 2 and is now 3",
-        "model.optimizer.lr was 0.001 and is now 0.0005",
-        "batch was 4 and is now 2",
-    )
-    assert all(words in said for words in changes)
+    for key, before, now in (("max_epochs", 2, 3), ("model.optimizer.lr", 0.001, 0.0005), ("batch", 4, 2)):
+        assert f"{key} was {before} and is now {now}" in said
     assert "num_workers was" not in said and "data.batch_size was" not in said

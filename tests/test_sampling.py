@@ -167,16 +167,8 @@ def test_internal_guidance_is_one_forward():
     ({"cfg": 0.5}, "sampler.cfg=0.5: expected at least 1"), ({"t_min": 0.8, "t_max": 0.2}, "t_min=0.8 exceeds t_max=0.2"),
 ])  # fmt: skip
 def test_guidance_that_cannot_be(change, message):
-    values = {
-        "num_steps": 5,
-        "grid": "rae",
-        "method": "euler",
-        "cfg": 1.0,
-        "internal": 1.0,
-        "auto": 1.0,
-        "t_min": 0.0,
-        "t_max": 1.0,
-    }
+    scales = {"cfg": 1.0, "internal": 1.0, "auto": 1.0}
+    values = {"num_steps": 5, "grid": "rae", "method": "euler", **scales, "t_min": 0.0, "t_max": 1.0}
     with pytest.raises(UserError, match=message):
         SamplerSettings.parse(values | change, "sampler")
 

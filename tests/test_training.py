@@ -7,7 +7,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src.core.images import bytes_to_unit
-from src.core.weights import PROJECT_ROOT, read
+from src.core.weights import PROJECT_ROOT
 from src.training.stage1_step import TrainingStep
 from tests.training import QUIET, logged, train
 
@@ -79,19 +79,17 @@ def test_a_term_added_to_the_table_is_trained_logged_and_validated(tmp_path, mon
 
 
 def test_frozen_stays_frozen(run):
-    folder, fitted = run
+    _, fitted = run
     module = fitted.module.train()
     frozen = {"encoder": module.rae.encoder, "lpips": module.lpips, "trunk": module.discriminator.trunk}
     optimised = {
         id(p) for optimizer in fitted.trainer.optimizers for group in optimizer.param_groups for p in group["params"]
     }
     averaged = {name for name, _ in module.ema_decoder.named_parameters()}
-    names = read(folder / "checkpoints" / "last.ckpt")["state_dict"].keys()
     for part in frozen.values():
         assert not any(m.training for m in part.modules())
         assert all(not p.requires_grad and p.grad is None and id(p) not in optimised for p in part.parameters())
     assert averaged == {name for name, _ in module.rae.decoder.named_parameters()}
-    assert not [n for n in names if n.startswith(("rae.encoder", "lpips", "discriminator.trunk"))]
 
 
 def test_learning_rates_in_the_log_are_those_of_the_schedule(run):
@@ -133,12 +131,6 @@ def assert_same_moments(first, second):
         for run in (first, second)
     )
     assert (mine - theirs).abs().max() < 1e-2 * theirs.abs().max()
-
-
-def test_16_on_a_cpu(tmp_path):
-    fitted = train(tmp_path, *QUIET, "trainer.precision=16", "trainer.max_steps=3")
-    assert fitted.trainer.precision == "bf16-mixed"
-    assert all(torch.isfinite(p).all() for p in fitted.module.rae.decoder.parameters())
 
 
 @pytest.mark.parametrize(

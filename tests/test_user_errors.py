@@ -1,7 +1,6 @@
 """Mistakes of a user end with one message that says what came, what was expected and what to type; no traceback."""
 
 import logging
-import os
 import subprocess
 
 import pytest
@@ -20,8 +19,6 @@ from tests.training import QUIET, SMALL, composed, last, python, train
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["data.data_dir=data/nowhere"], ["data/nowhere", "create_hf_test_data.py"]),
-        (["data.image_size=100"], ["data.image_size=100", "model.decoder_patch_size=16", "96", "112"]),
         (["model.encoder_input_size=224"], ["encoder_input_size=224", "56", "null"]),
         (["model.encoder_params.dinov2_path=configs/encoder/nowhere"], ["configs/encoder/nowhere"]),
         (["model.encoder_cls=Dino"], ["Dino", "Dinov2withNorm", "MAEwNorm"]),
@@ -30,7 +27,6 @@ from tests.training import QUIET, SMALL, composed, last, python, train
         (["model.lpips_arch.weights=pretrained", "model.lpips_arch.vgg_path=nowhere.pth", "model.lpips_arch.linear_path=nowhere.pth"], ["nowhere.pth", "download_weights.py"]),
         (["model.pretrained_decoder_path=nowhere.pt"], ["nowhere.pt"]),
         (["model.normalization_stat_path=nowhere.pt"], ["nowhere.pt"]),
-        (["data.batch_size=500"], ["230 training images", "data.batch_size=230"]),
         (["trainer.precision=8"], ["trainer.precision=8", "bf16"]),
         (["trainer.accelerator=gpu"], ["gpu", "trainer=cpu"]),
         (["trainer.strategy=fsdp"], ["fsdp", "ddp"]),
@@ -81,39 +77,8 @@ def test_a_checkpoint_of_another_model_names_every_difference(tmp_path, checkpoi
     other = ["data.image_size=128", "model.decoder_denormalize=false"]
     with pytest.raises(UserError) as caught:
         train(tmp_path, *QUIET, *other, checkpoint=checkpoint)
-    for words in (
-        "image_size: checkpoint 64, model 128",
-        "denormalize: checkpoint True, model False",
-        "pretrained_decoder",
-    ):
-        assert words in str(caught.value)
-
-
-class Malice:
-    def __reduce__(self):
-        return (os.system, ("touch executed",))
-
-
-@pytest.mark.parametrize("key", ["checkpoint", "model.pretrained_decoder_path", "model.normalization_stat_path"])
-def test_code_in_a_file_is_refused_and_not_run(tmp_path, monkeypatch, key):
-    monkeypatch.chdir(tmp_path)
-    file = tmp_path / "malicious.pt"
-    torch.save({"mean": Malice(), "var": Malice(), "state_dict": Malice(), "loops": {}}, file)
-    with pytest.raises(UserError, match=r"refused|no checkpoint"):
-        if key == "checkpoint":
-            train(tmp_path / "run", *QUIET, checkpoint=file)
-        else:
-            train(tmp_path / "run", *QUIET, f"{key}={file}")
-    assert not (tmp_path / "executed").exists()
-
-
-@pytest.mark.parametrize("share", [0.0, 0.9])
-def test_a_checkpoint_cut_short(tmp_path, checkpoint, share):
-    whole = checkpoint.read_bytes()
-    cut = tmp_path / "cut.ckpt"
-    cut.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(UserError, match=r"cut\.ckpt"):
-        train(tmp_path / "second", *QUIET, checkpoint=cut)
+    differences = "image_size: checkpoint 64, model 128", "denormalize: checkpoint True, model False"
+    assert all(words in str(caught.value) for words in (*differences, "pretrained_decoder"))
 
 
 @pytest.mark.parametrize(

@@ -23,13 +23,6 @@ from tests.training import SMALL, composed, same, train
 QUIET = [*SMALL, "~callbacks.rfid", "logger=csv", "model.disc_weight=0"]
 
 
-@pytest.fixture(autouse=True)
-def no_request():
-    STOP.reset()
-    yield
-    STOP.reset()
-
-
 class Numbers:
     """Rows 0..19; a loading process that comes to row 9 dies or hangs there."""
 
