@@ -65,7 +65,8 @@ def test_members_equal_those_of_tarfile(kind: str, seed: int, tmp_path: Path) ->
             out.addfile(info, io.BytesIO(data) if info.isreg() else None)
     with tarfile.open(tmp_path / "t.tar") as reference:
         expected = [(m.name, m.offset_data, m.size) for m in reference if m.isreg()]
-    assert [tuple(m) for m in members(Window(OpenFile(tmp_path / "t.tar")))] == expected
+    found = members(Window(OpenFile(tmp_path / "t.tar")))
+    assert [(m.name, m.offset_data, m.size) for m in found] == expected
 
 
 def test_sizes_in_base_256_and_global_headers(tmp_path: Path) -> None:
@@ -75,7 +76,8 @@ def test_sizes_in_base_256_and_global_headers(tmp_path: Path) -> None:
     data[148:156] = b" " * 8
     data[148:156] = b"%06o\0 " % sum(data[:512])
     path.write_bytes(data)
-    assert [tuple(m) for m in members(Window(OpenFile(path)))] == [("a.jpg", 512, 700), ("b.jpg", 2048, 1)]
+    found = members(Window(OpenFile(path)))
+    assert [(m.name, m.offset_data, m.size) for m in found] == [("a.jpg", 512, 700), ("b.jpg", 2048, 1)]
     with tarfile.open(tmp_path / "g.tar", "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "all"}) as out:
         info = tarfile.TarInfo("a.jpg")
         info.size = 3
@@ -128,6 +130,15 @@ def test_labels(label: str | None, members_: list[tuple[str, bytes]], expected: 
     assert source.num_classes == (None if expected is None else expected + 1)
 
 
+def backwards(whole: bytes) -> bytes:
+    """Give the first member an unknown type and a negative size, so that its end lies before it."""
+    head = bytearray(whole[:512])
+    head[124:136], head[156:157] = (-1024).to_bytes(12, "big", signed=True), b"Z"
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    return bytes(head) + whole[512:]
+
+
 def test_damaged_tars_are_named(tmp_path: Path) -> None:
     whole = tar(tmp_path / "t.tar", samples(12)).read_bytes()
     path = tmp_path / "t.tar"
@@ -138,6 +149,7 @@ def test_damaged_tars_are_named(tmp_path: Path) -> None:
     for data, says in (
         (b"\x1f\x8b\x08" + bytes(600), "compressed with gzip.*gunzip"),
         (b"\x28\xb5\x2f\xfd" + bytes(600), "compressed with zstd"),
+        (backwards(whole), "cut short within 00000.cls"),
         (b"<html>" + b" " * 2000, "no readable tar header at byte 0"),
     ):
         path.write_bytes(data)
@@ -157,7 +169,7 @@ def test_any_damage_is_a_message_or_reads_within_the_file(tmp_path: Path) -> Non
         (tmp_path / "t.tar").write_bytes(broken)
         with contextlib.suppress(Damaged):
             for member in members(Window(OpenFile(tmp_path / "t.tar"))):
-                assert 0 <= member.offset <= member.offset + member.size <= len(whole)
+                assert 0 <= member.offset_data <= member.offset_data + member.size <= len(whole)
 
 
 def test_the_index_is_made_once_and_again_for_changed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,12 +22,6 @@ class NameTable:
     def ours(self, name: str) -> str:
         return _apply(self._back, name)
 
-    def to_theirs(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {self.theirs(name): value for name, value in state.items()}
-
-    def to_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {self.ours(name): value for name, value in state.items()}
-
 
 def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return what is under a prefix, without it."""

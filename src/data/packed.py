@@ -36,7 +36,6 @@ class Readable(Protocol):
 
     def read(self, offset: int, size: int) -> bytes:
         """Return `size` bytes from `offset` on; fewer only at the end of the file."""
-        ...
 
 
 class Damaged(Exception):
@@ -95,7 +94,7 @@ class PackedSource:
     ) -> None:
         """num_classes: None counts them by names and labels. open_file: by its number; None: a file of the disk."""
         self.files, self.index = files, index
-        self.class_names = list(class_names) if class_names else None
+        self.class_names: Sequence[str] | None = list(class_names) if class_names else None
         self.num_classes = num_classes
         if index.labels is not None and num_classes is None:
             self.num_classes = max(len(class_names or ()), int(index.labels.max(initial=-1)) + 1)

@@ -39,31 +39,23 @@ DEFAULT_OPTIONS = ReadOptions()
 class Source(Protocol):
     """Rows of encoded images, the same in every process."""
 
-    @property
-    def class_names(self) -> Sequence[str] | None: ...
-
-    @property
-    def num_classes(self) -> int | None:
-        """Return how many classes the labels count; None where there are no labels."""
-        ...
+    class_names: Sequence[str] | None
+    num_classes: int | None
+    """How many classes the labels count; None where there are no labels."""
 
     def __len__(self) -> int: ...
 
     def encoded(self, index: int) -> bytes | memoryview:
         """Return the row's file as it is stored, undecoded. Raises BadImage where it can't be read."""
-        ...
 
     def label(self, index: int) -> int | None:
         """Return the row's class, 0..num_classes-1; None or -1 where it has none."""
-        ...
 
     def name(self, index: int) -> str:
         """Return the file's name where it is known, for messages."""
-        ...
 
     def fingerprint(self) -> str:
         """Return 16 hex digits that change when rows are added, removed or renamed."""
-        ...
 
 
 class FileSource:
@@ -79,7 +71,7 @@ class FileSource:
     ) -> None:
         """num_classes: None counts the names."""
         self.root, self.names, self.labels = root, files, labels
-        self.class_names = list(class_names) or None
+        self.class_names: Sequence[str] | None = list(class_names) or None
         self.num_classes = num_classes or len(class_names) or None
 
     def __len__(self) -> int:

@@ -4,11 +4,12 @@ A sample is what shares a name up to the first dot and lies together, as WebData
 counts: `0001.jpg`, not `0001.mask.png`. Hidden members and all that is no regular file are left out.
 """
 
+import itertools
 import json
+import operator
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -31,14 +32,6 @@ COMPRESSED = {
     b"\xfd7zXZ": ("xz", "unxz"),
 }
 _IMAGES = frozenset(suffix[1:] for suffix in SUFFIXES)
-
-
-class Member(NamedTuple):
-    """A regular file in a tar."""
-
-    name: str
-    offset: int
-    size: int
 
 
 @dataclass(frozen=True)
@@ -66,41 +59,34 @@ def index_tar(file: Readable, label: str | None = None, at_once: int = HEADER_BY
     """
     extension, _, key = ("cls", "", "") if label is None else label.partition(":")
     window = Window(file, at_once)
-    offsets, sizes, labels = [], [], []
-    without, examples = 0, []
-    current, image, number = None, None, NO_LABEL
-
-    def close() -> None:
-        nonlocal without
+    offsets, sizes, labels, without, examples = [], [], [], 0, []
+    parts = ((*_sample(found.name.removeprefix("./")), found) for found in members(window))
+    for sample, group in itertools.groupby((part for part in parts if part[0]), operator.itemgetter(0)):
+        image, number = None, NO_LABEL
+        for _, kind, found in group:
+            if kind in _IMAGES:
+                image = image or found
+            elif kind == extension:
+                number = _label(window.take(found.offset_data, min(found.size, MAX_SMALL)), key)
         if image is not None:
-            offsets.append(image.offset)
+            offsets.append(image.offset_data)
             sizes.append(min(image.size, NO_BYTES - 1))
             labels.append(number)
-        elif current is not None:
+        else:
             without += 1
-            if len(examples) < 3:
-                examples.append(current)
-
-    for member in members(window):
-        name = member.name
-        if name.startswith("./"):
-            name = name[2:]
-        if name.startswith(".") or "/." in name:
-            continue
-        base = name.rfind("/") + 1
-        dot = name.find(".", base)
-        sample, kind = (name, "") if dot < 0 else (name[:dot], name[dot + 1 :].lower())
-        if sample != current:
-            close()
-            current, image, number = sample, None, NO_LABEL
-        if kind in _IMAGES:
-            image = image or member
-        elif kind == extension:
-            number = _label(window.take(member.offset, min(member.size, MAX_SMALL)), key)
-    close()
+            examples += [sample] if len(examples) < 3 else []
     return TarRows(
         np.array(offsets, np.int64), np.array(sizes, np.uint32), np.array(labels, np.int32), without, examples
     )
+
+
+def _sample(name: str) -> tuple[str, str]:
+    """Return the sample that a member belongs to, and which kind it is; nothing for hidden ones."""
+    if name.startswith(".") or "/." in name:
+        return "", ""
+    folder, slash, file = name.rpartition("/")
+    stem, _, kind = file.partition(".")
+    return folder + slash + stem, kind.lower()
 
 
 def _label(data: bytes, key: str) -> int:
@@ -139,7 +125,7 @@ class Window:
         return data
 
 
-def members(window: Window) -> Iterator[Member]:
+def members(window: Window) -> Iterator[tarfile.TarInfo]:
     """Yield the regular files of a tar in their order. Raises Damaged, also where tarfile would take damage for the end."""
     start, at = window.take(0, BLOCK), 0
     if not start:
@@ -155,10 +141,10 @@ def members(window: Window) -> Iterator[Member]:
             tar.members.clear()  # millions would fill the memory
             if found.issparse():
                 raise Damaged(f"its member {found.name} is sparse", "Write the tar again without --sparse.")
-            if found.isreg() and not 0 <= found.size <= window.size - found.offset_data:
+            if found.size < 0 or (found.isreg() and found.size > window.size - found.offset_data):
                 raise Damaged(f"it is cut short within {found.name}")
             if found.isreg() and not found.name.endswith("/"):
-                yield Member(found.name, found.offset_data, found.size)
+                yield found
             at = tar.offset
     except (tarfile.TarError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError):
         pass  # the bytes there say more than tarfile does

@@ -230,7 +230,8 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def _from_diffusers(folder: Path) -> DecoderFile:
     config = diffusers_layout.read_config(folder)
-    state = diffusers_layout.DECODER.to_ours(below(diffusers_layout.read_weights(folder), "decoder."))
+    weights = below(diffusers_layout.read_weights(folder), "decoder.")
+    state = {diffusers_layout.DECODER.ours(name): value for name, value in weights.items()}
     state[_POSITIONS] = sincos_positions(config["decoder_hidden_size"], diffusers_layout.grid(config))[None]
     encoder = read_record(folder).get("encoder") or {}
     return DecoderFile(folder, "diffusers", state, diffusers_layout.decoder_config(config), True, encoder)

@@ -109,7 +109,7 @@ def write_diffusers(
     family = next(f for f in FAMILIES if f.encoder_cls == type(rae.encoder).__name__)
     published_names = published_names or family.name == "siglip2"
     encoder = _encoder_out(rae.encoder, family, published_names)
-    decoder = diffusers_layout.DECODER.to_theirs(rae.decoder.state_dict())
+    decoder = {diffusers_layout.DECODER.theirs(name): value for name, value in rae.decoder.state_dict().items()}
     del decoder["decoder_pos_embed"]
     state = {f"encoder.{name}": value.to(dtype) for name, value in encoder.items()}
     state |= {f"decoder.{name}": value.to(dtype) for name, value in decoder.items()}
