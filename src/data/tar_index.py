@@ -59,7 +59,8 @@ def index_tar(file: Readable, label: str | None = None, at_once: int = HEADER_BY
     """
     extension, _, key = ("cls", "", "") if label is None else label.partition(":")
     window = Window(file, at_once)
-    offsets, sizes, labels, without, examples = [], [], [], 0, []
+    offsets, sizes, labels = [], [], []
+    without, examples = 0, list[str]()
     parts = ((*_sample(found.name.removeprefix("./")), found) for found in members(window))
     for sample, group in itertools.groupby((part for part in parts if part[0]), operator.itemgetter(0)):
         image, number = None, NO_LABEL
@@ -138,7 +139,7 @@ def members(window: Window) -> Iterator[tarfile.TarInfo]:
     try:
         tar = tarfile.TarFile(fileobj=window, encoding="utf-8", errors="surrogateescape")  # type: ignore[arg-type]
         while (found := tar.next()) is not None:
-            tar.members.clear()  # millions would fill the memory
+            tar.members.clear()  # type: ignore[attr-defined]  # millions would fill the memory
             if found.issparse():
                 raise Damaged(f"its member {found.name} is sparse", "Write the tar again without --sparse.")
             if found.size < 0 or (found.isreg() and found.size > window.size - found.offset_data):
