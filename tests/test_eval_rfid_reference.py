@@ -174,6 +174,5 @@ def test_contradictions(images, checkpoint, tmp_path, capsys, arguments, words):
 
 
 def test_one_reference_is_made_of_one_data_set():
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit, match="^2$"):
         make_reference.main(["--data_dir", "a", "b", "--output", "c.npz"])
-    assert caught.value.code == 2
