@@ -13,9 +13,8 @@ from src.metrics.generation import precision_recall
 from src.metrics.inception import InceptionFeatures
 from src.metrics.reconstruction import ReconstructionScore
 from tests.conftest import make_rae
-from tests.test_stage2 import fit
 from tests.test_step_parity import FULL, make_pair
-from tests.training import same, train
+from tests.training import same, train, train_stage2
 
 pytestmark = [
     pytest.mark.gpu,
@@ -82,7 +81,7 @@ def test_deterministic_runs_are_bit_equal_and_so_is_a_resumed_one(tmp_path, dete
     ["trainer.precision=bf16"], ["trainer.precision=16", "model.optimizer.name=muon"], ["trainer.deterministic=true"],
 ], ids=str)  # fmt: skip
 def test_a_run_of_stage_2_and_guided_samples(tmp_path, autoencoder, deterministic, words):
-    run = fit(tmp_path, autoencoder, "trainer.accelerator=gpu", "model.sampler.cfg=2", *words)
+    run = train_stage2(tmp_path, autoencoder, "trainer.accelerator=gpu", "model.sampler.cfg=2", *words)
     assert all(value.isfinite().all() for value in run.module.state_dict().values())
     rows = run.module.to(GPU).sample_rows(torch.zeros(2, 3, 64, 64, dtype=torch.uint8, device=GPU))
     assert {row.device.type for row in rows} == {GPU.type}
