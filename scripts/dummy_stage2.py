@@ -8,6 +8,7 @@ or encode are untrained: the figures show that the machinery works.
 """
 
 import argparse
+import itertools
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root instead of scripts/
 
+from src.core.errors import UserError
+from src.core.json_files import read_json
 from src.core.options import EXIT_CODES
 from src.core.terminal import run_program
 from src.core.weights import PROJECT_ROOT
@@ -38,19 +41,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(folder: Path, epochs: int | None) -> int:
     autoencoder, statistics = folder / "autoencoder/checkpoints/last.ckpt", folder / "stats.pt"
-    if not autoencoder.is_file():
+    if not _finished(autoencoder.parents[1]):  # one that was stopped goes on
+        go_on = [f"ckpt_path='{autoencoder}'"] if autoencoder.is_file() else []
+        statistics.unlink(missing_ok=True)
         quick = [
             "data.image_size=64",
             "model.disc_weight=0",
             "trainer.max_epochs=12",
             "trainer.check_val_every_n_epoch=12",
         ]
-        _program("train.py", "experiment=rae_dummy", *quick, f"paths.run_dir='{autoencoder.parents[1]}'")
+        _program("train.py", "experiment=rae_dummy", *quick, f"paths.run_dir='{autoencoder.parents[1]}'", *go_on)
     if not statistics.is_file():
         model = "--checkpoint", autoencoder, "--device", "cpu", "--num_workers", 0, "--overwrite"
         _program("reconstruct.py", *model, "--input", DATA, "--latents", "raw", "--output", folder / "encoded")
         _program("latent_stats.py", *model, "--data_dir", DATA, "--output", statistics)
-    run = folder / f"run-{1 + sum(1 for _ in folder.glob('run-*'))}"
+    run = next(place for n in itertools.count(1) if not (place := folder / f"run-{n}").exists())
     length = [] if epochs is None else [f"trainer.max_epochs={epochs}"]
     _program("train.py", "experiment=dit_dummy", f"model.autoencoder='{autoencoder}'", f"model.statistics='{statistics}'",
              f"data.data_dir='{folder / 'encoded/latents'}'", f"paths.run_dir='{run}'", *length)  # fmt: skip
@@ -64,6 +69,13 @@ def _run(folder: Path, epochs: int | None) -> int:
     print(f"{share:.0%} of the samples show their class (the strongest colour); chance is 33%")
     print(f"Samples, a row for each class: {run / 'samples.png'}")
     return 0
+
+
+def _finished(run: Path) -> bool:
+    try:
+        return read_json(run / "run.json").get("status") == "finished"
+    except UserError:  # none was begun
+        return False
 
 
 def _program(name: str, *words: object) -> None:

@@ -75,9 +75,14 @@ def _transformer(options: Options, other: UserError) -> int:
     from src.core.weights import DTYPES
     from src.formats.stage2 import export_official
 
-    if options.format != "official" or options.weights != "ema" or options.with_encoder:
+    plain = Options(
+        checkpoint=options.checkpoint, format="official", output=options.output, dtype=options.dtype,
+        overwrite=options.overwrite, push=options.push, private=options.private,
+    )  # fmt: skip
+    if options != plain:
         raise UserError(
-            f"{other} A diffusion transformer is exported with --format official alone, its averaged weights."
+            f"{other} A diffusion transformer is exported with --format official alone, its averaged weights: beside that "
+            "only --dtype, --output, --overwrite, --push and --private have a meaning."
         )
     assert options.checkpoint is not None
     export_official(options.checkpoint, options.output, DTYPES[options.dtype], options.overwrite)

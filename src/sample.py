@@ -6,7 +6,8 @@
 
 Image i depends on --seed and i alone. The indices are dealt to the processes in blocks of --batch_size, so any number of
 processes gives the same file, and the same command after an interruption goes on where it stopped. The npz has `arr_0`
-(uint8 N x H x W x 3) for ADM's suite and `labels`. Several values of --cfg or --interval make a file each and a table.
+(uint8 N x H x W x 3) for ADM's suite, `labels`, and the `settings` that made it. Several values of --cfg or --interval make
+files of their own and a table.
 """
 
 import itertools
@@ -19,8 +20,6 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root instead of src/
 
-from src.core.errors import UserError
-from src.core.files import check_writable
 from src.core.options import run
 from src.core.terminal import progress
 from src.evaluation.options import SampleOptions
@@ -33,30 +32,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: SampleOptions) -> int:
     from src.core.distributed import processes
-    from src.evaluation.samples import describe, sample
+    from src.evaluation.samples import check_files, describe, sample
     from src.formats.stage2 import open_generator
 
-    sweep = list(itertools.product(options.cfg or (None,), options.interval or (None,)))
-    outputs = [_output(options.output, *point) if len(sweep) > 1 else options.output for point in sweep]
-    for output in outputs:
-        if output.exists() and not options.overwrite:
-            raise UserError(f"--output {output} exists. Add --overwrite, or choose another name.")
+    points = _points(options)
     with processes(options.device) as process:
         if process.main:
-            check_writable(options.output, "--output")
+            check_files(points)
         generator = open_generator(options.checkpoint, options.model, options.autoencoder)
         guide = None
         if options.guide is not None:
             shape = generator.network.latent_shape
             guide = open_generator(options.guide, options.guide_model, shape=shape, key="--guide")
         rows: list[tuple[Any, ...]] = []
-        for (cfg, interval), output in zip(sweep, outputs, strict=True):
-            alone = {"cfg": cfg, "interval": interval}
-            point = replace(options, **{name: () if value is None else (value,) for name, value in alone.items()})
+        for point in points:
             began = time.perf_counter()
             with progress("images", process.main) as update:
-                settings = sample(generator, guide, point, output, process, update)
-            rows.append((settings.cfg, f"{settings.t_min:g}:{settings.t_max:g}", output, time.perf_counter() - began))
+                settings = sample(generator, guide, point, process, update, in_sweep=len(points) > 1)
+            rows.append(
+                (settings.cfg, f"{settings.t_min:g}:{settings.t_max:g}", point.output, time.perf_counter() - began)
+            )
     if process.main:
         print(describe(generator, options))
         for scale, times, output, seconds in rows:
@@ -64,9 +59,21 @@ def _run(options: SampleOptions) -> int:
     return 0
 
 
-def _output(output: Path, cfg: float | None, interval: str | None) -> Path:
-    parts = [output.stem, "" if cfg is None else f"cfg{cfg:g}", (interval or "").replace(":", "to")]
-    return output.with_stem("_".join(filter(None, parts)))
+def _points(options: SampleOptions) -> list[SampleOptions]:
+    """Return the options of each point of a sweep, with files of their own; the options themselves where there is one point."""
+    from src.evaluation.samples import interval_of
+
+    sweep = list(itertools.product(options.cfg or (None,), options.interval or (None,)))
+    if len(sweep) == 1:
+        return [options]
+    points = []
+    for cfg, interval in sweep:
+        mark = "" if cfg is None else f"_cfg{cfg:g}"
+        mark += "" if interval is None else "_{:g}to{:g}".format(*interval_of(interval))
+        values: dict[str, Any] = {name: path.with_stem(path.stem + mark) for name, path in options.files().items()}
+        values |= {name: () if value is None else (value,) for name, value in (("cfg", cfg), ("interval", interval))}
+        points.append(replace(options, **values))
+    return points
 
 
 if __name__ == "__main__":

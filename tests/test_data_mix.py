@@ -198,6 +198,22 @@ def test_the_fingerprint_of_a_mix_names_sources_and_weights(folders: Path) -> No
     assert mixed(folders).fingerprint != mixed(folders, arrow={"weight": 2}).fingerprint
 
 
+def test_a_label_is_the_same_class_everywhere(folders: Path, tmp_path: Path) -> None:
+    """Or a network would be trained on, or judged by, classes that it confuses."""
+    with pytest.raises(UserError, match=r"Label 0 is 'red' in data.sources.arrow and 'cat' in data.sources.files"):
+        _ = mixed(folders, "arrow files").num_classes
+    tree(tmp_path, "train", "val")
+    rest = RAEDataModule(**arguments(data_dir=str(tmp_path), train_split=1.0))
+    assert rest.num_classes == 2
+    (tmp_path / "val/bird").mkdir()
+    with pytest.raises(UserError, match=r"Label 0 is 'cat' in training and 'bird' in evaluation"):
+        _ = RAEDataModule(**arguments(data_dir=str(tmp_path), train_split=1.0)).num_classes
+    (tmp_path / "val/bird").rename(tmp_path / "val/emu")
+    assert (
+        RAEDataModule(**arguments(data_dir=str(tmp_path), train_split=1.0)).num_classes == 3
+    )  # too many for a table of 2
+
+
 def test_evaluation_sets(folders: Path) -> None:
     evaluation = {"arrow": {"data_dir": str(folders / "arrow")}, "files": {"data_dir": str(folders / "files")}}
     data = mixed(folders, evaluation=evaluation)

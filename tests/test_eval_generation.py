@@ -133,6 +133,17 @@ def test_latents_through_several_decoders(evaluate, refused, files, tmp_path):
     np.savez(tmp_path / "z.npz", latents=z[:, :3].numpy())
     assert "(3, 4, 4) there, (64, 4, 4) here" in refused(f"--latents {tmp_path}/z.npz --checkpoint {file} {reference}")
 
+    mine, other = loaded.rae.encoder.identity(), {"encoder": dict.fromkeys(loaded.rae.encoder.identity(), "x")}
+    for settings, values, said in (
+        (json.dumps({"encoder": mine} | {"statistics": "0" * 16}), z, f"statistics: {'0' * 16} there"),
+        (json.dumps(other), z, "another encoder, by class"),
+        ("[1]", z, "settings"),
+        ('{"encoder": 3}', z, "encoder=3"),
+        (json.dumps({"encoder": mine}), torch.where(z == z.max(), torch.nan, z), "NaN or infinite"),
+    ):
+        np.savez(tmp_path / "z.npz", latents=values.numpy(), settings=settings)
+        assert said in refused(f"--latents {tmp_path}/z.npz --checkpoint {file} {reference}"), settings
+
     writer = LatentWriter(tmp_path / "small", (3, 2, 2), torch.float32, 0)
     writer.write(torch.zeros(4, 3, 2, 2), torch.arange(4), torch.zeros(4, dtype=torch.int64))
     facts = json.loads((tmp_path / "out/latents/index.json").read_text()) | {"shape": [3, 2, 2], "count": 4}
@@ -169,6 +180,7 @@ def test_what_cannot_be_scored(refused, files, tmp_path):
     ("--samples a --decoder b --reference r.npz", "go with --latents"),
     ("--latents a --reference r.npz", "need models to decode them"),
     ("--samples a", "--reference"),
+    ("--samples a --reference r.npz --reference_split val", "--reference_split goes with a data set"),
 ])  # fmt: skip
 def test_misuse_exits_with_2(capsys, line, words):
     with pytest.raises(SystemExit) as error:

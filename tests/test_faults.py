@@ -1,6 +1,7 @@
 """Small faults, a kind each: what comes from outside ends in one message, and nothing goes wrong silently."""
 
 import logging
+import os
 import shutil
 import zipfile
 
@@ -11,6 +12,8 @@ import torch
 from scripts import fuzz
 from src.callbacks.checkpoint import AtomicCheckpointIO
 from src.core.errors import UserError
+from src.core.files import check_writable, write_text
+from src.core.images import save_png
 from src.core.terminal import in_options
 from src.evaluation.per_image_files import as_text
 from src.evaluation.rfid import references
@@ -23,6 +26,8 @@ from src.training.logs import WarningCollector
 from src.training.preflight import BYTES, check_disk
 from tests.conftest import make_rae
 from tests.training import python
+
+PIXEL = torch.zeros(3, 1, 1, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("kind", fuzz.KINDS)
@@ -117,6 +122,22 @@ def test_what_is_no_run_is_no_checkpoint(tmp_path, content):
     torch.save(content, tmp_path / "a.ckpt")
     with pytest.raises(UserError, match="no checkpoint of a training run"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("kind", ["device", "folder"])
+def test_what_is_no_regular_file_is_not_replaced(tmp_path, kind):
+    """As root, a rename would take the place of /dev/null."""
+    place = tmp_path / "place"
+    os.mkfifo(place) if kind == "device" else place.mkdir()
+    before = place.stat().st_ino
+    for write in (
+        lambda: check_writable(place, "--json"),
+        lambda: write_text(place, "x"),
+        lambda: save_png(PIXEL, place),
+    ):
+        with pytest.raises(UserError, match=f"is a {kind}; give the name of a file"):
+            write()
+    assert place.stat().st_ino == before
 
 
 def test_a_warning_that_comes_again_stands_once_in_the_record():

@@ -11,7 +11,7 @@ import torch
 from src.core import terminal
 from src.core.distributed import processes
 from src.core.errors import UserError
-from src.core.options import Positive, option, parse
+from src.core.options import NotNegative, Positive, Share, option, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,8 @@ class Options(Shared):
     names: tuple[str, ...] = option("what", default=(), positional=True, nargs="*")
     out_dir: Path = option("where", "DIR", MISSING)
     kind: Literal["a", "b"] = option("which", default="a")
+    part: Share = option("of the whole", default=0.5)
+    seed: NotNegative = option("of draws", default=0)
     over_write: bool = option("anew", default=False)
     data: tuple[str, ...] = option("sets", "DIR", ())
     mirror: tuple[str, ...] = option("repeatable", "URL", (), action="append", nargs=None)
@@ -66,6 +68,9 @@ def test_help_has_groups_and_defaults(capsys):
         ("--out_dir x --batch_size 0", "expected at least 1"),
         ("--out_dir x --batch 2", "unrecognized"),
         ("--out_dir x --share 1", "--share needs --data"),
+        ("--out_dir x --part nan", "nan: expected a share, 0 to 1"),
+        ("--out_dir x --part 2", "2: expected a share, 0 to 1"),
+        (f"--out_dir x --seed {2**63}", "expected 0 or more, below 2^63"),
     ],
 )
 def test_wrong_options_end_with_status_2(line, words, capsys):
@@ -88,6 +93,9 @@ def test_progress_is_lines_where_there_is_no_terminal(monkeypatch, capsys):
         (UserError("x y"), 1, "Error: x y"),
         (MemoryError("8 TB."), 1, "Error: Not enough memory: 8 TB. Take a smaller --batch_size, or fewer images."),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(28, "No space left", "x.npz"), 1, "Error: x.npz: No space left. Make room, or give another place."),
+        (OSError(28, "No space left"), 1, "Error: a file: No space left. Make room, or give another place."),
+        (OSError(17, "File exists", "x"), 1, "Error: x: File exists. Make room, or give another place."),
     ],
 )
 def test_a_program_ends_with_a_message_and_a_status(error, status, words, capsys):

@@ -1,7 +1,9 @@
 """`src/sample.py`: samples are functions of their index, a killed run goes on, and what is refused."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,9 +11,13 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
+from scripts import dummy_stage2
 from src.core.errors import UserError
-from src.core.weights import PROJECT_ROOT
+from src.core.folder_lock import take_lock
+from src.core.weights import PROJECT_ROOT, read
+from src.evaluation import samples
 from src.formats.stage2 import open_generator
 from src.sample import main as sample
 from tests.tiny_models import exported, tiny_rae, two_processes
@@ -64,12 +70,76 @@ def test_a_killed_sampling_goes_on_and_two_processes_give_the_same(checkpoint, t
     assert np.array_equal(cut["labels"], reference["labels"]) and np.array_equal(cut["arr_0"], reference["arr_0"])
 
 
-def test_a_sweep_makes_a_file_for_each_point(checkpoint, tmp_path, capsys):
-    words = f"--checkpoint {checkpoint} --device cpu --num_images 3 --output {tmp_path}/s.npz --cfg 1 2 --interval 0:1 0.2:0.8"
-    assert sample(words.split()) == 0
-    names = ["s_cfg1_0.2to0.8.npz", "s_cfg1_0to1.npz", "s_cfg2_0.2to0.8.npz", "s_cfg2_0to1.npz"]
+@pytest.mark.parametrize("words", ["--output s", "--grid g.jpg", "--latents z.pt", "--guide_model ditdh_s"])
+def test_names_that_say_something_else_are_wrong_options(words, capsys):
+    with pytest.raises(SystemExit) as error:
+        sample(["--checkpoint", "x.ckpt", "--output", "s.npz", *words.split()])
+    assert error.value.code == 2 and words.split()[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_sweep_makes_files_for_each_point_and_goes_on(checkpoint, tmp_path, capsys):
+    words = (
+        f"--checkpoint {checkpoint} --device cpu --num_images 3 --output {tmp_path}/s.npz --latents {tmp_path}/z.npz"
+    )
+    words = f"{words} --grid {tmp_path}/g.png --cfg 1 2 --interval 0:1 0.2:0.8".split()
+    assert sample(words) == 0
+    points = ["cfg1_0.2to0.8", "cfg1_0to1", "cfg2_0.2to0.8", "cfg2_0to1"]
+    names = [f"{kind}_{point}.{end}" for kind, end in (("g", "png"), ("s", "npz"), ("z", "npz")) for point in points]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert "cfg 2 for t in 0.2:0.8" in capsys.readouterr().out
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    (tmp_path / "s_cfg2_0to1.npz").unlink()
+    assert sample(words) == 1 and "z_cfg2_0to1.npz exists. Add --overwrite" in capsys.readouterr().err
+    for name in ("z_cfg2_0to1.npz", "g_cfg2_0to1.png"):  # as if it had been killed in this point
+        (tmp_path / name).unlink()
+    assert sample(words) == 0
+    changed = [path.name for path in tmp_path.iterdir() if before[path.name] != path.stat().st_mtime_ns]
+    assert sorted(changed) == [f"{kind}_cfg2_0to1.{end}" for kind, end in (("g", "png"), ("s", "npz"), ("z", "npz"))]
+    assert sample([*words, "--seed", "1"]) == 1 and "exists. Add --overwrite" in capsys.readouterr().err
+
+
+def test_half_made_samples_go_on_only_where_they_are_whole_and_of_the_same_model(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
+    file, parts = tmp_path / "s.npz", tmp_path / ".s.npz.parts"
+    reference = drawn(checkpoint, tmp_path / "reference.npz")
+    with monkeypatch.context() as patch:
+        patch.setattr(samples.Blocks, "remove", lambda work: work._lock.close())
+        drawn(checkpoint, file)
+    damages = {
+        "images": lambda: os.truncate(parts / "images", 100),
+        "journal": lambda: (parts / "done.0").write_bytes(b"0\n\0\0\0\n4"),  # a crash of the machine
+        "settings": lambda: (parts / "settings.json").write_text(""),
+    }
+    for name, damage in damages.items():
+        file.unlink()
+        kept = shutil.copytree(parts, tmp_path / "kept")
+        damage()
+        made = drawn(checkpoint, file)
+        assert np.array_equal(made["arr_0"], reference["arr_0"]), name
+        kept.rename(parts)
+    file.unlink()
+    words = ["--device", "cpu", "--num_images", "10", "--batch_size", "4", "--output", str(file)]
+    with take_lock(parts):
+        assert sample(["--checkpoint", str(checkpoint), *words]) == 1
+    assert "still going on" in capsys.readouterr().err
+    changed = json.loads((parts / "settings.json").read_text()) | {"statistics": "0" * 16}
+    (parts / "settings.json").write_text(json.dumps(changed))
+    assert sample(["--checkpoint", str(checkpoint), *words]) == 1
+    assert "other settings (statistics: '0000000000000000' there" in capsys.readouterr().err
+
+
+def test_checkpoints_that_lack_a_part(checkpoint, tmp_path):
+    content = read(checkpoint)
+    damaged = {
+        part: {**content, part: None} for part in ("global_step", "encoder", "statistics", "architecture", "state_dict")
+    }
+    for key in ("network", "flow", "sampler", "num_classes", "image_size"):
+        damaged[f"model.{key}"] = {**content, "config": {"model": {**content["config"]["model"], key: "x"}}}
+    for name, values in (damaged | {"config": {**content, "config": 1}}).items():
+        torch.save(values, tmp_path / "x.ckpt")
+        with pytest.raises(UserError, match=rf"{name}=|is a checkpoint of stage 1"):
+            open_generator(tmp_path / "x.ckpt")
 
 
 def test_an_autoencoder_or_a_guide_of_other_latents_is_refused(checkpoint, stage2_run, tmp_path):
@@ -86,9 +156,37 @@ def test_an_autoencoder_or_a_guide_of_other_latents_is_refused(checkpoint, stage
     ("words", "message"),
     [(["--interval", "1:0"], "0 <= T_MIN"), (["--labels", "7"], "classes 0 to 2"), (["--labels", "cat"], "expected equal, random"),
      (["--guide", "no.ckpt", "--auto", "1.5"], "(from --guide)"), (["--autoencoder", "no.ckpt"], "(from --autoencoder)"), (["--autoencoder", "no"], "(from --autoencoder)"), (["--autoencoder", "{a: b: c}"], "Expected a path, or a mapping"),
-     (["--internal", "1.5"], "base output"), (["--model", "ditdh_xl"], "says itself"), (["--method", "dopri5"], "torchdiffeq")],
+     (["--internal", "1.5"], "base output"), (["--model", "ditdh_xl"], "says itself"), (["--method", "dopri5"], "torchdiffeq"),
+     (["--cfg", "1e38"], "Samples 0 to 1 hold NaN or infinity"), (["--labels", "9" * 30], "classes such as"), (["--cfg", "1.5", "1.50000001"], "would be written twice"), (["--interval", "0:1", "a/b:1"], "a/b:1: expected T_MIN"),
+     (["--latents", "{}/z.npz"], "z.npz exists. Add --overwrite"), (["--latents", "{}/s.npz"], "s.npz would be written twice"),
+     (["--overwrite", "--grid", "{}/g.png"], "g.png is a folder")],
 )  # fmt: skip
 def test_sampling_mistakes(checkpoint, tmp_path, capsys, words, message):
+    (tmp_path / "z.npz").touch()
+    (tmp_path / "g.png").mkdir()
     command = f"--checkpoint {checkpoint} --device cpu --num_images 2 --output {tmp_path}/s.npz"
-    assert sample([*command.split(), *words]) == 1
+    assert sample([*command.split(), *(word.replace("{}", str(tmp_path)) for word in words)]) == 1
     assert message in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "s.npz").exists()
+
+
+def test_the_dummy_finishes_a_stage_that_was_stopped_and_replaces_no_run(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(dummy_stage2, "_program", lambda *words: calls.append([str(word) for word in words]))
+    monkeypatch.setattr(dummy_stage2, "_judge", lambda *files: (1.0, 1.0, 1.0))
+    checkpoint, record = (tmp_path / "autoencoder" / name for name in ("checkpoints/last.ckpt", "run.json"))
+    (tmp_path / "run-2").mkdir()
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    for status in ("interrupted", "finished"):
+        record.write_text(json.dumps({"status": status}))
+        (tmp_path / "stats.pt").touch()
+        calls.clear()
+        assert dummy_stage2.main(["--folder", str(tmp_path)]) == 0
+        names = [words[0] for words in calls]
+        assert names == ["train.py", "reconstruct.py", "latent_stats.py"] * (status != "finished") + [
+            "train.py",
+            "sample.py",
+        ]
+        assert (f"ckpt_path='{checkpoint}'" in calls[0]) == (
+            status != "finished"
+        ) and f"paths.run_dir='{tmp_path}/run-1'" in calls[-2]

@@ -9,13 +9,15 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from src.callbacks.checkpoint import AtomicCheckpointIO
 from src.core.errors import UserError
-from src.core.weights import PROJECT_ROOT
+from src.core.weights import PROJECT_ROOT, read
 from src.formats.opening import open_autoencoder
 from src.models.dit import build_network, forward_flops
 from src.models.encoder_presets import PRESETS, find_preset
 from src.training import stage2
 from src.training.optimizers import MuonWithAdamW
+from src.training.resume import announce_resume
 from src.training.stage2 import DiffusionModule
 from src.training.stage2_step import FlowDraws
 from tests.tiny_models import exported, photos, stir, tiny_rae
@@ -70,6 +72,24 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(stage2_run, autoencod
     train_stage2(tmp_path / "first", autoencoder, *words, f"trainer.max_steps={stop}")
     train_stage2(tmp_path / "second", autoencoder, *words, checkpoint=last(tmp_path / "first"))
     assert_equal_ends(tmp_path / "whole" if words else stage2_run[0], tmp_path / "second")
+
+
+def test_a_resume_from_a_file_that_lacks_a_part_is_refused(stage2_run, autoencoder, tmp_path):
+    content = read(last(stage2_run[0]))
+    for name, change in {
+        "skipped_steps": {}, "optimizer_states": {"optimizer_states": []}, "lr_schedulers": {}, "pytorch-lightning_version": {},
+        "config": {"config": "x"}, "loops.fit_loop": {"loops": {}}, "format_version": {},
+    }.items():  # fmt: skip
+        torch.save({key: v for key, v in content.items() if key != name} | change, tmp_path / "x.ckpt")
+        with pytest.raises(UserError, match=name):
+            AtomicCheckpointIO().load_checkpoint(tmp_path / "x.ckpt")
+        with pytest.raises(UserError, match=name):
+            announce_resume(tmp_path / "x.ckpt", stage2_run[1].config, 1)
+
+
+def test_the_moments_of_another_optimiser_are_refused(stage2_run, autoencoder, tmp_path):
+    with pytest.raises(UserError, match=r"was adamw and is now muon.*Resume with model.optimizer.name=adamw"):
+        train_stage2(tmp_path, autoencoder, "model.optimizer.name=muon", checkpoint=last(stage2_run[0]))
 
 
 def test_micro_batches_make_the_gradient_of_the_whole_batch(stage2_run, autoencoder, tmp_path):

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from src.core.errors import UserError
 from src.data.latents import LatentStore, LatentWriter
@@ -77,6 +78,17 @@ def test_stored_latents_that_do_not_fit(stores, autoencoder, tmp_path):
         ({"shape": [64, 5, 5]}, r"latents \(20, 64, 4, 4\).*the index says \(20, 64, 5, 5\)"),
     ):
         (other / "index.json").write_text(json.dumps(index | values))
+        with pytest.raises(UserError, match=message):
+            on_latents(tmp_path / "run", other, autoencoder)
+    (other / "index.json").write_text(json.dumps(index))
+    for damage, message in (
+        (lambda z: z.to(torch.uint8), "torch.uint8, torch.int64"),
+        (lambda z: z.mul(torch.nan), "NaN"),
+    ):
+        for file in other.glob("*.safetensors"):
+            tensors = load_file(stores["normalized"] / file.name)
+            del tensors["crc"]
+            save_file(tensors | {"latents": damage(tensors["latents"])}, file)
         with pytest.raises(UserError, match=message):
             on_latents(tmp_path / "run", other, autoencoder)
     with pytest.raises(UserError, match=r"shape \(C x h x w\): \(64, 4, 4\) there, \(64, 8, 8\) here"):

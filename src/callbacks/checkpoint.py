@@ -22,6 +22,7 @@ from src.core.nonfinite import FIRST_STEP, REMEDY, NonFiniteError, nonfinite_ten
 from src.core.settings import checked
 from src.core.stopping import FAILED, STOP, signal_name
 from src.core.weights import check_finite, read
+from src.formats.checkpoint import check_resumable
 
 log = logging.getLogger(__name__)
 
@@ -226,11 +227,7 @@ class AtomicCheckpointIO(CheckpointIO):
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         content = read(path)
-        if not isinstance(content, dict) or not {"state_dict", "loops"} <= content.keys():
-            raise UserError(
-                f"{path} is no checkpoint of a training run. Weights of others go into model.pretrained_decoder_path, not "
-                "ckpt_path."
-            )
+        check_resumable(content, path)
         remedy = "Resume from an earlier one: best.ckpt, epoch_XXX.ckpt."
         check_finite({part: content.get(part) for part in CHECKED}, path, remedy)
         return content

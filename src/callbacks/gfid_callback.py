@@ -44,7 +44,7 @@ class GFIDCallback(ScoreCallback):
     batch_size: Annotated[int, Field(ge=1)]
     decode_batch: Annotated[int, Field(ge=1)]
     labels: Annotated[str | int, Field(description="text or one class")]
-    seed: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
     sampler: Mapping[str, Any]
     reference: str | None
     reference_split: str | None

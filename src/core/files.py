@@ -33,6 +33,7 @@ def replacing(path: str | Path, tag: str | None = None, durable: bool = True) ->
         durable: all of it is on the disk at the end; false, where thousands of small files would wait for that.
     """
     path = Path(path)
+    _check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid() if tag is None else tag}.writing")
     _UNFINISHED.add(beside)
@@ -163,6 +164,7 @@ def check_folder(folder: Path, overwrite: bool, marks: Sequence[str], what: str,
 
 def check_writable(file: Path, option: str) -> None:
     """Check before long work that `file` can be written at its end; folders above it are made. Raises UserError."""
+    _check_replaceable(file, f"{option} ")
     try:
         with replacing(file.with_name(f".{file.name}.probe"), durable=False):
             pass
@@ -171,6 +173,12 @@ def check_writable(file: Path, option: str) -> None:
         raise UserError(
             f"{option} {file} can't be written: {error.strerror or error}. Choose another place."
         ) from error
+
+
+def _check_replaceable(path: Path, option: str = "") -> None:
+    """Raise UserError where a rename would fail or, as root, take the place of a device such as /dev/null."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{option}{path} is a {'folder' if path.is_dir() else 'device'}; give the name of a file.")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -30,7 +30,11 @@ def lock(file: IO[Any], kind: str = "LOCK_EX", wait: bool = False) -> None:
         pass
 
 
-def take_lock(folder: Path) -> IO[str]:
+def take_lock(
+    folder: Path,
+    remedy: str = "Wait for its end or stop it (kill -INT lets it save), or choose another folder (paths.run_dir=null makes a new "
+    "one).",
+) -> IO[str]:
     """Lock a run's folder by the file that is returned. UserError: another run lives in it, or it can't be written."""
     try:
         file = open(folder / NAME, "a+", encoding="utf-8")  # noqa: SIM115
@@ -44,10 +48,7 @@ def take_lock(folder: Path) -> IO[str]:
         file.close()
     except OSError as error:
         raise UserError(f"The run's folder can't be written: {error}. Set paths.log_dir to another place.") from error
-    raise UserError(
-        f"A run is still going on in {folder} ({owner}). Wait for its end or stop it (kill -INT lets it save), or "
-        "choose another folder (paths.run_dir=null makes a new one)."
-    )
+    raise UserError(f"A run is still going on in {folder} ({owner}). {remedy}")
 
 
 def owner_of(folder: Path) -> str:

@@ -25,8 +25,8 @@ def positive(text: str) -> int:
 
 
 def not_negative(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{text}: expected 0 or more")
+    if not 0 <= (value := int(text)) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 or more, below 2^63")
     return value
 
 
@@ -36,8 +36,15 @@ def above_zero(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    if not 0 <= (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a share, 0 to 1")
+    return value
+
+
 Positive = Annotated[int, positive]
 NotNegative = Annotated[int, not_negative]
+Share = Annotated[float, share]
 
 
 def option(help: str, metavar: str | None = None, default: Any = None, **more: Any) -> Any:
@@ -173,7 +180,7 @@ class LoadingOptions:
     num_samples: Positive | None = option("only the first N images (default: all)", "N")
     batch_size: Positive = option("images at once and process", "N", 64)
     num_workers: NotNegative = option("loading processes", "N", 4)
-    max_bad_share: float = option("stop when more of the images can't be decoded", "SHARE", 0.01)
+    max_bad_share: Share = option("stop when more of the images can't be decoded", "SHARE", 0.01)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +217,9 @@ class FeatureOptions:
         "untrained, or tiny (an eighth of the channels, untrained): a try-out without the file, its score no rFID",
         default="pretrained",
     )
-    inception_width: float | None = option("an older option: untrained weights of a width below 1 are tiny", "SHARE")
+    inception_width: Annotated[float, above_zero] | None = option(
+        "an older option: untrained weights of a width below 1 are tiny", "SHARE"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

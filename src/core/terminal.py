@@ -54,6 +54,7 @@ def run_program(body: Callable[[], int]) -> int:
     exception would (143), so that what is half written is removed.
     """
     from src.core.errors import UserError, lacks_memory
+    from src.core.files import DISK_ERRORS
 
     rank = int(os.environ.get("RANK", "0"))
     warnings.filterwarnings("ignore", message=".*This DataLoader will create .* worker processes.*")
@@ -75,6 +76,13 @@ def run_program(body: Callable[[], int]) -> int:
     except BrokenPipeError:  # `PROGRAM | head`
         sys.stdout = None
         return 0
+    except OSError as error:
+        if error.errno not in DISK_ERRORS and (error.filename is None or isinstance(error, FileNotFoundError)):
+            raise
+        print(
+            f"Error: {error.filename or 'a file'}: {error.strerror}. Make room, or give another place.", file=sys.stderr
+        )
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -1,5 +1,6 @@
 """The data of a run, from the keys of `configs/data/*.yaml`. The only Lightning in `src/data`."""
 
+import itertools
 import logging
 import math
 from dataclasses import dataclass
@@ -120,8 +121,25 @@ class RAEDataModule(LightningDataModule):
 
     @property
     def num_classes(self) -> int | None:
-        """Count the classes of the labels that batches carry as `label`; None where they carry none."""
-        return max((splits.train.num_classes or 0 for splits in self.opened), default=0) or None
+        """Count the classes of the labels that batches carry as `label`; None where they carry none. UserError: a label that
+        means one class in one part of the data and another elsewhere."""
+        used = [
+            (f"data.sources.{name}" if name else "training", one.train)
+            for name, one in zip(self.sources, self.opened, strict=True)
+        ]
+        used += [
+            (f"data.evaluation.{name}" if name else "evaluation", one.source)
+            for name, one in self.evaluation_sets.items()
+        ]
+        named = [(key, source.class_names) for key, source in used if source.class_names]
+        for (first, ours), (other, theirs) in itertools.combinations(named, 2):
+            for label, (one, another) in enumerate(zip(ours, theirs, strict=False)):
+                if one != another:
+                    raise UserError(
+                        f"Label {label} is {one!r} in {first} and {another!r} in {other}. Give all "
+                        "parts the same classes in the same order; of image folders, those of the same names, empty ones too."
+                    )
+        return max((source.num_classes or 0 for _, source in used), default=0) or None
 
     @cached_property
     def evaluation_sets(self) -> dict[str, EvaluationSet]:

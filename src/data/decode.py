@@ -11,6 +11,7 @@ What becomes of the less common kinds is what `PIL.Image.convert("RGB")` of the 
 
 import functools
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -242,4 +243,4 @@ def _turn(picture: Picture, orientation: int) -> Picture:
 
 def _one_line(error: Exception) -> str:
     text = str(error).strip().splitlines()
-    return text[0].replace(" <_io.BytesIO object", " in <bytes")[:160] if text else type(error).__name__
+    return re.sub(r" <_io\.BytesIO object at \w+>", " it", text[0])[:160] if text else type(error).__name__

@@ -54,6 +54,7 @@ _SCHEMA: dict[str, Any] = {
     "encoder": dict[str, Any],
     "statistics": str | None,
     "shards": list[Shard],
+    "class_names": (list[str] | None, None),
 }
 
 
@@ -157,8 +158,11 @@ class LatentStore(PackedSource):
         return data
 
     def decoded(self, data: bytes | memoryview) -> Tensor:
-        """Return a latent of its bytes, float32 C h w."""
-        return torch.frombuffer(bytearray(data), dtype=self.dtype).view(self.shape).float()
+        """Return a latent of its bytes, float32 C h w. Raises BadImage where a number is not finite."""
+        latent = torch.frombuffer(bytearray(data), dtype=self.dtype).view(self.shape).float()
+        if not latent.isfinite().all():
+            raise BadImage("not finite (NaN or infinity)")
+        return latent
 
     def batches(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield (places in the store (B,), rows of the data set (B,), latents float32 B C h w), every world-th batch.
@@ -174,14 +178,11 @@ class LatentStore(PackedSource):
         for places in batches[rank::world]:
             try:
                 latents = torch.stack([self.decoded(self.encoded(place)) for place in places])
-                if not finite_rows(latents).all():
-                    raise BadImage("NaN or infinity")
             except BadImage as error:
                 number = self.file_of(places[0])
                 first = places[0] - self._starts[number]
                 raise UserError(
-                    f"{self.files[number]} is damaged: latents {first} to {first + len(places) - 1} are not what was written "
-                    "(CRC-32). Copy it again."
+                    f"{self.files[number]} is damaged: latents {first} to {first + len(places) - 1} are {error}. Copy it again."
                 ) from error
             yield torch.tensor(places), torch.from_numpy(self._rows[places[0] : places[-1] + 1].copy()), latents
 
@@ -235,6 +236,12 @@ def _layout(file: Path, shape: tuple[int, ...]) -> _Layout:
             first = 8 + length + json.loads(content.read(length))["latents"]["data_offsets"][0]
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} can't be read: {error}. It may be cut short; copy it again.") from error
+    if not dtype.is_floating_point or {rows.dtype, labels.dtype, crc.dtype} != {torch.int64}:
+        kinds = f"{dtype}, {rows.dtype}, {labels.dtype} and {crc.dtype}"
+        raise UserError(
+            f"{file}: latents, rows, labels and crc are {kinds}; expected floats and torch.int64. Write them again with "
+            "src/reconstruct.py --latents."
+        )
     if own != shape or not len(labels) == len(rows) == len(crc) == shape[0]:
         raise UserError(f"{file}: latents {own} with {len(labels)} labels, the index says {shape}. Write them again.")
     return _Layout(dtype, first, torch.stack([rows, labels, crc], 1).numpy())

@@ -230,7 +230,8 @@ def decoded_set(
     if isinstance(latents, LatentStore):
         check_store(latents, loaded)
     else:
-        check_latents(path, loaded, latents.shape[1:])
+        about = latents.about
+        check_latents(path, loaded, latents.shape[1:], about.get("encoder"), about.get("statistics"))
     raw = isinstance(latents, LatentStore) and latents.scale == "raw"
     taken = min(len(latents), options.num_samples or len(latents))
 

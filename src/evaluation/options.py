@@ -96,7 +96,7 @@ class ReconstructionOptions(shared.LpipsOptions, shared.LoadingOptions, shared.M
     fit: Literal["crop", "pad", "resize"] = option("how an image becomes a square", default="crop")
     exif: Literal["apply", "ignore"] = option("turn images as their EXIF says", default="apply")
     batch_size: Positive = option("images at once and process", "N", 32)
-    max_bad_share: float = option("stop when more of the images can't be decoded", "SHARE", 1.0)
+    max_bad_share: shared.Share = option("stop when more of the images can't be decoded", "SHARE", 1.0)
     output: Path = option("a new folder", "DIR", MISSING)
     overwrite: bool = option("replace what an earlier call left in --output", default=False)
     write: tuple[Literal["images", "sheet", "scores", "npz"], ...] = option(
@@ -175,6 +175,8 @@ class GenerationOptions(shared.FeatureOptions, shared.LoadingOptions, shared.Mod
             raise ValueError("give one of --samples and --latents")
         if self.samples and (self.decoder or self.checkpoint):
             raise ValueError("--samples are images already; --decoder and --checkpoint go with --latents")
+        if self.reference_split and self.reference.endswith(".npz"):
+            raise ValueError("--reference_split goes with a data set, and --reference is an npz")
         if self.latents and not (self.decoder or self.checkpoint):
             raise ValueError("--latents need models to decode them: --decoder A B ..., or --checkpoint")
 
@@ -216,6 +218,16 @@ class SampleOptions:
     def __post_init__(self) -> None:
         if (self.guide is None) != (self.auto is None):
             raise ValueError("--guide and --auto go together")
+        if self.guide_model is not None and self.guide is None:
+            raise ValueError("--guide_model is the model of --guide, which is not given")
+        for name, path in self.files().items():
+            if path.suffix != (suffix := ".png" if name == "grid" else ".npz"):
+                raise ValueError(f"--{name} {path}: expected a name that ends in {suffix}")
         for name in ("internal", "auto"):
             if (value := getattr(self, name)) is not None and not value >= 1:
                 raise ValueError(f"--{name} {value:g}: expected at least 1")
+
+    def files(self) -> dict[str, Path]:
+        """Return what is written, by option."""
+        named = {"output": self.output, "latents": self.latents, "grid": self.grid}
+        return {name: path for name, path in named.items() if path is not None}

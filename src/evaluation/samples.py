@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +18,57 @@ from torch import Tensor
 from src.core import random_streams as streams
 from src.core.distributed import Process, wait_for_all
 from src.core.errors import UserError
-from src.core.files import replacing, write_text
+from src.core.files import check_writable, replacing, write_text
+from src.core.folder_lock import NAME as LOCK
+from src.core.folder_lock import take_lock
 from src.core.images import save_png, sheet, unit_to_bytes
 from src.core.json_files import read_json
 from src.core.precision import float32_products, full_float32
 from src.core.random_streams import Purpose
 from src.evaluation.generate import Sampler, SamplerSettings
 from src.evaluation.options import SampleOptions
+from src.formats.checkpoint import statistics_digest
 from src.formats.stage2 import Generator
+from src.metrics.npz import opened_npz, scalar
 from src.models.rae import RAE
 
 GRID_ROWS, GRID_COLUMNS = 8, 8
+EXISTS = "--{} {} exists. Add --overwrite, or choose another name."
+
+
+def check_files(points: Sequence[SampleOptions]) -> None:
+    """Check before long work what a call, or each point of a sweep, is to write. On rank 0. UserError: a file that is there
+    already (in a sweep `sample` looks what it is of), that is wanted twice or can't be written."""
+    files = [(name, path, point) for point in points for name, path in point.files().items()]
+    paths = [path.absolute() for _, path, _ in files]
+    for number, (name, path, point) in enumerate(files):
+        if path.absolute() in paths[:number]:
+            raise UserError(
+                f"--{name}: {path} would be written twice. Give each option a name of its own, and --cfg and --interval values "
+                "that differ in six digits."
+            )
+        goes_on = _parts(point.output).exists() or (len(points) > 1 and point.output.exists())
+        if path.exists() and not point.overwrite and not goes_on:
+            raise UserError(EXISTS.format(name, path))
+        check_writable(path, f"--{name}")
 
 
 def sample(
     generator: Generator,
     guide: Generator | None,
     options: SampleOptions,
-    output: Path,
     process: Process,
-    update: Callable[[int, int], None] = lambda done, total: None,
+    update: Callable[[int, int], None],
+    in_sweep: bool,
 ) -> SamplerSettings:
-    """Write `output`, an npz, and return the settings it was made with. On all ranks.
+    """Write an npz and return the settings it was made with. On all ranks.
+
+    Args:
+        in_sweep: an npz of the same settings that is there already is taken for this one.
 
     Raises:
-        UserError: settings that the networks don't allow, a half-made file of other settings, a full disk.
+        UserError: settings that the networks don't allow, a half-made file of other settings, latents that aren't finite, a
+            full disk.
     """
     settings = sampler_settings(generator, options)
     rae = generator.rae
@@ -55,20 +81,25 @@ def sample(
     size = rae.geometry.image_size
     files: dict[str, Any] = {"images": (np.uint8, (size, size, 3))}
     files |= {"latents": (np.float32, rae.latent_shape)} if options.latents else {}
-    work = Blocks(output, options.num_images, files, options.batch_size, process)
-    work.open({**settings.model_dump(), **_facts(generator, guide, options)}, options.overwrite)
+    work = Blocks(options.output, options.num_images, files, options.batch_size, process)
+    said = json.dumps({**settings.model_dump(), **_facts(generator, guide, options)}, default=str)
+    if options.output.exists() and not options.overwrite:
+        if not (in_sweep and _made_with(options.output) == said):
+            raise UserError(EXISTS.format("output", options.output))
+        return settings
+    work.open(json.loads(said), options.overwrite)
     mine = work.remaining()
     for number, indices in enumerate(mine):
         update(number * len(indices), sum(map(len, mine)))
         half = options.precision == "bf16"
         work.write(indices, *draw(sampler, rae, indices, labels, process.device, options.decode_batch, half))
     wait_for_all()
-    if process.main:
-        work.pack("images", "arr_0", output, labels)
-        if options.grid is not None:
-            save_png(grid(output, labels), options.grid)
+    if process.main:  # the npz of images last: where it is, all is there
         if options.latents is not None:
-            work.pack("latents", "latents", options.latents, labels)
+            work.pack("latents", "latents", options.latents, labels, said)
+        if options.grid is not None:
+            save_png(grid(work.content("images"), labels), options.grid)
+        work.pack("images", "arr_0", options.output, labels, said)
         work.remove()
     wait_for_all()
     return settings
@@ -91,6 +122,11 @@ def draw(
     """
     with torch.autocast(device.type, torch.bfloat16, enabled=half), float32_products(device, "high"):
         latents = sampler.latents(indices, torch.from_numpy(labels[indices]), device).float()
+    if not latents.isfinite().all():
+        raise UserError(
+            f"Samples {indices[0]} to {indices[-1]} hold NaN or infinity: guidance too strong for this model and its precision. "
+            "Take smaller scales, more steps, or fp32."
+        )
     with full_float32(device):
         return torch.cat([unit_to_bytes(rae.decode(z)) for z in latents.split(decode_batch)]), latents
 
@@ -109,7 +145,7 @@ def sampler_settings(generator: Generator, options: SampleOptions) -> SamplerSet
     if options.cfg:
         values["cfg"] = options.cfg[0]
     if options.interval:
-        values["t_min"], values["t_max"] = _interval(options.interval[0])
+        values["t_min"], values["t_max"] = interval_of(options.interval[0])
     return SamplerSettings.parse(values, "sampler")
 
 
@@ -129,15 +165,17 @@ class Blocks:
     ) -> None:
         """`files`: type and shape of what they hold of an image, by name."""
         self.output, self.count, self.files, self.size, self.process = output, count, files, size, process
-        self.folder = output.with_name(f".{output.name}.parts")
+        self.folder = _parts(output)
         self._bytes = {name: int(np.prod(shape)) * np.dtype(kind).itemsize for name, (kind, shape) in files.items()}
         self._journal = self.folder / f"done.{process.rank}"
 
     def open(self, settings: dict[str, Any], overwrite: bool) -> None:
         """Make the folder, or take the one of an interrupted run with the same settings. On all ranks."""
-        said = json.loads(json.dumps({**settings, "batch_size": self.size}, default=str))
+        said = {**settings, "batch_size": self.size}
         if self.process.main:
-            found = read_json(self.folder / "settings.json") if (self.folder / "settings.json").is_file() else None
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = take_lock(self.folder, "Wait for its end, or choose another --output.")
+            found = _json_or_none(self.folder / "settings.json")
             if found is not None and found != said and not overwrite:
                 other = ", ".join(
                     f"{key}: {found.get(key)!r} there, {said.get(key)!r} here"
@@ -148,21 +186,23 @@ class Blocks:
                     f"{self.folder} holds an unfinished run with other settings ({other}). Go on with those settings, or "
                     "start over with --overwrite."
                 )
-            if found != said:
-                shutil.rmtree(self.folder, ignore_errors=True)
-                self.folder.mkdir(parents=True)
-                for name, entry in self._bytes.items():
-                    with open(self.folder / name, "wb") as file:
-                        file.truncate(self.count * entry)
+            sizes = {self.folder / name: self.count * entry for name, entry in self._bytes.items()}
+            if found != said or any(not p.is_file() or p.stat().st_size != size for p, size in sizes.items()):
+                for path in self.folder.iterdir():
+                    if path.name != LOCK:
+                        path.unlink()
+                for path, size in sizes.items():
+                    with open(path, "wb") as file:
+                        file.truncate(size)
                 write_text(self.folder / "settings.json", json.dumps(said))
         wait_for_all()
         self._open = {name: os.open(self.folder / name, os.O_RDWR) for name in self.files}
 
     def remaining(self) -> list[np.ndarray]:
         """Return the indices of this rank's blocks that are not done yet."""
-        done = {int(line) for file in self.folder.glob("done.*") for line in file.read_text().split("\n")[:-1]}
+        lines = {line for file in self.folder.glob("done.*") for line in file.read_bytes().split(b"\n")[:-1]}
         wait_for_all()  # all have read before anyone writes
-        left = [block for block in blocks(self.count, self.size) if int(block[0]) not in done]
+        left = [block for block in blocks(self.count, self.size) if b"%d" % block[0] not in lines]
         return left[self.process.rank :: self.process.world]
 
     def write(self, indices: np.ndarray, images: Tensor, latents: Tensor) -> None:
@@ -177,21 +217,24 @@ class Blocks:
             journal.flush()
             os.fsync(journal.fileno())
 
-    def pack(self, name: str, key: str, target: Path, labels: np.ndarray) -> None:
-        """Write one of `files` as array `key` of an npz, beside `labels`. On rank 0."""
+    def content(self, name: str) -> np.ndarray:
+        """Return one of `files`, N rows; it is read where it is used."""
         kind, shape = self.files[name]
+        return np.memmap(self.folder / name, kind, "r", shape=(self.count, *shape))
+
+    def pack(self, name: str, key: str, target: Path, labels: np.ndarray, settings: str) -> None:
+        """Write one of `files` as array `key` of an npz, beside `labels` and the settings. On rank 0."""
         with replacing(target) as file:
-            content = np.memmap(self.folder / name, kind, "r", shape=(self.count, *shape))
-            np.savez(file, **{key: content}, labels=labels)  # type: ignore[arg-type]  # numpy's stub
+            np.savez(file, **{key: self.content(name)}, labels=labels, settings=settings)  # type: ignore[arg-type]  # numpy's stub
 
     def remove(self) -> None:
         """Delete the half-made file. On rank 0."""
+        self._lock.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def grid(samples: Path, labels: np.ndarray) -> Tensor:
-    """Return a picture of the first images of up to 8 classes, a row each: uint8 3 x height x width."""
-    images = np.load(samples)["arr_0"]
+def grid(images: np.ndarray, labels: np.ndarray) -> Tensor:
+    """Return a picture of the first images, uint8 N x H x W x 3, of up to 8 classes, a row each: uint8 3 x height x width."""
     chosen = [np.flatnonzero(labels == label)[:GRID_COLUMNS] for label in np.unique(labels)[:GRID_ROWS]]
     return sheet([torch.from_numpy(images[rows]).permute(0, 3, 1, 2) for rows in chosen])
 
@@ -217,14 +260,35 @@ def labels_of(which: str, seed: int, num_images: int, num_classes: int, key: str
         return np.full(num_images, num_classes, np.int64)
     try:
         classes = np.array([int(label) for label in which.split(",")], np.int64)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UserError(f"{key}{which}: expected equal, random, null or classes such as 207,360.") from error
     if classes.min() < 0 or classes.max() >= num_classes:
         raise UserError(f"{key}{which}: the model has classes 0 to {num_classes - 1}.")
     return classes[np.arange(num_images) % len(classes)]
 
 
-def _interval(text: str) -> tuple[float, float]:
+def _parts(output: Path) -> Path:
+    return output.with_name(f".{output.name}.parts")
+
+
+def _json_or_none(file: Path) -> dict[str, Any] | None:
+    try:
+        return read_json(file)
+    except UserError:  # a crash of the machine: what it is of is unknown, so it is made anew
+        return None
+
+
+def _made_with(file: Path) -> str | None:
+    """Return the settings that an npz of samples says it was made with."""
+    try:
+        with opened_npz(file) as archive:
+            return scalar(archive, "settings", str)
+    except UserError:
+        return None
+
+
+def interval_of(text: str) -> tuple[float, float]:
+    """Parse T_MIN:T_MAX, times at which guidance is used. Raises UserError."""
     try:
         low, high = (float(part) for part in text.split(":"))
     except ValueError as error:
@@ -246,7 +310,9 @@ def _facts(generator: Generator, guide: Generator | None, options: SampleOptions
     assert generator.rae is not None
     return {
         "seed": options.seed, "num_images": options.num_images, "labels": options.labels, "precision": options.precision,
-        "network": digest(generator.network), "decoder": digest(generator.rae.decoder),
+        "network": digest(generator.network), "flow": generator.flow.model_dump(),
+        "decoder": digest(generator.rae.decoder), "encoder": generator.rae.encoder.identity(),
+        "statistics": statistics_digest(generator.rae),
         "guide": None if guide is None else digest(guide.network), "latents": options.latents is not None,
     }  # fmt: skip
 

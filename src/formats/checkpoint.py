@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -81,6 +81,28 @@ def check_parts(content: Mapping[str, Any], file: object) -> None:
     parts = {"encoder": dict[str, Any], "state_dict": dict[str, Any], "architecture": (dict[str, Any], None)}
     remedy = "It was changed since training wrote it; take another one."
     check_json(dict(content), file, remedy, config=_Config, global_step=int, epoch=int, **parts)
+
+
+class _Loops(Document):
+    fit_loop: dict[str, Any]
+
+
+def check_resumable(content: Any, file: object) -> None:
+    """Raise UserError where a file is no checkpoint of this trainer, or lacks what a run needs to go on."""
+    if not isinstance(content, dict) or not {"state_dict", "loops"} <= content.keys():
+        raise UserError(
+            f"{file} is no checkpoint of a training run. Weights of others go into model.pretrained_decoder_path, not ckpt_path."
+        )
+    if (version := content.get("format_version")) != FORMAT_VERSION:
+        raise UserError(
+            f"{file}: format_version is {version}, this program reads {FORMAT_VERSION}. It is either not a checkpoint of this "
+            "trainer (weights of others go into model.pretrained_decoder_path) or of another release."
+        )
+    parts = {"state_dict": dict[str, Any], "optimizer_states": Annotated[list[Any], Field(min_length=1)]}
+    parts |= {"lr_schedulers": list[Any], "callbacks": dict[str, Any], "pytorch-lightning_version": str}
+    numbers = dict.fromkeys(("epoch", "global_step", "skipped_steps"), int)
+    remedy = "It was changed since training wrote it. Resume from another one: best.ckpt, epoch_XXX.ckpt."
+    check_json(content, file, remedy, loops=_Loops, config=_Config, **parts, **numbers)
 
 
 def load_trained(path: str | Path, which: Which = "ema", changes: Mapping[str, Any] | None = None) -> LoadedModel:

@@ -225,7 +225,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         return {}
     optional = (dict[str, Any] | None, None)
     listed = (list[dict[str, Any]] | None, None)
-    return read_json(folder / RECORD, encoder=optional, config=optional, run=optional, scores=listed)
+    return read_json(folder / RECORD, encoder=optional, config=optional, run=optional, scores=listed, files=optional)
 
 
 def _from_diffusers(folder: Path) -> DecoderFile:

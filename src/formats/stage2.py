@@ -15,9 +15,10 @@ from torch import Tensor
 from src.core.compose import compose
 from src.core.errors import UserError
 from src.core.files import write_torch
+from src.core.json_files import Document, check_json
 from src.core.key_mapping import below, unwrapped
 from src.core.weights import freeze, load_strict, read, resolve
-from src.formats.checkpoint import check_latents, existing
+from src.formats.checkpoint import check_latents, existing, stored
 from src.formats.decoder_files import RECORD, read_record
 from src.formats.export import new_folder
 from src.formats.opening import open_autoencoder
@@ -29,6 +30,21 @@ from src.models.rae import RAE
 
 FORMAT = "stage2"
 _OURS = "ema_network."
+
+
+class _Model(Document):
+    autoencoder: str | dict[str, Any]
+    statistics: str | None
+    image_size: int
+    network: dict[str, Any]
+    num_classes: int
+    label_dropout: float
+    flow: dict[str, Any]
+    sampler: dict[str, Any]
+
+
+class _Config(Document):
+    model: _Model
 
 
 @dataclass(frozen=True)
@@ -71,8 +87,14 @@ def open_generator(
     content = read(file)
     ours = isinstance(content, Mapping) and "format_version" in content
     said = content if ours else _record(file)
-    if ours and "autoencoder" not in content["config"]["model"]:
+    if ours and "autoencoder" not in (stored(content, "config.model") or {}):
         raise UserError(f"{file} is a checkpoint of stage 1, an autoencoder. Sampling needs one of stage 2.")
+    if said:
+        sizes, remedy = dict[str, Any], "It was changed since it was written; take another one."
+        check_json(
+            dict(said), file, remedy, config=_Config, global_step=int, encoder=sizes, statistics=sizes, architecture=sizes,
+            **({"state_dict": sizes} if ours else {}),
+        )  # fmt: skip
     if said and model is not None:
         raise UserError(f"--model {model}: {file} says itself which model it is. Drop the option.")
     if not said and model is None:
@@ -165,7 +187,7 @@ def export_official(checkpoint: str | Path, output: Path, dtype: torch.dtype, ov
 def _record(file: Path) -> dict[str, Any]:
     """Return what `export_official` wrote beside a file; empty for files of others."""
     record = read_record(file.parent)
-    return record if record.get("format") == FORMAT and file.name in record["files"] else {}
+    return record if record.get("format") == FORMAT and file.name in (record.get("files") or ()) else {}
 
 
 def _latent_shape(content: Mapping[str, Any]) -> tuple[int, int, int]:

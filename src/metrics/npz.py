@@ -4,13 +4,14 @@ Images are `arr_0`, the format of the ADM evaluation suite. Legend: N images, B 
 N x H x W x 3, in memory uint8 B x 3 x H x W.
 """
 
+import json
 import math
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from src.core.errors import UserError
 from src.core.files import replacing
+from src.core.json_files import check_json
 
 IMAGES, LATENTS = "arr_0.npy", "latents.npy"
 STREAMED = (IMAGES, LATENTS)
@@ -130,6 +132,23 @@ class LatentNpz(NpzRows):
     """The normalised latents that `src/sample.py --latents` writes; batches are float32 B x C x h x w."""
 
     member, dtype, content = LATENTS, np.float32, "float32 latents N x C x h x w"
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        with opened_npz(path) as archive:
+            said = json.loads(scalar(archive, "settings", str) or "{}")
+            if not isinstance(said, dict):
+                raise ValueError("its `settings` are no object")
+        check_json(said, self.path, "Sample them again.", encoder=(dict[str, Any], {}), statistics=(str | None, None))
+        self.about: dict[str, Any] = said
+        """`encoder`, the identity of the encoder that they are of, and `statistics`, the digest of those that normalise them;
+        empty where the file says nothing."""
+
+    def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
+        for rows in super().batches(batch_size, rank, world_size):
+            if not rows.isfinite().all():
+                raise UserError(f"{self.path} holds latents that are NaN or infinite. Sample them again.")
+            yield rows
 
 
 def write_image_npz(

@@ -262,12 +262,6 @@ class StageModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise UserError, with every difference, where the checkpoint is of another model."""
-        version = checkpoint.get("format_version")
-        if version != FORMAT_VERSION:
-            raise UserError(
-                f"The checkpoint's format_version is {version}, this program reads {FORMAT_VERSION}. It is either not a "
-                "checkpoint of this trainer (weights of others go into model.pretrained_decoder_path) or of another release."
-            )
         differing = [
             f"  {name}: checkpoint {(checkpoint.get(part) or {}).get(name)!r}, model {own[name]!r}"
             for part, own in self.identity().items()

@@ -10,7 +10,7 @@ from src.core.folder_lock import owner_of
 from src.core.json_files import read_json
 from src.core.text import flat
 from src.core.weights import read, resolve
-from src.formats.checkpoint import with_current_keys
+from src.formats.checkpoint import check_resumable, with_current_keys
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +58,8 @@ def find_checkpoint(ckpt_path: str | None, log_dir: str, experiment: str) -> Pat
 def announce_resume(checkpoint: Path, config: Mapping[str, Any], processes: int) -> None:
     """Log where a resumed run stands, and every change that makes it another run than the one it continues."""
     content = read(checkpoint)
-    if not isinstance(content, Mapping):
-        return  # the trainer will refuse it
-    before = content.get("config") or {}
+    check_resumable(content, checkpoint)
+    before = content["config"]
     before = {**before, "model": with_current_keys(before.get("model") or {})}
     log.info("Resuming at step %s (epoch %s).", content.get("global_step"), content.get("epoch"))
     run = checkpoint.parent.parent

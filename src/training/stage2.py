@@ -20,7 +20,7 @@ from src.core.weights import freeze
 from src.data.latents import LatentStore
 from src.evaluation.generate import Sampler, SamplerSettings
 from src.evaluation.reconstruction import check_store
-from src.formats.checkpoint import statistics_digest
+from src.formats.checkpoint import statistics_digest, stored
 from src.formats.opening import open_autoencoder
 from src.losses.flow_matching import FlowSettings, quartile_sums
 from src.models import flops
@@ -258,6 +258,15 @@ class DiffusionModule(StageModule):
                 f"The data has {classes} classes, the network's table model.num_classes={known}: set model.num_classes={classes}."
             )
         super().on_fit_start()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        was, now = stored(checkpoint, "config.model.optimizer.name"), self.settings.optimizer.name
+        if was != now:
+            raise UserError(
+                f"model.optimizer.name was {was} and is now {now}: the moments of one are of no use to the other. Resume with "
+                f"model.optimizer.name={was}."
+            )
 
     def cast_when_half(self) -> Sequence[nn.Module]:
         return []  # the encoder runs in float32
