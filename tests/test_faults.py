@@ -8,11 +8,12 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from scripts import fuzz
 from src.callbacks.checkpoint import AtomicCheckpointIO
 from src.core.errors import UserError
-from src.core.files import check_writable, write_text
+from src.core.files import check_writable, write_safetensors, write_text
 from src.core.images import save_png
 from src.core.terminal import in_options
 from src.evaluation.per_image_files import as_text
@@ -138,6 +139,15 @@ def test_what_is_no_regular_file_is_not_replaced(tmp_path, kind):
         with pytest.raises(UserError, match=f"is a {kind}; give the name of a file"):
             write()
     assert place.stat().st_ino == before
+
+
+def test_safetensors_say_of_a_full_disk_what_the_system_says(tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_safetensors(tmp_path / "a.safetensors", {"a": torch.zeros(9)})
 
 
 def test_a_warning_that_comes_again_stands_once_in_the_record():

@@ -86,6 +86,17 @@ def write_torch(path: str | Path, content: Any, tag: str | None = None) -> None:
             raise target.failure or error from error
 
 
+def write_safetensors(path: str | Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file in place. OSError where the disk refuses, which the library makes an error of its own."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from error
+
+
 class _Remembering:
     """Passes on what is written and remembers the first error, which torch.save replaces by one of its own."""
 

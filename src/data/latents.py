@@ -24,11 +24,10 @@ import numpy as np
 import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from src.core.errors import UserError
-from src.core.files import replacing, write_text
+from src.core.files import replacing, write_safetensors, write_text
 from src.core.json_files import Document, check_json, read_json
 from src.data.decode import BadImage
 from src.data.packed import PackedIndex, PackedSource
@@ -99,7 +98,7 @@ class LatentWriter:
         numbers = zip(data, rows.tolist(), labels.tolist(), strict=False)
         tensors["crc"] = torch.tensor([checksum(one.data, row, label) for one, row, label in numbers])
         with replacing(file) as out:
-            save_file({name: value.contiguous() for name, value in tensors.items()}, out.name)
+            write_safetensors(out.name, {name: value.contiguous() for name, value in tensors.items()})
         self.shards.append({"file": file.name, "count": count})
         self._waiting = [(latents[count:], rows[count:], labels[count:])] if len(rows) > count else []
         self._count -= count

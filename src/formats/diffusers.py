@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from src.core.errors import UserError
+from src.core.files import write_safetensors
 from src.core.key_mapping import below
 from src.core.weights import freeze, read
 from src.formats import diffusers_layout
@@ -117,7 +117,7 @@ def write_diffusers(
     plain = {"encoder_mean": rae.image_mean, "encoder_std": rae.image_std, "_latents_mean": mean, "_latents_std": std}
     state |= {name: value.float() for name, value in plain.items()}
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    save_file(state, Path(folder) / diffusers_layout.WEIGHTS, metadata={"format": "pt"})
+    write_safetensors(Path(folder) / diffusers_layout.WEIGHTS, state, {"format": "pt"})
     (Path(folder) / "config.json").write_text(json.dumps(_config_out(rae, family), indent=1) + "\n")
     return _remarks(family, published_names)
 
@@ -243,7 +243,7 @@ def _write_encoder(place: Path, family: Family, config: Mapping[str, Any], state
     # to the hub's names, from either spelling
     found = {names.theirs(names.ours(name)): value for name, value in below(state, "encoder.").items()}
     found[family.unused_norm + ".weight"], found[family.unused_norm + ".bias"] = torch.ones(width), torch.zeros(width)
-    save_file(found, place / "model.safetensors", metadata={"format": "pt"})
+    write_safetensors(place / "model.safetensors", found, {"format": "pt"})
     transformers = {
         "model_type": family.model_type,
         "hidden_size": width,

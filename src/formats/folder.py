@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers.utils.logging import disable_progress_bar
 
 from src.core.errors import UserError
+from src.core.files import write_safetensors
 from src.core.json_files import read_json
 from src.core.weights import freeze, load_strict, read
 from src.formats.checkpoint import LoadedModel, stored
@@ -71,7 +71,7 @@ def write_folder(
         for name, value in rae.decoder.state_dict().items()
     }
     state |= {name: value.cpu().clone() for name in _STATISTICS if (value := getattr(rae, name)) is not None}
-    save_file(state, folder / FOLDER_WEIGHTS, metadata={"format": "pt"})
+    write_safetensors(folder / FOLDER_WEIGHTS, state, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if with_encoder:
         _write_encoder(rae, folder / ENCODER, dtype)
