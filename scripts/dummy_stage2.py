@@ -101,7 +101,7 @@ def _judge(checkpoint: Path, samples: Path) -> tuple[float, float, float]:
     generator = open_generator(checkpoint)
     rae, inception = generator.rae, InceptionFeatures(None, "tiny")
     loading, decoder = LoadingOptions(num_workers=0, batch_size=32), Decoder("apply", 80.0)
-    loader = centre_crops(open_images(DATA, "train", None), rae.geometry.image_size, decoder, loading, ALONE)
+    loader = centre_crops(open_images(DATA, "all", None), rae.geometry.image_size, decoder, loading, ALONE)
     noise = torch.randn(IMAGES, *rae.latent_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         decoded = [unit_to_bytes(rae.decode(part)) for part in noise.split(32)]
