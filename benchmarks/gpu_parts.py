@@ -117,9 +117,8 @@ class Job:
     def call(self, *command: str, **environment: str) -> str:
         """Run a Python program of the project, as long as the share lasts, and return what it said."""
         env, ended = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}, ""
-        with tempfile.TemporaryFile(
-            "w+", errors="replace"
-        ) as said:  # a pipe would stay open as long as what it started lives
+        # A pipe would stay open as long as what the program started lives.
+        with tempfile.TemporaryFile("w+", errors="replace") as said:
             process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stdout=said, stderr=said)
             try:
                 process.wait(max(self.left - 5, 1))

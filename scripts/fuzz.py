@@ -283,12 +283,15 @@ KINDS = {
 
 def try_inputs(kind: Kind, whole: Path, folder: Path, targets: list[Path], seeds: range, results: Any) -> None:
     """Read damaged inputs one after the other, in a child; (seed, outcome) goes to `results` before and after each."""
+    import torch
+
     from src.core.errors import UserError
     from src.data.decode import BadImage
 
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what readers warn of
+    torch.set_num_threads(1)  # OpenMP of a forked child waits for ever for the threads of its parent
     for seed in seeds:
         draw = random.Random(seed)
         shutil.rmtree(folder, ignore_errors=True)
@@ -367,7 +370,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first input of each kind")
     parser.add_argument("--output", type=Path, default=Path("fuzz"), help="folder for inputs that did harm")
     args = parser.parse_args(argv)
-    os.environ["OMP_NUM_THREADS"] = "1"  # a forked child of a process with more threads hangs
     harm = 0
     for name in args.kinds:
         counts = fuzz(name, 60 * args.minutes / len(args.kinds), args.seed, args.output.absolute())

@@ -23,7 +23,7 @@ def small(monkeypatch):
     monkeypatch.setattr(gpu_report, "PARTS", {letter: PARTS[letter] for letter in "acj"})
 
 
-def report(folder: Path, seconds: float = 300, **changes) -> tuple[int, dict]:
+def report(folder: Path, seconds: float = 900, **changes) -> tuple[int, dict]:
     options = argparse.Namespace(**{**OPTIONS, "out": folder / "gpu.json", **changes})
     (folder / "scratch").mkdir(exist_ok=True)
     code = gpu_report.report(options, folder / "scratch", time.monotonic() + seconds)

@@ -53,7 +53,7 @@ def test_a_killed_sampling_goes_on_and_two_processes_give_the_same(checkpoint, t
     command = [sys.executable, "src/sample.py", "--checkpoint", str(checkpoint), "--device", "cpu", "--num_images", "64", "--batch_size", "4",
                "--output", str(tmp_path / "cut.npz")]  # fmt: skip
     journal = tmp_path / ".cut.npz.parts" / "done.0"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as here, and under torchrun
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as in `drawn`
     process = subprocess.Popen(
         command, cwd=PROJECT_ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

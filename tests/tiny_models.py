@@ -139,12 +139,13 @@ def two_processes(*words) -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    threads = str(torch.get_num_threads())
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": threads}
     started = [
         subprocess.Popen([sys.executable, *map(str, words)], cwd=PROJECT_ROOT, env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank},
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for rank in "01"
     ]  # fmt: skip
-    ends = [(process.communicate(timeout=120), process.returncode) for process in started]
+    ends = [(process.communicate(timeout=300), process.returncode) for process in started]
     assert all(code == 0 for _, code in ends), ends
     return "".join(out for (out, _), _ in ends)

@@ -28,13 +28,12 @@ def full_float32(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def float32_products(device: torch.device, precision: Literal["highest", "high"]) -> Iterator[None]:
-    """Compute float32 matrix products exactly or, `high`, in TF32, eight times as fast; on a GPU, else nothing changes."""
+    """Compute float32 matrix products exactly or, `high`, in TF32, which is faster; on a GPU, else nothing changes."""
     if device.type != "cuda":
         yield
         return
-    fast = (
-        torch.backends.cuda.matmul.fp32_precision == "tf32"
-    )  # however it was set: torch's older switch can't be read then
+    # However it was set: PyTorch's older switch can't be read after the newer one was used.
+    fast = torch.backends.cuda.matmul.fp32_precision == "tf32"
     torch.set_float32_matmul_precision(precision)
     try:
         yield
