@@ -1,6 +1,7 @@
 """gFID during training: the numbers of `sample.py` and `eval_generation.py` to the last digit; when, and what is refused."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -46,6 +47,12 @@ def test_online_and_offline_numbers_are_equal_and_training_is_not_disturbed(
         assert logged(tmp_path / "with", f"gfid_untrained/{name}")[6] == found[key], name
     state = next(v for k, v in read(last(tmp_path / "with"))["callbacks"].items() if "RunCheckpoint" in k)
     assert state["monitor"] == "gfid_untrained/score" and state["best"] == min(scores.values())
+
+
+def test_samples_that_are_not_finite_have_no_score_and_training_goes_on(autoencoder, reference, tmp_path, caplog):
+    run = train_stage2(tmp_path / "run", autoencoder, *gfid(reference, every_n_epochs=2, **{"sampler.cfg": 1e38}))
+    assert run.trainer.global_step == 6 and "of 10 samples hold NaN or infinity" in caplog.text
+    assert math.isnan(logged(tmp_path / "run", "gfid_untrained/score")[6])
 
 
 @pytest.mark.slow

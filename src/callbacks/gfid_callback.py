@@ -1,5 +1,7 @@
 """Scores of samples while a diffusion transformer trains, by the code of `src/sample.py` and `src/eval_generation.py`."""
 
+import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from pydantic import Field
 
 from src.callbacks.progress import training_paused
 from src.callbacks.scores import ScoreCallback, evaluation_mode, process_of
+from src.core.distributed import sum_over_ranks
 from src.core.errors import UserError
 from src.core.options import LoadingOptions
 from src.core.settings import checked
@@ -18,8 +21,10 @@ from src.core.text import typed
 from src.core.weights import SizedWeights, resolve
 from src.evaluation.generate import SamplerSettings
 from src.evaluation.generation import Reference, all_scores, load_references
-from src.evaluation.samples import blocks, draw, labels_of
+from src.evaluation.samples import NOT_FINITE, blocks, draw, labels_of
 from src.metrics.generation import GenerationReference, GenerationStatistics
+
+log = logging.getLogger(__name__)
 
 
 @checked("callbacks.gfid")
@@ -105,11 +110,16 @@ class GFIDCallback(ScoreCallback):
         process, count = process_of(trainer, pl_module), self.num_images
         sampler = pl_module.sampler(self._settings, self.seed)
         statistics = [GenerationStatistics(network, self.batch_size, count) for network in self._networks]
+        broken = torch.zeros((), device=process.device)
         for indices in blocks(count, self.batch_size)[process.rank :: process.world]:
-            images, _ = draw(sampler, pl_module.rae, indices, self._labels, process.device, self.decode_batch)
+            images, latents = draw(sampler, pl_module.rae, indices, self._labels, process.device, self.decode_batch)
+            broken += latents.flatten(1).isfinite().logical_not().any(1).sum()
             for part in statistics:
                 part.update(images, torch.from_numpy(indices))
         for part in statistics:
             part.reduce()
         values = all_scores(statistics, self._references, process.device) if process.main else {}
+        if broken := int(sum_over_ranks(broken)):
+            log.warning("gFID is NaN: %d of %d samples hold NaN or infinity: %s.", broken, count, NOT_FINITE)
+            values = dict.fromkeys(values, math.nan)
         return self.on_all_ranks(trainer, values)

@@ -33,6 +33,7 @@ from src.metrics.npz import opened_npz, scalar
 from src.models.rae import RAE
 
 GRID_ROWS, GRID_COLUMNS = 8, 8
+NOT_FINITE = "guidance too strong for this model and its precision. Take smaller scales, more steps"
 EXISTS = "--{} {} exists. Add --overwrite, or choose another name."
 
 
@@ -92,7 +93,10 @@ def sample(
     for number, indices in enumerate(mine):
         update(number * len(indices), sum(map(len, mine)))
         half = options.precision == "bf16"
-        work.write(indices, *draw(sampler, rae, indices, labels, process.device, options.decode_batch, half))
+        images, latents = draw(sampler, rae, indices, labels, process.device, options.decode_batch, half)
+        if not latents.isfinite().all():
+            raise UserError(f"Samples {indices[0]} to {indices[-1]} hold NaN or infinity: {NOT_FINITE}, or fp32.")
+        work.write(indices, images, latents)
     wait_for_all()
     if process.main:  # the npz of images last: where it is, all is there
         if options.latents is not None:
@@ -122,11 +126,6 @@ def draw(
     """
     with torch.autocast(device.type, torch.bfloat16, enabled=half), float32_products(device, "high"):
         latents = sampler.latents(indices, torch.from_numpy(labels[indices]), device).float()
-    if not latents.isfinite().all():
-        raise UserError(
-            f"Samples {indices[0]} to {indices[-1]} hold NaN or infinity: guidance too strong for this model and its precision. "
-            "Take smaller scales, more steps, or fp32."
-        )
     with full_float32(device):
         return torch.cat([unit_to_bytes(rae.decode(z)) for z in latents.split(decode_batch)]), latents
 
