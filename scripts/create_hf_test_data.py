@@ -82,13 +82,14 @@ def make_own(with_dummy: bool, overwrite: bool) -> int:
 
 def convert(options: Options) -> int:
     """Convert, and print what became of the files."""
+    from src.core.files import expanded
     from src.data.convert import REPORT
     from src.data.convert import convert as run
     from src.data.convert_scan import scan
     from src.data.convert_shard import Settings
 
     assert options.input_dir is not None and options.output_dir is not None
-    tree, output = scan(options.input_dir.expanduser().resolve()), options.output_dir.expanduser().resolve()
+    tree, output = scan(expanded(options.input_dir).resolve()), expanded(options.output_dir).resolve()
     settings = Settings(options.resize_shorter, options.max_megapixels, options.trust)
     with progress("files converted") as update:
         report = run(

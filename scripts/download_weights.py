@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 from src.core.download import addresses, check, download, present
+from src.core.files import resolve
 from src.core.requirements import FILES, USERS_CHOICE, Asset, by_name, requirements
 from src.core.terminal import run_program
 from src.models.encoder_presets import expand_encoder, hub_assets
@@ -78,7 +79,7 @@ def _wanted(args: argparse.Namespace) -> list[Asset]:
     assets = [by_name(name, encoders) for name in args.names if "=" not in name]
     if args.all or not (args.experiment or assets):
         assets = [*(encoders[name] for name in USUAL), *FILES]
-    weights_dir = ROOT / (args.weights_dir or Path("weights")).expanduser()
+    weights_dir = resolve(args.weights_dir or "weights")
     wanted = [asset.below(weights_dir) for asset in assets]
     if args.weights_dir:
         overrides.append(f"paths.weights_dir='{weights_dir}'")
@@ -92,7 +93,7 @@ def _wanted(args: argparse.Namespace) -> list[Asset]:
                 f"left out: the decoder that {experiment} starts from. Add model.pretrained_decoder_path=PATH to look for "
                 "it, or the name of a released one (such as decoder-dinov2) to get it"
             )
-        wanted += requirements(config, ROOT / Path(config["paths"]["weights_dir"]).expanduser(), ROOT)
+        wanted += requirements(config, resolve(config["paths"]["weights_dir"]), ROOT)
     known = {asset.name: asset for asset in encoders.values()}  # what a configuration names by its id
     return list(dict.fromkeys(known.get(asset.name, asset) for asset in wanted))
 

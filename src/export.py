@@ -19,7 +19,7 @@ from typing import Literal
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root instead of src/
 
 from src.core.errors import UserError
-from src.core.options import ModelOptions, option, run
+from src.core.options import ModelOptions, Place, option, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Options(ModelOptions):
         "folder: ours",
         default=MISSING,
     )
-    output: Path = option("a new folder", "DIR", MISSING)
+    output: Place = option("a new folder", "DIR", MISSING)
     dtype: Literal["fp32", "bf16", "fp16"] = option("of the weights; statistics stay fp32", default="fp32")
     overwrite: bool = option("replace an earlier export in --output", default=False)
     with_encoder: bool = option("folder: put the encoder in (diffusers always does)", default=False)

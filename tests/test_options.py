@@ -1,9 +1,9 @@
 """Command lines: options from dataclasses, progress on stderr, exit status."""
 
 import signal
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_type_hints
 
 import pytest
 import torch
@@ -11,7 +11,10 @@ import torch
 from src.core import terminal
 from src.core.distributed import processes
 from src.core.errors import UserError
+from src.core.files import PROJECT_ROOT
 from src.core.options import NotNegative, Positive, Share, option, parse
+from src.evaluation.options import ReconstructionOptions, SampleOptions, StatisticsOptions
+from src.export import Options as ExportOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,16 @@ def test_types_defaults_and_both_spellings():
         names=("a", "k=v"), out_dir=Path("x"), kind="b", over_write=True, data=("c", "d"), mirror=("u", "v"), batch_size=2,
         share=0.5,
     )  # fmt: skip
+
+
+def test_relative_paths_are_of_the_project_in_every_program(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for program in (SampleOptions, StatisticsOptions, ReconstructionOptions, ExportOptions):
+        hints = get_type_hints(program, include_extras=True)
+        assert not [entry.name for entry in fields(program) if hints[entry.name] in (Path, Path | None)], program
+    words = ["--checkpoint", "x", "--output", "a.npz", "--grid", "~no-such-user/b.png"]  # of a file called so
+    options = parse(SampleOptions, None, words)
+    assert (options.output, options.grid) == (PROJECT_ROOT / "a.npz", PROJECT_ROOT / "~no-such-user/b.png")
 
 
 def test_help_has_groups_and_defaults(capsys):

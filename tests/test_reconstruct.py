@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from src.core import files as core_files
 from src.core.errors import UserError
 from src.core.images import unit_to_bytes
 from src.data.decode import Decoder
@@ -146,6 +147,11 @@ def test_inputs(tmp_path):
         assert len(open_inputs([str(path) for path in paths], None, limit).rows) == count
     with pytest.raises(UserError, match="no such file"):
         open_inputs([str(tmp_path / "nothing*")], None)
+
+
+def test_the_projects_own_data_is_made_where_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(core_files, "PROJECT_ROOT", tmp_path)
+    assert len(open_inputs([str(tmp_path / "data/test_hf")], None).rows) == 20
 
 
 def test_images_that_can_not_be_decoded_are_counted(tmp_path, capsys):

@@ -113,8 +113,9 @@ def test_what_is_to_be_doubted(tmp_path, changes, said):
 
 def test_every_name_that_training_logs_has_a_chart_and_others_get_one(tmp_path):
     names = [f"{group}/{name}" for group, names in {
-        "train": "loss l1 lpips gan adaptive_weight grad_norm", "disc": "loss accuracy logits_real logits_fake", "lr": "generator discriminator",
-        "perf": "images_per_s data_wait memory_gb", "val": "loss l1 lpips psnr ssim", "rfid": "score psnr ssim lpips", "rfid_full": "score",
+        "train": "loss loss_q1 loss_q4 l1 lpips gan adaptive_weight grad_norm", "disc": "loss accuracy logits_real logits_fake", "lr": "generator discriminator network",
+        "perf": "mfu images_per_s data_wait memory_gb", "val": "loss loss_q1 l1 lpips psnr ssim", "rfid": "score psnr ssim lpips", "rfid_full": "score",
+        "gfid": "score sfid inception_score precision recall", "gfid_untrained": "score sfid inception_score precision recall",
     }.items() for name in names.split()]  # fmt: skip
     assert all(any(re.fullmatch(chart.names, name) for chart in CHARTS) for name in names)
     assert curves(made(make_run(tmp_path / "r", {"mine/a": STEPS})))["mine/a"] == [(step, step) for step in STEPS]

@@ -66,6 +66,11 @@ def test_a_resume_on_stored_latents_is_exact(stores, autoencoder, tmp_path):
         on_latents(first, store, autoencoder, more, "trainer.max_steps=4")
         on_latents(second, store, autoencoder, more, checkpoint=last(first))
         assert_equal_ends(tmp_path / "whole", second)
+    other = shutil.copytree(store, tmp_path / "edited")
+    index = json.loads((other / "index.json").read_text())
+    (other / "index.json").write_text(json.dumps(index | {"scale": "raw"}))
+    with pytest.raises(UserError, match="latents are raw, were normalized"):
+        on_latents(tmp_path / "third", other, autoencoder, checkpoint=last(first))
 
 
 def test_stored_latents_that_do_not_fit(stores, autoencoder, tmp_path):

@@ -16,9 +16,14 @@ PROJECT_ROOT = Path(__file__).resolve().parents[2]
 _UNFINISHED: set[Path] = set()
 
 
+def expanded(path: str | Path) -> Path:
+    """Put home folders for `~` and `~user`; a name such as `~old`, which is no user's, stays (pathlib raises)."""
+    return Path(os.path.expanduser(path))
+
+
 def resolve(path: str | Path) -> Path:
     """Make a path absolute: relative ones are relative to the project root, whatever the working directory."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     return path if path.is_absolute() else PROJECT_ROOT / path
 
 

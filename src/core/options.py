@@ -7,8 +7,10 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from inspect import get_annotations
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from src.core.files import resolve
 from src.core.terminal import run_program
 
 T = TypeVar("T")
@@ -45,6 +47,8 @@ def share(text: str) -> float:
 Positive = Annotated[int, positive]
 NotNegative = Annotated[int, not_negative]
 Share = Annotated[float, share]
+Place = Annotated[Path, resolve]
+"""A path; a relative one is that of the project, whatever the working directory."""
 
 
 def option(help: str, metavar: str | None = None, default: Any = None, **more: Any) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from src.core.errors import UserError
+from src.core.files import expanded
 
 HUB = "https://huggingface.co"
 HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
@@ -128,7 +129,7 @@ def requirements(config: Mapping[str, Any], weights_dir: Path, root: Path) -> li
     for key, value in _references(_in_use(config), ()):
         if value == "???":
             raise UserError(f"{key} is '???': give it a value (`{key}=PATH`) before its weights can be found.")
-        leaf, path = key.rpartition(".")[2], root / Path(value).expanduser()
+        leaf, path = key.rpartition(".")[2], root / expanded(value)
         unknown = Asset(key, "no known source: yours to provide", path=path)
         if leaf in _FILE_KEYS or leaf in ("decoder", "statistics"):
             known = [asset for asset in FILES if weights_dir / asset.place == path]

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from src.data.latents import LatentStore
 from src.data.packed import OpenFile, PackedSource
 from src.data.remote import RemoteTarSource
 from src.data.sources import FileSource, Source, short_digest
@@ -22,7 +23,8 @@ Entries = dict[str, list[Any]]
 
 
 def source_state(source: Source) -> dict[str, Any]:
-    """Return rows and, by file (of image files: by folder), [size or number of files, digest] of a source."""
+    """Return rows and, by file (of image files: by folder), [size or number of files, digest] of a source; the scale of stored
+    latents."""
     if isinstance(source, FileSource):
         entries = _folders(source.root, source.names)
     elif isinstance(source, RemoteTarSource):
@@ -34,7 +36,8 @@ def source_state(source: Source) -> dict[str, Any]:
     if len(entries) > LISTED:
         digest = short_digest(repr(sorted(entries.items())).encode("utf-8", "surrogateescape"))
         entries = {"": [len(entries), digest]}
-    return {"rows": len(source), "files": entries}
+    scale = {"scale": source.scale} if isinstance(source, LatentStore) else {}  # said by the index alone
+    return {"rows": len(source), "files": entries, **scale}
 
 
 def compare_fingerprints(stored: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
@@ -64,6 +67,8 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             found.append(f"{name or 'the files'} changed{sizes}")
     if not found and before.get("rows") != now.get("rows"):
         found.append(f"{before.get('rows'):,} images, now {now.get('rows'):,}")
+    if "scale" in before and before["scale"] != now.get("scale"):
+        found.append(f"latents are {now.get('scale')}, were {before['scale']}")
     return found
 
 

@@ -97,7 +97,7 @@ class ReconstructionOptions(shared.LpipsOptions, shared.LoadingOptions, shared.M
     exif: Literal["apply", "ignore"] = option("turn images as their EXIF says", default="apply")
     batch_size: Positive = option("images at once and process", "N", 32)
     max_bad_share: shared.Share = option("stop when more of the images can't be decoded", "SHARE", 1.0)
-    output: Path = option("a new folder", "DIR", MISSING)
+    output: shared.Place = option("a new folder", "DIR", MISSING)
     overwrite: bool = option("replace what an earlier call left in --output", default=False)
     write: tuple[Literal["images", "sheet", "scores", "npz"], ...] = option(
         "images: PNG files; sheet: originals, reconstructions, differences; scores: PSNR, SSIM and LPIPS of each image "
@@ -142,7 +142,7 @@ class StatisticsOptions(shared.LoadingOptions):
     )
     split: str = option("a split by its name, or `all` of the training split", "NAME", "all")
     exif: Literal["apply", "ignore"] = option("as in training", default="apply")
-    output: Path = option("the statistics, .pt", "FILE", MISSING)
+    output: shared.Place = option("the statistics, .pt", "FILE", MISSING)
     overwrite: bool = option("replace an existing --output", default=False)
 
     def __post_init__(self) -> None:
@@ -210,9 +210,9 @@ class SampleOptions:
     interval: tuple[str, ...] = option("times at which guidance is used, a file each", "T_MIN:T_MAX", ())
     internal: float | None = option("scale of internal guidance, of models with a base head", "SCALE")
     auto: float | None = option("scale of autoguidance by --guide", "SCALE")
-    output: Path = option("the samples, .npz", "FILE", MISSING)
-    latents: Path | None = option("also the normalised latents, .npz", "FILE")
-    grid: Path | None = option("also a picture with a row of images for each of 8 classes, .png", "FILE")
+    output: shared.Place = option("the samples, .npz", "FILE", MISSING)
+    latents: shared.Place | None = option("also the normalised latents, .npz", "FILE")
+    grid: shared.Place | None = option("also a picture with a row of images for each of 8 classes, .png", "FILE")
     overwrite: bool = option("replace an existing or half-made --output", default=False)
 
     def __post_init__(self) -> None:

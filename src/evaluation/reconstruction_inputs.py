@@ -14,8 +14,10 @@ import numpy as np
 from PIL import Image
 
 from src.core.errors import UserError
+from src.core.files import expanded
 from src.data.crops import adm_center_crop
 from src.data.decode import Decoder
+from src.data.dummy import ensure
 from src.data.places import holds_rows
 from src.data.sources import SUFFIXES, FileSource, Source, is_image, walk
 from src.evaluation.images import ALL, open_images
@@ -45,7 +47,8 @@ def open_inputs(paths: Sequence[str], split: str | None, limit: int | None = Non
     Raises:
         UserError: nothing there, or no image among it.
     """
-    first = Path(paths[0]).expanduser()
+    first = expanded(paths[0])
+    ensure(first)
     if len(paths) == 1 and first.is_dir() and (split is not None or holds_rows(first)):
         images = open_images(first.absolute(), split or ALL, None)
         return Inputs(images.source, images.rows[:limit], f"{first} ({images.split})", lambda row: f"{row:07d}")
@@ -99,7 +102,7 @@ def _with_labels(files: Sequence[Path], root: Path | None) -> FileSource:
 
 
 def _expand(text: str) -> list[Path]:
-    path = Path(text).expanduser()
+    path = expanded(text)
     if path.is_dir():
         found = sorted(path / name for name in walk(path) if is_image(name))
         if not found:

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from src.core.download import cached_encoder
 from src.core.errors import UserError
 from src.core.settings import checked, one_of
-from src.core.weights import PROJECT_ROOT, Frozen, Weights, freeze
+from src.core.weights import Frozen, Weights, freeze, resolve
 from src.models.encoder_files import STATISTICS, PixelStatistics, check_folder, read_statistics
 from src.models.layers import Fusion, LayerChoice, parse_layers
 
@@ -213,7 +213,7 @@ class FrozenEncoder(Frozen):
     @classmethod
     def read_statistics(cls, source: str) -> PixelStatistics:
         place = local_place(source)
-        known = (Path(place) / "preprocessor_config.json").is_file() or (PROJECT_ROOT / source).is_dir()
+        known = (Path(place) / "preprocessor_config.json").is_file() or resolve(source).is_dir()
         return read_statistics(place if known else source, STATISTICS[cls.statistics])
 
     def identity(self) -> dict[str, Any]:
@@ -324,7 +324,7 @@ def is_untrained(identity: Mapping[str, Any]) -> bool:
 def local_place(source: str) -> str:
     """Return the folder of an encoder: `source` relative to the project root, or where the hub's cache has all of that id,
     which is then not asked again; else `source`, an id to be asked for."""
-    candidate = PROJECT_ROOT / Path(source).expanduser()
+    candidate = resolve(source)
     return str(candidate if candidate.is_dir() else cached_encoder(source) or source)
 
 

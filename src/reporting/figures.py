@@ -37,10 +37,24 @@ class Chart(NamedTuple):
 
 
 CHARTS = (
-    Chart("Loss", "(train|val)/loss", "Decoder in training; L1 + LPIPS on held-out images (EMA weights).", min),
+    Chart(
+        "Loss",
+        "(train|val)/loss",
+        "In training; on held-out images by the EMA weights, where stage 1 has L1 + LPIPS alone.",
+        min,
+    ),
+    Chart("Loss by quarter of t", r"(train|val)/loss_q\d", "Stage 2: q1 is next to the data, q4 next to noise."),
     Chart("rFID", "rfid(_full)?/score", "Originals against reconstructions (EMA weights); lower is better.", min),
     Chart("gFID", "gfid/score", "Samples (EMA weights) against the reference; lower is better.", min),
-    Chart("FID distance, UNTRAINED Inception", "[rg]fid_untrained(_full)?/score", "Not comparable with any rFID.", min),
+    Chart(
+        "FID distance, UNTRAINED Inception",
+        "[rg]fid_untrained(_full)?/score",
+        "Not comparable with any rFID or gFID.",
+        min,
+    ),
+    Chart("sFID", r"gfid\w*/sfid", "gFID of spatial features; lower is better."),
+    Chart("Inception Score", r"gfid\w*/inception_score", "Of samples alone; higher is better."),
+    Chart("Precision and recall", r"gfid\w*/(precision|recall)", "Samples like the reference; the reference covered."),
     Chart("PSNR (dB)", r"(val|rfid\w*)/psnr", "Reconstructions by the EMA weights; higher is better.", max),
     Chart("L1", "(train|val)/l1", "Mean absolute difference of images in [0, 1]."),
     Chart("LPIPS", r"(train|val|rfid\w*)/lpips", "Perceptual distance; lower is better.", min),
@@ -50,9 +64,10 @@ CHARTS = (
     Chart("Discriminator loss", "disc/loss", "0: a perfect discriminator; 1 (hinge): one that guesses."),
     Chart("Discriminator accuracy", "disc/accuracy", "Share of images told right; half is guessing."),
     Chart("Discriminator logits", "disc/logits_.+", "Mean output for originals (real) and reconstructions (fake)."),
-    Chart("Gradient norm", "train/grad_norm", "Decoder, before clipping."),
+    Chart("Gradient norm", "train/grad_norm", "Decoder or transformer, before clipping."),
     Chart("Learning rate", "lr/.+"),
     Chart("Throughput (images/s)", "perf/images_per_s", "All processes; evaluation and pictures not counted."),
+    Chart("Model FLOPs utilisation", "perf/mfu", "Share of the peak that callbacks.progress.peak_tflops says."),
     Chart("Waiting for data", "perf/data_wait", "Share of the time; above a fifth, the data path is the bottleneck."),
     Chart("Peak memory (GB)", "perf/memory_gb", "First process: of its GPU; on a CPU, of the process."),
 )
