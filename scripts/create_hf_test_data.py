@@ -82,6 +82,7 @@ def make_own(with_dummy: bool, overwrite: bool) -> int:
 
 def convert(options: Options) -> int:
     """Convert, and print what became of the files."""
+    from src.core.errors import worded
     from src.core.files import expanded
     from src.data.convert import REPORT
     from src.data.convert import convert as run
@@ -89,7 +90,8 @@ def convert(options: Options) -> int:
     from src.data.convert_shard import Settings
 
     assert options.input_dir is not None and options.output_dir is not None
-    tree, output = scan(expanded(options.input_dir).resolve()), expanded(options.output_dir).resolve()
+    with worded(data_dir="--input_dir"):
+        tree, output = scan(expanded(options.input_dir).resolve()), expanded(options.output_dir).resolve()
     settings = Settings(options.resize_shorter, options.max_megapixels, options.trust)
     with progress("files converted") as update:
         report = run(

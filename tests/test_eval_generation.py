@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+import zlib
 
 import numpy as np
 import pytest
@@ -164,6 +165,13 @@ def test_what_cannot_be_scored(refused, files, tmp_path):
     mixed = shutil.copytree(files / "generated", tmp_path / "mixed")
     Image.fromarray(pictures(1, 1, 32)[0]).save(mixed / "z.png")
     assert "squares of one size, found 64 x 64 px" in refused(f"--samples {mixed} {reference}")
+    header, broken = b"IHDR" + bytes(2), tmp_path / "broken/a.png"  # on which Pillow raises ValueError
+    broken.parent.mkdir()
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n" + (2).to_bytes(4) + header + zlib.crc32(header).to_bytes(4))
+    assert "found nothing readable" in refused(f"--samples {broken.parent} {reference}")
+    assert "(--reference). Folders in" in refused(f"{samples} --reference {tmp_path}/nowhere")
+    held_out = f"{samples} --reference {files}/generated --reference_split held_out"
+    assert "--reference_split held_out: training held nothing out" in refused(held_out)
     wide = as_npz(tmp_path / "wide.npz", pictures(5, 1)[:, :32])
     assert "32 x 64 px: expected squares" in refused(f"--samples {wide} {reference}")
     assert "no such folder, and no .npz" in refused(f"--samples {tmp_path}/nothing {reference}")

@@ -12,7 +12,7 @@ from src.core import terminal
 from src.core.distributed import processes
 from src.core.errors import UserError
 from src.core.files import PROJECT_ROOT
-from src.core.options import NotNegative, Positive, Share, option, parse
+from src.core.options import NotNegative, Pixels, Positive, Share, option, parse
 from src.evaluation.options import ReconstructionOptions, SampleOptions, StatisticsOptions
 from src.export import Options as ExportOptions
 
@@ -35,6 +35,7 @@ class Options(Shared):
     kind: Literal["a", "b"] = option("which", default="a")
     part: Share = option("of the whole", default=0.5)
     seed: NotNegative = option("of draws", default=0)
+    side: Pixels = option("of images", default=1)
     over_write: bool = option("anew", default=False)
     data: tuple[str, ...] = option("sets", "DIR", ())
     mirror: tuple[str, ...] = option("repeatable", "URL", (), action="append", nargs=None)
@@ -79,6 +80,10 @@ def test_help_has_groups_and_defaults(capsys):
         ("", "--out_dir"),
         ("--out_dir x --kind c", "invalid choice"),
         ("--out_dir x --batch_size 0", "expected at least 1"),
+        (f"--out_dir x --batch_size {2**63}", "expected at least 1, below 2^63"),
+        ("--out_dir x --side 16385", "16385: expected 1 to 16384 pixels"),
+        ("--out_dir= --kind a", "nothing stands after `--out_dir`"),
+        ("--out_dir x --kind= ", "nothing stands after `--out_dir x --kind`"),
         ("--out_dir x --batch 2", "unrecognized"),
         ("--out_dir x --share 1", "--share needs --data"),
         ("--out_dir x --part nan", "nan: expected a share, 0 to 1"),

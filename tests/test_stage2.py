@@ -182,6 +182,9 @@ def made(name, autoencoder, folder):
         torch.save({"mean": None, "var": torch.ones(64, 2, 2)}, folder / "o.pt")
     elif name == "PLAIN":  # an export without statistics
         return exported(tiny_rae(folder), folder / "plain")
+    elif name == "BARE":  # a decoder file without its encoder
+        torch.save({}, folder / "o.pt")
+        return f"{{decoder: {folder / 'o.pt'}}}"
     elif name == "MOVED":  # an export whose encoder is elsewhere
         place = shutil.copytree(autoencoder, folder / "moved")
         config = json.loads((place / "config.json").read_text())
@@ -200,7 +203,8 @@ def made(name, autoencoder, folder):
         (["model.network.name=DiT"], "expected one of LightningDiT, DiTDH, RAEv2DiT"),
         (["+model.network.widht=3"], r"unknown key model.network.widht"),
         (["model.num_classes=2"], "3 classes.*model.num_classes=2"),
-        (["data.image_size=128"], "works at 64 px"),
+        (["data.image_size=128"], "^The autoencoder .* works at 64 px, the transformer at 128 px"),
+        (["model.autoencoder=BARE"], r"model.autoencoder.encoder is None: .*\(model.autoencoder.encoder dinov2-b"),
         (["model.sampler.t_min=0.9", "model.sampler.t_max=0.1", "model.sampler.cfg=2"], "t_min"),
         (["model.flow.shift=null"], "4096"),
         (["model.label_dropout=2"], "model.label_dropout=2: expected at most 1"),

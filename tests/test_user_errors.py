@@ -58,6 +58,10 @@ def test_one_message(tmp_path, overrides, said):
         ("+batch_size=64", "batch_size"),
         ("+callbacks.rfd.rfid_every_n_steps=5", "rfd (did you mean rfid?)"),
         ("+trainr.devices=1", "trainr (did you mean trainer?)"),
+        (
+            "ckpt_path=",
+            "Nothing stands after ckpt_path=: give a value, or null",
+        ),  # an unset $CHECKPOINT: would begin anew
     ],
 )
 def test_keys_that_hydra_lets_pass(added, said):

@@ -90,7 +90,8 @@ class GFIDCallback(ScoreCallback):
             return
         self._networks = [network.to(pl_module.device) for network in self._networks]
         size, loading = pl_module.rae.geometry.image_size, LoadingOptions(batch_size=self.batch_size)
-        reference, process = Reference(str(self.reference), self.reference_split), process_of(trainer, pl_module)
+        process = process_of(trainer, pl_module)
+        reference = Reference(str(self.reference), self.reference_split, key="callbacks.gfid.reference")
         self._references = load_references(reference, size, self._networks, loading, process)
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:

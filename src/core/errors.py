@@ -1,8 +1,27 @@
 """What is shown without a traceback: mistakes of the user, and a lack of memory."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """Says what came, what was expected and what to type instead. Programs print it and exit with status 1."""
+
+
+@contextmanager
+def worded(**names: str) -> Iterator[None]:
+    """Put the name of the option or key that the user has typed into messages of the block that call it otherwise.
+
+    Args:
+        names: what was typed, by what messages say: `data_dir` for `data.data_dir`, else an option such as `encoder`.
+    """
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for said, typed in names.items():
+            text = text.replace("data.data_dir" if said == "data_dir" else f"--{said}", typed)
+        raise UserError(text) from error
 
 
 def lacks_memory(error: BaseException) -> bool:

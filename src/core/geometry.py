@@ -10,8 +10,9 @@ from typing import Annotated
 from pydantic import Field
 
 from src.core.errors import UserError
+from src.core.options import LARGEST_PX
 
-Pixels = Annotated[int, Field(ge=1, le=16384)]
+Pixels = Annotated[int, Field(ge=1, le=LARGEST_PX)]
 """A side of an image; larger ones are slips of the keyboard, which would fill the memory."""
 
 

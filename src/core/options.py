@@ -4,6 +4,8 @@ The groups of options that several programs share are here too. No heavy imports
 """
 
 import argparse
+import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from inspect import get_annotations
@@ -17,12 +19,20 @@ T = TypeVar("T")
 
 INCEPTION_FILE = "weights/pt_inception-2015-12-05-6726825d.pth"
 LPIPS_FILES = {"vgg_path": "weights/vgg16-397923af.pth", "linear_path": "weights/lpips_vgg_v0.1.pth"}
+LARGEST_PX = 16384
+"""The side of an image."""
 EXIT_CODES = "exit codes: 0 done; 1 something is wrong with what was given; 2 wrong options; 130 interrupted"
 
 
 def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
+    if not 1 <= (value := int(text)) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text}: expected at least 1, below 2^63")
+    return value
+
+
+def pixels(text: str) -> int:
+    if not 1 <= (value := int(text)) <= LARGEST_PX:
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 to {LARGEST_PX} pixels")
     return value
 
 
@@ -45,6 +55,7 @@ def share(text: str) -> float:
 
 
 Positive = Annotated[int, positive]
+Pixels = Annotated[int, pixels]
 NotNegative = Annotated[int, not_negative]
 Share = Annotated[float, share]
 Place = Annotated[Path, resolve]
@@ -91,7 +102,10 @@ def parse(options: type[T], description: str | None, argv: Sequence[str] | None,
 
     Wrong ones, and a ValueError of the class's `__post_init__`, end the program with the usage and status 2.
     """
-    parser = build_parser(options, description, epilog)
+    parser, words = build_parser(options, description, epilog), sys.argv[1:] if argv is None else argv
+    if empty := [place for place, word in enumerate(words) if re.fullmatch(r"(--[\w-]+=)?", word)]:
+        before = " ".join(words[: empty[0] + 1])
+        parser.error(f"nothing stands after `{before.rstrip(' =')}`: is a variable of the shell not set?")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     try:
         return options(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
@@ -149,11 +163,11 @@ class ModelOptions:
     )
     stats: str | None = option("with a decoder file: its latent statistics", "FILE")
     decoder_config: str = option("with a decoder file: JSON or its folder", "PATH", "configs/decoder/ViTXL")
-    decoder_patch_size: Positive = option("with a decoder file", "PX", 16)
+    decoder_patch_size: Pixels = option("with a decoder file", "PX", 16)
     decoder_output: Literal["normalized", "image"] = option(
         "of a decoder file: the encoder's normalised pixels (RAE), or the image itself (RAEv2)", default="normalized"
     )
-    image_size: Positive | None = option("comes from the model; with a decoder file 256 if not given", "PX")
+    image_size: Pixels | None = option("comes from the model; with a decoder file 256 if not given", "PX")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +184,8 @@ class ModelsOptions(ModelOptions):
     def models(self) -> list[ModelOptions]:
         """Return the options of each model."""
         common = {entry.name: getattr(self, entry.name) for entry in fields(ModelOptions)}
-        given = [self.checkpoint] * bool(self.checkpoint) + list(self.decoder)
-        kinds = [{"checkpoint": p} if str(p).endswith(".ckpt") else {"decoder": p} for p in given]
+        kinds = [{"checkpoint": self.checkpoint}] if self.checkpoint else []
+        kinds += [{"checkpoint" if path.endswith(".ckpt") else "decoder": path} for path in self.decoder]
         return [ModelOptions(**{**common, "checkpoint": None, "decoder": None, **kind}) for kind in kinds]
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from src.core.distributed import Process
-from src.core.errors import UserError
+from src.core.errors import UserError, worded
 from src.core.images import Quantization, unit_to_bytes
 from src.core.options import LoadingOptions
 from src.core.precision import full_float32
@@ -61,6 +61,8 @@ class Reference:
     place: str
     split: str | None = None
     exif: Exif = "apply"
+    key: str = "--reference"
+    """The option or key that names it."""
 
 
 def evaluate(options: GenerationOptions, process: Process) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -140,7 +142,8 @@ def load_references(
         )
         wanted, batch = Preparation(image_size=size), options.batch_size
         return [load_generation_reference(path, network, batch, wanted, remedy, process) for network in networks]
-    images = open_images(reference.place, reference.split, None)
+    with worded(data_dir=reference.key, split=f"{reference.key}_split"):
+        images = open_images(reference.place, reference.split, None)
     if len(images.rows) < 2:
         raise UserError(
             f"The reference {images.folder} ({images.split}) has {len(images.rows)} image: 2 or more are needed."
@@ -213,7 +216,7 @@ def _common_size(inputs: Inputs) -> int:
         try:
             with Image.open(name) as image:
                 sizes.setdefault(image.size, name)
-        except (OSError, UnidentifiedImageError):
+        except Exception:  # Pillow raises many kinds on damaged files
             continue
     if len(sizes) != 1 or len(set(next(iter(sizes)))) != 1:
         found = ", ".join(f"{w} x {h} px ({name})" for (w, h), name in list(sizes.items())[:3]) or "nothing readable"

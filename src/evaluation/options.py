@@ -73,7 +73,7 @@ class ReferenceOptions(shared.FeatureOptions, shared.DataOptions):
     checkpoint: str | None = option(
         "take the images, the size and --exif that `eval_rfid.py --checkpoint FILE` takes, held-out ones too", "FILE"
     )
-    image_size: Positive | None = option("side of the centre crop (default: the checkpoint's, else 256)", "PX")
+    image_size: shared.Pixels | None = option("side of the centre crop (default: the checkpoint's, else 256)", "PX")
     kind: Literal["statistics", "images"] = option("what to write", default="statistics")
     output: str = option("the npz", "FILE", MISSING)
 

@@ -203,7 +203,7 @@ class Evaluation:
         """Score the generated latents through each model; the first of its results gets the scores. On all ranks."""
         options: Any = replace(self.options, num_samples=None)  # type: ignore[arg-type]  # of these all
         path = resolve(str(options.latents))
-        reference = Reference(str(options.generation_reference), exif=self.decoder.exif)
+        reference = Reference(str(options.generation_reference), exif=self.decoder.exif, key="--generation_reference")
         sets = [decoded_set(path, model, options, self.quantization, self.process) for model in self.models]
         scores = score_sets(sets, reference, self.networks, options, self.process)
         for images, values in zip(sets, scores, strict=True):

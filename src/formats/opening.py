@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from src.core.errors import UserError
+from src.core.errors import UserError, worded
 from src.core.options import ModelOptions
 from src.core.settings import check_arguments, check_keys
 from src.core.text import typed
@@ -154,8 +154,15 @@ def open_autoencoder(
         is_checkpoint = where.endswith(".ckpt")
         _ = existing(where, "model.autoencoder") if is_checkpoint else kind_of(where, "model.autoencoder")
         options, stats = {"checkpoint" if is_checkpoint else "decoder": where}, None
-    loaded = open_model(ModelOptions(**{**options, "stats": stats, "image_size": image_size}))
+    built = image_size if isinstance(where, Mapping) else None  # all but a decoder file have a size of their own
+    with worded(encoder="model.autoencoder.encoder", decoder="model.autoencoder.decoder"):
+        loaded = open_model(ModelOptions(**{**options, "stats": stats, "image_size": built}))
     rae = loaded.rae
+    if image_size not in (None, size := rae.geometry.image_size):
+        raise UserError(
+            f"The autoencoder {where} works at {size} px, the transformer at {image_size} px: give an autoencoder of {image_size} "
+            f"px, or train at {size} px (`image_size: {size}` of the data)."
+        )
     if statistics is not None:
         rae.set_statistics(*read_statistics(statistics, rae.latent_shape, rae.encoder.identity()))
     if not rae.has_statistics:

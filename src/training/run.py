@@ -33,7 +33,7 @@ from src.core.folder_lock import take_lock
 from src.core.json_files import read_json
 from src.core.settings import Settings, check_keys
 from src.core.stopping import KILL, STOP, end_with_parent, listening, signal_name, status_of
-from src.core.text import masked, table, typed
+from src.core.text import flat, masked, table, typed
 from src.core.weights import resolve
 from src.models.encoder_presets import expand_encoder
 from src.training import logs
@@ -238,6 +238,11 @@ def check_config(config: DictConfig) -> None:
     Hydra checks what is overridden; what an experiment file or a `+` adds, nobody else does. Raises UserError.
     """
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    if empty := [key for key, value in flat(plain).items() if value == "" and not key.startswith("logger.")]:
+        raise UserError(
+            f"Nothing stands after {', '.join(f'{key}=' for key in empty)}: give a value, or null for none. Is a variable of the "
+            "shell not set?"
+        )
     RunSettings.parse(plain, "")
     callbacks = plain["callbacks"] or {}
     check_keys(callbacks, KNOWN_CALLBACKS | _parts(callbacks).keys(), "callbacks")
