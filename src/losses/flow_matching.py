@@ -113,9 +113,7 @@ def quartile_sums(losses: Tensor, uniforms: Tensor) -> Tensor:
     """
     quartile = (uniforms * 4).long().clamp(max=3)
     members = (quartile[:, None] == torch.arange(4, device=losses.device)).to(losses.dtype)  # B 4
-    with torch.autocast(
-        losses.device.type, enabled=False
-    ):  # of training, which would round the losses to half precision
+    with torch.autocast(losses.device.type, enabled=False):  # it would round the losses of training to half precision
         return torch.cat([losses @ members, members.sum(0)])
 
 
