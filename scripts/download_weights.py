@@ -21,6 +21,7 @@ from src.core.download import addresses, check, download, present
 from src.core.files import resolve
 from src.core.requirements import FILES, USERS_CHOICE, Asset, by_name, requirements
 from src.core.terminal import run_program
+from src.core.text import quoted
 from src.models.encoder_presets import expand_encoder, hub_assets
 
 USUAL = ("dinov2-b", "siglip-so400m", "siglip2-b", "mae-b", "dinov3-b", "dinov3-l")
@@ -82,7 +83,7 @@ def _wanted(args: argparse.Namespace) -> list[Asset]:
     weights_dir = resolve(args.weights_dir or "weights")
     wanted = [asset.below(weights_dir) for asset in assets]
     if args.weights_dir:
-        overrides.append(f"paths.weights_dir='{weights_dir}'")
+        overrides.append(f"paths.weights_dir={quoted(weights_dir)}")
     for experiment in args.experiment:
         from src.core.compose import compose  # imports torch
 

@@ -20,6 +20,7 @@ from src.core.errors import UserError
 from src.core.json_files import read_json
 from src.core.options import EXIT_CODES
 from src.core.terminal import run_program
+from src.core.text import quoted
 from src.core.weights import PROJECT_ROOT
 
 DATA = "data/dummy_dataset_hf"
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(folder: Path, epochs: int | None) -> int:
     autoencoder, statistics = folder / "autoencoder/checkpoints/last.ckpt", folder / "stats.pt"
     if not _finished(autoencoder.parents[1]):  # one that was stopped goes on
-        go_on = [f"ckpt_path='{autoencoder}'"] if autoencoder.is_file() else []
+        go_on = [f"ckpt_path={quoted(autoencoder)}"] if autoencoder.is_file() else []
         statistics.unlink(missing_ok=True)
         quick = [
             "data.image_size=64",
@@ -50,15 +51,16 @@ def _run(folder: Path, epochs: int | None) -> int:
             "trainer.max_epochs=12",
             "trainer.check_val_every_n_epoch=12",
         ]
-        _program("train.py", "experiment=rae_dummy", *quick, f"paths.run_dir='{autoencoder.parents[1]}'", *go_on)
+        _program("train.py", "experiment=rae_dummy", *quick, f"paths.run_dir={quoted(autoencoder.parents[1])}", *go_on)
     if not statistics.is_file():
         model = "--checkpoint", autoencoder, "--device", "cpu", "--num_workers", 0, "--overwrite"
         _program("reconstruct.py", *model, "--input", DATA, "--latents", "raw", "--output", folder / "encoded")
         _program("latent_stats.py", *model, "--data_dir", DATA, "--output", statistics)
     run = next(place for n in itertools.count(1) if not (place := folder / f"run-{n}").exists())
     length = [] if epochs is None else [f"trainer.max_epochs={epochs}"]
-    _program("train.py", "experiment=dit_dummy", f"model.autoencoder='{autoencoder}'", f"model.statistics='{statistics}'",
-             f"data.data_dir='{folder / 'encoded/latents'}'", f"paths.run_dir='{run}'", *length)  # fmt: skip
+    _program("train.py", "experiment=dit_dummy", f"model.autoencoder={quoted(autoencoder)}",
+             f"model.statistics={quoted(statistics)}",
+             f"data.data_dir={quoted(folder / 'encoded/latents')}", f"paths.run_dir={quoted(run)}", *length)  # fmt: skip
     samples = run / "samples.npz"
     _program("sample.py", "--checkpoint", run / "checkpoints/last.ckpt", "--num_images", IMAGES, "--cfg", 3, "--device", "cpu",
              "--output", samples, "--grid", run / "samples.png")  # fmt: skip

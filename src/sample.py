@@ -48,7 +48,7 @@ def _run(options: SampleOptions) -> int:
         for point in points:
             began = time.perf_counter()
             with progress("images", process.main) as update:
-                settings = sample(generator, guide, point, process, update, in_sweep=len(points) > 1)
+                settings = sample(generator, guide, point, process, update)
             rows.append(
                 (settings.cfg, f"{settings.t_min:g}:{settings.t_max:g}", point.output, time.perf_counter() - began)
             )

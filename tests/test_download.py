@@ -23,6 +23,7 @@ from src.core.compose import compose
 from src.core.download import RECORD, addresses, check, download
 from src.core.errors import UserError
 from src.core.requirements import FILES, Asset, requirements
+from src.core.text import quoted
 from src.core.weights import PROJECT_ROOT
 from src.models.encoder_presets import PRESETS, hub_assets
 from tests.training import python
@@ -368,12 +369,13 @@ def test_program_says_what_to_do_by_hand(server, tmp_path):
 
 def test_program_lists_an_experiment(tmp_path, capsys):
     """`required` of rae_finetune is a word to the user, not the path of a missing file."""
+    tmp_path = tmp_path / "it's"
     where = ["--list", "--experiment", "rae_finetune", "--weights_dir", str(tmp_path)]
     assert main([*where, "vgg16"]) == 0
     unnamed = capsys.readouterr().out
     assert "left out: the decoder" in unnamed and f"{tmp_path}/vgg16" in unnamed
     assert unnamed.count("vgg16: ") == 1 and "/required" not in unnamed
-    assert main([*where, f"model.pretrained_decoder_path={tmp_path / 'mine.pt'}"]) == 0
+    assert main([*where, f"model.pretrained_decoder_path={quoted(tmp_path / 'mine.pt')}"]) == 0
     named = capsys.readouterr().out
     assert "left out" not in named and str(tmp_path / "mine.pt") in named
     assert main(["--experiment", "rae_dummy"]) == 0 and "nothing to download" in capsys.readouterr().out

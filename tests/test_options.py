@@ -120,11 +120,20 @@ def test_a_program_ends_with_a_message_and_a_status(error, status, words, capsys
     def body() -> int:
         raise error
 
-    before = signal.getsignal(signal.SIGTERM)
     assert terminal.run_program(body) == status and capsys.readouterr().err == f"{words}\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_signals_end_a_program_as_an_exception_would(number, code):
+    before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stop:
-        terminal.run_program(lambda: signal.raise_signal(signal.SIGTERM))
-    assert stop.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+        terminal.run_program(lambda: signal.raise_signal(number))
+    assert stop.value.code == code and signal.getsignal(number) == before
+    signal.signal(number, signal.SIG_IGN)  # as under nohup
+    try:
+        assert terminal.run_program(lambda: signal.raise_signal(number) or 0) == 0
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_program_that_waits_for_others_to_join_is_ended_by_sigterm(monkeypatch):

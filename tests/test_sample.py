@@ -16,6 +16,7 @@ import torch
 from scripts import dummy_stage2
 from src.core.errors import UserError
 from src.core.folder_lock import take_lock
+from src.core.text import quoted
 from src.core.weights import PROJECT_ROOT, read
 from src.evaluation import samples
 from src.formats.stage2 import open_generator
@@ -106,6 +107,9 @@ def test_half_made_samples_go_on_only_where_they_are_whole_and_of_the_same_model
     with monkeypatch.context() as patch:
         patch.setattr(samples.Blocks, "remove", lambda work: work._lock.close())
         drawn(checkpoint, file)
+    kept = shutil.copytree(parts, tmp_path / "kept")  # as if it had been killed while it cleared up
+    assert np.array_equal(drawn(checkpoint, file)["arr_0"], reference["arr_0"]) and not parts.exists()
+    kept.rename(parts)
     damages = {
         "images": lambda: os.truncate(parts / "images", 100),
         "journal": lambda: (parts / "done.0").write_bytes(b"0\n\0\0\0\n4"),  # a crash of the machine
@@ -170,11 +174,11 @@ def test_sampling_mistakes(checkpoint, tmp_path, capsys, words, message):
 
 
 def test_the_dummy_finishes_a_stage_that_was_stopped_and_replaces_no_run(tmp_path, monkeypatch):
-    calls = []
+    calls, tmp_path = [], tmp_path / "it's"
     monkeypatch.setattr(dummy_stage2, "_program", lambda *words: calls.append([str(word) for word in words]))
     monkeypatch.setattr(dummy_stage2, "_judge", lambda *files: (1.0, 1.0, 1.0))
     checkpoint, record = (tmp_path / "autoencoder" / name for name in ("checkpoints/last.ckpt", "run.json"))
-    (tmp_path / "run-2").mkdir()
+    (tmp_path / "run-2").mkdir(parents=True)
     checkpoint.parent.mkdir(parents=True)
     checkpoint.touch()
     for status in ("interrupted", "finished"):
@@ -187,6 +191,6 @@ def test_the_dummy_finishes_a_stage_that_was_stopped_and_replaces_no_run(tmp_pat
             "train.py",
             "sample.py",
         ]
-        assert (f"ckpt_path='{checkpoint}'" in calls[0]) == (
+        assert (f"ckpt_path={quoted(checkpoint)}" in calls[0]) == (
             status != "finished"
-        ) and f"paths.run_dir='{tmp_path}/run-1'" in calls[-2]
+        ) and f"paths.run_dir={quoted(tmp_path / 'run-1')}" in calls[-2]

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from src.core.errors import UserError
+from src.core.terminal import answer_signals
 from src.core.text import hydra_quoted, masked
 
 T = TypeVar("T")
@@ -72,9 +73,10 @@ def processes(device: str) -> Iterator[Process]:
         yield Process(chosen)
         return
     on_gpu = chosen.type == "cuda"
-    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # one in Python would wait until all have joined
+    handlers = answer_signals(signal.SIG_DFL)  # one in Python would wait until all have joined
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=chosen if on_gpu else None)
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     try:
         yield Process(chosen, rank, world)
     finally:

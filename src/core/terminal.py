@@ -50,8 +50,8 @@ def counted(items: Iterable[T], total: int, update: Update) -> Iterator[T]:
 def run_program(body: Callable[[], int]) -> int:
     """Run a command line program and return its exit status.
 
-    It is that of `body`, 1 with one message for a mistake of the user, 130 for Ctrl-C. SIGTERM ends the program as an
-    exception would (143), so that what is half written is removed.
+    It is that of `body`, 1 with one message for a mistake of the user, 130 for Ctrl-C. SIGTERM and SIGHUP end the program as
+    an exception would (143, 129), so that what is half written is removed; one that is ignored (nohup) stays ignored.
     """
     from src.core.errors import UserError, lacks_memory
     from src.core.files import DISK_ERRORS
@@ -60,7 +60,7 @@ def run_program(body: Callable[[], int]) -> int:
     warnings.filterwarnings("ignore", message=".*This DataLoader will create .* worker processes.*")
     logging.basicConfig(level=logging.ERROR if rank else logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("src").setLevel(logging.ERROR if rank else logging.INFO)
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    before = answer_signals(lambda number, frame: sys.exit(128 + number))
     try:
         return body()
     except (UserError, MemoryError, RuntimeError) as error:
@@ -87,7 +87,15 @@ def run_program(body: Callable[[], int]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def answer_signals(handler: Any) -> dict[int, Any]:
+    """Have a handler answer SIGTERM and SIGHUP (Windows has none), unless ignored; return those that did, by number."""
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heard}
 
 
 OPTION_OF = {

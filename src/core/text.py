@@ -40,8 +40,13 @@ def hydra_quoted(value: str) -> str:
     """Return a value of an override as it is typed in a shell; quoted, for Hydra and the shell, where Hydra needs it."""
     if re.fullmatch(r"[A-Za-z0-9_/.@%+-]+", value):
         return value
-    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + found[2].replace("'", "\\'"), value)
-    return '"' + re.sub(r'(["$`\\])', r"\\\1", f"'{escaped}'") + '"'
+    return '"' + re.sub(r'(["$`\\])', r"\\\1", quoted(value)) + '"'
+
+
+def quoted(value: object) -> str:
+    """Return the text of a value in quotes that Hydra takes away."""
+    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + found[2].replace("'", "\\'"), str(value))
+    return f"'{escaped}'"
 
 
 _SECRET = re.compile(r"(^|[._])(\w*(secret|password|passwd|api_?key)\w*|(\w+_)?token)$", re.IGNORECASE)

@@ -60,12 +60,9 @@ def sample(
     options: SampleOptions,
     process: Process,
     update: Callable[[int, int], None],
-    in_sweep: bool,
 ) -> SamplerSettings:
-    """Write an npz and return the settings it was made with. On all ranks.
-
-    Args:
-        in_sweep: an npz of the same settings that is there already is taken for this one.
+    """Write an npz and return the settings it was made with. On all ranks. What `check_files` lets stand, the npz of a sweep
+    or of a call that was stopped while it cleared up, is taken where its settings are the same.
 
     Raises:
         UserError: settings that the networks don't allow, a half-made file of other settings, latents that aren't finite, a
@@ -85,8 +82,10 @@ def sample(
     work = Blocks(options.output, options.num_images, files, options.batch_size, process)
     said = json.dumps({**settings.model_dump(), **_facts(generator, guide, options)}, default=str)
     if options.output.exists() and not options.overwrite:
-        if not (in_sweep and _made_with(options.output) == said):
+        if _made_with(options.output) != said:
             raise UserError(EXISTS.format("output", options.output))
+        if process.main:
+            shutil.rmtree(work.folder, ignore_errors=True)
         return settings
     work.open(json.loads(said), options.overwrite)
     mine = work.remaining()
