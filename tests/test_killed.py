@@ -59,6 +59,17 @@ def test_a_signal_finishes_the_update_and_saves(tmp_path, monkeypatch, name, cod
         assert str(code) in (PROJECT_ROOT / page).read_text()
 
 
+def test_a_process_that_is_gone_is_told_to_the_others_in_one_message(tmp_path, monkeypatch, capfd):
+    def training_step(self, batch, batch_idx):
+        raise RuntimeError("[pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer.")  # gloo's
+
+    monkeypatch.setattr(RAEModule, "training_step", training_step)
+    with pytest.raises(SystemExit) as ended:
+        run(composed([*CHEAP, f"paths.run_dir={tmp_path / 'run'}"]))
+    said = capfd.readouterr().err
+    assert ended.value.code == 1 and "Another process of this run is gone" in said and "Traceback" not in said
+
+
 def test_a_signal_that_arrives_ignored_stays_ignored(tmp_path, monkeypatch):
     before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
     try:

@@ -105,6 +105,7 @@ def test_what_the_page_says(run):
     ({"error": "out of <memory>"}, "It ended with: out of &lt;memory&gt;"),
     ({"log": UNTRAINED, "logged": {"rfid_untrained/score": STEPS}}, "UNTRAINED: encoder, LPIPS, Inception network. Random weights"),
     ({"config": "model:\n  lpips:\n    weights: tiny\n", "log": ""}, "UNTRAINED: model.lpips.weights (tiny)."),
+    ({"status": "running"}, "says `running`, but no process of this machine holds the folder"),
     ({"config": CONFIG.replace("1.0", "0.1")}, "some held-out images"),
 ])  # fmt: skip
 def test_what_is_to_be_doubted(tmp_path, changes, said):

@@ -14,6 +14,7 @@ import yaml
 
 from src.core import metrics_file
 from src.core.errors import UserError
+from src.core.folder_lock import owner_of
 from src.core.metrics_file import Row
 from src.core.weights import resolve
 
@@ -85,6 +86,10 @@ def _read(place: Path, known: tuple[Path, ...] = ()) -> Run:
     run = Run(place)
     run.record = _document(run, RECORD, json.loads, {})
     run.config = _document(run, CONFIG, yaml.safe_load, {})
+    if run.record.get("status") == "running" and not owner_of(place):
+        run.notes.append(
+            "run.json says `running`, but no process of this machine holds the folder: it was killed, or runs elsewhere."
+        )
     run.overrides = _document(run, OVERRIDES, yaml.safe_load, [])
     run.log = _document(run, LOG, str, "")
     rows: list[Row] = []

@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -121,6 +122,11 @@ def _message(error: Exception) -> str | None:
         return (
             f"Too many open files: {str(error).splitlines()[0]} Allow more with `ulimit -n 4096` in the shell, or take fewer "
             "data.num_workers."
+        )
+    if re.search("Connection (reset|closed) by peer", str(error)):  # gloo's
+        return (
+            f"Another process of this run is gone ({str(error).splitlines()[0]}). Its own messages, or those of the kernel "
+            "(`dmesg`), say why; what was saved is whole, ckpt_path=last goes on from it."
         )
     if lacks_memory(error):
         return (
