@@ -123,7 +123,7 @@ def _message(error: Exception) -> str | None:
             f"Too many open files: {str(error).splitlines()[0]} Allow more with `ulimit -n 4096` in the shell, or take fewer "
             "data.num_workers."
         )
-    if re.search("Connection (reset|closed) by peer", str(error)):  # gloo's
+    if isinstance(error, RuntimeError) and re.search("Connection (reset|closed) by peer", str(error)):  # gloo's
         return (
             f"Another process of this run is gone ({str(error).splitlines()[0]}). Its own messages, or those of the kernel "
             "(`dmesg`), say why; what was saved is whole, ckpt_path=last goes on from it."
