@@ -9,6 +9,7 @@ says nothing, PyTorch's default stands. No layer draws random numbers in its for
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -118,16 +119,20 @@ class Attention(nn.Module):
         """B N D -> queries, keys, values, or one tensor of all three."""
         if not self.split:
             return (self.qkv(x),)
-        x = autocast_once(x)
         return self.q(x), self.k(x), self.v(x)
 
     def mix(self, projected: tuple[Tensor, ...], rope: Rotary | None) -> Tensor:
         parts = projected if self.split else projected[0].chunk(3, dim=-1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)  # B H N D/H
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = rope(q), rope(k)
-        mixed = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
+
+        def place(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+            q, k = self.q_norm(q), self.k_norm(k)
+            if rope is not None:
+                q, k = rope(q), rope(k)
+            return q.to(v.dtype), k.to(v.dtype)
+
+        q, k = place(q, k) if isinstance(self.q_norm, nn.Identity) else recomputed(place, q, k)
+        mixed = F.scaled_dot_product_attention(q, k, v)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
@@ -146,7 +151,6 @@ class SwiGLU(nn.Module):
     def widen(self, x: Tensor) -> tuple[Tensor, ...]:
         if not self.split:
             return self.w12(x).chunk(2, dim=-1)
-        x = autocast_once(x)
         return self.w1(x), self.w2(x)
 
     def contract(self, a: Tensor, b: Tensor) -> Tensor:
@@ -204,16 +208,21 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor | None, rope: Rotary | None) -> Tensor:
         """x B N D; condition, its SiLU taken already: B 1 D (for all tokens), B N D (per token) or None (not modulated)."""
-        # What precedes one matrix product is computed again in the backward pass, that product is not.
+        # What precedes matrix products is computed again in the backward pass, the products are not.
         if self.modulation is None:
-            x = x + self.attn.mix(self.attn.project(self.norm1(x)), rope)
-            return x + recomputed(self.mlp.contract, *self.mlp.widen(self.norm2(x)))
+            x = x + self.attn.mix(self._enter(self.attn.project, self.norm1, x), rope)
+            return x + recomputed(self.mlp.contract, *self._enter(self.mlp.widen, self.norm2, x))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = getattr(self, self.modulation)(condition)
-        enter = (lambda function, x: function(x)) if self.attn.split else recomputed
-        projected = enter(lambda x: self.attn.project(self.norm1(x) * (1 + scale_a) + shift_a), x)
+        projected = self._enter(self.attn.project, lambda x: self.norm1(x) * (1 + scale_a) + shift_a, x)
         x = x + gate_a * self.attn.mix(projected, rope)
-        wide = enter(lambda x: self.mlp.widen(self.norm2(x) * (1 + scale_m) + shift_m), x)
+        wide = self._enter(self.mlp.widen, lambda x: self.norm2(x) * (1 + scale_m) + shift_m, x)
         return x + gate_m * recomputed(self.mlp.contract, *wide)
+
+    def _enter(self, product: Callable[[Tensor], Any], before: Callable[[Tensor], Tensor], x: Tensor) -> Any:
+        """Return product(before(x)); of `before` nothing is kept, but its result where several products take it."""
+        if self.attn.split:
+            return product(recomputed(lambda x: autocast_once(before(x)), x))
+        return recomputed(lambda x: product(before(x)), x)
 
 
 class FinalLayer(nn.Module):
