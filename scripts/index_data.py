@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from src.core.errors import UserError
+from src.core.errors import UserError, worded
 from src.core.options import option, run
 
 
@@ -42,7 +42,8 @@ def index(options: Options) -> int:
     from src.data.sources import ReadOptions
 
     storage = dict(text.split("=", 1) for text in options.option) or None
-    place = look(locate(options.data_dir), ReadOptions(label=options.label, storage=storage))
+    with worded(data_dir="data_dir"):
+        place = look(locate(options.data_dir), ReadOptions(label=options.label, storage=storage))
     if place.kind not in ("tars", "remote"):
         raise UserError(f"{options.data_dir} is a {place.kind}: only tars need an index.")
     for split in place.splits:

@@ -205,7 +205,7 @@ def test_what_is_not_there_is_named_and_options_are_never_shown(bucket: Any) -> 
 def test_the_index_script(local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(place: str) -> tuple[int, str]:
         done = subprocess.run([sys.executable, "scripts/index_data.py", place], cwd=PROJECT_ROOT, capture_output=True, text=True)  # fmt: skip
-        return done.returncode, done.stdout
+        return done.returncode, done.stdout + done.stderr
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     image_tar(tmp_path / "set/train.tar", 3)
@@ -217,7 +217,8 @@ def test_the_index_script(local: Path, tmp_path: Path, monkeypatch: pytest.Monke
         assert (
             code == 0 and f"train: 3 images, index {words}" in said and f"validation: 2 images, index {words}" in said
         )
-    assert run(f"{tmp_path}/nothing")[0] == 1
+    code, said = run(f"{tmp_path}/nothing")
+    assert code == 1 and "Set data_dir" in said
 
 
 def test_names_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
