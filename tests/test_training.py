@@ -159,6 +159,7 @@ def test_parts_that_never_start(tmp_path):
     assert fitted.module.learning_rates(3)["discriminator"] == fitted.module.settings.disc_scheduler.lr(0, 3)
 
 
+@pytest.mark.slow
 def test_the_siglip_dummy_trains(tmp_path):
     """As shipped, but for a smaller batch."""
     smaller = ["data.num_workers=0", "data.batch_size=2", "trainer.max_steps=3", "trainer.accelerator=cpu"]

@@ -85,6 +85,7 @@ def test_an_error_of_the_data_itself_is_raised():
     assert STOP.code == 0
 
 
+@pytest.mark.slow
 def test_a_slow_disk_is_no_fault():
     class Slow(Numbers):
         def __getitem__(self, row):
