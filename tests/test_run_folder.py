@@ -102,6 +102,11 @@ def test_a_running_run_locks_its_folder_until_its_process_ends(tmp_path):
     take_lock(tmp_path).close()
 
 
+def test_a_folder_that_cannot_be_locked_is_named_with_both_ways_out(tmp_path):
+    with pytest.raises(UserError, match=r"gone can't be written: No such file.*paths\.log_dir, --output"):
+        take_lock(tmp_path / "gone")
+
+
 def test_without_fcntl_nothing_is_locked(tmp_path, monkeypatch):
     monkeypatch.setattr("src.core.folder_lock.fcntl", None)
     with take_lock(tmp_path), take_lock(tmp_path):

@@ -47,7 +47,9 @@ def take_lock(
             return file
         file.close()
     except OSError as error:
-        raise UserError(f"The run's folder can't be written: {error}. Set paths.log_dir to another place.") from error
+        raise UserError(
+            f"{folder} can't be written: {error.strerror}. Choose another place (paths.log_dir, --output)."
+        ) from error
     raise UserError(f"A run is still going on in {folder} ({owner}). {remedy}")
 
 
