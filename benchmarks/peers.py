@@ -222,7 +222,7 @@ def stand_in(name: str, **content: Any) -> types.ModuleType:
 
 
 def stand_in_for_missing() -> None:
-    """Replace torchvision and wandb where they are not installed: of the first both use VGG16, untrained."""
+    """Put our untrained VGG16 where both look for torchvision's, whose weights they would download; wandb likewise."""
     transformers.utils.is_torchvision_available()  # asked before, and remembered
     if importlib.util.find_spec("torchvision") is None:
         top = stand_in("torchvision")
@@ -230,6 +230,8 @@ def stand_in_for_missing() -> None:
         top.utils = stand_in("torchvision.utils", make_grid=None)
         top.transforms = stand_in("torchvision.transforms")
         top.datasets = stand_in("torchvision.datasets", ImageFolder=None)
+    else:
+        importlib.import_module("torchvision.models").vgg16 = vgg16  # type: ignore[attr-defined]
     if importlib.util.find_spec("wandb") is None:
         stand_in("wandb")
 

@@ -74,7 +74,7 @@ def measure(
         seconds = in_turns(steps, warm, repeats, partial(clock, device))
     for name, step in steps.items():
         with autocast(device, precision):
-            parts = part_times(step, device)
+            parts, kernels = part_times(step, device)
             flops = FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU)
             with torch.compiler.set_stance("force_eager"), flops:  # compiled kernels can't be counted
                 step()
@@ -82,7 +82,7 @@ def measure(
         total = flops.get_total_flops()
         found[name] = {
             "seconds": median, "seconds_all": seconds[name], "images_per_s": len(images) / median,
-            "tflops": total / median / 1e12, "gflop_per_image": total / len(images) / 1e9, "ms": parts,
+            "tflops": total / median / 1e12, "gflop_per_image": total / len(images) / 1e9, "ms": parts, "kernels_ms": kernels,
         }  # fmt: skip
     return found
 
@@ -148,19 +148,23 @@ def peak_memory(run: Any, device: torch.device) -> float | None:
     return int(line.split()[1]) * 1024 / 1e9
 
 
-def part_times(run: Any, device: torch.device) -> dict[str, float]:
-    """Return ms of each part of one step, from the labels in the code."""
+def part_times(run: Any, device: torch.device) -> tuple[dict[str, float], dict[str, float]]:
+    """Return ms of each part of one step, from the labels in the code, and of the GPU kernels that take longest."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     # A part's kernels are found through the thread that launched them, so the backward pass has to stay in this one.
     with torch.autograd.set_multithreading_enabled(False), profile(activities=activities) as recorded:
         run()
         clock(device)
-    found = {}
+    parts, kernels = {}, {}
     for event in recorded.key_averages():
-        if event.key in PARTS and event.device_type == DeviceType.CPU:
+        if event.device_type != DeviceType.CPU:
+            if not event.is_user_annotation:  # a label, seen from the GPU
+                kernels[f"{event.key[:120]} ({event.count} x)"] = round(event.self_device_time_total / 1e3, 3)
+        elif event.key in PARTS:
             on_device = device.type == "cuda"
-            found[event.key] = (event.device_time_total if on_device else event.cpu_time_total) / 1e3
-    return {part: round(found[part], 2) for part in PARTS if part in found}
+            parts[event.key] = (event.device_time_total if on_device else event.cpu_time_total) / 1e3
+    longest = sorted(kernels, key=kernels.__getitem__, reverse=True)[:40]
+    return {part: round(parts[part], 2) for part in PARTS if part in parts}, {name: kernels[name] for name in longest}
 
 
 def matmul_peak(device: torch.device, precision: str, size: int | None = None) -> float:
