@@ -228,7 +228,9 @@ def _fits(job: Job, runner: Any, batch: int, phase: str) -> bool:
 
 def tests(job: Job) -> None:
     """(d) The tests that need a GPU."""
-    processes = min(len(os.sched_getaffinity(0)) // 2, 6)  # of a second or two on the GPU and much in Python and compilers
+    processes = min(
+        len(os.sched_getaffinity(0)) // 2, 6
+    )  # of a second or two on the GPU and much in Python and compilers
     many = ["-n", str(processes)] if processes > 1 and importlib.util.find_spec("xdist") else []
     said = job.call("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *many, "tests/test_gpu.py")
     failed = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR", "E  "))]

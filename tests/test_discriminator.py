@@ -62,7 +62,7 @@ def plain_trunk(state: Mapping[str, Tensor], x: Tensor, depths: tuple[int, ...])
         y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
         x = x + F.linear(y, w[b + "mlp.fc2.weight"], w[b + "mlp.fc2.bias"])
         if i in depths:
-            maps.append(x[:, 1:].mT)
+            maps.append(x[:, 1:])
     return maps
 
 
@@ -110,7 +110,7 @@ def test_trunk_equals_plain_attention(tmp_path: Path, size: int) -> None:
     x, y = images(size=size).requires_grad_(), images(size=size).requires_grad_()
     got, wanted = DinoTrunk(TINY, path)(x, DEPTHS), plain_trunk(state, y, DEPTHS)
     for a, b in zip(got, wanted, strict=True):
-        assert a.shape == (2, TINY.width, TINY.tokens)
+        assert a.shape == (2, TINY.tokens, TINY.width)
         assert (a - b).abs().max() < 1e-5 * b.abs().max()
     weight = torch.randn(wanted[-1].shape, generator=torch.Generator().manual_seed(1))
     (gx,), (gy,) = (torch.autograd.grad((m[-1] * weight).mean(), image) for m, image in ((got, x), (wanted, y)))
@@ -129,7 +129,7 @@ def test_a_training_step_equals_the_hook_form(norm_type: str, spectral: bool, ks
 
     def plain(x: Tensor) -> Tensor:
         maps = model.trunk(x, (1, 3))
-        return torch.cat([head(m) for head, m in zip(heads, (maps[1], maps[0], maps[1]), strict=True)], 1)
+        return torch.cat([head(m.mT) for head, m in zip(heads, (maps[1], maps[0], maps[1]), strict=True)], 1)
 
     model.train()
     model.power_iteration()

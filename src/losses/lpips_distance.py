@@ -81,7 +81,8 @@ def _measure(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tens
     x, y = x.to(weight.dtype), y.to(weight.dtype)
     norm_x = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     norm_y = torch.linalg.vector_norm(y, dim=1, keepdim=True)
-    return (_error(x, norm_x, y, norm_y).square_() * weight).sum((1, 2)), norm_x, norm_y
+    # Over channels first, which lie side by side: a sum over both at once makes the compiler read them in another order.
+    return (_error(x, norm_x, y, norm_y).square_() * weight).sum(1).sum(1), norm_x, norm_y
 
 
 def _pull_back(x: Tensor, y: Tensor, norm_x: Tensor, norm_y: Tensor, scale: Tensor) -> Tensor:

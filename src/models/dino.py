@@ -82,9 +82,9 @@ class DinoTrunk(Frozen):
         freeze(self)
 
     def forward(self, images: Tensor, depths: Sequence[int]) -> list[Tensor]:
-        """Return a B x C x L map after each of `depths` (ascending, from 0): images B x 3 x H x W, float in [-1, 1].
+        """Return a B x L x C map after each of `depths` (ascending, from 0): images B x 3 x H x W, float in [-1, 1].
 
-        Maps are views of token-major memory. Blocks after the last of `depths` are not run.
+        Blocks after the last of `depths` are not run.
         """
         size = (self.recipe.image_size, self.recipe.image_size)
         if images.shape[2:] != size:  # at this very size the resize is the identity
@@ -96,7 +96,7 @@ class DinoTrunk(Frozen):
         for depth, block in enumerate(self.blocks[: max(depths) + 1]):
             x = block(x)
             if depth in depths:
-                maps.append(x[:, 1:].transpose(1, 2))  # B C L
+                maps.append(x[:, 1:])
         return maps
 
 

@@ -7,6 +7,7 @@ Legend: B batch, C width, L patch tokens, S heads. Images are B x 3 x H x W, flo
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -18,11 +19,14 @@ from torch import Tensor, nn
 from src.core.settings import Settings, one_of
 from src.core.weights import SizedWeights
 from src.models.dino import RECIPES, TINY, DinoTrunk
+from src.models.recompute import recomputed
 from src.models.spectral_norm import PlainWeights, SpectralWeights
 
 NORM_EPS = 1e-6
 GROUPS = 32
 SLOPE = 0.2
+Pair = tuple[Tensor, Tensor]
+"""Weight and bias."""
 
 
 class DiscriminatorSettings(Settings):
@@ -101,7 +105,7 @@ class DinoDiscriminator(nn.Module):
         return self.heads(self.features(images))
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Return what the heads see: S maps B x C x L, each computed once (one tensor may stand in two places)."""
+        """Return what the heads see: S maps B x L x C, each computed once (one tensor may stand in two places)."""
         maps = dict(zip(self.run_depths, self.trunk(images, self.run_depths), strict=True))
         return [maps[depth] for depth in self.map_depths]
 
@@ -122,33 +126,45 @@ class DinoDiscriminator(nn.Module):
 
 
 class Heads(nn.Module):
-    """S heads of one shape, parameters stacked: few tensors for the power iteration, the optimiser and DDP.
-
-    Each: [conv k=1, norm, LeakyReLU] -> (x + [conv k=ks circular, norm, LeakyReLU](x)) / sqrt 2 -> conv k=1 to a logit.
-    """
+    """S heads of one shape, parameters stacked: few tensors for the power iteration, the optimiser and DDP."""
 
     def __init__(self, count: int, width: int, ks: int, norm_type: str, spectral: bool) -> None:
         super().__init__()
-        self.norm_type = norm_type
         self.first = Convolutions(count, width, width, 1, spectral)
         self.first_norm = Norms(count, width)
         self.second = Convolutions(count, width, width, ks, spectral)
         self.second_norm = Norms(count, width)
         self.last = Convolutions(count, width, 1, 1, spectral)
+        self.head = Head(norm_type)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Return the logits of S maps B x C x L, head after head: B x (S * L)."""
+        """Return the logits of S maps B x L x C, head after head: B x (S * L)."""
         layers = zip(maps, self.first(), self.first_norm(), self.second(), self.second_norm(), self.last(), strict=True)
-        logits = []
-        for x, first, first_norm, second, second_norm, last in layers:
-            x = _normalise(_convolve(x, *first), first_norm, self.norm_type)  # B C L
-            y = _normalise(_convolve(x, *second), second_norm, self.norm_type)
-            logits.append(_convolve((x + y) * 0.5**0.5, *last).flatten(1))  # B L
-        return torch.cat(logits, dim=1)
+        return torch.cat([self.head(*each) for each in layers], dim=1)
 
     def power_iteration(self) -> None:
         for convolutions in (self.first, self.second, self.last):
             convolutions.weights.power_iteration()
+
+
+class Head(nn.Module):
+    """[conv k=1, norm, LeakyReLU] -> (x + [conv k=ks circular, norm, LeakyReLU](x)) / sqrt 2 -> conv k=1 to a logit.
+
+    A module of its own, without parameters, for torch.compile. Tokens stay in front of channels in memory, as the trunk has them.
+    """
+
+    def __init__(self, norm_type: str) -> None:
+        super().__init__()
+        self.norm_type = norm_type
+
+    def forward(self, x: Tensor, first: Pair, first_norm: Pair, second: Pair, second_norm: Pair, last: Pair) -> Tensor:
+        """Return logits B L of a map B L C."""
+        x = self._normalised(_convolve(x, *first), first_norm)
+        y = self._normalised(_convolve(x, *second), second_norm)
+        return _convolve((x + y) * 0.5**0.5, *last).flatten(1)
+
+    def _normalised(self, x: Tensor, affine: Pair) -> Tensor:  # B L C
+        return recomputed(partial(_normalise, self.norm_type), x, *affine)
 
 
 class Convolutions(nn.Module):
@@ -161,7 +177,7 @@ class Convolutions(nn.Module):
         self.weights = SpectralWeights(weight) if spectral else PlainWeights(weight)
         self.bias = nn.Parameter(torch.stack([conv.bias.detach() for conv in drawn if conv.bias is not None]))
 
-    def forward(self) -> list[tuple[Tensor, Tensor]]:
+    def forward(self) -> list[Pair]:
         return list(zip(self.weights(), self.bias.unbind(0), strict=True))
 
 
@@ -173,22 +189,28 @@ class Norms(nn.Module):
         self.weight = nn.Parameter(torch.ones(count, width))
         self.bias = nn.Parameter(torch.zeros(count, width))
 
-    def forward(self) -> list[tuple[Tensor, Tensor]]:
+    def forward(self) -> list[Pair]:
         return list(zip(self.weight.unbind(0), self.bias.unbind(0), strict=True))
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # B C L -> B O L
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # B L C -> B L O
     reach = weight.shape[-1] // 2
-    if reach:
-        x = F.pad(x, (reach, reach), mode="circular")
-    return F.conv1d(x, weight, bias)
+    if not reach:
+        return F.linear(x, weight[..., 0], bias)
+    x = torch.cat((x[:, -reach:], x, x[:, :reach]), dim=1)
+    # As an image of one row: so its memory is channels_last, and convolutions take it as it is.
+    return F.conv2d(x.transpose(1, 2)[:, :, None], weight[:, :, None], bias)[:, :, 0].transpose(1, 2)
 
 
-def _normalise(x: Tensor, affine: tuple[Tensor, Tensor], norm_type: str) -> Tensor:  # B C L
-    """Normalise each channel over L (`bn`), or each group of channels with L (`gn`), per sample; then LeakyReLU."""
-    weight, bias = affine
+def _normalise(norm_type: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # B L C
+    """Normalise each channel over L (`bn`), or each group of channels with L (`gn`), per sample; then LeakyReLU.
+
+    In float32 or wider; the result in the dtype of x.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if norm_type == "gn":
-        x = F.group_norm(x, GROUPS, weight, bias, NORM_EPS)
+        wide = F.group_norm(wide.transpose(1, 2), GROUPS, weight, bias, NORM_EPS).transpose(1, 2)
     else:
-        x = F.instance_norm(x, weight=weight, bias=bias, eps=NORM_EPS)
-    return F.leaky_relu(x, SLOPE, inplace=True)
+        variance, mean = torch.var_mean(wide, dim=1, correction=0, keepdim=True)
+        wide = torch.addcmul(bias, wide - mean, weight * torch.rsqrt(variance + NORM_EPS))
+    return F.leaky_relu(wide, SLOPE).to(x.dtype)

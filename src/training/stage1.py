@@ -289,6 +289,6 @@ def parts_to_compile(
     rae: RAE, ema_decoder: nn.Module, lpips: LPIPS | None, discriminator: DinoDiscriminator | None
 ) -> list[nn.Module]:
     """Return where torch.compile pays."""
-    losses = [lpips, None if discriminator is None else discriminator.trunk]
+    losses = [lpips, *((discriminator.trunk, discriminator.heads.head) if discriminator is not None else ())]
     blocks = [*rae.encoder.blocks(), *rae.decoder.decoder_layers, *ema_decoder.decoder_layers]
     return [*blocks, *(part for part in losses if part is not None)]
