@@ -2,12 +2,14 @@
 
     python benchmarks/dit_step.py --rae ../RAE --network ditdh_s dit_b --batch 2
     python benchmarks/dit_step.py --raev2 ../RAEv2 --network raev2_s --batch 2 --compile
+    python benchmarks/dit_step.py --rae ../RAE --network ditdh_xl --batch 32 --device cuda --precision bf16 --compile
     python benchmarks/dit_step.py --rae ../RAE --network ditdh_xl --batch 32 --computed
 
 `--rae` and `--raev2` are checkouts of github.com/bytetriper/RAE and github.com/nanovisionx/RAEv2; nothing of them is part of
 this project. A step begins with latents (the frozen encoder is the same work for all) and ends with the average: draws, loss,
 backward, clipping, AdamW, EMA. Of theirs, networks, transport and `update_ema` are run as they stand, with stand-ins of the
-same work for timm's PatchEmbed and Mlp; `loss.item()` is in their loops and so in here. `--computed` gives a GPU's memory in
+same work for timm's PatchEmbed and Mlp; `loss.item()` is in their loops and so in here. On a GPU float32 products are TF32 in
+both, as their trainers have it, and one variant at a time is in memory. `--computed` gives a GPU's memory in
 bf16 from the sizes of tensors, as `benchmarks/memory.py` does, and computes nothing.
 """
 
@@ -16,6 +18,7 @@ import ast
 import importlib
 import importlib.util
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -38,8 +41,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.memory import GIB, GpuAutocast, LiveBytes, make_fake
 from benchmarks.peers import stand_in
+from benchmarks.runners import DTYPES
 from benchmarks.surroundings import in_turns, surroundings, write
-from benchmarks.train_step import peak_memory
+from benchmarks.train_step import clock, free_memory, peak_memory
 from src.core.ema import EMA
 from src.core.nonfinite import NonFiniteCounter
 from src.losses.flow_matching import FlowSettings, time_shift
@@ -220,6 +224,8 @@ def variants(arguments: argparse.Namespace, network: str) -> dict[str, tuple[typ
 
 def measure(arguments: argparse.Namespace, network: str) -> dict[str, dict[str, Any]]:
     chosen = variants(arguments, network)
+    if arguments.device.type == "cuda":
+        return {name: measure_on_gpu(arguments, network, *which) for name, which in chosen.items()}
     latents, labels = inputs(arguments)
     steps = {name: cls(arguments, network, compiled) for name, (cls, compiled) in chosen.items()}
     runs = {name: partial(step.run, latents, labels) for name, step in steps.items()}
@@ -239,6 +245,27 @@ def measure(arguments: argparse.Namespace, network: str) -> dict[str, dict[str, 
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found[name]["peak_gb"] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def measure_on_gpu(arguments: argparse.Namespace, network: str, cls: type, compiled: bool) -> dict[str, Any]:
+    device, dtype = arguments.device, DTYPES[arguments.precision]
+    free_memory(device)  # of the variant before
+    torch.set_float32_matmul_precision("high")
+    with device:
+        step = cls(arguments, network, compiled)
+    for module in step.modules():
+        module.to(device)
+    latents, labels = (tensor.to(device) for tensor in inputs(arguments))
+
+    def run() -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=cls is not Ours):
+            step.run(latents, labels)
+
+    run()
+    peak = peak_memory(run, device)  # of the second step, which has its moments
+    times = in_turns({"step": run}, arguments.warm, arguments.repeats, partial(clock, device))
+    median = statistics.median(times["step"])
+    return {"seconds": median, "images_per_s": len(latents) / median, "peak_gb": peak}
 
 
 def outside_products(run: Callable[[], None]) -> float:
@@ -290,6 +317,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warm", type=int, default=1)
+    parser.add_argument("--device", type=torch.device, default="cpu")
+    parser.add_argument("--precision", choices=DTYPES, default="fp32", help="on a GPU")
     parser.add_argument("--compile", action="store_true", help="compiled too, each as its program does it")
     parser.add_argument("--computed", action="store_true", help="a GPU's memory, from the sizes of tensors")
     parser.add_argument("--memory_of", help="print the peak of one variant, what the program calls itself with")
@@ -312,7 +341,7 @@ def main() -> None:
             if other is not None:
                 ratios = (f"{key} {found[name][key] / other[key]:.3f}" for key in other)
                 print(f"{network}, {name} over theirs: {', '.join(ratios)}", flush=True)
-    write(surroundings() | {"results": results}, arguments.out)
+    write(surroundings(arguments.device) | {"results": results}, arguments.out)
 
 
 if __name__ == "__main__":
