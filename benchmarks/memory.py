@@ -113,11 +113,11 @@ def peak_bytes(arguments: argparse.Namespace, variant: str, batch: int, accumula
     options = {"disc_fake": arguments.disc_fake, "loss_chunk_size": arguments.loss_chunk_size, "dtype": None,
                "activation_checkpointing": arguments.activation_checkpointing}  # fmt: skip
     with tempfile.TemporaryDirectory() as arguments.scratch:
-        models = build_models(arguments)
+        models = build_models(arguments, device)
     if dtype is not None and variant != "plain":  # as the runner does, but fake weights can't be cast in place
         cast_frozen(models.rae.encoder, dtype)
         cast_frozen(models.discriminator.trunk, dtype)
-    images, draws = make_inputs(arguments, models, device)
+    images, draws = make_inputs(arguments, device)
     tiles = patch.object(lpips_distance, "PART_ON_CPU", lpips_distance.PART_ON_DEVICE)
     with tiles, FakeTensorMode(allow_non_fake_inputs=True) as fake, LiveBytes() as live:
         for module in (models.rae, models.lpips, models.discriminator):

@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -36,10 +37,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from benchmarks.runners import DTYPES, ENCODERS, PHASES, build_models, copy_to, make_inputs, make_runner, step_parser
+from benchmarks.runners import DTYPES, ENCODERS, PHASES, build_models, make_inputs, make_runner, step_parser
 from benchmarks.surroundings import in_turns, surroundings, write
 from benchmarks.train_step import autocast, clock, free_memory, memory_alone, peak_memory, turns
 from src.core.errors import lacks_memory
+from src.core.files import write_torch
 from src.losses.lpips import CHANNELS, CONVS_PER_STAGE
 from src.models.dino import RECIPES, DinoTrunk
 
@@ -78,12 +80,14 @@ class Official:
         with self.repository:
             stand_in("eval", evaluate_reconstruction_distributed=None)
             program = importlib.import_module("train_stage1")
-            rae = program.RAE(
-                "Dinov2withNorm", str(encoder), 224, {"dinov2_path": str(encoder)}, str(decoder), 16, noise_tau=0.8
-            ).to(device)
-            average, model = prepare(rae, device)
             arch = {"dino_ckpt_path": str(dino), "ks": 9, "recipe": arguments.disc}
-            discriminator, augment = program.build_discriminator({"arch": arch}, device)
+            with device, patch.object(Dinov2WithRegistersModel, "from_pretrained", untrained_dinov2):
+                rae = program.RAE(
+                    "Dinov2withNorm", str(encoder), 224, {"dinov2_path": str(encoder)}, str(decoder), 16, noise_tau=0.8
+                ).to(device)
+                discriminator, augment = program.build_discriminator({"arch": arch}, device)
+                lpips = program.LPIPS().to(device).eval()
+            average, model = prepare(rae, device)
             training = {"optimizer": ADAM, "scheduler": COSINE}
             heads = [p for p in discriminator.parameters() if p.requires_grad]
             optimizers = [program.build_optimizer(p, training)[0] for p in (rae.decoder.parameters(), heads)]
@@ -93,7 +97,7 @@ class Official:
             self.names = vars(program) | {
                 "rae": rae, "ddp_model": model, "ema_model": average, "discriminator": discriminator.train(),
                 "ddp_disc": wrap(discriminator, device), "disc_aug": augment, "disc_loss_fn": disc_loss, "gen_loss_fn": gen_loss,
-                "lpips": program.LPIPS().to(device).eval(), "optimizer": optimizers[0], "disc_optimizer": optimizers[1],
+                "lpips": lpips, "optimizer": optimizers[0], "disc_optimizer": optimizers[1],
                 "scheduler": schedulers[0], "disc_scheduler": schedulers[1], "scaler": scaler, "device": device,
                 "rank": 0, "autocast": partial(torch.autocast, device.type), "autocast_kwargs": their_autocast(arguments.precision),
                 "disc_weight": DISC_WEIGHT, "perceptual_weight": PERCEPTUAL_WEIGHT, "max_d_weight": MAX_D_WEIGHT,
@@ -132,14 +136,15 @@ class RAEv2:
             )
             model.create_encoder = lambda *_, **__: HubDinov2(encoder)
             self.engine.autocast = partial(torch.autocast, device.type)
-            rae = model.RAE("dinov2", arguments.image_size, str(decoder), 16, None, 0.8, None).to(device)
+            arch = configs.DiscriminatorArchConfig(dino_ckpt_path=str(dino), recipe=arguments.disc)
+            with device:
+                rae = model.RAE("dinov2", arguments.image_size, str(decoder), 16, None, 0.8, None).to(device)
+                discriminator, self.augment = discs.build_discriminator(arch, device, configs.DiscAugmentConfig())
+                self.lpips = discs.LPIPS().to(device).eval()
             self.average, self.model = prepare(rae, device)
             if compiled:
                 self.model = torch.compile(self.model)
-            arch = configs.DiscriminatorArchConfig(dino_ckpt_path=str(dino), recipe=arguments.disc)
-            discriminator, self.augment = discs.build_discriminator(arch, device, configs.DiscAugmentConfig())
             self.discriminator = wrap(discriminator.train(), device)
-            self.lpips = discs.LPIPS().to(device).eval()
             heads = [p for p in discriminator.parameters() if p.requires_grad]
             adam = configs.OptimizerConfig(**ADAM)
             self.optimizers = [optim.build_optimizer(p, adam)[0] for p in (rae.decoder.parameters(), heads)]
@@ -167,11 +172,10 @@ class RAEv2:
 
 class Ours:
     def __init__(self, name: str, arguments: argparse.Namespace, device: torch.device) -> None:
-        models = build_models(arguments)
-        _, self.draws = make_inputs(arguments, models, device)
+        _, self.draws = make_inputs(arguments, device)
         options = {"disc_fake": "fresh", "loss_chunk_size": None, "activation_checkpointing": False}
         options["dtype"] = DTYPES[arguments.precision]
-        self.runner = make_runner(name, copy_to(models, device), device, options)
+        self.runner = make_runner(name, build_models(arguments, device), device, options)
         self.autocast = partial(autocast, device, arguments.precision)
 
     def run(self, images: Tensor, phase: str) -> None:
@@ -184,13 +188,17 @@ class HubDinov2(nn.Module):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.model = Dinov2WithRegistersModel.from_pretrained(folder).requires_grad_(False)
+        self.model = untrained_dinov2(folder).requires_grad_(False)
         self.model.layernorm = nn.LayerNorm(self.model.config.hidden_size, elementwise_affine=False)
         self.patch_size, self.hidden_size = self.model.config.patch_size, self.model.config.hidden_size
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.interpolate(images / 255 - 0.45, 224, mode="bicubic")
         return self.model(x).last_hidden_state[:, 5:]
+
+
+def untrained_dinov2(folder: str | Path, **_: Any) -> Dinov2WithRegistersModel:
+    return Dinov2WithRegistersModel(Dinov2WithRegistersConfig.from_pretrained(folder))
 
 
 def prepare(rae: nn.Module, device: torch.device) -> tuple[nn.Module, nn.Module]:
@@ -250,27 +258,24 @@ def vgg16(**_: Any) -> SimpleNamespace:
 def lpips_file(path: Path) -> None:
     """Write untrained linear weights where a checkout has none yet: else it would download them."""
     if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        weights = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate(CHANNELS)}
-        torch.save(weights, path)
+        write_torch(path, {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate(CHANNELS)})
 
 
 def files(arguments: argparse.Namespace, repository: Path) -> tuple[Path, Path, Path]:
-    """Write an untrained encoder, decoder config and DINO trunk as both programs want them on disk."""
+    """Write encoder config, decoder config and an untrained DINO trunk as both programs want them on disk."""
     scratch = Path(arguments.scratch).resolve()
     encoder, decoder, dino = scratch / "dinov2", scratch / arguments.decoder, scratch / f"dino_{arguments.disc}.pth"
-    if not encoder.exists():
-        sizes = {**ENCODERS["dinov2_b"], "patch_size": 14, "image_size": 518}
-        Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes)).save_pretrained(encoder)
-        statistics_of_imagenet = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-        content = {"image_processor_type": "BitImageProcessor", **statistics_of_imagenet}
-        (encoder / "preprocessor_config.json").write_text(json.dumps(content))
+    Dinov2WithRegistersConfig(**ENCODERS["dinov2_b"], patch_size=14, image_size=518).save_pretrained(encoder)
+    statistics_of_imagenet = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    content = {"image_processor_type": "BitImageProcessor", **statistics_of_imagenet}
+    (encoder / "preprocessor_config.json").write_text(json.dumps(content))
     decoder.mkdir(parents=True, exist_ok=True)
     config = json.loads((repository / "configs/decoder" / arguments.decoder / "config.json").read_text())
     (decoder / "config.json").write_text(json.dumps({**config, "patch_size": 16}))  # transformers 5 refuses their text
-    trunk = DinoTrunk(RECIPES[arguments.disc], None, "untrained").state_dict()
-    width = RECIPES[arguments.disc].width
-    torch.save({**trunk, "norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}, dino)
+    if not dino.exists():
+        trunk = DinoTrunk(RECIPES[arguments.disc], None, "untrained").state_dict()
+        width = RECIPES[arguments.disc].width
+        write_torch(dino, {**trunk, "norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)})
     return encoder, decoder, dino
 
 

@@ -39,6 +39,9 @@ ENCODERS = {
 DECODERS = sorted(file.parent.name for file in (PROJECT_ROOT / "configs/decoder").glob("*/config.json"))
 VARIANTS = ("plain", "ours", "compiled")
 LR = 2e-4
+PATCH = 16
+"""px a side of the decoder's patches."""
+AUGMENT = DiffAug(prob=1.0, cutout=0.0)
 
 
 @dataclass
@@ -137,8 +140,8 @@ class Draws:
     augment: list[Any]
 
 
-def build_models(arguments: argparse.Namespace) -> Models:
-    """Make untrained networks on the CPU."""
+def build_models(arguments: argparse.Namespace, device: torch.device) -> Models:
+    """Make untrained networks on a device, the same at each call. They are drawn there: a CPU takes long for so many numbers."""
     folder = PROJECT_ROOT / "configs/encoder/dinov2_tiny"
     config = {**json.loads((folder / "config.json").read_text()), **ENCODERS[arguments.encoder], "image_size": 518}
     scratch = Path(arguments.scratch) / "encoder"
@@ -147,38 +150,30 @@ def build_models(arguments: argparse.Namespace) -> Models:
     (scratch / "preprocessor_config.json").write_text((folder / "preprocessor_config.json").read_text())
     torch.manual_seed(0)
     params = {"dinov2_path": str(scratch), "weights": "untrained"}
-    rae = RAE("Dinov2withNorm", str(scratch), params, f"configs/decoder/{arguments.decoder}", 16, arguments.image_size)
     small = arguments.encoder == "tiny"
     weights: SizedWeights = "tiny" if small else "untrained"
-    lpips = LPIPS(None, None, weights)
-    discriminator = DinoDiscriminator(
-        None, ks=5 if small else 9, key_depths=(1, 3) if small else (2, 5, 8, 11), norm_type="bn", using_spec_norm=True,
-        recipe=arguments.disc, weights=weights,
-    )  # fmt: skip
-    return Models(rae, lpips, discriminator, DiffAug(prob=1.0, cutout=0.0))
-
-
-def copy_to(models: Models, device: torch.device) -> Models:
-    copy = deepcopy(models)
-    for module in (copy.rae, copy.lpips, copy.discriminator):
-        module.to(device)
-    return copy
-
-
-def make_inputs(arguments: argparse.Namespace, models: Models, device: torch.device) -> tuple[Tensor, Draws]:
-    rng = torch.Generator().manual_seed(1)
-    batch, size = arguments.batch, arguments.image_size
-    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=rng)
-    sigma = torch.rand(batch, 1, 1, 1, generator=rng)
-    noise = LatentNoise(sigma.to(device), torch.randn(batch, *models.rae.latent_shape, generator=rng).to(device))
-    augment = [
-        models.augment.draw(
-            torch.rand(UNIFORMS_PER_BATCH, generator=rng),
-            torch.rand(batch, UNIFORMS_PER_SAMPLE, generator=rng).to(device),
+    with device:
+        rae = RAE(
+            "Dinov2withNorm", str(scratch), params, f"configs/decoder/{arguments.decoder}", PATCH, arguments.image_size
         )
-        for _ in range(3)
-    ]
-    return images.to(device), Draws(noise, augment)
+        lpips = LPIPS(None, None, weights)
+        discriminator = DinoDiscriminator(
+            None, ks=5 if small else 9, key_depths=(1, 3) if small else (2, 5, 8, 11), norm_type="bn", using_spec_norm=True,
+            recipe=arguments.disc, weights=weights,
+        )  # fmt: skip
+    return Models(rae, lpips, discriminator, AUGMENT)
+
+
+def make_inputs(arguments: argparse.Namespace, device: torch.device) -> tuple[Tensor, Draws]:
+    """Draw images and what is random in a step, on a device, the same at each call."""
+    rng = torch.Generator(device).manual_seed(1)
+    uniform = partial(torch.rand, generator=rng, device=device)
+    batch, size, grid = arguments.batch, arguments.image_size, arguments.image_size // PATCH
+    latents = batch, ENCODERS[arguments.encoder]["hidden_size"], grid, grid
+    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=rng, device=device)
+    noise = LatentNoise(uniform(batch, 1, 1, 1), torch.randn(latents, generator=rng, device=device))
+    augment = [AUGMENT.draw(uniform(UNIFORMS_PER_BATCH).cpu(), uniform(batch, UNIFORMS_PER_SAMPLE)) for _ in range(3)]
+    return images, Draws(noise, augment)
 
 
 def step_parser(description: str | None, variants: Sequence[str], phases: Sequence[str]) -> argparse.ArgumentParser:

@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from src.core.files import write_text
+from src.core.run_names import git_state
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,8 +25,7 @@ def surroundings(device: torch.device | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": _git("rev-parse", "HEAD"),
-        "clean": not _git("status", "--porcelain"),
+        **(git_state() or {"commit": None, "clean": None}),
     }
 
 
@@ -46,9 +47,8 @@ def write(record: dict[str, Any], out: Path | None) -> None:
     """Write a record as JSON with the command that made it; None: not at all."""
     if out is None:
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])
-    out.write_text(json.dumps({"command": command, **record}, indent=1) + "\n")
+    write_text(out, json.dumps({"command": command, **record}, indent=1) + "\n")
     print(f"\nwritten to {out}")
 
 
@@ -57,7 +57,3 @@ def cpu_name() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor())
-
-
-def _git(*words: str) -> str:
-    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()

@@ -37,7 +37,6 @@ from benchmarks.runners import (
     VARIANTS,
     Draws,
     build_models,
-    copy_to,
     make_inputs,
     make_runner,
     step_parser,
@@ -163,7 +162,7 @@ def part_times(run: Any, device: torch.device) -> tuple[dict[str, float], dict[s
         elif event.key in PARTS:
             on_device = device.type == "cuda"
             parts[event.key] = (event.device_time_total if on_device else event.cpu_time_total) / 1e3
-    longest = sorted(kernels, key=kernels.__getitem__, reverse=True)[:40]
+    longest = sorted(kernels, key=kernels.__getitem__, reverse=True)[:80]
     return {part: round(parts[part], 2) for part in PARTS if part in parts}, {name: kernels[name] for name in longest}
 
 
@@ -192,12 +191,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
-    models = build_models(arguments)
-    images, draws = make_inputs(arguments, models, device)
+    images, draws = make_inputs(arguments, device)
     options = {key: getattr(arguments, key) for key in ("disc_fake", "loss_chunk_size", "activation_checkpointing")}
     if arguments.memory_only:
         (precision,), (variant,) = arguments.precision, arguments.variants
-        runner = make_runner(variant, copy_to(models, device), device, options | {"dtype": DTYPES[precision]})
+        runner = make_runner(variant, build_models(arguments, device), device, options | {"dtype": DTYPES[precision]})
         print(json.dumps({phase: peak(runner, images, draws, phase, precision) for phase in arguments.phases}))
         return
     pairs = list(product(arguments.variants, arguments.precision))
@@ -214,7 +212,7 @@ def main() -> None:
         print(f"\n{precision}: a large matrix product runs at {product_tflops:.3g} TFLOP/s here")
         found: dict[str, dict[str, Any]] = {phase: {} for phase in arguments.phases}
         for names in turns(arguments.variants, device):
-            runners = {name: make_runner(name, copy_to(models, device), device, options) for name in names}
+            runners = {name: make_runner(name, build_models(arguments, device), device, options) for name in names}
             for phase in arguments.phases:
                 for name, runner in runners.items() if on_gpu else ():
                     memory[name, precision][phase] = peak(runner, images, draws, phase, precision)

@@ -32,6 +32,7 @@ sys.path[0] = str(ROOT)
 
 from src.core.files import write_text
 from src.core.options import above_zero
+from src.core.run_names import git_state
 
 RESERVE_S = 30
 """Of the given minutes, kept for starts and ends."""
@@ -46,16 +47,16 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "a": Part("environment", 3),
-    "b": Part("step", 36),
-    "c": Part("largest_batch", 10),
-    "d": Part("tests", 14, ("pytest", "hydra", "omegaconf")),
-    "e": Part("half_precision", 5),
-    "f": Part("evaluation", 5),
-    "g": Part("runs", 20, ("hydra", "omegaconf")),
-    "h": Part("peers", 25),
-    "i": Part("data_path", 5),
-    "j": Part("switches", 8),
+    "a": Part("environment", 15),
+    "b": Part("step", 150),
+    "c": Part("largest_batch", 35),
+    "d": Part("tests", 95, ("pytest", "hydra", "omegaconf")),
+    "e": Part("half_precision", 30),
+    "f": Part("evaluation", 45),
+    "g": Part("runs", 95, ("hydra", "omegaconf")),
+    "h": Part("peers", 100),
+    "i": Part("data_path", 15),
+    "j": Part("switches", 30),
 }
 NEEDED = {"torch", "pytorch_lightning", "transformers", "pydantic", "safetensors", "numpy", "PIL", "yaml", "simplejpeg"}
 PACKAGES = {"hydra": "hydra-core", "pytorch_lightning": "pytorch-lightning", "PIL": "pillow", "yaml": "pyyaml"}
@@ -149,7 +150,7 @@ def measure(
     began, job, log = time.monotonic(), scratch / f"{letter}.json", scratch / f"{letter}.log"
     print(f"({letter}) {PARTS[letter].name}: at most {deadline - began:.0f} s", flush=True)
     checkouts = {"rae": arguments.rae, "raev2": arguments.raev2}
-    task = {"dry": arguments.dry, "seconds": deadline - began, "scratch": str(scratch), "earlier": earlier}
+    task = {"dry": arguments.dry, "deadline": deadline, "scratch": str(scratch), "earlier": earlier}
     task["checkouts"] = {name: folder and str(folder.resolve()) for name, folder in checkouts.items()}
     job.write_text(json.dumps(task))
     result, code = job.with_suffix(".result"), None
@@ -174,7 +175,7 @@ def measure(
 
 def work(letter: str, job: Path) -> None:
     """Measure one part in this process; what is there so far is written after each figure."""
-    out, task, ended = job.with_suffix(".result"), json.loads(job.read_text()), {"status": "done"}
+    out, task, ended = job.with_suffix(".result"), json.loads(job.read_text()), {}
     task |= {"scratch": Path(task["scratch"]), "write": lambda result: write_text(out, json.dumps({"result": result}))}
     measuring = None
     try:
@@ -182,11 +183,10 @@ def work(letter: str, job: Path) -> None:
 
         measuring = gpu_parts.Job(**task)
         getattr(gpu_parts, PARTS[letter].name)(measuring)
+        ended = {"status": measuring.status}
     except Exception:  # whatever it is, the other parts go on
         ended = {"status": "failed", "error": traceback.format_exc()[-3000:]}
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    write_text(out, json.dumps({"result": measuring.result if measuring else {}, "commit": commit, **ended}))
+    write_text(out, json.dumps({"result": measuring.result if measuring else {}, "git": git_state(), **ended}))
 
 
 def show(content: dict[str, Any]) -> None:

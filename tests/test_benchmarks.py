@@ -3,13 +3,13 @@
 import argparse
 import json
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import dit_step, memory, train_step
+from benchmarks import dit_step, memory, runners, train_step
 from benchmarks.plain_step import published_layers
 from src.models import decoder, dit_layers
 from src.models.decoder import DecoderConfig
@@ -30,6 +30,15 @@ def test_the_step_is_timed_and_its_memory_measured(monkeypatch, tmp_path, capsys
         assert {"encode", "decode", "lpips", "gan", "backward", "disc", "optimizer", "ema"} <= rows[name]["ms"].keys()
     assert rows["ours"]["gflop_per_image"] < rows["plain"]["gflop_per_image"]
     assert "ours / plain" in capsys.readouterr().out
+
+
+def test_networks_are_drawn_on_a_gpu_alone(monkeypatch, tmp_path):
+    """On the meta device, which is everywhere: tensors of it and of the CPU in one operation are an error too."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which that device lacks
+    sizes = argparse.Namespace(encoder="tiny", decoder="tiny", disc="S_8", image_size=64, scratch=str(tmp_path))
+    models = runners.build_models(sizes, torch.device("meta"))
+    for module in (models.rae, models.lpips, models.discriminator):
+        assert {tensor.device.type for tensor in module.state_dict().values()} == {"meta"}
 
 
 @pytest.mark.slow

@@ -104,7 +104,8 @@ def on_gpu(step, draws):
 def generator_gradients(step, draws, **options):
     step.rae.decoder.zero_grad()
     step.generator(draws.images, None, draws.augment["generator"], FULL, **options)
-    return {name: p.grad.cpu() for name, p in step.rae.decoder.named_parameters() if p.grad is not None}
+    # A copy: where the module moves later, it takes its gradients along.
+    return {name: p.grad.clone().cpu() for name, p in step.rae.decoder.named_parameters() if p.grad is not None}
 
 
 def assert_near(found, expected, share):

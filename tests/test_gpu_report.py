@@ -81,6 +81,25 @@ def test_a_part_that_crashes_or_hangs_ends_no_other_and_what_it_had_is_kept(tmp_
     assert not child.exists() or b"sleep" not in child.read_bytes()
 
 
+def test_a_program_that_outlasts_a_part_leaves_what_it_had(tmp_path, monkeypatch):
+    """The deadline is the caller's: how long a part takes to start does not move it."""
+    record = '{"arguments": {}, "results": {"bf16/gan": {"official": {"seconds": 1}}}}'
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\necho '{record}' > '{tmp_path}/peers.json'; echo gan official: 1 s; exec sleep 60\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(sys, "executable", str(program))
+    work = gpu_report.work
+    monkeypatch.setattr(gpu_report, "work", lambda *job: (time.sleep(3), work(*job)))
+    options = argparse.Namespace(**OPTIONS | {"rae": tmp_path, "raev2": tmp_path})
+    deadline = time.monotonic() + 9
+    found = gpu_report.measure("h", options, tmp_path, deadline, {})
+    assert deadline - time.monotonic() > 3.5, "no time is left to write what there is"
+    assert found["status"] == "out of time"
+    assert found["result"]["results"] == {"bf16/gan": {"official": {"seconds": 1}}}
+    assert found["result"]["summary"] == ["gan official: 1 s"]
+    assert found["result"]["output"] == "gan official: 1 s\n\nended: its share of the time was over"
+
+
 def test_a_later_call_adds_what_is_missing_to_the_same_file(tmp_path, monkeypatch, small):
     first = '--worker=c) exit 1;;\n--worker=j) echo \'{"result": {"x": 1}, "status": "done"}\' > $out;;'
     executable(tmp_path, monkeypatch, first)

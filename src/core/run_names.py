@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from src.core.weights import PROJECT_ROOT
+from src.core.files import PROJECT_ROOT
 
 _DATE = re.compile(r"\d{4}-\d\d-\d\d")
 

@@ -84,14 +84,14 @@ def neighbour_distances(features: Tensor, k: int = NEIGHBOURS) -> Tensor:
 def share_inside(points: Tensor, centres: Tensor, radii: Tensor) -> float:
     """Return the share of `points` N x F that lie within `radii` (M,) of any of `centres` M x F."""
     inside = [(part <= radii).any(dim=1) for part in _distances(points, centres)]
-    return torch.cat(inside).double().mean().item()
+    return torch.cat(inside).sum().item() / len(points)  # not `mean`, which a GPU rounds otherwise
 
 
 def precision_recall(generated: Tensor, reference: Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
     """Return precision (share of `generated` N x F near a reference image) and recall (the other way round)."""
     generated, reference = generated.double(), reference.double()
-    precision = share_inside(generated, reference, neighbour_distances(reference, k))
-    return precision, share_inside(reference, generated, neighbour_distances(generated, k))
+    of_reference, of_generated = neighbour_distances(reference, k), neighbour_distances(generated, k)
+    return share_inside(generated, reference, of_reference), share_inside(reference, generated, of_generated)
 
 
 def _distances(rows: Tensor, columns: Tensor) -> Iterable[Tensor]:
