@@ -175,7 +175,7 @@ def measure(
 
 def work(letter: str, job: Path) -> None:
     """Measure one part in this process; what is there so far is written after each figure."""
-    out, task, ended = job.with_suffix(".result"), json.loads(job.read_text()), {}
+    out, task = job.with_suffix(".result"), json.loads(job.read_text())
     task |= {"scratch": Path(task["scratch"]), "write": lambda result: write_text(out, json.dumps({"result": result}))}
     measuring = None
     try:
