@@ -323,15 +323,21 @@ def train(folder: Path, name: str) -> dict[str, Any]:
     dry, scales, seen = "GPU_REPORT_DRY" in os.environ, [], {}
     original = StageModule.training_step
 
+    def scale(module: Any) -> Any:
+        scaler = next(iter(module.scalers().values()))
+        return 0.0 if scaler is None else loss_scale(scaler, module.device).clone()
+
     def watched(module: Any, batch: Any, batch_idx: int) -> None:
+        if not scales:
+            scales.append(scale(module))
         phase = module.phase(module.global_step)
         seen[phase] = seen.get(phase, 0) + 1
         settled = seen[phase] > 2 * module.settings.accumulate_grad_batches  # libraries are set up at first use
         settled = settled and not torch.are_deterministic_algorithms_enabled()  # some of these may wait
         with no_synchronisation() if settled and module.device.type == "cuda" else nullcontext():
             original(module, batch, batch_idx)
-        scaler = next(iter(module.scalers().values()))
-        scales.append(0.0 if scaler is None else loss_scale(scaler, module.device).clone())
+        if module.ends_update(batch_idx):
+            scales.append(scale(module))
 
     words = [*COMMON, *RUNS[name], *(QUICK if dry else []), f"paths.run_dir='{folder / name}'"]
     with patch.object(StageModule, "training_step", watched), patch.object(sys, "argv", ["src/train.py", *words]):

@@ -144,6 +144,19 @@ def test_a_pixel_without_features_has_a_finite_gradient() -> None:
     assert plain.isnan().any(), "the plain form is what this guards against"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_features_that_are_rounding_errors_overflow_no_loss_scale(dtype: torch.dtype) -> None:
+    x, y = (0.1 + torch.rand(2, 8, 4, 4) for _ in range(2))
+    for column, norm in ((1, 1e-6), (2, 2.0**-9)):
+        x[:, :, 1, column] = torch.eye(8)[0] * norm
+    x = x.to(dtype).requires_grad_()
+    (grad,) = torch.autograd.grad(feature_distance(x, y.to(dtype), torch.ones(8)).sum() * 2.0**8, x)
+    assert grad.isfinite().all()
+    largest = grad.abs().amax((0, 1))
+    assert largest[1, 1] == 0 if dtype == torch.float16 else largest[1, 1] > 65504
+    assert largest[1, 2] > 100 and (largest > 0).sum() >= 15
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_near_and_keeps_no_large_float32(dtype: torch.dtype) -> None:
     model = untrained()

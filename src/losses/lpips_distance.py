@@ -30,7 +30,9 @@ def feature_distance(x: Tensor, y: Tensor, weight: Tensor, fused: bool = False) 
     """Return the distance per sample, (B,), float32 or wider: x, y B x C x h x w in any float dtype, weight (C,) >= 0.
 
     Differentiable in x and in y, not in weight. Where a pixel's features are all zero the gradient is 0: the plain
-    formula has none there, and a ReLU in front would stop it. `fused`: by kernels that torch.compile makes at first use.
+    formula has none there, and a ReLU in front would stop it. In float16 it is 0 up to a norm of 2^-10: such features are
+    mostly rounding errors of the convolutions, and their gradient, ~ 1 / norm, overflows at any useful loss scale.
+    `fused`: by kernels that torch.compile makes at first use.
     """
     return _FeatureDistance.apply(x, y, weight, fused)
 
@@ -92,7 +94,7 @@ def _pull_back(x: Tensor, y: Tensor, norm_x: Tensor, norm_y: Tensor, scale: Tens
     """
     wide_x, wide_y = x.to(scale.dtype), y.to(scale.dtype)
     pull = _error(wide_x, norm_x, wide_y, norm_y).mul_(scale)  # g
-    nonzero = norm_x > 0
+    nonzero = norm_x > (2**-10 if x.dtype == torch.float16 else 0)
     r = torch.where(nonzero, (norm_x + EPS).reciprocal(), 0)
     along = (pull * wide_x).sum(1, keepdim=True) * r * r / torch.where(nonzero, norm_x, 1)
     return (pull * r).addcmul_(wide_x, along, value=-1).to(x.dtype)
