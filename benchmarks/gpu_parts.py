@@ -373,7 +373,7 @@ def no_synchronisation() -> Iterator[None]:
 def peers(job: Job) -> None:
     """(h) The official code and RAEv2's, from checkouts."""
     out, given = job.scratch / "peers.json", [f"--{name}={path}" for name, path in job.checkouts.items()]
-    variants = ["official", "ours"] if job.dry else ["official", "ours", "raev2", "compiled", "raev2_compile"]
+    variants = ["official", "ours"] if job.dry else ["official", "compiled", "raev2_compile", "ours", "raev2"]
     size = ["--batch=1", "--decoder=ViTB", "--warm=0"] if job.dry else ["--batch=64", "--decoder=ViTXL", "--warm=2"]
     rest = [
         f"--device={job.device.type}",

@@ -39,7 +39,7 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from benchmarks.runners import DTYPES, ENCODERS, PHASES, build_models, make_inputs, make_runner, step_parser
 from benchmarks.surroundings import in_turns, surroundings, write
-from benchmarks.train_step import autocast, clock, free_memory, memory_alone, peak_memory, turns
+from benchmarks.train_step import autocast, clock, free_memory, matmul_peak, memory_alone, peak_memory, turns
 from src.core.errors import lacks_memory
 from src.core.files import write_torch
 from src.losses.lpips import CHANNELS, CONVS_PER_STAGE
@@ -315,6 +315,7 @@ def main() -> None:
     on_gpu = device.type == "cuda"  # there a variant is alone in memory, and its peak is known while it is timed
     memory = {name: {} if on_gpu else memory_alone(name, arguments.precision) for name in arguments.variants}
     seconds: dict[str, dict[str, list[float]]] = {phase: {} for phase in arguments.phases}
+    tflops = matmul_peak(device, arguments.precision)
     for names in turns(arguments.variants, device):
         try:
             runners = {name: make(name, arguments, device) for name in names}
@@ -330,7 +331,7 @@ def main() -> None:
             print(f"{names[0]}: not measured, {why}")
         runners = steps = {}
         free_memory(device)
-        report(arguments, device, seconds, memory)  # after each, for what may end the program later
+        report(arguments, device, seconds, memory, tflops)  # after each, for what may end the program later
     dist.destroy_process_group()
 
 
@@ -343,10 +344,10 @@ def times_as_fast(row: dict[str, Any], other: dict[str, Any]) -> float:
     return statistics.median(a / b for a, b in zip(other["seconds_all"], row["seconds_all"], strict=True))
 
 
-def report(arguments: argparse.Namespace, device: torch.device, seconds: Any, memory: Any) -> None:
+def report(arguments: argparse.Namespace, device: torch.device, seconds: Any, memory: Any, tflops: float) -> None:
     results: dict[str, dict[str, Any]] = {}
     for phase, found in seconds.items():
-        results[f"{arguments.precision}/{phase}"] = rows = {
+        rows = {
             name: {
                 "seconds": statistics.median(times), "seconds_all": times, "peak_memory_gb": memory[name][phase],
                 "images_per_s": arguments.batch / statistics.median(times),
@@ -356,6 +357,7 @@ def report(arguments: argparse.Namespace, device: torch.device, seconds: Any, me
         for name, row in rows.items():
             against = ", ".join(f"{times_as_fast(row, rows[other]):.2f} x {other}" for other in rows if other != name)
             print(f"{phase} {name}: {row['seconds']:.2f} s, {row['peak_memory_gb']} GB; {against}")
+        results[f"{arguments.precision}/{phase}"] = {**rows, "matmul_tflops": tflops}
     said = {k: str(v) for k, v in vars(arguments).items()}
     write({**surroundings(device), "arguments": said, "results": results}, arguments.out)
 

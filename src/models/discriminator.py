@@ -196,10 +196,12 @@ class Norms(nn.Module):
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # B L C -> B L O
     reach = weight.shape[-1] // 2
     if not reach:
-        return F.linear(x, weight[..., 0], bias)
-    x = torch.cat((x[:, -reach:], x, x[:, :reach]), dim=1)
-    # As an image of one row: so its memory is channels_last, and convolutions take it as it is.
-    return F.conv2d(x.transpose(1, 2)[:, :, None], weight[:, :, None], bias)[:, :, 0].transpose(1, 2)
+        return F.linear(x, weight.squeeze(2), bias)
+    # As images of one row: so their memory is channels_last, and the convolution takes them as they are. The weights say so too,
+    # since a compiler may leave open how far one row is from the next.
+    x = torch.cat((x[:, -reach:], x, x[:, :reach]), dim=1).unsqueeze(1)  # B 1 L+2reach C
+    weight = weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)  # O I 1 ks
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1).squeeze(1)
 
 
 def _normalise(norm_type: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # B L C
@@ -212,5 +214,6 @@ def _normalise(norm_type: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tenso
         wide = F.group_norm(wide.transpose(1, 2), GROUPS, weight, bias, NORM_EPS).transpose(1, 2)
     else:
         variance, mean = torch.var_mean(wide, dim=1, correction=0, keepdim=True)
-        wide = torch.addcmul(bias, wide - mean, weight * torch.rsqrt(variance + NORM_EPS))
-    return F.leaky_relu(wide, SLOPE).to(x.dtype)
+        scale = weight * torch.rsqrt(variance + NORM_EPS)
+        wide = torch.addcmul(bias - mean * scale, wide, scale)
+    return F.leaky_relu(wide, SLOPE, inplace=True).to(x.dtype)
