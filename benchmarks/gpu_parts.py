@@ -149,7 +149,8 @@ def environment(job: Job) -> None:
 
 def step(job: Job) -> None:
     """(b) Speed, memory and FLOPs of the step. One variant at a time, since a GPU's memory is for one."""
-    job.add("arguments", {k: str(v) for k, v in vars(job.sizes).items()} | {"device": job.device.type})
+    sizes = {k: str(v) for k, v in vars(job.sizes).items() if k != "scratch"}
+    job.add("arguments", sizes | {"device": job.device.type})
     results: dict[str, dict[str, Any]] = {}
     images, draws = job.inputs()
     few = [("bf16", "plain"), ("bf16", "ours"), ("fp16", "ours")]

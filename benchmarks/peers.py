@@ -315,7 +315,7 @@ def main() -> None:
     on_gpu = device.type == "cuda"  # there a variant is alone in memory, and its peak is known while it is timed
     memory = {name: {} if on_gpu else memory_alone(name, arguments.precision) for name in arguments.variants}
     seconds: dict[str, dict[str, list[float]]] = {phase: {} for phase in arguments.phases}
-    tflops = matmul_peak(device, arguments.precision)
+    tflops, failed = matmul_peak(device, arguments.precision), {}
     for names in turns(arguments.variants, device):
         try:
             runners = {name: make(name, arguments, device) for name in names}
@@ -329,9 +329,10 @@ def main() -> None:
                 raise
             why = f"out of memory at batch {arguments.batch}" if lacks_memory(error) else f"{error!r:.300}"
             print(f"{names[0]}: not measured, {why}")
+            failed[names[0]] = {"not_measured": why}
         runners = steps = {}
         free_memory(device)
-        report(arguments, device, seconds, memory, tflops)  # after each, for what may end the program later
+        report(arguments, device, seconds, memory, failed, tflops)  # after each, for what may end the program later
     dist.destroy_process_group()
 
 
@@ -344,7 +345,14 @@ def times_as_fast(row: dict[str, Any], other: dict[str, Any]) -> float:
     return statistics.median(a / b for a, b in zip(other["seconds_all"], row["seconds_all"], strict=True))
 
 
-def report(arguments: argparse.Namespace, device: torch.device, seconds: Any, memory: Any, tflops: float) -> None:
+def report(
+    arguments: argparse.Namespace,
+    device: torch.device,
+    seconds: Any,
+    memory: Any,
+    failed: dict[str, Any],
+    tflops: float,
+) -> None:
     results: dict[str, dict[str, Any]] = {}
     for phase, found in seconds.items():
         rows = {
@@ -357,8 +365,8 @@ def report(arguments: argparse.Namespace, device: torch.device, seconds: Any, me
         for name, row in rows.items():
             against = ", ".join(f"{times_as_fast(row, rows[other]):.2f} x {other}" for other in rows if other != name)
             print(f"{phase} {name}: {row['seconds']:.2f} s, {row['peak_memory_gb']} GB; {against}")
-        results[f"{arguments.precision}/{phase}"] = {**rows, "matmul_tflops": tflops}
-    said = {k: str(v) for k, v in vars(arguments).items()}
+        results[f"{arguments.precision}/{phase}"] = {**failed, **rows, "matmul_tflops": tflops}
+    said = {k: str(v) for k, v in vars(arguments).items() if k not in ("rae", "raev2", "scratch", "out", "memory_only")}
     write({**surroundings(device), "arguments": said, "results": results}, arguments.out)
 
 

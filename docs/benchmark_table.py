@@ -97,13 +97,18 @@ def _steps(content: dict[str, Any]) -> Iterator[Row]:
 def _beside_peers(measured: dict[str, Any], phase: str, precision: str, sizes: str, where: str) -> Iterator[Row]:
     """Of benchmarks/peers.py: ours against other people's own code."""
     for variant, label in NAMES.items():
-        own = measured.get(variant)
-        if own is None:
+        own, official = measured.get(variant, {}), measured["official"]
+        if "seconds" not in own:
             continue
-        against = [f"{_ratio(measured[peer], own):.2f} x {words}" for peer, words in PEERS.items() if peer in measured]
-        memory = (
-            f"{own['peak_memory_gb']:.2f} GB ({own['peak_memory_gb'] / measured['official']['peak_memory_gb']:.2f} x)"
-        )
+        against = []
+        for peer, words in PEERS.items():
+            if why := measured.get(peer, {}).get("not_measured"):
+                against.append(f"{words}: {why}")
+            elif peer in measured:
+                against.append(f"{_ratio(measured[peer], own):.2f} x {words}")
+        memory = f"{own['peak_memory_gb']:.2f} GB"
+        if "seconds" in official:
+            memory += f" ({own['peak_memory_gb'] / official['peak_memory_gb']:.2f} x)"
         yield f"{label}: {phase}, {precision}; {sizes}", where, f"{own['images_per_s']:.3g}", ", ".join(against), memory
 
 
