@@ -193,9 +193,13 @@ def largest_batch(job: Job) -> None:
         known = stored["results"][phase]["ours"]
         constant = known["peak_gib"] - known["gib_per_image"] * stored["batch"]
         computed = int((total - OVERHEAD - constant) / known["gib_per_image"])
-        low, high = (2, 6) if job.dry else (computed // 2, computed * 3 // 2)  # so the computed one is tried first
+        # A little less than the computed one is tried first.
+        low, high = (2, 6) if job.dry else (computed * 2 // 3, computed * 6 // 5)
         found = {"computed": computed}
-        while high - low > max(2, low // 50) and job.left > 10:  # both ends are assumed until they are tried
+        while high - low > max(2, low // 50):  # both ends are assumed until they are tried
+            if job.left < 8:
+                job.status = "out of time"
+                break
             middle = (low + high) // 2
             if _fits(job, runner, middle, phase):
                 low = found["fits"] = middle
@@ -203,7 +207,9 @@ def largest_batch(job: Job) -> None:
                 high = found["does_not_fit"] = middle
             job.add(phase, found)
         tried = [f"{found[key]} {words}" for key, words in (("fits", "fit"), ("does_not_fit", "don't")) if key in found]
-        job.add(phase, found, f"{phase}: {', '.join(tried)}; computed {computed} (goal on 80 GB: 200)")
+        job.add(
+            phase, found, f"{phase}: {', '.join(tried or ['none tried'])}; computed {computed} (goal on 80 GB: 200)"
+        )
 
 
 def _fits(job: Job, runner: Any, batch: int, phase: str) -> bool:

@@ -6,8 +6,9 @@
     python scripts/gpu_report.py --dry                             no GPU: the same code at tiny size, into a temporary folder
 
 It needs no network, data or weights: networks have their real size and are untrained. Each part is a process with a share
-of the time; what one leaves goes to the next. Results are in benchmarks/results/gpu_NAME.json as soon as they are there, and
-a later call adds the parts that are missing. README's table is made of it: python docs/benchmark_table.py --write.
+of the time; what one leaves goes to the next. Parts d to g measure no speed and run at the same time. Results are in
+benchmarks/results/gpu_NAME.json as soon as they are there, and a later call adds the parts that are missing. README's table is
+made of it: python docs/benchmark_table.py --write.
 
 Exit codes: 0 all parts are there, 1 some are not, 2 no GPU or wrong options.
 """
@@ -23,7 +24,9 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,16 +51,18 @@ class Part(NamedTuple):
 
 PARTS = {
     "a": Part("environment", 15),
-    "b": Part("step", 150),
-    "c": Part("largest_batch", 35),
+    "b": Part("step", 190),
+    "c": Part("largest_batch", 25),
     "d": Part("tests", 95, ("pytest", "hydra", "omegaconf")),
-    "e": Part("half_precision", 30),
-    "f": Part("evaluation", 45),
+    "e": Part("half_precision", 95),
+    "f": Part("evaluation", 95),
     "g": Part("runs", 95, ("hydra", "omegaconf")),
-    "h": Part("peers", 100),
-    "i": Part("data_path", 15),
-    "j": Part("switches", 30),
+    "h": Part("peers", 150),
+    "i": Part("data_path", 12),
+    "j": Part("switches", 25),
 }
+TOGETHER = "defg"
+"""Parts that measure no speed: they run at the same time, and each has the whole share."""
 NEEDED = {"torch", "pytorch_lightning", "transformers", "pydantic", "safetensors", "numpy", "PIL", "yaml", "simplejpeg"}
 PACKAGES = {"hydra": "hydra-core", "pytorch_lightning": "pytorch-lightning", "PIL": "pillow", "yaml": "pyyaml"}
 
@@ -99,7 +104,7 @@ def report(arguments: argparse.Namespace, scratch: Path, deadline: float) -> int
         print(f"Not installed here: {names}. Parts {', '.join(without)} need them and are not run. pip install {names}")
         if missing & NEEDED:
             return 2
-    first = measure("a", arguments, scratch, deadline, {})
+    first = measure(["a"], start(["a"], arguments, scratch), arguments, scratch, deadline, {})["a"]
     if "machine" not in first["result"]:
         reason = first.get("error", first["status"]).strip().splitlines()[-1]  # of a traceback
         print(f"No part runs here: {reason}\nWithout a GPU: python scripts/gpu_report.py --dry")
@@ -111,25 +116,32 @@ def report(arguments: argparse.Namespace, scratch: Path, deadline: float) -> int
     content["cuda_device"] = None if arguments.dry else device
     parts = content["parts"]
     wanted = arguments.only or [letter for letter in PARTS if parts.get(letter, {}).get("status") != "done"]
-    wanted = [letter for letter in wanted if letter != "a"]
     keep(out, content, "a", first)
-    statuses, shares = [first["status"]], {letter: part.share for letter, part in PARTS.items()}
-    if None in (arguments.rae, arguments.raev2):
-        shares["h"] = 0.0
-    for number, letter in enumerate(wanted):
-        left = deadline - time.monotonic()
-        share = left * shares[letter] / max(sum(shares[other] for other in wanted[number:]), 1)
+    statuses, reasons = [first["status"]], {}
+    for letter in wanted:
         if lacking := missing.intersection(PARTS[letter].needs):
-            found: dict[str, Any] = {"status": "not run", "error": f"not installed: {', '.join(sorted(lacking))}"}
-        elif not shares[letter]:
-            found = {"status": "not run", "error": "no checkouts given: --rae DIR --raev2 DIR"}
-        elif left < 1:
-            found = {"status": "not run", "error": "no time was left"}
-        else:
+            reasons[letter] = f"not installed: {', '.join(sorted(lacking))}"
+        elif letter == "h" and None in (arguments.rae, arguments.raev2):
+            reasons[letter] = "no checkouts given: --rae DIR --raev2 DIR"
+    for letter, reason in reasons.items():
+        keep(out, content, letter, {"status": "not run", "error": reason})
+        statuses.append("not run")
+    runnable = [letter for letter in PARTS if letter in wanted and letter not in reasons and letter != "a"]
+    groups = [list(group) for _, group in groupby(runnable, lambda letter: "" if letter in TOGETHER else letter)]
+    shares = [PARTS[group[0]].share for group in groups]
+    workers = start(groups[0] if groups else [], arguments, scratch)
+    try:
+        for number, group in enumerate(groups):
+            now, ready = time.monotonic(), workers
+            share = (deadline - now) * shares[number] / sum(shares[number:])
+            # What follows imports meanwhile, which takes ten seconds or more.
+            workers = start(groups[number + 1] if number + 1 < len(groups) else [], arguments, scratch)
             earlier = {other: parts[other]["result"] for other in parts if "result" in parts[other]}
-            found = measure(letter, arguments, scratch, time.monotonic() + share, earlier)
-        keep(out, content, letter, found)
-        statuses.append(found["status"])
+            for letter, found in measure(group, ready, arguments, scratch, now + share, earlier).items():
+                keep(out, content, letter, found)
+                statuses.append(found["status"])
+    finally:
+        end(workers)
     show(content)
     print(f"written to {out}")
     return int(set(statuses) != {"done"})
@@ -143,50 +155,84 @@ def keep(out: Path, content: dict[str, Any], letter: str, found: dict[str, Any])
     write_text(out, json.dumps(content, indent=1) + "\n")
 
 
+def start(letters: Sequence[str], arguments: argparse.Namespace, scratch: Path) -> dict[str, subprocess.Popen[bytes]]:
+    """Start processes that wait for what `measure` tells them. A dry run has none: to start takes longer than most parts."""
+    workers = {}
+    for letter in letters:
+        job = scratch / f"{letter}.json"
+        for stale in (job, job.with_suffix(".result")):
+            stale.unlink(missing_ok=True)
+        if not arguments.dry:
+            command = [sys.executable, __file__, f"--worker={letter}", f"--out={job}"]
+            with job.with_suffix(".log").open("w") as log:
+                workers[letter] = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+    return workers
+
+
+def end(workers: Mapping[str, subprocess.Popen[bytes]]) -> None:
+    """End processes and what they started."""
+    for worker in workers.values():
+        with suppress(ProcessLookupError):
+            os.killpg(worker.pid, signal.SIGKILL)
+        worker.wait()
+
+
 def measure(
-    letter: str, arguments: argparse.Namespace, scratch: Path, deadline: float, earlier: dict[str, Any]
-) -> dict[str, Any]:
-    """Run one part until `deadline` and return its status, seconds and result, whatever comes of it."""
-    began, job, log = time.monotonic(), scratch / f"{letter}.json", scratch / f"{letter}.log"
-    print(f"({letter}) {PARTS[letter].name}: at most {deadline - began:.0f} s", flush=True)
+    letters: Sequence[str],
+    workers: Mapping[str, subprocess.Popen[bytes]],
+    arguments: argparse.Namespace,
+    scratch: Path,
+    deadline: float,
+    earlier: dict[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """Run parts until `deadline` and return status, seconds and result of each, whatever comes of it."""
+    began, found = time.monotonic(), {}
     checkouts = {"rae": arguments.rae, "raev2": arguments.raev2}
     task = {"dry": arguments.dry, "deadline": deadline, "scratch": str(scratch), "earlier": earlier}
     task["checkouts"] = {name: folder and str(folder.resolve()) for name, folder in checkouts.items()}
-    job.write_text(json.dumps(task))
-    result, code = job.with_suffix(".result"), None
-    result.unlink(missing_ok=True)
-    if arguments.dry and letter != "a":  # to start Python takes longer there than most parts
-        work(letter, job)
-    else:
-        command = [sys.executable, __file__, f"--worker={letter}", f"--out={job}"]
-        with log.open("w") as output:
-            process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
+    for letter in letters:
+        print(f"({letter}) {PARTS[letter].name}: at most {deadline - began:.0f} s", flush=True)
+        write_text(scratch / f"{letter}.json", json.dumps(task))
+        if arguments.dry:
+            work(letter, scratch / f"{letter}.json")
+    try:
+        for worker in workers.values():
             with suppress(subprocess.TimeoutExpired):
-                code = process.wait(max(deadline - time.monotonic(), 1))
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and what it started
-            process.wait()
-    found = json.loads(result.read_text()) if result.is_file() else {}
-    found = {"result": {}, "status": "out of time" if code is None else "failed", **found}
-    if found["status"] == "failed" and "error" not in found:
-        found["error"] = f"exit code {code}: {log.read_text()[-3000:].strip()}"
-    return {**found, "seconds": round(time.monotonic() - began, 1)}
+                worker.wait(max(deadline - time.monotonic(), 0))
+        codes = {letter: worker.poll() for letter, worker in workers.items()}
+    finally:
+        end(workers)
+    for letter in letters:
+        result, code = scratch / f"{letter}.result", codes.get(letter)
+        known = json.loads(result.read_text()) if result.is_file() else {}
+        known = {"result": {}, "status": "out of time" if code is None else "failed", **known}
+        if known["status"] == "failed" and "error" not in known:
+            known["error"] = f"exit code {code}: {result.with_suffix('.log').read_text()[-3000:].strip()}"
+        found[letter] = {"seconds": round(time.monotonic() - began, 1), **known}
+    return found
 
 
 def work(letter: str, job: Path) -> None:
-    """Measure one part in this process; what is there so far is written after each figure."""
-    out, task = job.with_suffix(".result"), json.loads(job.read_text())
-    task |= {"scratch": Path(task["scratch"]), "write": lambda result: write_text(out, json.dumps({"result": result}))}
-    measuring = None
+    """Measure one part in this process, once the file `job` is there; what is known so far is written after each figure."""
+    out, caller, began = job.with_suffix(".result"), os.getppid(), time.monotonic()
+    measuring, known = None, {"git": git_state()}
+    ended: dict[str, Any]
     try:
         from benchmarks import gpu_parts
 
-        measuring = gpu_parts.Job(**task)
+        while not job.is_file():
+            if os.getppid() != caller:
+                return
+            time.sleep(0.05)
+        began, task = time.monotonic(), json.loads(job.read_text())
+        task |= {"scratch": Path(task["scratch"])}
+        measuring = gpu_parts.Job(**task, write=lambda result: write_text(out, json.dumps(known | {"result": result})))
         getattr(gpu_parts, PARTS[letter].name)(measuring)
         ended = {"status": measuring.status}
     except Exception:  # whatever it is, the other parts go on
         ended = {"status": "failed", "error": traceback.format_exc()[-3000:]}
-    write_text(out, json.dumps({"result": measuring.result if measuring else {}, "git": git_state(), **ended}))
+    ended |= {"result": measuring.result if measuring else {}, "seconds": round(time.monotonic() - began, 1)}
+    write_text(out, json.dumps(known | ended))
 
 
 def show(content: dict[str, Any]) -> None:

@@ -81,6 +81,34 @@ def test_a_part_that_crashes_or_hangs_ends_no_other_and_what_it_had_is_kept(tmp_
     assert not child.exists() or b"sleep" not in child.read_bytes()
 
 
+def test_parts_that_measure_no_speed_run_at_the_same_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_report, "PARTS", {letter: PARTS[letter] for letter in "adg"})
+    wait = """touch $out.{0}; until [ -f ${{out%{0}.result}}{1}.result.{1} ]; do sleep 0.1; done; echo '{{"status": "done"}}' > $out;;"""
+    executable(tmp_path, monkeypatch, f"--worker=d) {wait.format('d', 'g')}\n--worker=g) {wait.format('g', 'd')}")
+    code, content = report(tmp_path, seconds=20, dry=False)
+    assert code == 0 and [part["status"] for part in content["parts"].values()] == ["done"] * 3
+
+
+def test_a_process_that_waits_ends_with_its_caller(tmp_path, monkeypatch, small):
+    executable(tmp_path, monkeypatch, "--worker=c) echo {} > $out;;\n--worker=j) echo $$ > $out.pid; sleep 60;;")
+
+    def interrupted(*_):
+        while not (tmp_path / "scratch/j.result.pid").exists():
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    keep = gpu_report.keep
+    monkeypatch.setattr(gpu_report, "keep", lambda *found: interrupted() if found[2] == "c" else keep(*found))
+    with pytest.raises(KeyboardInterrupt):
+        report(tmp_path, dry=False)
+    assert not Path("/proc", (tmp_path / "scratch/j.result.pid").read_text().strip()).exists()
+
+    parents = iter([1, 2])  # it was killed
+    monkeypatch.setattr(gpu_report.os, "getppid", lambda: next(parents))
+    gpu_report.work("c", tmp_path / "none.json")
+    assert not (tmp_path / "none.result").exists()
+
+
 def test_a_program_that_outlasts_a_part_leaves_what_it_had(tmp_path, monkeypatch):
     """The deadline is the caller's: how long a part takes to start does not move it."""
     record = '{"arguments": {}, "results": {"bf16/gan": {"official": {"seconds": 1}}}}'
@@ -92,7 +120,7 @@ def test_a_program_that_outlasts_a_part_leaves_what_it_had(tmp_path, monkeypatch
     monkeypatch.setattr(gpu_report, "work", lambda *job: (time.sleep(3), work(*job)))
     options = argparse.Namespace(**OPTIONS | {"rae": tmp_path, "raev2": tmp_path})
     deadline = time.monotonic() + 9
-    found = gpu_report.measure("h", options, tmp_path, deadline, {})
+    found = gpu_report.measure("h", {}, options, tmp_path, deadline, {})["h"]
     assert deadline - time.monotonic() > 3.5, "no time is left to write what there is"
     assert found["status"] == "out of time"
     assert found["result"]["results"] == {"bf16/gan": {"official": {"seconds": 1}}}
