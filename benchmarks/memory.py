@@ -7,7 +7,9 @@
 The step of `benchmarks/train_step.py` runs on fake tensors (shapes and types, no numbers), all networks at their real size,
 and the bytes of all live tensors are added up at each operation. That is what a GPU's allocator would hand out, without its
 rounding, the CUDA context (about 0.5 GB) and the workspaces of cuBLAS and cuDNN: add 1 to 1.5 GB. Autocast takes the types
-that it takes on a GPU. `--fit` says the largest batch for so much memory (memory is a constant and a share per image).
+that it takes on a GPU: on an H100 the measured peaks of the third command, at batch 64, were within 1 %.
+`--fit` says the largest batch for so much memory (memory is a constant and a share per image). Take less: on that H100 219
+images came of it with GAN, and 218 did not fit.
 """
 
 import argparse

@@ -324,7 +324,7 @@ def main() -> None:
                     memory[name][phase] = peak(runner, images, phase, device)
                 steps = {name: partial(runner.run, images, phase) for name, runner in runners.items()}
                 seconds[phase] |= in_turns(steps, arguments.warm, arguments.repeats, partial(clock, device))
-        except Exception as error:  # their code has not run on this GPU before; the other variants go on
+        except Exception as error:  # of others' code; the other variants go on
             if not on_gpu:
                 raise
             why = f"out of memory at batch {arguments.batch}" if lacks_memory(error) else f"{error!r:.300}"
