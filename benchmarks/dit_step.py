@@ -46,6 +46,7 @@ from benchmarks.surroundings import in_turns, surroundings, write
 from benchmarks.train_step import clock, free_memory, peak_memory
 from src.core.ema import EMA
 from src.core.nonfinite import NonFiniteCounter
+from src.core.precision import float32_products
 from src.losses.flow_matching import FlowSettings, time_shift
 from src.models.dit import build_network
 from src.training.module import compile_in_place
@@ -250,7 +251,6 @@ def measure(arguments: argparse.Namespace, network: str) -> dict[str, dict[str, 
 def measure_on_gpu(arguments: argparse.Namespace, network: str, cls: type, compiled: bool) -> dict[str, Any]:
     device, dtype = arguments.device, DTYPES[arguments.precision]
     free_memory(device)  # of the variant before
-    torch.set_float32_matmul_precision("high")
     with device:
         step = cls(arguments, network, compiled)
     for module in step.modules():
@@ -261,9 +261,10 @@ def measure_on_gpu(arguments: argparse.Namespace, network: str, cls: type, compi
         with torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=cls is not Ours):
             step.run(latents, labels)
 
-    run()
-    peak = peak_memory(run, device)  # of the second step, which has its moments
-    times = in_turns({"step": run}, arguments.warm, arguments.repeats, partial(clock, device))
+    with float32_products(device, "high"):
+        run()
+        peak = peak_memory(run, device)  # of the second step, which has its moments
+        times = in_turns({"step": run}, arguments.warm, arguments.repeats, partial(clock, device))
     median = statistics.median(times["step"])
     return {"seconds": median, "images_per_s": len(latents) / median, "peak_gb": peak}
 

@@ -115,6 +115,13 @@ def test_the_step_of_stage_2_runs_alone_and_says_what_is_missing(monkeypatch, ca
     assert "raev2_tiny, ours: between_steps_gib" in out
 
 
+def test_the_step_of_stage_2_is_timed_on_a_device():
+    sizes = {"shape": (64, 8, 8), "batch": 2, "warm": 0, "repeats": 1}
+    arguments = argparse.Namespace(device=torch.device("cpu"), precision="bf16", **sizes)
+    found = dit_step.measure_on_gpu(arguments, "tiny", dit_step.Ours, False)
+    assert found["seconds"] > 0 and found["peak_gb"] > 0
+
+
 @pytest.mark.parametrize("options", [LayerOptions(), LayerOptions(qknorm=True), LayerOptions(qknorm=True, v2=True)])
 def test_a_block_of_stage_2_keeps_no_norm_silu_or_product_and_gives_the_same(options):
     torch.manual_seed(0)
