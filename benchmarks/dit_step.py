@@ -42,7 +42,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.memory import GIB, GpuAutocast, LiveBytes, make_fake
 from benchmarks.peers import stand_in
 from benchmarks.runners import DTYPES
-from benchmarks.surroundings import in_turns, surroundings, write
+from benchmarks.surroundings import device_option, in_turns, surroundings, write
 from benchmarks.train_step import clock, free_memory, peak_memory
 from src.core.ema import EMA
 from src.core.nonfinite import NonFiniteCounter
@@ -318,7 +318,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warm", type=int, default=1)
-    parser.add_argument("--device", type=torch.device, default="cpu")
+    parser.add_argument("--device", type=device_option, default="cpu", help="cpu or cuda")
     parser.add_argument("--precision", choices=DTYPES, default="fp32", help="on a GPU")
     parser.add_argument("--compile", action="store_true", help="compiled too, each as its program does it")
     parser.add_argument("--computed", action="store_true", help="a GPU's memory, from the sizes of tensors")
@@ -326,6 +326,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON")
     arguments = parser.parse_args()
     arguments.shape = tuple(arguments.shape)
+    if arguments.precision != "fp32" and arguments.device.type == "cpu":
+        parser.error(f"--precision {arguments.precision} is for --device cuda; on a CPU it is fp32")
     if arguments.memory_of:
         cls, compiled = variants(arguments, arguments.network[0])[arguments.memory_of]
         step, (latents, labels) = cls(arguments, arguments.network[0], compiled), inputs(arguments)

@@ -302,7 +302,7 @@ def main() -> None:
             )
     arguments.encoder, arguments.image_size = "dinov2_b", 256
     torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
+    device = arguments.device
     stand_in_for_missing()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(20000 + os.getpid() % 20000))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1)

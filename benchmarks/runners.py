@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.plain_step import PlainStep, step_settings
+from benchmarks.surroundings import device_option
 from src.core.ema import EMA
 from src.core.images import bytes_to_unit
 from src.core.nonfinite import NonFiniteCounter
@@ -179,7 +180,7 @@ def make_inputs(arguments: argparse.Namespace, device: torch.device) -> tuple[Te
 def step_parser(description: str | None, variants: Sequence[str], phases: Sequence[str]) -> argparse.ArgumentParser:
     """Return a parser of what the benchmarks of stage 1's step share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device_option, default="cpu", help="cpu or cuda")
     parser.add_argument("--decoder", choices=DECODERS, default="ViTB", help="a folder of configs/decoder")
     parser.add_argument("--disc", choices=sorted(RECIPES), default="S_8", help="DINO trunk of the discriminator")
     parser.add_argument("--batch", type=positive, default=4)

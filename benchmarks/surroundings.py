@@ -1,5 +1,6 @@
 """What all benchmarks share: the clock, where and on what one ran, its file."""
 
+import argparse
 import json
 import os
 import platform
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 
+from src.core.distributed import find_device
+from src.core.errors import UserError
 from src.core.files import write_text
 from src.core.run_names import git_state
 
@@ -27,6 +30,14 @@ def surroundings(device: torch.device | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         **(git_state() or {"commit": None, "clean": None}),
     }
+
+
+def device_option(text: str) -> torch.device:
+    """Convert --device. Raises ArgumentTypeError where there is none of that name."""
+    try:
+        return find_device(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def in_turns(

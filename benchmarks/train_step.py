@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--activation_checkpointing", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
+    device = arguments.device
     images, draws = make_inputs(arguments, device)
     options = {key: getattr(arguments, key) for key in ("disc_fake", "loss_chunk_size", "activation_checkpointing")}
     if arguments.memory_only:

@@ -115,6 +115,21 @@ def test_the_step_of_stage_2_runs_alone_and_says_what_is_missing(monkeypatch, ca
     assert "raev2_tiny, ours: between_steps_gib" in out
 
 
+@pytest.mark.parametrize(("words", "said"), [
+    (["--device", "gpu"], "argument --device: --device gpu: expected cpu, cuda or cuda:N"),
+    (["--device", "cuda"], "--device cuda, but no CUDA device is visible"),
+    (["--precision", "bf16"], "--precision bf16 is for --device cuda"),
+])  # fmt: skip
+def test_a_device_that_is_not_there(monkeypatch, capsys, words, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    programs = [dit_step] if "--precision" in words else [dit_step, train_step]
+    for program in programs:
+        monkeypatch.setattr(sys, "argv", [program.__file__, *words])
+        with pytest.raises(SystemExit):
+            program.main()
+        assert said in capsys.readouterr().err
+
+
 def test_the_step_of_stage_2_is_timed_on_a_device():
     sizes = {"shape": (64, 8, 8), "batch": 2, "warm": 0, "repeats": 1}
     arguments = argparse.Namespace(device=torch.device("cpu"), precision="bf16", **sizes)
