@@ -83,7 +83,11 @@ def test_a_part_that_crashes_or_hangs_ends_no_other_and_what_it_had_is_kept(tmp_
 
 def test_parts_that_measure_no_speed_run_at_the_same_time(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_report, "PARTS", {letter: PARTS[letter] for letter in "adg"})
-    wait = """touch $out.{0}; until [ -f ${{out%{0}.result}}{1}.result.{1} ]; do sleep 0.1; done; echo '{{"status": "done"}}' > $out;;"""
+    told = "until [ -f ${{out%.result}}.json ]; do sleep 0.1; done; "  # before that it may only import
+    wait = (
+        told
+        + """touch $out.{0}; until [ -f ${{out%{0}.result}}{1}.result.{1} ]; do sleep 0.1; done; echo '{{"status": "done"}}' > $out;;"""
+    )
     executable(tmp_path, monkeypatch, f"--worker=d) {wait.format('d', 'g')}\n--worker=g) {wait.format('g', 'd')}")
     code, content = report(tmp_path, seconds=20, dry=False)
     assert code == 0 and [part["status"] for part in content["parts"].values()] == ["done"] * 3
