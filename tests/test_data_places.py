@@ -18,6 +18,7 @@ import torch
 from src.core.errors import UserError
 from src.core.weights import PROJECT_ROOT
 from src.data import dummy
+from src.data.convert_scan import scan
 from src.data.decode import BadImage
 from src.data.latents import LatentWriter, write_index
 from src.data.places import locate
@@ -177,6 +178,40 @@ def test_splits_below_are_found_or_refused_and_never_mixed(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"no split 'train'.*it has test, val"):
         opened(tmp_path / "untrained")
     assert len(open_images(tmp_path / "untrained", "val", None).rows) == 8
+
+
+@pytest.mark.parametrize(("train", "validation"), [("Train", "VAL"), ("train2017", "val2017"), ("training_256", "Dev")])
+def test_folders_of_splits_in_other_case_or_with_a_number(
+    train: str, validation: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tree(tmp_path / "coco/images", train, validation, per_class=3)
+    for place in (root, tmp_path / "coco"):
+        assert counts(place) == (6, 6)
+        assert {name: len(rows) for name, rows in scan(place).splits.items()} == {"train": 6, "validation": 6}
+    tree(root, "train_1")
+    for read in (opened, scan):
+        with pytest.raises(UserError, match=r"all mean the split 'train'.*data.hf_split="):
+            read(root)
+    splits = open_splits(root, False, train, "validation", 1.0)
+    assert sizes(splits) == (6, 6)
+    caplog.clear()
+    tree(tmp_path / "vehicles", "train").joinpath("train/cat").rename(tmp_path / "vehicles/tram")
+    opened(tmp_path / "vehicles")
+    assert "left out: tram" in caplog.text
+
+
+def test_folders_that_archivers_and_storage_make_are_no_classes(tmp_path: Path) -> None:
+    root = tree(tmp_path / "set")
+    for folder in ("__MACOSX/cat", "@eaDir/thumbs", "lost+found", "dog/@eaDir"):
+        (root / folder).mkdir(parents=True)
+        (root / folder / "0.jpg").write_bytes(b"x")
+    splits = opened(root)
+    assert splits.train.class_names == ["cat", "dog"] == list(scan(root).class_names or ())
+    assert len(splits.train) == scan(root).count == 8
+    tree(tmp_path / "zip/imagenet", "train", "val")
+    (tmp_path / "zip/more").mkdir()
+    (tmp_path / "zip/more/._0.jpg").write_bytes(b"x")
+    assert counts(tmp_path / "zip") == (8, 8)
 
 
 def test_links_pipes_and_devices(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,7 +14,7 @@ from src.core.errors import UserError
 from src.data import parquet
 from src.data.arrow import class_names, schema_features
 from src.data.decode import BadImage
-from src.data.file_names import SPLIT_NAMES, is_pattern
+from src.data.file_names import SPLIT_NAMES, find_split, is_pattern
 from src.data.places import nested_splits, survey, telling_file
 from src.data.sources import FileSource, class_files, folders, loose_files, printable
 from src.data.tars import TarSource
@@ -190,7 +190,7 @@ def _parquet(root: Path, groups: dict[str, list[str]]) -> Tree:
 
 def _tree(root: Path) -> Tree:
     names = folders(root)
-    by_split = {same[0]: name for same in SPLIT_NAMES for name in reversed(same) if name in names}
+    by_split = {same[0]: found for same in SPLIT_NAMES if (found := find_split(same[0], names)) is not None}
     has_splits = "train" in by_split or (bool(by_split) and len(by_split) == len(names))
     if not has_splits and (nested := nested_splits(root)) is not None:
         return _tree(nested)

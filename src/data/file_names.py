@@ -35,6 +35,29 @@ def split_of(file: str) -> str | None:
     return None
 
 
+def folder_split(name: str) -> str | None:
+    """Return the split that the whole name of a folder says, in any case and with a number: `Train`, `val2017`."""
+    return ALIASES.get(re.sub(r"[\W_]*\d*$", "", name.lower()))
+
+
+def find_split(split: str, names: Sequence[str]) -> str | None:
+    """Return the one of `names` that means a split: the same word, else another of `SPLIT_NAMES`, else one by `folder_split`.
+
+    Raises:
+        UserError: several by `folder_split`.
+    """
+    same = next((group for group in SPLIT_NAMES if split in group), ())
+    exact = next((name for name in (split, *same) if name in names), None)
+    alike = [name for name in names if same and folder_split(name) == same[0]]
+    if exact is None and len(alike) > 1:
+        key = "data.hf_split" if split in TRAIN_SPLITS else "data.hf_validation_split"
+        raise UserError(
+            f"The folders {', '.join(alike)} (data.data_dir) all mean the split {split!r}. Choose one by {key}={alike[-1]}, "
+            "or give that folder alone."
+        )
+    return exact or next(iter(alike), None)
+
+
 def group_by_split(files: Sequence[str], place: str) -> dict[str, list[str]]:
     """Return the files of each split by their names; all of them under `train` where no name says one.
 

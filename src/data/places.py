@@ -16,17 +16,25 @@ from src.core.json_files import read_json
 from src.data import lists, parquet
 from src.data.arrow import ArrowSource
 from src.data.file_names import (
-    ALIASES,
-    SPLIT_NAMES,
-    TEST_SPLITS,
     TRAIN_SPLITS,
-    VALIDATION_SPLITS,
     expand,
+    find_split,
+    folder_split,
     group_by_split,
     is_pattern,
 )
 from src.data.remote import RemoteTarSource, Storage, is_remote
-from src.data.sources import DEFAULT_OPTIONS, ReadOptions, Source, folders, is_image, loose_files, open_image_tree, walk
+from src.data.sources import (
+    DEFAULT_OPTIONS,
+    ReadOptions,
+    Source,
+    folders,
+    is_hidden,
+    is_image,
+    loose_files,
+    open_image_tree,
+    walk,
+)
 from src.data.tars import TarSource
 
 log = logging.getLogger(__name__)
@@ -71,8 +79,7 @@ class Place:
 
     def find(self, split: str) -> str | None:
         """Return the name that `split` has here, among all that mean the same; None where there is none of them."""
-        same = next((names for names in SPLIT_NAMES if split in names), ())
-        return next((name for name in (split, *same) if name in self.names), None)
+        return find_split(split, self.names)
 
     def held_out_split(self, train: str, *wanted: str | None) -> str | None:
         """Return the first of `wanted` that is a split other than the one to train on.
@@ -91,7 +98,7 @@ class Place:
             UserError: no such split, or data that is damaged or holds no images.
         """
         found = self.find(split)
-        others = self.names if self.kind != "tree" else [n for n in self.names if n in ALIASES]
+        others = self.names if self.kind != "tree" else [n for n in self.names if folder_split(n)]
         only_splits = len(others) == len(self.names)
         if found is None and others and (only_splits or split not in TRAIN_SPLITS):
             raise UserError(
@@ -240,11 +247,10 @@ def nested_splits(root: Path) -> Path | None:
 
 def _has_splits(folder: Path) -> bool:
     """Return whether the folders here are splits of images: training and another one, or training alone."""
-    train = [name for name in TRAIN_SPLITS if (folder / name).is_dir()]
-    if not train:
-        return False
-    others = any((folder / name).is_dir() for name in (*VALIDATION_SPLITS, *TEST_SPLITS))
-    if not others and (len(folders(folder)) > 1 or _first_image(folder)):
+    names = folders(folder)
+    train = [name for name in names if folder_split(name) == "train"]
+    others = any(folder_split(name) not in (None, "train") for name in names)
+    if not others and (len(names) > 1 or _first_image(folder)):
         return False
     return any(is_image(file) for name in train for file in islice(walk(folder / name), LOOK_AT))
 
@@ -253,7 +259,7 @@ def _first_image(folder: Path) -> bool:
     """Return whether images lie directly in the folder, as in that of a class."""
     try:
         with os.scandir(folder) as entries:
-            return any(is_image(entry.name) for entry in islice(entries, LOOK_AT))
+            return any(is_image(entry.name) and not is_hidden(entry.name) for entry in islice(entries, LOOK_AT))
     except OSError:
         return False
 
@@ -329,10 +335,14 @@ def _folder(folder: Path) -> Place:
         names = [name for name in walk(folder) if name.lower().endswith(suffix)]
         return Place("tars" if suffix == ".tar" else "parquet", folder, group_by_split(names, str(folder)))
     root = folder
-    if not any((folder / name).is_dir() for name in TRAIN_SPLITS) and (nested := nested_splits(folder)) is not None:
+    if "train" not in map(folder_split, folders(folder)) and (nested := nested_splits(folder)) is not None:
         log.info("The splits of %s lie in %s.", folder, nested)
         root = nested
-    return Place("tree", root, {name: name for name in folders(root)})
+    names = folders(root)
+    others = [name for name in names if folder_split(name) is None] if "train" in map(folder_split, names) else []
+    if beside := [name for name in others if _first_image(root / name)]:
+        log.warning("%s: images beside the splits are left out: %s.", root, ", ".join(beside[:4]))
+    return Place("tree", root, {name: name for name in names})
 
 
 def telling_file(folder: Path) -> Path | None:
@@ -342,7 +352,7 @@ def telling_file(folder: Path) -> Path | None:
     while there may be images.
     """
     without = None
-    for place in (*(name for name in folders(folder) if name in ALIASES), ""):
+    for place in (*(name for name in folders(folder) if folder_split(name)), ""):
         for name in walk(folder, place):
             lower = name.lower()
             if lower.endswith(".tar") or is_image(name):

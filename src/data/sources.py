@@ -159,6 +159,11 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder is none of the user's: hidden, or made by an archiver, a NAS or a file system."""
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN")
+
+
 def walk(root: Path, place: str = "", seen: set[tuple[int, int]] | None = None, every: bool = False) -> Iterator[str]:
     """Yield the regular files below `root`/`place`, relative to `root`, in the order of sorted names.
 
@@ -217,6 +222,6 @@ def _is(question: Callable[[], bool]) -> bool:
 def _entries(path: Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(path) as entries:
-            return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
+            return sorted((e for e in entries if not is_hidden(e.name)), key=lambda entry: entry.name)
     except OSError as error:
         raise UserError(f"{path} can't be listed: {error.strerror or error}.") from error
