@@ -97,9 +97,18 @@ def test_what_hydra_cannot_parse_is_shown_quoted(value):
     assert quoting_hint(["experiment=rae_dummy", typed]) == ""
 
 
-def test_the_line_after_hydras_error():
-    said = python("src/train.py", "experiment=rae_dummy", "ckpt_path=/x/epoch=9.ckpt", code=1)
-    assert said.rstrip().endswith("ckpt_path=\"'/x/epoch=9.ckpt'\"")
+@pytest.mark.parametrize(
+    ("typed", "end"),
+    [
+        ("ckpt_path=/x/epoch=9.ckpt", "ckpt_path=\"'/x/epoch=9.ckpt'\""),
+        ("trainer.max_epoch=4", "unknown key trainer.max_epoch (did you mean max_epochs?)."),
+        ("experimint=rae_dummy", "unknown key experimint (did you mean experiment?)."),
+        ("callbacks.best.monitor=val/psnr", "To append to your config use +callbacks.best.monitor=val/psnr"),
+        ("--experiment=rae_dummy", "experiment=NAME"),
+    ],
+)
+def test_what_is_said_last_of_an_override_that_hydra_does_not_take(typed, end):
+    assert python("src/train.py", "experiment=rae_dummy", typed, code=1).rstrip().endswith(end)
 
 
 def test_secrets_are_masked_and_nothing_else():

@@ -20,6 +20,8 @@ def problem(arguments: Sequence[str]) -> str:
     """Return what is wrong with the overrides of `src/train.py`, and what to type; empty where nothing is known to be."""
     for word in arguments:
         key, _, value = word.partition("=")
+        if key == "--experiment":  # as of download_weights.py; Hydra takes it for the start of another option
+            return "Overrides are typed without dashes: experiment=NAME"
         plugin = _PLUGINS.get(word)
         if plugin and not (find_spec("hydra_plugins") and find_spec(f"hydra_plugins.hydra_{plugin}")):
             return f"{word} needs a plugin of Hydra that is not installed. Type: pip install -e '.[{value}]'"
@@ -50,7 +52,7 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
             config = OmegaConf.to_container(hydra_compose("train", overrides=list(overrides)), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         known = ", ".join(sorted(path.stem for path in (_CONFIGS / "experiment").glob("*.yaml")))
-        reason = str(error).strip().splitlines()[0]
+        reason = _unknown_key(error) or str(error).strip().splitlines()[0]
         raise UserError(
             f"{' '.join(overrides)}: {reason} Expected overrides as for src/train.py; experiments: {known}."
         ) from error
@@ -75,6 +77,24 @@ def quoting_hint(arguments: Sequence[str]) -> str:
     return f"Hydra reads some characters itself. Quoted for it and for the shell: {' '.join(typed)}" if typed else ""
 
 
+def _unknown_key(error: Exception) -> str:
+    """Return what is said of a key that the configuration lacks, with the nearest that it has; empty for another error."""
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
+    from src.core.settings import check_keys
+
+    cause = error.__cause__
+    if not isinstance(cause, ConfigAttributeError | ConfigKeyError) or not cause.parent_node:
+        return ""
+    place = str(cause.full_key).rpartition(".")[0]
+    groups = [] if place else [folder.name for folder in _CONFIGS.iterdir()]
+    try:
+        check_keys([str(cause.key)], [*cause.parent_node, *groups], place)
+    except UserError as unknown:
+        return str(unknown)
+    return ""
+
+
 def explained(error: Exception, arguments: Sequence[str]) -> str:
     """Return the message for an error that Hydra met while it put the configuration together."""
     from yaml import MarkedYAMLError
@@ -87,8 +107,11 @@ def explained(error: Exception, arguments: Sequence[str]) -> str:
                 lines.append(f"{key}={value}: expected the name of a file in configs/{key}: {', '.join(known)}.")
         return "\n".join(lines) or f"The configuration can't be composed: {error}."
     if not isinstance(error, MarkedYAMLError | UnicodeDecodeError):
-        cause = str(error.__cause__ or "")
-        return "\n".join(text for text in (str(error), cause, quoting_hint(arguments)) if text)
+        unknown = _unknown_key(error)
+        if "did you mean" in unknown:  # where nothing is near, Hydra's own lines say how to add a key
+            return unknown
+        parts = unknown, str(error), "" if unknown else str(error.__cause__ or ""), quoting_hint(arguments)
+        return "\n".join(text for text in parts if text)
     place, trace = "", error.__traceback__
     while trace is not None:  # the reader of Hydra knows the file, the decoder of text does not say it
         place, trace = trace.tb_frame.f_locals.get("full_path", place), trace.tb_next

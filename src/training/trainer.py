@@ -125,7 +125,9 @@ def build_trainer(
         trainer._signal_connector.register_signal_handlers = lambda: None  # src/core/stopping.py handles them
         return trainer
     except Exception as error:  # Lightning's own checks, of many kinds
-        raise UserError(f"trainer: {error} Keys are listed in configs/trainer/default.yaml.") from error
+        raise UserError(
+            f"trainer: {str(error).rstrip('.')}. Keys are listed in configs/trainer/default.yaml."
+        ) from error
 
 
 def _profiler(name: str | None, folder: str) -> pl.profilers.Profiler | None:
