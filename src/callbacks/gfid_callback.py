@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from src.callbacks.progress import training_paused
-from src.callbacks.scores import ScoreCallback, evaluation_mode, process_of
+from src.callbacks.scores import ScoreCallback, process_of
 from src.core.distributed import sum_over_ranks
 from src.core.errors import UserError
 from src.core.options import LoadingOptions
@@ -102,7 +102,7 @@ class GFIDCallback(ScoreCallback):
 
     def evaluate(self, trainer: pl.Trainer, pl_module: Any, name: str) -> None:
         start, self._scored_at = time.perf_counter(), trainer.global_step
-        with training_paused(trainer), evaluation_mode(pl_module.ema_network, pl_module.rae):
+        with training_paused(trainer):
             values = self._score(trainer, pl_module)
         self.publish(trainer, pl_module, self.group, values, start)
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from src.callbacks.progress import training_paused
-from src.callbacks.scores import ScoreCallback, evaluation_mode, process_of
+from src.callbacks.scores import ScoreCallback, process_of
 from src.core.distributed import Process
 from src.core.errors import UserError
 from src.core.files import disk_message
@@ -129,8 +129,7 @@ class RFIDCallback(ScoreCallback):
                     values = self._latest[2]  # the same images through the same weights
                 else:
                     folder = f"{name}_{which}" if number else name
-                    with evaluation_mode(pl_module.rae, pl_module.ema_decoder):
-                        values = self._score(trainer, pl_module, folder, count, chosen)
+                    values = self._score(trainer, pl_module, folder, count, chosen)
                     if not number:
                         self._latest = (trainer.global_step, count, values)
                 self.publish(trainer, pl_module, f"{group}_{which}" if number else group, values, start)

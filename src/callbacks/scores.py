@@ -3,12 +3,10 @@
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
-from torch import nn
 
 from src.core.distributed import Process
 from src.core.errors import UserError
@@ -115,16 +113,3 @@ class ScoreCallback(pl.Callback):
 def process_of(trainer: pl.Trainer, pl_module: Any) -> Process:
     """Return this process among those that train."""
     return Process(pl_module.device, trainer.global_rank, trainer.world_size)
-
-
-@contextmanager
-def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
-    """Put every part in eval mode and give its own mode back afterwards."""
-    modes = [(part, part.training) for module in modules for part in module.modules()]
-    for module in modules:
-        module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
