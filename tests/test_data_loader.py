@@ -138,21 +138,12 @@ def test_resume_is_the_tail(folder: Path, num_workers: int) -> None:
     whole = module(folder).train_dataloader()
     whole.set_epoch(3)
     batches = list(whole)
-    interrupted = module(folder, num_workers=num_workers).train_dataloader()
-    interrupted.set_epoch(3)
-    taken = iter(interrupted)
-    for _ in range(4):
-        next(taken)
-    state = interrupted.state_dict()
-    assert state == {"epoch": 3, "start_batch": 4}
     resumed = module(folder, num_workers=num_workers).train_dataloader()
-    resumed.load_state_dict(state)
+    resumed.resume_at(3, 4)
     resumed.set_epoch(3)  # as Lightning does
-    assert resumed.state_dict() == state
     assert_same(list(resumed), batches[4:])
     assert resumed.start_batch == 0
     assert len(resumed) == 10
-    assert resumed.state_dict() == {"epoch": 4, "start_batch": 0}
     resumed.set_epoch(4)
     assert next(iter(resumed))["position"].tolist() == [0, 1, 2, 3]
 

@@ -261,4 +261,3 @@ def make_canonical(loops: dict[str, Any], steps_per_epoch: int, accumulate: int)
     batches["total"] = dict.fromkeys(batches["total"], batches["total"]["ready"])
     batches["is_last_batch"] = False
     fit["epoch_loop.state_dict"]["_batches_that_stepped"] = batches["total"]["ready"]
-    fit.pop("combined_loader", None)  # where the data goes on follows from the counters

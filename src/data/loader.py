@@ -117,8 +117,7 @@ class TrainLoader(_Loader):
     """Batches of one rank for training, as `collate` describes them, without `failures`.
 
     One iteration is the rest of `epoch` from batch `start_batch` on; `len()` counts the whole epoch. Epoch and start
-    are read at the first batch, not at `iter()`: Lightning calls `iter()` before it sets the epoch. `state_dict` names
-    the batch after the one handed out last, and the next epoch after the last one. Lightning calls
+    are read at the first batch, not at `iter()`: Lightning calls `iter()` before it sets the epoch, by
     `loader.sampler.set_epoch`.
     """
 
@@ -135,7 +134,6 @@ class TrainLoader(_Loader):
         self.epoch, self.start_batch, self.same_epoch = 0, 0, same_epoch
         allowed = [max_bad_share] if isinstance(max_bad_share, float | int) else max_bad_share
         self.bad_images = [BadImages(share, order.batches * order.batch_size) for share in allowed]
-        self._handed_out: tuple[int, int] | None = None  # epoch, batches
         self._batches = _Batches(order)
         super().__init__(dataset, workers, persistent=True, batch_sampler=self._batches)
 
@@ -155,27 +153,18 @@ class TrainLoader(_Loader):
         """Begin the next iteration at batch `start_batch` of `epoch`, both from 0."""
         if not 0 <= start_batch <= len(self):
             raise ValueError(f"batch {start_batch} of {len(self)}")
-        self.epoch, self.start_batch, self._handed_out = epoch, start_batch, None
-
-    def state_dict(self) -> dict[str, int]:
-        epoch, batch = self._handed_out or (self.epoch, self.start_batch)
-        return {"epoch": epoch + 1, "start_batch": 0} if batch >= len(self) else {"epoch": epoch, "start_batch": batch}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.resume_at(state["epoch"], state["start_batch"])
+        self.epoch, self.start_batch = epoch, start_batch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        epoch, start, self.start_batch = self.epoch, self.start_batch, 0
-        self._batches.epoch, self._batches.start = 0 if self.same_epoch else epoch, start
-        self._handed_out = (epoch, start)
-        for number, batch in enumerate(batches_of(self._loader), start):
+        self._batches.epoch, self._batches.start = 0 if self.same_epoch else self.epoch, self.start_batch
+        self.start_batch = 0
+        for batch in batches_of(self._loader):
             stuck = len(batch["position"]) < self.batch_size
             failures = batch.pop("failures")
             for source, bad_images in enumerate(self.bad_images):
                 own = tuple(f for f in failures if f.source == source)
                 seen = int((batch["source"] == source).sum()) if "source" in batch else self.batch_size
                 bad_images.account(seen, own, stuck and len(own) > ATTEMPTS)
-            self._handed_out = (epoch, number + 1)
             yield batch
 
 

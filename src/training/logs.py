@@ -11,6 +11,7 @@ from src.core.files import disk_message
 
 # Harmless and not ours to mend; everything else is left alone.
 _SILENCED = (
+    r".*ended before the epoch ended and your dataloader is not resumable.*",  # it goes on where `on_train_start` says
     r".*does not have many workers which may be a bottleneck.*",  # num_workers is the user's choice
     r".*This DataLoader will create .* worker processes.*",  # so is this
     r".*module\(s\) in eval mode at the start of training.*",  # the frozen networks are meant to be
