@@ -7,13 +7,11 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
-from src.core.files import disk_message
-
 # Harmless and not ours to mend; everything else is left alone.
 _SILENCED = (
-    r".*ended before the epoch ended and your dataloader is not resumable.*",  # it goes on where `on_train_start` says
     r".*does not have many workers which may be a bottleneck.*",  # num_workers is the user's choice
     r".*This DataLoader will create .* worker processes.*",  # so is this
+    r".*ended before the epoch ended and your dataloader is not resumable.*",  # it goes on where `on_train_start` says
     r".*module\(s\) in eval mode at the start of training.*",  # the frozen networks are meant to be
     r".*You have overridden `transfer_batch_to_device` in `LightningModule`.*",  # on purpose
     r".*The number of training batches .* is smaller than the logging interval.*",
@@ -65,24 +63,6 @@ class Terminal(logging.StreamHandler):
             super().emit(record)
 
 
-class LogFile(logging.FileHandler):
-    """A log file that says once on the terminal when it can't be written, and lets the run go on."""
-
-    _failed = False
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        if not self._failed:
-            self._failed = True
-            error = sys.exc_info()[1]
-            reason = disk_message(error, self.baseFilename) if isinstance(error, OSError) else str(error)
-            with suppress(OSError, ValueError):
-                sys.stderr.write(f"{reason} The run goes on.\n")
-
-    def close(self) -> None:
-        with suppress(OSError):  # what could not be written before
-            super().close()
-
-
 def _warning(message: Warning | str, category: type, filename: str, lineno: int, line: str | None = None) -> str:
     """Return a library's warning with the name of the library instead of the place of its file."""
     library = re.search(r"site-packages[\\/](\w+)", filename)
@@ -95,7 +75,8 @@ def set_up(folder: Path | None, main: bool) -> WarningCollector:
     for handler in list(root.handlers):
         root.removeHandler(handler)
         if isinstance(handler, logging.FileHandler):
-            handler.close()
+            with suppress(OSError):  # of a disk that is full
+                handler.close()
     root.setLevel(logging.INFO)
     terminal = Terminal(sys.stderr)
     terminal.setFormatter(LineFormatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
@@ -103,8 +84,9 @@ def set_up(folder: Path | None, main: bool) -> WarningCollector:
     root.addHandler(terminal)
     root.addHandler(collector)
     if folder is not None and main:
-        file = LogFile(folder / "run.log", encoding="utf-8")
+        file = logging.FileHandler(folder / "run.log", encoding="utf-8")
         file.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        file.handleError = lambda record: None  # type: ignore[method-assign]  # on a full disk a checkpoint says so
         root.addHandler(file)
     logging.getLogger("transformers").setLevel(logging.ERROR)  # reports unused weights, which our strict load looks at
     for name in (*_LIGHTNING, *_QUIET):
