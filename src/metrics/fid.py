@@ -5,8 +5,7 @@ Heusel et al., arXiv 1706.08500, eq. 6. Everything is float64.
 Legend: B batch, D feature dimensions, R rank of a covariance.
 """
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -34,7 +33,7 @@ class Gaussian:
 class FeatureStatistics:
     """Count, mean and scatter (the sum of outer products about the mean) of feature vectors; memory D x D, whatever B.
 
-    Two of them merge to what one pass over both sets gives (Chan, Golub, LeVeque 1979). Sums about the mean don't
+    Those of several ranks add up to what one pass over all gives (Chan, Golub, LeVeque 1979). Sums about the mean don't
     cancel as raw outer products do: features of a weak network vary by a hundredth of their mean.
     """
 
@@ -67,23 +66,16 @@ class FeatureStatistics:
         self.mean += shift * (len(rows) - 1) / total
         self.count = total
 
-    def merge(self, *others: Self, across: Callable[[Tensor], Tensor] = lambda sums: sums) -> Self:
-        """Add the images of `others`, in place; `across` adds up what several processes have, each its own sums."""
-        parts = (self, *others)
-        weighted = [torch.cat([part.mean * part.count, part.mean.new_tensor([part.count])]) for part in parts]
-        sums = across(functools.reduce(torch.add, weighted))
+    def reduce(self) -> Self:
+        """Replace this rank's statistics by those of all ranks, in place; once, and on every rank."""
+        sums = sum_over_ranks(torch.cat([self.mean * self.count, self.mean.new_tensor([self.count])]))
         total = round(sums[-1].item())
         if total == 0:
             return self
         mean = sums[:-1] / total
-        scatters = (part._scatter.addr(part.mean - mean, part.mean - mean, alpha=part.count) for part in parts)
-        self._scatter = across(functools.reduce(torch.add, scatters))
+        self._scatter = sum_over_ranks(self._scatter.addr(self.mean - mean, self.mean - mean, alpha=self.count))
         self.mean, self.count = mean, total
         return self
-
-    def reduce(self) -> Self:
-        """Replace this rank's statistics by those of all ranks, in place; once, and on every rank."""
-        return self.merge(across=sum_over_ranks)
 
 
 Moments = Gaussian | FeatureStatistics
