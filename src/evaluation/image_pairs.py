@@ -4,10 +4,10 @@ Legend: B batch, H, W image px. Images are uint8 3 x H x W.
 """
 
 import heapq
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from src.evaluation.scoring_pass import ScoredBatch
 COLUMNS = 8
 """Images in a row of a contact sheet."""
 _THREADS = 4  # Pillow compresses outside of Python's lock
-_WAITING = 256  # pictures in memory at most
 
 
 class Pair(NamedTuple):
@@ -66,42 +65,19 @@ class KeptPairs:
         return sorted(found, key=lambda pair: (-pair.key, pair.place))[: self.count]
 
 
-class PngWriter:
-    """Writes PNG files beside the computation; leaving the context waits for them and raises what went wrong."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(_THREADS)
-        self._jobs: list[Future[None]] = []
-
-    def write(self, image: Tensor, path: Path) -> None:
-        """Write uint8 3 x H x W; folders above it are made."""
-        self._jobs.append(self._pool.submit(save_png, image, path))
-        self._wait(_WAITING)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        try:
-            if kind is None:
-                self._wait(0)
-        finally:
-            self._pool.shutdown(cancel_futures=True)
-
-    def _wait(self, at_most: int) -> None:
-        while len(self._jobs) > at_most:
-            self._jobs.pop(0).result()
+def save_pngs(images: Iterable[tuple[Tensor, Path]]) -> None:
+    """Write images, uint8 3 x H x W, several at a time; folders above them are made."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(save_png, *zip(*images, strict=True)))
 
 
 def save_pairs(pairs: Sequence[Pair], folder: Path) -> None:
     """Write FOLDER/00000_original.png, FOLDER/00000_reconstruction.png … and FOLDER/sheet.png."""
     if not pairs:
         return
-    with PngWriter() as png:
-        for pair in pairs:
-            png.write(pair.original, folder / f"{pair.place:05d}_original.png")
-            png.write(pair.reconstruction, folder / f"{pair.place:05d}_reconstruction.png")
-        png.write(contact_sheet(pairs), folder / "sheet.png")
+    files = [(pair.original, folder / f"{pair.place:05d}_original.png") for pair in pairs]
+    files += [(pair.reconstruction, folder / f"{pair.place:05d}_reconstruction.png") for pair in pairs]
+    save_pngs([*files, (contact_sheet(pairs), folder / "sheet.png")])
 
 
 def contact_sheet(pairs: Sequence[Pair], compared: bool = True) -> Tensor:
