@@ -82,7 +82,7 @@ def test_features_are_pooled_of_normalised_images(dinov2):
 
 
 def test_names(dinov2, caplog):
-    inception = {"path": None, "weights": "tiny", "key": "KEY", "remedy": "", "width": None}
+    inception = {"path": None, "weights": "tiny", "key": "KEY", "width": None}
     found = load_features(["inception", f"dinov2={dinov2}"], **inception)
     assert found[0].space == "inception" and found[1].name.startswith("dinov2-") and "another size" in caplog.text
     with pytest.raises(UserError, match="dinov2=nowhere: no such folder.*download_weights.py facebook/dinov2-large"):

@@ -73,7 +73,7 @@ class GFIDCallback(ScoreCallback):
         if self.reference is None or not resolve(self.reference).exists():
             raise UserError(
                 f"callbacks.gfid.reference={typed(self.reference)}: expected an npz (ADM's, or of src/make_reference.py) or a data "
-                f"set to score samples against. {self.remedy}"
+                f"set to score samples against. To train without gFID: {self.off}."
             )
         own = pl_module.settings.sampler.model_dump()
         given = {name: value for name, value in self.sampler.items() if value is not None}

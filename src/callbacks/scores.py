@@ -58,18 +58,10 @@ class ScoreCallback(pl.Callback):
     def monitor(self) -> str:
         return f"{self.group}/score"
 
-    @property
-    def remedy(self) -> str:
-        """Say how to train without the score, or without the weights."""
-        return (
-            f"To train without {self.score[0]}FID: {self.off}. For a try-out: callbacks.{self.score}.inception_weights="
-            f"untrained (the score is then called {self.score}_untrained/score)."
-        )
-
     def load_networks(self) -> list[FeatureNetwork]:
         """Return the feature networks on the CPU. UserError where one is missing."""
         key, weights, width = f"callbacks.{self.score}.inception_path", self.inception_weights, self.inception_width
-        return load_features(self.features, self.inception_path, weights, key, self.remedy, width)
+        return load_features(self.features, self.inception_path, weights, key, width)
 
     @abstractmethod
     def evaluate(self, trainer: pl.Trainer, pl_module: Any, name: str) -> None:

@@ -24,19 +24,24 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Float types by the names that options use."""
 
 
+_UNTRAINED = (
+    "For a try-out without it ask for untrained weights by name (weights=untrained, --inception_weights untrained)."
+)
+
+
 def require(path: str | Path | None, what: str, key: str) -> Path:
     """Return the resolved path of a file that must exist; `what` names it for people, `key` the config key or option."""
     if path is None:
         raise UserError(
-            f"{what}: {key} is not set. Give the file (`python scripts/download_weights.py --list` says where to get it), or "
-            "ask for untrained weights by name (weights=untrained)."
+            f"{what}: {key} is not set. Give the file (`python scripts/download_weights.py --list` says where to get it). "
+            + _UNTRAINED
         )
     found = resolve(path)
     if not found.is_file():
         raise UserError(
             f"{what} not found: {found} (from {key}). Get it with `python scripts/download_weights.py --experiment "
             "NAME` (everything that an experiment needs; --list shows each file, its place and its sources), or set "
-            f"{key} to the place where you have it."
+            f"{key} to the place where you have it. {_UNTRAINED}"
         )
     return found
 

@@ -39,7 +39,6 @@ from src.metrics.generation import (
 from src.metrics.npz import ImageNpz, LatentNpz, NpzRows
 from src.metrics.reference import Preparation
 
-TRY_OUT = "For a try-out without the file: --inception_weights tiny (names of the scores then say `untrained`)."
 Batches = Iterator[tuple[Tensor, Tensor]]
 """(positions in the whole (B,), uint8 B x 3 x S x S)"""
 
@@ -73,7 +72,7 @@ def evaluate(options: GenerationOptions, process: Process) -> tuple[list[dict[st
             that a model can't decode.
     """
     sets = _generated(options, process)
-    networks = [network.to(process.device) for network in networks_of(options, {}, TRY_OUT)]
+    networks = [network.to(process.device) for network in networks_of(options, {})]
     reference = Reference(options.reference, options.reference_split, options.exif)
     scores = score_sets(sets, reference, networks, options, process)
     names = [network.name for network in networks]

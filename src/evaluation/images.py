@@ -1,28 +1,35 @@
-"""The images of an evaluation: any kind of data set, opened without being told its kind."""
+"""The images of an evaluation: any kind of data set, opened without being told its kind.
+
+They are prepared as on the command line, else as the checkpoint's training did it, whose callback then gives the same
+score; without a checkpoint by the project's defaults.
+"""
 
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from src.core.distributed import Process
 from src.core.errors import UserError
-from src.core.options import LoadingOptions
+from src.core.options import DataOptions, LoadingOptions
 from src.data import dummy
 from src.data.dataset import EvaluationDataset, EvaluationTransform
-from src.data.decode import Decoder
+from src.data.decode import Decoder, Exif
 from src.data.file_names import TEST_SPLITS, VALIDATION_SPLITS
 from src.data.loader import EvaluationLoader, WorkerOptions
 from src.data.order import evaluation_rows, split_rows
 from src.data.places import Place, locate, look
 from src.data.settings import first_source
 from src.data.sources import Source
+from src.formats.checkpoint import stored
 from src.metrics.reference import Preparation
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 ALL, HELD_OUT = "all", "held_out"
 MAX_MEGAPIXELS = 80.0
@@ -118,6 +125,25 @@ def evaluation_loader(
     workers = WorkerOptions(min(options.num_workers, len(rows)), process.device.type == "cuda")
     dataset = EvaluationDataset(source, rows, transform)  # type: ignore[arg-type]
     return EvaluationLoader(dataset, options.batch_size, workers, options.max_bad_share, persistent=False)
+
+
+def choose(option: str, given: T | None, config: Mapping[str, Any], key: str, default: T) -> T:
+    """Return the option, else the run's own value, else the default; the log says which."""
+    trained = stored(config, key)
+    if given is None:
+        value, source = (default, "by default") if trained is None else (trained, f"as in training, {key}")
+    elif trained not in (None, given):
+        value, source = given, f"as given; the training of this checkpoint used {key}={trained}, its scores differ"
+    else:
+        value, source = given, "as given"
+    log.info("--%s %s (%s)", option, value, source)
+    return value
+
+
+def decoder_of(options: DataOptions, config: Mapping[str, Any]) -> Decoder:
+    """Return how image files are read."""
+    exif: Exif = choose("exif", options.exif, config, "data.exif", "apply")
+    return Decoder(exif, stored(config, "data.max_megapixels") or MAX_MEGAPIXELS)
 
 
 def _is_other_data(folder: Path | str, trained_on: Mapping[str, Any] | None) -> bool:

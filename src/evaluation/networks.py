@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,59 +83,41 @@ def resize_pillow(images: Tensor, size: int) -> Tensor:
 
 
 def load_features(
-    chosen: Sequence[str], path: str | None, weights: SizedWeights, key: str, remedy: str, width: float | None
+    chosen: Sequence[str], path: str | None, weights: SizedWeights, key: str, width: float | None
 ) -> list[FeatureNetwork]:
     """Return the networks named by NAME or NAME=DIR, in their order.
 
     Args:
-        path: of Inception's file, where no DIR says it; this and all others as of `load_inception`.
+        path: of Inception's file, where no DIR says it; `key`: the option or config key that does.
+        width: `inception_width` of an older configuration or command; below 1 it makes untrained weights tiny.
 
     Raises:
         UserError: an unknown name, a name twice, weights that are missing or don't fit.
     """
     networks: list[FeatureNetwork] = []
+    if width not in (None, 1):
+        if weights == "pretrained":
+            raise UserError(
+                f"An Inception width of {width:g} is for untrained weights only: the published network has width 1."
+            )
+        weights = "tiny"
     for name, _, place in (text.partition("=") for text in chosen):
         if name not in (INCEPTION, *ENCODERS) or name in [network.space for network in networks]:
             raise UserError(
                 f"--features {' '.join(chosen)}: expected one or more of {', '.join((INCEPTION, *ENCODERS))}, each once."
             )
         if name == INCEPTION:
-            networks.append(load_inception(place or path, weights, key, remedy, width))
+            networks.append(InceptionFeatures(place or path, weights, key=key))
         else:
             networks.append(EncoderFeatures(name, place or None))
     return networks
 
 
-def networks_of(options: FeatureOptions, config: Mapping[str, Any], remedy: str) -> list[FeatureNetwork]:
+def networks_of(options: FeatureOptions, config: Mapping[str, Any]) -> list[FeatureNetwork]:
     """Load the networks that the options name; Inception's file is that of a run's configuration, else the usual one."""
     path = options.inception_path or stored(config, "callbacks.rfid.inception_path") or INCEPTION_FILE
     weights, width = options.inception_weights, options.inception_width
-    return load_features(options.features, path, weights, "--inception_path", remedy, width)
-
-
-def load_inception(
-    path: str | Path | None, weights: SizedWeights, key: str, remedy: str, width: float | None = None
-) -> InceptionFeatures:
-    """Load the Inception network, or say what is missing.
-
-    Args:
-        key: the option or config key of the path.
-        remedy: how to do without the file.
-        width: `inception_width` of an older configuration or command; below 1 it makes untrained weights tiny.
-    """
-    if width not in (None, 1):
-        if weights == "pretrained":
-            raise UserError(
-                f"An Inception width of {width:g} is for untrained weights only: the published network has width 1. "
-                f"{remedy}"
-            )
-        weights = "tiny"
-    if weights == "pretrained" and path is not None and not resolve(path).is_file():
-        raise UserError(
-            f"Inception weights for FID not found: {resolve(path)} (from {key}). Get them with `python "
-            f"scripts/download_weights.py inception`, or set {key} to the place where you have them. {remedy}"
-        )
-    return InceptionFeatures(path, weights, key=key)
+    return load_features(options.features, path, weights, "--inception_path", width)
 
 
 def lpips_of(options: LpipsOptions, config: Mapping[str, Any]) -> LPIPS | None:

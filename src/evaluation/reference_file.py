@@ -10,11 +10,10 @@ from src.core.distributed import Process
 from src.core.errors import UserError
 from src.core.terminal import counted, progress
 from src.core.weights import resolve
-from src.evaluation.images import ALL, HELD_OUT, Images, centre_crops, open_images
+from src.evaluation.images import ALL, HELD_OUT, Images, centre_crops, decoder_of, open_images
 from src.evaluation.networks import networks_of
 from src.evaluation.options import EvaluationOptions, ReferenceOptions
 from src.evaluation.per_image_files import image_stack
-from src.evaluation.protocol import decoder_of
 from src.formats.checkpoint import stored
 from src.formats.opening import DEFAULT_IMAGE_PX, run_config
 from src.metrics.fid import save_npz
@@ -22,8 +21,6 @@ from src.metrics.generation import GenerationStatistics
 from src.metrics.reference import Preparation
 
 log = logging.getLogger(__name__)
-
-TRY_OUT = "For a try-out without the file: --inception_weights untrained (of use with such an evaluation only)."
 
 
 def write_reference(options: ReferenceOptions, process: Process) -> tuple[int, str]:
@@ -42,7 +39,7 @@ def write_reference(options: ReferenceOptions, process: Process) -> tuple[int, s
     made_of = f"{images.split} of {images.folder}, {size} px, EXIF {decoder.exif}"
     network = None
     if options.kind == "statistics":
-        network = networks_of(options, config, TRY_OUT)[0].to(process.device)
+        network = networks_of(options, config)[0].to(process.device)
     loader = centre_crops(images, size, decoder, options, process)
     with progress(Path(images.folder).name, process.main) as update:
         batches = counted(loader, len(loader), update)

@@ -19,11 +19,10 @@ from src.core.weights import resolve
 from src.evaluation import report_card
 from src.evaluation.generation import Reference, common_size, decoded_set, score_sets
 from src.evaluation.image_pairs import COLUMNS, KeptPairs, contact_sheet, save_pairs
-from src.evaluation.images import Images, centre_crops, open_images
+from src.evaluation.images import Images, centre_crops, choose, decoder_of, open_images
 from src.evaluation.networks import lpips_of, networks_of
 from src.evaluation.options import EvaluationOptions
 from src.evaluation.per_image_files import CsvTable, ImageStack, image_stack
-from src.evaluation.protocol import choose, compare_precision, decoder_of
 from src.evaluation.reference_file import command_for
 from src.evaluation.scoring_pass import score_images
 from src.evaluation.variants import Reconstructions, share_encoders, variants_of
@@ -33,8 +32,6 @@ from src.metrics.reconstruction import ReconstructionScore
 from src.metrics.reference import load_reference
 
 log = logging.getLogger(__name__)
-
-TRY_OUT = "For a try-out without the file: --inception_weights untrained (the score is then not called rFID)."
 
 
 def evaluate(options: EvaluationOptions, process: Process) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -88,8 +85,7 @@ class Evaluation:
         self.quantization: Quantization = choose(
             "quantization", options.quantization, config, "callbacks.rfid.quantization", "round"
         )
-        compare_precision(options.precision, config)
-        self.networks = networks_of(options, config, TRY_OUT)
+        self.networks = networks_of(options, config)
         self.lpips = lpips_of(options, config)
         for part in (*(model.rae for model in self.models), *self.networks, self.lpips):
             if part is not None:
