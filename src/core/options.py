@@ -24,36 +24,24 @@ LARGEST_PX = 16384
 EXIT_CODES = "exit codes: 0 done; 1 something is wrong with what was given; 2 wrong options; 130 interrupted"
 
 
-def positive(text: str) -> int:
-    if not 1 <= (value := int(text)) < 2**63:
-        raise argparse.ArgumentTypeError(f"{text}: expected at least 1, below 2^63")
-    return value
+def number(kind: type[int] | type[float], least: float, most: float, expected: str) -> Callable[[str], Any]:
+    """Return the type of an option that takes numbers from `least` to `most`; `expected` says so to the user."""
+
+    def parse(text: str) -> Any:
+        if not least <= (value := kind(text)) <= most:
+            raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse's word for what is no number at all
+    return parse
 
 
-def pixels(text: str) -> int:
-    if not 1 <= (value := int(text)) <= LARGEST_PX:
-        raise argparse.ArgumentTypeError(f"{text}: expected 1 to {LARGEST_PX} pixels")
-    return value
-
-
-def not_negative(text: str) -> int:
-    if not 0 <= (value := int(text)) < 2**63:
-        raise argparse.ArgumentTypeError(f"{text}: expected 0 or more, below 2^63")
-    return value
-
-
-def above_zero(text: str) -> float:
-    if not 0 < (value := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
-    return value
-
-
-def share(text: str) -> float:
-    if not 0 <= (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a share, 0 to 1")
-    return value
-
-
+positive = number(int, 1, 2**63 - 1, "at least 1, below 2^63")
+pixels = number(int, 1, LARGEST_PX, f"1 to {LARGEST_PX} pixels")
+not_negative = number(int, 0, 2**63 - 1, "0 or more, below 2^63")
+above_zero = number(float, sys.float_info.min, sys.float_info.max, "a number above 0")
+share = number(float, 0, 1, "a share, 0 to 1")
+sigma = number(float, 0, sys.float_info.max, "a standard deviation of 0 or more")
 Positive = Annotated[int, positive]
 Pixels = Annotated[int, pixels]
 NotNegative = Annotated[int, not_negative]

@@ -1,19 +1,11 @@
 """The options of the evaluation programs (the shared ones: `src/core/options.py`). No heavy imports."""
 
-import argparse
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from src.core import options as shared
 from src.core.options import NotNegative, Positive, option
-
-
-def sigma(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: expected a standard deviation of 0 or more")
-    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +25,7 @@ class EvaluationOptions(shared.LpipsOptions, shared.FeatureOptions, shared.DataO
         "NPZ",
         (),
     )
-    noise_sigma: tuple[Annotated[float, sigma], ...] = option(
+    noise_sigma: tuple[Annotated[float, shared.sigma], ...] = option(
         "standard deviations of noise on the latents before normalisation: a row for each (default: 0)", "S", (0.0,)
     )
     layers: tuple[str, ...] = option(
