@@ -13,10 +13,11 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from src.core.options import Positive, option, parse
+from src.core.options import Positive, above_zero, option, parse
 from src.core.terminal import progress, run_program
 
 SHOWN_BAD = 20
@@ -36,7 +37,7 @@ class Options:
         "PX",
     )
     num_workers: Positive = option("processes (default: one per core)", "N", CORES)
-    max_megapixels: float = option("leave out larger images, by their header alone", "MP", 80.0)
+    max_megapixels: Annotated[float, above_zero] = option("leave out larger images, by their header alone", "MP", 80.0)
     overwrite: bool = option(
         "replace an existing dataset at DATASET, once the new one is complete; a folder that is no dataset, or that shares "
         "files with IMAGES, is never replaced",

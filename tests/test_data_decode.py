@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from src.core.errors import UserError
 from src.data import dummy
 from src.data.decode import BadImage, Decoder
 
@@ -221,10 +220,3 @@ def test_fuzz_gives_an_array_or_bad_image() -> None:
             assert picture.pixels.flags.c_contiguous
     assert good > 100
     assert all(reason and "\n" not in reason for reason in reasons)
-
-
-def test_bad_settings_name_their_keys() -> None:
-    with pytest.raises(UserError, match=r"data\.exif"):
-        Decoder("maybe", 80)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"data\.max_megapixels"):
-        Decoder("apply", 0)

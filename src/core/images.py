@@ -30,11 +30,7 @@ def bytes_to_unit(images: Tensor) -> Tensor:
 def unit_to_bytes(images: Tensor, quantization: Quantization = "round") -> Tensor:
     """Clamp floats to [0, 1] and convert -> uint8. `truncate` is what the official code does (docs/recipe.md)."""
     scaled = images.detach().float().clamp(0, 1).mul_(255)
-    if quantization == "round":
-        scaled = scaled.round_()
-    elif quantization != "truncate":
-        raise ValueError(f"quantization must be 'round' or 'truncate', got {quantization!r}")
-    return scaled.to(torch.uint8)
+    return (scaled.round_() if quantization == "round" else scaled).to(torch.uint8)
 
 
 def unit_to_signed(images: Tensor) -> Tensor:

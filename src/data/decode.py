@@ -21,8 +21,6 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from src.core.errors import UserError
-
 Exif = Literal["apply", "ignore"]
 
 # Raster formats whose readers run inside this process. EPS is left out on purpose: Pillow hands it to Ghostscript.
@@ -57,12 +55,6 @@ class Decoder:
 
     exif: Exif
     max_megapixels: float
-
-    def __post_init__(self) -> None:
-        if self.exif not in ("apply", "ignore"):
-            raise UserError(f"data.exif={self.exif}: expected apply or ignore.")
-        if not self.max_megapixels > 0:
-            raise UserError(f"data.max_megapixels={self.max_megapixels}: expected a number above 0.")
 
     def decode(self, data: bytes | memoryview, min_shorter_px: int | None = None) -> Picture:
         """Decode a whole image.
