@@ -162,11 +162,8 @@ def http_error(status):
     return error
 
 
-@pytest.mark.parametrize(("error", "text"), [
-    (LocalTokenNotFoundError("none"), "HF_TOKEN"), (http_error(401), "HF_TOKEN"), (http_error(403), "write permission"),
-    (http_error(500), "push again later"), (ConnectionError("no route"), "can't be reached"),
-])  # fmt: skip
-def test_push_errors_say_what_to_do(tmp_path, monkeypatch, error, text):
+@pytest.mark.parametrize("error", [LocalTokenNotFoundError("no token"), http_error(403), ConnectionError("no route")])
+def test_push_errors_say_what_to_do(tmp_path, monkeypatch, error):
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Hub(error))
-    with pytest.raises(UserError, match=text):
+    with pytest.raises(UserError, match=f"{error}.*push again.*write permission.*HF_TOKEN"):
         push(tmp_path, "me/model", False)

@@ -13,23 +13,16 @@ def push(folder: Path, repo_id: str, private: bool) -> str:
         UserError: no token, no permission, no connection.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     api = HfApi()
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message=f"Export {folder.name}")
-    except (OSError, ValueError) as error:
-        status, first = getattr(getattr(error, "response", None), "status_code", None), str(error).splitlines()[0]
-        if isinstance(error, LocalTokenNotFoundError) or status == 401:
-            reason = "no valid token. Log in with `hf auth login`, or set HF_TOKEN to a token with write permission."
-        elif status == 403:
-            reason = "the token may not write there (HTTP 403). Use a token with write permission, or a name of your own account."
-        elif isinstance(error, HfHubHTTPError):
-            reason = f"the hub answered {first}. The export itself is in {folder}; push again later."
-        else:  # no connection, offline mode
-            reason = f"the hub can't be reached ({first}). The export itself is in {folder}."
-        raise UserError(f"--push {repo_id}: {reason}") from error
+    except (OSError, ValueError) as error:  # the hub's own, no connection, no token
+        raise UserError(
+            f"--push {repo_id}: {str(error).splitlines()[0]}. The export itself is in {folder}; push again once that is mended. "
+            "It takes a token with write permission: `hf auth login`, or HF_TOKEN."
+        ) from error
     return repo_id
 
 
