@@ -25,6 +25,8 @@ from src.models.encoder_presets import PRESETS, Preset  # noqa: E402
 from src.models.encoders import DINOv3wNorm, encoder_class  # noqa: E402
 
 PAGE = ROOT / "docs" / "encoders.md"
+GRID = 16
+"""Latents a side, of images of 256 px with a decoder patch of 16 px."""
 BEGIN, END = "<!-- encoder table -->", "<!-- /encoder table -->"
 HEAD = (
     "name", "class", "hub id", "blocks", "width", "patch", "input px", "latent", "parameters (M)", "GFLOP", "licence",
@@ -53,7 +55,7 @@ def cost(preset: Preset) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder, torch.device("meta"), FlopCounterMode(display=False) as counter:
         Path(folder, "config.json").write_text(json.dumps(config))
         encoder = kind(folder, weights="untrained")
-        encoder(torch.empty(1, 3, preset.input_px(), preset.input_px()))
+        encoder(torch.empty(1, 3, GRID * preset.patch, GRID * preset.patch))
     return sum(parameter.numel() for parameter in encoder.parameters_in_use()), counter.get_total_flops()
 
 
@@ -62,7 +64,7 @@ def row(preset: Preset) -> tuple[str, ...]:
     about = "~" if preset.encoder_cls == "TimmViT" else ""
     return (
         f"`{preset.name}`", preset.encoder_cls, preset.hub_id, str(preset.params.get("layers", "last")),
-        str(preset.size.width), str(preset.patch), str(preset.input_px()), " x ".join(map(str, preset.latent_shape())),
+        str(preset.size.width), str(preset.patch), str(GRID * preset.patch), f"{preset.size.width} x {GRID} x {GRID}",
         f"{about}{parameters / 1e6:,.0f}", f"{about}{operations / 1e9:,.0f}", preset.licence, preset.decoders,
     )  # fmt: skip
 

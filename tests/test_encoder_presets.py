@@ -38,10 +38,7 @@ def test_every_name_composes_and_its_sizes_are_known_without_weights():
         settings = ModelSettings.parse({**node, "encoder": name})
         assert settings.encoder_cls == preset.encoder_cls and preset.encoder_cls in ENCODERS
         assert settings.encoder_config_path == preset.hub_id and preset.hub_id in settings.encoder_params.values()
-        geometry = Geometry.of(256, 16, preset.patch)
-        assert geometry.encoder_input_size == preset.input_px() in (224, 256)
-        assert preset.latent_shape() == (preset.size.width, 16, 16)
-        assert preset.latent_shape(512)[1:] == (32, 32) and preset.input_px(512) == 2 * preset.input_px()
+        assert Geometry.of(256, 16, preset.patch).encoder_input_size in (224, 256)
         assert preset.size.width % preset.size.heads == 0
 
 

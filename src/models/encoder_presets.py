@@ -53,14 +53,6 @@ class Preset:
     decoders: str
     """Who has published decoders for it; empty where nobody is known to."""
 
-    def input_px(self, image_size: int = 256) -> int:
-        """Return what the encoder sees of an image, with a decoder patch of 16 px: one patch of its own for each latent."""
-        return image_size // 16 * self.patch
-
-    def latent_shape(self, image_size: int = 256) -> tuple[int, int, int]:
-        """Return C, h, w with a decoder patch of 16 px."""
-        return self.size.width, image_size // 16, image_size // 16
-
 
 APACHE, NC = "Apache-2.0", "CC-BY-NC-4.0"
 K7, K23 = {"layers": "k7"}, {"layers": "k23"}
