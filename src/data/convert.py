@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -25,6 +24,7 @@ from pathlib import Path
 from src.core.errors import UserError
 from src.core.files import check_folder
 from src.core.json_files import read_json
+from src.core.stopping import KILL, end_with_parent
 from src.data.arrow_writer import shard_name, write_json, write_metadata
 from src.data.convert_scan import Rows, Tree
 from src.data.convert_shard import Job, Settings, convert_shard
@@ -164,24 +164,13 @@ def _run(jobs: list[Job], num_workers: int) -> Iterator[int]:
         yield from map(convert_shard, jobs)
         return
     workers, context = min(num_workers, len(jobs)), multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _quit_with_parent, (os.getpid(),)) as pool:
+    with ProcessPoolExecutor(workers, context, end_with_parent, (KILL,)) as pool:  # it would wait for work for ever
         try:
             for job in as_completed([pool.submit(convert_shard, job) for job in jobs]):
                 yield job.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _quit_with_parent(parent: int) -> None:
-    """End this worker when its parent is killed: it would wait for work for ever."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _finish(partial: Path, tree: Tree, jobs: list[Job], reused: int, started: float) -> Report:
