@@ -1,13 +1,10 @@
 """fp16 with loss scaling, as on a GPU; a CPU can do it too, slowly, and the program never asks it to."""
 
-import logging
-
 import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins import MixedPrecision
 
-from src.training import trainer as trainer_of_a_run
 from tests.training import train
 
 QUIET = ["~callbacks.rfid", "logger=csv", "callbacks.checkpoint.every_n_steps=1", "model.disc_weight=0.75"]
@@ -42,20 +39,3 @@ def test_a_loss_scale_too_high_is_lowered_and_no_reason_to_stop(monkeypatch, tmp
     assert run.trainer.global_step == 6 and run.module.nonfinite.skipped == 0
     assert run.trainer.precision_plugin.scaler.get_scale() < 2.0**24
     assert all(value.isfinite().all() for value in run.module.state_dict().values())
-
-
-@pytest.mark.parametrize(("slowdown", "warned"), [(2.0, True), (0.5, False)])
-def test_bf16_on_a_cpu_that_has_no_instructions_for_it(monkeypatch, caplog, slowdown, warned):
-    monkeypatch.setattr(trainer_of_a_run, "bf16_slowdown_on_cpu", lambda: slowdown)
-    with caplog.at_level(logging.WARNING):
-        assert trainer_of_a_run.precision("bf16", on_gpu=False) == "bf16-mixed"
-        assert trainer_of_a_run.precision("16", on_gpu=False) == "bf16-mixed"
-        assert trainer_of_a_run.precision("bf16", on_gpu=True) == "bf16-mixed"
-    assert [r.message.count("trainer.precision=32 is faster") for r in caplog.records] == [1, 1] * warned
-
-
-def test_the_slowdown_is_the_ratio_of_the_shortest_times(monkeypatch):
-    """Four products each: bf16 takes 9, 6, 7, 8 s by this clock, float32 5, 3, 2, 4."""
-    ticks = [moment for taken in (9, 6, 7, 8, 5, 3, 2, 4) for moment in (0, taken)]
-    monkeypatch.setattr(trainer_of_a_run.time, "perf_counter", iter(ticks).__next__)
-    assert trainer_of_a_run.bf16_slowdown_on_cpu(8) == 3.0

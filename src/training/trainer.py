@@ -2,7 +2,6 @@
 
 import logging
 import os
-import time
 from typing import Annotated, Any, Literal
 
 import pytorch_lightning as pl
@@ -143,30 +142,12 @@ def precision(wanted: Any, on_gpu: bool) -> str:
     """Return Lightning's name of `trainer.precision`; fp16 on a CPU becomes bf16."""
     name = _PRECISION[str(wanted).removesuffix(".0")]
     if name == "16-mixed" and not on_gpu:
-        log.info("trainer.precision=16: a CPU has no fp16 training, so it runs in bf16.")
-        name = "bf16-mixed"
-    if name == "bf16-mixed" and not on_gpu and (ratio := bf16_slowdown_on_cpu()) > 1.2:
-        log.warning(
-            "This CPU takes %.3g times as long for a bf16 matrix product as for a float32 one: it has no instructions for "
-            "it. trainer.precision=32 is faster here and more exact.",
-            ratio,
+        log.info(
+            "trainer.precision=16: a CPU has no fp16 training, so it runs in bf16. One without instructions for that is faster "
+            "with trainer.precision=32."
         )
+        name = "bf16-mixed"
     return name
-
-
-def bf16_slowdown_on_cpu(size: int = 256) -> float:
-    """Return the time of a bf16 matrix product over that of a float32 one, measured in some tens of milliseconds."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        a = torch.ones(size, size, dtype=dtype)
-        taken = []
-        for _ in range(4):
-            began = time.perf_counter()
-            a @ a
-            taken.append(time.perf_counter() - began)
-        return min(taken)
-
-    return seconds(torch.bfloat16) / seconds(torch.float32)
 
 
 def _accelerator(wanted: str) -> str:
