@@ -194,7 +194,7 @@ class Blocks:
                         file.truncate(size)
                 write_text(self.folder / "settings.json", json.dumps(said))
         wait_for_all()
-        self._open = {name: os.open(self.folder / name, os.O_RDWR) for name in self.files}
+        self._open = {name: open(self.folder / name, "r+b") for name in self.files}  # noqa: SIM115
 
     def remaining(self) -> list[np.ndarray]:
         """Return the indices of this rank's blocks that are not done yet."""
@@ -206,10 +206,17 @@ class Blocks:
     def write(self, indices: np.ndarray, images: Tensor, latents: Tensor) -> None:
         """Put a block in place: uint8 B x 3 x H x W, float32 B x C x h x w; then note that it is done."""
         data = {"images": images.permute(0, 2, 3, 1), "latents": latents}
-        for name, entry in self._bytes.items():
-            content = data[name].contiguous().cpu().numpy().tobytes()
-            _write_at(self._open[name], content, int(indices[0]) * entry, self.output)
-            os.fsync(self._open[name])
+        try:
+            for name, file in self._open.items():
+                file.seek(int(indices[0]) * self._bytes[name])
+                file.write(data[name].contiguous().cpu().numpy().tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(
+                f"--output {self.output}: {error.strerror or error}. Make room and run the same command again: it goes on where it "
+                "stopped."
+            ) from error
         with open(self._journal, "a") as journal:
             journal.write(f"{int(indices[0])}\n")
             journal.flush()
@@ -313,15 +320,3 @@ def _facts(generator: Generator, guide: Generator | None, options: SampleOptions
         "statistics": statistics_digest(generator.rae),
         "guide": None if guide is None else digest(guide.network), "latents": options.latents is not None,
     }  # fmt: skip
-
-
-def _write_at(file: int, content: bytes, offset: int, output: Path) -> None:
-    view = memoryview(content)
-    try:
-        while view:
-            written = os.pwrite(file, view, offset)
-            view, offset = view[written:], offset + written
-    except OSError as error:
-        raise UserError(
-            f"--output {output}: {error.strerror or error}. Make room and run the same command again: it goes on where it stopped."
-        ) from error
