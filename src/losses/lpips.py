@@ -3,7 +3,6 @@
 Legend: B batch, H height, W width. Images are B x 3 x H x W, RGB, float in [-1, 1].
 """
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from torch import Tensor, nn
 from src.core.settings import Settings
 from src.core.weights import Frozen, SizedWeights, freeze, load_strict, read, require
 from src.losses.lpips_distance import feature_distance
-
-log = logging.getLogger(__name__)
 
 CONVS_PER_STAGE = (2, 2, 3, 3, 3)
 CHANNELS = (64, 128, 256, 512, 512)
@@ -65,9 +62,7 @@ class LPIPS(Frozen):
                 _initialise(self.vgg)
         self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1), persistent=False)
-        if self.untrained:
-            log.debug("LPIPS is untrained (seed %d): its distances are no LPIPS scores.", seed)
-        else:
+        if not self.untrained:
             vgg_file = require(vgg_path, "The VGG16 weights of LPIPS", "vgg_path")
             linear_file = require(linear_path, "The linear weights of LPIPS", "linear_path")
             of_file = read(vgg_file)

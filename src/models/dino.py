@@ -5,7 +5,6 @@ Weights: `dino_vit_small_patch8_224.pth` and its siblings, the released DINO bac
 Legend: B batch, L patch tokens, C width, H W image, P patch.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,6 @@ from torch import Tensor, nn
 
 from src.core.images import IMAGENET_MEAN, IMAGENET_STD
 from src.core.weights import Frozen, SizedWeights, freeze, load_strict, read, require
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,9 +68,7 @@ class DinoTrunk(Frozen):
             self.cls_token = nn.Parameter(torch.randn(1, 1, recipe.width) * 0.02)
             self.pos_embed = nn.Parameter(torch.randn(1, 1 + recipe.tokens, recipe.width) * 0.02)
             self.blocks = nn.ModuleList(Block(recipe.width, recipe.heads) for _ in range(recipe.depth))
-        if self.untrained:
-            log.debug("The DINO trunk of the discriminator is untrained (seed %d).", seed)
-        else:
+        if not self.untrained:
             file = require(path, "The DINO trunk of the discriminator", "dino_ckpt_path")
             load_strict(self, {name: value for name, value in read(file).items() if name not in UNUSED_IN_FILE}, file)
             for block in self.blocks:  # a bias of the keys shifts all scores of a query alike: the softmax ignores it

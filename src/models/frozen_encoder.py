@@ -6,7 +6,6 @@ Legend: B batch, T all tokens, N patch tokens, C channels, H = W encoder input p
 
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,8 +23,6 @@ from src.core.settings import checked, one_of
 from src.core.weights import Frozen, Weights, freeze, resolve
 from src.models.encoder_files import STATISTICS, PixelStatistics, check_folder, read_statistics
 from src.models.layers import Fusion, LayerChoice, parse_layers
-
-log = logging.getLogger(__name__)
 
 VOLATILE_KEYS = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 """Of an encoder's config: they change when the same weights are saved again or read by another transformers."""
@@ -267,7 +264,6 @@ class FrozenEncoder(Frozen):
 
     @classmethod
     def _untrained(cls, config: Any, source: str, seed: int) -> nn.Module:
-        log.debug("%s from %s is UNTRAINED (seed %d): random weights, not a result.", cls.__name__, source, seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
