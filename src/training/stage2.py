@@ -38,6 +38,10 @@ NO_LABELS = (
     "The data has no labels, and a diffusion transformer is trained on classes. Use a data set with a label column (data.label "
     "names it), class folders, or .cls members of tars."
 )
+STUCK_AFTER = 500
+"""Updates after which a run whose loss is that of an untrained network is told so."""
+STUCK_SHARE = 0.97
+"""Of the loss of the output 0, above which it counts as not learning."""
 
 
 class TransformerOptimizer(OptimizerSettings):
@@ -101,6 +105,7 @@ class DiffusionModule(StageModule):
         freeze(self.rae)
         self._window: Tensor | None = None
         self._window_updates = 0
+        self._warned = False
         self.sampler()  # guidance that the network does not allow is told before training
         self.exchange_gradients_of("network.")
 
@@ -124,12 +129,12 @@ class DiffusionModule(StageModule):
         )
         self.manual_backward(terms["loss"].mean() * share)
         self._add_to_window(step, terms, draws)
-        return {name: value.detach().mean() for name, value in terms.items()}
+        return {name: value.detach().mean() for name, value in terms.items() if name != "zero"}
 
     def update(self, step: int, batch_idx: int, terms: Mapping[str, Tensor]) -> None:
         self.step_counted(step, {"loss": terms["loss"]})
         assert self._window is not None
-        sums, counts = self._window.chunk(2)
+        sums, counts = self._window[:QUARTERS], self._window[QUARTERS : 2 * QUARTERS]
         for number, value in enumerate(sums / counts, 1):
             self.train_terms[f"train/loss_q{number}"] = value
 
@@ -140,11 +145,26 @@ class DiffusionModule(StageModule):
         return torch.where(labels < 0, self.settings.num_classes, labels)  # of no class: the null label
 
     def _add_to_window(self, step: int, terms: Mapping[str, Tensor], draws: FlowDraws) -> None:
-        """Sum losses by quartile of t since the last log entry: 4 sums, 4 counts; no waiting."""
+        """Sum losses by quartile of t since the last log entry: 4 sums, 4 counts, the loss of the output 0; no waiting."""
         if self._window is None or (step % self.settings.log_every_n_steps == 0 and step != self._window_updates):
-            self._window = torch.zeros(2 * QUARTERS, device=self.device)
+            self._window = torch.zeros(2 * QUARTERS + 1, device=self.device)
             self._window_updates = step
-        self._window += quartile_sums(terms["loss"].detach(), draws.time)
+        self._window[:-1] += quartile_sums(terms["loss"].detach(), draws.time)
+        self._window[-1] += terms["zero"].sum()
+
+    def check_numbers(self) -> None:
+        super().check_numbers()
+        if self._warned or self._window is None or self.global_step < STUCK_AFTER:
+            return
+        loss, zero = float(self._window[:QUARTERS].sum()), float(self._window[-1])
+        if loss > STUCK_SHARE * zero:
+            self._warned = True
+            log.warning(
+                "After %d updates the loss is still %.0f %% of that of an untrained network: this run is not learning. Is the "
+                "network at least as wide as the latent (%d channels)? Are the statistics those of this encoder? Is the "
+                "learning rate right?",
+                self.global_step, 100 * loss / zero, self.rae.latent_shape[0],
+            )  # fmt: skip
 
     # -- evaluation
 

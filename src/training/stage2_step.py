@@ -82,7 +82,7 @@ class FlowStep:
         return torch.where(draws.drop < self.label_dropout, self.num_classes, labels)
 
     def losses(self, network: nn.Module, latents: Tensor, labels: Tensor, draws: FlowDraws) -> dict[str, Tensor]:
-        """Return per-image terms (B,): loss; full and base where there is a base head.
+        """Return per-image terms (B,): loss; full and base where there is a base head; zero, the loss of the output 0.
 
         Args:
             latents: normalised, B C h w float32.
@@ -93,6 +93,11 @@ class FlowStep:
         with record_function("denoise"):
             output = network(flow.interpolate(latents, draws.noise, t), t, labels)
         output = tuple(part.float() for part in output) if isinstance(output, tuple) else output.float()
-        return flow.flow_matching_loss(
-            output, latents, draws.noise, t, settings.prediction, settings.t_eps, settings.base_weight
+        zero = torch.zeros_like(latents)
+        terms, reference = (
+            flow.flow_matching_loss(
+                found, latents, draws.noise, t, settings.prediction, settings.t_eps, settings.base_weight
+            )
+            for found in (output, (zero, zero) if isinstance(output, tuple) else zero)
         )
+        return terms | {"zero": reference["loss"]}
