@@ -198,6 +198,12 @@ def test_folders_of_splits_in_other_case_or_with_a_number(
     tree(tmp_path / "vehicles", "train").joinpath("train/cat").rename(tmp_path / "vehicles/tram")
     opened(tmp_path / "vehicles")
     assert "left out: tram" in caplog.text
+    (tmp_path / "vehicles/train").rename(tmp_path / "vehicles/Train")
+    assert (
+        opened(tmp_path / "vehicles").train.class_names
+        == ["Train", "tram"]
+        == list(scan(tmp_path / "vehicles").class_names)
+    )
 
 
 def test_folders_that_archivers_and_storage_make_are_no_classes(tmp_path: Path) -> None:

@@ -35,20 +35,28 @@ def split_of(file: str) -> str | None:
     return None
 
 
-def folder_split(name: str) -> str | None:
-    """Return the split that the whole name of a folder says, in any case and with a number: `Train`, `val2017`."""
-    return ALIASES.get(re.sub(r"[\W_]*\d*$", "", name.lower()))
+def folder_splits(names: Sequence[str]) -> dict[str, str]:
+    """Return the names of folders that are splits, with the split that each says: `val` -> `validation`.
+
+    `Train` or `val2017` say one where another folder says another split, or where there is nothing else: a class of
+    vehicles may be called Train.
+    """
+    said = {name: ALIASES.get(re.sub(r"[\W_]*\d*$", "", name.lower())) for name in names}
+    found = {name: split for name, split in said.items() if split}
+    if len(set(found.values())) > 1 or len(found) == len(names):
+        return found
+    return {name: ALIASES[name] for name in names if name in ALIASES}
 
 
 def find_split(split: str, names: Sequence[str]) -> str | None:
-    """Return the one of `names` that means a split: the same word, else another of `SPLIT_NAMES`, else one by `folder_split`.
+    """Return the one of `names` that means a split: the same word, else another of `SPLIT_NAMES`, else by `folder_splits`.
 
     Raises:
-        UserError: several by `folder_split`.
+        UserError: several by `folder_splits`.
     """
     same = next((group for group in SPLIT_NAMES if split in group), ())
     exact = next((name for name in (split, *same) if name in names), None)
-    alike = [name for name in names if same and folder_split(name) == same[0]]
+    alike = [name for name, said in folder_splits(names).items() if same and said == same[0]]
     if exact is None and len(alike) > 1:
         key = "data.hf_split" if split in TRAIN_SPLITS else "data.hf_validation_split"
         raise UserError(

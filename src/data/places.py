@@ -19,7 +19,7 @@ from src.data.file_names import (
     TRAIN_SPLITS,
     expand,
     find_split,
-    folder_split,
+    folder_splits,
     group_by_split,
     is_pattern,
 )
@@ -98,7 +98,7 @@ class Place:
             UserError: no such split, or data that is damaged or holds no images.
         """
         found = self.find(split)
-        others = self.names if self.kind != "tree" else [n for n in self.names if folder_split(n)]
+        others = self.names if self.kind != "tree" else list(folder_splits(self.names))
         only_splits = len(others) == len(self.names)
         if found is None and others and (only_splits or split not in TRAIN_SPLITS):
             raise UserError(
@@ -248,9 +248,9 @@ def nested_splits(root: Path) -> Path | None:
 def _has_splits(folder: Path) -> bool:
     """Return whether the folders here are splits of images: training and another one, or training alone."""
     names = folders(folder)
-    train = [name for name in names if folder_split(name) == "train"]
-    others = any(folder_split(name) not in (None, "train") for name in names)
-    if not others and (len(names) > 1 or _first_image(folder)):
+    splits = folder_splits(names)
+    train = [name for name, split in splits.items() if split == "train"]
+    if len(set(splits.values())) == 1 and (len(names) > 1 or _first_image(folder)):
         return False
     return any(is_image(file) for name in train for file in islice(walk(folder / name), LOOK_AT))
 
@@ -335,11 +335,12 @@ def _folder(folder: Path) -> Place:
         names = [name for name in walk(folder) if name.lower().endswith(suffix)]
         return Place("tars" if suffix == ".tar" else "parquet", folder, group_by_split(names, str(folder)))
     root = folder
-    if "train" not in map(folder_split, folders(folder)) and (nested := nested_splits(folder)) is not None:
+    if "train" not in folder_splits(folders(folder)).values() and (nested := nested_splits(folder)) is not None:
         log.info("The splits of %s lie in %s.", folder, nested)
         root = nested
     names = folders(root)
-    others = [name for name in names if folder_split(name) is None] if "train" in map(folder_split, names) else []
+    splits = folder_splits(names)
+    others = [name for name in names if name not in splits] if "train" in splits.values() else []
     if beside := [name for name in others if _first_image(root / name)]:
         log.warning("%s: images beside the splits are left out: %s.", root, ", ".join(beside[:4]))
     return Place("tree", root, {name: name for name in names})
@@ -352,7 +353,7 @@ def telling_file(folder: Path) -> Path | None:
     while there may be images.
     """
     without = None
-    for place in (*(name for name in folders(folder) if folder_split(name)), ""):
+    for place in (*folder_splits(folders(folder)), ""):
         for name in walk(folder, place):
             lower = name.lower()
             if lower.endswith(".tar") or is_image(name):

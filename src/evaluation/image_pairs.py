@@ -4,8 +4,9 @@ Legend: B batch, H, W image px. Images are uint8 3 x H x W.
 """
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,19 +66,29 @@ class KeptPairs:
         return sorted(found, key=lambda pair: (-pair.key, pair.place))[: self.count]
 
 
-def save_pngs(images: Iterable[tuple[Tensor, Path]]) -> None:
-    """Write images, uint8 3 x H x W, several at a time; folders above them are made."""
+@contextmanager
+def png_writer() -> Iterator[Callable[[Sequence[Tensor], Sequence[Path]], None]]:
+    """Give a function that writes images, uint8 3 x H x W, while the caller computes the next; an error comes with these."""
+    waiting: Iterator[None] = iter(())
+
+    def write(images: Sequence[Tensor], files: Sequence[Path]) -> None:
+        nonlocal waiting
+        list(waiting)
+        waiting = pool.map(save_png, images, files)
+
     with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(save_png, *zip(*images, strict=True)))
+        yield write
+        list(waiting)
 
 
 def save_pairs(pairs: Sequence[Pair], folder: Path) -> None:
     """Write FOLDER/00000_original.png, FOLDER/00000_reconstruction.png … and FOLDER/sheet.png."""
     if not pairs:
         return
-    files = [(pair.original, folder / f"{pair.place:05d}_original.png") for pair in pairs]
-    files += [(pair.reconstruction, folder / f"{pair.place:05d}_reconstruction.png") for pair in pairs]
-    save_pngs([*files, (contact_sheet(pairs), folder / "sheet.png")])
+    with png_writer() as write:
+        for kind in ("original", "reconstruction"):
+            write([getattr(pair, kind) for pair in pairs], [folder / f"{pair.place:05d}_{kind}.png" for pair in pairs])
+        write([contact_sheet(pairs)], [folder / "sheet.png"])
 
 
 def contact_sheet(pairs: Sequence[Pair], compared: bool = True) -> Tensor:

@@ -20,7 +20,7 @@ from src.core.terminal import counted, progress
 from src.core.weights import DTYPES
 from src.data.decode import Decoder
 from src.data.latents import LatentStore, LatentWriter, write_index
-from src.evaluation.image_pairs import KeptPairs, contact_sheet, save_pngs
+from src.evaluation.image_pairs import KeptPairs, contact_sheet, png_writer
 from src.evaluation.images import MAX_MEGAPIXELS, evaluation_loader
 from src.evaluation.networks import lpips_of
 from src.evaluation.options import ReconstructionOptions
@@ -137,6 +137,7 @@ class _Files:
         self.compared = bool(quality_names)
         self.pairs = KeptPairs(options.sheet_images if "sheet" in self.wanted else 0)
         self.table = CsvTable(quality_names)
+        self.write_images = stack.enter_context(png_writer())
         kinds = {NPZ: False, ORIGINALS_NPZ: True} if self.compared else {NPZ: False}
         packed = [image_stack(self.output / file, size, process, kind) for file, kind in kinds.items()]
         self.packed = [stack.enter_context(part) for part in packed] if "npz" in self.wanted else []
@@ -149,7 +150,7 @@ class _Files:
         (batch,) = variants
         if "images" in self.wanted:
             files = [self.output / RECONSTRUCTIONS / f"{self.name(row)}.png" for row in batch.rows.tolist()]
-            save_pngs(zip(batch.decoded.cpu(), files, strict=True))
+            self.write_images(list(batch.decoded.cpu()), files)
         for observer in self.observers:
             observer(variants)
 
