@@ -133,7 +133,7 @@ def test_label_columns(values: list, kind: object, wanted: str | None, labels: o
     assert source.num_classes == count
 
 
-def test_image_tree(tmp_path: Path) -> None:
+def test_image_tree(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = tree(tmp_path / "t")
     (root / "cat/deep").mkdir()
     (root / "cat/deep/x.png").write_bytes(FILES[0])
@@ -151,7 +151,9 @@ def test_image_tree(tmp_path: Path) -> None:
     with pytest.raises(BadImage, match="not a regular file"):
         source.encoded(8)
     (root / "dog/3.JPEG").rename(root / "dog/4.JPEG")
-    assert open_image_tree(root).fingerprint() != source.fingerprint()
+    assert open_image_tree(root).fingerprint() != source.fingerprint() and not caplog.text
+    (root / "beside.jpg").write_bytes(FILES[0])
+    assert len(open_image_tree(root)) == 8 and "1 images beside its folders" in caplog.text
     flat = tmp_path / "flat"
     flat.mkdir()
     with pytest.raises(UserError, match="No images"):

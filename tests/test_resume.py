@@ -81,4 +81,5 @@ def test_a_resume_says_what_makes_it_another_run(whole, tmp_path, caplog):
     said = "\n".join(record.getMessage() for record in caplog.records)
     for key, before, now in (("max_epochs", 2, 3), ("model.optimizer.lr", 0.001, 0.0005), ("batch", 4, 2)):
         assert f"{key} was {before} and is now {now}" in said
+    assert "Resuming at step 6 (epoch 2)" in said  # the second one, as the lines of progress count
     assert "num_workers was" not in said and "data.batch_size was" not in said

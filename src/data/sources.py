@@ -126,10 +126,14 @@ def open_image_tree(root: Path) -> FileSource:
     """
     classes = folders(root)
     files, labels = class_files(root, classes, is_image)
+    loose = [name for name in loose_files(root) if is_image(name) and (root / name).is_file()]
+    if files and loose:
+        beside = "%s: %d images beside its folders, which are classes, are left out: %s. Give them a folder, too."
+        log.warning(beside, root, len(loose), ", ".join(map(printable, loose[:4])))
     if files:
         return FileSource(root, files, labels, classes)
-    if files := [name for name in loose_files(root) if is_image(name) and (root / name).is_file()]:
-        return FileSource(root, files)
+    if loose:
+        return FileSource(root, loose)
     raise UserError(
         f"No images in {root} (data.data_dir): expected files ending in {', '.join(SUFFIXES[:4])} … in one "
         "folder per class, or `train` and `val` folders with such classes below."

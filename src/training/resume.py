@@ -61,7 +61,7 @@ def announce_resume(checkpoint: Path, config: Mapping[str, Any], processes: int)
     check_resumable(content, checkpoint)
     before = content["config"]
     before = {**before, "model": with_current_keys(before.get("model") or {})}
-    log.info("Resuming at step %s (epoch %s).", content.get("global_step"), content.get("epoch"))
+    log.info("Resuming at step %s (epoch %s).", content["global_step"], content["epoch"] + 1)
     run = checkpoint.parent.parent
     if run.resolve() != resolve(config["paths"]["run_dir"] or "").resolve() and (owner := owner_of(run)):
         log.warning("The run of that checkpoint is still going on in %s (%s); this one goes on beside it.", run, owner)
