@@ -190,7 +190,7 @@ def test_stray_bytes_lose_nothing() -> None:
 def test_what_is_refused(data: bytes) -> None:
     with pytest.raises(BadImage) as found:
         DECODER.decode(data)
-    assert " at 0x" not in str(found.value)
+    assert " at 0x" not in str(found.value) and not str(found.value).endswith(" it")
 
 
 def test_fuzz_gives_an_array_or_bad_image() -> None:

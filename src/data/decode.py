@@ -235,4 +235,4 @@ def _turn(picture: Picture, orientation: int) -> Picture:
 
 def _one_line(error: Exception) -> str:
     text = str(error).strip().splitlines()
-    return re.sub(r" <_io\.BytesIO object at \w+>", " it", text[0])[:160] if text else type(error).__name__
+    return re.sub(r" <_io\.BytesIO object at \w+>", "", text[0])[:160] if text else type(error).__name__

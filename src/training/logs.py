@@ -16,6 +16,7 @@ _SILENCED = (
     r".*You have overridden `transfer_batch_to_device` in `LightningModule`.*",  # on purpose
     r".*The number of training batches .* is smaller than the logging interval.*",
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+    r".*Total length of `list` across ranks is zero.*",  # nothing is held out, as the log says
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*is not currently supported on CUDA-enabled.*pin_memory.*",
     r".*'pin_memory' argument is set as true but no accelerator is found.*",
