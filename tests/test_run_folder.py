@@ -162,6 +162,8 @@ def test_a_place_that_cannot_be_written(tmp_path, log_dir, wanted):
         ({}, Launch(0, 1, "single")),
         ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "TORCHELASTIC_RUN_ID": "none"}, Launch(3, 8, "torchrun")),
         ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}, Launch(3, 8, "torchrun")),
+        ({"RANK": "3", "WORLD_SIZE": "8"}, Launch(3, 8, "torchrun")),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, Launch(0, 1, "single")),
         ({"SLURM_PROCID": "2", "SLURM_NTASKS": "4"}, Launch(2, 4, "slurm")),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, Launch(0, 1, "single")),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "interactive"}, Launch(0, 1, "single")),
@@ -177,6 +179,33 @@ def test_who_started_this_process(monkeypatch, environment, expected):
         monkeypatch.setenv(name, value)
     assert Launch.detect() == expected
     assert expected.main == (expected.rank == 0)
+
+
+@pytest.mark.parametrize(
+    ("local", "nodes", "expected"),
+    [
+        ({}, 1, (3, 3, 4)),
+        ({"LOCAL_RANK": "1"}, 2, (3, 1, 2)),
+        ({}, 2, (3, 1, 2)),
+        ({"LOCAL_RANK": "0"}, 4, (3, 0, 1)),
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, 1, (3, 1, 2)),  # torchrun, trainer.num_nodes forgotten
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, 8, (3, 1, 2)),
+    ],
+)
+def test_processes_started_on_several_machines(monkeypatch, local, nodes, expected):
+    """By torchrun, or by Kubernetes, which may name neither LOCAL_RANK nor LOCAL_WORLD_SIZE."""
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "")  # so that what is set meanwhile goes again
+        monkeypatch.delenv(name)
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", **local}.items():
+        monkeypatch.setenv(name, value)
+    settings = OmegaConf.to_container(composed([*FAST, f"trainer.num_nodes={nodes}"]).trainer, resolve=True)
+    trainer = build_trainer(settings, Launch.detect(), [], [], ".")
+    assert (trainer.global_rank, trainer.local_rank, trainer.num_devices) == expected
+    assert trainer.world_size == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="4 processes, 3 on this machine"):
+        build_trainer(settings, Launch.detect(), [], [], ".")
 
 
 @pytest.mark.parametrize("started_by_srun", [True, False])
@@ -214,14 +243,14 @@ runpy.run_path("src/train.py", run_name="__main__")
 
 @pytest.mark.slow
 def test_three_processes_without_torchrun_meet_in_one_folder(tmp_path):
-    """As mpirun or Kubernetes start them; nothing that rank 0 offers may be gone before the others have read it."""
+    """As Kubernetes starts them, without LOCAL_RANK; nothing that rank 0 offers may be gone before the others have read it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     command = [sys.executable, "-c", LATE, "src/train.py", *FAST, "data.batch_size=1", f"paths.log_dir={tmp_path}"]
     ranks = [
         subprocess.Popen(
-            command, cwd=PROJECT_ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            command, cwd=PROJECT_ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **place, "RANK": str(rank)},
             stderr=subprocess.PIPE, text=True,
         )
         for rank in range(3)

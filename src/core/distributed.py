@@ -30,13 +30,14 @@ class Launch:
     rank: int
     world: int
     kind: str
-    """`single`, `torchrun`, `slurm` or `child` (started by Lightning from the first process; `world` is 0 then)."""
+    """`single`, `torchrun` or whoever sets RANK and WORLD_SIZE as it does (LOCAL_RANK may lack), `slurm` or `child` (started by
+    Lightning from the first process; `world` is 0 then)."""
 
     @classmethod
     def detect(cls) -> "Launch":
         """Return it, before a process group exists."""
         env = os.environ
-        if "TORCHELASTIC_RUN_ID" in env or {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= env.keys():
+        if "RANK" in env and (int(env.get("WORLD_SIZE", "1")) > 1 or "LOCAL_RANK" in env):
             return cls(int(env["RANK"]), int(env["WORLD_SIZE"]), "torchrun")
         tasks = int(env.get("SLURM_NTASKS", "1")) if "SLURM_PROCID" in env else 1
         if tasks > 1 and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import pytorch_lightning as pl
 import torch
 from pydantic import ConfigDict, Field
-from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 
 from src.callbacks.checkpoint import AtomicCheckpointIO
@@ -79,7 +79,10 @@ def build_trainer(
     on_gpu = accelerator == "gpu"
     distributed = settings["strategy"] == "ddp" or launch.world > 1 or _several(settings["devices"])
     settings["accelerator"] = accelerator
-    settings["devices"] = _devices(settings["devices"], on_gpu, distributed, launch)
+    if launch.kind == "torchrun":
+        settings |= _started(settings["devices"], settings["num_nodes"], launch)
+    else:
+        settings["devices"] = _devices(settings["devices"], on_gpu, distributed, launch)
     settings["precision"] = precision(settings["precision"], on_gpu)
     if accelerator == "mps" and settings["precision"] != "32-true":
         raise UserError("trainer.accelerator=mps: only trainer.precision=32 is offered there.")
@@ -101,7 +104,10 @@ def build_trainer(
     # are no buffers to exchange; gradients that are views of the buckets save a copy of the model.
     ddp = DDPStrategy(find_unused_parameters=False, broadcast_buffers=False, gradient_as_bucket_view=True)
     plugins: list[Any] = [AtomicCheckpointIO()]
-    if launch.kind != "torchrun" and SLURMEnvironment.detect():  # Lightning's own requeue would start from scratch
+    if launch.kind == "torchrun":
+        os.environ.setdefault("LOCAL_RANK", str(launch.rank % settings["devices"]))
+        plugins.append(TorchElasticEnvironment())
+    elif SLURMEnvironment.detect():  # Lightning's own requeue would start from scratch
         if int(tasks := os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
             raise UserError(
                 f"This SLURM job has {tasks} tasks by --ntasks alone, which does not say how many a machine has. Give "
@@ -171,14 +177,20 @@ def _several(devices: Any) -> bool:
     return {"auto": 1, -1: torch.cuda.device_count()}.get(count, count) > 1
 
 
+def _started(devices: Any, nodes: int, launch: Launch) -> dict[str, int]:
+    """Return devices and num_nodes as torchrun started the processes. Others who set RANK and WORLD_SIZE may leave out how many
+    a machine has: then num_nodes says so. Raises UserError: machines of different numbers."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", max(launch.world // nodes, 1)))
+    found = {"devices": here, "num_nodes": launch.world // here}
+    for (key, started), wanted in zip(found.items(), (devices, nodes), strict=True):
+        if wanted not in ("auto", 1, started, str(started)):
+            log.warning("trainer.%s=%s is ignored: torchrun started %d.", key, wanted, started)
+    if here * found["num_nodes"] != launch.world:
+        raise UserError(f"{launch.world} processes, {here} on this machine: start as many on each (--nproc_per_node).")
+    return found
+
+
 def _devices(wanted: Any, on_gpu: bool, distributed: bool, launch: Launch) -> Any:
-    if launch.kind == "torchrun":
-        started = int(os.environ.get("LOCAL_WORLD_SIZE", launch.world))
-        if wanted not in ("auto", started, str(started)):
-            log.warning(
-                "trainer.devices=%s is ignored: torchrun started %d process(es) on this machine.", wanted, started
-            )
-        return started
     if wanted != "auto":
         return wanted
     if launch.kind == "slurm":
