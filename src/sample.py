@@ -42,8 +42,7 @@ def _run(options: SampleOptions) -> int:
         generator = open_generator(options.checkpoint, options.model, options.autoencoder)
         guide = None
         if options.guide is not None:
-            shape = generator.network.latent_shape
-            guide = open_generator(options.guide, options.guide_model, shape=shape, key="--guide")
+            guide = open_generator(options.guide, options.guide_model, loaded=generator.autoencoder, key="--guide")
         rows: list[tuple[Any, ...]] = []
         for point in points:
             began = time.perf_counter()

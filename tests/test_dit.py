@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from src.core.errors import UserError
-from src.models.dit import DiTDH, LightningDiT, RAEv2DiT, forward_flops
+from src.models.dit import DiTDH, LightningDiT, RAEv2DiT, build_network, forward_flops
 
 TOLERANCE = 1e-5
 CLASSES = 3
@@ -325,6 +325,8 @@ def test_no_row_for_the_null_label_without_dropout():
         model = make(class_dropout_prob=0.0)
         assert model.null_label is None and len(model.y_embedder.embedding_table.weight) == CLASSES
         assert make().null_label == CLASSES
+    config = {"name": "RAEv2DiT", "patch_size": 1, "hidden_size": [16, 16], "depth": [1, 1], "num_heads": [2, 2]}
+    assert build_network(config, (5, 4, 4), CLASSES, 0.0, 0).null_label is None  # there is a row, which nothing trains
     assert raev2().null_label == CLASSES and len(raev2().ctx_embedder.embedding_table.weight) == CLASSES + 1
 
 

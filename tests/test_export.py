@@ -26,6 +26,16 @@ def run(line: str) -> int:
     return main(shlex.split(line))
 
 
+def test_statistics_of_a_file_go_into_an_export(tmp_path):
+    file = checkpoint(tmp_path, image_size=64)
+    var = torch.rand(64, 4, 4)
+    torch.save({"mean": None, "var": var}, tmp_path / "stat.pt")
+    for model, out in ((f"--checkpoint {file}", "one"), (f"--decoder {tmp_path}/one", "two")):
+        assert run(f"{model} --stats {tmp_path}/stat.pt --format folder --output {tmp_path}/{out}") == 0
+        back = read_folder(tmp_path / out).rae
+        assert back.latent_mean is None and torch.equal(back.latent_var, var)
+
+
 def test_every_format_gives_the_checkpoint_back_and_exports_are_exported_again(tmp_path, capsys):
     file = checkpoint(tmp_path, image_size=256, statistics=True)
     rae = load_trained(file).rae
@@ -52,8 +62,8 @@ def test_every_format_gives_the_checkpoint_back_and_exports_are_exported_again(t
     assert run(f"--decoder {tmp_path}/b --format diffusers --output {tmp_path}/c") == 0
     capsys.readouterr()
     for name in "ab":  # they say it themselves
-        assert run(f"--decoder {tmp_path}/{name} --stats x --format official --output {tmp_path}/d") == 1
-        assert "--stats" in capsys.readouterr().err
+        assert run(f"--decoder {tmp_path}/{name} --encoder_layers x --format official --output {tmp_path}/d") == 1
+        assert "--encoder_layers" in capsys.readouterr().err
     a, c = (file_hashes(tmp_path / name) for name in "ac")
     same = "diffusion_pytorch_model.safetensors", "config.json"
     assert {name: a[name] for name in same} == {name: c[name] for name in same}

@@ -64,5 +64,7 @@ def test_a_decoder_is_fine_tuned_on_generated_latents_and_resumes_exactly(stage2
     assert all(p.grad is None and not p.requires_grad for p in one.module.generated.parameters())
     without = train(tmp_path / "without", *options, "model.generated.checkpoint=null", "trainer.max_epochs=1")
     assert not same(one.module.state_dict(), without.module.state_dict())
-    with pytest.raises(UserError, match="other statistics.*model.normalization_stat_path"):
+    with pytest.raises(
+        UserError, match="its statistics: model.normalization_stat_path.*statistics: .* there, None here"
+    ):
         train(tmp_path / "odd", *options, "model.normalization_stat_path=null")

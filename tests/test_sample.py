@@ -21,7 +21,7 @@ from src.core.weights import PROJECT_ROOT, read
 from src.evaluation import samples
 from src.formats.stage2 import open_generator
 from src.sample import main as sample
-from tests.tiny_models import exported, tiny_rae, two_processes
+from tests.tiny_models import exported, loaded, tiny_rae, two_processes
 from tests.training import last
 
 
@@ -152,8 +152,39 @@ def test_an_autoencoder_or_a_guide_of_other_latents_is_refused(checkpoint, stage
         other = tiny_rae(tmp_path, image_size=image_size, statistics=True)
         with pytest.raises(UserError, match=message):
             open_generator(checkpoint, autoencoder=str(exported(other, tmp_path / f"{image_size}")))
-    with pytest.raises(UserError, match=re.escape("of latents of (64, 4, 4) (C x h x w), but (64, 8, 8) are wanted")):
-        open_generator(checkpoint, shape=(64, 8, 8))
+    with pytest.raises(UserError, match=re.escape("shape (C x h x w): (64, 4, 4) there, (64, 8, 8) here")):
+        open_generator(checkpoint, loaded=loaded(other))
+
+
+def changed(checkpoint, file, rows, statistics=None, **model):
+    """A checkpoint of a model whose label table has so many rows."""
+    content = read(checkpoint)
+    content["config"]["model"] |= model
+    content["statistics"] = statistics or content["statistics"]
+    content["state_dict"] = {name: v[:rows] if "table" in name else v for name, v in content["state_dict"].items()}
+    torch.save(content, file)
+    return file
+
+
+def test_what_a_model_and_its_guide_must_have(checkpoint, tmp_path, capsys):
+    plain = changed(checkpoint, tmp_path / "plain.ckpt", 3, label_dropout=0)
+    fewer = changed(checkpoint, tmp_path / "fewer.ckpt", 3, num_classes=2)
+    other = changed(checkpoint, tmp_path / "other.ckpt", 4, {"digest": "0" * 16})
+    newer = tmp_path / "newer.ckpt"
+    torch.save(read(checkpoint) | {"format_version": 99}, newer)
+    for file, words, message in (
+        (plain, "--labels null", "the model has no null label"),
+        (plain, "--cfg 2", "needs a null label"),
+        (checkpoint, f"--guide {plain} --auto 1.5 --cfg 2", "or its guide, has model.label_dropout=0"),
+        (checkpoint, f"--guide {fewer} --auto 1.5", "The guide knows 2 classes, the model 3"),
+        (checkpoint, f"--guide {other} --auto 1.5", f"statistics: {'0' * 16} there"),
+        (newer, "", "is no checkpoint of this trainer"),
+        (newer, "--model rae_dino", "a model of stage 1"),
+    ):
+        output = tmp_path / "s.npz"
+        assert sample(f"--checkpoint {file} --device cpu --num_images 2 --output {output} {words}".split()) == 1
+        assert message in " ".join(capsys.readouterr().err.split()), words
+    assert drawn(checkpoint, output, "--guide", plain, "--auto", 1.5)["arr_0"].any()
 
 
 @pytest.mark.parametrize(

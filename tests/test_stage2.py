@@ -65,12 +65,18 @@ def test_labels_are_dropped_and_images_mirrored_by_the_draws(stage2_run):
     assert torch.equal(seen[0], torch.where(flipped, images.flip(-1), images).float() / 255)
 
 
-@pytest.mark.parametrize(("stop", "words"), [(2, []), (3, []), (4, ["model.optimizer.name=muon"])])
-def test_a_resumed_run_is_the_run_that_was_not_interrupted(stage2_run, autoencoder, tmp_path, stop, words):
+@pytest.mark.parametrize(
+    ("stop", "words", "then"),
+    [(2, [], []), (3, [], ["model.network.activation_checkpointing=true"]), (4, ["model.optimizer.name=muon"], [])],
+)
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(
+    stage2_run, autoencoder, tmp_path, caplog, stop, words, then
+):
     if words:
         train_stage2(tmp_path / "whole", autoencoder, *words)
     train_stage2(tmp_path / "first", autoencoder, *words, f"trainer.max_steps={stop}")
-    train_stage2(tmp_path / "second", autoencoder, *words, checkpoint=last(tmp_path / "first"))
+    train_stage2(tmp_path / "second", autoencoder, *words, *then, checkpoint=last(tmp_path / "first"))
+    assert "no longer the run before" not in caplog.text
     assert_equal_ends(tmp_path / "whole" if words else stage2_run[0], tmp_path / "second")
 
 
@@ -168,6 +174,9 @@ def test_an_image_of_no_class_counts_as_one_of_the_null_label(stage2_run):
         module.validation_step(batch | {"label": torch.full_like(batch["label"], label)}, 0)
         totals.append(module._totals)
     assert torch.equal(totals[0], totals[1]) and not torch.equal(totals[1], totals[2])
+    module.network.null_label = None
+    with pytest.raises(UserError, match=r"images of no class \(label -1\)"):
+        module.validation_step(batch | {"label": torch.full_like(batch["label"], -1)}, 0)
 
 
 # -- what is refused
@@ -211,6 +220,7 @@ def made(name, autoencoder, folder):
         (["model.label_dropout=2"], "model.label_dropout=2: expected at most 1"),
         (["data.data_dir=UNLABELLED"], "The data has no labels"),
         (["model.statistics=OTHER"], "made with another encoder .*Compute its own with `python src/latent_stats.py`"),
+        (["model.statistics=no.pt"], r"no.pt \(from model.statistics\)"),
         (["model.statistics=SMALLER"], r"`var` is \(64, 2, 2\); this model's latents are \(64, 4, 4\)"),
         (["model.autoencoder=MOVED"], "nowhere/encoder"),
         (["model.autoencoder=PLAIN"], r"no latent statistics.*latent_stats.py"),

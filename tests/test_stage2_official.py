@@ -167,7 +167,7 @@ def test_official_files_load_strictly_and_a_checkpoint_without_average_is_refuse
     with pytest.raises(UserError, match="--model"):
         open_generator(tmp_path / "stage2_model.pt")
     with pytest.raises(UserError, match="does not fit DiTDH"):
-        open_generator(tmp_path / "stage2_model.pt", "ditdh_s", shape=(64, 4, 4))
+        open_generator(tmp_path / "stage2_model.pt", "ditdh_s", loaded=run.module.autoencoder)
     own = open_generator(last(folder))
     assert same(dict(own.network.state_dict()), state) and own.rae.has_statistics
 
@@ -186,7 +186,7 @@ def test_an_export_is_the_official_file_and_comes_back_bit_equal(stage2_run, aut
     own = {name.removeprefix("ema_network."): value for name, value in own.items() if name.startswith("ema_network.")}
     content = read(out / ("checkpoint.pt" if kind == "RAEv2DiT" else "stage2_model.pt"))
     assert same(content["ema"] if kind == "RAEv2DiT" else content, own)
-    back = open_generator(next(out.glob("*.pt")), shape=(64, 4, 4))
+    back = open_generator(next(out.glob("*.pt")), autoencoder=str(autoencoder))
     assert same(dict(back.network.state_dict()), own) and type(back.network).__name__ == kind
     assert "UNTRAINED" in (out / "README.md").read_text() and str(folder) not in (out / "rae_export.json").read_text()
     assert export([*words, "--format", "folder", "--overwrite"]) == 1

@@ -79,9 +79,8 @@ class GFIDCallback(ScoreCallback):
         given = {name: value for name, value in self.sampler.items() if value is not None}
         self._settings = SamplerSettings.parse(own | given, "callbacks.gfid.sampler")
         pl_module.sampler(self._settings)
-        self._labels = labels_of(
-            self.labels, self.seed, self.num_images, pl_module.network.num_classes, "callbacks.gfid.labels="
-        )
+        network, key = pl_module.network, "callbacks.gfid.labels="
+        self._labels = labels_of(self.labels, self.seed, self.num_images, network, key)
         self._networks = self.load_networks()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -149,7 +149,7 @@ class ModelOptions:
     encoder_layers: str | None = option(
         "of a RAEv2 decoder file: k1, k7, k23 or 11.13.15 (default: the last block)", "BLOCKS"
     )
-    stats: str | None = option("with a decoder file: its latent statistics", "FILE")
+    stats: str | None = option("latent statistics, of a model that has none or instead of its own", "FILE")
     decoder_config: str = option("with a decoder file: JSON or its folder", "PATH", "configs/decoder/ViTXL")
     decoder_patch_size: Pixels = option("with a decoder file", "PX", 16)
     decoder_output: Literal["normalized", "image"] = option(

@@ -68,6 +68,7 @@ class Sampler:
         self.shift = flow.shift_for(self.shape)
         self.method, self.grid = settings.method, sampling_grid(settings.num_steps, self.shift, settings.grid)
         interval = settings.t_min, settings.t_max
+        null_label: int | None = network.null_label
         run: Conditional = sampling.conditional(network, flow.prediction, flow.t_eps)
         if settings.internal > 1:
             if getattr(network, "base_model_depth", None) is None:
@@ -83,14 +84,13 @@ class Sampler:
                     f"model.sampler.auto={settings.auto:g}: autoguidance needs a second network (src/sample.py --guide)."
                 )
             weaker, its_flow = guide
-            if weaker.latent_shape != self.shape:
-                raise UserError(
-                    f"The guide makes latents of {weaker.latent_shape}, the model of {self.shape} (C x h x w): they must agree."
-                )
+            if (theirs := weaker.num_classes) != (ours := network.num_classes):
+                raise UserError(f"The guide knows {theirs} classes, the model {ours}: they must agree.")
+            null_label = null_label if weaker.null_label is not None else None
             weak = sampling.conditional(weaker, its_flow.prediction, its_flow.t_eps)
             run = sampling.autoguidance(run, weak, Guidance(settings.auto, *interval))
         if settings.cfg > 1:
-            run = sampling.classifier_free(run, network.null_label, Guidance(settings.cfg, *interval))
+            run = sampling.classifier_free(run, null_label, Guidance(settings.cfg, *interval))
         self._run = run
 
     def latents(self, indices: Sequence[int], labels: Tensor, device: torch.device) -> Tensor:

@@ -30,6 +30,7 @@ from src.evaluation.options import SampleOptions
 from src.formats.checkpoint import statistics_digest
 from src.formats.stage2 import Generator
 from src.metrics.npz import opened_npz, scalar
+from src.models.dit import LatentTransformer
 from src.models.rae import RAE
 
 GRID_ROWS, GRID_COLUMNS = 8, 8
@@ -70,12 +71,11 @@ def sample(
     """
     settings = sampler_settings(generator, options)
     rae = generator.rae
-    assert rae is not None
     generator.network.to(process.device)
     rae.to(process.device)
     weaker = None if guide is None else (guide.network.to(process.device), guide.flow)
     sampler = Sampler(generator.network, settings, generator.flow, options.seed, weaker)
-    labels = labels_of(options.labels, options.seed, options.num_images, generator.network.num_classes)
+    labels = labels_of(options.labels, options.seed, options.num_images, generator.network)
     size = rae.geometry.image_size
     files: dict[str, Any] = {"images": (np.uint8, (size, size, 3))}
     files |= {"latents": (np.float32, rae.latent_shape)} if options.latents else {}
@@ -150,7 +150,6 @@ def sampler_settings(generator: Generator, options: SampleOptions) -> SamplerSet
 def describe(generator: Generator, options: SampleOptions) -> str:
     """Return a line on the model."""
     step = "" if generator.step is None else f", step {generator.step:,}"
-    assert generator.rae is not None
     random = " UNTRAINED encoder: random weights, not a result." if generator.rae.encoder.untrained else ""
     return f"{generator.source}{step}, seed {options.seed}, labels {options.labels}.{random}"
 
@@ -244,8 +243,8 @@ def grid(images: np.ndarray, labels: np.ndarray) -> Tensor:
     return sheet([torch.from_numpy(images[rows]).permute(0, 3, 1, 2) for rows in chosen])
 
 
-def labels_of(which: str, seed: int, num_images: int, num_classes: int, key: str = "--labels ") -> np.ndarray:
-    """Return the label of each index, int64 (N,); the null label is `num_classes`.
+def labels_of(which: str, seed: int, num_images: int, network: LatentTransformer, key: str = "--labels ") -> np.ndarray:
+    """Return the label of each index, int64 (N,), of those that `network` knows.
 
     Args:
         which: `equal`, each class equally often up to one, in an order by the seed, which also draws those with one image
@@ -253,8 +252,9 @@ def labels_of(which: str, seed: int, num_images: int, num_classes: int, key: str
         key: the option or config key that says it.
 
     Raises:
-        UserError: no such classes.
+        UserError: no such classes, or no null label.
     """
+    num_classes = network.num_classes
     if which == "equal":
         numbers, (rounds, rest) = streams.generator(seed, Purpose.SAMPLE_LABELS), divmod(num_images, num_classes)
         labels = np.concatenate([np.tile(np.arange(num_classes), rounds), numbers.permutation(num_classes)[:rest]])
@@ -262,7 +262,9 @@ def labels_of(which: str, seed: int, num_images: int, num_classes: int, key: str
     if which == "random":
         return streams.generator(seed, Purpose.SAMPLE_LABELS, 1).integers(num_classes, size=num_images)
     if which == "null":
-        return np.full(num_images, num_classes, np.int64)
+        if network.null_label is None:
+            raise UserError(f"{key}null: the model has no null label, it was trained with model.label_dropout=0.")
+        return np.full(num_images, network.null_label, np.int64)
     try:
         classes = np.array([int(label) for label in which.split(",")], np.int64)
     except (ValueError, OverflowError) as error:
@@ -312,7 +314,6 @@ def _facts(generator: Generator, guide: Generator | None, options: SampleOptions
         )
         return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
-    assert generator.rae is not None
     return {
         "seed": options.seed, "num_images": options.num_images, "labels": options.labels, "precision": options.precision,
         "network": digest(generator.network), "flow": generator.flow.model_dump(),

@@ -116,7 +116,8 @@ def classifier_free(inner: Conditional, null_label: int | None, guidance: Guidan
     """
     if null_label is None:
         raise UserError(
-            f"cfg={guidance.scale:g} (model.sampler.cfg, --cfg) needs a null label, but the model has model.label_dropout=0."
+            f"cfg={guidance.scale:g} (model.sampler.cfg, --cfg) needs a null label, but the model, or its guide, has "
+            "model.label_dropout=0."
         )
 
     def run(x: Tensor, t: Tensor, y: Tensor) -> Tensor:

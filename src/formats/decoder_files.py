@@ -143,15 +143,19 @@ def load_decoder(decoder: ViTDecoder, path: str | Path, denormalize: bool, encod
 
 
 def read_statistics(
-    path: str | Path, shape: tuple[int, int, int], identity: Mapping[str, Any]
+    path: str | Path,
+    shape: tuple[int, int, int],
+    identity: Mapping[str, Any],
+    key: str = "model.normalization_stat_path",
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return `mean` and `var` (None: absent) of a statistics file in the official format, an export or a checkpoint.
+    """Return `mean` and `var` (None: absent) of a statistics file in the official format, an export or a checkpoint, named by
+    the config key `key`.
 
     Raises:
         UserError: neither is there, another shape than `shape`, complex or not finite, a negative or all-zero variance,
             or an encoder identity beside them that differs from `identity`.
     """
-    file, key = resolve(path), "model.normalization_stat_path"
+    file = resolve(path)
     if file.is_dir():
         kind, file = kind_of(path, key)
         if (file / STATISTICS).is_file():
@@ -169,7 +173,9 @@ def read_statistics(
             content = {"mean": state.get("rae.latent_mean"), "var": state.get("rae.latent_var"), "encoder": encoder}
     mean, var = (content.get("mean"), content.get("var")) if isinstance(content, Mapping) else (None, None)
     if mean is None and var is None:
-        found = f"keys {sorted(map(str, content))[:8]}" if isinstance(content, Mapping) else type(content).__name__
+        found = type(content).__name__
+        if isinstance(content, Mapping):
+            found = f"values of {sorted(str(name) for name, value in content.items() if value is not None)[:8]}"
         raise UserError(
             f"{file} has no latent statistics: expected a dictionary with `mean` and `var`, found {found}. Set {key} to a "
             "file that `python src/latent_stats.py` wrote, or to null."

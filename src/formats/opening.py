@@ -32,7 +32,10 @@ def open_model(options: ModelOptions) -> LoadedModel:
             "Give one of --checkpoint (what training wrote) and --decoder (a decoder of others, or an export)."
         )
     loaded = _from_checkpoint(options) if options.checkpoint is not None else _from_decoder(options)
-    size = loaded.rae.geometry.image_size
+    rae = loaded.rae
+    if options.stats is not None:
+        rae.set_statistics(*read_statistics(options.stats, rae.latent_shape, rae.encoder.identity()))
+    size = rae.geometry.image_size
     if options.image_size not in (None, size):
         raise UserError(
             f"--image_size {options.image_size}, but the model of {loaded.description['source']} works at {size} px. "
@@ -50,7 +53,7 @@ def _refuse(options: ModelOptions, names: Sequence[str], reason: str) -> None:
 def _from_checkpoint(options: ModelOptions) -> LoadedModel:
     assert options.checkpoint is not None
     reason = "a checkpoint says that itself. Drop it; --encoder may say where the encoder lies."
-    _refuse(options, ("encoder_cls", "encoder_layers", "stats"), reason)
+    _refuse(options, ("encoder_cls", "encoder_layers"), reason)
     changes: dict[str, Any] = {}
     if options.encoder is not None:
         content = read(existing(options.checkpoint))
@@ -67,7 +70,7 @@ def _from_decoder(options: ModelOptions) -> LoadedModel:
     assert options.decoder is not None
     kind, place = kind_of(options.decoder, "--decoder")
     if kind is not None:
-        said = ("encoder_cls", "encoder_layers", "stats", *(("encoder",) if kind == "diffusers" else ()))
+        said = ("encoder_cls", "encoder_layers", *(("encoder",) if kind == "diffusers" else ()))
         _refuse(options, said, f"the folder {place} says that itself. Drop it.")
         return read_diffusers(place) if kind == "diffusers" else read_folder(place, options.encoder)
     rae = RAE(
@@ -76,7 +79,6 @@ def _from_decoder(options: ModelOptions) -> LoadedModel:
         decoder_patch_size=options.decoder_patch_size,
         image_size=options.image_size or DEFAULT_IMAGE_PX,
         pretrained_decoder_path=place,
-        normalization_stat_path=options.stats,
         decoder_denormalize=options.decoder_output == "normalized",
     )
     freeze(rae)
@@ -156,18 +158,20 @@ def open_autoencoder(
         options, stats = {"checkpoint" if is_checkpoint else "decoder": where}, None
     built = image_size if isinstance(where, Mapping) else None  # all but a decoder file have a size of their own
     with worded(encoder="model.autoencoder.encoder", decoder="model.autoencoder.decoder"):
-        loaded = open_model(ModelOptions(**{**options, "stats": stats, "image_size": built}))
+        loaded = open_model(ModelOptions(**{**options, "image_size": built}))
     rae = loaded.rae
     if image_size not in (None, size := rae.geometry.image_size):
         raise UserError(
             f"The autoencoder {where} works at {size} px, the transformer at {image_size} px: give an autoencoder of {image_size} "
             f"px, or train at {size} px (`image_size: {size}` of the data)."
         )
-    if statistics is not None:
-        rae.set_statistics(*read_statistics(statistics, rae.latent_shape, rae.encoder.identity()))
+    for file, key in ((stats, "model.autoencoder.statistics"), (statistics, "model.statistics")):
+        if file is not None:
+            rae.set_statistics(*read_statistics(file, rae.latent_shape, rae.encoder.identity(), key))
     if not rae.has_statistics:
         raise UserError(
             f"The autoencoder {where} has no latent statistics. Make them with `python src/latent_stats.py --checkpoint CKPT "
-            "--data_dir IMAGES --output stats.pt` and set model.statistics=stats.pt."
+            "--data_dir IMAGES --output stats.pt` and set model.statistics=stats.pt, or put them into an export of it: `python "
+            "src/export.py --checkpoint CKPT --stats stats.pt --format folder --output FOLDER`."
         )
     return loaded

@@ -18,7 +18,7 @@ from src.core.files import write_torch
 from src.core.json_files import Document, check_json
 from src.core.key_mapping import below, unwrapped
 from src.core.weights import freeze, load_strict, read, resolve
-from src.formats.checkpoint import check_latents, existing, stored
+from src.formats.checkpoint import FORMAT_VERSION, LoadedModel, check_latents, existing, stored
 from src.formats.decoder_files import RECORD, read_record
 from src.formats.export import new_folder
 from src.formats.opening import open_autoencoder
@@ -52,23 +52,25 @@ class Generator:
     """A frozen transformer on the CPU and all that is needed to sample from it."""
 
     network: LatentTransformer
-    rae: RAE | None
-    """None where only the transformer was asked for."""
+    autoencoder: LoadedModel
+    """Of its latents."""
     flow: FlowSettings
     sampler: dict[str, Any]
     """The node `sampler` of its configuration."""
     source: str
     step: int | None
     """Updates; None where the file does not say."""
-    identity: dict[str, Any]
-    """`encoder` and `statistics` of the latents that it was trained on; empty where the file does not say."""
+
+    @property
+    def rae(self) -> RAE:
+        return self.autoencoder.rae
 
 
 def open_generator(
     checkpoint: str | Path,
     model: str | None = None,
     autoencoder: str | None = None,
-    shape: tuple[int, int, int] | None = None,
+    loaded: LoadedModel | None = None,
     key: str = "--checkpoint",
 ) -> Generator:
     """Open the averaged weights of a trained transformer.
@@ -77,7 +79,7 @@ def open_generator(
         checkpoint: `.ckpt` of a stage-2 run, which says everything by itself; or a file of the official code.
         model: of a foreign file, the name of an experiment (ditdh_xl, raev2_dit_k7, ...).
         autoencoder: where it lies here, or a mapping in YAML; of a foreign file it must be given.
-        shape: C, h, w of the latents; then the autoencoder is not opened (a guide needs none).
+        loaded: the autoencoder, where it is open already: of the model that a guide is for, say.
         key: the config key or option that named `checkpoint`.
 
     Raises:
@@ -85,7 +87,7 @@ def open_generator(
     """
     file = existing(checkpoint, key)
     content = read(file)
-    ours = isinstance(content, Mapping) and "format_version" in content
+    ours = isinstance(content, Mapping) and content.get("format_version") == FORMAT_VERSION
     said = content if ours else _record(file)
     if ours and "autoencoder" not in (stored(content, "config.model") or {}):
         raise UserError(f"{file} is a checkpoint of stage 1, an autoencoder. Sampling needs one of stage 2.")
@@ -103,26 +105,27 @@ def open_generator(
             "...) and give its --autoencoder."
         )
     config = said["config"]["model"] if said else compose([f"experiment={model}"])["model"]
-    rae = None
-    if shape is None:
+    if "autoencoder" not in config:
+        raise UserError(
+            f"--model {model}: a model of stage 1. Give that of a transformer: ditdh_xl, dit_xl, raev2_dit_k7, ..."
+        )
+    if loaded is None:
         where, given = config["autoencoder"], _mapping_or_path(autoencoder)
         where = {**where, **given} if isinstance(where, Mapping) and isinstance(given, Mapping) else given or where
         statistics = config["statistics"]
         if given and statistics is not None and not resolve(statistics).exists():  # of another machine
             statistics = None
         loaded = open_autoencoder(where, statistics, config["image_size"])
-        rae, shape = loaded.rae, loaded.rae.latent_shape
-        if said:
-            check_latents(file, loaded, _latent_shape(said), said["encoder"], said["statistics"]["digest"])
-    elif said and shape != _latent_shape(said):
-        raise UserError(f"{file} is of latents of {_latent_shape(said)} (C x h x w), but {shape} are wanted.")
+    if said:
+        check_latents(file, loaded, _latent_shape(said), said["encoder"], said["statistics"]["digest"])
     flow = FlowSettings.parse(config["flow"], "model.flow")
-    network = build_network(config["network"], shape, config["num_classes"], config["label_dropout"], seed=0)
+    network = build_network(
+        config["network"], loaded.rae.latent_shape, config["num_classes"], config["label_dropout"], seed=0
+    )
     load_strict(network, below(content["state_dict"], _OURS) if ours else foreign_weights(content, file), file)
     freeze(network)
-    identity = {part: said[part] for part in ("encoder", "statistics")} if said else {}
     step = said["global_step"] if said else None
-    return Generator(network, rae, flow, dict(config["sampler"]), str(file), step, identity)
+    return Generator(network, loaded, flow, dict(config["sampler"]), str(file), step)
 
 
 def _mapping_or_path(text: str | None) -> Any:

@@ -46,7 +46,7 @@ class LatentTransformer(nn.Module):
     latent_shape: tuple[int, int, int]
     """C, g, g"""
     null_label: int | None
-    """The label that means `no class`: K, or None where the label table has no row for it."""
+    """The label that means `no class`: K, or None where nothing has trained it."""
 
     def __init__(
         self,
@@ -82,6 +82,17 @@ class LatentTransformer(nn.Module):
     def label_table(self) -> nn.Parameter:
         """A row for each label, the null label's last."""
         return getattr(self, "ctx_embedder" if hasattr(self, "ctx_embedder") else "y_embedder").embedding_table.weight
+
+    def known(self, labels: Tensor) -> Tensor:
+        """Return labels (B,) with the null label in place of those below 0, of no class. UserError where there is no null label."""
+        if self.null_label is not None:
+            return torch.where(labels < 0, self.null_label, labels)
+        if (labels < 0).any():  # waits for the device
+            raise UserError(
+                "The data has images of no class (label -1), and a model of model.label_dropout=0 has no null label for them. "
+                "Leave them out, or train with a label_dropout above 0."
+            )
+        return labels
 
     def _final_layer(self, width: int, options: LayerOptions) -> FinalLayer:
         return FinalLayer(width, self.patch_size**2 * self.latent_shape[0], options)
@@ -351,4 +362,7 @@ def build_network(
     check_keys(arguments, known - derived.keys(), "model.network")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return cls(**derived, **arguments)
+        network = cls(**derived, **arguments)
+    if label_dropout == 0:
+        network.null_label = None  # RAEv2's table has its row all the same, which nothing trains
+    return network

@@ -21,10 +21,9 @@ from src.core import random_streams as streams
 from src.core.errors import UserError
 from src.core.random_streams import Purpose
 from src.evaluation.generate import Sampler, SamplerSettings
-from src.formats.checkpoint import statistics_digest
+from src.formats.checkpoint import LoadedModel
 from src.formats.stage2 import open_generator
 from src.losses.flow_matching import interpolate, sampling_grid
-from src.models.frozen_encoder import require_same_encoder
 from src.models.rae import RAE
 from src.training.settings import GeneratedLatentsSettings
 
@@ -39,17 +38,13 @@ class GeneratedLatents(nn.Module):
         """Raises UserError: no such checkpoint, or one for another encoder or other statistics than the model's."""
         super().__init__()
         assert settings.checkpoint is not None
+        own = LoadedModel.of(
+            rae, "of this run (its statistics: model.normalization_stat_path)", rae.encoder.identity(), {}
+        )
         try:
-            generator = open_generator(settings.checkpoint, shape=rae.latent_shape, key="model.generated.checkpoint")
+            generator = open_generator(settings.checkpoint, loaded=own, key="model.generated.checkpoint")
         except UserError as error:
             raise UserError(f"model.generated.checkpoint={settings.checkpoint}: {error}") from error
-        require_same_encoder(rae.encoder, generator.identity["encoder"], settings.checkpoint)
-        trained_on, own = generator.identity["statistics"]["digest"], statistics_digest(rae)
-        if trained_on != own:
-            raise UserError(
-                f"model.generated.checkpoint={settings.checkpoint} was trained on latents normalised by other statistics "
-                f"(digest {trained_on}, here {own}). Set model.normalization_stat_path to those of that run."
-            )
         self.t0, self.seed, self.network = settings.t0, seed, generator.network
         sampler = SamplerSettings.parse({**generator.sampler, "auto": 1.0}, "sampler")  # without a second network
         self.sampler = Sampler(self.network, sampler, generator.flow, seed)
@@ -57,12 +52,11 @@ class GeneratedLatents(nn.Module):
 
     def check_labels(self, classes: int | None) -> None:
         """Raise UserError where the network has no use for the labels of the data, `classes` of them; None: unlabelled."""
-        known, null = self.network.table_rows, self.network.null_label
-        if classes is None and null is None:
+        if classes is None and self.network.null_label is None:
             raise UserError(
                 "The data has no labels, and the model of model.generated.checkpoint needs a class for each image."
             )
-        if classes is not None and classes > known - (null is not None):
+        if classes is not None and classes > self.network.num_classes:
             raise UserError(
                 f"The data has {classes} classes, the model of model.generated.checkpoint was trained on fewer."
             )
@@ -70,10 +64,9 @@ class GeneratedLatents(nn.Module):
     @torch.no_grad()
     def forward(self, rae: RAE, latents: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """Turn raw latents B C h w of a batch into z~, raw, float32. Draws are functions of (seed, epoch, position)."""
-        epoch, positions, null = int(batch["epoch"]), batch["position"].tolist(), self.network.null_label
+        epoch, positions = int(batch["epoch"]), batch["position"].tolist()
         labels = torch.as_tensor(batch.get("label", [NO_CLASS] * len(positions)))
-        labels = labels.to(latents.device, non_blocking=True)
-        labels = labels if null is None else torch.where(labels == NO_CLASS, int(null), labels)
+        labels = self.network.known(labels.to(latents.device, non_blocking=True))
         noise = streams.normals(self.seed, Purpose.GENERATED_NOISE, epoch, positions, rae.latent_shape, latents.device)
         with record_function("generate"):
             start = interpolate(

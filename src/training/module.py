@@ -39,6 +39,8 @@ class StageModule(pl.LightningModule):
     """Parts of a batch that the device needs; the others stay on the host as arrays."""
     sparse_terms: ClassVar[tuple[str, ...]] = ()
     """Beginnings of the names of terms that a few micro-batches may have no image for; NaN then, and not logged."""
+    start_anew: ClassVar[str] = " from its decoder: export it with src/export.py and set model.pretrained_decoder_path"
+    """How a run that can't go on from a checkpoint starts instead, after `a new run`."""
     published_batch: ClassVar[int]
     """Images in a global batch of the published recipe."""
     ema: EMA
@@ -270,8 +272,7 @@ class StageModule(pl.LightningModule):
         if differing:
             raise UserError(
                 "The checkpoint is of another model:\n" + "\n".join(differing) + "\nResume with the experiment and the "
-                "overrides of the run that wrote it, or start a new run from its decoder: export it with src/export.py and "
-                "set model.pretrained_decoder_path."
+                f"overrides of the run that wrote it, or start a new run{self.start_anew}."
             )
         # A checkpoint lies between two updates, so the count of micro-batches divides by their number in an update then.
         count = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]

@@ -22,7 +22,8 @@ _FREE = {
         "batch_size", "accumulate",  # the global batch is compared instead
     ),
     "model": (
-        "_target_", "compile", "sample_every", "log_every_n_steps", "activation_checkpointing", "loss_chunk_size",
+        "_target_", "compile", "sample_every", "log_every_n_steps", "loss_chunk_size",
+        "activation_checkpointing", "network.activation_checkpointing",
         "accumulate_grad_batches", "max_skipped_steps",
         "scheduler.decay_end_epoch", "disc_scheduler.decay_end_epoch",  # follow max_epochs, which is compared by itself
     ),

@@ -80,6 +80,7 @@ class DiffusionModule(StageModule):
     frozen: ClassVar[tuple[str, ...]] = ("rae.",)
     on_device: ClassVar[tuple[str, ...]] = ("image", "latent", "label")
     published_batch: ClassVar[int] = 1024
+    start_anew: ClassVar[str] = "; an autoencoder is given by model.autoencoder"
     sparse_terms: ClassVar[tuple[str, ...]] = ("train/loss_q",)
     settings: Stage2Settings
 
@@ -141,8 +142,7 @@ class DiffusionModule(StageModule):
     def _labels(self, batch: Mapping[str, Any]) -> Tensor:
         if "label" not in batch:
             raise UserError(NO_LABELS)
-        labels = batch["label"]
-        return torch.where(labels < 0, self.settings.num_classes, labels)  # of no class: the null label
+        return self.network.known(batch["label"])
 
     def _add_to_window(self, step: int, terms: Mapping[str, Tensor], draws: FlowDraws) -> None:
         """Sum losses by quartile of t since the last log entry: 4 sums, 4 counts, the loss of the output 0; no waiting."""
@@ -276,7 +276,8 @@ class DiffusionModule(StageModule):
 
     def identity(self) -> dict[str, dict[str, Any]]:
         channels, grid, _ = self.rae.latent_shape
-        network = {f"model.network.{name}": value for name, value in self.settings.network.items()}
+        computed = {name: value for name, value in self.settings.network.items() if name != "activation_checkpointing"}
+        network = {f"model.network.{name}": value for name, value in computed.items()}
         latents = {"latent channels": channels, "latent grid": grid, "model.num_classes": self.settings.num_classes}
         flow = {"model.flow.prediction": self.settings.flow.prediction, "time shift": self.step.shift}
         return {"architecture": {"stage": 2, **latents, **network, **flow}, **self.autoencoder_identity}
