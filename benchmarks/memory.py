@@ -15,6 +15,7 @@ images came of it with GAN, and 218 did not fit.
 import argparse
 import sys
 import tempfile
+import warnings
 import weakref
 from itertools import product
 from pathlib import Path
@@ -114,6 +115,7 @@ def peak_bytes(arguments: argparse.Namespace, variant: str, batch: int, accumula
     device, dtype = torch.device("cpu"), DTYPES[arguments.precision]
     options = {"disc_fake": arguments.disc_fake, "loss_chunk_size": arguments.loss_chunk_size, "dtype": None,
                "activation_checkpointing": arguments.activation_checkpointing}  # fmt: skip
+    warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # by deepcopy; it only asks for null
     with tempfile.TemporaryDirectory() as arguments.scratch:
         models = build_models(arguments, device)
     if dtype is not None and variant != "plain":  # as the runner does, but fake weights can't be cast in place

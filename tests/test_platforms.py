@@ -18,7 +18,12 @@ from src.models.frozen_encoder import check_source
 from src.training.trainer import _accelerator
 from tests.training import SMALL, python
 
-WITHOUT = "import sys\nsys.modules['fcntl'] = sys.modules['resource'] = None\n"
+WITHOUT = """
+import os, sys
+sys.modules["fcntl"] = sys.modules["resource"] = None
+for name in ("pread", "posix_fadvise"):
+    delattr(os, name)
+"""
 TRAIN = """
 import runpy, signal, sys
 import pytorch_lightning, torch.distributed.elastic.timer  # which on Linux need the signals
