@@ -17,7 +17,7 @@ from src.core.options import EXIT_CODES, run
 from src.evaluation.options import EvaluationOptions
 
 EPILOG = rf"""
-the published figures of the released DINOv2-B decoder (rFID .57, PSNR 18.9 dB on the 50,000 images of ImageNet val):
+the published figures of the released DINOv2-B decoder (rFID 0.57, PSNR 18.9 dB on the 50,000 images of ImageNet val):
 
     python scripts/download_weights.py inception vgg16 lpips decoder-dinov2 stats-dinov2 \
         facebook/dinov2-with-registers-base

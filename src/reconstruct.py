@@ -1,4 +1,4 @@
-"""Images through a model and back: pictures, scores, latents.
+r"""Images through a model and back: pictures, scores, latents.
 
     python src/reconstruct.py --checkpoint CKPT --input photo.jpg --output out
     python src/reconstruct.py --decoder exports/mine --input 'photos/**/*.jpg' --output out --write images sheet scores npz

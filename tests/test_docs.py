@@ -269,6 +269,7 @@ def test_help_says_what_it_does_with_an_example(file, monkeypatch, capsys):
     assert ended.value.code == 0
     said = capsys.readouterr().out
     assert f"{file} " in said, "an example to copy"
+    assert not re.search(r"\S {4,}--", said), "lines of a command that Python joined"
     assert file.startswith(("benchmarks/", "docs/")) or re.search(r"exit (codes|status)", said, re.IGNORECASE)
 
 
