@@ -42,6 +42,7 @@ def test_networks_are_drawn_on_a_gpu_alone(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("error:Accessing the data pointer")  # which a user would take for a fault
 def test_memory_is_worked_out_and_nothing_in_the_step_waits_for_a_value():
     """On fake tensors there are no numbers: a step that reads one (`item`, `if tensor`, boolean indexing) fails here."""
     options = argparse.Namespace(

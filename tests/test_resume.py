@@ -59,9 +59,9 @@ def test_a_checkpoint_behind_the_end_of_a_shorter_epoch_is_refused(tmp_path):
         train(tmp_path / "second", *QUIET, "trainer.limit_train_batches=1", checkpoint=last(tmp_path / "first"))
 
 
-def test_a_finished_run_ends_well_again_and_goes_on_with_more_epochs_and_its_encoder_elsewhere(whole, tmp_path):
+def test_a_finished_run_ends_well_again_and_goes_on_with_more_epochs_and_its_encoder_elsewhere(whole, tmp_path, caplog):
     run = train(tmp_path / "again", *QUIET, checkpoint=last(whole))
-    assert run.trainer.global_step == 6
+    assert run.trainer.global_step == 6 and caplog.text.endswith("Done after 6 steps.\n")
     moved = shutil.copytree(PROJECT_ROOT / "configs/encoder/dinov2_tiny", tmp_path / "moved")
     more = [f"model.encoder_config_path={moved}", "trainer.max_epochs=3"]
     assert train(tmp_path / "longer", *QUIET, *more, checkpoint=last(whole)).trainer.global_step == 9

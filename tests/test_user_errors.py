@@ -105,10 +105,11 @@ def test_what_hydra_cannot_parse_is_shown_quoted(value):
         ("experimint=rae_dummy", "unknown key experimint (did you mean experiment?)."),
         ("callbacks.best.monitor=val/psnr", "To append to your config use +callbacks.best.monitor=val/psnr"),
         ("--experiment=rae_dummy", "experiment=NAME"),
+        ("-m trainer.max_epoch=4,5", "unknown key trainer.max_epoch (did you mean max_epochs?)."),  # -m in between
     ],
 )
 def test_what_is_said_last_of_an_override_that_hydra_does_not_take(typed, end):
-    assert python("src/train.py", "experiment=rae_dummy", typed, code=1).rstrip().endswith(end)
+    assert python("src/train.py", "experiment=rae_dummy", *typed.split(), code=1).rstrip().endswith(end)
 
 
 def test_secrets_are_masked_and_nothing_else():

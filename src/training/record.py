@@ -147,7 +147,7 @@ def summary(trainer: pl.Trainer, module: Any) -> dict[str, Any]:
             why = f"in epoch {callback.stopped_epoch + 1}; {callback.monitor} was best at {callback.best_score.item():.4f}"
             rows.append(("stopped early", why))
     if trainer.is_global_zero:
-        log.info("Done after %s steps:\n%s", f"{trainer.global_step:,}", table(rows))
+        log.info("Done after %s steps%s", f"{trainer.global_step:,}", f":\n{table(rows)}" if rows else ".")
     return result
 
 
