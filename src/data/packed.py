@@ -7,6 +7,7 @@ row of a shuffled set.
 import bisect
 import functools
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,8 @@ class OpenFile:
 
     def __init__(self, path: Path) -> None:
         self._descriptor = -1
-        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        # O_BINARY: without it Windows changes line ends
+        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
@@ -153,14 +155,24 @@ class OpenFile:
         return os.fstat(self._descriptor).st_size
 
     def read(self, offset: int, size: int) -> bytes:
-        data = os.pread(self._descriptor, size, offset)
-        while 0 < len(data) < size and (more := os.pread(self._descriptor, size - len(data), offset + len(data))):
+        data = _pread(self._descriptor, size, offset)
+        while 0 < len(data) < size and (more := _pread(self._descriptor, size - len(data), offset + len(data))):
             data += more
         return data
 
     def __del__(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
+
+
+def _seek_and_read(descriptor: int, size: int, offset: int) -> bytes:
+    with _SEEKING:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.read(descriptor, size)
+
+
+_SEEKING = threading.Lock()
+_pread = getattr(os, "pread", _seek_and_read)  # Windows has none
 
 
 def open_files_limit() -> int:
