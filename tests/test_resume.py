@@ -60,6 +60,7 @@ def test_a_checkpoint_behind_the_end_of_a_shorter_epoch_is_refused(tmp_path):
 
 
 def test_a_finished_run_ends_well_again_and_goes_on_with_more_epochs_and_its_encoder_elsewhere(whole, tmp_path, caplog):
+    caplog.set_level("INFO")
     run = train(tmp_path / "again", *QUIET, checkpoint=last(whole))
     assert run.trainer.global_step == 6 and caplog.text.endswith("Done after 6 steps.\n")
     moved = shutil.copytree(PROJECT_ROOT / "configs/encoder/dinov2_tiny", tmp_path / "moved")
@@ -77,6 +78,7 @@ def test_the_checkpoint_holds_plain_values_only_and_no_frozen_weights(whole):
 
 def test_a_resume_says_what_makes_it_another_run(whole, tmp_path, caplog):
     changes = ["model.optimizer.lr=5e-4", "data.batch_size=2", "data.num_workers=1", "trainer.limit_train_batches=3"]
+    caplog.set_level("INFO")
     train(tmp_path / "changed", *QUIET, *changes, "trainer.max_epochs=3", checkpoint=last(whole))
     said = "\n".join(record.getMessage() for record in caplog.records)
     for key, before, now in (("max_epochs", 2, 3), ("model.optimizer.lr", 0.001, 0.0005), ("batch", 4, 2)):
