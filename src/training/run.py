@@ -157,16 +157,8 @@ def _run(config: DictConfig, held: ExitStack) -> dict[str, Any]:
     """Train and return the last figures by logged name. `held`: what is given back when the run is over."""
     launch, sweep = Launch.detect(), HydraConfig.get().mode == RunMode.MULTIRUN
     STOP.loud = launch.main
-    if launch.kind == "child":  # without the first process nothing can be saved
-        end_with_parent(KILL)
-    elif "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun passes on the first Ctrl-C, and a second one ends it
-        end_with_parent(signal.SIGINT)
     logs.set_up(None, launch.main)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and config.ckpt_path is None:
-        raise UserError(
-            "Started again by torchrun (--max-restarts), this run would begin at step 0. Start anew with "
-            "ckpt_path=last, which restarts go on from, or with --max-restarts=0."
-        )
+    _depend_on_parent(launch, config.ckpt_path)
     check_config(config)
     if launch.main:
         require_weights(OmegaConf.to_container(config, resolve=True), ask=False)  # type: ignore[arg-type]
@@ -205,18 +197,40 @@ def _run(config: DictConfig, held: ExitStack) -> dict[str, Any]:
         if fresh and isinstance(error, UserError) and (built is None or not built.module.train_terms):
             logs.set_up(None, launch.main)  # closes run.log
             held.close()
-            shutil.rmtree(fresh[0], ignore_errors=True)
-            for day in fresh[1:]:
-                with suppress(OSError):  # of other runs too
-                    day.rmdir()
-        children = getattr(built.trainer.strategy.launcher, "procs", []) if built and status == "failed" else []
-        while children:
-            # The processes that Lightning started would wait for this one and hold their GPUs. They leave its list first, since
-            # it kills this process too, before the error is shown, when it sees one on the list fail.
-            children.pop().kill()
+            _remove(fresh)
+        if built and status == "failed":
+            _end_children(built.trainer)
         raise
     record.finish("finished", warnings.messages, result=result)
     return result
+
+
+def _depend_on_parent(launch: Launch, ckpt_path: str | None) -> None:
+    """End with the process that started this one. Raises UserError where torchrun would have it begin from the start."""
+    if launch.kind == "child":  # without the first process nothing can be saved
+        end_with_parent(KILL)
+    elif "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun passes on the first Ctrl-C, and a second one ends it
+        end_with_parent(signal.SIGINT)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and ckpt_path is None:
+        raise UserError(
+            "Started again by torchrun (--max-restarts), this run would begin at step 0. Start anew with "
+            "ckpt_path=last, which restarts go on from, or with --max-restarts=0."
+        )
+
+
+def _remove(fresh: list[Path]) -> None:
+    """Remove a folder that a run made, and the one around it if no other run is there."""
+    shutil.rmtree(fresh[0], ignore_errors=True)
+    for day in fresh[1:]:
+        with suppress(OSError):  # of other runs too
+            day.rmdir()
+
+
+def _end_children(trainer: pl.Trainer) -> None:
+    """End the processes that Lightning started: they would wait for this one and hold their GPUs."""
+    children = getattr(trainer.strategy.launcher, "procs", [])
+    while children:  # off its list first: it kills this process too, before the error is shown, when one on it fails
+        children.pop().kill()
 
 
 @contextmanager
