@@ -110,8 +110,10 @@ def report(arguments: argparse.Namespace, scratch: Path, deadline: float) -> int
         print(f"No part runs here: {reason}\nWithout a GPU: python scripts/gpu_report.py --dry")
         return 2
     device = first["result"]["machine"]["device"]
-    folder = Path(tempfile.mkdtemp(prefix="gpu_report_dry_")) if arguments.dry else ROOT / "benchmarks/results"
-    out = arguments.out or folder / f"gpu_{re.sub(r'[^a-z0-9]+', '_', device.lower()).strip('_')}.json"
+    out = arguments.out
+    if out is None:
+        folder = Path(tempfile.mkdtemp(prefix="gpu_report_dry_")) if arguments.dry else ROOT / "benchmarks/results"
+        out = folder / f"gpu_{re.sub(r'[^a-z0-9]+', '_', device.lower()).strip('_')}.json"
     content = json.loads(out.read_text()) if out.is_file() else {"parts": {}}
     content["cuda_device"] = None if arguments.dry else device
     parts = content["parts"]

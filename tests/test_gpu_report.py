@@ -5,6 +5,7 @@ import importlib.util
 import json
 import stat
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -26,7 +27,10 @@ def small(monkeypatch):
 def report(folder: Path, seconds: float = 900, **changes) -> tuple[int, dict]:
     options = argparse.Namespace(**{**OPTIONS, "out": folder / "gpu.json", **changes})
     (folder / "scratch").mkdir(exist_ok=True)
-    code = gpu_report.report(options, folder / "scratch", time.monotonic() + seconds)
+    with pytest.MonkeyPatch.context() as places:
+        places.setattr(tempfile, "tempdir", str(folder / "scratch"))
+        code = gpu_report.report(options, folder / "scratch", time.monotonic() + seconds)
+    assert not list(folder.glob("scratch/gpu_report_dry_*"))  # which is where results are without --out
     return code, json.loads((folder / "gpu.json").read_text()) if (folder / "gpu.json").is_file() else {}
 
 
