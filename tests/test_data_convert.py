@@ -101,7 +101,7 @@ def bad_tree(root: Path) -> tuple[Path, set[str]]:
         "truncated.JPEG": FILES[0][: len(FILES[0]) // 2],
         "truncated.png": png[:60],
         "text.jpg": b"no image at all",
-        "zero.jpg": b"",
+        "größe_0.jpg": b"",
         "bomb.png": png[:16] + (60000).to_bytes(4, "big") * 2 + png[24:],
         "page.html.jpg": b"<html>404</html>" * 50,
         "Thumbs.db": bytes(5000),
@@ -387,12 +387,13 @@ def test_a_killed_conversion_goes_on(kind: str, tmp_path: Path) -> None:
     assert [source.encoded(i) for i in range(0, 1200, 97)] == [FILES[i % 20] for i in range(0, 1200, 97)]
 
 
-def test_script_reports_and_exit_codes(tmp_path: Path) -> None:
+def test_script_reports_and_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     root, bad = bad_tree(tmp_path / "in")
     done = script("--input-dir", root, "--output-dir", tmp_path / "out", "--num_workers", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"{len(bad) + 1} left out" in done.stdout
-    assert "truncated.JPEG: " in done.stdout
+    assert "truncated.JPEG: " in done.stdout and r"gr\xf6\xdfe_0.jpg: " in done.stdout
     again = script("--input_dir", root, "--output_dir", tmp_path / "out")
     assert again.returncode == 1
     assert "--overwrite" in again.stderr

@@ -62,6 +62,7 @@ def with_alpha(image: Image.Image) -> Image.Image:
     [
         *((photo(), kind, {}, None) for kind in ("PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")),
         *((photo().quantize(32), "PNG", o, photo().quantize(32)) for o in ({}, {"transparency": 3}, {"transparency": bytes(range(32))})),
+        (photo(), "PNG", {"icc_profile": bytes(2 << 20)}, photo()),
         *((with_alpha(photo().convert(mode)), "PNG", {}, photo().convert(mode)) for mode in ("RGB", "L")),  # dropped, not blended
         *((Image.fromarray(RAMP), kind, {}, Image.fromarray((RAMP >> 8).astype(np.uint8))) for kind in ("PNG", "TIFF")),
     ],

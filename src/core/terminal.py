@@ -1,5 +1,6 @@
 """How the command line programs run and what they show meanwhile, all of it on stderr. No heavy imports."""
 
+import io
 import logging
 import os
 import re
@@ -60,6 +61,8 @@ def run_program(body: Callable[[], int]) -> int:
     warnings.filterwarnings("ignore", message=".*This DataLoader will create .* worker processes.*")
     logging.basicConfig(level=logging.ERROR if rank else logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("src").setLevel(logging.ERROR if rank else logging.INFO)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files that a terminal's encoding lacks
     before = answer_signals(lambda number, frame: sys.exit(128 + number))
     try:
         return body()

@@ -19,12 +19,14 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 Exif = Literal["apply", "ignore"]
 
 # Raster formats whose readers run inside this process. EPS is left out on purpose: Pillow hands it to Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF", "TGA", "ICO")
+# Of compressed text and colour profiles in a PNG; Pillow takes 1 MiB for damage, though no pixel is lost.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 ORIENTATION_TAG = 0x0112  # EXIF 2.3, 4.6.4
 
 
