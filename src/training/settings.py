@@ -76,7 +76,7 @@ class LatentNoiseSettings(Settings):
     """How sigma of the latent noise is drawn, of scale tau = `noise_tau`. What each source found: docs/recipe.md."""
 
     level: Literal["uniform", "half_normal", "logit_normal"]
-    """U(0, tau), as the code of RAE; |N(0, (tau/2)^2)|, the family of RAE's paper (arXiv 2510.11690);
+    """U(0, tau), as the code of RAE; |N(0, (tau/2)^2)|, of RAE's paper (arXiv 2510.11690) at twice its tau;
     tau * sigmoid(N(mu, s^2)), the family of Esser et al. (arXiv 2403.03206, equation 19)."""
     mu: float
     s: float = Field(gt=0)
