@@ -59,7 +59,7 @@ def _run(folder: Path, epochs: int | None) -> int:
     run = next(place for n in itertools.count(1) if not (place := folder / f"run-{n}").exists())
     length = [] if epochs is None else [f"trainer.max_epochs={epochs}"]
     _program("train.py", "experiment=dit_dummy", f"model.autoencoder={quoted(autoencoder)}",
-             f"model.statistics={quoted(statistics)}",
+             f"model.statistics={quoted(statistics)}", "model.flip_probability=0",
              f"data.data_dir={quoted(folder / 'encoded/latents')}", f"paths.run_dir={quoted(run)}", *length)  # fmt: skip
     samples = run / "samples.npz"
     _program("sample.py", "--checkpoint", run / "checkpoints/last.ckpt", "--num_images", IMAGES, "--cfg", 3, "--device", "cpu",

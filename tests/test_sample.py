@@ -217,6 +217,7 @@ def test_the_dummy_finishes_a_stage_that_was_stopped_and_replaces_no_run(tmp_pat
         (tmp_path / "stats.pt").touch()
         calls.clear()
         assert dummy_stage2.main(["--folder", str(tmp_path)]) == 0
+        assert "model.flip_probability=0" in calls[-2]  # stored latents can't be mirrored, of which training would warn
         names = [words[0] for words in calls]
         assert names == ["train.py", "reconstruct.py", "latent_stats.py"] * (status != "finished") + [
             "train.py",
