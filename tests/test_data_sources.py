@@ -249,6 +249,10 @@ def test_scored_are_the_images_held_out_of_the_training_that_is_known(tmp_path: 
     ):
         found = open_images(images, split, training)
         assert (found.split, len(found.rows)) == expected, (split, training)
+    for i in range(99):
+        (images / f"class{i}").mkdir()
+    with pytest.raises(UserError, match=r"^.{,300}no split 'test': it has cat, .*, …\. Use"):
+        open_images(images, "test", None)
 
 
 @pytest.mark.parametrize(

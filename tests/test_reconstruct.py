@@ -182,7 +182,11 @@ def test_bad_input(tmp_path, capsys):
         assert run(f"--checkpoint {file} {words}") == 1
         assert text in capsys.readouterr().err
         assert not (tmp_path / "out").exists() and (tmp_path / "mine/thesis.txt").exists()
-    for words in ("", f"--input {folder} --from_latents {folder}", f"--from_latents {folder} --write scores"):
+    for words in (
+        "",
+        f"--input {folder} --from_latents {folder}",
+        *(f"--from_latents {folder} {more}" for more in ("--write scores", "--num_samples 1")),
+    ):
         with pytest.raises(SystemExit, match="^2$"):
             run(f"--checkpoint {file} {words} --output {tmp_path}/x")
 

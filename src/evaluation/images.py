@@ -158,7 +158,8 @@ def _is_other_data(folder: Path | str, trained_on: Mapping[str, Any] | None) -> 
 
 def _named(folder: Path | str, data: Place, split: str) -> Images:
     if data.find(split) is None:
-        there = f"it has {', '.join(data.names)}. Use one of these, or" if data.names else "it has none. Use"
+        names = data.names if len(data.names) < 9 else [*data.names[:8], "…"]  # of a tree they may be classes
+        there = f"it has {', '.join(names)}. Use one of these, or" if names else "it has none. Use"
         raise UserError(f"{folder} has no split {split!r}: {there} --split {ALL} or {HELD_OUT}.")
     source = data.open(split)
     return Images(folder, source, np.arange(len(source)), split)

@@ -107,8 +107,11 @@ class ReconstructionOptions(shared.LpipsOptions, shared.LoadingOptions, shared.M
     def __post_init__(self) -> None:
         if bool(self.input) == bool(self.from_latents):
             raise ValueError("give one of --input and --from_latents")
-        if self.from_latents and (self.latents or "scores" in self.write):
-            raise ValueError("--from_latents has no originals: neither --latents nor --write scores goes with it")
+        if self.from_latents and (self.latents or "scores" in self.write or self.num_samples or self.split):
+            raise ValueError(
+                "--from_latents decodes all of a store and has no originals: --latents, --write scores, --num_samples and "
+                "--split don't go with it"
+            )
 
     @property
     def products(self) -> frozenset[str]:

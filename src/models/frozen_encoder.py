@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from src.core.download import cached_encoder
 from src.core.errors import UserError
@@ -279,8 +280,10 @@ class FrozenEncoder(Frozen):
     @classmethod
     def _pretrained(cls, config: Any, source: str) -> nn.Module:
         try:
+            if Path(place := local_place(source)).is_dir():
+                disable_progress_bar()  # of transformers, for less than a second; that of a download stays
             loaded: Any = cls.model_class(config).from_pretrained(
-                local_place(source), config=config, output_loading_info=True, dtype=torch.float32
+                place, config=config, output_loading_info=True, dtype=torch.float32
             )
         except Exception as error:
             raise UserError(_not_found(cls.__name__, source, error)) from error
