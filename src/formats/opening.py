@@ -130,32 +130,7 @@ def open_autoencoder(
     Raises:
         UserError: files that are missing or don't fit, no statistics, another image size.
     """
-    decoder: Any = where
-    if isinstance(where, Mapping):
-        keys = {"stats": "statistics"}
-        check_keys(where, [keys.get(field.name, field.name) for field in fields(ModelOptions)], "model.autoencoder")
-        options = {str(key): value for key, value in where.items()}
-        if not isinstance(stats := options.pop("statistics", None), str | None):
-            raise UserError(f"model.autoencoder.statistics={typed(stats)}: expected text or null.")
-        check_arguments(ModelOptions, options, "model.autoencoder")
-        decoder = where.get("decoder")
-    elif not isinstance(where, str | None):
-        raise UserError(
-            f"model.autoencoder={typed(where)}: expected a path, or a mapping of decoder, encoder and statistics."
-        )
-    if decoder is None:
-        raise UserError(
-            "model.autoencoder is not set: give a .ckpt of stage 1, the folder of an export, or "
-            "released files: '{encoder: dinov2-b, decoder: model.pt, statistics: stat.pt}'."
-        )
-    if decoder is not where and (str(decoder).endswith(".ckpt") or kind_of(decoder, "model.autoencoder.decoder")[0]):
-        raise UserError(
-            f"model.autoencoder.decoder={decoder} says its encoder itself: set model.autoencoder={decoder} instead of a mapping."
-        )
-    if isinstance(where, str):
-        is_checkpoint = where.endswith(".ckpt")
-        _ = existing(where, "model.autoencoder") if is_checkpoint else kind_of(where, "model.autoencoder")
-        options, stats = {"checkpoint" if is_checkpoint else "decoder": where}, None
+    options, stats = _options_of(where)
     built = image_size if isinstance(where, Mapping) else None  # all but a decoder file have a size of their own
     with worded(encoder="model.autoencoder.encoder", decoder="model.autoencoder.decoder"):
         loaded = open_model(ModelOptions(**{**options, "image_size": built}))
@@ -175,3 +150,32 @@ def open_autoencoder(
             "src/export.py --checkpoint CKPT --stats stats.pt --format folder --output FOLDER`."
         )
     return loaded
+
+
+def _options_of(where: str | Mapping[str, Any] | None) -> tuple[dict[str, Any], str | None]:
+    """Return the options of `ModelOptions` that `model.autoencoder` stands for, and its statistics. Raises UserError."""
+    if isinstance(where, str):
+        is_checkpoint = where.endswith(".ckpt")
+        _ = existing(where, "model.autoencoder") if is_checkpoint else kind_of(where, "model.autoencoder")
+        return {"checkpoint" if is_checkpoint else "decoder": where}, None
+    if not isinstance(where, Mapping | None):
+        raise UserError(
+            f"model.autoencoder={typed(where)}: expected a path, or a mapping of decoder, encoder and statistics."
+        )
+    options = {str(key): value for key, value in (where or {}).items()}
+    keys = {"stats": "statistics"}
+    check_keys(options, [keys.get(field.name, field.name) for field in fields(ModelOptions)], "model.autoencoder")
+    if not isinstance(stats := options.pop("statistics", None), str | None):
+        raise UserError(f"model.autoencoder.statistics={typed(stats)}: expected text or null.")
+    check_arguments(ModelOptions, options, "model.autoencoder")
+    decoder = options.get("decoder")
+    if decoder is None:
+        raise UserError(
+            "model.autoencoder is not set: give a .ckpt of stage 1, the folder of an export, or "
+            "released files: '{encoder: dinov2-b, decoder: model.pt, statistics: stat.pt}'."
+        )
+    if decoder.endswith(".ckpt") or kind_of(decoder, "model.autoencoder.decoder")[0]:
+        raise UserError(
+            f"model.autoencoder.decoder={decoder} says its encoder itself: set model.autoencoder={decoder} instead of a mapping."
+        )
+    return options, stats
