@@ -136,9 +136,7 @@ def requirements(config: Mapping[str, Any], weights_dir: Path, root: Path) -> li
             known = known or [asset for asset in FILES if Path(asset.place).name == path.name]
             known = known if len(known) == 1 else [asset for asset in FILES if asset.name == _FILE_KEYS.get(leaf)]
             found.append(replace(known[0], path=path) if known else unknown)
-        elif (
-            "/" in value and not path.exists()
-        ):  # else an encoder in a folder of the user's own, or one of timm by name
+        elif "/" in value and not path.exists():  # else a folder of the user's own, or one of timm by name
             found.append(Asset(value, "encoder") if re.fullmatch(HUB_ID, value) else unknown)
     return list(dict.fromkeys(found))
 

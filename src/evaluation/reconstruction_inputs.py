@@ -5,6 +5,7 @@ Legend: S the side of the square that the model takes, px. Pixels are uint8 H x 
 
 import glob
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,11 +126,6 @@ def _names(files: Sequence[Path]) -> list[str]:
     absolute = [file.absolute() for file in files]
     root = Path(os.path.commonpath([file.parent for file in absolute]))
     short = [file.relative_to(root).with_suffix("").as_posix() for file in absolute]
-    return (
-        [
-            file.relative_to(root).as_posix() if short.count(name) > 1 else name
-            for name, file in zip(short, absolute, strict=True)
-        ]
-        if len(set(short)) < len(short)
-        else short
-    )
+    times = Counter(short)
+    pairs = zip(short, absolute, strict=True)
+    return [file.relative_to(root).as_posix() if times[name] > 1 else name for name, file in pairs]

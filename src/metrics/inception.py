@@ -17,7 +17,7 @@ from src.core.weights import SizedWeights, freeze, load_strict, read, require
 from src.metrics.features import INCEPTION, FeatureNetwork, FeatureOutputs
 from src.metrics.inception_network import SPATIAL_DIM, TF_CLASSES, InceptionNetwork
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 TINY_WIDTH = 0.125
 """Share of the channels that `tiny` has."""
@@ -53,7 +53,7 @@ class InceptionFeatures(FeatureNetwork):
         if self.untrained:
             self.name = f"inception-untrained-seed{seed}-width{width:g}"
             _initialise(network, seed)
-            logger.warning("Inception features are untrained (seed %d): scores are no rFID", seed)
+            log.warning("Inception features are untrained (seed %d): scores are no rFID", seed)
         else:
             self.name = "inception-2015-12-05"
             _load(network, weights_path, key)
@@ -114,7 +114,7 @@ def _load(network: InceptionNetwork, weights_path: str | Path | None, key: str) 
     load_strict(network, {**needed, **{name: torch.zeros_like(value) for name, value in counters.items()}}, path)
     digest = file_digest(path, "sha256")
     if not digest.startswith(PUBLISHED_SHA256):
-        logger.warning(
+        log.warning(
             "%s is not the published file byte for byte (sha256 %s…, published %s…): scores compare with published "
             "ones only if its tensors are the same", path, digest[:8], PUBLISHED_SHA256,
         )  # fmt: skip

@@ -21,7 +21,7 @@ from src.metrics.fid import FeatureStatistics, Moments, few_images_warning, frec
 from src.metrics.quality import RunningMeans, psnr, ssim
 from src.metrics.reference import add_features
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 Lpips = Callable[[Tensor, Tensor], Tensor]  # two batches in [-1, 1] -> (B,)
 
@@ -121,8 +121,8 @@ class ReconstructionScore:
             values[score_name("rfid", network)] = distance
             warning = few_images_warning(self.count, network.feature_dim)
             if warning and warn_of_few:
-                logger.warning("%s", warning)
+                log.warning("%s", warning)
         broken = round(self._broken.means()["not_finite"] * self.count) if self.count else 0
         if broken:
-            logger.warning("%d of %d reconstructions held values that are not finite", broken, self.count)
+            log.warning("%d of %d reconstructions held values that are not finite", broken, self.count)
         return {**values, **self._means.means(), "images": self.count}
