@@ -13,8 +13,9 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from src.callbacks import samples
 from src.core.files import link_or_copy, write_torch
 from src.core.weights import read
+from src.sample import main as sample
 from src.training.run import run
-from tests.training import SMALL, composed
+from tests.training import SMALL, composed, last
 
 FAST = [*SMALL, "~callbacks.rfid", "logger=csv", "model.disc_weight=0"]
 
@@ -86,6 +87,16 @@ def test_a_picture_that_does_not_fit_is_a_warning(tmp_path, monkeypatch, caplog)
     assert "The picture" in (tmp_path / "run/run.log").read_text()
     record = json.loads((tmp_path / "run/run.json").read_text())
     assert record["status"] == "finished" and "picture" not in record["result"]
+
+
+@pytest.mark.parametrize("size", [30_000, 50_000])
+def test_samples_that_do_not_fit_go_on(stage2_run, tmp_path, capsys, size):
+    """The half-made file, or the npz, of 49,152 bytes of images."""
+    words = f"--checkpoint {last(stage2_run[0])} --device cpu --num_images 4 --output {tmp_path}/s.npz".split()
+    with file_limit(size):
+        assert sample(words) == 1
+    assert "s.npz: File too large. Make room and run the same command again" in capsys.readouterr().err
+    assert sample(words) == 0
 
 
 def test_torch_keeps_the_systems_own_error_and_a_copy_leaves_nothing(tmp_path, monkeypatch):

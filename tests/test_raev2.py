@@ -172,12 +172,16 @@ def test_the_image_is_the_decoders_output():
     assert torch.allclose(scaled.decode(latents), pixels * std + mean, atol=1e-6)
 
 
-def test_statistics_of_another_choice_of_blocks_are_refused(tmp_path):
+def test_statistics_of_another_choice_of_blocks_are_refused(tmp_path, caplog):
     """The width is the same, so the identity beside them tells."""
     rae, file = make_rae(**DEEP), tmp_path / "stats.pt"
     content = {"mean": torch.zeros(rae.latent_shape), "var": torch.ones(rae.latent_shape)}
     torch.save(content | {"encoder": rae.encoder.identity()}, file)
     read_statistics(file, rae.latent_shape, rae.encoder.identity())
+    assert "no `var`" not in caplog.text
+    torch.save({"mean": content["mean"], "std": content["var"]}, tmp_path / "std.pt")  # of another tool
+    read_statistics(tmp_path / "std.pt", rae.latent_shape, rae.encoder.identity())
+    assert "std.pt has no `var`" in caplog.text
     fused = r"another encoder \(layer_fusion: .*; layers: file \[3\], model \[0, 1, 3\]\).*src/latent_stats.py"
     for changes, message in (
         ({"layers": "k1"}, fused),

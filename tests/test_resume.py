@@ -77,11 +77,16 @@ def test_the_checkpoint_holds_plain_values_only_and_no_frozen_weights(whole):
 
 
 def test_a_resume_says_what_makes_it_another_run(whole, tmp_path, caplog):
+    caplog.set_level("INFO")
     changes = ["model.optimizer.lr=5e-4", "data.batch_size=2", "data.num_workers=1", "trainer.limit_train_batches=3"]
     caplog.set_level("INFO")
     train(tmp_path / "changed", *QUIET, *changes, "trainer.max_epochs=3", checkpoint=last(whole))
     said = "\n".join(record.getMessage() for record in caplog.records)
-    for key, before, now in (("max_epochs", 2, 3), ("model.optimizer.lr", 0.001, 0.0005), ("batch", 4, 2)):
+    for key, before, now in (
+        ("model.scheduler.decay_end_epoch", 2, 3),
+        ("model.optimizer.lr", 0.001, 0.0005),
+        ("batch", 4, 2),
+    ):
         assert f"{key} was {before} and is now {now}" in said
     assert "Resuming at step 6 (epoch 2)" in said  # the second one, as the lines of progress count
     assert "num_workers was" not in said and "data.batch_size was" not in said

@@ -1,8 +1,10 @@
 """Training of stage 2: losses, draws, resume, what is logged, and what is refused."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +95,16 @@ def test_a_resume_from_a_file_that_lacks_a_part_is_refused(stage2_run, autoencod
             announce_resume(tmp_path / "x.ckpt", stage2_run[1].config, 1)
 
 
+def test_a_longer_run_is_another_one_where_its_schedule_is(stage2_run, caplog):
+    config = copy.deepcopy(stage2_run[1].config)
+    config["trainer"]["max_epochs"] += 1
+    announce_resume(last(stage2_run[0]), config, 1)
+    assert " is now " not in caplog.text
+    config["model"]["scheduler"]["decay_end_epoch"] += 1
+    announce_resume(last(stage2_run[0]), config, 1)
+    assert "model.scheduler.decay_end_epoch was 2 and is now 3: this is no longer the run before" in caplog.text
+
+
 def test_the_moments_of_another_optimiser_are_refused(stage2_run, autoencoder, tmp_path):
     with pytest.raises(UserError, match=r"was adamw and is now muon.*Resume with model.optimizer.name=adamw"):
         train_stage2(tmp_path, autoencoder, "model.optimizer.name=muon", checkpoint=last(stage2_run[0]))
@@ -166,6 +178,7 @@ def test_every_experiment_has_the_published_size(name, shape, millions, gflop):
 def test_an_image_of_no_class_counts_as_one_of_the_null_label(stage2_run):
     _, run = stage2_run
     module = untrained(run)
+    module._trainer = run.trainer
     stir(module.ema_network)
     totals, null = [], module.settings.num_classes
     for label in (-1, null, null - 1):
@@ -177,6 +190,20 @@ def test_an_image_of_no_class_counts_as_one_of_the_null_label(stage2_run):
     module.network.null_label = None
     with pytest.raises(UserError, match=r"images of no class \(label -1\)"):
         module.validation_step(batch | {"label": torch.full_like(batch["label"], -1)}, 0)
+
+
+def test_the_validation_loss_does_not_depend_on_the_number_of_processes(stage2_run):
+    _, run = stage2_run
+    module, totals = untrained(run), []
+    stir(module.ema_network)
+    for world in (1, 2):
+        module.on_validation_epoch_start()
+        for rank in range(world):
+            module._trainer = SimpleNamespace(world_size=world, global_rank=rank)
+            for batch in run.datamodule.evaluation_loader(8, 18, rank, world):
+                module.validation_step(batch, 0)
+        totals.append(module._totals)
+    assert torch.allclose(*totals, rtol=1e-5), totals
 
 
 # -- what is refused
@@ -217,6 +244,7 @@ def made(name, autoencoder, folder):
         (["model.autoencoder=BARE"], r"model.autoencoder.encoder is None: .*\(model.autoencoder.encoder dinov2-b"),
         (["model.sampler.t_min=0.9", "model.sampler.t_max=0.1", "model.sampler.cfg=2"], "t_min"),
         (["model.flow.shift=null"], "4096"),
+        (["model.sampler.method=dopri5"], "needs torchdiffeq"),
         (["model.label_dropout=2"], "model.label_dropout=2: expected at most 1"),
         (["data.data_dir=UNLABELLED"], "The data has no labels"),
         (["model.statistics=OTHER"], "made with another encoder .*Compute its own with `python src/latent_stats.py`"),

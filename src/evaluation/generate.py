@@ -67,6 +67,8 @@ class Sampler:
         self.shape: tuple[int, int, int] = network.latent_shape
         self.shift = flow.shift_for(self.shape)
         self.method, self.grid = settings.method, sampling_grid(settings.num_steps, self.shift, settings.grid)
+        if self.method == "dopri5":
+            sampling.adaptive_solver()  # what it lacks is told before training, not at the first picture
         interval = settings.t_min, settings.t_max
         null_label: int | None = network.null_label
         run: Conditional = sampling.conditional(network, flow.prediction, flow.t_eps)

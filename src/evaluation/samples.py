@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,23 +88,24 @@ def sample(
         if process.main:
             shutil.rmtree(work.folder, ignore_errors=True)
         return settings
-    work.open(json.loads(said), options.overwrite)
-    mine = work.remaining()
-    for number, indices in enumerate(mine):
-        update(number * len(indices), sum(map(len, mine)))
-        half = options.precision == "bf16"
-        images, latents = draw(sampler, rae, indices, labels, process.device, options.decode_batch, half)
-        if not latents.isfinite().all():
-            raise UserError(f"Samples {indices[0]} to {indices[-1]} hold NaN or infinity: {NOT_FINITE}, or fp32.")
-        work.write(indices, images, latents)
-    wait_for_all()
-    if process.main:  # the npz of images last: where it is, all is there
-        if options.latents is not None:
-            work.pack("latents", "latents", options.latents, labels, said)
-        if options.grid is not None:
-            save_png(grid(work.content("images"), labels), options.grid)
-        work.pack("images", "arr_0", options.output, labels, said)
-        work.remove()
+    with _room_for(options.output):
+        work.open(json.loads(said), options.overwrite)
+        mine = work.remaining()
+        for number, indices in enumerate(mine):
+            update(number * len(indices), sum(map(len, mine)))
+            half = options.precision == "bf16"
+            images, latents = draw(sampler, rae, indices, labels, process.device, options.decode_batch, half)
+            if not latents.isfinite().all():
+                raise UserError(f"Samples {indices[0]} to {indices[-1]} hold NaN or infinity: {NOT_FINITE}, or fp32.")
+            work.write(indices, images, latents)
+        wait_for_all()
+        if process.main:  # the npz of images last: where it is, all is there
+            if options.latents is not None:
+                work.pack("latents", "latents", options.latents, labels, said)
+            if options.grid is not None:
+                save_png(grid(work.content("images"), labels), options.grid)
+            work.pack("images", "arr_0", options.output, labels, said)
+            work.remove()
     wait_for_all()
     return settings
 
@@ -161,7 +163,7 @@ class Blocks:
         self, output: Path, count: int, files: dict[str, tuple[type, tuple[int, int, int]]], size: int, process: Process
     ) -> None:
         """`files`: type and shape of what they hold of an image, by name."""
-        self.output, self.count, self.files, self.size, self.process = output, count, files, size, process
+        self.count, self.files, self.size, self.process = count, files, size, process
         self.folder = _parts(output)
         self._bytes = {name: int(np.prod(shape)) * np.dtype(kind).itemsize for name, (kind, shape) in files.items()}
         self._journal = self.folder / f"done.{process.rank}"
@@ -205,17 +207,11 @@ class Blocks:
     def write(self, indices: np.ndarray, images: Tensor, latents: Tensor) -> None:
         """Put a block in place: uint8 B x 3 x H x W, float32 B x C x h x w; then note that it is done."""
         data = {"images": images.permute(0, 2, 3, 1), "latents": latents}
-        try:
-            for name, file in self._open.items():
-                file.seek(int(indices[0]) * self._bytes[name])
-                file.write(data[name].contiguous().cpu().numpy().tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise UserError(
-                f"--output {self.output}: {error.strerror or error}. Make room and run the same command again: it goes on where it "
-                "stopped."
-            ) from error
+        for name, file in self._open.items():
+            file.seek(int(indices[0]) * self._bytes[name])
+            file.write(data[name].contiguous().cpu().numpy().tobytes())
+            file.flush()
+            os.fsync(file.fileno())
         with open(self._journal, "a") as journal:
             journal.write(f"{int(indices[0])}\n")
             journal.flush()
@@ -272,6 +268,16 @@ def labels_of(which: str, seed: int, num_images: int, network: LatentTransformer
     if classes.min() < 0 or classes.max() >= num_classes:
         raise UserError(f"{key}{which}: the model has classes 0 to {num_classes - 1}.")
     return classes[np.arange(num_images) % len(classes)]
+
+
+@contextmanager
+def _room_for(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"--output {output}: {error.strerror or error}. Make room and run the same command again: it goes on where it stopped."
+        ) from error
 
 
 def _parts(output: Path) -> Path:

@@ -13,6 +13,7 @@ Evaluation mode and autocast are the caller's. Legend: B batch, C latent channel
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,13 +59,19 @@ def _times(z: Tensor, value: float) -> Tensor:
     return times
 
 
-def _dopri5(field: Field, z: Tensor, grid: Tensor) -> Tensor:
+def adaptive_solver() -> Any:
+    """Return torchdiffeq's `odeint`. UserError where it is not installed."""
     try:
         from torchdiffeq import odeint
     except ImportError as error:
         raise UserError(
             f"Sampling method dopri5 needs torchdiffeq ({error}): pip install torchdiffeq, or choose heun."
         ) from error
+    return odeint
+
+
+def _dopri5(field: Field, z: Tensor, grid: Tensor) -> Tensor:
+    odeint = adaptive_solver()
     ends = grid[[0, -1]].to(z)
     return odeint(lambda t, x: field(x, t.to(z).expand(len(z))), z, ends, atol=1e-6, rtol=1e-3, method="dopri5")[-1]
 

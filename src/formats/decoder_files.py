@@ -182,6 +182,8 @@ def read_statistics(
         )
     if problem := statistics_problem(mean, var, shape):
         raise UserError(f"{file}: {problem} Use statistics of this encoder and size (`python src/latent_stats.py`).")
+    if var is None:
+        log.warning("%s has no `var`: latents keep their scale, only `mean` is subtracted.", file)
     if differing := identity_differences(stored := content.get("encoder") or identity, identity):
         differing = [f"{name}: file {stored.get(name)!r}, model {identity[name]!r}" for name in differing]
         raise UserError(

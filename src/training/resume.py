@@ -25,7 +25,6 @@ _FREE = {
         "_target_", "compile", "sample_every", "log_every_n_steps", "loss_chunk_size",
         "activation_checkpointing", "network.activation_checkpointing",
         "accumulate_grad_batches", "max_skipped_steps",
-        "scheduler.decay_end_epoch", "disc_scheduler.decay_end_epoch",  # follow max_epochs, which is compared by itself
     ),
 }  # fmt: skip
 """Keys that touch neither the stream of batches nor what an update does with it."""
@@ -67,12 +66,8 @@ def announce_resume(checkpoint: Path, config: Mapping[str, Any], processes: int)
     if run.resolve() != resolve(config["paths"]["run_dir"] or "").resolve() and (owner := owner_of(run)):
         log.warning("The run of that checkpoint is still going on in %s (%s); this one goes on beside it.", run, owner)
     epochs = config["trainer"]["max_epochs"]
-    old = before.get("trainer", {}).get("max_epochs", epochs)
     done = content.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {}).get("current", {}).get("completed", 0)
-    if old != epochs:
-        bends = "trainer.max_epochs was %s and is now %s: the cosine ends elsewhere, so the learning rate bends here."
-        log.warning(bends, old, epochs)
-    elif done >= epochs:
+    if done >= epochs:
         log.warning("That run is finished (%s epochs); nothing is left to do. Raise trainer.max_epochs to go on.", done)
     batches = [_global_batch(c, n) for c, n in ((before, content.get("processes")), (config, processes))]
     if batches[0] != batches[1]:

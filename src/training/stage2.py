@@ -173,6 +173,10 @@ class DiffusionModule(StageModule):
 
     @torch.no_grad()
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        batch = {
+            **batch,
+            "position": batch["position"] * self.trainer.world_size + self.global_rank,
+        }  # in the whole set
         draws = FlowDraws.at(self.settings.seed, batch, self.rae.latent_shape, self.device, training=False)
         latents = self.step.latents(batch, draws, training=False)
         losses = self.step.losses(self.ema_network, latents, self._labels(batch), draws)["loss"]
