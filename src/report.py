@@ -55,7 +55,9 @@ def _run(options: Options) -> int:
         with replacing(target) as file:
             file.write(content)
     except OSError as error:
-        raise UserError(f"{target} can't be written: {error}. Name another place with --out FILE.") from error
+        raise UserError(
+            f"{target} can't be written: {error.strerror or error}. Name another place with --out FILE."
+        ) from error
     print(f"{target}  {len(content) / 1e6:.1f} MB")
     return 0
 

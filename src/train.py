@@ -42,7 +42,7 @@ if __name__ == "__main__":
         ended = 0
     except SystemExit as error:
         ended = error.code
-    except (CompactHydraException, OmegaConfBaseException, MarkedYAMLError, ValueError, TypeError) as error:
+    except (CompactHydraException, OmegaConfBaseException, MarkedYAMLError, ValueError, TypeError, OSError) as error:
         if wanted or RAISE not in os.environ:  # asked for, or of the run itself
             raise
         ended = explained(error, sys.argv[1:])

@@ -99,6 +99,10 @@ def explained(error: Exception, arguments: Sequence[str]) -> str:
     """Return the message for an error that Hydra met while it put the configuration together."""
     from yaml import MarkedYAMLError
 
+    if isinstance(error, OSError):
+        return (
+            f"{error.filename}: {error.strerror}. Sweeps go below paths.log_dir: set it to a place that can be written."
+        )
     if isinstance(error, ValueError | TypeError) and not isinstance(error, UnicodeDecodeError):
         lines = []
         for key, _, value in (word.partition("=") for word in arguments if not word.startswith(("-", "~"))):
