@@ -92,7 +92,7 @@ def test_what_the_page_says(run):
         "a warning\nof two lines", "step 30", "val/psnr is not finite at 1 of 3 steps, first at 10", "2026-01-02/03-04-05",
     ):  # fmt: skip
         assert expected in text, expected
-    assert not any(absent in text for absent in ("no warning", "UNTRAINED", "It ended with"))
+    assert not any(absent in text for absent in ("no warning", "UNTRAINED", "It ended with", "Sheets"))
     assert text.count('src="data:image/png;base64,') == 3
     assert text.count('"symbol":"star"') == 3  # val/loss, val/psnr, rfid/score
     found = curves(text)
@@ -123,11 +123,15 @@ def test_every_name_that_training_logs_has_a_chart_and_others_get_one(tmp_path):
 
 
 def test_several_runs_are_overlaid_and_compared(tmp_path, run):
-    other = make_run(tmp_path / "2026-01-03/03-04-05", {"train/loss": STEPS}, CONFIG.replace("seed: 3", "seed: 4"))
+    other = make_run(
+        tmp_path / "2026-01-03/03-04-05",
+        {"train/loss": STEPS},
+        CONFIG.replace("seed: 3", "seed: 4") + "paths:\n  run_dir: /x\n",
+    )
     text = made(run, other)
     firsts = [curves(text)[f"2026-01-0{day}/03-04-05 train/loss"][0] for day in (2, 3)]
     assert firsts == [(10, 0.9), (10, 10)] and not marks(text)
-    differing = text.split("Where the runs differ")[1].split("</table>")[0]
+    differing = text.split('id="Curves"')[0].split("Where the runs differ")[1]
     assert re.findall(r"<tr><th>(\S+)</th><td>(\S+)</td><td>(\S+)</td>", differing) == [("seed", "3", "4")]
 
 

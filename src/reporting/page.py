@@ -42,7 +42,11 @@ def page(runs: Sequence[Run]) -> str:
         samples=[pictures(run, run.folder / "samples", "*.png", 12 // len(runs)) for run in runs],
         sheets=[pictures(run, place, "*/sheet.png", 4 // len(runs)) for run, place in zip(runs, places, strict=True)],
         warnings=[dict.fromkeys(text.strip() for text in _WARNING.findall(run.log)) for run in runs],
-        differences=[(key, cells) for key, cells in aligned(configs) if any(cell != cells[0] for cell in cells)],
+        differences=[
+            (key, cells)
+            for key, cells in aligned(configs)
+            if key != "paths.run_dir" and any(cell != cells[0] for cell in cells)
+        ],
         configs=[yaml.safe_dump(run.config, sort_keys=False) for run in runs],
         records=aligned([{k: number(v) for k, v in flat(run.record).items() if k != "warnings"} for run in runs]),
         plotly_js=Markup(get_plotlyjs()),
