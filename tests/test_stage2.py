@@ -184,12 +184,13 @@ def test_an_image_of_no_class_counts_as_one_of_the_null_label(stage2_run):
     for label in (-1, null, null - 1):
         batch = next(iter(run.datamodule.val_dataloader()))
         module.on_validation_epoch_start()
-        module.validation_step(batch | {"label": torch.full_like(batch["label"], label)}, 0)
+        batch["label"].fill_(label)
+        module.validation_step(module.on_before_batch_transfer(batch, 0), 0)
         totals.append(module._totals)
     assert torch.equal(totals[0], totals[1]) and not torch.equal(totals[1], totals[2])
     module.network.null_label = None
     with pytest.raises(UserError, match=r"images of no class \(label -1\)"):
-        module.validation_step(batch | {"label": torch.full_like(batch["label"], -1)}, 0)
+        module.on_before_batch_transfer(batch | {"label": torch.full_like(batch["label"], -1)}, 0)
 
 
 def test_the_validation_loss_does_not_depend_on_the_number_of_processes(stage2_run):

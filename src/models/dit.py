@@ -84,10 +84,10 @@ class LatentTransformer(nn.Module):
         return getattr(self, "ctx_embedder" if hasattr(self, "ctx_embedder") else "y_embedder").embedding_table.weight
 
     def known(self, labels: Tensor) -> Tensor:
-        """Return labels (B,) with the null label in place of those below 0, of no class. UserError where there is no null label."""
+        """Return labels (B,), on the host, with the null label for those below 0, of no class. UserError: there is no null label."""
         if self.null_label is not None:
             return torch.where(labels < 0, self.null_label, labels)
-        if (labels < 0).any():  # waits for the device
+        if (labels < 0).any():
             raise UserError(
                 "The data has images of no class (label -1), and a model of model.label_dropout=0 has no null label for them. "
                 "Leave them out, or train with a label_dropout above 0."

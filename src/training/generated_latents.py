@@ -66,7 +66,7 @@ class GeneratedLatents(nn.Module):
         """Turn raw latents B C h w of a batch into z~, raw, float32. Draws are functions of (seed, epoch, position)."""
         epoch, positions = int(batch["epoch"]), batch["position"].tolist()
         labels = torch.as_tensor(batch.get("label", [NO_CLASS] * len(positions)))
-        labels = self.network.known(labels.to(latents.device, non_blocking=True))
+        labels = self.network.known(labels).to(latents.device, non_blocking=True)
         noise = streams.normals(self.seed, Purpose.GENERATED_NOISE, epoch, positions, rae.latent_shape, latents.device)
         with record_function("generate"):
             start = interpolate(

@@ -122,12 +122,16 @@ class DiffusionModule(StageModule):
     def learning_rates(self, step: int) -> dict[str, float]:
         return {"network": self.settings.scheduler.lr(step, self.steps_per_epoch)}
 
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Check labels while they are on the host, so that no device is waited for."""
+        if "label" not in batch:
+            raise UserError(NO_LABELS)
+        return batch | {"label": self.network.known(batch["label"])}
+
     def compute_gradients(self, batch: Mapping[str, Any], batch_idx: int, step: int, share: float) -> dict[str, Tensor]:
-        labels = self._labels(batch)
         draws = FlowDraws.at(self.settings.seed, batch, self.rae.latent_shape, self.device, training=True)
-        terms = self.step.losses(
-            self.network, self.step.latents(batch, draws, training=True), self.step.dropped(labels, draws), draws
-        )
+        latents, labels = self.step.latents(batch, draws, training=True), self.step.dropped(batch["label"], draws)
+        terms = self.step.losses(self.network, latents, labels, draws)
         self.manual_backward(terms["loss"].mean() * share)
         self._add_to_window(step, terms, draws)
         return {name: value.detach().mean() for name, value in terms.items() if name != "zero"}
@@ -138,11 +142,6 @@ class DiffusionModule(StageModule):
         sums, counts = self._window[:QUARTERS], self._window[QUARTERS : 2 * QUARTERS]
         for number, value in enumerate(sums / counts, 1):
             self.train_terms[f"train/loss_q{number}"] = value
-
-    def _labels(self, batch: Mapping[str, Any]) -> Tensor:
-        if "label" not in batch:
-            raise UserError(NO_LABELS)
-        return self.network.known(batch["label"])
 
     def _add_to_window(self, step: int, terms: Mapping[str, Tensor], draws: FlowDraws) -> None:
         """Sum losses by quartile of t since the last log entry: 4 sums, 4 counts, the loss of the output 0; no waiting."""
@@ -179,7 +178,7 @@ class DiffusionModule(StageModule):
         }  # in the whole set
         draws = FlowDraws.at(self.settings.seed, batch, self.rae.latent_shape, self.device, training=False)
         latents = self.step.latents(batch, draws, training=False)
-        losses = self.step.losses(self.ema_network, latents, self._labels(batch), draws)["loss"]
+        losses = self.step.losses(self.ema_network, latents, batch["label"], draws)["loss"]
         self._totals += quartile_sums(losses.cpu().double(), draws.time.cpu())
 
     def on_validation_epoch_end(self) -> None:
