@@ -84,7 +84,7 @@ class LatentTransformer(nn.Module):
         return getattr(self, "ctx_embedder" if hasattr(self, "ctx_embedder") else "y_embedder").embedding_table.weight
 
     def known(self, labels: Tensor) -> Tensor:
-        """Return labels (B,), on the host, with the null label for those below 0, of no class. UserError: there is no null label."""
+        """Return labels (B,) of the host with the null label for those below 0, of no class. UserError: there is no null label."""
         if self.null_label is not None:
             return torch.where(labels < 0, self.null_label, labels)
         if (labels < 0).any():
