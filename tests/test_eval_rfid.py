@@ -290,6 +290,8 @@ def odd(tmp_path_factory, checkpoint) -> Path:
         (folder / f"cut{share}.ckpt").write_bytes(whole[: len(whole) * share // 100])
     torch.save({"a": torch.zeros(1)}, folder / "other.ckpt")
     (folder / "wrong.pth").write_bytes(b"")
+    (folder / "run/checkpoints").mkdir(parents=True)
+    (folder / "run/checkpoints/last.ckpt").touch()
     return folder
 
 
@@ -309,7 +311,8 @@ FILE = "--inception_weights pretrained --inception_path ODD"
     ("--checkpoint CHECKPOINT --device tpu", ["--device tpu"]),
     ("--decoder IMAGES/class0/000.png", ["needs its encoder"]),
     *((f"--checkpoint ODD/cut{share}.ckpt", [f"cut{share}.ckpt"]) for share in (0, 50, 99)),
-    ("--checkpoint ODD/none.ckpt", ["not found"]),
+    ("--checkpoint ODD/none.ckpt", ["not found", "That folder has cut0.ckpt"]),
+    ("--checkpoint ODD/run", ["That folder has checkpoints/last.ckpt"]),
     ("--checkpoint ODD/other.ckpt", ["--decoder"]),
     ("--checkpoint CHECKPOINT --data_dir ODD/empty", ["is empty"]),
     ("--checkpoint CHECKPOINT --data_dir ODD/one", ["at least 2 images, got 1"]),

@@ -161,7 +161,9 @@ def existing(path: str | Path, key: str = "--checkpoint") -> Path:
     file = resolve(path)
     if file.is_file():
         return file
-    beside = sorted(other.name for other in file.parent.glob("*.ckpt")) if file.parent.is_dir() else []
+    near = file if file.is_dir() else file.parent
+    found = (other for place in ("*.ckpt", "checkpoints/*.ckpt") for other in near.glob(place))
+    beside = sorted(str(other.relative_to(near)) for other in found)
     hint = f"That folder has {', '.join(beside)}." if beside else "Checkpoints lie in logs/runs/DATE/TIME/checkpoints."
     raise UserError(f"Checkpoint not found: {file} (from {key}). {hint}")
 
