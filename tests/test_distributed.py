@@ -9,8 +9,10 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from src.core.distributed import Launch
 from src.core.weights import PROJECT_ROOT
+from src.data import dummy
 from src.training.trainer import build_trainer
-from tests.training import SMALL, composed, python
+from tests.tiny_models import two_processes
+from tests.training import QUIET, SMALL, composed, python
 
 STEPS = 10
 # One global batch of 4 either way; GAN phase from the first step.
@@ -95,6 +97,20 @@ def test_per_rank_weights_as_published_differ_from_the_global_one(results, tmp_p
     assert published[0]["weights"][0] != pytest.approx(published[1]["weights"][0], rel=1e-6)
     assert published[0]["digests"] == published[1]["digests"]  # the averaged gradient is still one
     assert published[0]["weights"][0] != pytest.approx(first["weights"][0], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_machine_whose_copy_of_the_data_lacks_a_file(tmp_path):
+    """Its processes would draw other images for the same positions, and the others wait for them at the epoch's end."""
+    for rank in range(2):
+        (tmp_path / f"set{rank}").mkdir()
+        for i in range(24 - rank):
+            (tmp_path / f"set{rank}/{i:02d}.jpg").write_bytes(dummy.jpeg(i))
+    words = [*SMALL, *QUIET, "data.batch_size=2", f"paths.log_dir={tmp_path}"]
+    said = two_processes("src/train.py", *words, f"data.data_dir={tmp_path}/set${{oc.env:RANK}}", code=1)
+    assert said.count("Process 1 has other data than process 0: training: . changed (24, now 23)") == 2, said
+    assert "Traceback" not in said
+    assert not list(tmp_path.glob("runs/*/*"))
 
 
 def test_several_devices_without_a_strategy_are_trained_by_our_ddp(tmp_path):

@@ -134,8 +134,8 @@ def photos(folder: Path, count: int = 6) -> Path:
     return folder
 
 
-def two_processes(*words) -> str:
-    """Run a program as torchrun starts it, without the time that torchrun takes; return what both print."""
+def two_processes(*words, code: int = 0) -> str:
+    """Run a program as torchrun starts it, without the time that torchrun takes; return what both print, of a failure on stderr."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -147,5 +147,5 @@ def two_processes(*words) -> str:
         for rank in "01"
     ]  # fmt: skip
     ends = [(process.communicate(timeout=300), process.returncode) for process in started]
-    assert all(code == 0 for _, code in ends), ends
-    return "".join(out for (out, _), _ in ends)
+    assert all(found == code for _, found in ends), ends
+    return "".join(said[bool(code)] for said, _ in ends)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -129,6 +129,15 @@ def gather_on_main(value: T) -> list[T]:
     found: list[T | None] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(value, found, dst=0)
     return found or []  # type: ignore[return-value]
+
+
+def gather(value: T) -> list[T]:
+    """Return what each rank holds, in their order. On all ranks."""
+    if not is_distributed():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from src.callbacks.checkpoint import make_canonical
+from src.core.distributed import gather
 from src.core.ema import EMA
 from src.core.errors import UserError
 from src.core.nonfinite import NonFiniteCounter
 from src.core.precision import cast_frozen
 from src.core.weights import check_fit
+from src.data.fingerprint import compare_fingerprints
 from src.data.latents import LatentStore
 from src.formats.checkpoint import FORMAT_VERSION
 from src.models.frozen_encoder import identity_differences
@@ -208,6 +210,13 @@ class StageModule(pl.LightningModule):
         )
 
     def on_fit_start(self) -> None:
+        data = gather(self.trainer.datamodule.fingerprint_state)
+        for rank, own in enumerate(data):
+            if changes := compare_fingerprints(data[0], own):
+                raise UserError(
+                    f"Process {rank} has other data than process 0: {'; '.join(changes[:10])}. Copy the same files to all "
+                    "machines."
+                )
         if (store := self.trainer.datamodule.latent_store) is not None:
             self.accept_latents(store)
         if dtype := HALF.get(str(self.trainer.precision)):
