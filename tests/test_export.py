@@ -90,7 +90,7 @@ def test_the_card_says_what_people_need(tmp_path):
     (tmp_path / "scores.json").write_text(json.dumps(scores))
     assert run(f"--checkpoint {file} --format official --output {tmp_path}/o --scores {tmp_path}/scores.json") == 0
     card = (tmp_path / "o/README.md").read_text()
-    for text in ("Dinov2withNorm", "64 x 4 x 4", "1,234 training images", "c0ffee", "| rfid | 0.5678 | 50,000 images", "18.2500", "56 held-out images",
+    for text in ("Dinov2withNorm", "64 x 4 x 4", "1,234 training images", "c0ffee", "| rfid | 0.5678 | 50,000 images", "18.2500", "56 held-out images", "weights ema, features", "by the end of the run, step",
                  "1,000 images", "| steps | 12 (epoch 4)", "| global batch | 64", "UNTRAINED: encoder", file_hashes(tmp_path / "o")["model.pt"]):  # fmt: skip
         assert text in card, text
     record = (tmp_path / "o/rae_export.json").read_text()

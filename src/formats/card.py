@@ -25,19 +25,23 @@ def _scores(facts: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     rows: list[tuple[str, str, str]] = []
     run = facts.get("run") or {}
     result = run.get("result") or {}
+    when = f"by the end of the run, step {result.get('step')}"  # the weights of the card may be of an earlier one
     for name, value in sorted(result.items()):
         group, _, kind = name.partition("/")
         if name in ("val/psnr", "val/ssim", "val/lpips"):
             random = name == "val/lpips" and any(part.startswith("LPIPS") for part in facts["untrained"])
-            held_out = f"{(run.get('data') or {}).get('validation')} held-out images, EMA weights, no latent noise"
+            held_out = (
+                f"{(run.get('data') or {}).get('validation')} held-out images, EMA weights, no latent noise, {when}"
+            )
             rows.append((name + " (UNTRAINED features)" * random, _number(value), held_out))
         elif group.startswith("rfid") and kind not in ("images", "seconds"):
             count = result.get(f"{group}/images")
             of = f"{count:,.0f} images, " if isinstance(count, float | int) and 0 < count < 1e15 else ""
-            rows.append((name, _number(value), f"{of}during training"))
+            rows.append((name, _number(value), f"{of}EMA weights, {when}"))
     for entry in facts.get("scores") or []:
-        keys = ("features", "quantization", "exif", "precision")
-        shared = ", ".join(f"{key} {entry[key]}" for key in keys if entry.get(key))
+        keys = ("weights", "step", "features", "quantization", "exif", "precision")
+        known = {**model, **entry} if isinstance(model := entry.get("model"), dict) else entry
+        shared = ", ".join(f"{key} {known[key]}" for key in keys if known.get(key))
         for score in entry["results"]:
             text = f"{score['images']:,} images, {score.get('split')} of `{score.get('data_dir')}`, {shared}"
             if score.get("layers") or score.get("noise_sigma"):
