@@ -214,6 +214,10 @@ def made(name, autoencoder, folder):
     """The file or folder that a name in capitals stands for."""
     if name == "UNLABELLED":
         return photos(folder / "photos", 40) / "cats"
+    if name == "UNLABELLED_VAL":  # train/{cats,dogs}, val/*.png
+        tree = photos(folder / "tree/train", 40).parent
+        shutil.copytree(tree / "train/cats", tree / "val")
+        return tree
     if name == "OTHER":
         torch.save({"mean": None, "var": torch.ones(64, 4, 4), "encoder": {"class": "MAEwNorm"}}, folder / "o.pt")
     elif name == "SMALLER":
@@ -248,6 +252,7 @@ def made(name, autoencoder, folder):
         (["model.sampler.method=dopri5"], "needs torchdiffeq"),
         (["model.label_dropout=2"], "model.label_dropout=2: expected at most 1"),
         (["data.data_dir=UNLABELLED"], "The data has no labels"),
+        (["data.data_dir=UNLABELLED_VAL"], "The evaluation images .* have no labels.*trainer.limit_val_batches=0"),
         (["model.statistics=OTHER"], "made with another encoder .*Compute its own with `python src/latent_stats.py`"),
         (["model.statistics=no.pt"], r"no.pt \(from model.statistics\)"),
         (["model.statistics=SMALLER"], r"`var` is \(64, 2, 2\); this model's latents are \(64, 4, 4\)"),

@@ -253,12 +253,19 @@ class DiffusionModule(StageModule):
             )
 
     def on_fit_start(self) -> None:
-        classes, known = self.trainer.datamodule.num_classes, self.settings.num_classes
+        data = self.trainer.datamodule
+        classes, known = data.num_classes, self.settings.num_classes
         if classes is None:
             raise UserError(NO_LABELS)
         if classes > known:
             raise UserError(
                 f"The data has {classes} classes, the network's table model.num_classes={known}: set model.num_classes={classes}."
+            )
+        first = next(iter(data.evaluation_sets.values()), None)
+        if first is not None and first.source.num_classes is None and self.trainer.limit_val_batches:
+            raise UserError(
+                f"The evaluation images ({first.source.name(0)}, ...) have no labels, which the validation loss needs. Sort them "
+                "into class folders as the training images, or train without validation: trainer.limit_val_batches=0."
             )
         super().on_fit_start()
 
