@@ -114,7 +114,7 @@ def test_few_images_and_broken_values_are_said(inception: InceptionFeatures, cap
 def test_misuse_is_an_error(inception: InceptionFeatures) -> None:
     original, reconstruction = data(4)
     score = score_of(inception, [(original, reconstruction)])
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="one size"):
         score.update(original, reconstruction[:3])
     score.reduce()
     with pytest.raises(RuntimeError, match="once"):

@@ -75,19 +75,14 @@ class ReconstructionScore:
         """
         if self._reduced:
             raise RuntimeError("this score was reduced over ranks already; make a new one for more images")
-        if original.shape != reconstruction.shape or original.dtype != torch.uint8:
-            raise ValueError(
-                f"expected uint8 originals and float reconstructions of one shape, got {original.dtype} "
-                f"{tuple(original.shape)} and {reconstruction.dtype} {tuple(reconstruction.shape)}"
-            )
         original = original.to(reconstruction.device)
-        self._broken.update({"not_finite": ~torch.isfinite(reconstruction).flatten(1).all(dim=1)})
         decoded = self.to_bytes(reconstruction)
+        values = {"psnr": psnr(original, decoded), "ssim": ssim(original, decoded)}
+        self._broken.update({"not_finite": ~torch.isfinite(reconstruction).flatten(1).all(dim=1)})
         for network in self.networks:
             for found, images in ((self._reconstructions, decoded), (self._originals, original)):
                 if network.space in found:
                     add_features(found[network.space], network, images, self.batch_size)
-        values = {"psnr": psnr(original, decoded), "ssim": ssim(original, decoded)}
         if self.lpips is not None:
             x, y = (unit_to_signed(bytes_to_unit(images)) for images in (original, decoded))
             with full_float32(x.device):
