@@ -54,11 +54,6 @@ class DiffAug(Settings):
 
     def draw(self, batch: Tensor, samples: Tensor) -> Draws:
         """Return the draws made of uniforms U[0, 1): (UNIFORMS_PER_BATCH,) on the CPU, and B x UNIFORMS_PER_SAMPLE."""
-        if batch.shape != (UNIFORMS_PER_BATCH,) or samples.shape[1:] != (UNIFORMS_PER_SAMPLE,):
-            raise ValueError(
-                f"DiffAug draws from ({UNIFORMS_PER_BATCH},) and (B, {UNIFORMS_PER_SAMPLE}) uniforms, got "
-                f"{tuple(batch.shape)} and {tuple(samples.shape)}"
-            )
         translation, colour, cutout = (self.prob > 0 and u <= self.prob for u in batch.tolist())
         return Draws(translation, colour, cutout and self.cutout > 0, samples)
 
