@@ -12,6 +12,7 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root instead of scripts/
@@ -81,9 +82,12 @@ def _finished(run: Path) -> bool:
 
 
 def _program(name: str, *words: object) -> None:
-    done = subprocess.run([sys.executable, f"src/{name}", *map(str, words)], cwd=PROJECT_ROOT)
-    if done.returncode:
-        sys.exit(done.returncode)
+    program = subprocess.Popen([sys.executable, f"src/{name}", *map(str, words)], cwd=PROJECT_ROOT)
+    while program.returncode is None:
+        with suppress(KeyboardInterrupt):  # the program gets it, too: it saves and ends
+            program.wait()
+    if program.returncode:
+        sys.exit(program.returncode)
 
 
 def _judge(checkpoint: Path, samples: Path) -> tuple[float, float, float]:

@@ -226,3 +226,27 @@ def test_the_dummy_finishes_a_stage_that_was_stopped_and_replaces_no_run(tmp_pat
         assert (f"ckpt_path={quoted(checkpoint)}" in calls[0]) == (
             status != "finished"
         ) and f"paths.run_dir={quoted(tmp_path / 'run-1')}" in calls[-2]
+
+
+STAGE = """
+import time
+from pathlib import Path
+try:
+    Path("began").touch()
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(1)  # subprocess.run would kill it after a quarter of a second
+    Path("saved").touch()
+    raise SystemExit(130)
+"""
+
+
+def test_ctrl_c_leaves_a_stage_of_the_dummy_the_time_to_save(tmp_path):
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/stage.py").write_text(STAGE)
+    start = "import pathlib; from scripts import dummy_stage2 as d; d.PROJECT_ROOT = pathlib.Path(%r); d._program('stage.py')"
+    process = subprocess.Popen([sys.executable, "-c", start % str(tmp_path)], cwd=PROJECT_ROOT, start_new_session=True)
+    while process.poll() is None and not (tmp_path / "began").exists():
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait() == 130 and (tmp_path / "saved").exists()
