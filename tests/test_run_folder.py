@@ -179,6 +179,12 @@ def test_who_started_this_process(monkeypatch, environment, expected):
         monkeypatch.setenv(name, value)
     assert Launch.detect() == expected
     assert expected.main == (expected.rank == 0)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    if expected.kind == "single":
+        with pytest.raises(UserError, match="mpirun started 4 processes"):
+            Launch.detect()
+    else:
+        assert Launch.detect() == expected
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ class Launch:
 
     @classmethod
     def detect(cls) -> "Launch":
-        """Return it, before a process group exists."""
+        """Return it, before a process group exists. UserError: started by mpirun, which sets none of these variables."""
         env = os.environ
         if "RANK" in env and (int(env.get("WORLD_SIZE", "1")) > 1 or "LOCAL_RANK" in env):
             return cls(int(env["RANK"]), int(env["WORLD_SIZE"]), "torchrun")
@@ -44,6 +44,11 @@ class Launch:
             return cls(int(env["SLURM_PROCID"]), tasks, "slurm")
         if "LOCAL_RANK" in env:
             return cls(int(env.get("NODE_RANK", "0")) or int(env["LOCAL_RANK"]), 0, "child")
+        if int(started := env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+            raise UserError(
+                f"mpirun started {started} processes, of which each would train by itself. Start them with torchrun, or set RANK, "
+                "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in each."
+            )
         return cls(0, 1, "single")
 
     @property
