@@ -156,11 +156,11 @@ def test_an_autoencoder_or_a_guide_of_other_latents_is_refused(checkpoint, stage
         open_generator(checkpoint, loaded=loaded(other))
 
 
-def changed(checkpoint, file, rows, statistics=None, **model):
+def changed(checkpoint, file, rows, digest=None, **model):
     """A checkpoint of a model whose label table has so many rows."""
     content = read(checkpoint)
     content["config"]["model"] |= model
-    content["statistics"] = statistics or content["statistics"]
+    content["statistics"] = {"digest": digest} if digest else content["statistics"]
     content["state_dict"] = {name: v[:rows] if "table" in name else v for name, v in content["state_dict"].items()}
     torch.save(content, file)
     return file
@@ -169,7 +169,8 @@ def changed(checkpoint, file, rows, statistics=None, **model):
 def test_what_a_model_and_its_guide_must_have(checkpoint, tmp_path, capsys):
     plain = changed(checkpoint, tmp_path / "plain.ckpt", 3, label_dropout=0)
     fewer = changed(checkpoint, tmp_path / "fewer.ckpt", 3, num_classes=2)
-    other = changed(checkpoint, tmp_path / "other.ckpt", 4, {"digest": "0" * 16})
+    other = changed(checkpoint, tmp_path / "other.ckpt", 4, "0" * 16)
+    moved = changed(checkpoint, tmp_path / "moved.ckpt", 4, statistics="/nowhere/stats.pt")
     newer = tmp_path / "newer.ckpt"
     torch.save(read(checkpoint) | {"format_version": 99}, newer)
     for file, words, message in (
@@ -185,6 +186,7 @@ def test_what_a_model_and_its_guide_must_have(checkpoint, tmp_path, capsys):
         assert sample(f"--checkpoint {file} --device cpu --num_images 2 --output {output} {words}".split()) == 1
         assert message in " ".join(capsys.readouterr().err.split()), words
     assert drawn(checkpoint, output, "--guide", plain, "--auto", 1.5)["arr_0"].any()
+    assert drawn(moved, output, "--overwrite")["arr_0"].any()  # the autoencoder has the same
 
 
 @pytest.mark.parametrize(

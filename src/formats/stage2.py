@@ -113,7 +113,7 @@ def open_generator(
         where, given = config["autoencoder"], _mapping_or_path(autoencoder)
         where = {**where, **given} if isinstance(where, Mapping) and isinstance(given, Mapping) else given or where
         statistics = config["statistics"]
-        if given and statistics is not None and not resolve(statistics).exists():  # of another machine
+        if statistics is not None and not resolve(statistics).exists():  # of another machine
             statistics = None
         loaded = open_autoencoder(where, statistics, config["image_size"])
     if said:
