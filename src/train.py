@@ -26,10 +26,20 @@ def main(config: DictConfig) -> float | None:
 
     if wanted is None:
         os.environ.pop(RAISE, None)
-    return run(config)
+    value = run(config)
+    os.environ[RAISE] = "1"  # what comes next is of a sweeper
+    return value
+
+
+def interrupted(*_: object) -> None:
+    """End at once, on Ctrl-C before the run listens for it: out of an interrupted import comes any error."""
+    print("interrupted before the run began", file=sys.stderr)
+    os._exit(130)
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupted)
     if hasattr(signal, "SIGPIPE") and {"--help", "-h", "--cfg", "-c", "--info"} & set(sys.argv):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… --help | head` ends quietly
     os.environ.setdefault(RAISE, "1")
@@ -46,9 +56,6 @@ if __name__ == "__main__":
         if wanted or RAISE not in os.environ:  # asked for, or of the run itself
             raise
         ended = explained(error, sys.argv[1:])
-    except KeyboardInterrupt:  # before the run listens for it
-        print("interrupted before the run began", file=sys.stderr)
-        sys.exit(130)
     if training := sys.modules.get("src.training.run"):
         status = training.sweep_status()  # of a sweep that broke off, too
         ended = ended or status

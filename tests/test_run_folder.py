@@ -317,3 +317,40 @@ def test_a_bad_value_in_a_sweep_leaves_the_other_jobs_alone(tmp_path):
     assert [row.split()[1] for row in rows] == ["finished", "failed", "finished"], rows
     assert "model.optimizer.lr=-1" in rows[1] and "more than 0" in rows[1] and "val/loss" in rows[0]
     assert len(list(tmp_path.glob("multiruns/*/*/*/checkpoints/last.ckpt"))) == 2
+
+
+SWEEPER = """
+import runpy, sys
+from hydra._internal.hydra import Hydra
+multirun = Hydra.multirun
+def of_nothing(*arguments, **options):
+    multirun(*arguments, **options)
+    raise ValueError("No trials are completed yet.")  # Optuna's
+Hydra.multirun = of_nothing
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+def test_a_sweep_of_which_all_jobs_failed_ends_in_its_table(tmp_path):
+    words = [*FAST, f"paths.log_dir={tmp_path}", f"data.data_dir={tmp_path}/a,{tmp_path}/b"]
+    said = python("-c", SWEEPER, "src/train.py", "-m", *words, code=1)
+    assert said.count("failed    No dataset at") == 2 and said.endswith("No trials are completed yet.\n")
+
+
+SWALLOWED = """
+import os, runpy, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:  # as some compiled modules do
+                raise ImportError("type is already registered")
+sys.meta_path.insert(0, Finder())
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+def test_ctrl_c_while_libraries_are_imported_is_one_line():
+    said = python("-c", SWALLOWED, "src/train.py", "experiment=rae_dummy", code=130)
+    assert said == "interrupted before the run began\n"

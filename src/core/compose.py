@@ -109,7 +109,7 @@ def explained(error: Exception, arguments: Sequence[str]) -> str:
             known = sorted(file.stem for file in (_CONFIGS / key).glob("*.yaml"))
             if known and not set(value.split(",")) <= set(known):
                 lines.append(f"{key}={value}: expected the name of a file in configs/{key}: {', '.join(known)}.")
-        return "\n".join(lines) or f"The configuration can't be composed: {error}."
+        return "\n".join(lines) or f"Hydra can't go on: {str(error).rstrip('.!')}."
     if not isinstance(error, MarkedYAMLError | UnicodeDecodeError):
         unknown = _unknown_key(error)
         if "did you mean" in unknown:  # where nothing is near, Hydra's own lines say how to add a key
