@@ -20,10 +20,11 @@ from src.models.encoder_presets import PRESETS, find_preset
 from src.training import stage2
 from src.training.optimizers import MuonWithAdamW
 from src.training.resume import announce_resume
+from src.training.run import run as start
 from src.training.stage2 import DiffusionModule
 from src.training.stage2_step import FlowDraws
 from tests.tiny_models import exported, photos, stir, tiny_rae
-from tests.training import assert_equal_ends, composed, last, same, train_stage2
+from tests.training import SMALL_STAGE2, assert_equal_ends, composed, last, same, train_stage2
 
 
 def untrained(run):
@@ -139,6 +140,13 @@ def test_what_is_logged(autoencoder, tmp_path, caplog, monkeypatch):
     quick = ["model.optimizer.lr=1e-2", "model.label_std=1", "model.network.hidden_size=[64,64]"]
     train_stage2(tmp_path / "b", autoencoder, *quick, "trainer.max_epochs=4")
     assert "is not learning" not in caplog.text
+
+
+def test_lightning_says_nothing_of_the_hooks_that_are_meant(autoencoder, tmp_path):
+    words = [f"model.autoencoder={autoencoder}", f"paths.run_dir={tmp_path / 'run'}", "trainer.max_steps=1"]
+    start(composed([*SMALL_STAGE2, *words]))
+    warnings = json.loads((tmp_path / "run/run.json").read_text())["warnings"]
+    assert any("UNTRAINED" in text for text in warnings) and "overridden" not in " ".join(warnings)
 
 
 def test_muon_leaves_weights_and_moments_alone_where_a_number_is_not_finite():

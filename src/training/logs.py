@@ -13,7 +13,7 @@ _SILENCED = (
     r".*This DataLoader will create .* worker processes.*",  # so is this
     r".*ended before the epoch ended and your dataloader is not resumable.*",  # it goes on where `on_train_start` says
     r".*module\(s\) in eval mode at the start of training.*",  # the frozen networks are meant to be
-    r".*You have overridden `transfer_batch_to_device` in `LightningModule`.*",  # on purpose
+    r".*You have overridden `(on_before_batch_transfer|transfer_batch_to_device)` in `LightningModule`.*",  # on purpose
     r".*The number of training batches .* is smaller than the logging interval.*",
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
     r".*Total length of `list` across ranks is zero.*",  # nothing is held out, as the log says
