@@ -69,13 +69,17 @@ def test_whichever_file_is_the_first_that_does_not_fit(tmp_path, capfd, size):
     assert "can't be written: File too large" in said, said
 
 
-def test_events_that_do_not_fit(tmp_path, capfd, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "file"),
+    [(errno.ENOSPC, "events.out"), (errno.ESTALE, "events.out"), (errno.ENOENT, b"run/events.out.tfevents.1")],
+)
+def test_events_that_do_not_fit_or_whose_folder_is_gone(tmp_path, capfd, monkeypatch, number, file):
     def full(self, metrics, step=None):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "events.out")
+        raise OSError(number, os.strerror(number), file)
 
     monkeypatch.setattr(TensorBoardLogger, "log_metrics", full)
     said = ends_with_one_message(tmp_path / "run", capfd, "logger=tensorboard")
-    assert "events.out can't be written: No space left on device" in said
+    assert f" {os.fsdecode(file)} can't be written: {os.strerror(number)}" in said
 
 
 def test_a_picture_that_does_not_fit_is_a_warning(tmp_path, monkeypatch, caplog):

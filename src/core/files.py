@@ -120,14 +120,15 @@ class _Remembering:
         self._file.flush()
 
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-"""What the system says of a disk that is full, over quota, read-only or broken."""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
+"""What the system says of a disk that is full, over quota, read-only, broken or gone from the network."""
 
 
 def disk_message(error: OSError, path: str | Path | None = None) -> str:
     """Return the message for a file that can't be written."""
+    name = path or error.filename or "A file"
     return (
-        f"{path or error.filename or 'A file'} can't be written: {error.strerror or error}. Make room (or set "
+        f"{os.fsdecode(name) if isinstance(name, bytes) else name} can't be written: {error.strerror or error}. Make room (or set "
         "paths.log_dir to another place); what was saved before is untouched, ckpt_path=last goes on from it."
     )
 

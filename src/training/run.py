@@ -112,8 +112,8 @@ def _message(error: Exception) -> str | None:
     """Return what the user is told instead of a traceback; None for a defect of ours."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return disk_message(error)
+    if isinstance(error, OSError) and (error.errno in DISK_ERRORS or "tfevents" in str(error.filename)):
+        return disk_message(error)  # TensorBoard's events fail also where the run's folder was removed
     if isinstance(error, MisconfigurationException) or str(error).startswith("Early stopping conditioned on"):
         return " ".join(str(error).split())  # Lightning's own words for a mistake
     if isinstance(error, OmegaConfBaseException):
