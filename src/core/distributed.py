@@ -37,7 +37,8 @@ class Launch:
     def detect(cls) -> "Launch":
         """Return it, before a process group exists. UserError: started by mpirun, which sets none of these variables."""
         env = os.environ
-        if "RANK" in env and (int(env.get("WORLD_SIZE", "1")) > 1 or "LOCAL_RANK" in env):
+        by_others = int(env.get("WORLD_SIZE", "1")) > 1 and "SLURM_PROCID" not in env
+        if "RANK" in env and ("LOCAL_RANK" in env or by_others):
             return cls(int(env["RANK"]), int(env["WORLD_SIZE"]), "torchrun")
         tasks = int(env.get("SLURM_NTASKS", "1")) if "SLURM_PROCID" in env else 1
         if tasks > 1 and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
