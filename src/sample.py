@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: SampleOptions) -> int:
     from src.core.distributed import processes
+    from src.core.errors import worded
     from src.evaluation.samples import check_files, describe, sample
     from src.formats.stage2 import open_generator
 
@@ -42,7 +43,8 @@ def _run(options: SampleOptions) -> int:
         generator = open_generator(options.checkpoint, options.model, options.autoencoder)
         guide = None
         if options.guide is not None:
-            guide = open_generator(options.guide, options.guide_model, loaded=generator.autoencoder, key="--guide")
+            with worded(model="--guide_model"):
+                guide = open_generator(options.guide, options.guide_model, loaded=generator.autoencoder, key="--guide")
         rows: list[tuple[Any, ...]] = []
         for point in points:
             began = time.perf_counter()

@@ -179,7 +179,8 @@ def test_what_a_model_and_its_guide_must_have(checkpoint, tmp_path, capsys):
         (checkpoint, f"--guide {plain} --auto 1.5 --cfg 2", "or its guide, has model.label_dropout=0"),
         (checkpoint, f"--guide {fewer} --auto 1.5", "The guide knows 2 classes, the model 3"),
         (checkpoint, f"--guide {other} --auto 1.5", f"statistics: {'0' * 16} there"),
-        (newer, "", "is no checkpoint of this trainer"),
+        (newer, "", "with --model (ditdh_xl, dit_xl, raev2_dit_k7, ...) and give its --autoencoder"),
+        (checkpoint, f"--guide {newer} --auto 1.5", "with --guide_model (ditdh_xl, dit_xl, raev2_dit_k7, ...)."),
         (newer, "--model rae_dino", "a model of stage 1"),
     ):
         output = tmp_path / "s.npz"

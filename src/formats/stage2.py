@@ -102,7 +102,7 @@ def open_generator(
     if not said and model is None:
         raise UserError(
             f"{file} is no checkpoint of this trainer: say which model it is with --model (ditdh_xl, dit_xl, raev2_dit_k7, "
-            "...) and give its --autoencoder."
+            f"...){' and give its --autoencoder' * (loaded is None)}."
         )
     config = said["config"]["model"] if said else compose([f"experiment={model}"])["model"]
     if "autoencoder" not in config:
