@@ -87,7 +87,7 @@ def run(tmp_path_factory) -> Path:
 def test_what_the_page_says(run):
     text = made(run)
     for expected in (
-        "<b>11.5</b> <small>step 20 · 1,000 images <em>under 2,048", "<b>17.25</b> <small>step 20 · 58 held-out images", "1,030", "of 3 epochs",
+        "<b>11.5</b> <small>step 20 · 1,000 images <em>under 2,048", "<b>17.25</b> <small>step 20 · 58 held-out images", "1,030", "in at most 3 epochs",
         "<b>0.45</b> <small>step 20",         "8 × NVIDIA H100", "<b>110</b> <small>median", "finished", "abc123", "python src/train.py experiment=tiny", "max_epochs: 3", "0.1235",
         "a warning\nof two lines", "step 30", "val/psnr is not finite at 1 of 3 steps, first at 10", "2026-01-02/03-04-05",
     ):  # fmt: skip

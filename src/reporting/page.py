@@ -58,7 +58,7 @@ def facts(run: Run) -> dict[str, Markup]:
     record, config = flat(run.record), flat(run.config)
     held_out = record.get("data.validation", "") if config.get("trainer.limit_val_batches") in (None, 1.0) else "some"
     last = record.get("result.step") or max((max(series) for series in run.series.values()), default=0)
-    found = {"steps": _FACT.format(number(last), f"of {config.get('trainer.max_epochs')} epochs", "")}
+    found = {"steps": _FACT.format(number(last), f"in at most {config.get('trainer.max_epochs')} epochs", "")}
     for chart in CHARTS:
         for name in filter(re.compile(chart.names).fullmatch, run.series):
             if point := best(chart, name, run.series[name]):
