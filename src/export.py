@@ -36,7 +36,7 @@ class Options(ModelOptions):
     overwrite: bool = option("replace an earlier export in --output", default=False)
     with_encoder: bool = option("folder: put the encoder in (diffusers always does)", default=False)
     published_names: bool = option(
-        "diffusers: name the encoder's parameters as transformers 4 does, instead of as the installed one",
+        "diffusers: name the encoder's parameters as transformers 4 and 5.17 do, instead of as the installed one",
         default=False,
     )
     scores: tuple[str, ...] = option("results of src/eval_rfid.py for the model card", "JSON", ())

@@ -176,7 +176,7 @@ def _remarks(family: Family, published_names: bool) -> list[str]:
             "right: they load with transformers 4, or with a diffusers that has caught up."
         ]
     names = "transformers 4 and the hub's files" if published_names else "the installed transformers"
-    other = "" if published_names else " For diffusers with transformers 4 export with --published_names."
+    other = "" if published_names else " For diffusers with transformers 4 or 5.17 export with --published_names."
     return [f"The encoder's parameters are named as in {names}; diffusers does not translate them.{other}"]
 
 
