@@ -65,6 +65,15 @@ def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def stage1_run(tmp_path_factory: pytest.TempPathFactory):
+    """Six updates of stage 1 in two epochs, without interruption: the folder and the run's parts."""
+    from tests.training import QUIET, train
+
+    folder = tmp_path_factory.mktemp("stage1")
+    return folder, train(folder, *QUIET)
+
+
+@pytest.fixture(scope="session")
 def stage2_run(autoencoder: Path, tmp_path_factory: pytest.TempPathFactory):
     """Six updates of stage 2 in two epochs, without interruption: the folder and the run's parts."""
     from tests.training import train_stage2

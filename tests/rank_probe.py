@@ -60,7 +60,7 @@ def main() -> None:
     fit(run, None, RunRecord(folder, "probe"))
     content = {
         "digests": watch.digests, "positions": watch.positions, "weights": watch.weights, "gradients": GRADIENTS,
-        "state": run.module.state_dict(), "scores": run.module.scores, "run_dir": run.trainer.default_root_dir,
+        "state": run.module.state_dict(), "scores": run.module.scores,
     }  # fmt: skip
     torch.save(content, out / f"rank{os.environ.get('RANK', '0')}.pt")
 

@@ -116,15 +116,11 @@ def test_on_a_gpu_only_its_own_idle_time_counts_as_waiting(monkeypatch, caplog, 
     assert ("data path is the bottleneck" in caplog.text) == warned
 
 
-@pytest.fixture(scope="module")
-def fitted(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("run"), *QUIET, "trainer.max_steps=1")
-
-
-def test_all_but_the_images_leaves_the_tensors_behind(fitted):
+def test_all_but_the_images_leaves_the_tensors_behind(stage1_run):
     """DDP moves tensors to the GPU, and reading one back there would wait for the whole step."""
-    batch = next(iter(fitted.datamodule.train_dataloader()))
-    moved = RAEModule.transfer_batch_to_device(fitted.module, batch, torch.device("cpu"), 0)
+    _, run = stage1_run
+    batch = next(iter(run.datamodule.train_dataloader()))
+    moved = RAEModule.transfer_batch_to_device(run.module, batch, torch.device("cpu"), 0)
     assert [name for name, value in moved.items() if isinstance(value, torch.Tensor)] == ["image"]
     assert moved["position"].tolist() == batch["position"].tolist()
 
@@ -137,25 +133,18 @@ def test_all_but_the_images_leaves_the_tensors_behind(fitted):
         ((0, 0), False, ["UNTRAINED by request: encoder, LPIPS, discriminator trunk"]),
     ],
 )  # fmt: skip
-def test_warnings_at_the_start(fitted, caplog, monkeypatch, starts, pretrained, said):
-    gan, disc = starts
+def test_warnings_at_the_start(stage1_run, caplog, monkeypatch, starts, pretrained, said):
+    (gan, disc), (_, run) = starts, stage1_run
     epochs = {"disc_start_epoch": gan, "disc_upd_start_epoch": disc}
-    monkeypatch.setattr(fitted.module, "settings", fitted.module.settings.model_copy(update=epochs))
-    monkeypatch.setattr(fitted.module.rae.encoder, "untrained", not pretrained)
+    monkeypatch.setattr(run.module, "settings", run.module.settings.model_copy(update=epochs))
+    monkeypatch.setattr(run.module.rae.encoder, "untrained", not pretrained)
     with caplog.at_level(logging.WARNING):
-        progress.warn(fitted.trainer, fitted.module)
+        progress.warn(run.trainer, run.module)
     messages = [record.getMessage() for record in caplog.records]
     for words in said:
         assert any(words in message for message in messages), messages
     assert any("GAN term" in message for message in messages) == (disc > 0)
     assert any("No GPU" in message for message in messages) == pretrained
-
-
-@pytest.mark.parametrize("held_out", [1, 5])
-def test_all_ranks_count_the_same_number_of_evaluation_batches(fitted, held_out):
-    loaders = [fitted.datamodule.evaluation_loader(2, held_out, rank, 4) for rank in range(4)]
-    assert len({len(loader) for loader in loaders}) == 1
-    assert sum(len(batch["position"]) for loader in loaders for batch in loader) == held_out
 
 
 def test_one_name_for_the_encoder():

@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from src.core.weights import PROJECT_ROOT
 
 PAGE = (PROJECT_ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -31,14 +29,6 @@ def hunks(diff: str) -> tuple[str, list[tuple[str, str]]]:
     return target, pairs
 
 
-@pytest.mark.parametrize("diff", blocks("diff"), ids=lambda diff: hunks(diff)[0])
-def test_each_diff_fits_the_code_as_it_is(diff):
-    target, pairs = hunks(diff)
-    text = (PROJECT_ROOT / target).read_text(encoding="utf-8")
-    for old, _ in pairs:
-        assert text.count(old) == 1, f"{target} has {text.count(old)} times:\n{old}"
-
-
 def test_the_examples_do_what_they_say(tmp_path):
     """One process for all of them: importing transformers takes longer than the checks."""
     for folder in ("src", "configs"):
@@ -48,6 +38,7 @@ def test_the_examples_do_what_they_say(tmp_path):
         target, pairs = hunks(diff)
         text = (tmp_path / target).read_text(encoding="utf-8")
         for old, new in pairs:
+            assert text.count(old) == 1, f"{target} has {text.count(old)} times:\n{old}"
             text = text.replace(old, new)
         (tmp_path / target).write_text(text, encoding="utf-8")
     checks = []

@@ -299,22 +299,13 @@ def run_advice(message: str) -> str:
     return place[1]
 
 
-def test_advice_for_parquet(tmp_path: Path) -> None:
-    hub = parquet(tmp_path / "hub")
-    for path in (hub, hub / "data"):
-        with pytest.raises(UserError, match=f"holds Parquet files.*--input_dir {path} ") as error:
-            opened(path)
-    splits = opened(run_advice(str(error.value)))
-    assert sizes(splits) == (12, 12)
-    assert [splits.train.encoded(i) for i in range(12)] == FILES[:12]
-    assert splits.train.class_names == ["cat", "dog"] and splits.train.label(1) == 1
-
-
-@pytest.mark.parametrize("case", ["paths", "text labels", "selection"])
-def test_advice_for_columns(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["parquet", "paths", "text labels", "selection"])
+def test_the_advice_makes_it_readable(case: str, tmp_path: Path) -> None:
     (tmp_path / "0.jpg").write_bytes(FILES[0])
     folder, columns = tmp_path / "set", ReadOptions()
-    if case == "paths":
+    if case == "parquet":
+        folder = parquet(tmp_path / "hub") / "data"
+    elif case == "paths":
         datasets.Dataset.from_dict({"image": [str(tmp_path / "0.jpg")] * 3}).save_to_disk(str(folder))
     elif case == "text labels":
         hf_dataset(3).remove_columns("label").add_column("kind", ["x", "y", "x"]).save_to_disk(str(folder))
@@ -330,7 +321,7 @@ def test_advice_for_columns(case: str, tmp_path: Path) -> None:
         return
     splits = opened(run_advice(str(error.value)), columns=columns)
     assert splits.train.encoded(0) == FILES[0]
-    assert splits.train.num_classes == (2 if case == "text labels" else None)
+    assert splits.train.num_classes == (None if case == "paths" else 2)
 
 
 def test_csv_of_csv_module_with_odd_names(tmp_path: Path) -> None:

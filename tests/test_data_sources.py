@@ -291,9 +291,7 @@ def arrow(path: Path, number: int) -> Path:
 DAMAGED = {  # what becomes of a dataset of three Arrow files, and what is said of it
     "no dataset_info": (lambda p: (p / "dataset_info.json").unlink(), "No such file.*dataset_info.json.*half-"),
     "no state": (lambda p: (p / "state.json").unlink(), "No such file.*state.json.*half-"),
-    "no JSON": (lambda p: [file.unlink() for file in p.glob("*.json")], "No such file.*state.json.*half-"),
     "bytes behind its end": (lambda p: arrow(p, 1).open("ab").write(bytes(64)), "data-00001.*cut short or damaged: its stream ends at byte"),
-    "garbage": (lambda p: arrow(p, 0).write_bytes(bytes(range(256)) * 9), "data-00000.*cut short or damaged"),
     "lost shard": (lambda p: arrow(p, 2).unlink(), "lacks 1 of its 3 Arrow files: data-00002"),
     "half JSON": (lambda p: (p / "state.json").write_text('{"_data_files": ['), "state.json is no readable JSON.*half-"),
     "no object": (lambda p: (p / "state.json").write_text("[]"), "state.json holds a JSON list"),

@@ -5,10 +5,8 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -252,22 +250,6 @@ def test_two_processes_give_what_one_gives(capsys, checkpoint, images, tmp_path)
     assert [float(r["psnr"]) for r in lines[0]] == pytest.approx([float(r["psnr"]) for r in lines[1]], rel=1e-4)
 
 
-@pytest.mark.slow
-def test_sigterm_leaves_nothing_behind(checkpoint, tmp_path):
-    out, many = tmp_path / "out", write_images(tmp_path / "many", 60)
-    files = f"--csv {out}/a.csv --save_npz {out}/a.npz --json {out}/a.json --noise_sigma {'0.1 ' * 50}"
-    process = subprocess.Popen(
-        [sys.executable, "src/eval_rfid.py", *shlex.split(f"{QUICK} --checkpoint {checkpoint} --data_dir {many} {files}")],
-        cwd=PROJECT_ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    until = time.monotonic() + 60
-    while not out.exists() and time.monotonic() < until:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 143 and list(out.iterdir()) == []
-
-
 # -- what cannot work
 
 
@@ -285,9 +267,7 @@ def odd(tmp_path_factory, checkpoint) -> Path:
     write_images(folder / "one", 1)
     for file in write_images(folder / "two", 2).rglob("*.png"):
         file.write_bytes(b"no image")
-    whole = checkpoint.read_bytes()
-    for share in (0, 50, 99):
-        (folder / f"cut{share}.ckpt").write_bytes(whole[: len(whole) * share // 100])
+    (folder / "cut.ckpt").write_bytes(checkpoint.read_bytes()[:-1000])
     torch.save({"a": torch.zeros(1)}, folder / "other.ckpt")
     (folder / "wrong.pth").write_bytes(b"")
     (folder / "run/checkpoints").mkdir(parents=True)
@@ -310,8 +290,8 @@ FILE = "--inception_weights pretrained --inception_path ODD"
     ("--checkpoint CHECKPOINT --reference no.npz", ["no.npz"]),
     ("--checkpoint CHECKPOINT --device tpu", ["--device tpu"]),
     ("--decoder IMAGES/class0/000.png", ["needs its encoder"]),
-    *((f"--checkpoint ODD/cut{share}.ckpt", [f"cut{share}.ckpt"]) for share in (0, 50, 99)),
-    ("--checkpoint ODD/none.ckpt", ["not found", "That folder has cut0.ckpt"]),
+    ("--checkpoint ODD/cut.ckpt", ["cut.ckpt"]),
+    ("--checkpoint ODD/none.ckpt", ["not found", "That folder has cut.ckpt"]),
     ("--checkpoint ODD/run", ["That folder has checkpoints/last.ckpt"]),
     ("--checkpoint ODD/other.ckpt", ["--decoder"]),
     ("--checkpoint CHECKPOINT --data_dir ODD/empty", ["is empty"]),

@@ -38,22 +38,6 @@ def test_shifted_times():
     assert torch.equal(fm.shift_time(t, 1.0), t)
 
 
-@pytest.mark.parametrize("s", [1.0, 6.928, 8.0])
-def test_grid_of_rae(s):
-    grid = fm.sampling_grid(50, s, "rae")
-    assert grid.shape == (50,) and grid.dtype == torch.float64 and grid[0] == 1 and (grid.diff() < 0).all()
-    u = 1 - 0.999 * 7 / 49
-    assert grid[7] == pytest.approx(s * u / (1 + (s - 1) * u), rel=1e-12)
-    assert fm.sampling_grid(50, 6.928, "rae")[-1] == pytest.approx(0.00689, abs=5e-6)
-
-
-@pytest.mark.parametrize("s", [1.0, 6.928, 8.0])
-def test_grid_of_raev2(s):
-    grid = fm.sampling_grid(100, s, "raev2")
-    assert grid.shape == (101,) and grid[0] == 1 and grid[-1] == 0
-    assert grid[50] == pytest.approx(s / (1 + s), rel=1e-12)
-
-
 @pytest.mark.parametrize(("steps", "kind", "message"), [
     (1, "rae", "num_steps=1: a rae grid needs at least 2"), (0, "raev2", "at least 1"),
 ])  # fmt: skip

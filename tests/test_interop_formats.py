@@ -302,28 +302,15 @@ def test_wrong_kinds_of_files(tmp_path):
     rae = tiny_rae(tmp_path, statistics=True)
     write_statistics(rae.latent_mean, rae.latent_var, rae.encoder.identity(), tmp_path / "stats.pt")
     save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:-1])
     torch.save([1, 2], tmp_path / "list.pt")
     for name, said in (
         ("stats.pt", "latent statistics, not a decoder"), ("other.safetensors", "holds no decoder"), ("list.pt", "holds a list"),
+        ("cut.safetensors", "cut short"),
         ("encoder_dinov2", "dinov2_with_registers"), (".", r"no config\.json of either kind"), ("nothing.pt", "not found"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=said):
             read_decoder(tmp_path / name)
-
-
-def test_truncated_weights_say_so(tmp_path):
-    rae = tiny_rae(tmp_path, image_size=256)
-    for name, write, read in (
-        ("a", lambda p: write_folder(loaded(rae), p), read_folder),
-        ("b", lambda p: write_diffusers(rae, p), read_diffusers),
-    ):
-        out = tmp_path / name
-        out.mkdir()
-        write(out)
-        file = next(out.glob("*.safetensors"))
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-        with pytest.raises(UserError, match="cut short"):
-            read(out)
 
 
 @pytest.mark.parametrize("absent", ["mean", "var"])
@@ -368,12 +355,8 @@ def test_bad_statistics_are_refused(tmp_path):
             again(rae, tmp_path, statistics=tmp_path / "stats.pt")
 
 
-def test_statistics_of_another_encoder_or_size(tmp_path):
+def test_statistics_know_their_encoder_wherever_it_lies_and_their_size(tmp_path):
     rae = tiny_rae(tmp_path, statistics=True)
-    other = rae.encoder.identity() | {"weights": "untrained 0"}
-    write_statistics(rae.latent_mean, rae.latent_var, other, tmp_path / "stats.pt")
-    with pytest.raises(UserError, match="another encoder"):
-        again(rae, tmp_path, statistics=tmp_path / "stats.pt")
     moved = rae.encoder.identity() | {"source": "elsewhere"}
     write_statistics(rae.latent_mean, rae.latent_var, moved, tmp_path / "stats.pt")
     assert again(rae, tmp_path, statistics=tmp_path / "stats.pt").latent_shape == (WIDTH, 4, 4)

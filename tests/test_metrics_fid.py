@@ -2,7 +2,6 @@
 
 import logging
 import pickle
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,14 +58,6 @@ def test_agrees_with_torchmetrics_on_the_same_features(count: int) -> None:
     theirs.update(fake, real=False)
     ours = frechet_distance(statistics(network(real)), statistics(network(fake)))
     assert ours == pytest.approx(theirs.compute().item(), rel=1e-3)
-
-
-def test_mean_and_covariance_are_those_of_numpy() -> None:
-    rows = features(50, 8, 1).double()
-    made = statistics(rows, batch=7)
-    assert made.count == 50
-    np.testing.assert_allclose(made.mean.numpy(), rows.numpy().mean(0), rtol=1e-13)
-    np.testing.assert_allclose(made.covariance.numpy(), np.cov(rows.numpy(), rowvar=False), rtol=1e-11, atol=1e-14)
 
 
 @pytest.mark.parametrize("count", [3, 100, 900])  # below and above the 128 dimensions
@@ -174,15 +165,6 @@ def test_images_are_read_in_batches_and_shared_by_ranks(tmp_path: Path, save) ->
     assert torch.equal(torch.cat([shares[0][0], shares[1][0], shares[0][1]]), pixels)
 
 
-def test_a_member_that_ends_early_is_an_error(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive, archive.open("arr_0.npy", "w") as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (5, 4, 4, 3)}
-        np.lib.format.write_array_header_1_0(file, header)
-        file.write(bytes(2 * 48 + 5))
-    with pytest.raises(UserError, match="announces 240 bytes and has 101"):
-        list(ImageNpz(tmp_path / "a.npz").batches(3))
-
-
 def write_images(path: Path, pixels: Tensor, **facts: str | int) -> None:
     shape = (len(pixels), *pixels.shape[2:], 3)
     write_image_npz(path, shape, (image.permute(1, 2, 0).numpy().tobytes() for image in pixels), facts)
@@ -198,9 +180,9 @@ def test_written_images_are_what_numpy_reads_and_only_when_complete(tmp_path: Pa
 
     def broken():
         yield bytes(108)
-        raise KeyError
+        raise SystemExit  # as a signal ends a program
 
-    with pytest.raises(KeyError):
+    with pytest.raises(SystemExit):
         write_image_npz(path, (10, 6, 6, 3), broken(), {})
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["a.npz"]
 

@@ -1,11 +1,9 @@
 """metrics.csv: written by every run, whole after a kill, and read as one curve over restarts and resumed runs."""
 
-import logging
 import math
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from src.callbacks.metrics_csv import MetricsCsv
 from src.core import metrics_file
 from src.core.weights import PROJECT_ROOT
-from src.training.run import run as run_program
+from src.training.run import run
 from tests.test_report import curves, made, make_run, marks
 from tests.training import SMALL, composed
 
@@ -61,25 +59,13 @@ def test_a_restart_in_the_folder_replaces_what_it_did_again(tmp_path):
     assert found["new"] == [(25, 1.0)]
 
 
-def real_run(folder: Path, *overrides: str) -> None:
-    """Run src/train.py in this process; logging and environment are put back."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    try:
-        run_program(
-            composed([*SMALL, "~callbacks.rfid", "trainer.max_epochs=2", f"paths.run_dir={folder}", *overrides])
-        )
-    finally:
-        root.handlers[:] = handlers
-        root.setLevel(level)
-        logging.captureWarnings(False)
-
-
 def test_real_runs_and_the_one_that_resumed(tmp_path):
     """3 steps an epoch; the second run starts from the end of the first one's first epoch and logs each second step."""
     first, second = tmp_path / "d/first", tmp_path / "d/second"
-    real_run(first, "logger=csv")
-    real_run(second, f"ckpt_path={first}/checkpoints/epoch_001.ckpt", "trainer.log_every_n_steps=2")
+    words = [*SMALL, "~callbacks.rfid"]
+    run(composed([*words, "logger=csv", f"paths.run_dir={first}"]))
+    rest = [f"ckpt_path={first}/checkpoints/epoch_001.ckpt", "trainer.log_every_n_steps=2"]
+    run(composed([*words, *rest, f"paths.run_dir={second}"]))
     assert not (first / "csv").exists() and not list(first.glob("events*"))
     text, alone = made(second), curves(made(first))["train/loss"]
     assert [step for step, _ in curves(text)["train/loss"]] == [1, 2, 3, 4, 6]

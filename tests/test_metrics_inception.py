@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from src.core.errors import UserError
-from src.core.precision import full_float32
 from src.metrics.inception import InceptionFeatures, resize_tf1
 
 
@@ -136,15 +135,6 @@ def test_autocast_and_chunks_do_not_change_the_features() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(inception(images), whole)
     torch.testing.assert_close(torch.cat([inception(x) for x in images.split(2)]), whole, rtol=1e-5, atol=1e-6)
-
-
-def test_precision_settings_are_given_back() -> None:
-    before = torch.backends.cudnn.conv.fp32_precision
-    with pytest.raises(KeyError), full_float32(torch.device("cpu")):
-        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
-        raise KeyError
-    assert torch.backends.cudnn.conv.fp32_precision == before
-    assert torch.backends.cudnn.allow_tf32 in (True, False)  # the older switch can still be read
 
 
 def test_a_missing_file_says_where_to_get_it(tmp_path: Path) -> None:

@@ -151,13 +151,6 @@ def test_clipping_bounds_the_update(tmp_path):
 # -- checkpoints and weight files
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    train(folder, *QUIET, "trainer.max_steps=2")
-    return last(folder)
-
-
 @pytest.mark.parametrize("file_type", [".ckpt", ".pt", ".pth"])
 def test_every_flipped_bit_is_noticed(tmp_path, file_type):
     """In each entry of an archive, that of the tensors among them, and nothing in a whole one."""
@@ -193,8 +186,8 @@ def test_archives_without_crcs_are_read(tmp_path):
     ("part", "value"),
     [("state_dict.ema_decoder", math.nan), ("state_dict.rae.decoder", math.inf), ("optimizer_states.0", -math.inf)],
 )
-def test_a_checkpoint_with_such_a_number_is_refused(tmp_path, checkpoint, part, value):
-    content = read(checkpoint)
+def test_a_checkpoint_with_such_a_number_is_refused(tmp_path, stage1_run, part, value):
+    content = read(last(stage1_run[0]))
     found = dict(_tensors(content, ""))
     name = next(name for name, tensor in found.items() if name.startswith(part) and tensor.is_floating_point())
     found[name].view(-1)[-1] = value

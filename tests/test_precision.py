@@ -45,9 +45,11 @@ def test_scores_are_made_in_ieee_float32_whatever_the_run_does(products):
     torch.set_float32_matmul_precision(products)
     try:
         before = [setting.fp32_precision for setting in settings]
-        with full_float32(torch.device("cuda")):
+        with pytest.raises(KeyError), full_float32(torch.device("cuda")):
             assert torch.get_float32_matmul_precision() == "highest" and settings[1].fp32_precision == "ieee"
+            raise KeyError
         assert torch.get_float32_matmul_precision() == products
         assert settings[1].fp32_precision == before[1] and before[0] in (settings[0].fp32_precision, "none")
+        assert torch.backends.cudnn.allow_tf32 in (True, False)  # the older switch can still be read
     finally:
         torch.set_float32_matmul_precision("highest")

@@ -202,14 +202,10 @@ def test_a_checkpoint_of_another_choice_of_blocks_is_refused(whole, tmp_path):
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
-    (["model.encoder_params.layers=[3,24]"], r"24 blocks, numbered 0 to 23; got \[24\]"),
-    (["model.encoder_params.layers=[]"], "layers is empty"),
     (["model.encoder_params.layers=11.13"], r"decimal number. Write a list"),
-    (["model.encoder_params.layer_fusion=max"], "layer_fusion='max': expected mean, mean_plus"),
     (["model.encoder_params.layers=k1", "model.layer_subset.kind=uniform"], "needs several blocks to choose from"),
     (["model.generated.checkpoint=x.ckpt", "model.layer_subset.kind=uniform"], "exclude each other"),
     (["model.generated.checkpoint=x.ckpt"], r"generated.checkpoint=x.ckpt: Checkpoint not found"),
-    (["data.train_crop=middle"], "middle"),
 ])  # fmt: skip
 def test_mistakes_on_the_command_line(overrides, message, tmp_path):
     config = composed([*small("raev2_dinov3l_k7"), *overrides, f"paths.run_dir={tmp_path}"])

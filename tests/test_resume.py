@@ -13,12 +13,9 @@ from tests.training import QUIET, assert_equal_ends, last, train
 EVERY_STEP = ["callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.keep_epochs=-1"]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Six updates in two epochs, without interruption."""
-    folder = tmp_path_factory.mktemp("whole")
-    train(folder, *QUIET, *EVERY_STEP)
-    return folder
+@pytest.fixture
+def whole(stage1_run):
+    return stage1_run[0]
 
 
 @pytest.mark.parametrize(("stop", "changes"), [(1, []), (3, []), (4, []), (2, ["data.num_workers=2"])])
@@ -77,16 +74,12 @@ def test_the_checkpoint_holds_plain_values_only_and_no_frozen_weights(whole):
 
 
 def test_a_resume_says_what_makes_it_another_run(whole, tmp_path, caplog):
-    caplog.set_level("INFO")
-    changes = ["model.optimizer.lr=5e-4", "data.batch_size=2", "data.num_workers=1", "trainer.limit_train_batches=3"]
+    changes = ["model.optimizer.lr=5e-4", "data.batch_size=2", "data.num_workers=1", "trainer.precision=bf16"]
     caplog.set_level("INFO")
     train(tmp_path / "changed", *QUIET, *changes, "trainer.max_epochs=3", checkpoint=last(whole))
     said = "\n".join(record.getMessage() for record in caplog.records)
-    for key, before, now in (
-        ("model.scheduler.decay_end_epoch", 2, 3),
-        ("model.optimizer.lr", 0.001, 0.0005),
-        ("batch", 4, 2),
-    ):
+    changed = {"decay_end_epoch": (2, 3), "optimizer.lr": (0.001, 0.0005), "batch": (4, 2), "precision": (32, "bf16")}
+    for key, (before, now) in changed.items():
         assert f"{key} was {before} and is now {now}" in said
     assert "Resuming at step 6 (epoch 2)" in said  # the second one, as the lines of progress count
     assert "num_workers was" not in said and "data.batch_size was" not in said

@@ -234,7 +234,7 @@ def late(owner, name):
 
     def delayed(*args, **options):
         setattr(owner, name, function)
-        time.sleep(int(os.environ["RANK"]))
+        time.sleep(0.5 * int(os.environ["RANK"]))
         return function(*args, **options)
 
     setattr(owner, name, delayed)

@@ -14,7 +14,6 @@ from src.evaluation.sampling import (
     autoguidance,
     classifier_free,
     conditional,
-    for_labels,
     guide,
     internal_guidance,
     solve,
@@ -70,14 +69,6 @@ def test_calls_of_the_solvers():
         result = solve(field, noise(torch.float32), grid, method)
         assert result.dtype == torch.float32
         assert times == pytest.approx([float(t) for t in expected])
-
-
-def test_the_last_step_of_raev2_returns_the_prediction():
-    """One step from t to 0 along (x_t - x^) / t ends at x^, the output at the last point."""
-    model = Model()
-    field = for_labels(conditional(model, "x"), torch.tensor([1, 2]))
-    result = solve(field, noise(), sampling_grid(4, 1.0, "raev2"), "euler")
-    assert torch.allclose(result, torch.tensor([1.35, 1.45], dtype=torch.float64).reshape(2, 1, 1, 1).expand_as(result))
 
 
 def test_dopri5_names_the_missing_package(monkeypatch):

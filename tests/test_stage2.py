@@ -132,10 +132,7 @@ def test_what_is_logged(autoencoder, tmp_path, caplog, monkeypatch):
     flops = run.module.training_flops()
     assert flops > 3 * forward_flops(run.module.network) > 0  # and the encoder's
     assert values[3, "perf/mfu"] == pytest.approx(values[3, "perf/images_per_s"] * flops / 0.5e12)
-    assert [record.getMessage() for record in caplog.records if "is not learning" in record.getMessage()] == [
-        "After 2 updates the loss is still 100 % of that of an untrained network: this run is not learning. Is the network at least "
-        "as wide as the latent (64 channels)? Are the statistics those of this encoder? Is the learning rate right?"
-    ]
+    assert caplog.text.count("the loss is still 100 % of that of an untrained network: this run is not learning") == 1
     caplog.clear()
     quick = ["model.optimizer.lr=1e-2", "model.label_std=1", "model.network.hidden_size=[64,64]"]
     train_stage2(tmp_path / "b", autoencoder, *quick, "trainer.max_epochs=4")
@@ -228,8 +225,6 @@ def made(name, autoencoder, folder):
         return tree
     if name == "OTHER":
         torch.save({"mean": None, "var": torch.ones(64, 4, 4), "encoder": {"class": "MAEwNorm"}}, folder / "o.pt")
-    elif name == "SMALLER":
-        torch.save({"mean": None, "var": torch.ones(64, 2, 2)}, folder / "o.pt")
     elif name == "PLAIN":  # an export without statistics
         return exported(tiny_rae(folder), folder / "plain")
     elif name == "BARE":  # a decoder file without its encoder
@@ -241,7 +236,7 @@ def made(name, autoencoder, folder):
         config["model"]["encoder_params"]["dinov2_path"] = "/nowhere/encoder"
         (place / "config.json").write_text(json.dumps(config))
         return place
-    return folder / "o.pt" if name in ("OTHER", "SMALLER") else name
+    return folder / "o.pt" if name == "OTHER" else name
 
 
 @pytest.mark.parametrize(
@@ -263,7 +258,6 @@ def made(name, autoencoder, folder):
         (["data.data_dir=UNLABELLED_VAL"], "The evaluation images .* have no labels.*trainer.limit_val_batches=0"),
         (["model.statistics=OTHER"], "made with another encoder .*Compute its own with `python src/latent_stats.py`"),
         (["model.statistics=no.pt"], r"no.pt \(from model.statistics\)"),
-        (["model.statistics=SMALLER"], r"`var` is \(64, 2, 2\); this model's latents are \(64, 4, 4\)"),
         (["model.autoencoder=MOVED"], "nowhere/encoder"),
         (["model.autoencoder=PLAIN"], r"no latent statistics.*latent_stats.py"),
     ],

@@ -143,6 +143,7 @@ def test_figures_of_the_official_code(name):
 
 def test_official_grids():
     rae, raev2 = sampling_grid(50, 6.928203, "rae"), sampling_grid(100, 8.0, "raev2")
+    assert (rae.shape, raev2.shape, rae.dtype, raev2.dtype) == ((50,), (101,), torch.float64, torch.float64)
     assert rae[[0, 1, 25, 48, 49]].tolist() == pytest.approx([1, 0.997005, 0.8695312, 0.1315051, 0.006887285], abs=3e-7)
     assert raev2[[0, 1, 50, 99, 100]].tolist() == pytest.approx([1, 0.9987389, 0.8888889, 0.07476635, 0], abs=3e-7)
 

@@ -50,11 +50,6 @@ def test_the_numbers_look_as_they_should():
     assert abs(float(normal.mean())) < 0.06 and abs(float(normal.std()) - 1) < 0.05
 
 
-def test_an_order_is_a_permutation_and_differs_between_epochs():
-    first, second = stream.permutation(0, 0, 50), stream.permutation(0, 1, 50)
-    assert sorted(first) == list(range(50)) and not np.array_equal(first, second)
-
-
 def test_purposes_keep_their_numbers():
     """A changed number changes every seeded run that anybody has made."""
     assert [p.value for p in Purpose] == list(range(20))

@@ -1,6 +1,7 @@
 """Whole runs of the training program on made-up data."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -76,20 +77,6 @@ def test_a_term_added_to_the_table_is_trained_logged_and_validated(tmp_path, mon
         assert found[f"{name}/loss"] == pytest.approx(total, rel=1e-5)
     grey = logged(tmp_path, "train/grey")
     assert grey[6] < 0.7 * grey[1]
-
-
-def test_frozen_stays_frozen(run):
-    _, fitted = run
-    module = fitted.module.train()
-    frozen = {"encoder": module.rae.encoder, "lpips": module.lpips, "trunk": module.discriminator.trunk}
-    optimised = {
-        id(p) for optimizer in fitted.trainer.optimizers for group in optimizer.param_groups for p in group["params"]
-    }
-    averaged = {name for name, _ in module.ema_decoder.named_parameters()}
-    for part in frozen.values():
-        assert not any(m.training for m in part.modules())
-        assert all(not p.requires_grad and p.grad is None and id(p) not in optimised for p in part.parameters())
-    assert averaged == {name for name, _ in module.rae.decoder.named_parameters()}
 
 
 def test_learning_rates_in_the_log_are_those_of_the_schedule(run):
@@ -170,8 +157,10 @@ def test_the_siglip_dummy_trains(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_step_has_the_same_names_and_numbers(tmp_path):
-    """A decoder of one block and no loss networks: compiling is slow, and one block is compiled as many are."""
+def test_a_compiled_step_has_the_same_names_and_numbers(tmp_path, monkeypatch):
+    """A decoder of one block and no loss networks: compiling is slow, and one block is compiled as many are. Without the code
+    that PyTorch makes of the graphs: `make gpu` and the report on a GPU compile to the end."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     config = json.loads((PROJECT_ROOT / "configs/decoder/tiny/config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"decoder_num_hidden_layers": 1}))
     base = [*QUIET, "callbacks=no_checkpoint", "trainer.max_steps=2", "trainer.limit_val_batches=0", f"model.decoder_config_path={tmp_path}",

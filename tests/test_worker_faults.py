@@ -89,10 +89,10 @@ def test_an_error_of_the_data_itself_is_raised():
 def test_a_slow_disk_is_no_fault():
     class Slow(Numbers):
         def __getitem__(self, row):
-            time.sleep(0.4)
+            time.sleep(0.1)
             return super().__getitem__(row)
 
-    loader = DataLoader(Slow(None), batch_size=2, num_workers=1, timeout=3, multiprocessing_context="fork")
+    loader = DataLoader(Slow(None), batch_size=2, num_workers=1, timeout=1, multiprocessing_context="fork")
     loader.dataset.fault = 0  # signal 0 does nothing
     assert len(list(batches_of(loader))) == 10 and STOP.code == 0
 
