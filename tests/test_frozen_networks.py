@@ -10,8 +10,8 @@ from src.models.dino import TINY, DinoTrunk
 from src.models.discriminator import DinoDiscriminator
 from src.models.encoders import ENCODERS
 from tests.conftest import TINY_ENCODERS
+from tests.test_discriminator import ARCH
 
-ARCH = {"ks": 5, "key_depths": (1, 3), "norm_type": "bn", "using_spec_norm": True, "recipe": "S_8", "weights": "tiny"}
 FROZEN = {
     **{name: lambda seed=0, name=name: ENCODERS[name](**TINY_ENCODERS[name], weights="untrained", seed=seed) for name in TINY_ENCODERS},
     "LPIPS": lambda seed=0: LPIPS(None, None, "tiny", seed),
