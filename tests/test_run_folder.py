@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from src.core.distributed import Launch
 from src.core.errors import UserError
@@ -201,6 +202,7 @@ def test_who_started_this_process(monkeypatch, environment, expected):
 )
 def test_processes_started_on_several_machines(monkeypatch, local, nodes, expected):
     """By torchrun, or by Kubernetes, which may name neither LOCAL_RANK nor LOCAL_WORLD_SIZE."""
+    monkeypatch.setattr(rank_zero_only, "rank", 0)  # the strategy sets it for the whole process
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "")  # so that what is set meanwhile goes again
         monkeypatch.delenv(name)

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +18,7 @@ from src.core.errors import UserError
 from src.core.stopping import STOP, ignore_in_worker
 from src.core.weights import PROJECT_ROOT, read
 from src.data import worker_faults
-from src.data.worker_faults import batches_of, prefetched_batches
+from src.data.worker_faults import LONGEST_TEMPORARY, batches_of, prefetched_batches
 from src.training.run import run
 from tests.training import SMALL, composed, same, train
 
@@ -143,6 +145,21 @@ def test_what_is_prefetched_fits_shared_memory(monkeypatch, caplog, free_mb, wor
     with caplog.at_level(logging.WARNING):
         assert prefetched_batches(*arguments) == expected
     assert bool(caplog.records) == (expected < 4)
+
+
+@pytest.mark.parametrize(("length", "fits"), [(LONGEST_TEMPORARY, True), (LONGEST_TEMPORARY + 1, False)])
+def test_a_temporary_folder_whose_name_is_too_long_for_sockets(tmp_path, length, fits):
+    """Batches come through the longest that is allowed; without the check a longer one hangs."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        folder = Path(short, "x" * (length - len(short) - 1))
+        folder.mkdir()
+        light = ["data.num_workers=1", "trainer.max_steps=1", f"paths.log_dir={tmp_path}"]
+        done = subprocess.run(
+            [sys.executable, "src/train.py", *QUIET, *light], cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=120,
+            env={**os.environ, "TMPDIR": str(folder)},
+        )  # fmt: skip
+    assert done.returncode == (0 if fits else 1) and "Traceback" not in done.stderr, done.stderr
+    assert ("expected at most" in done.stderr) != fits
 
 
 SMALL_MEMORY = """

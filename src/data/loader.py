@@ -14,7 +14,7 @@ from src.core.stopping import ignore_in_worker
 from src.data.dataset import ATTEMPTS, EvaluationDataset, Failure, MixDataset, Sample, TrainDataset, collate
 from src.data.order import EpochOrder, Item
 from src.data.sources import printable
-from src.data.worker_faults import batches_of
+from src.data.worker_faults import batches_of, check_temporary_folder
 
 log = logging.getLogger(__name__)
 
@@ -39,16 +39,19 @@ class WorkerOptions:
     start: str = "fork" if sys.platform == "linux" else "spawn"
 
     def arguments(self, persistent: bool) -> dict[str, Any]:
-        """Return keyword arguments for a DataLoader."""
-        of_workers = {
+        """Return keyword arguments for a DataLoader. UserError: its processes could not hand over what they load."""
+        if not self.num_workers:
+            return {"num_workers": 0, "pin_memory": self.pin_memory}
+        check_temporary_folder()
+        return {
+            "num_workers": self.num_workers,
+            "pin_memory": self.pin_memory,
             "prefetch_factor": self.prefetch,
             "timeout": self.timeout_s,
             "persistent_workers": persistent,
             "multiprocessing_context": self.start,
             "worker_init_fn": ignore_in_worker,
         }
-        common = {"num_workers": self.num_workers, "pin_memory": self.pin_memory}
-        return common | of_workers if self.num_workers else common
 
 
 @dataclass

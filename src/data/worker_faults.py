@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from multiprocessing import connection
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 SHARED_MEMORY = Path("/dev/shm")
 SHARE_OF_FREE = 0.8
 """Of the free shared memory that prefetched batches may take."""
+LONGEST_TEMPORARY = 107 - len("/pymp-12345678/listener-12345678")
+"""Bytes of the temporary folder's name: a socket's has at most 107 on Linux, and Python adds to it."""
 _FEWER = "Use fewer loading processes (data.num_workers)"
 _LARGER = "In a container, give it more shared memory (docker run --shm-size=16g)"
 
@@ -90,6 +93,17 @@ def batches_of(loader: DataLoader[Any]) -> Iterator[Any]:
         done += 1
     for items in itertools.islice(iter(loader.batch_sampler or ()), done, None):
         yield loader.collate_fn([loader.dataset[item] for item in items])
+
+
+def check_temporary_folder() -> None:
+    """Check that loading processes can hand over batches, by sockets there. UserError: its name is too long; they would hang."""
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) > LONGEST_TEMPORARY:
+        raise UserError(
+            f"The name of the temporary folder {folder} is too long for the sockets by which loading processes hand over batches: "
+            f"expected at most {LONGEST_TEMPORARY} bytes. Set a shorter one (export TMPDIR=/tmp), or use no loading processes "
+            "(data.num_workers=0)."
+        )
 
 
 def prefetched_batches(workers: int, wanted: int, batch_bytes: int, loaders: int, batch_size: int) -> int:
