@@ -165,6 +165,7 @@ def test_a_place_that_cannot_be_written(tmp_path, log_dir, wanted):
         ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}, Launch(3, 8, "torchrun")),
         ({"RANK": "3", "WORLD_SIZE": "8"}, Launch(3, 8, "torchrun")),
         ({"RANK": "0", "WORLD_SIZE": "1"}, Launch(0, 1, "single")),
+        ({"RANK": "0", "LOCAL_RANK": "1"}, Launch(1, 0, "child")),
         ({"RANK": "2", "WORLD_SIZE": "4", "SLURM_PROCID": "2", "SLURM_NTASKS": "4"}, Launch(2, 4, "slurm")),
         ({"SLURM_PROCID": "2", "SLURM_NTASKS": "4"}, Launch(2, 4, "slurm")),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, Launch(0, 1, "single")),

@@ -38,7 +38,7 @@ class Launch:
         """Return it, before a process group exists. UserError: started by mpirun, which sets none of these variables."""
         env = os.environ
         by_others = int(env.get("WORLD_SIZE", "1")) > 1 and "SLURM_PROCID" not in env
-        if "RANK" in env and ("LOCAL_RANK" in env or by_others):
+        if {"RANK", "WORLD_SIZE"} <= env.keys() and ("LOCAL_RANK" in env or by_others):
             return cls(int(env["RANK"]), int(env["WORLD_SIZE"]), "torchrun")
         tasks = int(env.get("SLURM_NTASKS", "1")) if "SLURM_PROCID" in env else 1
         if tasks > 1 and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
