@@ -8,9 +8,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src.core.images import bytes_to_unit
-from src.core.weights import PROJECT_ROOT
+from src.core.weights import PROJECT_ROOT, read
 from src.training.stage1_step import TrainingStep
-from tests.training import QUIET, logged, train
+from tests.training import QUIET, last, logged, train
 
 OFF = "~callbacks.rfid"
 
@@ -92,10 +92,15 @@ def test_learning_rates_in_the_log_are_those_of_the_schedule(run):
     assert used == pytest.approx([generator[-1], discriminator[-1]])
 
 
-def test_old_epoch_checkpoints_are_pruned(tmp_path):
-    short = ["trainer.max_epochs=4", "trainer.limit_train_batches=1", "callbacks.checkpoint.keep_epochs=2"]
-    train(tmp_path, *QUIET, *short)
-    assert sorted(f.name for f in (tmp_path / "checkpoints").glob("epoch_*")) == ["epoch_003.ckpt", "epoch_004.ckpt"]
+def test_old_epoch_checkpoints_are_pruned(stage1_run, tmp_path):
+    """By their numbers, of three or four digits."""
+    content = read(last(stage1_run[0]))
+    epochs = content["loops"]["fit_loop"]["epoch_progress"]["current"]
+    epochs.update(dict.fromkeys(epochs, 998))
+    torch.save(content, tmp_path / "late.ckpt")
+    short = ["trainer.max_epochs=1001", "trainer.limit_train_batches=1", "callbacks.checkpoint.keep_epochs=2"]
+    train(tmp_path, *QUIET, *short, checkpoint=tmp_path / "late.ckpt")
+    assert {f.name for f in (tmp_path / "checkpoints").glob("epoch_*")} == {"epoch_1000.ckpt", "epoch_1001.ckpt"}
 
 
 def test_accumulation_counts_updates_and_equals_one_batch_without_the_gan(tmp_path):

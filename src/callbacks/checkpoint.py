@@ -102,7 +102,7 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         whole = trainer.fit_loop.epoch_loop.batch_progress.current.ready >= pl_module.batches_per_epoch
         if whole and self.every_n_epochs and epoch % self.every_n_epochs == 0:
             link_or_copy(self.folder / "last.ckpt", self.folder / f"epoch_{epoch:03d}.ckpt")
-            saved = sorted(self.folder.glob("epoch_*.ckpt"))
+            saved = sorted(self.folder.glob("epoch_*.ckpt"), key=lambda file: (len(file.name), file))  # 1000 after 999
             for file in saved[: max(len(saved) - self.keep_epochs, 0)] if self.keep_epochs >= 0 else []:
                 file.unlink()
 
