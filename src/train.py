@@ -43,8 +43,8 @@ if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE") and {"--help", "-h", "--cfg", "-c", "--info"} & set(sys.argv):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… --help | head` ends quietly
     os.environ.setdefault(RAISE, "1")
-    # behind a flag that stands between overrides Hydra takes no more of them
-    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word[0:1] == "~" or ("=" in word and word[0] != "-"))
+    # behind a flag that stands between overrides Hydra takes no more of them, and `--info` before one takes that as its value
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word[0:1] != "~" and ("=" not in word or word[0] == "-"))
     try:
         if said := problem(sys.argv[1:]):
             sys.exit(said)

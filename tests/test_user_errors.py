@@ -94,6 +94,8 @@ def test_what_hydra_cannot_parse_is_shown_quoted(value):
         ("--experiment=rae_dummy", "experiment=NAME"),
         ("-m paths.log_dir=/proc", "set it to a place that can be written."),
         ("-m trainer.max_epoch=4,5", "unknown key trainer.max_epoch (did you mean max_epochs?)."),  # -m in between
+        ("--info trainer.max_epoch=4", "unknown key trainer.max_epoch (did you mean max_epochs?)."),
+        ("model=rea", "provider=schema, path=structured://"),  # behind the list of those that there are
     ],
 )
 def test_what_is_said_last_of_an_override_that_hydra_does_not_take(typed, end):

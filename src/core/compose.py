@@ -99,7 +99,7 @@ def explained(error: Exception, arguments: Sequence[str]) -> str:
     """Return the message for an error that Hydra met while it put the configuration together."""
     from yaml import MarkedYAMLError
 
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.filename:  # Hydra's for a file of a group that does not exist has no name
         return (
             f"{error.filename}: {error.strerror}. Sweeps go below paths.log_dir: set it to a place that can be written."
         )
