@@ -378,8 +378,10 @@ def test_an_official_decoder_with_its_statistics(evaluate, images, tmp_path):
     )
 
 
-def test_the_encoder_of_a_checkpoint_may_lie_elsewhere(evaluate, refused, checkpoint, images, tmp_path):
+def test_the_encoder_of_a_checkpoint_may_lie_elsewhere(evaluate, refused, checkpoint, images, tmp_path, monkeypatch):
     elsewhere = shutil.copytree(PROJECT_ROOT / "configs/encoder/dinov2_tiny", tmp_path / "elsewhere")
-    words = f"--checkpoint {checkpoint} --data_dir {images}"
+    words, reads, load = f"--checkpoint {checkpoint} --data_dir {images}", [], torch.load
+    monkeypatch.setattr(torch, "load", lambda file, **options: (reads.append(file), load(file, **options))[1])
     assert_same_scores(evaluate, words, f"{words} --encoder {elsewhere}")
+    assert len(reads) == 2  # a file of gigabytes once in each
     assert "siglip" in refused(f"{words} --encoder {PROJECT_ROOT}/configs/encoder/siglip_tiny")

@@ -14,8 +14,8 @@ from src.evaluation.images import ALL, HELD_OUT, Images, centre_crops, decoder_o
 from src.evaluation.networks import networks_of
 from src.evaluation.options import EvaluationOptions, ReferenceOptions
 from src.evaluation.per_image_files import image_stack
-from src.formats.checkpoint import stored
-from src.formats.opening import DEFAULT_IMAGE_PX, run_config
+from src.formats.checkpoint import open_checkpoint, stored
+from src.formats.opening import DEFAULT_IMAGE_PX
 from src.metrics.fid import save_npz
 from src.metrics.generation import GenerationStatistics
 from src.metrics.reference import Preparation
@@ -32,7 +32,8 @@ def write_reference(options: ReferenceOptions, process: Process) -> tuple[int, s
     target = resolve(options.output)
     if target.suffix != ".npz":
         raise UserError(f"--output {options.output}: expected a name that ends in .npz.")
-    config = run_config(options.checkpoint) if options.checkpoint else {}
+    without = "without one drop --checkpoint and say --split, --image_size and --exif"
+    config = open_checkpoint(options.checkpoint, without)[1]["config"] if options.checkpoint else {}
     images = _open(options, config)
     size, decoder = _image_size(options, config), decoder_of(options, config)
     prepared = images.preparation(size, decoder.exif, options.num_samples)

@@ -16,7 +16,7 @@ from src.core.json_files import Document, check_json
 from src.core.key_mapping import below
 from src.core.settings import Settings
 from src.core.weights import freeze, load_strict, read, resolve
-from src.models.encoder_presets import expand_encoder
+from src.models.encoder_presets import expand_encoder, source_key
 from src.models.frozen_encoder import identity_differences, require_same_encoder
 from src.models.rae import RAE
 
@@ -26,6 +26,8 @@ FORMAT_VERSION = 1
 _TINY_CHANNELS = (4, 8, 8, 16, 16)
 # Statistics don't depend on the decoder, so the smallest one stands in for it.
 _SMALL_DECODER = "configs/decoder/tiny"
+
+_OTHERS = "a decoder of others is given with --decoder (and --encoder, --stats)"
 
 Which = Literal["ema", "online"]
 _PREFIX = {"ema": "ema_decoder.", "online": "rae.decoder."}
@@ -105,31 +107,48 @@ def check_resumable(content: Any, file: object) -> None:
     check_json(content, file, remedy, loops=_Loops, config=_Config, **parts, **numbers)
 
 
-def load_trained(path: str | Path, which: Which = "ema", changes: Mapping[str, Any] | None = None) -> LoadedModel:
-    """Return the RAE of a checkpoint that training wrote.
+def open_checkpoint(path: str | Path, others: str = _OTHERS) -> tuple[Path, Mapping[str, Any]]:
+    """Return the file and the content of a checkpoint that training wrote, of any stage.
 
     Args:
-        which: the averaged weights or those of the optimiser.
-        changes: `model:` keys to set otherwise (another place of the encoder, say).
+        others: what is done with other files, for the message.
 
     Raises:
-        UserError: no such file, cut short, code in it, not a checkpoint of this trainer, another encoder than it was
-            trained with.
+        UserError: no such file, cut short, code in it, not a checkpoint of this trainer.
     """
     file = existing(path)
     content = read(file)
     if not isinstance(content, Mapping) or content.get("format_version") != FORMAT_VERSION or "config" not in content:
         raise UserError(
-            f"{file} is no checkpoint of this trainer. Expected a .ckpt from the checkpoints/ folder of a run; a "
-            "decoder of others is given with --decoder (and --encoder, --stats)."
+            f"{file} is no checkpoint of this trainer. Expected a .ckpt from the checkpoints/ folder of a run; {others}."
         )
     check_parts(content, file)
+    return file, content
+
+
+def load_trained(
+    path: str | Path, which: Which = "ema", changes: Mapping[str, Any] | None = None, encoder: str | None = None
+) -> LoadedModel:
+    """Return the RAE of a checkpoint that training wrote.
+
+    Args:
+        which: the averaged weights or those of the optimiser.
+        changes: `model:` keys to set otherwise.
+        encoder: where the encoder lies, if not where it lay in training.
+
+    Raises:
+        UserError: as `open_checkpoint`; a checkpoint of stage 2; another encoder than it was trained with.
+    """
+    file, content = open_checkpoint(path)
     model = content["config"]["model"]
     if "autoencoder" in model:
         raise OtherStage(
             f"{file} is a checkpoint of stage 2, a diffusion transformer, and an autoencoder is needed here. Give the one it was "
             f"trained on: {model['autoencoder']}."
         )
+    if encoder is not None:
+        params = (model.get("encoder_params") or {}) | {source_key(str(model.get("encoder_cls"))): encoder}
+        model = model | {"encoder_config_path": encoder, "encoder_params": params}
     model = model | {"pretrained_decoder_path": None, "normalization_stat_path": None, **(changes or {})}
     rae = RAE(**vars(RAESettings.parse({n: model[n] for n in RAESettings.model_fields if n in model}, "model")))
     stored = content["encoder"]

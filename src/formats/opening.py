@@ -9,8 +9,8 @@ from src.core.errors import UserError, worded
 from src.core.options import ModelOptions
 from src.core.settings import check_arguments, check_keys
 from src.core.text import typed
-from src.core.weights import freeze, read
-from src.formats.checkpoint import LoadedModel, existing, load_trained, stored
+from src.core.weights import freeze
+from src.formats.checkpoint import LoadedModel, existing, load_trained
 from src.formats.decoder_files import kind_of, read_statistics
 from src.formats.diffusers import read_diffusers
 from src.formats.folder import read_folder
@@ -54,16 +54,7 @@ def _from_checkpoint(options: ModelOptions) -> LoadedModel:
     assert options.checkpoint is not None
     reason = "a checkpoint says that itself. Drop it; --encoder may say where the encoder lies."
     _refuse(options, ("encoder_cls", "encoder_layers"), reason)
-    changes: dict[str, Any] = {}
-    if options.encoder is not None:
-        content = read(existing(options.checkpoint))
-        model = stored(content, "config.model") or {}
-        place = {source_key(str(model.get("encoder_cls"))): options.encoder}
-        changes = {
-            "encoder_config_path": options.encoder,
-            "encoder_params": (model.get("encoder_params") or {}) | place,
-        }
-    return load_trained(options.checkpoint, options.weights, changes)
+    return load_trained(options.checkpoint, options.weights, encoder=options.encoder)
 
 
 def _from_decoder(options: ModelOptions) -> LoadedModel:
@@ -100,19 +91,6 @@ def _encoder(options: ModelOptions) -> dict[str, Any]:
             "dinov2-b; docs/encoders.md), or class and place (--encoder_cls Dinov2withNorm --encoder "
             "facebook/dinov2-with-registers-base)."
         ) from error
-
-
-def run_config(checkpoint: str) -> Mapping[str, Any]:
-    """Return the configuration of the run that wrote `checkpoint`. UserError where there is none."""
-    file = existing(checkpoint)
-    content = read(file)
-    if not stored(content, "config.model"):
-        raise UserError(
-            f"{file} is no checkpoint of this trainer. Expected a .ckpt from the checkpoints/ folder of a run. Without "
-            "one drop --checkpoint and say --split, --image_size and --exif."
-        )
-    config: Mapping[str, Any] = content["config"]
-    return config
 
 
 def open_autoencoder(

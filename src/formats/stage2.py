@@ -18,7 +18,7 @@ from src.core.files import write_torch
 from src.core.json_files import Document, check_json
 from src.core.key_mapping import below, unwrapped
 from src.core.weights import freeze, load_strict, read, resolve
-from src.formats.checkpoint import FORMAT_VERSION, LoadedModel, check_latents, existing, stored
+from src.formats.checkpoint import FORMAT_VERSION, LoadedModel, check_latents, existing, open_checkpoint, stored
 from src.formats.decoder_files import RECORD, read_record
 from src.formats.export import new_folder
 from src.formats.opening import open_autoencoder
@@ -163,8 +163,7 @@ def export_official(checkpoint: str | Path, output: Path, dtype: torch.dtype, ov
     Raises:
         UserError: no checkpoint of stage 2, or something at `output` that is not to be replaced.
     """
-    file = existing(checkpoint)
-    content = read(file)
+    file, content = open_checkpoint(checkpoint)
     config = content["config"]
     averaged = below(content["state_dict"], _OURS)
     state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in averaged.items()}
