@@ -23,8 +23,8 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-OPEN_FILES = 128
-"""Files of a source kept open at once; a quarter of the process's limit where that is less."""
+OPEN_FILES = 512
+"""Files that a process keeps open at once, of all its sources; a quarter of its limit where that is less."""
 NO_BYTES = 0xFFFFFFFF
 """Size of a row whose bytes are not in the file."""
 
@@ -100,7 +100,8 @@ class PackedSource:
         if index.labels is not None and num_classes is None:
             self.num_classes = max(len(class_names or ()), int(index.labels.max(initial=-1)) + 1)
         self._starts: list[int] = index.starts.tolist()
-        self._open = functools.lru_cache(open_files_limit())(open_file or (lambda number: OpenFile(files[number])))
+        own = object()
+        self._open = functools.lru_cache(OPEN_FILES)(open_file) if open_file else lambda n: _opened(own, files[n])
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -176,6 +177,12 @@ _pread = getattr(os, "pread", _seek_and_read)  # Windows has none
 
 
 def open_files_limit() -> int:
-    """Return how many files a source keeps open."""
+    """Return how many files a process keeps open."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource is not None else -1
     return OPEN_FILES if soft < 0 else max(4, min(OPEN_FILES, soft // 4))  # RLIM_INFINITY is -1
+
+
+@functools.lru_cache(open_files_limit())
+def _opened(source: object, file: Path) -> OpenFile:
+    """Open a file once for a source, not for one that was opened before the file was written anew."""
+    return OpenFile(file)
