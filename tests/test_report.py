@@ -135,6 +135,22 @@ def test_several_runs_are_overlaid_and_compared(tmp_path, run):
     assert re.findall(r"<tr><th>(\S+)</th><td>(\S+)</td><td>(\S+)</td>", differing) == [("seed", "3", "4")]
 
 
+def test_a_run_that_was_resumed_very_often(tmp_path):
+    """Run n goes on from step n of the one before, which had come to step n + 1."""
+    for n in range(600):
+        folder = tmp_path / f"d/{n}"
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text("{}")
+        last = f"Resuming from {tmp_path}/d/{n - 1}/checkpoints/last.ckpt\nResuming at step {n} (epoch 1).\n"
+        (folder / "run.log").write_text(last if n else "")
+        (folder / "metrics.csv").write_text(
+            f"step,name,value,time\n{n + 1},train/loss,{n},0\n{n + 2},train/loss,{n},0\n"
+        )
+    text = made(tmp_path / "d/599")
+    assert curves(text)["train/loss"] == [*((n + 1, n) for n in range(600)), (601, 599)]
+    assert marks(text) == {"resumed"}
+
+
 def test_page_is_one_file_that_fetches_nothing_and_the_same_each_time(run):
     text = made(run)
     tags = Tags(text)

@@ -1,11 +1,12 @@
 """Read a run from the files in its folder. What is missing or broken becomes a note; only a folder of no run raises."""
 
 import io
+import itertools
 import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,7 @@ def _place(folder: str | Path) -> Path:
     return place
 
 
-def _read(place: Path, known: tuple[Path, ...] = ()) -> Run:
-    """`known`: runs that resumed from this one."""
+def _read(place: Path) -> Run:
     run = Run(place)
     run.record = _document(run, RECORD, json.loads, {})
     run.config = _document(run, CONFIG, yaml.safe_load, {})
@@ -92,18 +92,23 @@ def _read(place: Path, known: tuple[Path, ...] = ()) -> Run:
         )
     run.overrides = _document(run, OVERRIDES, yaml.safe_load, [])
     run.log = _document(run, LOG, str, "")
-    rows: list[Row] = []
-    tables = [place / name for name in TABLES if (place / name).is_file()]
-    try:
-        rows.extend(metrics_file.read(tables[0]) if tables else _events(place))  # an error leaves those before it
-    except Exception as error:  # readers raise what they like
-        run.notes.append(f"The logged numbers can be read in part only: {error}.")
+    rows = _logged(run)
     run.times = [time for *_, time in rows if 0 < time < 1e10]
-    run.series = join(rows, _resumed(run, (*known, place)))
+    run.series = join([*_before(run), *rows])
     for name, series in run.series.items():
         if lost := [step for step, value in series.items() if not math.isfinite(value)]:
             run.notes.append(f"{name} is not finite at {len(lost):,} of {len(series):,} steps, first at {lost[0]:,}.")
     return run
+
+
+def _logged(run: Run) -> list[Row]:
+    rows: list[Row] = []
+    tables = [run.folder / name for name in TABLES if (run.folder / name).is_file()]
+    try:
+        rows.extend(metrics_file.read(tables[0]) if tables else _events(run.folder))  # an error leaves those before it
+    except Exception as error:  # readers raise what they like
+        run.notes.append(f"The logged numbers can be read in part only: {error}.")
+    return rows
 
 
 def _document(run: Run, name: str, parse: Callable[[str], Any], empty: Any) -> Any:
@@ -120,12 +125,13 @@ def _document(run: Run, name: str, parse: Callable[[str], Any], empty: Any) -> A
         return empty
 
 
-def join(rows: Iterable[Row], start: dict[str, Series]) -> dict[str, Series]:
-    """Return curves by name from rows in the order of writing, after those of `start`.
+def join(rows: Iterable[Row]) -> dict[str, Series]:
+    """Return curves by name from rows in the order of writing.
 
     A step below that of the row before tells of a start from an earlier state: what stood from there on is cut.
     """
-    found, last = {name: dict(series) for name, series in start.items()}, 0
+    found: dict[str, Series] = {}
+    last = 0
     for step, name, value, _ in rows:
         if step < last:
             found = {key: {s: v for s, v in series.items() if s < step} for key, series in found.items()}
@@ -145,15 +151,28 @@ def _events(folder: Path) -> Iterator[Row]:
                     yield event.step, value.tag, value.simple_value, event.wall_time
 
 
-def _resumed(run: Run, known: tuple[Path, ...]) -> dict[str, Series]:
-    """Return the curves of the run that this one continues, up to the checkpoint; run.log has every start, run.json one."""
+def _before(run: Run) -> Iterator[Row]:
+    """Return the rows of the runs that this one continues, the first run's first, each up to the checkpoint gone on from."""
+    earlier, known, last, parts = run, {run.folder}, math.inf, list[list[Row]]()
+    while origin := _origin(earlier, known):
+        place, step = origin
+        if not parts:
+            run.resumed_at = step
+        known.add(place)
+        last = min(last, step)
+        earlier = Run(place)
+        earlier.log = _document(earlier, LOG, str, "")
+        parts.append([row for row in _logged(earlier) if row[0] <= last])
+    return itertools.chain.from_iterable(reversed(parts))
+
+
+def _origin(run: Run, known: Set[Path]) -> tuple[Path, int] | None:
+    """Return the run that this one started from and at which step; run.log has every start, run.json one."""
     starts = (re.findall(words, run.log) for words in (r"Resuming from (.+)", r"Resuming at step (\d+)"))
     for checkpoint, step in zip(*starts, strict=False):
         folder = Path(checkpoint).parent.parent
         moved = run.folder.parent.parent / folder.parent.name / folder.name  # where all runs were copied elsewhere
         for place in (folder.resolve(), moved):
             if place not in known and (place / RECORD).is_file():
-                run.resumed_at = int(step)
-                series = _read(place, known).series
-                return {name: {s: v for s, v in own.items() if s <= int(step)} for name, own in series.items()}
-    return {}
+                return place, int(step)
+    return None
