@@ -14,11 +14,13 @@ import pytest
 import torch
 
 from scripts import dummy_stage2
+from src.callbacks.checkpoint import AtomicCheckpointIO
 from src.core.errors import UserError
 from src.core.folder_lock import take_lock
 from src.core.text import quoted
 from src.core.weights import PROJECT_ROOT, read
 from src.evaluation import samples
+from src.formats.checkpoint import load_trained
 from src.formats.stage2 import open_generator
 from src.sample import main as sample
 from tests.tiny_models import exported, loaded, tiny_rae, two_processes
@@ -144,6 +146,17 @@ def test_checkpoints_that_lack_a_part(checkpoint, tmp_path):
         torch.save(values, tmp_path / "x.ckpt")
         with pytest.raises(UserError, match=rf"{name}=|is a checkpoint of stage 1"):
             open_generator(tmp_path / "x.ckpt")
+
+
+def test_processes_that_read_different_states_of_a_checkpoint_stop(checkpoint, stage1_run, monkeypatch):
+    """A training that goes on replaces last.ckpt between the reading of two processes."""
+    monkeypatch.setattr("src.core.distributed.gather", lambda step: [step, step + 3])
+    autoencoder = last(stage1_run[0])
+    for read_by, file in (
+        (open_generator, checkpoint), (load_trained, autoencoder), (AtomicCheckpointIO().load_checkpoint, autoencoder),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=r"last.ckpt was replaced while it was read: .* steps 6, 9"):
+            read_by(file)
 
 
 def test_an_autoencoder_or_a_guide_of_other_latents_is_refused(checkpoint, stage2_run, tmp_path):

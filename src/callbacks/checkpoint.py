@@ -15,7 +15,7 @@ from pydantic import Field
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from src.callbacks.progress import training_paused
-from src.core.distributed import RankRequests, command_to_resume
+from src.core.distributed import RankRequests, command_to_resume, require_same_step
 from src.core.errors import UserError
 from src.core.files import disk_message, link_or_copy, write_torch
 from src.core.nonfinite import FIRST_STEP, REMEDY, NonFiniteError, nonfinite_tensors
@@ -228,6 +228,7 @@ class AtomicCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         content = read(path)
         check_resumable(content, path)
+        require_same_step(content["global_step"], path)
         remedy = "Resume from an earlier one: best.ckpt, epoch_XXX.ckpt."
         check_finite({part: content.get(part) for part in CHECKED}, path, remedy)
         return content

@@ -146,6 +146,15 @@ def gather(value: T) -> list[T]:
     return found
 
 
+def require_same_step(step: int, file: object) -> None:
+    """Raise UserError where ranks have read a checkpoint at other steps: a training replaced it meanwhile. On all ranks."""
+    if len(steps := sorted(set(gather(step)))) > 1:
+        raise UserError(
+            f"{file} was replaced while it was read: the processes have it at the steps {', '.join(map(str, steps))}. Give one "
+            "that its run doesn't replace (epoch_XXX.ckpt, or a copy), or try again."
+        )
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Return the elementwise sum of `values` (same shape on all ranks) over the ranks. On all ranks.
 

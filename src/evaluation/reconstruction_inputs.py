@@ -97,9 +97,9 @@ def _with_labels(files: Sequence[Path], root: Path | None) -> FileSource:
     if root is None or not root.is_dir():
         return FileSource(Path(), [str(file) for file in files])
     parts = [file.relative_to(root).parts for file in files]
-    names = sorted({p[0] for p in parts if len(p) > 1})
-    labels = [names.index(p[0]) if len(p) > 1 else None for p in parts]
-    return FileSource(root, [os.path.join(*p) for p in parts], labels, names)
+    numbers = {name: i for i, name in enumerate(sorted({p[0] for p in parts if len(p) > 1}))}
+    labels = [numbers[p[0]] if len(p) > 1 else None for p in parts]
+    return FileSource(root, [os.path.join(*p) for p in parts], labels, list(numbers))
 
 
 def _expand(text: str) -> list[Path]:

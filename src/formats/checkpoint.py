@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import torch
 from pydantic import Field
 
+from src.core.distributed import require_same_step
 from src.core.errors import UserError
 from src.core.geometry import Pixels
 from src.core.json_files import Document, check_json
@@ -140,6 +141,7 @@ def load_trained(
         UserError: as `open_checkpoint`; a checkpoint of stage 2; another encoder than it was trained with.
     """
     file, content = open_checkpoint(path)
+    require_same_step(content["global_step"], file)
     model = content["config"]["model"]
     if "autoencoder" in model:
         raise OtherStage(

@@ -13,6 +13,7 @@ import yaml
 from torch import Tensor
 
 from src.core.compose import compose
+from src.core.distributed import require_same_step
 from src.core.errors import UserError
 from src.core.files import write_torch
 from src.core.json_files import Document, check_json
@@ -97,6 +98,7 @@ def open_generator(
             dict(said), file, remedy, config=_Config, global_step=int, encoder=sizes, statistics=sizes, architecture=sizes,
             **({"state_dict": sizes} if ours else {}),
         )  # fmt: skip
+        require_same_step(said["global_step"], file)
     if said and model is not None:
         raise UserError(f"--model {model}: {file} says itself which model it is. Drop the option.")
     if not said and model is None:
