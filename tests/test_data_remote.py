@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -238,8 +239,10 @@ def test_names_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     data.setup()
     assert data.train_size == 3
     assert asked == [("org/name", "v1", False), ("org/name", "v1", True)]
-    with pytest.raises(UserError, match="401 Unauthorized.*huggingface-cli download --repo-type dataset org/gated"):
+    with pytest.raises(UserError, match="401 Unauthorized.*`hf download --repo-type dataset org/gated`") as refused:
         locate("hf:org/gated", True)
+    program = str(refused.value).split("`")[1].split()[0]
+    assert program in {script.name for script in metadata.distribution("huggingface-hub").entry_points}
     with pytest.raises(UserError, match="expected hf:ORG/NAME"):
         locate("hf:name", True)
     with pytest.raises(UserError, match="No dataset at"):

@@ -156,9 +156,9 @@ def locate(data_dir: str | Path, download: bool = False) -> Path | str:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         revision = f" --revision {match[2]}" if match[2] else ""
         raise UserError(
-            f"data.data_dir={text} can't be downloaded ({why}). Where there is a network: `huggingface-cli download "
-            f"--repo-type dataset {match[1]}{revision}`, once its terms are accepted on the hub; then copy the folder and set "
-            "data.data_dir to it."
+            f"data.data_dir={text} can't be downloaded ({why}). Accept its terms on the hub where it has any. Offline: "
+            f"`hf download --repo-type dataset {match[1]}{revision}` on another machine, copy the folder, and set data.data_dir "
+            "to it."
         ) from error
 
 
