@@ -1,4 +1,4 @@
-"""The published stage-1 step in its published order of work, written plainly. Recipe sections 2 and 5.
+"""The published stage-1 step in its published order of work, written plainly. docs/recipe.md, "Losses".
 
 Kept for two purposes: the yardstick of `benchmarks/train_step.py`, and the oracle that the step of
 `src/training/stage1_step.py` is held against. Nothing in it is clever: every loss is differentiated through the whole

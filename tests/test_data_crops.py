@@ -44,7 +44,7 @@ def published_training(image: Image.Image, size: int, shorter: int, u: float, v:
 
 
 def published_evaluation(image: Image.Image, size: int) -> np.ndarray:
-    """The centre crop of guided-diffusion, by its description in recipe.md and the brief."""
+    """The centre crop of guided-diffusion, by its description."""
     while min(image.size) >= 2 * size:
         image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
     factor = size / min(image.size)

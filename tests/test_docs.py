@@ -318,6 +318,17 @@ def test_files_that_are_named_exist(page):
             assert (PROJECT_ROOT / name).exists(), f"{page.name}: {name}"
 
 
+def test_pages_and_headings_that_the_code_names_exist():
+    for folder in ("src", "configs", "scripts", "benchmarks", "tests"):
+        for file in [*(PROJECT_ROOT / folder).rglob("*.py"), *(PROJECT_ROOT / folder).rglob("*.yaml")]:
+            said = re.sub(r"\s+", " ", file.read_text(encoding="utf-8"))
+            assert not re.search(r"recipe,? sections? \d", said), f"{file}: the pages have no numbered sections"
+            for page, heading in re.findall(r"(docs/[\w.-]+\.md)(?:, \"(\w[^\"]*)\")?", said):
+                assert re.search(rf"^#+ {re.escape(heading)}", without_code(page), re.MULTILINE), (
+                    f"{file}: {page}, {heading}"
+                )
+
+
 @cache
 def whole_configs():
     return [composed([f"experiment={name}", "logger=many"]) for name in ("rae_dino", "ditdh_xl")]

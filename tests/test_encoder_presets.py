@@ -164,4 +164,4 @@ def test_the_page_has_the_table():
     for name in ("dinov2-b", "msn-s", "siglip2-b", "clip-l", "pe-core-t", "aimv2-l"):
         assert encoder_table.line(encoder_table.row(PRESETS[name])) in table
     _, operations = encoder_table.cost(PRESETS["dinov2-b"])
-    assert operations == pytest.approx(47e9, rel=0.01)  # recipe section 5
+    assert operations == pytest.approx(47e9, rel=0.01)

@@ -135,7 +135,7 @@ def reference(model: nn.Module, images: torch.Tensor, skip: int, norm: str) -> t
 
 
 def fused(states: list[torch.Tensor], layers: list[int], fusion: str) -> torch.Tensor:
-    """The formulas of recipe section 8."""
+    """The formulas of docs/recipe.md, "Encoding"."""
     chosen = torch.stack([states[n] for n in layers])
     if fusion == "sum":
         return chosen.sum(0)

@@ -21,7 +21,7 @@ from src.training.step_noise import StepNoise
 @pytest.mark.parametrize(("layers", "depth", "expected"), [
     (None, 24, [23]),
     ("k1", 24, [23]),
-    ("k7", 24, [11, 13, 15, 17, 19, 21, 23]),  # recipe section 8
+    ("k7", 24, [11, 13, 15, 17, 19, 21, 23]),  # RAEv2
     ("k23", 24, list(range(1, 24))),
     ("k7", 32, [19, 21, 23, 25, 27, 29, 31]),
     ("k7", 13, [0, 2, 4, 6, 8, 10, 12]),

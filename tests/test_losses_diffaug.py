@@ -20,7 +20,7 @@ def batch(size: tuple[int, int] = (16, 24), count: int = 5) -> tuple[Tensor, Ten
 
 
 def plain(images: Tensor, u: Tensor, switches: tuple[bool, bool, bool], cutout: float) -> Tensor:
-    """As recipe.md §3 says it, one image and one pixel at a time, in numpy."""
+    """As published, one image and one pixel at a time, in numpy."""
     out = []
     for image, draw in zip(images.numpy(), u.tolist(), strict=True):
         _, height, width = image.shape

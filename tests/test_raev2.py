@@ -20,7 +20,7 @@ DEEP = {"encoder_cls": "DINOv3wNorm", "encoder_params": {"layers": [0, 1, 3]}}
 LARGE = "facebook/dinov3-vitl16-pretrain-lvd1689m"
 BASE = "facebook/dinov3-vitb16-pretrain-lvd1689m"
 
-# What differs from plain RAE (whose settings tests/test_configs.py looks at): recipe section 8.
+# What differs from plain RAE (whose settings tests/test_configs.py looks at).
 DINOV3 = {"model.encoder_cls": "DINOv3wNorm", "model.encoder_params.layer_fusion": None}
 RAEV2 = DINOV3 | {
     "model.encoder_config_path": LARGE, "model.encoder_params.model_name": LARGE, "model.decoder_denormalize": False, "model.compile": True,

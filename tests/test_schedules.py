@@ -1,4 +1,4 @@
-"""Recipe section 4: linear warm-up, cosine (or linear) to final_lr, constant after that."""
+"""docs/recipe.md, "Optimisation": linear warm-up, cosine (or linear) to final_lr, constant after that."""
 
 import math
 

@@ -4,7 +4,7 @@ Legend: S the side of the square in px, W x H an image or frame in px. Pixels ar
 
 The published transforms resize the whole image and cut a square out of the result. Only the square is needed, so it is
 mapped back to the source and resized alone, in one pass: the same geometry, less arithmetic. Sources: torchvision
-`Resize(int)`, `RandomCrop`, `CenterCrop` (training; recipe section 4); guided-diffusion's centre crop, "ADM"
+`Resize(int)`, `RandomCrop`, `CenterCrop` (training); guided-diffusion's centre crop, "ADM"
 (evaluation).
 """
 
@@ -54,7 +54,7 @@ def random_window(width: int, height: int, size: int, shorter_px: int, u: float,
 
 
 def center_window(width: int, height: int, size: int) -> Window:
-    """Choose the middle, the shorter side resized to `size`: RAEv2's data (recipe section 8)."""
+    """Choose the middle, the shorter side resized to `size`: RAEv2's data."""
     frame_width, frame_height = resized_frame(width, height, size)
     left, top = round((frame_width - size) / 2), round((frame_height - size) / 2)
     return Window(frame_width, frame_height, left, top, size)

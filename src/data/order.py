@@ -4,7 +4,7 @@ Legend: n images, W ranks, b batch per rank, k micro-batches per optimiser step;
 
 Position p is the place of an image in its epoch's order over all ranks. Micro-batch i of rank r takes the positions
 [(i * W + r) * b, (i * W + r) * b + b), so global batch g is always [g * W * b * k, (g + 1) * W * b * k): the same
-images for any W, b, k of equal product. The last, partial global batch is dropped (recipe section 4).
+images for any W, b, k of equal product. The last, partial global batch is dropped.
 """
 
 from collections.abc import Callable, Iterator

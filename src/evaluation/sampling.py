@@ -1,5 +1,5 @@
 """Sampling from a diffusion transformer: solvers and guidance. Sources: RAE (arXiv 2510.11690) and RAEv2 (arXiv
-2605.18324), stage-2 recipe, sections 7 and 8.
+2605.18324); docs/recipe.md, "Stage 2".
 
 A *conditional* is (x, t, y) -> velocity: `conditional(model, prediction)`, or with guidance inside it. Guidance nests,
 and `for_labels` makes a *field* (x, t) -> velocity of it, which `solve` integrates:

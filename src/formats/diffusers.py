@@ -35,7 +35,7 @@ from src.models.rae import RAE
 log = logging.getLogger(__name__)
 
 GRID = 16
-"""The only one at which diffusers' positions are those of the recipe (recipe section 1)."""
+"""The only one at which diffusers' positions are those of the recipe."""
 VERSION = "0.42.1"
 
 

@@ -1,5 +1,5 @@
-"""Flow matching on latents: times, paths, losses. Sources: RAE (arXiv 2510.11690) and RAEv2 (arXiv 2605.18324), stage-2
-recipe, sections 5, 7 and 8.
+"""Flow matching on latents: times, paths, losses. Sources: RAE (arXiv 2510.11690), RAEv2 (arXiv 2605.18324);
+docs/recipe.md, "Stage 2".
 
 t = 1 is noise, t = 0 is data: x_t = (1 - t) x + t eps, velocity v = eps - x. Pure functions of draws handed in.
 

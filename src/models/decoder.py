@@ -1,4 +1,4 @@
-"""The ViT decoder: latent tokens in, patches of pixels out. Source: RAE (arXiv 2510.11690), recipe section 1.
+"""The ViT decoder: latent tokens in, patches of pixels out. Source: RAE (arXiv 2510.11690); docs/recipe.md, "Decoding".
 
 Legend: B batch, N tokens, C latent channels, D decoder width, A heads, P patch px.
 Parameter names are those of the released decoder files, so that these load strictly and ours load elsewhere.
@@ -164,7 +164,7 @@ class ViTDecoder(nn.Module):
         return self.decoder_norm(x[:, 1:])
 
     def _fit(self, tokens: Tensor) -> Tensor:
-        """Resample another number of tokens on the grid, bilinearly (recipe section 1)."""
+        """Resample another number of tokens on the grid, bilinearly."""
         if tokens.shape[1] == self.grid**2:
             return tokens
         side = round(tokens.shape[1] ** 0.5)

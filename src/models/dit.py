@@ -1,5 +1,5 @@
 """Diffusion transformers on latents: LightningDiT and DiT^DH of RAE (arXiv 2510.11690), and the model of RAEv2 (arXiv
-2605.18324). Source: stage-2 recipe, sections 2, 3, 4 and 8.
+2605.18324).
 
 `model(x, t, y)`: noisy latents x B C g g, times t (B,) in [0, 1] (1 is noise), labels y (B,) in 0..K-1 or the null label
 K -> x's shape. The models draw no random numbers and compute the same in train and eval mode: label dropout is the
@@ -135,7 +135,7 @@ class LatentTransformer(nn.Module):
 
 @checked("model.network")
 class LightningDiT(LatentTransformer):
-    """RAE's plain model: adaLN blocks of one width (recipe section 3)."""
+    """RAE's plain model: adaLN blocks of one width."""
 
     def __init__(
         self,
@@ -193,7 +193,7 @@ class LightningDiT(LatentTransformer):
 
 @checked("model.network")
 class DiTDH(LatentTransformer):
-    """DiT^DH: an encoder part, whose tokens condition a wide shallow head on the same latent (recipe section 4).
+    """DiT^DH: an encoder part, whose tokens condition a wide shallow head on the same latent.
 
     The last `depth[1]` blocks are the head's.
     """
@@ -254,7 +254,7 @@ class DiTDH(LatentTransformer):
 
 @checked("model.network")
 class RAEv2DiT(LatentTransformer):
-    """RAEv2's model: time and class are tokens in the encoder's sequence, the head is DiT^DH's (recipe section 8).
+    """RAEv2's model: time and class are tokens in the encoder's sequence, the head is DiT^DH's.
 
     With `base_model_depth` the tokens after that block give a second output: `model(x, t, y)` -> (full, base).
     The label table always has K + 1 rows.

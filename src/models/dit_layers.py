@@ -1,9 +1,8 @@
-"""Layers of the latent diffusion transformers. Sources: RAE (arXiv 2510.11690) and RAEv2 (arXiv 2605.18324), stage-2
-recipe, sections 2, 4 and 8.
+"""Layers of the latent diffusion transformers. Sources: RAE (arXiv 2510.11690) and RAEv2 (arXiv 2605.18324).
 
 Legend: B batch, C latent channels, p patch, N tokens, D width, H heads, M hidden width of the MLP.
-Parameter names are those of the released files. Every layer initialises itself as the recipe's section 4 says; where it
-says nothing, PyTorch's default stands. No layer draws random numbers in its forward pass.
+Parameter names are those of the released files. Every layer initialises itself as the published ones do. No layer draws
+random numbers in its forward pass.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 A short name (`dinov2-b`) stands for the class's own choices: the final norm of its origin without affine parameters, the
 pixel statistics of its files, its last block. A name in RAEv2's spelling (`dinov2-vit-b`) stands for what RAEv2 computes
-under it (recipe section 8). Sizes stand in the table, so that shapes and cost are known without weights or network.
+under it. Sizes stand in the table, so that shapes and cost are known without weights or network.
 """
 
 import difflib

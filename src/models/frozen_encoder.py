@@ -1,6 +1,6 @@
 """What the frozen vision encoders have in common: loading, one forward pass, fusion over blocks, identity.
 
-Sources: recipe sections 1 and 8; RAE (arXiv 2510.11690) section 3, RAEv2 (arXiv 2605.18324).
+Sources: RAE (arXiv 2510.11690) section 3, RAEv2 (arXiv 2605.18324); docs/recipe.md, "Encoding".
 Legend: B batch, T all tokens, N patch tokens, C channels, H = W encoder input px.
 """
 

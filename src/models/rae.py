@@ -1,4 +1,5 @@
-"""The representation autoencoder: a frozen encoder, a decoder that is trained. Source: arXiv 2510.11690, recipe section 1.
+"""The representation autoencoder: a frozen encoder, a decoder that is trained. Source: arXiv 2510.11690;
+docs/recipe.md, "Encoding".
 
 Legend: B batch, C latent channels, h = w latent grid, N = h*w tokens, H = W image px. Images are RGB in [0, 1].
 """
@@ -152,7 +153,7 @@ class RAE(nn.Module):
 
     @torch.no_grad()
     def encode_raw(self, images: Tensor, layers: Sequence[int] | None = None) -> Tensor:
-        """Encode images -> B C h w before noise and latent normalisation (recipe section 1, steps 1 to 3 and 5)."""
+        """Encode images -> B C h w before noise and latent normalisation."""
         if images.dtype == torch.uint8:
             images = bytes_to_unit(images)
         size = self.geometry.encoder_input_size
@@ -179,7 +180,7 @@ class RAE(nn.Module):
         return self.latent_mean is not None or self.latent_var is not None
 
     def normalize(self, latents: Tensor) -> Tensor:
-        """Return (z - mean) / sqrt(var + 1e-5); an absent mean counts as 0, an absent var as 1 (recipe section 1)."""
+        """Return (z - mean) / sqrt(var + 1e-5); an absent mean counts as 0, an absent var as 1."""
         if self.latent_mean is not None:
             latents = latents - self.latent_mean
         return latents if self.latent_var is None else latents / (self.latent_var + VARIANCE_EPS).sqrt()

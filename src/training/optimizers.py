@@ -1,7 +1,7 @@
 """The optimisers: AdamW, and Muon for matrices with AdamW for the rest as one (one schedule, one entry in a checkpoint). An
 update by one of them.
 
-Source of Muon: RAEv2 (arXiv 2605.18324), stage-2 recipe section 8. Named deviation: torch's Muon takes one coefficient triple for
+Source of Muon: RAEv2 (arXiv 2605.18324). Deviation (docs/recipe.md, "Stage 2"): torch's Muon takes one coefficient triple for
 all Newton-Schulz steps, where RAEv2's private package takes Polar Express coefficients.
 """
 

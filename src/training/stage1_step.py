@@ -1,4 +1,4 @@
-"""One step of stage-1 training, in plain torch. Sources: RAE (arXiv 2510.11690), recipe section 2; the order of work is ours.
+"""One step of stage-1 training, in plain torch. Sources: RAE (arXiv 2510.11690); docs/recipe.md, "Losses".
 
 Legend: B batch, C latent channels, h = w grid, N = h*w tokens, D decoder width, P pixels of a patch (3 * px * px), H = W px.
 

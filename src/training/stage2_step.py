@@ -1,5 +1,5 @@
 """One step of stage-2 training, in plain torch: flow matching on RAE latents. Sources: RAE (arXiv 2510.11690), RAEv2 (arXiv
-2605.18324); recipe of stage 2, sections 1, 5 and 8.
+2605.18324); docs/recipe.md, "Stage 2".
 
     z    = (encode(flip(x)) - mean) / sqrt(var + 1e-5)      frozen, float32
     t    = shift(draw of the distribution)                  1 is noise, 0 is data
