@@ -132,14 +132,14 @@ class ModelOptions:
     """The model, read by `src.formats.opening.open_model`."""
 
     GROUP: ClassVar = "model (one of --checkpoint and --decoder)"
-    checkpoint: str | None = option(".ckpt that training wrote; it says everything about the model", "FILE")
+    checkpoint: str | None = option(".ckpt of a run; it holds the model's configuration too", "FILE")
     weights: Literal["ema", "online"] = option("of a checkpoint: averaged weights or the optimiser's", default="ema")
     decoder: str | None = option(
         "decoder file with the official names, or an exported folder (diffusers or ours)", "PATH"
     )
     encoder: str | None = option(
-        "folder or hub id of the encoder, of a decoder file also a preset's name (dinov2-b); with --checkpoint: where the same "
-        "one lies here",
+        "folder or hub id of the encoder, with a decoder file also a preset (dinov2-b); with --checkpoint: another place of the "
+        "same encoder",
         "PATH",
     )
     encoder_cls: str | None = option(
@@ -149,7 +149,7 @@ class ModelOptions:
     encoder_layers: str | None = option(
         "of a RAEv2 decoder file: k1, k7, k23 or 11.13.15 (default: the last block)", "BLOCKS"
     )
-    stats: str | None = option("latent statistics, of a model that has none or instead of its own", "FILE")
+    stats: str | None = option("latent statistics, instead of the model's own if it has any", "FILE")
     decoder_config: str = option("with a decoder file: JSON or its folder", "PATH", "configs/decoder/ViTXL")
     decoder_patch_size: Pixels = option("with a decoder file", "PX", 16)
     decoder_output: Literal["normalized", "image"] = option(
@@ -162,7 +162,6 @@ class ModelOptions:
 class ModelsOptions(ModelOptions):
     """One model or several."""
 
-    GROUP: ClassVar = "models (--checkpoint or --decoder, one or several)"
     decoder: tuple[str, ...] = option(  # type: ignore[assignment]
         "decoder files with the official names, exported folders (diffusers or ours) or .ckpt files; a row for each",
         "PATH",
@@ -184,7 +183,7 @@ class LoadingOptions:
     GROUP: ClassVar = "images and device"
     device: str = option("cuda, cuda:N or cpu", "NAME", "cuda")
     num_samples: Positive | None = option("only the first N images (default: all)", "N")
-    batch_size: Positive = option("images at once and process", "N", 64)
+    batch_size: Positive = option("images at once in each process", "N", 64)
     num_workers: NotNegative = option("loading processes", "N", 4)
     max_bad_share: Share = option("stop when more of the images can't be decoded", "SHARE", 0.01)
 
@@ -201,7 +200,7 @@ class DataOptions(LoadingOptions):
         "a split, `held_out` or `all` (default: validation, else what training held out, else all)", "NAME"
     )
     exif: Literal["apply", "ignore"] | None = option(
-        "turn images as their EXIF says or, like published references, not (default: the checkpoint's data.exif, else "
+        "apply: turn images as their EXIF says; ignore: as published references (default: the checkpoint's data.exif, else "
         "apply)"
     )
 
@@ -220,7 +219,7 @@ class FeatureOptions:
         f"FID weights (default: the checkpoint's callbacks.rfid.inception_path, else {INCEPTION_FILE})", "FILE"
     )
     inception_weights: Literal["pretrained", "untrained", "tiny"] = option(
-        "untrained, or tiny (an eighth of the channels, untrained): a try-out without the file, its score no rFID",
+        "untrained, or tiny (an eighth of the channels, untrained): for trials without the file, the score is no rFID",
         default="pretrained",
     )
     inception_width: Annotated[float, above_zero] | None = option(
@@ -232,6 +231,7 @@ class FeatureOptions:
 class LpipsOptions:
     """The files of LPIPS, read by `src.evaluation.networks.lpips_of`."""
 
+    GROUP: ClassVar = "feature networks"
     vgg_path: str | None = option(
         f"VGG16 for LPIPS (default: the checkpoint's, else {LPIPS_FILES['vgg_path']})", "FILE"
     )

@@ -12,7 +12,7 @@ from src.core.options import NotNegative, Positive, option
 class EvaluationOptions(shared.LpipsOptions, shared.FeatureOptions, shared.DataOptions, shared.ModelsOptions):
     """`src/eval_rfid.py`."""
 
-    num_samples: Positive = option("images, the first ones of a fixed mixed order", "N", 10000)
+    num_samples: Positive = option("images, the first ones of a fixed shuffled order", "N", 10000)
     precision: Literal["32", "16", "bf16"] = option(
         "of encoder and decoder, whatever training used; 16 on a CPU is bf16", default="32"
     )
@@ -21,7 +21,7 @@ class EvaluationOptions(shared.LpipsOptions, shared.FeatureOptions, shared.DataO
     )
     reference: tuple[str, ...] = option(
         "score against `mu` and `sigma`, or the images `arr_0`, of a file instead of the originals; one for all data "
-        "sets or one for each. Another image size is refused, another preparation is warned of",
+        "sets or one for each. Another image size is refused, another preparation gives a warning",
         "NPZ",
         (),
     )
@@ -87,7 +87,7 @@ class ReconstructionOptions(shared.LpipsOptions, shared.LoadingOptions, shared.M
     split: str | None = option("of a data set (default: all of its training split)", "NAME")
     fit: Literal["crop", "pad", "resize"] = option("how an image becomes a square", default="crop")
     exif: Literal["apply", "ignore"] = option("turn images as their EXIF says", default="apply")
-    batch_size: Positive = option("images at once and process", "N", 32)
+    batch_size: Positive = option("images at once in each process", "N", 32)
     max_bad_share: shared.Share = option("stop when more of the images can't be decoded", "SHARE", 1.0)
     output: shared.Place = option("a new folder", "DIR", MISSING)
     overwrite: bool = option("replace what an earlier call left in --output", default=False)
@@ -129,9 +129,9 @@ class StatisticsOptions(shared.LoadingOptions):
         "KEY=VALUE",
         (),
     )
-    checkpoint: str | None = option(".ckpt that training wrote", "FILE")
+    checkpoint: str | None = option(".ckpt of a run", "FILE")
     decoder: str | None = option("exported folder (ours or diffusers)", "DIR")
-    encoder: str | None = option("with --checkpoint: where the same encoder lies on this machine", "PATH")
+    encoder: str | None = option("with --checkpoint: another place of the same encoder", "PATH")
     data_dir: str | None = option(
         "Hugging Face dataset on disk or tree of image files (default: data.data_dir of the run)", "DIR"
     )
@@ -181,25 +181,26 @@ class SampleOptions:
     """`src/sample.py`."""
 
     checkpoint: str = option(".ckpt of a stage-2 run, or a file of the official code", "FILE", MISSING)
-    model: str | None = option("of an official file: its experiment (ditdh_xl, dit_xl, raev2_dit_k7, ...)", "NAME")
+    model: str | None = option("experiment of an official file (ditdh_xl, dit_xl, raev2_dit_k7, ...)", "NAME")
     autoencoder: str | None = option(
-        "where it lies here: a .ckpt, an export, or a mapping like '{decoder: model.pt, encoder_cls: ...}' "
-        "(default: as in training)",
+        "a .ckpt, an export, or a mapping like '{decoder: model.pt, encoder_cls: ...}' (default: as in training)",
         "PATH",
     )
     guide: str | None = option("the weaker model of autoguidance, with --auto", "FILE")
-    guide_model: str | None = option("of an official file at --guide: its experiment", "NAME")
+    guide_model: str | None = option("experiment of an official file at --guide", "NAME")
     device: str = option("cuda, cuda:N or cpu", "NAME", "cuda")
     num_images: shared.Positive = option("images", "N", 50_000)
     labels: str = option("equal (each class equally often), random, null, or classes such as 207,360", "WHICH", "equal")
     seed: shared.NotNegative = option("of noise and labels", "N", 0)
-    batch_size: shared.Positive = option("images of a block, the unit of work and of going on", "N", 64)
+    batch_size: shared.Positive = option("images per block, the unit of work and of resuming", "N", 64)
     decode_batch: shared.Positive = option("images decoded at once", "N", 16)
     precision: Literal["fp32", "bf16"] = option(
         "of the transformer; published scores are of fp32 with products in TF32, as here on a GPU", default="fp32"
     )
     steps: shared.Positive | None = option("points (rae) or steps (raev2) (default: as in training)", "N")
-    time_grid: Literal["rae", "raev2"] | None = option("where times end (default: as in training)")
+    time_grid: Literal["rae", "raev2"] | None = option(
+        "rae ends at t = 0.001, raev2 at 0, before the time shift (default: as in training)"
+    )
     method: Literal["euler", "heun", "dopri5"] | None = option("solver (default: as in training)")
     cfg: tuple[float, ...] = option("scales of classifier-free guidance, a file each; 1: none", "SCALE", ())
     interval: tuple[str, ...] = option("times at which guidance is used, a file each", "T_MIN:T_MAX", ())
@@ -207,7 +208,7 @@ class SampleOptions:
     auto: float | None = option("scale of autoguidance by --guide", "SCALE")
     output: shared.Place = option("the samples, .npz", "FILE", MISSING)
     latents: shared.Place | None = option("also the normalised latents, .npz", "FILE")
-    grid: shared.Place | None = option("also a picture with a row of images for each of 8 classes, .png", "FILE")
+    grid: shared.Place | None = option("also a PNG with a row of images for each of 8 classes", "FILE")
     overwrite: bool = option("replace an existing or half-made --output", default=False)
 
     def __post_init__(self) -> None:
