@@ -27,11 +27,12 @@ NOTHING = {
 }
 PEERS = {"official": "official RAE", "raev2": "RAEv2", "raev2_compile": "RAEv2 --compile"}
 NAMES = {"ours": "step", "compiled": "step, compiled"}
+DATA = {"arrow": "data path, Arrow", "ours_resized": "data path, stored with --resize_shorter 384"}
 Row = tuple[str, ...]
 
 
 def rows() -> list[Row]:
-    """A row of texts for each measurement of ours that stands beside another one."""
+    """Return a row of texts for each measurement; steps timed on a CPU stay in their files."""
     found: list[Row] = []
     for file in sorted(RESULTS.glob("*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -62,22 +63,20 @@ def _rows(content: dict[str, Any]) -> Iterator[Row]:
         yield from _gpu(content)
     elif "computed" in content:
         yield from _computed(content)
-    elif any("/" in name for name in results):
-        yield from _steps(content)
+    elif any("/" in name for name in results) and content["arguments"]["device"] != "cpu":
+        yield from _steps(content, content["device"])
     elif "pillow" in results:
         yield from _data(content)
 
 
-def _steps(content: dict[str, Any]) -> Iterator[Row]:
+def _steps(content: dict[str, Any], device: str) -> Iterator[Row]:
     """Of benchmarks/train_step.py: ours against the published order of work, phase by phase."""
     said = content["arguments"]
     sizes = f"{said['encoder']} + {said['decoder']}, {said['image_size']} px, batch {said['batch']}"
-    count = content["threads"]
-    threads = f", {count} thread{'s' * (count > 1)}" if said["device"] == "cpu" else ""
     for name, measured in content["results"].items():
         precision, phase = name.split("/")
         if "official" in measured:
-            yield from _beside_peers(measured, phase, precision, sizes, f"{content['device']}{threads}")
+            yield from _beside_peers(measured, phase, precision, sizes, device)
             continue
         plain = measured.get("plain", {})
         for variant, label in NAMES.items():
@@ -91,7 +90,7 @@ def _steps(content: dict[str, Any]) -> Iterator[Row]:
                 memory = f"{own['peak_memory_gb']:.2f} GB"
                 memory += f" ({own['peak_memory_gb'] / plain['peak_memory_gb']:.2f} x)" if "seconds" in plain else ""
             what = f"{label}: {phase}, {precision}; {sizes}"
-            yield what, f"{content['device']}{threads}", f"{own['images_per_s']:.3g}", against, memory
+            yield what, device, f"{own['images_per_s']:.3g}", against, memory
 
 
 def _beside_peers(measured: dict[str, Any], phase: str, precision: str, sizes: str, where: str) -> Iterator[Row]:
@@ -117,7 +116,7 @@ def _gpu(content: dict[str, Any]) -> Iterator[Row]:
     found = {letter: part.get("result", {}) for letter, part in content["parts"].items()}
     for letter in ("b", "h"):
         if "results" in found.get(letter, {}):
-            yield from _steps({"device": content["cuda_device"], "threads": 0, **found[letter]})
+            yield from _steps(found[letter], content["cuda_device"])
     for phase in ("warmup", "gan"):
         if "fits" in (batch := found.get("c", {}).get(phase, {})):
             text = f"largest batch {batch['fits']}, computed {batch['computed']}"
@@ -143,10 +142,10 @@ def _ratio(other: dict[str, Any], own: dict[str, Any]) -> float:
 def _data(content: dict[str, Any]) -> Iterator[Row]:
     """Of benchmarks/data.py: one core."""
     what = f"{content['size']} px, {content['files']} images"
-    for name, measured in content["results"].items():
-        if name != "pillow":
-            against = f"{measured['ratio']:.2f} x pillow"
-            yield f"data path: {name}; {what}", content["hardware"], f"{measured['images_per_s']:.0f}", against, ""
+    for name, label in DATA.items():
+        measured = content["results"][name]
+        against = f"{measured['ratio']:.2f} x Pillow"
+        yield f"{label}; {what}", content["hardware"], f"{measured['images_per_s']:.0f}", against, ""
 
 
 def main() -> None:
