@@ -14,6 +14,7 @@ from transformers.utils.logging import enable_progress_bar
 
 from src.core.errors import UserError
 from src.export import main
+from src.formats.card import model_card
 from src.formats.checkpoint import load_trained
 from src.formats.diffusers import read_diffusers
 from src.formats.folder import read_folder
@@ -97,7 +98,10 @@ def test_the_card_says_what_people_need(tmp_path):
         assert text in card, text
     record = (tmp_path / "o/rae_export.json").read_text()
     assert "/private" not in card + record and str(tmp_path) not in card + record
-    assert json.loads(record)["files"]["model.pt"] == file_hashes(tmp_path / "o")["model.pt"]
+    facts = json.loads(record)
+    assert facts["files"]["model.pt"] == file_hashes(tmp_path / "o")["model.pt"]
+    facts["encoder"]["source"] = "facebook/dinov3-vitb16-pretrain-lvd1689m"
+    assert "| encoder licence | DINOv3 License, gated |" in model_card(load_trained(file).rae, facts)
 
 
 def test_existing_output_is_safe(tmp_path, capsys):

@@ -24,9 +24,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Float types by the names that options use."""
 
 
-_UNTRAINED = (
-    "For a try-out without it ask for untrained weights by name (weights=untrained, --inception_weights untrained)."
-)
+_UNTRAINED = "To try without it, ask for untrained weights by name (weights=untrained, --inception_weights untrained)."
 
 
 def require(path: str | Path | None, what: str, key: str) -> Path:

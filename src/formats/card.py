@@ -6,6 +6,7 @@ from typing import Any
 
 from jinja2 import ChainableUndefined, Environment
 
+from src.models.encoder_presets import PRESETS
 from src.models.rae import RAE
 
 _SCORES = ("rfid", "rfid_untrained", "psnr", "ssim", "lpips", "lpips_untrained")
@@ -17,7 +18,8 @@ def model_card(rae: RAE, facts: Mapping[str, Any]) -> str:
     template = Environment(undefined=ChainableUndefined, keep_trailing_newline=True).from_string(source)
     parameters = sum(p.numel() for p in rae.decoder.parameters())
     facts = {**facts, "run": facts.get("run") or {}, "config": facts.get("config") or {}, "scores": _scores(facts)}
-    return template.render(rae=rae, decoder=rae.decoder.config, parameters=parameters, **facts)
+    licences = {preset.hub_id: preset.licence for preset in PRESETS.values()}
+    return template.render(rae=rae, decoder=rae.decoder.config, parameters=parameters, licences=licences, **facts)
 
 
 def _scores(facts: Mapping[str, Any]) -> list[tuple[str, str, str]]:
