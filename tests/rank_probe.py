@@ -55,6 +55,8 @@ def main() -> None:
     folder = make_folder(config.paths.log_dir, None) if launch.main else None
     config.paths.run_dir = folder and str(folder)
     run = build_run(config, launch)
+    for value in run.module.state_dict().values():  # as where machines draw other weights: those of rank 0 count
+        value.add_(launch.rank)
     watch = Watch()
     run.trainer.callbacks.append(watch)
     fit(run, None, RunRecord(folder, "probe"))
