@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -10,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from src.core.errors import UserError
+from src.core.files import PROJECT_ROOT
 from src.data import dummy
 from src.data.arrow import ArrowSource
 from src.data.arrow_writer import write_metadata
@@ -166,6 +169,22 @@ def test_image_tree(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 def sizes(path: Path, use_hf: bool, share: float, validation: str | None = "validation") -> tuple[int, int]:
     splits = open_splits(path, use_hf, "train", validation, share)
     return len(splits.train_rows), len(splits.validation_rows)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="needs /proc")
+def test_loading_processes_share_the_names_of_an_image_tree() -> None:
+    """Those of a list would be copied into each process, page by page: 120 MB each for ImageNet."""
+    program = (
+        "import os; from pathlib import Path; from src.data.sources import FileSource\n"
+        "source = FileSource(Path('.'), [f'{i:080}' for i in range(200_000)])\n"
+        "def own(): return int(open('/proc/self/smaps_rollup').read().split('Private_Dirty:')[1].split()[0])\n"
+        "if os.fork():\n    raise SystemExit(os.wait()[1])\n"
+        "before = own()\n"
+        "for i in range(200_000): assert int(source.member(i)) == i\n"
+        "print(own() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT_ROOT, text=True, capture_output=True, check=True)
+    assert int(done.stdout) < 5000  # kB; as a list 25,000
 
 
 def test_the_modes_of_the_guide(with_splits: Path, single: Path, tmp_path: Path) -> None:

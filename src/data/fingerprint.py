@@ -26,7 +26,7 @@ def source_state(source: Source) -> dict[str, Any]:
     """Return rows and, by file (of image files: by folder), [size or number of files, digest] of a source; the scale of stored
     latents."""
     if isinstance(source, FileSource):
-        entries = _folders(source.root, source.names)
+        entries = _folders(source.root, list(source.names))
     elif isinstance(source, RemoteTarSource):
         entries = {name: [size, ""] for name, size in source.sizes.items()}
     elif isinstance(source, PackedSource):

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from src.core.errors import UserError
 from src.data.decode import BadImage
 
@@ -70,32 +72,42 @@ class FileSource:
         num_classes: int | None = None,
     ) -> None:
         """num_classes: None counts the names."""
-        self.root, self.names, self.labels = root, files, labels
+        encoded = [file.encode("utf-8", "surrogatepass") for file in files]
+        # In one piece: of a list, loading processes would copy page after page, by counting references to what they read.
+        self._text, self._starts = b"".join(encoded), np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        self._labels = np.array([-1 if label is None else label for label in labels], np.int64)
+        self.root = root
         self.class_names: Sequence[str] | None = list(class_names) or None
         self.num_classes = num_classes or len(class_names) or None
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self._starts) - 1
 
     def encoded(self, index: int) -> bytes:
-        return read_file(self.root / self.names[index])
+        return read_file(self.root / self.member(index))
 
     def label(self, index: int) -> int | None:
-        return self.labels[index] if self.labels else None
+        return int(self._labels[index]) if len(self._labels) else None
 
     def name(self, index: int) -> str:
-        return str(self.root / self.names[index])
+        return str(self.root / self.member(index))
 
     def member(self, index: int) -> str:
         """Return the file's name, relative to the root."""
-        return self.names[index]
+        start, stop = self._starts[index : index + 2]
+        return self._text[start:stop].decode("utf-8", "surrogatepass")
+
+    @property
+    def names(self) -> Iterator[str]:
+        return map(self.member, range(len(self)))
 
     def fingerprint(self) -> str:
         return short_digest(b"".join(os.fsencode(name) + b"\0" for name in self.names))
 
     def cut(self, start: int, stop: int) -> "FileSource":
         """Return the rows from `start` to `stop`."""
-        return FileSource(self.root, self.names[start:stop], self.labels[start:stop], self.class_names or ())
+        names = [self.member(i) for i in range(start, stop)]
+        return FileSource(self.root, names, self._labels[start:stop].tolist(), self.class_names or ())
 
 
 def short_digest(data: bytes) -> str:
