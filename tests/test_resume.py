@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from src.core.errors import UserError
-from src.core.weights import PROJECT_ROOT
+from src.core.weights import PROJECT_ROOT, read
 from src.training.stage1 import RAEModule
 from tests.training import QUIET, assert_equal_ends, last, train
 
@@ -48,6 +48,15 @@ def test_resumed_with_another_number_of_micro_batches(whole, tmp_path, saves):
         run = train(tmp_path / "second", *QUIET, *saving, checkpoint=last(tmp_path / "first"))
     assert run.trainer.global_step == 6
     assert seen == [*range(8, 12), *range(12)]  # the third update of the first epoch, and the second epoch
+
+
+def test_the_best_starts_afresh_where_the_last_checkpoint_alone_was_copied(whole, tmp_path, caplog):
+    content = read(last(whole))
+    next(state for name, state in content["callbacks"].items() if "RunCheckpoint" in name)["best"] = 0.0  # unreachable
+    torch.save(content, tmp_path / "last.ckpt")
+    train(tmp_path / "second", *QUIET, "trainer.max_epochs=3", checkpoint=tmp_path / "last.ckpt")
+    assert read(tmp_path / "second/checkpoints/best.ckpt")["global_step"] == 9
+    assert "best.ckpt is not there" in caplog.text and "never a finite number" not in caplog.text
 
 
 def test_a_checkpoint_behind_the_end_of_a_shorter_epoch_is_refused(tmp_path):

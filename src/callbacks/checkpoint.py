@@ -67,9 +67,12 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         # Lightning's own question whether another rank was signalled makes the host wait for the device at every batch.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         self.monitor = self._choose_monitor(trainer)
-        if trainer.ckpt_path and self.best is not None and trainer.is_global_zero:
+        if trainer.ckpt_path and self.best is not None:
             old = Path(trainer.ckpt_path).with_name("best.ckpt")
-            if old.is_file() and old.parent != self.folder:
+            if not trainer.strategy.broadcast(old.is_file()):
+                log.warning("%s is not there: which checkpoint is the best starts afresh.", old)
+                self.best = None
+            elif trainer.is_global_zero and old.parent != self.folder:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 link_or_copy(old, self.folder / "best.ckpt")
 
