@@ -46,12 +46,12 @@ def _run(options: ReconstructionOptions) -> int:
 
     with processes(options.device) as process:
         if process.main:
-            check_folder(options.output, options.overwrite, (RECORD,), "output of this program")
+            _check_output(options)
         store = LatentStore(options.from_latents) if options.from_latents else None
         inputs = None if store is not None else open_inputs(options.input, options.split, options.num_samples)
         loaded = open_model(options)
         loaded.rae.to(process.device)
-        with _output_folder(options.output, process):
+        with _output_folder(options, process):
             if store is not None:
                 given, (count, means, written) = len(store), decode_latents(options, loaded, store, process)
             else:
@@ -76,15 +76,22 @@ def _run(options: ReconstructionOptions) -> int:
     return 0
 
 
+def _check_output(options: ReconstructionOptions) -> None:
+    check_folder(options.output, options.overwrite, (RECORD,), "output of this program")
+
+
 @contextmanager
-def _output_folder(output: Path, process: "Process") -> Iterator[None]:
+def _output_folder(options: ReconstructionOptions, process: "Process") -> Iterator[None]:
     """Make an empty folder that says whose it is; after an error it goes again, unless something was written."""
     from src.core.distributed import wait_for_all
 
+    output = options.output
     if process.main:
+        _check_output(options)  # again: another program may have begun while the model was opened
         try:
             if output.exists():
                 shutil.rmtree(output)
+            output.mkdir(parents=True)
             _write_record(output, {"status": "running"})
         except OSError as error:
             raise UserError(

@@ -1,6 +1,7 @@
 """src/reconstruct.py: what goes in, what comes out, and that stored latents give the same pictures."""
 
 import csv
+import importlib
 import json
 import shlex
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from src import export
 from src.core import files as core_files
 from src.core.errors import UserError
 from src.core.images import unit_to_bytes
@@ -53,6 +55,28 @@ def test_pictures_scores_and_npz_agree(tmp_path, capsys):
     assert record["status"] == "finished" and record["images"] == 6 and record["untrained_encoder"]
     assert record["psnr"] == pytest.approx(np.mean([float(row["psnr"]) for row in rows]), rel=1e-5)
     assert "UNTRAINED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("program", "opener"), [
+    (main, "src.formats.opening.open_model"), (export.main, "src.formats.export.model_card"),
+])  # fmt: skip
+def test_what_another_program_wrote_meanwhile_stays(tmp_path, capsys, monkeypatch, program, opener):
+    """It was not there when this one looked, before it opened the model."""
+    file, out = checkpoint(tmp_path), tmp_path / "out"
+    module, name = opener.rsplit(".", 1)
+    original = getattr(importlib.import_module(module), name)
+
+    def slow(*args):
+        out.mkdir()
+        (out / "theirs").touch()
+        return original(*args)
+
+    monkeypatch.setattr(opener, slow)
+    words = ["--input", photos(tmp_path / "photos"), "--device", "cpu", "--num_workers", 0]
+    words = words if program is main else ["--format", "folder"]
+    assert program([str(word) for word in ("--checkpoint", file, "--output", out, *words)]) == 1
+    assert [path.name for path in out.iterdir()] == ["theirs"]
+    assert f"--output {out} is not empty" in capsys.readouterr().err
 
 
 @pytest.mark.slow

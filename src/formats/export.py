@@ -81,6 +81,7 @@ def new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
     try:
         beside.mkdir(parents=True)
         yield beside
+        check_output(output, overwrite)  # again: another program may have written it meanwhile
         if output.exists():
             shutil.rmtree(output)
         os.replace(beside, output)
