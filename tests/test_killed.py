@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from scripts import kill_and_resume
+from src.callbacks.rfid_callback import RFIDCallback
 from src.core.stopping import SIGNALS
 from src.core.weights import PROJECT_ROOT, read
 from src.training.run import run
@@ -20,7 +21,7 @@ from tests.training import QUIET, SMALL, composed
 CHEAP = [*SMALL, *QUIET, "callbacks.checkpoint.every_n_steps=0", "model.disc_weight=0", "model.perceptual_weight=0"]
 
 
-def run_and_signal(folder, monkeypatch, numbers, overrides=()):
+def run_and_signal(folder, monkeypatch, numbers, overrides=(), base=CHEAP):
     """Run the program's body in this process and signal it in its second update; return its exit code."""
     original = RAEModule.training_step
 
@@ -32,7 +33,7 @@ def run_and_signal(folder, monkeypatch, numbers, overrides=()):
     monkeypatch.setattr(RAEModule, "training_step", training_step)
     before = {sent: signal.getsignal(sent) for sent in SIGNALS}
     try:
-        run(composed([*CHEAP, f"paths.run_dir={folder}", *overrides]))
+        run(composed([*base, f"paths.run_dir={folder}", *overrides]))
         code = 0
     except SystemExit as error:
         code = error.code
@@ -57,6 +58,19 @@ def test_a_signal_finishes_the_update_and_saves(tmp_path, monkeypatch, name, cod
     assert f"{name}: saved {file} at step 2" in log and f"ckpt_path={file}" in log
     for page in ("configs/hydra/default.yaml", "docs/distributed.md"):
         assert str(code) in (PROJECT_ROOT / page).read_text()
+
+
+def test_a_score_that_a_signal_interrupts_is_not_lost(tmp_path, monkeypatch):
+    def evaluate(self, trainer, pl_module, name):
+        pl_module.record_scores({self.monitor: 1.0})
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(RFIDCallback, "evaluate", evaluate)
+    scored = ["logger=csv", "callbacks.rfid.rfid_every_n_steps=2", "callbacks.rfid.inception_weights=tiny"]
+    assert run_and_signal(tmp_path / "run", monkeypatch, [], base=[*SMALL, *scored]) == 143
+    best, last = (read(tmp_path / f"run/checkpoints/{name}.ckpt") for name in ("best", "last"))
+    assert best["global_step"] == last["global_step"] == 2
+    assert {"monitor": "rfid_untrained/score", "best": 1.0} in last["callbacks"].values()
 
 
 def test_a_process_that_is_gone_is_told_to_the_others_in_one_message(tmp_path, monkeypatch, capfd):

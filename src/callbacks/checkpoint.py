@@ -82,17 +82,20 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         self._began = trainer.global_step - 1 if self._began is None else self._began
         late = bool(self.every_n_minutes) and time.monotonic() - self._saved_at > 60 * self.every_n_minutes
         stop, late = self._requests.exchange([STOP.code, late], trainer.world_size)
-        if stop:
-            self._save_and_stop(trainer, pl_module, stop)
-        if batch_idx + 1 >= pl_module.batches_per_epoch:
+        if batch_idx + 1 >= pl_module.batches_per_epoch and not stop:
             return  # the end of the epoch saves, once its evaluation is over
         by_steps = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
         by_time = late and trainer.global_step > self._saved_step + 1  # else it is the request granted a step ago
         better = self._is_better(pl_module)
-        if by_steps or by_time or better:
+        if stop:
+            self._stopped = True
+            STOP.code = max(STOP.code, stop)  # where another rank was asked: Ctrl-C from now on is the second one
+        if by_steps or by_time or better or stop:
             self.save(trainer, pl_module)
         if better and trainer.is_global_zero:
             self._link_best(trainer)
+        if stop:
+            self._end(trainer, stop)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         better = self._is_better(pl_module)
@@ -139,11 +142,8 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         STOP.deferred = False
 
-    def _save_and_stop(self, trainer: pl.Trainer, pl_module: Any, code: int) -> None:
-        """Save and end the run with an exit code that all ranks agreed on. On all ranks."""
-        self._stopped = True
-        STOP.code = max(STOP.code, code)  # where another rank was asked: Ctrl-C from now on is the second one
-        self.save(trainer, pl_module)
+    def _end(self, trainer: pl.Trainer, code: int) -> None:
+        """End the run, which is saved, with an exit code that all ranks agreed on. On all ranks."""
         where = self.folder / "last.ckpt"
         why = "Stopped" if code == FAILED else signal_name(code)
         log.warning(
