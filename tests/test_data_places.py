@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from src.data import dummy
 from src.data.convert_scan import scan
 from src.data.decode import BadImage
 from src.data.latents import LatentWriter, write_index
+from src.data.lists import open_list
 from src.data.places import locate
 from src.data.sources import DEFAULT_OPTIONS, ReadOptions, walk
 from src.data.splits import Splits, open_splits
@@ -149,6 +151,18 @@ def test_lists(name: str, text: str, columns: ReadOptions, expected: object, tmp
     source = opened(tmp_path / name, columns=columns).train
     assert [source.encoded(i) for i in range(2)] == FILES[:2]
     assert (source.num_classes, [source.label(i) for i in range(2)]) == expected
+
+
+def test_the_captions_of_a_list_are_not_kept(tmp_path: Path) -> None:
+    """Those of ten million images would take 10 GB in each process."""
+    (tmp_path / "0.jpg").touch()
+    rows = ["path,caption,label", *(f"0.jpg,{i:02000},{i % 7}" for i in range(5000))]
+    (tmp_path / "a.csv").write_text("\n".join(rows))
+    tracemalloc.start()
+    source = open_list(tmp_path / "a.csv", None, None)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (len(source), source.num_classes) == (5000, 7) and peak < 0.2 * (tmp_path / "a.csv").stat().st_size
 
 
 # -- image trees

@@ -1,6 +1,7 @@
 """Lists of image files: csv and tsv with a header, jsonl with an object a line, txt with a path a line."""
 
 import csv
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -27,22 +28,25 @@ def open_list(file: Path, image_column: str | None, label_column: str | None) ->
         UserError: not readable, empty, without such a column, or of URLs or files that are not there.
     """
     try:
-        rows = list(_text_rows(file) if file.suffix.lower() == ".txt" else _rows(file))
+        rows = _text_rows(file) if file.suffix.lower() == ".txt" else _rows(file)
+        first = next(rows, None)
+        if first is None:
+            raise UserError(f"{file} lists no images.")
+        path = image_column or next((name for name in PATH_COLUMNS if name in first), None)
+        label = label_column or LABEL_COLUMN
+        # of each row two cells stay: millions of rows with captions would fill the memory
+        cells = [(row.get(path), row.get(label)) for row in itertools.chain([first], rows)]
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise UserError(f"{file} can't be read as a list of images: {error}") from error
-    if not rows:
-        raise UserError(f"{file} lists no images.")
-    path = image_column or next((name for name in PATH_COLUMNS if name in rows[0]), None)
-    if path is None or path not in rows[0]:
+    if path is None or path not in first:
         given = f"data.image_column={image_column}: " if image_column else ""
         raise UserError(
-            f"{given}{file} has the columns {', '.join(map(str, rows[0]))}; expected one of {', '.join(PATH_COLUMNS)}, or set "
+            f"{given}{file} has the columns {', '.join(map(str, first))}; expected one of {', '.join(PATH_COLUMNS)}, or set "
             "data.image_column to the one that names the files."
         )
-    label = label_column or LABEL_COLUMN
-    if label_column is not None and label not in rows[0]:
-        raise UserError(f"data.label={label}: {file} has no such column; it has {', '.join(rows[0])}.")
-    files = [row.get(path) for row in rows]
+    if label_column is not None and label not in first:
+        raise UserError(f"data.label={label}: {file} has no such column; it has {', '.join(first)}.")
+    files = [name for name, _ in cells]
     odd = next((i for i, name in enumerate(files) if not isinstance(name, str) or not name), None)
     if odd is not None:
         raise UserError(f"{file}: entry {odd + 1} names no file under {path!r}.")
@@ -54,9 +58,9 @@ def open_list(file: Path, image_column: str | None, label_column: str | None) ->
     if not (file.parent / str(files[0])).exists():
         raise UserError(f"{file}: its first image is not there: {file.parent / str(files[0])}.")
     names = [str(name) for name in files]
-    if label not in rows[0]:
+    if label not in first:
         return FileSource(file.parent, names)
-    numbers, classes = _labels([row.get(label) for row in rows])
+    numbers, classes = _labels([text for _, text in cells])
     return FileSource(file.parent, names, numbers, classes, None if classes else max(numbers) + 1)
 
 
@@ -76,9 +80,8 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
 def _text_rows(file: Path) -> Iterator[dict[str, Any]]:
     text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    numbered = [_WITH_NUMBER.match(line) for line in lines]
-    if all(numbered) and not (lines and (file.parent / lines[0]).exists()):
-        return ({"path": match[1], LABEL_COLUMN: match[2]} for match in numbered if match)
+    if all(map(_WITH_NUMBER.match, lines)) and not (lines and (file.parent / lines[0]).exists()):
+        return ({"path": match[1], LABEL_COLUMN: match[2]} for match in map(_WITH_NUMBER.match, lines) if match)
     return ({"path": line} for line in lines)
 
 
