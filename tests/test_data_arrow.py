@@ -186,13 +186,13 @@ def test_opening_reads_little_and_keeps_few_files_open(tmp_path: Path) -> None:
         "before = read(); source.encoded(397); print(read() - before)\n"
         "sources = [source, ArrowSource(Path(sys.argv[1]))]\n"
         "for i in range(400): [s.encoded(i) for s in sources]\n"
-        "print(count() - fds)"
+        "print(count() - fds); del source, sources; print(count() - fds)"
     )
     shell = f"ulimit -n 64; exec {sys.executable} - {tmp_path / 'set'}"
     run = subprocess.run(["bash", "-c", shell], input=program, text=True, capture_output=True, check=True)
-    opening, left_open, row, at_last = map(int, run.stdout.split())
+    opening, left_open, row, at_last, closed = map(int, run.stdout.split())
     assert opening < 0.01 * 400 * 150_000
-    assert left_open <= 16 and at_last <= 16
+    assert left_open <= 16 and at_last <= 16 and closed == 0
     assert row < 1.1 * 150_000
     assert open_files_limit() <= 512
 

@@ -5,9 +5,9 @@ row of a shuffled set.
 """
 
 import bisect
-import functools
 import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,8 @@ OPEN_FILES = 512
 """Files that a process keeps open at once, of all its sources; a quarter of its limit where that is less."""
 NO_BYTES = 0xFFFFFFFF
 """Size of a row whose bytes are not in the file."""
+_SOURCES: "weakref.WeakSet[PackedSource]" = weakref.WeakSet()
+"""Those of this process, which share its open files."""
 
 
 class Readable(Protocol):
@@ -100,8 +102,9 @@ class PackedSource:
         if index.labels is not None and num_classes is None:
             self.num_classes = max(len(class_names or ()), int(index.labels.max(initial=-1)) + 1)
         self._starts: list[int] = index.starts.tolist()
-        own = object()
-        self._open = functools.lru_cache(OPEN_FILES)(open_file) if open_file else lambda n: _opened(own, files[n])
+        self._open_file = open_file or (lambda number: OpenFile(files[number]))
+        self._open: dict[int, Readable] = {}  # that of the latest read last
+        _SOURCES.add(self)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -127,7 +130,7 @@ class PackedSource:
     def read(self, number: int, offset: int, size: int) -> bytes:
         """Read a range of a file whole. Raises BadImage where that can't be done."""
         try:
-            data = self._open(number).read(offset, size)
+            data = self._opened(number).read(offset, size)
         except OSError as error:
             raise BadImage(f"can't be read: {error.strerror or error}") from error
         if len(data) < size:
@@ -136,6 +139,12 @@ class PackedSource:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._arguments
+
+    def _opened(self, number: int) -> Readable:
+        file = self._open[number] = self._open.pop(number, None) or self._open_file(number)
+        while len(self._open) > max(1, open_files_limit() // len(_SOURCES)):
+            self._open.pop(next(iter(self._open)), None)
+        return file
 
     def _elsewhere(self, index: int) -> bytes:
         raise BadImage("no bytes in its row")
@@ -180,9 +189,3 @@ def open_files_limit() -> int:
     """Return how many files a process keeps open."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource is not None else -1
     return OPEN_FILES if soft < 0 else max(4, min(OPEN_FILES, soft // 4))  # RLIM_INFINITY is -1
-
-
-@functools.lru_cache(open_files_limit())
-def _opened(source: object, file: Path) -> OpenFile:
-    """Open a file once for a source, not for one that was opened before the file was written anew."""
-    return OpenFile(file)
