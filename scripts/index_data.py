@@ -21,7 +21,7 @@ class Options:
     data_dir: str = option("what data.data_dir says: a folder, a pattern, an address", None, MISSING, positional=True)
     label: str | None = option("as data.label: cls or json:KEY", "LABEL")
     option: tuple[str, ...] = option(
-        "as data.storage_options, as often as needed; keys and secrets belong into the environment",
+        "as data.storage_options, as often as needed; keys and secrets belong in the environment",
         "KEY=VALUE",
         (),
         action="append",
