@@ -77,7 +77,7 @@ def make_own(with_dummy: bool, overwrite: bool) -> int:
             else:
                 shutil.rmtree(folder)
         made = dummy.ensure(folder)
-        print(f"{place}: {dummy.DATASETS[place][0]} pictures {'made' if made else 'are there already'}")
+        print(f"{place}: {dummy.DATASETS[place][0]} pictures {'made' if made else 'exist already'}")
     return 0
 
 
@@ -101,7 +101,7 @@ def convert(options: Options) -> int:
     counts = ", ".join(f"{count} images ({split})" for split, count in report.images.items())
     print(f"{output}: {counts}, {report.classes} classes, {report.seconds} s")
     if report.shards_reused:
-        print(f"Went on from an interrupted run: {report.shards_reused} shards were there already.")
+        print(f"Resumed an interrupted conversion: {report.shards_reused} shards were done.")
     if report.bad:
         print(f"{len(report.bad)} left out (all of them in {output / REPORT}):")
         for entry in report.bad[:SHOWN_BAD]:

@@ -377,7 +377,7 @@ def test_a_killed_conversion_goes_on(kind: str, tmp_path: Path) -> None:
     done = script(*words)
     assert done.returncode == 0, done.stderr
     report = json.loads((output / "conversion_report.json").read_text())
-    assert report["shards_reused"] >= 1 and "Went on from an interrupted run" in done.stdout
+    assert report["shards_reused"] >= 1 and "Resumed an interrupted conversion" in done.stdout
     assert not partial.exists()
     if kind == "tree":
         assert rows(output) == expected(root)

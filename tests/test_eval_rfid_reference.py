@@ -53,7 +53,7 @@ def refusal(capsys, line: str) -> str:
 
 def told(caplog) -> list[str]:
     """What was said of another preparation since the last look."""
-    found = [record.getMessage() for record in caplog.records if "prepared otherwise" in record.getMessage()]
+    found = [record.getMessage() for record in caplog.records if "prepared differently" in record.getMessage()]
     caplog.clear()
     return found
 

@@ -61,7 +61,7 @@ def test_the_best_starts_afresh_where_the_last_checkpoint_alone_was_copied(whole
 
 def test_a_checkpoint_behind_the_end_of_a_shorter_epoch_is_refused(tmp_path):
     train(tmp_path / "first", *QUIET, *EVERY_STEP, "trainer.max_steps=2")
-    with pytest.raises(UserError, match=r"stands behind micro-batch 2.*now has 1"):
+    with pytest.raises(UserError, match=r"saved after micro-batch 2.*now has 1"):
         train(tmp_path / "second", *QUIET, "trainer.limit_train_batches=1", checkpoint=last(tmp_path / "first"))
 
 

@@ -54,7 +54,7 @@ def test_one_message(tmp_path, overrides, said):
         ("+trainr.devices=1", "trainr (did you mean trainer?)"),
         (
             "ckpt_path=",
-            "Nothing stands after ckpt_path=: give a value, or null",
+            "No value after ckpt_path=: give a value, or null",
         ),  # an unset $CHECKPOINT: would begin anew
     ],
 )

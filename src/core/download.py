@@ -67,7 +67,7 @@ def download(wanted: Iterable[Asset], mirrors: Sequence[str] = (), force: bool =
         except OSError as error:
             reason = "another process is downloading it" if error.errno == errno.EAGAIN else error.strerror
             raise UserError(
-                f"{asset.path or constants.HF_HUB_CACHE}: {reason}. What was downloaded is kept. Mend that, or choose "
+                f"{asset.path or constants.HF_HUB_CACHE}: {reason}. What was downloaded is kept. Fix that, or choose "
                 f"another place ({'--weights_dir' if asset.path else 'HF_HOME'})."
             ) from error
     if failures:

@@ -93,7 +93,7 @@ def parse(options: type[T], description: str | None, argv: Sequence[str] | None,
     parser, words = build_parser(options, description, epilog), sys.argv[1:] if argv is None else argv
     if empty := [place for place, word in enumerate(words) if re.fullmatch(r"(--[\w-]+=)?", word)]:
         before = " ".join(words[: empty[0] + 1])
-        parser.error(f"nothing stands after `{before.rstrip(' =')}`: is a variable of the shell not set?")
+        parser.error(f"no value after `{before.rstrip(' =')}`: is a variable of the shell not set?")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     try:
         return options(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
@@ -219,7 +219,7 @@ class FeatureOptions:
         f"FID weights (default: the checkpoint's callbacks.rfid.inception_path, else {INCEPTION_FILE})", "FILE"
     )
     inception_weights: Literal["pretrained", "untrained", "tiny"] = option(
-        "untrained, or tiny (an eighth of the channels, untrained): for trials without the file, the score is no rFID",
+        "untrained, or tiny (an eighth of the channels, untrained): for trials without the file, the score is not rFID",
         default="pretrained",
     )
     inception_width: Annotated[float, above_zero] | None = option(

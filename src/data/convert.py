@@ -84,7 +84,7 @@ def convert(
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         why = "The disk is full" if full else f"Can't write {error.filename or ''} ({error.strerror or error})"
         raise UserError(
-            f"{why}: {partial}. Finished parts are kept; {'make room' if full else 'mend that'} and run the same "
+            f"{why}: {partial}. Finished parts are kept; {'make room' if full else 'fix that'} and run the same "
             f"command again, it goes on where it stopped. To give up: rm -r '{partial}'"
         ) from error
     except BrokenProcessPool as error:

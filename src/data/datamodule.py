@@ -244,7 +244,7 @@ class RAEDataModule(LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         _ = self.fingerprint_state  # of the data as it is before training
         if self.trainer is not None and self.trainer.ckpt_path and not self._compared:
-            log.warning("The checkpoint has no fingerprint of its data, so nobody knows whether this is the same.")
+            log.warning("The checkpoint has no fingerprint of its data, so it can't be checked that this is the same.")
             self._compared = True
         parts = [
             TrainDataset(splits.train, splits.train_rows, _transform(splits.train, transform, self.settings.seed))

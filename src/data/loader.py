@@ -81,7 +81,7 @@ class BadImages:
             last = printable(f"{failures[-1].name}: {failures[-1].reason}")
             raise UserError(
                 f"{self.bad} bad images among the first {self.seen} ({len(self.names)} different ones), more than "
-                f"data.max_bad_share={self.max_share:g} allows. The last: {last}. Mend or remove "
+                f"data.max_bad_share={self.max_share:g} allows. The last: {last}. Fix or remove "
                 "the files (create_hf_test_data.py leaves bad ones out and lists them), or raise data.max_bad_share."
             )
 

@@ -20,7 +20,7 @@ def push(folder: Path, repo_id: str, private: bool) -> str:
         api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message=f"Export {folder.name}")
     except (OSError, ValueError) as error:  # the hub's own, no connection, no token
         raise UserError(
-            f"--push {repo_id}: {str(error).splitlines()[0]}. The export itself is in {folder}; push again once that is mended. "
+            f"--push {repo_id}: {str(error).splitlines()[0]}. The export itself is in {folder}; push again once that is fixed. "
             "It takes a token with write permission: `hf auth login`, or HF_TOKEN."
         ) from error
     return repo_id

@@ -53,7 +53,7 @@ class InceptionFeatures(FeatureNetwork):
         if self.untrained:
             self.name = f"inception-untrained-seed{seed}-width{width:g}"
             _initialise(network, seed)
-            log.warning("Inception features are untrained (seed %d): scores are no rFID", seed)
+            log.warning("Inception features are untrained (seed %d): scores are not rFID", seed)
         else:
             self.name = "inception-2015-12-05"
             _load(network, weights_path, key)

@@ -126,8 +126,8 @@ def stored_moments(path: str | Path, network: FeatureNetwork, wanted: Preparatio
         stated = replace(stated, selected=len(images or ()) if moments is None else moments.count)
     if differences := stated.differences(wanted):
         log.warning(
-            "%s was prepared otherwise than the images of this evaluation, and the score depends on that as on the "
-            "model. The reference: %s. %s",
+            "%s was prepared differently from the images of this evaluation, which changes the score. "
+            "The reference: %s. %s",
             path, "; ".join(differences), remedy,
         )  # fmt: skip
     return moments

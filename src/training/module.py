@@ -236,7 +236,7 @@ class StageModule(pl.LightningModule):
         done = loop.epoch_loop.batch_progress.current.ready
         if done > batches:
             raise UserError(
-                f"The checkpoint stands behind micro-batch {done} of its epoch, but an epoch now has {batches}: the global "
+                f"The checkpoint was saved after micro-batch {done} of its epoch, but an epoch now has {batches}: the global "
                 "batch has grown. Resume with the data.batch_size x processes x trainer.accumulate_grad_batches of that run."
             )
         self.trainer.train_dataloader.resume_at(loop.epoch_progress.current.processed, done)

@@ -75,9 +75,7 @@ def announce_resume(checkpoint: Path, config: Mapping[str, Any], processes: int)
     for key in ("precision", "float32_matmul_precision"):
         was, now = before.get("trainer", {}).get(key), config["trainer"].get(key)
         if was is not None and str(was) != str(now):
-            log.warning(
-                "trainer.%s was %s and is now %s: the same numbers are rounded otherwise from here on.", key, was, now
-            )
+            log.warning("trainer.%s was %s and is now %s: results are rounded differently from here on.", key, was, now)
     for group, free in _FREE.items():
         was, now = flat(before.get(group) or {}), flat(config[group])
         for key in sorted((was.keys() | now.keys()) - set(free)):

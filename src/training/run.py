@@ -260,7 +260,7 @@ def check_config(config: DictConfig) -> None:
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     if empty := [key for key, value in flat(plain).items() if value == "" and not key.startswith("logger.")]:
         raise UserError(
-            f"Nothing stands after {', '.join(f'{key}=' for key in empty)}: give a value, or null for none. Is a variable of the "
+            f"No value after {', '.join(f'{key}=' for key in empty)}: give a value, or null for none. Is a variable of the "
             "shell not set?"
         )
     RunSettings.parse(plain, "")
