@@ -1,10 +1,10 @@
-"""See both stages work on a bare machine: a tiny autoencoder, its latents stored, a diffusion transformer, samples by class.
+"""Run both stages without a GPU, data or downloads: a tiny autoencoder, its latents, a diffusion transformer, samples by class.
 
     python scripts/dummy_stage2.py                 (or `make dummy2`)
 
 Takes the autoencoder of an earlier call where there is one. Ends with the Frechet distance of decoded noise (which is what
 an untrained transformer samples) and of samples, how many samples show their class, and a picture. All networks that judge
-or encode are untrained: the figures show that the machinery works.
+or encode are untrained: the figures show that the pipeline works, not its quality.
 """
 
 import argparse
