@@ -101,8 +101,9 @@ def _judge(checkpoint: Path, samples: Path) -> tuple[float, float, float]:
     from src.evaluation.images import centre_crops, open_images
     from src.formats.stage2 import open_generator
     from src.metrics.fid import frechet_distance
+    from src.metrics.generation import ImageStatistics
     from src.metrics.inception import InceptionFeatures
-    from src.metrics.reference import ALONE, image_statistics
+    from src.metrics.reference import ALONE
 
     generator = open_generator(checkpoint)
     rae, inception = generator.rae, InceptionFeatures(None, "tiny")
@@ -113,8 +114,12 @@ def _judge(checkpoint: Path, samples: Path) -> tuple[float, float, float]:
         decoded = [unit_to_bytes(rae.decode(part)) for part in noise.split(32)]
     archive = np.load(samples)
     made = torch.from_numpy(archive["arr_0"]).permute(0, 3, 1, 2)
-    sets = ((batch["image"] for batch in loader), decoded, [made])
-    real, before, after = (image_statistics(batches, inception, 32) for batches in sets)
+    sets = [(batch["image"] for batch in loader), decoded, [made]]
+    found = [ImageStatistics(inception, 32, keep=False, spatial=False) for _ in sets]
+    for statistics, batches in zip(found, sets, strict=True):
+        for images in batches:
+            statistics.update(images)
+    real, before, after = (statistics.pool for statistics in found)
     right = made.float().mean((2, 3)).argmax(1).numpy() == archive["labels"]
     return frechet_distance(real, before), frechet_distance(real, after), float(right.mean())
 

@@ -1,10 +1,13 @@
 """Shared fixtures: the smallest models of every part, with seeded random weights."""
 
+import json
 import os
+import shlex
 import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: a test never asks a hub
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -80,6 +83,22 @@ def stage2_run(autoencoder: Path, tmp_path_factory: pytest.TempPathFactory):
 
     folder = tmp_path_factory.mktemp("stage2")
     return folder, train_stage2(folder, autoencoder)
+
+
+@pytest.fixture
+def run_program(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Run the `main` of a program that scores; return what it printed and the content of its JSON file, or (code 1) its message."""
+
+    def run(main: Callable[[list[str]], int], line: str, code: int = 0) -> Any:
+        file = tmp_path / "scores.json"
+        assert main([*shlex.split(line), *([] if code else ["--json", str(file)])]) == code
+        said = capsys.readouterr()
+        if code == 0:
+            return said.out, json.loads(file.read_text())
+        assert said.out == "" and "Traceback" not in said.err
+        return said.err
+
+    return run
 
 
 @pytest.fixture(autouse=True)

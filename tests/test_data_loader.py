@@ -114,7 +114,7 @@ def test_adm_crop_of_training_is_that_of_evaluation(folder: Path) -> None:
     data = module(folder, train_crop="adm", batch_size=8)
     evaluated = {
         int(i): x
-        for b in data.evaluation_loader(8, train_fallback=True)
+        for b in data.evaluation_loader(data.evaluation_set(or_training=True), 8)
         for i, x in zip(b["index"], b["image"], strict=True)
     }
     for batch in data.train_dataloader():
@@ -280,10 +280,11 @@ def test_evaluation_leaves_bad_images_out_and_keeps_order(tmp_path: Path) -> Non
 
 def test_evaluation_shares_over_ranks(folder: Path) -> None:
     data = module(folder, train_split=0.5)
-    whole = [i for b in data.evaluation_loader(3, num_images=17) for i in b["index"].tolist()]
+    held_out = data.evaluation_set()
+    whole = [i for b in data.evaluation_loader(held_out, 3, num_images=17) for i in b["index"].tolist()]
     assert len(whole) == 17
     for images in (17, 1):  # ranks without an image take part in as many batches
-        loaders = [data.evaluation_loader(3, images, rank, 4) for rank in range(4)]
+        loaders = [data.evaluation_loader(held_out, 3, images, rank, 4) for rank in range(4)]
         assert len({len(loader) for loader in loaders}) == 1
         shares = [[i for b in loader for i in b["index"].tolist()] for loader in loaders]
         assert shares == [whole[:images][rank::4] for rank in range(4)]
@@ -295,11 +296,9 @@ def test_fallback_to_training_images(folder: Path) -> None:
     assert data.val_size == 0
     assert data.train_size == 40
     with pytest.raises(UserError, match=r"use_train_dataloader=true"):
-        data.evaluation_dataset(fallback_to_train=False)
-    dataset, is_train = data.evaluation_dataset(fallback_to_train=True, num_images=10)
-    assert is_train and len(dataset) == 10
-    dataset, is_train = module(folder, train_split=0.9).evaluation_dataset(fallback_to_train=True)
-    assert not is_train and len(dataset) == 4
+        data.evaluation_set()
+    assert len(data.evaluation_dataset(data.evaluation_set(or_training=True), num_images=10)) == 10
+    assert len(module(folder, train_split=0.9).evaluation_set(or_training=True).rows) == 4
 
 
 def test_evaluation_does_not_depend_on_the_seed(folder: Path) -> None:

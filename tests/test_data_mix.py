@@ -219,7 +219,7 @@ def test_evaluation_sets(folders: Path) -> None:
     data = mixed(folders, evaluation=evaluation)
     assert data.val_size == 20 and list(data.evaluation_sets) == ["arrow", "files"]
     assert sum(len(b["image"]) for b in data.val_dataloader()) == 20
-    assert sum(len(b["image"]) for b in data.evaluation_loader(4, name="files")) == 6
+    assert sum(len(b["image"]) for b in data.evaluation_loader(data.evaluation_set("files"), 4)) == 6
     rows = dict(data.describe())
     assert rows["data tars"].startswith("tar files: 12 training images, weight 1, 13 an epoch, 3 classes, index")
     assert rows["evaluation files"].startswith("6 images")

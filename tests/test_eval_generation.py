@@ -14,7 +14,7 @@ from src import eval_generation, reconstruct
 from src.data.latents import LatentStore, LatentWriter, write_index
 from src.formats.checkpoint import load_trained
 from src.formats.folder import write_folder
-from src.metrics.generation import GenerationReference, GenerationStatistics, compute_scores
+from src.metrics.generation import GenerationReference, ImageStatistics, compute_scores
 from src.metrics.inception import InceptionFeatures
 from tests.tiny_models import checkpoint, two_processes
 
@@ -52,27 +52,19 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture
-def evaluate(capsys, tmp_path):
-    """Run the program; return what it printed, and the results in its JSON file."""
+def evaluate(run_program):
+    """What the program printed, and its results."""
 
     def run(line):
-        assert eval_generation.main(shlex.split(f"{TINY} --json {tmp_path}/scores.json {line}")) == 0
-        return capsys.readouterr().out, json.loads((tmp_path / "scores.json").read_text())["results"]
+        out, content = run_program(eval_generation.main, f"{TINY} {line}")
+        return out, content["results"]
 
     return run
 
 
 @pytest.fixture
-def refused(capsys):
-    """Run the program and return its message."""
-
-    def run(line, quick=TINY):
-        assert eval_generation.main(shlex.split(f"{quick} {line}")) == 1
-        captured = capsys.readouterr()
-        assert captured.out == "" and "Traceback" not in captured.err
-        return captured.err
-
-    return run
+def refused(run_program):
+    return lambda line, quick=TINY: run_program(eval_generation.main, f"{quick} {line}", code=1)
 
 
 def test_npz_and_folder_give_the_same_and_so_do_the_functions(evaluate, files):
@@ -86,7 +78,7 @@ def test_npz_and_folder_give_the_same_and_so_do_the_functions(evaluate, files):
     inception, found = InceptionFeatures(None, "tiny"), []
     for name in ("generated", "reference"):
         images = torch.from_numpy(np.load(files / f"{name}.npz")["arr_0"]).permute(0, 3, 1, 2)
-        found.append(GenerationStatistics(inception, 4, len(images)))
+        found.append(ImageStatistics(inception, 4, len(images)))
         found[-1].update(images, torch.arange(len(images)))
     direct = compute_scores(found[0], GenerationReference.of(found[1]))
     assert {name: result[name] for name in direct} == direct

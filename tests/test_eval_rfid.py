@@ -66,27 +66,13 @@ def checkpoint(tmp_path_factory, images) -> Path:
 
 
 @pytest.fixture
-def evaluate(capsys, tmp_path):
-    """Run the program with a JSON file; return what it printed, and the content of that file."""
-
-    def run(line: str) -> tuple[str, dict]:
-        assert eval_rfid.main(shlex.split(f"{QUICK} --json {tmp_path}/result.json {line}")) == 0
-        return capsys.readouterr().out, json.loads((tmp_path / "result.json").read_text())
-
-    return run
+def evaluate(run_program):
+    return lambda line: run_program(eval_rfid.main, f"{QUICK} {line}")
 
 
 @pytest.fixture
-def refused(capsys):
-    """Run the program and return the message of an error by the user."""
-
-    def run(line: str, quick: str = QUICK) -> str:
-        assert eval_rfid.main(shlex.split(f"{quick} {line}")) == 1
-        captured = capsys.readouterr()
-        assert captured.out == "" and "Traceback" not in captured.err
-        return captured.err
-
-    return run
+def refused(run_program):
+    return lambda line, quick=QUICK: run_program(eval_rfid.main, f"{quick} {line}", code=1)
 
 
 def table(file: Path) -> list[dict]:

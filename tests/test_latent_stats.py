@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from src.core.distributed import Process
+from src.data.dataset import EvaluationTransform
 from src.data.decode import Decoder
 from src.evaluation.images import open_images
-from src.evaluation.latent_statistics import LatentMoments, latent_statistics, partial_file
+from src.evaluation.latent_statistics import latent_statistics, partial_file
 from src.evaluation.options import StatisticsOptions
-from src.evaluation.reconstruction_inputs import FitTransform, open_inputs
+from src.evaluation.reconstruction_inputs import open_inputs
 from src.latent_stats import main
 from tests.tiny_models import checkpoint, photos, tiny_rae, two_processes
 
@@ -23,7 +24,7 @@ def run(line: str) -> int:
 def stacked(rae, folder):
     """All raw latents, float64, by the evaluation crop, one image at a time."""
     inputs = open_inputs([str(folder)], None)
-    crop = FitTransform(rae.geometry.image_size, "crop", Decoder("apply", 80))
+    crop = EvaluationTransform(rae.geometry.image_size, Decoder("apply", 80))
     images = (torch.from_numpy(crop(inputs.source.encoded(i)).copy()).permute(2, 0, 1) for i in inputs.rows)
     return np.stack([rae.encode_raw(image[None])[0].double().numpy() for image in images])
 
@@ -33,18 +34,14 @@ def same(one, two):
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-6)
 
 
-def test_moments_match_numpy_and_add_up():
-    z = np.random.default_rng(0).normal(100, 0.5, (37, 3, 2, 2))
-    parts = [LatentMoments((3, 2, 2)) for _ in range(3)]
-    for part, rows in zip(parts, np.array_split(z, 3), strict=True):
-        for chunk in np.array_split(rows, 2):
-            part.update(torch.from_numpy(chunk))
-    total = LatentMoments((3, 2, 2))
-    for part in parts:
-        total.add(part.count, part.sums)
-    assert total.count == 37
-    np.testing.assert_allclose(total.mean().numpy(), z.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(total.var().numpy(), z.var(0), rtol=1e-8)
+def test_latents_far_from_zero_keep_their_variance(tmp_path, monkeypatch):
+    rae, images = tiny_rae(tmp_path), open_images(photos(tmp_path / "photos", 9), "all", None)
+    z = torch.from_numpy(np.random.default_rng(0).normal(100, 0.5, (9, *rae.latent_shape)))
+    parts = iter(z.split(4))
+    monkeypatch.setattr(rae, "encode_raw", lambda images: next(parts))
+    options = StatisticsOptions(checkpoint="x", output=tmp_path / "s.pt", num_workers=0, batch_size=4)
+    found = latent_statistics(rae, images, options, Process(torch.device("cpu")), lambda done, total: None)
+    torch.testing.assert_close(found["var"], z.var(0, correction=0).float(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 32])

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from src.core.errors import UserError
 from src.metrics.fid import FeatureStatistics, Gaussian, few_images_warning, frechet_distance, load_npz, save_npz
+from src.metrics.generation import load_reference
 from src.metrics.inception import InceptionFeatures
 from src.metrics.npz import ImageNpz, write_image_npz
-from src.metrics.reference import Preparation, image_statistics, load_reference
+from src.metrics.reference import Preparation
 
 
 def features(count: int, dim: int, seed: int, offset: float = 0.4) -> Tensor:
@@ -159,10 +160,10 @@ def test_images_are_read_in_batches_and_shared_by_ranks(tmp_path: Path, save) ->
     save(tmp_path / "a.npz", pixels.permute(0, 2, 3, 1).contiguous().numpy())
     archive = ImageNpz(tmp_path / "a.npz")
     assert len(archive) == 11 and archive.shape == (11, 5, 5, 3)
-    assert [len(x) for x in archive.batches(4)] == [4, 4, 3]
-    assert torch.equal(torch.cat(list(archive.batches(4))), pixels)
-    shares = [list(archive.batches(4, rank, 2)) for rank in (0, 1)]
-    assert torch.equal(torch.cat([shares[0][0], shares[1][0], shares[0][1]]), pixels)
+    for world, sizes in ((1, [4, 4, 3]), (2, [4, 3, 4])):
+        batches = [batch for rank in range(world) for batch in archive.batches(4, rank, world)]
+        assert [len(places) for places, _ in batches] == sizes
+        assert all(torch.equal(rows, pixels[places]) for places, rows in batches)
 
 
 def write_images(path: Path, pixels: Tensor, **facts: str | int) -> None:
@@ -192,12 +193,12 @@ PREPARED = Preparation(16, "apply", "validation", "0123456789abcdef", 6, 6)
 
 
 def load(path: Path, wanted: Preparation = PREPARED, inception: InceptionFeatures = INCEPTION):
-    return load_reference(path, inception, 4, wanted, "Type this.")
+    return load_reference(path, inception, 4, wanted, "Type this.", pool_only=True).pool
 
 
 def write_both_kinds(folder: Path, prepared: Preparation | None = PREPARED) -> FeatureStatistics:
     """`statistics.npz` and `images.npz` of the same 6 images, which say of themselves what `prepared` says."""
-    facts, made = {} if prepared is None else prepared.facts(), image_statistics(images(6).split(4), INCEPTION, 3)
+    facts, made = {} if prepared is None else prepared.facts(), statistics(INCEPTION(images(6)), 4)
     save_npz(folder / "statistics.npz", made, INCEPTION.name, facts)
     write_images(folder / "images.npz", images(6), **facts)
     return made

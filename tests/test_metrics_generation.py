@@ -11,10 +11,10 @@ from src.metrics import generation
 from src.metrics.fid import save_npz
 from src.metrics.generation import (
     GenerationReference,
-    GenerationStatistics,
+    ImageStatistics,
     InceptionScore,
     compute_scores,
-    load_generation_reference,
+    load_reference,
     precision_recall,
 )  # fmt: skip
 from src.metrics.inception import InceptionFeatures
@@ -38,7 +38,7 @@ def images(count, seed=0, size=PX):
 
 
 def statistics(inception, pictures, batch_size=4):
-    found = GenerationStatistics(inception, batch_size, len(pictures))
+    found = ImageStatistics(inception, batch_size, len(pictures))
     found.update(pictures, torch.arange(len(pictures)))
     return found.reduce()
 
@@ -139,7 +139,7 @@ def test_a_reference_of_adms_layout(inception, tmp_path, caplog):
     made = adm_file(tmp_path / "a.npz", inception, images(9))
     with np.load(tmp_path / "a.npz") as archive:
         np.savez(tmp_path / "b.npz", **{**archive, "arr_0": images(7, 5).permute(0, 2, 3, 1).numpy()})
-    found = load_generation_reference(tmp_path / "b.npz", inception, 4, HERE)
+    found = load_reference(tmp_path / "b.npz", inception, 4, HERE)
     for there, here in ((found.pool, made.pool), (found.spatial, made.spatial)):
         assert torch.equal(there.mean, here.mean) and torch.equal(there.covariance, here.covariance)
     torch.testing.assert_close(found.features, inception(images(7, 5)))
@@ -149,30 +149,30 @@ def test_a_reference_of_adms_layout(inception, tmp_path, caplog):
 def test_references_with_less(inception, tmp_path, caplog):
     pictures = images(9)
     np.savez(tmp_path / "images.npz", arr_0=pictures.permute(0, 2, 3, 1).numpy())
-    found = load_generation_reference(tmp_path / "images.npz", inception, 4, HERE)
+    found = load_reference(tmp_path / "images.npz", inception, 4, HERE)
     torch.testing.assert_close(found.features, inception(pictures))
     assert (found.pool.count, found.spatial.count) == (9, 9)
     with caplog.at_level(logging.WARNING):
         save_npz(tmp_path / "moments.npz", found.pool, inception.name, {"image_size": PX})
-        found = load_generation_reference(tmp_path / "moments.npz", inception, 4, HERE)
+        found = load_reference(tmp_path / "moments.npz", inception, 4, HERE)
     assert "there is no sFID, and no precision and recall" in caplog.text
     scores = compute_scores(statistics(inception, pictures), found)
     assert scores.keys() == {"gfid_untrained", "inception_score_untrained", "images"}
     assert scores["gfid_untrained"] == pytest.approx(0, abs=1e-6)
     whole = statistics(inception, pictures)
     save_npz(tmp_path / "ours.npz", whole.pool, inception.name, {"image_size": PX}, whole.spatial)
-    scores = compute_scores(whole, load_generation_reference(tmp_path / "ours.npz", inception, 4, HERE))
+    scores = compute_scores(whole, load_reference(tmp_path / "ours.npz", inception, 4, HERE))
     assert scores["sfid_untrained"] == pytest.approx(0, abs=1e-6)
 
 
 def test_references_that_do_not_fit(inception, tmp_path):
     np.savez(tmp_path / "large.npz", arr_0=images(4, size=48).permute(0, 2, 3, 1).numpy())
     with pytest.raises(UserError, match=r"48 x 48 px, this evaluation has 32 x 32 px(.|\n)*TYPE THIS"):
-        load_generation_reference(tmp_path / "large.npz", inception, 4, HERE, "TYPE THIS")
+        load_reference(tmp_path / "large.npz", inception, 4, HERE, "TYPE THIS")
     adm_file(tmp_path / "odd.npz", inception, images(4), count=4)
     with np.load(tmp_path / "odd.npz") as archive:
         np.savez(tmp_path / "odd.npz", **{**archive, "mu_s": np.zeros(3)})
     with pytest.raises(UserError, match="mu_s float64"):
-        load_generation_reference(tmp_path / "odd.npz", inception, 4, HERE)
+        load_reference(tmp_path / "odd.npz", inception, 4, HERE)
     with pytest.raises(UserError, match="at least 2 images"):
         compute_scores(statistics(inception, images(1)), GenerationReference.of(statistics(inception, images(5))))

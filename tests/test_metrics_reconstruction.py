@@ -10,11 +10,10 @@ from torch import Tensor
 
 from src.core.errors import UserError
 from src.core.images import bytes_to_unit, unit_to_bytes
-from src.metrics.fid import frechet_distance
+from src.metrics.fid import FeatureStatistics, frechet_distance
 from src.metrics.inception import InceptionFeatures
 from src.metrics.quality import psnr, ssim
 from src.metrics.reconstruction import ReconstructionScore
-from src.metrics.reference import image_statistics
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +52,9 @@ def test_all_numbers_are_what_the_parts_give(inception: InceptionFeatures) -> No
     assert torch.equal(values["psnr"], psnr(original, decoded)) and torch.equal(values["ssim"], ssim(original, decoded))
     assert {"psnr", "ssim", "lpips"} <= values.keys() and {tuple(value.shape) for value in values.values()} == {(24,)}
     result = score.reduce().compute()  # without a process group there is nothing to add
-    moments = [image_statistics([images], inception, 24) for images in (original, decoded)]
+    moments = [FeatureStatistics(inception.feature_dim) for _ in range(2)]
+    for part, images in zip(moments, (original, decoded), strict=True):
+        part.update(inception(images))
     expected = {name: value.double().mean().item() for name, value in values.items()}
     expected |= {"rfid_untrained": frechet_distance(*moments), "images": 24}
     assert result == pytest.approx(expected, rel=1e-5) and isinstance(result["images"], int)

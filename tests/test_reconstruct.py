@@ -15,9 +15,10 @@ from src import export
 from src.core import files as core_files
 from src.core.errors import UserError
 from src.core.images import unit_to_bytes
+from src.data.dataset import EvaluationTransform
 from src.data.decode import Decoder
 from src.data.latents import LatentStore, LatentWriter, write_index
-from src.evaluation.reconstruction_inputs import FitTransform, open_inputs
+from src.evaluation.reconstruction_inputs import open_inputs
 from src.formats.checkpoint import load_trained
 from src.metrics.quality import psnr
 from src.reconstruct import main
@@ -37,7 +38,7 @@ def test_pictures_scores_and_npz_agree(tmp_path, capsys):
     words = f"--checkpoint {file} --input {folder} --output {out} --batch_size 4"
     assert run(f"{words} --write images sheet scores npz") == 0
     rae, inputs = load_trained(file).rae, open_inputs([str(folder)], None)
-    crop = FitTransform(64, "crop", Decoder("apply", 80))
+    crop = EvaluationTransform(64, Decoder("apply", 80))
     rows = list(csv.DictReader((out / "scores.csv").open()))
     npz, originals = (np.load(out / name)["arr_0"] for name in ("reconstructions.npz", "originals.npz"))
     assert len(rows) == len(npz) == 6
@@ -149,7 +150,7 @@ def test_images_of_any_size_and_kind(tmp_path):
     image[5:, :40, 2] = 255  # the upper quarter has no blue
     Image.fromarray(image).save(tmp_path / "wide.png")
     data, decoder = (tmp_path / "wide.png").read_bytes(), Decoder("apply", 80)
-    crop, pad, resize = (FitTransform(64, fit, decoder)(data) for fit in ("crop", "pad", "resize"))
+    crop, pad, resize = (EvaluationTransform(64, decoder, fit)(data) for fit in ("crop", "pad", "resize"))
     assert crop.shape == pad.shape == resize.shape == (64, 64, 3)
     assert (pad[0] == pad[32])[:, :2].all() and pad[:, :30, :2].min() == 255 and pad[:, 34:].max() == 0
     assert pad[20, :28, 2].max() == 0 and resize[20, :28].min() == 255

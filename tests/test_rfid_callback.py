@@ -65,8 +65,8 @@ def test_training_with_and_without_is_the_same_bit_for_bit(stage1_run, tmp_path,
 
 
 def test_when_and_what_is_written(tmp_path, caplog, monkeypatch):
-    seen, forward = [], InceptionFeatures.forward
-    monkeypatch.setattr(InceptionFeatures, "forward", lambda self, x: (seen.append(len(x)), forward(self, x))[1])
+    seen, outputs = [], InceptionFeatures.outputs
+    monkeypatch.setattr(InceptionFeatures, "outputs", lambda self, x: (seen.append(len(x)), outputs(self, x))[1])
     folder = tmp_path / "2026-01-02" / "03-04-05"
     pictures = {"rfid_save_samples": True, "save_samples_count": 3, "rfid_output_dir": tmp_path / "samples"}
     with caplog.at_level(logging.INFO):

@@ -206,7 +206,7 @@ def test_the_validation_loss_does_not_depend_on_the_number_of_processes(stage2_r
         module.on_validation_epoch_start()
         for rank in range(world):
             module._trainer = SimpleNamespace(world_size=world, global_rank=rank)
-            for batch in run.datamodule.evaluation_loader(8, 18, rank, world):
+            for batch in run.datamodule.evaluation_loader(run.datamodule.evaluation_set(), 8, 18, rank, world):
                 module.validation_step(batch, 0)
         totals.append(module._totals)
     assert torch.allclose(*totals, rtol=1e-5), totals

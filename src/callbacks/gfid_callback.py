@@ -22,7 +22,7 @@ from src.core.weights import SizedWeights, resolve
 from src.evaluation.generate import SamplerSettings
 from src.evaluation.generation import Reference, all_scores, load_references
 from src.evaluation.samples import NOT_FINITE, blocks, draw, labels_of
-from src.metrics.generation import GenerationReference, GenerationStatistics
+from src.metrics.generation import GenerationReference, ImageStatistics
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class GFIDCallback(ScoreCallback):
         """Score samples of the averaged network on all ranks, with the same result on all of them."""
         process, count = process_of(trainer, pl_module), self.num_images
         sampler = pl_module.sampler(self._settings, self.seed)
-        statistics = [GenerationStatistics(network, self.batch_size, count) for network in self._networks]
+        statistics = [ImageStatistics(network, self.batch_size, count) for network in self._networks]
         broken = torch.zeros((), device=process.device)
         for indices in blocks(count, self.batch_size)[process.rank :: process.world]:
             images, latents = draw(sampler, pl_module.rae, indices, self._labels, process.device, self.decode_batch)

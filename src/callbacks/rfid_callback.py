@@ -21,12 +21,14 @@ from src.core.images import Quantization
 from src.core.run_names import run_id
 from src.core.settings import checked
 from src.core.weights import SizedWeights, resolve
+from src.data.settings import EvaluationSettings
 from src.evaluation.image_pairs import KeptPairs, save_pairs
 from src.evaluation.scoring_pass import score_images
 from src.metrics.features import FeatureNetwork
 from src.metrics.fid import Moments
+from src.metrics.generation import load_reference
 from src.metrics.reconstruction import ReconstructionScore
-from src.metrics.reference import Preparation, load_reference
+from src.metrics.reference import Preparation
 
 log = logging.getLogger(__name__)
 
@@ -82,13 +84,13 @@ class RFIDCallback(ScoreCallback):
         """Check before training what would fail at the first evaluation. Raises UserError."""
         if stage != "fit" or not self.in_use:
             return
-        dataset, training_images = trainer.datamodule.evaluation_dataset(self.use_train_dataloader)
-        if len(dataset) < 2:
+        available = len(trainer.datamodule.evaluation_set(None, self.use_train_dataloader).rows)
+        if available < 2:
             raise UserError(
-                f"rFID needs at least 2 images, the evaluation data has {len(dataset)}. Hold out more "
+                f"rFID needs at least 2 images, the evaluation data has {available}. Hold out more "
                 f"(data.train_split), or switch it off: {self.off}."
             )
-        if training_images:
+        if not trainer.datamodule.evaluation_sets:
             log.warning(
                 "rFID is measured on training images: nothing is held out (data.train_split, data.hf_validation_split)."
             )
@@ -117,19 +119,19 @@ class RFIDCallback(ScoreCallback):
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: Any, name: str, images: int | None, group: str) -> None:
         """Score `images` (None: all) and log the figures; pictures go into the folder `name`."""
-        self._scored_at, sets = trainer.global_step, trainer.datamodule.evaluation_sets
-        for number, which in enumerate(sets or [""]):
-            start, chosen = time.perf_counter(), which or None
-            settings = sets[which].settings if sets else None
-            available = len(trainer.datamodule.evaluation_dataset(self.use_train_dataloader, name=chosen)[0])
-            wanted = images and settings.num_samples if settings and settings.num_samples else images
+        self._scored_at, data = trainer.global_step, trainer.datamodule
+        for number, which in enumerate(data.evaluation_sets or [None]):
+            start, found = time.perf_counter(), data.evaluation_set(which, self.use_train_dataloader)
+            wanted, available = images, len(found.rows)
+            if images and found.settings is not None:
+                wanted = found.settings.num_samples or images
             count = min(wanted or available, available)
             with training_paused(trainer):
                 if not number and self._latest[:2] == (trainer.global_step, count):
                     values = self._latest[2]  # the same images through the same weights
                 else:
                     folder = f"{name}_{which}" if number else name
-                    values = self._score(trainer, pl_module, folder, count, chosen)
+                    values = self._score(trainer, pl_module, folder, count, which)
                     if not number:
                         self._latest = (trainer.global_step, count, values)
                 self.publish(trainer, pl_module, f"{group}_{which}" if number else group, values, start)
@@ -138,14 +140,13 @@ class RFIDCallback(ScoreCallback):
         self, trainer: pl.Trainer, pl_module: Any, name: str, images: int, which: str | None
     ) -> dict[str, float]:
         """Score the EMA weights on all ranks, with the same result on all of them. which: the evaluation set."""
-        process = process_of(trainer, pl_module)
+        process, data = process_of(trainer, pl_module), trainer.datamodule
+        found = data.evaluation_set(which, self.use_train_dataloader)
         score = ReconstructionScore(
             self._on_device(pl_module.device), self.rfid_batch_size, pl_module.lpips, self.quantization,
-            self._reals.get((which, images)) or self._given(trainer, which, process),
+            self._reals.get((which, images)) or self._given(trainer, which, found.settings, process),
         )  # fmt: skip
-        loader = trainer.datamodule.evaluation_loader(
-            self.rfid_batch_size, images, process.rank, process.world, self.use_train_dataloader, name=which
-        )
+        loader = data.evaluation_loader(found, self.rfid_batch_size, images, process.rank, process.world)
         pairs = KeptPairs(self._pairs)
 
         def reconstruct(batch: Tensor, rows: Tensor) -> list[Tensor]:
@@ -168,16 +169,19 @@ class RFIDCallback(ScoreCallback):
                 log.warning("The pictures in %s", disk_message(error, self._folder(trainer) / name))
         return values
 
-    def _given(self, trainer: pl.Trainer, which: str | None, process: Process) -> dict[str, Moments]:
+    def _given(
+        self, trainer: pl.Trainer, which: str | None, settings: EvaluationSettings | None, process: Process
+    ) -> dict[str, Moments]:
         """Read the reference that `data.evaluation` names for a set; none: its originals are the reference."""
-        settings = trainer.datamodule.evaluation_sets[which].settings if which else None
         if settings is None or settings.reference is None:
             return {}
         size = trainer.datamodule.evaluation_transform.image_size
         remedy = f"Give another file as data.evaluation.{which}.reference, or null for the originals."
         file, wanted, batch = resolve(settings.reference), Preparation(image_size=size), self.rfid_batch_size
-        networks = self._on_device(process.device)
-        return {n.space: load_reference(file, n, batch, wanted, remedy, process) for n in networks}
+        found: dict[str, Moments] = {}
+        for network in self._on_device(process.device):
+            found[network.space] = load_reference(file, network, batch, wanted, remedy, process, pool_only=True).pool
+        return found
 
     def _on_device(self, module_device: torch.device) -> list[FeatureNetwork]:
         """Return the networks on `rfid_device`: `cuda` is the module's own GPU, or the module's device without one."""

@@ -47,7 +47,8 @@ class SampleImages(pl.Callback):
         if not trainer.is_global_zero or not self.count:
             return
         if self._originals is None:
-            dataset, _ = trainer.datamodule.evaluation_dataset(True, self.count)
+            data = trainer.datamodule
+            dataset = data.evaluation_dataset(data.evaluation_set(or_training=True), self.count)
             items = (dataset[i] for i in range(len(dataset)))
             images = [item.image for item in items if item.image is not None]
             if not images:

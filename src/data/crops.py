@@ -88,6 +88,18 @@ def adm_center_crop(pixels: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
+def whole(pixels: np.ndarray, size: int, pad: bool) -> np.ndarray:
+    """Bring all of an image to uint8 S x S x 3, bicubic: `pad`: the longer side, the rest filled with the edge's colours; else
+    both sides, proportions given up."""
+    height, width = pixels.shape[:2]
+    scale = size / max(height, width)
+    wanted = (max(1, round(width * scale)), max(1, round(height * scale))) if pad else (size, size)
+    image = np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).resize(wanted, Image.Resampling.BICUBIC))
+    top, left = (size - image.shape[0]) // 2, (size - image.shape[1]) // 2
+    spans = ((top, size - image.shape[0] - top), (left, size - image.shape[1] - left), (0, 0))
+    return np.pad(image, spans, mode="edge")
+
+
 def _trim_strip(pixels: np.ndarray) -> np.ndarray:
     longest = MAX_ASPECT * min(pixels.shape[:2])
     top, left = (max(0, (side - longest) // 2) for side in pixels.shape[:2])

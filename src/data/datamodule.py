@@ -17,7 +17,7 @@ from src.data import dummy, mix
 from src.data.dataset import EvaluationDataset, EvaluationTransform, MixDataset, TrainDataset, TrainTransform
 from src.data.decode import Decoder
 from src.data.fingerprint import compare_fingerprints, source_state
-from src.data.latents import LatentStore, LatentTransform
+from src.data.latents import LatentStore
 from src.data.loader import PREFETCH_BATCHES, EvaluationLoader, TrainLoader, WorkerOptions
 from src.data.order import EpochOrder, Rows, evaluation_rows
 from src.data.places import locate
@@ -247,7 +247,7 @@ class RAEDataModule(LightningDataModule):
             log.warning("The checkpoint has no fingerprint of its data, so it can't be checked that this is the same.")
             self._compared = True
         parts = [
-            TrainDataset(splits.train, splits.train_rows, _transform(splits.train, transform, self.settings.seed))
+            TrainDataset(splits.train, splits.train_rows, _transform(splits.train, transform), self.settings.seed)
             for splits, transform in zip(self.opened, self.train_transforms, strict=True)
         ]
         dataset = MixDataset(parts) if self.is_mix else parts[0]
@@ -263,48 +263,45 @@ class RAEDataModule(LightningDataModule):
         if not self.val_size:
             return []
         world, rank = self._ranks()
-        return self.evaluation_loader(self.batch_size, None, rank, world, persistent=True)
+        return self.evaluation_loader(self.evaluation_set(), self.batch_size, None, rank, world, persistent=True)
 
-    def evaluation_dataset(
-        self, fallback_to_train: bool, num_images: int | None = None, name: str | None = None
-    ) -> tuple[EvaluationDataset, bool]:
-        """Return (images, whether they are training images).
-
-        The images of a set, centre-cropped, in an order that depends on their number alone, mixed over classes; the first
-        `num_images`. name: of a set of `data.evaluation`; None: the first one.
+    def evaluation_set(self, name: str | None = None, or_training: bool = False) -> EvaluationSet:
+        """Return the set of that name; None: the first one, of `data.evaluation` or what is held out.
 
         Raises:
-            UserError: nothing is held out and `fallback_to_train` is false.
+            UserError: nothing is held out, unless the training images will do (`or_training`).
         """
         if sets := self.evaluation_sets:
-            found = next(iter(sets.values())) if name is None else sets[name]
-        elif fallback_to_train:
-            found = EvaluationSet(self.splits.train, self.splits.train_rows)
-        else:
-            first = next(iter(self.sources.values()))
-            raise UserError(
-                f"{first.data_dir} has no validation split and data.train_split={first.train_split:g} holds nothing "
-                "out. Set data.train_split=0.95 (say), name a split with data.hf_validation_split, or evaluate on "
-                "training images with callbacks.rfid.use_train_dataloader=true."
-            )
+            return next(iter(sets.values())) if name is None else sets[name]
+        if or_training:
+            return EvaluationSet(self.splits.train, self.splits.train_rows)
+        first = next(iter(self.sources.values()))
+        raise UserError(
+            f"{first.data_dir} has no validation split and data.train_split={first.train_split:g} holds nothing "
+            "out. Set data.train_split=0.95 (say), name a split with data.hf_validation_split, or evaluate on "
+            "training images with callbacks.rfid.use_train_dataloader=true."
+        )
+
+    def evaluation_dataset(self, found: EvaluationSet, num_images: int | None = None) -> EvaluationDataset:
+        """Return the images of a set, centre-cropped: the first `num_images` of an order that depends on their number alone,
+        mixed over classes."""
         chosen = evaluation_rows(len(found.rows), num_images)
         if isinstance(found.rows, np.ndarray):
             chosen = found.rows[chosen]
-        return EvaluationDataset(found.source, chosen, _transform(found.source, self.evaluation_transform)), not sets
+        return EvaluationDataset(found.source, chosen, _transform(found.source, self.evaluation_transform))
 
     def evaluation_loader(
         self,
+        found: EvaluationSet,
         batch_size: int,
         num_images: int | None = None,
         rank: int = 0,
         world: int = 1,
-        train_fallback: bool = False,
         persistent: bool = False,
-        name: str | None = None,
     ) -> EvaluationLoader:
         """Load every `world`-th image of `evaluation_dataset`, from `rank` on, in batches. persistent: keep the workers
         between passes."""
-        dataset, _ = self.evaluation_dataset(train_fallback, num_images, name)
+        dataset = self.evaluation_dataset(found, num_images)
         largest_share = len(dataset.rows[::world])
         dataset.rows = dataset.rows[rank::world]
         loader = EvaluationLoader(
@@ -336,6 +333,6 @@ class RAEDataModule(LightningDataModule):
         return WorkerOptions(self.num_workers, pinned, prefetch, self.settings.worker_timeout_s)
 
 
-def _transform(source: Source, images: Any, seed: int = 0) -> Any:
+def _transform(source: Source, images: Any) -> Any:
     """Return what makes a sample of a row: `images`, unless the source holds latents."""
-    return LatentTransform(source, seed) if isinstance(source, LatentStore) else images
+    return source.decoded if isinstance(source, LatentStore) else images

@@ -98,14 +98,19 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class EvaluationTransform:
-    """The ADM centre crop of the whole decoded image: the published reference images, bit for bit."""
+    """fit `crop`: the ADM centre crop of the whole decoded image, the published reference images bit for bit; `pad` and
+    `resize` (`src/reconstruct.py --fit`): all of the image, see `crops.whole`."""
 
     image_size: int
     decoder: Decoder
+    fit: Literal["crop", "pad", "resize"] = "crop"
 
     def __call__(self, data: bytes | memoryview) -> np.ndarray:
-        """Crop a complete file: uint8 S x S x 3. Raises BadImage."""
-        return crops.adm_center_crop(self.decoder.decode(data).pixels, self.image_size)
+        """Make a complete file uint8 S x S x 3. Raises BadImage."""
+        pixels = self.decoder.decode(data).pixels
+        if self.fit == "crop":
+            return crops.adm_center_crop(pixels, self.image_size)
+        return crops.whole(pixels, self.image_size, pad=self.fit == "pad")
 
 
 class _Rows(Dataset[Sample]):
@@ -132,6 +137,10 @@ class _Rows(Dataset[Sample]):
 class TrainDataset(_Rows):
     """Rows of a source through a TrainTransform. A bad image is replaced by a row drawn from (seed, epoch, position)."""
 
+    def __init__(self, source: Source, rows: Rows, transform: Any, seed: int) -> None:
+        super().__init__(source, rows, transform)
+        self.seed = seed
+
     def __getitem__(self, item: Item) -> Sample:
         place = item.epoch, item.position
         first = sample = self._sample(item._replace(row=int(self.rows[item.row])), *place)
@@ -139,7 +148,7 @@ class TrainDataset(_Rows):
         for _ in range(ATTEMPTS):
             if sample.image is not None:
                 break
-            draws = draws or stream.generator(self.transform.seed, stream.Purpose.REPLACEMENT, *place)
+            draws = draws or stream.generator(self.seed, stream.Purpose.REPLACEMENT, *place)
             sample = self._sample(item._replace(row=int(self.rows[int(draws.integers(len(self.rows)))])), *place)
             failures += sample.failures
         return replace(first if sample.image is None else sample, failures=failures)

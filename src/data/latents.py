@@ -16,7 +16,6 @@ import math
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -120,7 +119,7 @@ class LatentStore(PackedSource):
 
     def __init__(self, path: str | Path) -> None:
         self._arguments = (path,)
-        self.folder = folder = Path(path).parent if Path(path).name == INDEX else Path(path)
+        self.path = folder = Path(path).parent if Path(path).name == INDEX else Path(path)
         remedy = (
             "Expected a folder that `src/reconstruct.py --latents` wrote; its index is there once that has finished."
         )
@@ -156,8 +155,8 @@ class LatentStore(PackedSource):
             raise BadImage("not what was written (CRC-32)")
         return data
 
-    def decoded(self, data: bytes | memoryview) -> Tensor:
-        """Return a latent of its bytes, float32 C h w. Raises BadImage where a number is not finite."""
+    def decoded(self, data: bytes | memoryview, *_: int) -> Tensor:
+        """Return a latent of its bytes, float32 C h w: the transform of a dataset. Raises BadImage where a number is not finite."""
         latent = torch.frombuffer(bytearray(data), dtype=self.dtype).view(self.shape).float()
         if not latent.isfinite().all():
             raise BadImage("not finite (NaN or infinity)")
@@ -192,17 +191,6 @@ class LatentStore(PackedSource):
     def fingerprint(self) -> str:
         facts = {key: value for key, value in self.about.items() if key not in ("model", "data")}
         return short_digest(json.dumps(facts, sort_keys=True).encode())
-
-
-@dataclass(frozen=True)
-class LatentTransform:
-    """A stored latent as it is, float32 C x h x w. seed: of what replaces a latent that can't be read."""
-
-    store: LatentStore
-    seed: int = 0
-
-    def __call__(self, data: bytes | memoryview, *_: int) -> Tensor:
-        return self.store.decoded(data)
 
 
 def finite_rows(latents: Tensor) -> Tensor:

@@ -27,16 +27,16 @@ from src.evaluation.networks import networks_of
 from src.evaluation.options import GenerationOptions
 from src.evaluation.reconstruction import check_store
 from src.evaluation.reconstruction_inputs import Inputs, open_inputs
-from src.formats.checkpoint import LoadedModel, check_latents
+from src.formats.checkpoint import LoadedModel
 from src.formats.opening import open_model
 from src.metrics.features import FeatureNetwork
 from src.metrics.generation import (
     GenerationReference,
-    GenerationStatistics,
+    ImageStatistics,
     compute_scores,
-    load_generation_reference,
+    load_reference,
 )
-from src.metrics.npz import ImageNpz, LatentNpz, NpzRows
+from src.metrics.npz import ImageNpz, LatentNpz
 from src.metrics.reference import Preparation
 
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -103,7 +103,7 @@ def score_sets(
     references = load_references(reference, size, networks, options, process)
     results = []
     for images in sets:
-        statistics = [GenerationStatistics(network, options.batch_size, images.count) for network in networks]
+        statistics = [ImageStatistics(network, options.batch_size, images.count) for network in networks]
         _measure(statistics, images.batches(), images.count, images.label, process)
         results.append(all_scores(statistics, references, process.device) if process.main else {})
     return results
@@ -118,7 +118,7 @@ def common_size(sizes: Mapping[str, int]) -> int:
 
 
 def all_scores(
-    statistics: Sequence[GenerationStatistics], references: Sequence[GenerationReference], device: torch.device
+    statistics: Sequence[ImageStatistics], references: Sequence[GenerationReference], device: torch.device
 ) -> dict[str, float | int]:
     """Return the scores by every feature network. On rank 0."""
     pairs = zip(statistics, references, strict=True)
@@ -140,7 +140,7 @@ def load_references(
             f"reference_{size}px.npz`, or give the data set itself as reference."
         )
         wanted, batch = Preparation(image_size=size), options.batch_size
-        return [load_generation_reference(path, network, batch, wanted, remedy, process) for network in networks]
+        return [load_reference(path, network, batch, wanted, remedy, process) for network in networks]
     with worded(data_dir=reference.key, split=f"{reference.key}_split"):
         images = open_images(reference.place, reference.split, None)
     if len(images.rows) < 2:
@@ -150,14 +150,12 @@ def load_references(
     decoder = Decoder(reference.exif, MAX_MEGAPIXELS)
     loader = centre_crops(images, size, decoder, replace(options, num_samples=None), process)
     batches = ((batch["position"], batch["image"]) for batch in loader)
-    statistics = [GenerationStatistics(network, options.batch_size) for network in networks]
+    statistics = [ImageStatistics(network, options.batch_size) for network in networks]
     _measure(statistics, batches, len(images.rows), Path(images.folder).name, process)
     return [GenerationReference.of(part) for part in statistics]
 
 
-def _measure(
-    statistics: Sequence[GenerationStatistics], batches: Batches, count: int, label: str, process: Process
-) -> None:
+def _measure(statistics: Sequence[ImageStatistics], batches: Batches, count: int, label: str, process: Process) -> None:
     done = 0
     with progress(label, process.main) as update:
         for positions, images in batches:
@@ -190,7 +188,10 @@ def _of_npz(options: GenerationOptions, path: Path, process: Process) -> Generat
         raise UserError(f"{path} has images of {height} x {width} px: expected squares.")
     taken = min(count, options.num_samples or count)
     return GeneratedSet(
-        str(path), taken, height, lambda: _first(taken, _positioned(archive, options.batch_size, process))
+        str(path),
+        taken,
+        height,
+        lambda: _first(taken, archive.batches(options.batch_size, process.rank, process.world)),
     )
 
 
@@ -227,37 +228,22 @@ def decoded_set(
     path: Path, loaded: LoadedModel, options: LoadingOptions, quantization: Quantization, process: Process
 ) -> GeneratedSet:
     """Return the images that a model makes of generated latents. Raises UserError where it can't decode them."""
-    rae, size = loaded.rae, options.batch_size
+    rae = loaded.rae
     latents: LatentNpz | LatentStore = LatentNpz(path) if path.suffix == ".npz" else LatentStore(path)
-    if isinstance(latents, LatentStore):
-        check_store(latents, loaded)
-    else:
-        about = latents.about
-        check_latents(path, loaded, latents.shape[1:], about.get("encoder"), about.get("statistics"))
-    raw = isinstance(latents, LatentStore) and latents.scale == "raw"
+    check_store(latents, loaded)
+    decode = rae.decode_raw if latents.scale == "raw" else rae.decode
     taken = min(len(latents), options.num_samples or len(latents))
-
-    def stored() -> Batches:
-        if isinstance(latents, LatentNpz):
-            return _positioned(latents, size, process)
-        return ((places, z) for places, _, z in latents.batches(size, process.rank, process.world))
 
     def batches() -> Batches:
         home = rae.image_mean.device  # several models take turns on the device
         rae.to(process.device)
         with torch.no_grad(), full_float32(process.device):
-            for places, z in _first(taken, stored()):
-                decoded = (rae.decode_raw if raw else rae.decode)(z.to(process.device))
-                yield places, unit_to_bytes(decoded, quantization)
+            parts = latents.batches(options.batch_size, process.rank, process.world)
+            for places, z in _first(taken, ((places, z) for places, *_, z in parts)):
+                yield places, unit_to_bytes(decode(z.to(process.device)), quantization)
         rae.to(home)
 
     return GeneratedSet(str(loaded.description["source"]), taken, rae.geometry.image_size, batches)
-
-
-def _positioned(archive: NpzRows, size: int, process: Process) -> Batches:
-    for number, rows in enumerate(archive.batches(size, process.rank, process.world)):
-        first = (number * process.world + process.rank) * size
-        yield torch.arange(first, first + len(rows)), rows
 
 
 def _first(count: int, batches: Batches) -> Batches:

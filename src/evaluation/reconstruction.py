@@ -18,6 +18,7 @@ from src.core.images import save_png, unit_to_bytes
 from src.core.precision import full_float32
 from src.core.terminal import counted, progress
 from src.core.weights import DTYPES
+from src.data.dataset import EvaluationTransform
 from src.data.decode import Decoder
 from src.data.latents import LatentStore, LatentWriter, write_index
 from src.evaluation.image_pairs import KeptPairs, contact_sheet, png_writer
@@ -25,9 +26,10 @@ from src.evaluation.images import MAX_MEGAPIXELS, evaluation_loader
 from src.evaluation.networks import lpips_of
 from src.evaluation.options import ReconstructionOptions
 from src.evaluation.per_image_files import CsvTable, image_stack
-from src.evaluation.reconstruction_inputs import FitTransform, Inputs
+from src.evaluation.reconstruction_inputs import Inputs
 from src.evaluation.scoring_pass import Observer, ScoredBatch, score_images
 from src.formats.checkpoint import LoadedModel, check_latents, statistics_digest
+from src.metrics.npz import LatentNpz
 from src.metrics.reconstruction import ReconstructionScore
 
 log = logging.getLogger(__name__)
@@ -53,7 +55,7 @@ def reconstruct(options: ReconstructionOptions, loaded: LoadedModel, inputs: Inp
             "--latents normalized: the model has no latent statistics. Use --latents raw, or give statistics "
             "(--stats, or an export that has them)."
         )
-    transform = FitTransform(size, options.fit, Decoder(options.exif, MAX_MEGAPIXELS))
+    transform = EvaluationTransform(size, Decoder(options.exif, MAX_MEGAPIXELS), options.fit)
     rows = inputs.rows[process.rank :: process.world]
     loader = evaluation_loader(inputs.source, rows, transform, options, process)
     scores = []
@@ -186,7 +188,7 @@ def _latent_facts(options: ReconstructionOptions, loaded: LoadedModel, inputs: I
     }
 
 
-def check_store(store: LatentStore, loaded: LoadedModel) -> None:
+def check_store(store: LatentStore | LatentNpz, loaded: LoadedModel) -> None:
     """Check that a model can decode stored latents: their shape, encoder and statistics. Raises UserError."""
-    statistics = store.about["statistics"] if store.scale == "normalized" else None
-    check_latents(store.folder, loaded, store.shape, store.about["encoder"], statistics)
+    statistics = store.about.get("statistics") if store.scale == "normalized" else None
+    check_latents(store.path, loaded, store.shape[-3:], store.about.get("encoder"), statistics)

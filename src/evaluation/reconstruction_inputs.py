@@ -1,7 +1,4 @@
-"""What is to be reconstructed: image files, folders, globs, or a data set.
-
-Legend: S the side of the square that the model takes, px. Pixels are uint8 H x W x 3, RGB.
-"""
+"""What is to be reconstructed: image files, folders, globs, or a data set."""
 
 import glob
 import os
@@ -9,21 +6,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-from PIL import Image
 
 from src.core.errors import UserError
 from src.core.files import expanded
-from src.data.crops import adm_center_crop
-from src.data.decode import Decoder
 from src.data.dummy import ensure
 from src.data.places import holds_rows
 from src.data.sources import SUFFIXES, FileSource, Source, is_image, walk
 from src.evaluation.images import ALL, open_images
-
-Fit = Literal["crop", "pad", "resize"]
 
 
 @dataclass(frozen=True)
@@ -63,33 +54,6 @@ def open_inputs(paths: Sequence[str], split: str | None, limit: int | None = Non
         " ".join(paths),
         lambda row: names[row],
     )
-
-
-@dataclass(frozen=True)
-class FitTransform:
-    """How an image of any size becomes S x S.
-
-    crop: the ADM centre crop of evaluation (shorter side to S, the middle). pad: longer side to S, the rest filled with
-    the edge's colours. resize: both sides to S, proportions given up. All bicubic.
-    """
-
-    image_size: int
-    fit: Fit
-    decoder: Decoder
-
-    def __call__(self, data: bytes | memoryview) -> np.ndarray:
-        """Fit a complete file -> uint8 S x S x 3. Raises BadImage."""
-        pixels = self.decoder.decode(data).pixels
-        size = self.image_size
-        if self.fit == "crop":
-            return adm_center_crop(pixels, size)
-        height, width = pixels.shape[:2]
-        scale = size / max(height, width)
-        wanted = (size, size) if self.fit == "resize" else (max(1, round(width * scale)), max(1, round(height * scale)))
-        image = np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).resize(wanted, Image.Resampling.BICUBIC))
-        top, left = (size - image.shape[0]) // 2, (size - image.shape[1]) // 2
-        spans = ((top, size - image.shape[0] - top), (left, size - image.shape[1] - left), (0, 0))
-        return np.pad(image, spans, mode="edge")
 
 
 def _with_labels(files: Sequence[Path], root: Path | None) -> FileSource:

@@ -17,7 +17,7 @@ from src.evaluation.per_image_files import image_stack
 from src.formats.checkpoint import open_checkpoint, stored
 from src.formats.opening import DEFAULT_IMAGE_PX
 from src.metrics.fid import save_npz
-from src.metrics.generation import GenerationStatistics
+from src.metrics.generation import ImageStatistics
 from src.metrics.reference import Preparation
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def write_reference(options: ReferenceOptions, process: Process) -> tuple[int, s
     with progress(Path(images.folder).name, process.main) as update:
         batches = counted(loader, len(loader), update)
         if network is not None:
-            statistics = GenerationStatistics(network, options.batch_size, keep=False)
+            statistics = ImageStatistics(network, options.batch_size, keep=False)
             for batch in batches:
                 statistics.update(batch["image"])
             statistics.reduce()

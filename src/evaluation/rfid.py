@@ -28,8 +28,8 @@ from src.evaluation.scoring_pass import score_images
 from src.evaluation.variants import Reconstructions, share_encoders, variants_of
 from src.formats.opening import open_model
 from src.metrics.fid import Moments
+from src.metrics.generation import load_reference
 from src.metrics.reconstruction import ReconstructionScore
-from src.metrics.reference import load_reference
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,9 @@ class Evaluation:
             command = command_for(self.options, images, wanted, network.space)
             remedy = f"One for these images: `{command}`; give its output as --reference."
             path, batch = resolve(str(file)), self.options.batch_size
-            found[network.space] = load_reference(path, network, batch, wanted, remedy, self.process)
+            found[network.space] = load_reference(
+                path, network, batch, wanted, remedy, self.process, pool_only=True
+            ).pool
         return found
 
     def score(

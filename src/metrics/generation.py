@@ -99,21 +99,24 @@ def _distances(rows: Tensor, columns: Tensor) -> Iterable[Tensor]:
         yield torch.cdist(part, columns, compute_mode="use_mm_for_euclid_dist")
 
 
-class GenerationStatistics:
+class ImageStatistics:
     """Everything that the scores take of a set of images. `update` with batches, then `reduce` once on every rank.
 
     Args:
         images: how many there are, or more; for the splits of the Inception Score. 0: no Inception Score.
         keep: keep the features of each image, for precision and recall (400 MB for 50,000 images).
+        spatial: whether there is to be an sFID, where the network has what it takes.
 
-    Memory: that, and two covariances.
+    Memory: that, and one or two covariances.
     """
 
-    def __init__(self, network: FeatureNetwork, batch_size: int, images: int = 0, keep: bool = True) -> None:
+    def __init__(
+        self, network: FeatureNetwork, batch_size: int, images: int = 0, keep: bool = True, spatial: bool = True
+    ) -> None:
         self.network, self.batch_size, self.keep = network, batch_size, keep
         device = float64_device(network.device)
         self.pool = FeatureStatistics(network.feature_dim, device)
-        self.spatial = FeatureStatistics(network.spatial_dim, device) if network.spatial_dim else None
+        self.spatial = FeatureStatistics(network.spatial_dim, device) if spatial and network.spatial_dim else None
         self.inception_score = InceptionScore(images) if images and network.spatial_dim else None
         self._features: list[Tensor] = []
 
@@ -142,7 +145,8 @@ class GenerationStatistics:
         for part in (self.pool, self.spatial, self.inception_score):
             if part is not None:
                 part.reduce()
-        self._features = [rows for rank in gather_on_main(self._features) for rows in rank]
+        if self.keep:
+            self._features = [rows for rank in gather_on_main(self._features) for rows in rank]
         return self
 
 
@@ -155,37 +159,42 @@ class GenerationReference:
     features: Tensor | None = None  # M F
 
     @classmethod
-    def of(cls, statistics: GenerationStatistics) -> Self:
+    def of(cls, statistics: ImageStatistics) -> Self:
         return cls(statistics.pool, statistics.spatial, statistics.features if statistics.keep else None)
 
 
-def load_generation_reference(
+def load_reference(
     path: str | Path,
     network: FeatureNetwork,
     batch_size: int,
     wanted: Preparation,
     remedy: str = "",
     process: Process = ALONE,
+    pool_only: bool = False,
 ) -> GenerationReference:
     """Read an npz with `mu`, `sigma`, `mu_s`, `sigma_s` and images `arr_0` (ADM's), or with some of them (ours).
 
-    Stored moments count; what is missing is made of the images, or left out with a warning where there are none.
-    Arguments, checks and errors are those of `load_reference`. On all ranks; whole on rank 0.
+    Stored moments count; what is missing is made of the images, or left out with a warning where there are none. Of images
+    each rank reads its share. On all ranks; features are whole on rank 0, moments on all.
+
+    Args:
+        wanted, remedy: as of `stored_moments`, whose errors and warnings these are.
+        pool_only: nothing but the Frechet distance is wanted.
     """
     pool: Moments | None = stored_moments(path, network, wanted, remedy)
     with opened_npz(path) as archive:
         names = set(archive.files)
-    stored = pool is not None and network.spatial_dim and {"mu_s", "sigma_s"} <= names
+    stored = pool is not None and network.spatial_dim and {"mu_s", "sigma_s"} <= names and not pool_only
     spatial: Moments | None = load_npz(path, ("mu_s", "sigma_s")) if stored else None
     features = None
-    if "arr_0" in names:
-        made = GenerationStatistics(network, batch_size)
-        for images in ImageNpz(path).batches(batch_size, process.rank, process.world):
+    if "arr_0" in names and not (pool_only and pool is not None):
+        made = ImageStatistics(network, batch_size, keep=not pool_only, spatial=not pool_only)
+        for _, images in ImageNpz(path).batches(batch_size, process.rank, process.world):
             made.update(images)
         made.reduce()
         pool, spatial, features = pool or made.pool, spatial or made.spatial, made.features
     missing = ["sFID"] * bool(network.spatial_dim and spatial is None) + ["precision and recall"] * (features is None)
-    if missing:
+    if missing and not pool_only:
         log.warning(
             "%s has no images (`arr_0`), so there is no %s. A reference of images has everything: "
             "`python src/make_reference.py --kind images`. %s", path, ", and no ".join(missing), remedy,
@@ -195,7 +204,7 @@ def load_generation_reference(
 
 
 def compute_scores(
-    generated: GenerationStatistics, reference: GenerationReference, device: torch.device | str = "cpu"
+    generated: ImageStatistics, reference: GenerationReference, device: torch.device | str = "cpu"
 ) -> dict[str, float | int]:
     """Return `gfid`, `sfid`, `inception_score`, `precision`, `recall` (those that can be had) and `images`. On rank 0.
 

@@ -106,8 +106,8 @@ class NpzRows:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
-        """Yield batches of rows: every world_size-th from `rank` on, so that ranks share them."""
+    def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (places in the whole (B,), rows) of batches: every world_size-th from `rank` on, so that ranks share them."""
         count, *entry = self.shape
         with opened_npz(self.path) as archive, archive.zip.open(self.member) as file:
             read_header(file)
@@ -115,7 +115,8 @@ class NpzRows:
                 size = min(batch_size, count - start)
                 data = file.read(size * math.prod(entry) * np.dtype(self.dtype).itemsize)
                 if index % world_size == rank:
-                    yield torch.from_numpy(np.frombuffer(bytearray(data), self.dtype).reshape(size, *entry))
+                    rows = np.frombuffer(bytearray(data), self.dtype).reshape(size, *entry)
+                    yield torch.arange(start, start + size), torch.from_numpy(rows)
 
 
 class ImageNpz(NpzRows):
@@ -123,15 +124,16 @@ class ImageNpz(NpzRows):
 
     member, dtype, content, last = IMAGES, np.uint8, "uint8 images N x H x W x 3", 3
 
-    def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
-        for rows in super().batches(batch_size, rank, world_size):
-            yield rows.permute(0, 3, 1, 2).contiguous()
+    def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        for places, rows in super().batches(batch_size, rank, world_size):
+            yield places, rows.permute(0, 3, 1, 2).contiguous()
 
 
 class LatentNpz(NpzRows):
     """The normalised latents that `src/sample.py --latents` writes; batches are float32 B x C x h x w."""
 
     member, dtype, content = LATENTS, np.float32, "float32 latents N x C x h x w"
+    scale = "normalized"
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
@@ -144,11 +146,11 @@ class LatentNpz(NpzRows):
         """`encoder`, the identity of the encoder that they are of, and `statistics`, the digest of those that normalise them;
         empty where the file says nothing."""
 
-    def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
-        for rows in super().batches(batch_size, rank, world_size):
+    def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        for places, rows in super().batches(batch_size, rank, world_size):
             if not rows.isfinite().all():
                 raise UserError(f"{self.path} holds latents that are NaN or infinite. Sample them again.")
-            yield rows
+            yield places, rows
 
 
 def write_image_npz(

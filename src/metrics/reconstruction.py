@@ -13,13 +13,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from src.core.distributed import float64_device
 from src.core.images import Quantization, bytes_to_unit, unit_to_bytes, unit_to_signed
 from src.core.precision import full_float32
 from src.metrics.features import FeatureNetwork, score_name
-from src.metrics.fid import FeatureStatistics, Moments, few_images_warning, frechet_distance
+from src.metrics.fid import Moments, few_images_warning, frechet_distance
+from src.metrics.generation import ImageStatistics
 from src.metrics.quality import RunningMeans, psnr, ssim
-from src.metrics.reference import add_features
 
 log = logging.getLogger(__name__)
 
@@ -44,18 +43,19 @@ class ReconstructionScore:
         quantization: Quantization = "round",
         references: Mapping[str, Moments] | None = None,
     ) -> None:
-        self.networks, self.batch_size, self.lpips, self.quantization = tuple(networks), batch_size, lpips, quantization
+        self.networks, self.lpips, self.quantization = tuple(networks), lpips, quantization
         untrained = getattr(lpips, "untrained", False)
         self.quality_names = ("psnr", "ssim", *([f"lpips{'_untrained' * untrained}"] if lpips is not None else []))
         """Of the per-image values."""
 
-        def statistics(network: FeatureNetwork) -> FeatureStatistics:
-            return FeatureStatistics(network.feature_dim, float64_device(network.device))
+        def statistics(network: FeatureNetwork) -> ImageStatistics:
+            return ImageStatistics(network, batch_size, keep=False, spatial=False)
 
         self._reconstructions = {network.space: statistics(network) for network in networks}
         missing = [network for network in networks if network.space not in (references or {})]
         self._originals = {network.space: statistics(network) for network in missing}
-        self.references: Mapping[str, Moments] = {**(references or {}), **self._originals}
+        own = {space: part.pool for space, part in self._originals.items()}
+        self.references: Mapping[str, Moments] = {**(references or {}), **own}
         """What is scored against, by `space`: the given moments, or the originals' own, which grow with each update."""
         self._means = RunningMeans(self.quality_names)
         self._broken = RunningMeans(["not_finite"])
@@ -79,10 +79,9 @@ class ReconstructionScore:
         decoded = self.to_bytes(reconstruction)
         values = {"psnr": psnr(original, decoded), "ssim": ssim(original, decoded)}
         self._broken.update({"not_finite": ~torch.isfinite(reconstruction).flatten(1).all(dim=1)})
-        for network in self.networks:
-            for found, images in ((self._reconstructions, decoded), (self._originals, original)):
-                if network.space in found:
-                    add_features(found[network.space], network, images, self.batch_size)
+        for found, images in ((self._reconstructions, decoded), (self._originals, original)):
+            for part in found.values():
+                part.update(images)
         if self.lpips is not None:
             x, y = (unit_to_signed(bytes_to_unit(images)) for images in (original, decoded))
             with full_float32(x.device):
@@ -112,7 +111,7 @@ class ReconstructionScore:
         """
         values: dict[str, float | int] = {}
         for network in self.networks:
-            distance = frechet_distance(self.references[network.space], self._reconstructions[network.space])
+            distance = frechet_distance(self.references[network.space], self._reconstructions[network.space].pool)
             values[score_name("rfid", network)] = distance
             warning = few_images_warning(self.count, network.feature_dim)
             if warning and warn_of_few:

@@ -1,18 +1,16 @@
-"""Statistics to score against: of an npz with statistics, of an npz of images, or of images on the fly."""
+"""What a file to score against says: the moments in it, and how its images were prepared."""
 
 import logging
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Self
 
 import torch
-from torch import Tensor
 
-from src.core.distributed import Process, float64_device
+from src.core.distributed import Process
 from src.core.errors import UserError
 from src.metrics.features import INCEPTION, FeatureNetwork
-from src.metrics.fid import FeatureStatistics, Gaussian, Moments, load_npz
+from src.metrics.fid import Gaussian, load_npz
 from src.metrics.npz import ImageNpz, opened_npz, scalar
 
 log = logging.getLogger(__name__)
@@ -60,38 +58,6 @@ class Preparation:
         if _differ(self.selected, here.selected):
             found.append(f"{self.selected:,} images, here {here.selected:,} (--num_samples)")
         return found
-
-
-def add_features(statistics: FeatureStatistics, network: FeatureNetwork, images: Tensor, batch_size: int) -> None:
-    """Take uint8 images B x 3 x H x W into `statistics`, `batch_size` at a time through the network."""
-    for chunk in images.split(batch_size):
-        statistics.update(network(chunk))
-
-
-def image_statistics(batches: Iterable[Tensor], network: FeatureNetwork, batch_size: int) -> FeatureStatistics:
-    """Return statistics of uint8 batches B x 3 x H x W of this rank; call `reduce` on them where there are several."""
-    statistics = FeatureStatistics(network.feature_dim, float64_device(network.device))
-    for images in batches:
-        add_features(statistics, network, images, batch_size)
-    return statistics
-
-
-def load_reference(
-    path: str | Path,
-    network: FeatureNetwork,
-    batch_size: int,
-    wanted: Preparation,
-    remedy: str = "",
-    process: Process = ALONE,
-) -> Moments:
-    """Return the moments of an npz (`stored_moments`), or those of its images `arr_0` where it has none.
-
-    With several ranks each reads its share of the images and all get the whole.
-    """
-    if (moments := stored_moments(path, network, wanted, remedy)) is not None:
-        return moments
-    batches = ImageNpz(path).batches(batch_size, process.rank, process.world)
-    return image_statistics(batches, network, batch_size).reduce()
 
 
 def stored_moments(path: str | Path, network: FeatureNetwork, wanted: Preparation, remedy: str = "") -> Gaussian | None:

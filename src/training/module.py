@@ -206,7 +206,7 @@ class StageModule(pl.LightningModule):
     def accept_latents(self, store: LatentStore) -> None:
         """Check that a run can train on stored latents. Raises UserError."""
         raise UserError(
-            f"{store.folder} (data.data_dir) holds stored latents, but this stage trains on images. Give it the images."
+            f"{store.path} (data.data_dir) holds stored latents, but this stage trains on images. Give it the images."
         )
 
     def on_fit_start(self) -> None:
