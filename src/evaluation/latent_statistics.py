@@ -9,7 +9,7 @@ Legend: B batch, C latent channels, h = w latent grid.
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,43 +30,6 @@ log = logging.getLogger(__name__)
 PIECE_IMAGES = 16_384
 
 
-class LatentMoments:
-    """Count and float64 sums of z and z^2 per element, which add up over batches, processes and interrupted passes.
-
-    var = E[z^2] - E[z]^2 loses (mean / std)^2 * 1e-16 of its precision, so latents whose mean is a hundred standard
-    deviations from 0 still have 12 digits.
-    """
-
-    def __init__(self, shape: tuple[int, int, int], device: torch.device | str = "cpu") -> None:
-        self.count = 0
-        place = float64_device(torch.device(device))
-        self.sums = torch.zeros(2, *shape, dtype=torch.float64, device=place)  # of z and of z^2
-
-    def update(self, latents: Tensor) -> None:
-        """Take in raw latents, B C h w of any float type."""
-        z = latents.detach().to(self.sums.device).double()
-        self.add(len(z), torch.stack([z.sum(dim=0), z.square().sum(dim=0)]))
-
-    def add(self, count: int, sums: Tensor) -> None:
-        """Add the sums, 2 C h w, of `count` images."""
-        self.count += count
-        self.sums += sums.to(self.sums.device)
-
-    def reduce(self) -> Self:
-        """Replace this process's sums by those of all, in place; once, and on every process."""
-        total = sum_over_ranks(torch.cat([self.sums.flatten(), self.sums.new_tensor([self.count])]))
-        self.sums, self.count = total[:-1].view_as(self.sums), round(total[-1].item())
-        return self
-
-    def mean(self) -> Tensor:
-        """Return float64 C h w."""
-        return self.sums[0] / self.count
-
-    def var(self) -> Tensor:
-        """Return float64 C h w; of the population (divided by the number of images), as numpy's."""
-        return (self.sums[1] / self.count - self.mean().square()).clamp(min=0)
-
-
 def latent_statistics(
     rae: RAE, images: Images, options: StatisticsOptions, process: Process, update: Update
 ) -> dict[str, Any]:
@@ -81,28 +44,31 @@ def latent_statistics(
     identity = {"encoder": rae.encoder.identity(), "image_size": rae.geometry.image_size, "images": len(rows),
                 "data": images.source.fingerprint(), "exif": options.exif, "piece_images": PIECE_IMAGES}  # fmt: skip
     partial = partial_file(options.output)
-    total, done = LatentMoments(rae.latent_shape, process.device), 0
-    if state := _interrupted(partial, identity):
-        done = state["done"]
-        total.add(state["count"], state["sums"])
+    done, count, sums = _interrupted(partial, identity) or (
+        0,
+        0,
+        torch.zeros(2, *rae.latent_shape, dtype=torch.float64),
+    )
     update(done, len(rows))
     for start in range(done, len(rows), PIECE_IMAGES):
         piece = replace(images, rows=rows[start : start + PIECE_IMAGES])
-        moments = _piece(rae, piece, options, process, lambda n, s=start: update(s + n, len(rows)))
-        total.add(moments.count, moments.sums)
+        more, of_these = _moments(rae, piece, options, process, lambda n, s=start: update(s + n, len(rows)))
+        count, sums = count + more, sums + of_these
         if process.main and start + PIECE_IMAGES < len(rows):
-            sums = {"count": total.count, "sums": total.sums.cpu()}
-            write_torch(partial, {"pass": identity, "done": start + PIECE_IMAGES, **sums})
-    if total.count < 2:
-        raise UserError(f"Statistics need at least two images, {images.folder} gave {total.count}.")
-    if total.count < len(rows):
-        log.warning("%d of %d images could not be decoded and are left out.", len(rows) - total.count, len(rows))
+            write_torch(partial, {"pass": identity, "done": start + PIECE_IMAGES, "count": count, "sums": sums})
+    if count < 2:
+        raise UserError(f"Statistics need at least two images, {images.folder} gave {count}.")
+    if count < len(rows):
+        log.warning("%d of %d images could not be decoded and are left out.", len(rows) - count, len(rows))
+    # This loses (mean / std)^2 * 1e-16 of its precision: at a mean of a hundred standard deviations 12 digits are left.
+    mean = sums[0] / count
+    var = (sums[1] / count - mean.square()).clamp(min=0)  # of the population, as numpy's
     return {
-        "mean": total.mean().float().cpu(),
-        "var": total.var().float().cpu(),
+        "mean": mean.float(),
+        "var": var.float(),
         "encoder": identity["encoder"],
         "image_size": rae.geometry.image_size,
-        "images": total.count,
+        "images": count,
         "data": images.description() | {"data_dir": Path(images.folder).name},
     }
 
@@ -112,21 +78,24 @@ def partial_file(output: Path) -> Path:
 
 
 @torch.no_grad()
-def _piece(rae: RAE, piece: Images, options: StatisticsOptions, process: Process, update: Any) -> LatentMoments:
-    """Return the moments of a piece, of all processes; `update(images done)`."""
-    moments, seen = LatentMoments(rae.latent_shape, process.device), 0
-    decoder = Decoder(options.exif, MAX_MEGAPIXELS)
+def _moments(rae: RAE, piece: Images, options: StatisticsOptions, process: Process, update: Any) -> tuple[int, Tensor]:
+    """Return the number of images of a piece and the sums of z and z^2, float64 2 C h w on the CPU, of all processes.
+    `update(images done)`."""
+    sums = torch.zeros(2, *rae.latent_shape, dtype=torch.float64, device=float64_device(process.device))
+    decoder, count = Decoder(options.exif, MAX_MEGAPIXELS), 0
     if len(piece.rows) > process.rank:  # else this process has no share of it
         with full_float32(process.device):
             for batch in centre_crops(piece, rae.geometry.image_size, decoder, options, process):
-                moments.update(rae.encode_raw(batch["image"].to(process.device, non_blocking=True)))
-                seen += len(batch["image"])
-                update(min(seen * process.world, len(piece.rows)))
-    return moments.reduce()
+                z = rae.encode_raw(batch["image"].to(process.device, non_blocking=True)).to(sums.device).double()
+                sums += torch.stack([z.sum(dim=0), z.square().sum(dim=0)])
+                count += len(z)
+                update(min(count * process.world, len(piece.rows)))
+    total = sum_over_ranks(torch.cat([sums.flatten(), sums.new_tensor([count])])).cpu()
+    return round(total[-1].item()), total[:-1].view_as(sums)
 
 
-def _interrupted(partial: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the sums that an interrupted pass over the same images left, if any."""
+def _interrupted(partial: Path, identity: dict[str, Any]) -> tuple[int, int, Tensor] | None:
+    """Return what an interrupted pass over the same images left, if any: images done, those of them that count, their sums."""
     if not partial.is_file():
         return None
     try:
@@ -138,4 +107,4 @@ def _interrupted(partial: Path, identity: dict[str, Any]) -> dict[str, Any] | No
         log.warning("%s is of other images or another encoder: starting afresh.", partial)
         return None
     log.warning("Continuing an earlier pass at image %s.", f"{state['done']:,}")
-    return state
+    return state["done"], state["count"], state["sums"]
