@@ -293,7 +293,9 @@ class TrainingStep:
         term = DISCRIMINATOR_LOSSES[self.settings.disc_loss][label]
         images, flaw = judged if isinstance(judged, Fake) else (judged, 0.0)
         for part in self._chunks(len(images)):
-            with torch.no_grad():
+            with (
+                torch.no_grad()
+            ):  # to [-1, 1], as published: fakes from their bytes, images by way of [0, 1], which rounds otherwise
                 signed = (
                     bytes_to_signed(images[part]) if label == "fake" else unit_to_signed(bytes_to_unit(images[part]))
                 )

@@ -93,11 +93,11 @@ class FlowStep:
         with record_function("denoise"):
             output = network(flow.interpolate(latents, draws.noise, t), t, labels)
         output = tuple(part.float() for part in output) if isinstance(output, tuple) else output.float()
-        zero = torch.zeros_like(latents)
-        terms, reference = (
-            flow.flow_matching_loss(
-                found, latents, draws.noise, t, settings.prediction, settings.t_eps, settings.base_weight
+
+        def loss_of(output: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
+            return flow.flow_matching_loss(
+                output, latents, draws.noise, t, settings.prediction, settings.t_eps, settings.base_weight
             )
-            for found in (output, (zero, zero) if isinstance(output, tuple) else zero)
-        )
-        return terms | {"zero": reference["loss"]}
+
+        zero = torch.zeros_like(latents)
+        return loss_of(output) | {"zero": loss_of((zero, zero) if isinstance(output, tuple) else zero)["loss"]}

@@ -103,24 +103,14 @@ def build_trainer(
     # Every trained parameter gets a gradient in the one backward pass, so nothing has to search for unused ones; there
     # are no buffers to exchange; gradients that are views of the buckets save a copy of the model.
     ddp = DDPStrategy(find_unused_parameters=False, broadcast_buffers=False, gradient_as_bucket_view=True)
-    plugins: list[Any] = [AtomicCheckpointIO()]
-    if launch.kind == "torchrun":
-        os.environ.setdefault("LOCAL_RANK", str(launch.rank % settings["devices"]))
-        plugins.append(TorchElasticEnvironment())
-    elif SLURMEnvironment.detect():  # Lightning's own requeue would start from scratch
-        if int(tasks := os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
-            raise UserError(
-                f"This SLURM job has {tasks} tasks by --ntasks alone, which does not say how many a machine has. Give "
-                f"--nodes and --ntasks-per-node to sbatch and srun: --nodes=1 --ntasks-per-node={tasks}, say."
-            )
-        plugins.append(SLURMEnvironment(auto_requeue=False))
+    environment = _environment(launch, settings["devices"])
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that `deterministic` would pay for
     try:
         trainer = pl.Trainer(
             **{**settings, "strategy": ddp if distributed else "auto"},
             callbacks=callbacks,
             logger=loggers,
-            plugins=plugins,
+            plugins=[AtomicCheckpointIO(), *environment],
             default_root_dir=root,
             use_distributed_sampler=False,  # the data module's own order; Lightning's would shuffle evaluation
             enable_checkpointing=any(isinstance(callback, pl.callbacks.Checkpoint) for callback in callbacks),
@@ -133,6 +123,22 @@ def build_trainer(
         raise UserError(
             f"trainer: {str(error).rstrip('.')}. Keys are listed in configs/trainer/default.yaml."
         ) from error
+
+
+def _environment(launch: Launch, devices: Any) -> list[Any]:
+    """Return what tells Lightning who started the processes; empty where it finds out or starts them itself. UserError: a SLURM
+    job that does not say how many tasks a machine has."""
+    if launch.kind == "torchrun":
+        os.environ.setdefault("LOCAL_RANK", str(launch.rank % devices))
+        return [TorchElasticEnvironment()]
+    if not SLURMEnvironment.detect():
+        return []
+    if int(tasks := os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
+        raise UserError(
+            f"This SLURM job has {tasks} tasks by --ntasks alone, which does not say how many a machine has. Give "
+            f"--nodes and --ntasks-per-node to sbatch and srun: --nodes=1 --ntasks-per-node={tasks}, say."
+        )
+    return [SLURMEnvironment(auto_requeue=False)]  # Lightning's own requeue would start from scratch
 
 
 def _profiler(name: str | None, folder: str) -> pl.profilers.Profiler | None:
