@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from src.core import random_streams as stream
 from src.core.errors import UserError
 from src.data import dummy
 from src.data.datamodule import RAEDataModule
 from src.data.loader import TrainLoader, WorkerOptions
-from src.data.mix import BLOCK, TABLE_ROWS, MixOrder, feistel, images_per_epoch, permuted, shares
+from src.data.mix import BLOCK, TABLE_ROWS, MixOrder, feistel, images_per_epoch, shares
 from tests.test_data_loader import arguments, assert_same
 from tests.test_data_places import image_tar
 from tests.test_data_sources import tree
@@ -99,7 +100,7 @@ def test_a_permutation_without_a_table(size: int) -> None:
 def test_large_sources_need_no_table() -> None:
     size = TABLE_ROWS + 12345
     at = np.arange(0, size, 4001)
-    out = permuted(3, 1, 0, size, at)
+    out = MixOrder(1, 3, 1, sizes=(1, size), weights=(1.0, 1.0)).permuted(1, 0, at)
     assert len(np.unique(out)) == len(at) and out.min() >= 0 and out.max() < size
     assert abs(out.mean() / size - 0.5) < 0.05
     order = MixOrder(16_000_000, 3, 512, sizes=(1_281_167, 31_970_000, 24_390_000), weights=(1.0, 1.0, 1.0))
@@ -108,6 +109,15 @@ def test_large_sources_need_no_table() -> None:
     for _, _ in zip(range(20), order.epoch(0, 40), strict=False):
         pass
     assert (time.process_time() - began) / 20 < 0.05  # 512 positions; about 1 ms on an idle machine
+
+
+def test_many_sources_are_permuted_once_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve of 40 rows, about 80 draws of each: two rounds or three."""
+    made, generator = [], stream.generator
+    monkeypatch.setattr(stream, "generator", lambda *place: (made.append(place[1]), generator(*place))[1])
+    order = MixOrder(960, 3, 12, sizes=(40,) * 12, weights=(1.0,) * 12)
+    assert sum(1 for _ in order.epoch(0)) == 80
+    assert made.count(stream.Purpose.ORDER) <= 36
 
 
 def test_an_epoch_is_the_weighted_mean_of_the_sources() -> None:

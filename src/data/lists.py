@@ -35,7 +35,7 @@ def open_list(file: Path, image_column: str | None, label_column: str | None) ->
         path = image_column or next((name for name in PATH_COLUMNS if name in first), None)
         label = label_column or LABEL_COLUMN
         # of each row two cells stay: millions of rows with captions would fill the memory
-        cells = [(row.get(path), row.get(label)) for row in itertools.chain([first], rows)]
+        cells = [(path and row.get(path), row.get(label)) for row in itertools.chain([first], rows)]
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise UserError(f"{file} can't be read as a list of images: {error}") from error
     if path is None or path not in first:

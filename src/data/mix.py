@@ -10,7 +10,7 @@ Legend: s source, n its rows, d draw, N images an epoch, G a global batch.
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -38,6 +38,8 @@ class MixOrder(EpochOrder):
     sizes: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
     unit: Unit = "image"
+    _tables: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Of each source the round that it is in, and the permutation of that."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,10 +69,21 @@ class MixOrder(EpochOrder):
             rounds, at = draws[here] // size, draws[here] % size
             found = np.empty_like(at)
             for r in np.unique(rounds).tolist():
-                found[rounds == r] = permuted(self.seed, s, r, size, at[rounds == r])
+                found[rounds == r] = self.permuted(s, r, at[rounds == r])
             rows[here] = base + found
             base += size
         return rows
+
+    def permuted(self, source: int, round_: int, at: np.ndarray) -> np.ndarray:
+        """Return places `at`, int64, of the permutation of 0..size-1 that belongs to a round of a source."""
+        size = self.sizes[source]
+        if size > TABLE_ROWS:
+            return feistel(_keys(self.seed, source, round_), size, at)
+        if self._tables.get(source, (None,))[0] != round_:
+            table = np.arange(size, dtype=np.uint32)
+            stream.generator(self.seed, stream.Purpose.ORDER, round_, source).shuffle(table)
+            self._tables[source] = round_, table
+        return self._tables[source][1][at].astype(np.int64)
 
 
 def images_per_epoch(sizes: Sequence[int], weights: Sequence[float]) -> int:
@@ -108,20 +121,6 @@ def _pattern(seed: int, block: int, weights: tuple[float, ...]) -> tuple[np.ndar
     for s, count in enumerate(counts.tolist()):
         number[pattern == s] = np.arange(count)
     return pattern, number
-
-
-def permuted(seed: int, source: int, round_: int, size: int, at: np.ndarray) -> np.ndarray:
-    """Return places `at`, int64, of the permutation of 0..size-1 that belongs to a round of a source."""
-    if size <= TABLE_ROWS:
-        return _table(seed, source, round_, size)[at].astype(np.int64)
-    return feistel(_keys(seed, source, round_), size, at)
-
-
-@functools.lru_cache(8)
-def _table(seed: int, source: int, round_: int, size: int) -> np.ndarray:
-    rows = np.arange(size, dtype=np.uint32)
-    stream.generator(seed, stream.Purpose.ORDER, round_, source).shuffle(rows)
-    return rows
 
 
 @functools.lru_cache(32)

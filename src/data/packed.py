@@ -141,7 +141,8 @@ class PackedSource:
         return type(self), self._arguments
 
     def _opened(self, number: int) -> Readable:
-        file = self._open[number] = self._open.pop(number, None) or self._open_file(number)
+        held = self._open.pop(number, None)
+        file = self._open[number] = held or self._open_file(number)
         while len(self._open) > max(1, open_files_limit() // len(_SOURCES)):
             self._open.pop(next(iter(self._open)), None)
         return file
