@@ -29,8 +29,7 @@ GRID = 16
 """Latents a side, of images of 256 px with a decoder patch of 16 px."""
 BEGIN, END = "<!-- encoder table -->", "<!-- /encoder table -->"
 HEAD = (
-    "name", "class", "hub id", "blocks", "width", "patch", "input px", "latent", "parameters (M)", "GFLOP", "licence",
-    "decoders",
+    "name", "class", "hub id", "blocks", "width", "patch", "input px", "parameters (M)", "GFLOP", "licence", "decoders",
 )  # fmt: skip
 
 
@@ -64,7 +63,7 @@ def row(preset: Preset) -> tuple[str, ...]:
     about = "~" if preset.encoder_cls == "TimmViT" else ""
     return (
         f"`{preset.name}`", preset.encoder_cls, preset.hub_id, str(preset.params.get("layers", "last")),
-        str(preset.size.width), str(preset.patch), str(GRID * preset.patch), f"{preset.size.width} x {GRID} x {GRID}",
+        str(preset.size.width), str(preset.patch), str(GRID * preset.patch),
         f"{about}{parameters / 1e6:,.0f}", f"{about}{operations / 1e9:,.0f}", preset.licence, preset.decoders,
     )  # fmt: skip
 
