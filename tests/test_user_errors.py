@@ -140,6 +140,7 @@ def test_the_number_of_pictures(count):
             "Not enough memory",
         ),
         (MemoryError(), "Not enough memory"),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), "Not enough memory"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), "data.batch_size"),
         (RuntimeError("a defect of ours"), None),
     ],

@@ -26,7 +26,14 @@ def worded(**names: str) -> Iterator[None]:
 
 def lacks_memory(error: BaseException) -> bool:
     """Return whether the host or a GPU had too little memory."""
-    # PyTorch's on the CPU, and of what takes a GPU's memory beside PyTorch: kernels that are loaded, cuBLAS, cuDNN, NCCL
-    words = ("can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
+    # PyTorch's on the CPU, and of what takes a GPU's memory beside PyTorch: kernels that are loaded, cuBLAS, cuDNN, NCCL. The
+    # last is a convolution's, for which no workspace was left (pytorch/pytorch#108645).
+    words = (
+        "can't allocate memory",
+        "CUDA error: out of memory",
+        "ALLOC_FAILED",
+        "ALLOCATION_FAILED",
+        "to find an engine",
+    )
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return known or (isinstance(error, RuntimeError) and any(text in str(error) for text in words))
