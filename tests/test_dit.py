@@ -283,6 +283,17 @@ def test_checkpointed_activations_change_nothing(make):
         assert (a.grad - b.grad).abs().max() <= 1e-5 * a.grad.abs().max(), name
 
 
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_compiler_takes_a_block_whole(make):
+    """What it can't follow would cut a block into parts, each with tensors of its own in memory."""
+    model = randomised(make())
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend="eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(*batch(model))
+    assert sum(output.float().sum() for output in outputs).isfinite()
+
+
 def names_of(model):
     return set(model.state_dict())
 

@@ -83,7 +83,8 @@ def test_guided_sampling(method):
     network = build_network({"name": "RAEv2DiT", **SIZES}, SHAPE, 3, 0.1, 0).to(META)
     between = Guidance(1.5, 0.2, 0.8)
     plain = sampling.conditional(network, "velocity")
-    run = sampling.autoguidance(sampling.internal_guidance(network, "velocity", between), plain, between)
+    internal = sampling.internal_guidance(network, "velocity", between, null_label=3, null_scale=1.2)
+    run = sampling.autoguidance(internal, plain, between)
     field = sampling.for_labels(
         sampling.classifier_free(run, 3, between), torch.zeros(2, dtype=torch.long, device=META)
     )

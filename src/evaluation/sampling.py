@@ -170,7 +170,7 @@ def internal_guidance(
         full, base = _outputs(model, x, t, y)
         scale = x.new_full((len(x),), guidance.scale)
         if null_scale is not None:
-            scale[y == null_label] = null_scale
+            scale.masked_fill_(y == null_label, null_scale)  # to assign by the mask would wait for the device
         output = guide(full, base, scale, t, guidance.t_min, guidance.t_max)
         return velocity(output, x, t, prediction, t_eps)
 

@@ -243,7 +243,8 @@ class FinalLayer(nn.Module):
 def autocast_once(x: Tensor) -> Tensor:
     """Cast what goes into several linears to autocast's type, which would otherwise keep a copy for each."""
     kind = x.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # `is_autocast_available` would say so of every device, but torch 2.11 ends a compiled graph there.
+    on = kind != "meta" and torch.is_autocast_enabled(kind)
     return x.to(torch.get_autocast_dtype(kind)) if on else x
 
 
