@@ -114,9 +114,10 @@ def _beside_peers(measured: dict[str, Any], phase: str, precision: str, sizes: s
 def _gpu(content: dict[str, Any]) -> Iterator[Row]:
     """Of scripts/gpu_report.py: the step alone and beside the others, and the largest batches."""
     found = {letter: part.get("result", {}) for letter, part in content["parts"].items()}
-    for letter in ("b", "h"):
-        if "results" in found.get(letter, {}):
-            yield from _steps(found[letter], content["cuda_device"])
+    beside = found.get("h", {})
+    for measured in (found.get("b", {}), beside, beside.get("batch 48", {})):
+        if "results" in measured:
+            yield from _steps(measured, content["cuda_device"])
     for phase in ("warmup", "gan"):
         if "fits" in (batch := found.get("c", {}).get(phase, {})):
             text = f"largest batch {batch['fits']}, computed {batch['computed']}"

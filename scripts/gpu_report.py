@@ -52,12 +52,12 @@ class Part(NamedTuple):
 PARTS = {
     "a": Part("environment", 15),
     "b": Part("step", 190),
-    "c": Part("largest_batch", 25),
+    "c": Part("largest_batch", 45),
     "d": Part("tests", 95, ("pytest", "hydra", "omegaconf")),
     "e": Part("half_precision", 95),
     "f": Part("evaluation", 95),
     "g": Part("runs", 95, ("hydra", "omegaconf")),
-    "h": Part("peers", 150),
+    "h": Part("peers", 180),
     "i": Part("data_path", 12),
     "j": Part("switches", 25),
 }

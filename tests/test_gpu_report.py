@@ -119,7 +119,9 @@ def test_a_program_that_outlasts_a_part_leaves_what_it_had(tmp_path, monkeypatch
     """The deadline is the caller's: how long a part takes to start does not move it."""
     record = '{"arguments": {}, "results": {"bf16/gan": {"official": {"seconds": 1}}}}'
     program = tmp_path / "python"
-    program.write_text(f"#!/bin/sh\necho '{record}' > '{tmp_path}/peers.json'; echo gan official: 1 s; exec sleep 60\n")
+    program.write_text(
+        f"#!/bin/sh\necho '{record}' > '{tmp_path}/peers_1.json'; echo gan official: 1 s; exec sleep 60\n"
+    )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(sys, "executable", str(program))
     work = gpu_report.work
@@ -130,7 +132,7 @@ def test_a_program_that_outlasts_a_part_leaves_what_it_had(tmp_path, monkeypatch
     assert deadline - time.monotonic() > 3.5, "no time is left to write what there is"
     assert found["status"] == "out of time"
     assert found["result"]["results"] == {"bf16/gan": {"official": {"seconds": 1}}}
-    assert found["result"]["summary"] == ["gan official: 1 s"]
+    assert found["result"]["summary"] == ["batch 1, gan official: 1 s"]
     assert found["result"]["output"] == "gan official: 1 s\n\nended: its share of the time was over"
 
 
