@@ -4,6 +4,7 @@ The storage is a stand-in of fsspec, and where they are installed an S3 server o
 ".[storage]"`.
 """
 
+import os
 import pickle
 import sys
 import threading
@@ -178,14 +179,17 @@ def test_training_goes_on_from_the_cache_while_the_server_is_away(bucket: Any) -
     bucket.start()
 
 
-def test_the_cache_keeps_to_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_keeps_to_its_size_and_looks_at_a_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, scandir = [], os.scandir
     monkeypatch.setattr(remote, "CACHE_CHECK_ROWS", 1)
-    cache = remote.Cache(tmp_path, 5000 / 1e9)
-    for i in range(20):
-        cache.put(str(i), bytes([i]) * 1000)
-    kept = [i for i in range(20) if cache.get(str(i)) is not None]
-    assert 4 <= len(kept) <= 6 and 19 in kept
-    assert cache.get("19") == bytes([19]) * 1000
+    monkeypatch.setattr(os, "scandir", lambda folder: looked.append(folder) or scandir(folder))
+    cache = remote.Cache(tmp_path, 256 * 3000 / 1e9)
+    for i in range(3000):
+        cache.put(str(i), i.to_bytes(2) * 500)
+    assert looked.count(tmp_path) == 0 and len(looked) == 3000
+    kept = [i for i in range(3000) if cache.get(str(i)) is not None]
+    assert 700 < len(kept) <= 768 and sum(kept) / len(kept) > 2200  # the latest
+    assert cache.get(str(kept[-1])) == kept[-1].to_bytes(2) * 500
 
 
 @pytest.mark.parametrize("bucket", [StandIn], indirect=True)

@@ -24,8 +24,9 @@ T = TypeVar("T")
 
 WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Before each new try."""
-CACHE_CHECK_ROWS = 256
-"""Rows between two looks at the size of the cache."""
+CACHE_CHECK_ROWS = 32
+"""Rows between two looks at the size of one of the cache's folders."""
+CACHE_FOLDERS = 256
 
 
 class Storage:
@@ -148,7 +149,10 @@ class RemoteTarSource(TarSource):
 
 
 class Cache:
-    """Rows on the local disk, up to a size; those read longest ago go first. Shared by all processes."""
+    """Rows on the local disk, up to a size; those read longest ago go first. Shared by all processes.
+
+    Each folder has an equal share of the size, so that no look at it goes over the millions of files of all.
+    """
 
     def __init__(self, folder: Path, limit_gb: float) -> None:
         self.folder, self.limit = folder, limit_gb * 1e9
@@ -167,26 +171,26 @@ class Cache:
     def put(self, key: str, data: bytes) -> None:
         """Keep a row; a full disk is no error."""
         with suppress(OSError):
-            with replacing(self._path(key), durable=False) as file:
+            with replacing(path := self._path(key), durable=False) as file:
                 file.write(data)
             if self._puts % CACHE_CHECK_ROWS == 0:
-                self._shrink()
+                self._shrink(path.parent)
             self._puts += 1
 
     def _path(self, key: str) -> Path:
         return self.folder / hashlib.sha256(key.encode()).hexdigest()[:2] / key
 
-    def _shrink(self) -> None:
+    def _shrink(self, folder: Path) -> None:
         files = []
-        for path in self.folder.glob("*/*"):
+        for entry in os.scandir(folder):
             with suppress(OSError):
-                status = path.stat()
-                files.append((status.st_mtime_ns, status.st_size, path))
+                status = entry.stat()
+                files.append((status.st_mtime_ns, status.st_size, entry.path))
         size = sum(file[1] for file in files)
         for _, length, path in sorted(files):
-            if size <= self.limit:
+            if size <= self.limit / CACHE_FOLDERS:
                 return
-            path.unlink(missing_ok=True)
+            Path(path).unlink(missing_ok=True)
             size -= length
 
 
