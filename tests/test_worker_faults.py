@@ -81,6 +81,17 @@ def test_a_death_during_an_update_waits_for_its_end():
     assert len(found) == 10 and STOP.code == 1
 
 
+def test_a_death_between_two_passes_is_noticed_by_the_next():
+    """As of those that wait while another data set is evaluated; torch waits for them for `worker_timeout_s`."""
+    loader = loader_with(0, timeout=30)  # signal 0 does nothing
+    whole = [batch.tolist() for batch in batches_of(loader)]
+    worker = loader._iterator._workers[0]
+    worker.kill()
+    worker.join()
+    assert [batch.tolist() for batch in batches_of(loader)] == whole
+    assert STOP.code == 1 and "killed (SIGKILL)" in str(STOP.error)
+
+
 def test_an_error_of_the_data_itself_is_raised():
     with pytest.raises(RuntimeError, match="of its own"):
         list(batches_of(loader_with("raises")))

@@ -12,7 +12,7 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,12 @@ class _DeathWatch:
         if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, self._check)
 
-    def next(self, iterator: Any) -> Any:
-        """Return the next batch. Raises _WorkerDied if a process of this iterator has died."""
+    def wait(self, iterator: Any, call: Callable[[Any], Any], argument: Any) -> Any:
+        """Return `call(argument)`. Raises _WorkerDied if a process of this iterator (None: of none) has died."""
         self._waiting_for = iterator
         try:
             self._check()
-            return next(iterator)
+            return call(argument)
         finally:
             self._waiting_for = None
 
@@ -73,19 +73,21 @@ def batches_of(loader: DataLoader[Any]) -> Iterator[Any]:
     if not loader.num_workers:
         yield from loader
         return
-    iterator = iter(loader)
+    iterator: Any = loader._iterator  # of the pass before, where its processes live on
     _WATCH.install()
-    done = 0
+    begun, done = False, 0
     while True:
         try:
-            batch = _WATCH.next(iterator)
+            if not begun:
+                iterator, begun = _WATCH.wait(iterator, iter, loader), True
+            batch = _WATCH.wait(iterator, next, iterator)
         except StopIteration:
             return
         except UserError as error:
             marker = f"{UserError.__module__}.{UserError.__qualname__}: "
             raise UserError(str(error).rpartition(marker)[2].strip()) from None
         except Exception as error:  # where a process died, that of its half-sent batch too
-            if not _is_fault(error, iterator):
+            if iterator is None or not _is_fault(error, iterator):
                 raise
             _give_up(loader, iterator)
             break
