@@ -112,9 +112,6 @@ class _Batches:
     def __iter__(self) -> Iterator[list[Item]]:
         return self.order.epoch(self.epoch, self.start)
 
-    def __len__(self) -> int:
-        return self.order.batches
-
 
 class TrainLoader(_Loader):
     """Batches of one rank for training, as `collate` describes them, without `failures`.

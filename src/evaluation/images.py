@@ -94,7 +94,7 @@ def open_images(data_dir: str | Path, split: str | None, trained_on: Mapping[str
             f"--split held_out: training held nothing out of {folder} (data.train_split={share:g}). Use --split all, "
             "or a split's name."
         )
-    if split is None and (not len(held_out) or _is_other_data(folder, trained_on)):
+    if split is None and (not len(held_out) or _is_other_data(folder, training)):
         if test := data.held_out_split(train, *TEST_SPLITS):
             return _named(folder, data, test)
         if trained_on is not None and folder == locate(trained_on["data_dir"]):
@@ -146,10 +146,8 @@ def decoder_of(options: DataOptions, config: Mapping[str, Any]) -> Decoder:
     return Decoder(exif, stored(config, "data.max_megapixels") or MAX_MEGAPIXELS)
 
 
-def _is_other_data(folder: Path | str, trained_on: Mapping[str, Any] | None) -> bool:
+def _is_other_data(folder: Path | str, trained_on: Mapping[str, Any]) -> bool:
     """Return whether the training data is here and is not `folder`. If it is not here, `folder` may be a copy of it."""
-    if trained_on is None:
-        return True
     trained = locate(trained_on["data_dir"])
     if isinstance(trained, str) or isinstance(folder, str):
         return trained != folder

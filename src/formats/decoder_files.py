@@ -162,7 +162,7 @@ def read_statistics(
             file = file / STATISTICS
             content = read(file)
         else:
-            weights = diffusers_layout.read_weights(file) if kind == "diffusers" else {}
+            weights = read(file / diffusers_layout.WEIGHTS) if kind == "diffusers" else {}
             content = dict(zip(("mean", "var"), diffusers_layout.statistics(weights, file) or (), strict=False))
     else:
         file = require(path, "Latent statistics", key)
@@ -238,7 +238,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def _from_diffusers(folder: Path) -> DecoderFile:
     config = diffusers_layout.read_config(folder)
-    weights = below(diffusers_layout.read_weights(folder), "decoder.")
+    weights = below(read(folder / diffusers_layout.WEIGHTS), "decoder.")
     state = {diffusers_layout.DECODER.ours(name): value for name, value in weights.items()}
     state[_POSITIONS] = sincos_positions(config["decoder_hidden_size"], diffusers_layout.grid(config))[None]
     encoder = read_record(folder).get("encoder") or {}

@@ -196,7 +196,7 @@ def read_diffusers(folder: str | Path) -> LoadedModel:
         raise UserError(
             f"{folder}: encoder_type={config['encoder_type']!r}; known: {', '.join(f.name for f in FAMILIES)}."
         )
-    state = diffusers_layout.read_weights(folder)
+    state = read(folder / diffusers_layout.WEIGHTS)
     with tempfile.TemporaryDirectory(prefix="rae_encoder_") as place:
         _write_encoder(Path(place), family, config, state)
         rae = RAE(

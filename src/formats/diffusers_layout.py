@@ -16,7 +16,6 @@ from src.core.images import IMAGENET_MEAN, IMAGENET_STD
 from src.core.json_files import check_json, read_json
 from src.core.key_mapping import NameTable
 from src.core.settings import Size
-from src.core.weights import read
 
 CLASS = "AutoencoderRAE"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -103,18 +102,6 @@ def decoder_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of our `DecoderConfig`; diffusers fixes the last one."""
     keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     return {f"decoder_{key}": config[f"decoder_{key}"] for key in keys} | {"layer_norm_eps": 1e-12}
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Read all tensors, from one file or from shards."""
-    if (folder / WEIGHTS).is_file():
-        return read(folder / WEIGHTS)
-    index = folder / f"{WEIGHTS}.index.json"
-    if not index.is_file():
-        there = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
-        raise UserError(f"{folder} has no {WEIGHTS} (nor its index); it holds {there}.")
-    shards = sorted({Path(name).name for name in read_json(index, weight_map=dict[str, str])["weight_map"].values()})
-    return {name: value for shard in shards for name, value in read(folder / shard).items()}
 
 
 def statistics(state: Mapping[str, Tensor], source: object) -> tuple[Tensor, Tensor] | None:

@@ -201,7 +201,7 @@ class DiffusionModule(StageModule):
         for row, label in enumerate(chosen):
             indices = range(row * count, (row + 1) * count)
             latents = sampler.latents(indices, torch.full((count,), label), self.device)
-            rows.append(unit_to_bytes(self.rae.decode(latents).float()))
+            rows.append(unit_to_bytes(self.rae.decode(latents)))
         return rows
 
     # -- what a run is told of
