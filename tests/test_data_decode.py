@@ -191,7 +191,7 @@ def test_stray_bytes_lose_nothing() -> None:
 def test_what_is_refused(data: bytes) -> None:
     with pytest.raises(BadImage) as found:
         DECODER.decode(data)
-    assert " at 0x" not in str(found.value) and not str(found.value).endswith(" it")
+    assert not any(words in f"{found.value}." for words in (" at 0x", " it.", "Ghostscript"))  # which runs programs
 
 
 def test_fuzz_gives_an_array_or_bad_image() -> None:

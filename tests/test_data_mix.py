@@ -14,6 +14,10 @@ from src.data import dummy
 from src.data.datamodule import RAEDataModule
 from src.data.loader import TrainLoader, WorkerOptions
 from src.data.mix import BLOCK, TABLE_ROWS, MixOrder, feistel, images_per_epoch, shares
+from src.metrics.generation import load_reference
+from src.metrics.inception import InceptionFeatures
+from src.metrics.reconstruction import ReconstructionScore
+from src.metrics.reference import Preparation
 from tests.test_data_loader import arguments, assert_same
 from tests.test_data_places import image_tar
 from tests.test_data_sources import tree
@@ -228,6 +232,7 @@ def test_evaluation_sets(folders: Path) -> None:
     evaluation = {"arrow": {"data_dir": str(folders / "arrow")}, "files": {"data_dir": str(folders / "files")}}
     data = mixed(folders, evaluation=evaluation)
     assert data.val_size == 20 and list(data.evaluation_sets) == ["arrow", "files"]
+    assert {"evaluation arrow", "evaluation files"} <= data.fingerprint_state["sources"].keys()
     assert sum(len(b["image"]) for b in data.val_dataloader()) == 20
     assert sum(len(b["image"]) for b in data.evaluation_loader(data.evaluation_set("files"), 4)) == 6
     rows = dict(data.describe())
@@ -264,10 +269,18 @@ def test_a_mix_trains_and_is_judged_on_each_set(tmp_path: Path) -> None:
         "experiment=rae_general_dummy", "data.image_size=64", "data.batch_size=4", "data.num_workers=0", "data.epoch_images=8",
         "trainer.max_epochs=1", "trainer.accelerator=cpu", "trainer.limit_val_batches=1", "model.sample_every=0",
         "callbacks.rfid.rfid_every_epoch=true", "callbacks.rfid.rfid_num_samples=6", "callbacks.rfid.rfid_device=cpu",
-        "+data.evaluation.text.num_samples=4", "callbacks.rfid.rfid_save_samples=false",
+        "+data.evaluation.text.num_samples=4", f"+data.evaluation.text.reference={tmp_path}/reference.npz",
+        "callbacks.rfid.rfid_save_samples=false",
     ]  # fmt: skip
+    np.savez(tmp_path / "reference.npz", np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), np.uint8))
     run = train(tmp_path / "run", *small, small=False)
     scores = {name: value for name, (_, value) in run.module.scores.items()}
     assert scores["rfid_untrained/images"] == 6 and scores["rfid_untrained_text/images"] == 4
-    assert {"rfid_untrained/score", "rfid_untrained_text/score", "rfid_untrained_text/psnr"} <= scores.keys()
+    assert {"rfid_untrained/score", "rfid_untrained_text/psnr"} <= scores.keys()
     assert run.trainer.global_step == 2
+    network = InceptionFeatures(None, "tiny")
+    moments = load_reference(tmp_path / "reference.npz", network, 4, Preparation(image_size=64), pool_only=True).pool
+    score = ReconstructionScore([network], 4, references={network.space: moments})
+    for batch in run.datamodule.evaluation_loader(run.datamodule.evaluation_set("text"), 4, 4):
+        score.update(batch["image"], run.module.reconstruct(batch["image"]))
+    assert scores["rfid_untrained_text/score"] == pytest.approx(score.compute()["rfid_untrained"], rel=1e-4)

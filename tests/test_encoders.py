@@ -389,3 +389,18 @@ def test_images_that_are_taken(rae):
     assert rae.encode(images * 255, check=False).isfinite().all()
     assert rae.encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == latents[:1].shape
     assert rae.encode(torch.rand(1, 3, 40, 90), resize=True).shape == latents[:1].shape
+
+
+def test_noise_of_an_encoded_image_and_latents_of_another_grid(rae):
+    images = torch.rand(3, 3, 64, 64)
+    raw = rae.encode(images)
+    coarse = raw[:, :, 1:, :3]  # of 3 x 3, which decodes as what lies between it on 4 x 4
+    assert torch.allclose(rae.decode(coarse), rae.decode(F.interpolate(coarse, size=4, mode="bilinear")), atol=1e-6)
+    with pytest.raises(ValueError, match="square number of tokens, got 12"):
+        rae.decode(raw[:, :, :3])
+    rae.set_statistics(raw.mean(0), raw.var(0))
+    torch.manual_seed(0)
+    noisy = rae.encode(images, noise_tau=0.5)
+    torch.manual_seed(0)
+    sigma = 0.5 * torch.rand(3, 1, 1, 1)
+    assert torch.allclose(noisy, rae.normalize(raw + sigma * torch.randn_like(raw)), atol=1e-5)

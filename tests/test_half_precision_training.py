@@ -5,7 +5,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins import MixedPrecision
 
-from tests.training import train
+from tests.training import last, train
 
 QUIET = ["~callbacks.rfid", "logger=csv", "callbacks.checkpoint.every_n_steps=1", "model.disc_weight=0.75"]
 
@@ -21,7 +21,10 @@ def with_scaler(monkeypatch, scale: float) -> None:
 
 def test_both_networks_learn_in_fp16(monkeypatch, tmp_path):
     with_scaler(monkeypatch, 2.0**10)
-    run = train(tmp_path, *QUIET)
+    train(tmp_path, *QUIET, "trainer.max_epochs=1")
+    run = train(tmp_path, *QUIET, checkpoint=last(tmp_path))
+    scalers = run.trainer.precision_plugin.scaler, run.module.disc_scaler
+    assert [scaler.state_dict()["_growth_tracker"] for scaler in scalers] == [6, 5]  # those before the resume count
     assert run.trainer.precision == "16-mixed" and run.module.disc_scaler.is_enabled()
     assert torch.float16 in {p.dtype for p in run.module.rae.encoder.parameters()}
     for optimizer, steps in zip(run.trainer.optimizers, (6, 5), strict=True):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,6 +49,16 @@ def test_samples_are_balanced_and_functions_of_the_index(checkpoint, tmp_path, c
     assert np.abs(np.load(tmp_path / "z.npz")["latents"] - np.load(tmp_path / "y.npz")["latents"]).max() < 1e-4
     assert (one["arr_0"].astype(int) != two["arr_0"]).mean() < 1e-3
     assert not list(tmp_path.glob(".*")) and "UNTRAINED encoder" in capsys.readouterr().out
+
+
+def test_labels_by_number_by_chance_and_by_name():
+    def labels(which, count, seed=0):
+        return samples.labels_of(which, seed, count, SimpleNamespace(num_classes=3, null_label=3)).tolist()
+
+    assert sorted(np.bincount(labels("equal", 8))) == [2, 3, 3] and labels("equal", 99) != sorted(labels("equal", 99))
+    assert labels("equal", 99) != labels("equal", 99, seed=1) and labels("random", 99) != labels("random", 99, seed=1)
+    assert labels("random", 40) == labels("random", 99)[:40] and set(labels("random", 40)) == {0, 1, 2}
+    assert labels("null", 2) == [3, 3] and labels("2,0", 5) == [2, 0, 2, 0, 2]
 
 
 @pytest.mark.slow

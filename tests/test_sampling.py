@@ -8,17 +8,18 @@ import pytest
 import torch
 
 from src.core.errors import UserError
-from src.evaluation.generate import SamplerSettings
+from src.evaluation.generate import Sampler, SamplerSettings
 from src.evaluation.sampling import (
     Guidance,
     autoguidance,
     classifier_free,
     conditional,
+    for_labels,
     guide,
     internal_guidance,
     solve,
 )  # fmt: skip
-from src.losses.flow_matching import sampling_grid
+from src.losses.flow_matching import FlowSettings, sampling_grid
 
 NULL = 9
 
@@ -153,6 +154,26 @@ def test_guidance_that_cannot_be(change, message):
     values = {"num_steps": 5, "grid": "rae", "method": "euler", **scales, "t_min": 0.0, "t_max": 1.0}
     with pytest.raises(UserError, match=message):
         SamplerSettings.parse(values | change, "sampler")
+
+
+def test_a_sampler_nests_the_guidance_of_its_settings():
+    flow, interval = (
+        {"time": "uniform", "time_mu": 0.0, "time_sigma": 1.0, "shift": 2.0, "base_weight": 1.0},
+        (0.1, 0.9),
+    )
+    flows = [FlowSettings(prediction=kind, t_eps=eps, **flow) for kind, eps in (("x", 0.3), ("velocity", 0.0))]
+    networks = model, weaker = Model(base=True), Model(2.0)
+    for network in networks:
+        network.latent_shape, network.null_label, network.num_classes, network.base_model_depth = (2, 3, 3), NULL, 9, 1
+    scales = {"cfg": 1.5, "internal": 1.7, "auto": 1.3, "t_min": 0.1, "t_max": 0.9}
+    settings = SamplerSettings(num_steps=9, grid="rae", method="heun", **scales)
+    x, y = noise(), torch.tensor([1, 2])
+    found = Sampler(model, settings, flows[0], 0, (weaker, flows[1]))
+    run = internal_guidance(model, "x", Guidance(1.7, *interval), 0.3)
+    run = autoguidance(run, conditional(weaker, "velocity"), Guidance(1.3, *interval))
+    run = classifier_free(run, NULL, Guidance(1.5, *interval))
+    expected = solve(for_labels(run, y), x, sampling_grid(9, 2.0, "rae"), "heun")
+    assert torch.equal(found.integrate(x, y, found.grid), expected)
 
 
 def test_a_guided_sample_of_half_precision_outputs_is_guided_in_float32():

@@ -12,7 +12,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from src.callbacks.checkpoint import AtomicCheckpointIO
+from src.core import random_streams as streams
 from src.core.errors import UserError
+from src.core.random_streams import Purpose
 from src.core.weights import PROJECT_ROOT, read
 from src.formats.opening import open_autoencoder
 from src.models.dit import build_network, forward_flops
@@ -51,6 +53,14 @@ def test_draws_are_functions_of_the_position():
         assert torch.equal(getattr(one, name)[[4, 2]], getattr(two, name)), name
     other = FlowDraws.at(5, {"epoch": 2, "position": torch.arange(6)}, shape, device, True)
     assert not torch.equal(one.noise, other.noise) and not torch.equal(one.time, other.time)
+    for training, *purposes in (
+        (True, Purpose.FLOW_NOISE, Purpose.FLOW_SCALARS),
+        (False, Purpose.EVAL_NOISE, Purpose.EVAL_SCALARS),
+    ):
+        draws = FlowDraws.at(5, {"epoch": 1, "position": torch.arange(6)}, shape, device, training)
+        assert torch.equal(draws.noise, streams.normals(5, purposes[0], 1, range(6), shape, device))
+        columns = torch.stack([draws.time, draws.drop, draws.flip], dim=1)
+        assert torch.equal(columns, streams.uniforms(5, purposes[1], 1, range(6), 3))
 
 
 def test_labels_are_dropped_and_images_mirrored_by_the_draws(stage2_run):
@@ -146,6 +156,20 @@ def test_lightning_says_nothing_of_the_hooks_that_are_meant(autoencoder, tmp_pat
     assert any("UNTRAINED" in text for text in warnings) and "overridden" not in " ".join(warnings)
 
 
+def test_muon_and_adamw_are_those_of_torch_at_the_rate_of_the_first_group():
+    layer, given = torch.nn.Linear(4, 3), {"lr": 1e-2, "weight_decay": 0.1}
+    twin, optimizer = copy.deepcopy(layer), MuonWithAdamW(layer.parameters(), **given, betas=(0.8, 0.9))
+    muon = torch.optim.Muon([twin.weight], **given, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW([twin.bias], **given, betas=(0.8, 0.9))
+    for lr in (1e-2, 5e-3):
+        for network, parts in ((layer, [optimizer]), (twin, [muon, adamw])):
+            network(torch.eye(4)).square().sum().backward()
+            for part in parts:
+                part.param_groups[0]["lr"] = lr
+                part.step()
+    assert torch.allclose(layer.weight, twin.weight) and torch.allclose(layer.bias, twin.bias)
+
+
 def test_muon_leaves_weights_and_moments_alone_where_a_number_is_not_finite():
     layer = torch.nn.Linear(4, 3)
     optimizer = MuonWithAdamW(layer.parameters(), 1e-2, (0.9, 0.95), 0.0)
@@ -194,6 +218,7 @@ def test_an_image_of_no_class_counts_as_one_of_the_null_label(stage2_run):
         totals.append(module._totals)
     assert torch.equal(totals[0], totals[1]) and not torch.equal(totals[1], totals[2])
     module.network.null_label = None
+    assert torch.equal(module.on_before_batch_transfer(batch, 0)["label"], batch["label"])
     with pytest.raises(UserError, match=r"images of no class \(label -1\)"):
         module.on_before_batch_transfer(batch | {"label": torch.full_like(batch["label"], -1)}, 0)
 

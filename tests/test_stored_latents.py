@@ -69,6 +69,7 @@ def test_a_resume_on_stored_latents_is_exact(stores, autoencoder, tmp_path):
     other = shutil.copytree(store, tmp_path / "edited")
     index = json.loads((other / "index.json").read_text())
     (other / "index.json").write_text(json.dumps(index | {"scale": "raw"}))
+    assert LatentStore(other).fingerprint() != LatentStore(store).fingerprint()
     with pytest.raises(UserError, match="latents are raw, were normalized"):
         on_latents(tmp_path / "third", other, autoencoder, checkpoint=last(first))
 
