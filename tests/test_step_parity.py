@@ -220,6 +220,15 @@ def test_latents_are_gone_once_their_fake_is_made_and_it_is_made_once():
     assert all(ref() is None for ref in latents) and all(source.pixels.dtype == torch.uint8 for source in sources)
 
 
+def test_the_gan_term_lies_beside_nothing_that_was_for_others():
+    """It is the peak of a step."""
+    _, ours, draws = make_pair()
+    given = [draws.images.clone(), draws.noise._replace(normal=draws.noise.normal.clone())]
+    seen, gan = [weakref.ref(given[0]), weakref.ref(given[1].normal)], ours.gan_gradient
+    ours.gan_gradient = lambda *given: gan(*given) if all(ref() is None for ref in seen) else None
+    ours.generator(given.pop(0), given.pop(0), draws.augment["generator"], FULL)
+
+
 def test_several_steps_move_weights_and_averages_alike():
     """SGD rather than Adam, which turns rounding into steps where a gradient is zero."""
     plain, ours, draws = make_pair()

@@ -151,6 +151,7 @@ class TrainingStep:
         with record_function("decode"):
             noisy = latents if noise is None else torch.addcmul(latents, noise.normal, noise.sigma)
             features = decoder.trunk(self.rae.to_tokens(noisy))  # B N D
+            del noise, noisy
             output = self.rae.to_images(decoder.decoder_pred(features)).float()
         reconstruction = output.detach()
 
@@ -162,6 +163,7 @@ class TrainingStep:
                 terms[name], term_gradient = self.reconstruction_gradient(term, reconstruction, images, loss_scale)
             grad_r.add_(term_gradient, alpha=weight)
             loss = loss + weight * terms[name]
+        del images, term_gradient  # the GAN term takes most memory of all
         gradient = grad_r
         if phase.gan:
             with record_function("gan"):
