@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from src.core import random_streams as streams
 from src.core.ema import EMA
@@ -32,6 +33,15 @@ SHAPE = (64, 4, 4)
 SIZES = {"patch_size": 1, "hidden_size": [32, 48], "depth": [2, 1], "num_heads": [2, 2], "base_model_depth": 1}
 
 
+class NoMasksAsIndices(TorchDispatchMode):
+    """A GPU counts what a mask selects, and the host waits for the number; `meta` does not tell where it is assigned to."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        indices = args[1] if function.overloadpacket in (torch.ops.aten.index_put, torch.ops.aten.index_put_) else []
+        assert all(index is None or index.dtype != torch.bool for index in indices), "a mask as index"
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.fixture(autouse=True)
 def _meta_knows_neither_autocast_nor_generators(monkeypatch):
     def normals(seed, purpose, epoch, positions, shape, device):
@@ -40,6 +50,8 @@ def _meta_knows_neither_autocast_nor_generators(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     monkeypatch.setattr(streams, "normals", normals)
+    with NoMasksAsIndices():
+        yield
 
 
 @pytest.mark.parametrize("options", [{}, {"disc_fake": "reuse", "loss_chunk_size": 2, "disc_updates": 2}], ids=str)
