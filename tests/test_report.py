@@ -151,6 +151,14 @@ def test_a_run_that_was_resumed_very_often(tmp_path):
     assert marks(text) == {"resumed"}
 
 
+def test_long_runs_share_the_points_of_a_curve(tmp_path):
+    rows = "".join(f"{step},train/loss,{step},0\n" for step in range(8001))
+    folders = [make_run(tmp_path / f"{n}", {}) for n in range(5)]
+    for folder in folders:
+        (folder / "metrics.csv").write_text(f"step,name,value,time\n{rows}")
+    assert [len(curve) for curve in curves(made(*folders)).values()] == [2667] * 5  # each third
+
+
 def test_page_is_one_file_that_fetches_nothing_and_the_same_each_time(run):
     text = made(run)
     tags = Tags(text)

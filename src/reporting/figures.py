@@ -96,7 +96,7 @@ def _draw(chart: Chart, names: Sequence[str], runs: Sequence[Run], key: str) -> 
     for r, run in enumerate(runs):
         for n, name in enumerate(names):
             series = run.series.get(name, {})
-            every = slice(None, None, len(series) // 20_000 + 1)  # no more of a very long run
+            every = slice(None, None, len(series) * len(runs) // 20_000 + 1)  # no more of long runs
             color = PALETTE[(r if several else n) % len(PALETTE)]
             figure.add_scatter(
                 x=list(series)[every],
