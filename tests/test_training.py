@@ -9,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from src.core.images import bytes_to_unit
 from src.core.weights import PROJECT_ROOT, read
+from src.training.record import summary
 from src.training.stage1_step import TrainingStep
 from tests.training import QUIET, last, logged, train
 
@@ -40,8 +41,11 @@ def test_what_is_logged_under_which_name_at_which_step(run):
     assert {e.step for e in events.Images("samples")} == {2, 4, 6}
 
 
-def test_what_a_run_leaves(run):
+def test_what_a_run_leaves(run, caplog):
     folder, fitted = run
+    caplog.set_level("INFO")
+    summary(fitted.trainer, fitted.module)
+    assert "step_0000006.png (originals above reconstructions)" in caplog.text
     checkpoints = {file.name for file in (folder / "checkpoints").iterdir()}
     assert checkpoints == {"last.ckpt", "best.ckpt", "epoch_001.ckpt", "epoch_002.ckpt"}
     assert (folder / "samples/step_0000006.png").is_file()

@@ -45,6 +45,8 @@ class StageModule(pl.LightningModule):
     """How a run that can't go on from a checkpoint starts instead, after `a new run`."""
     published_batch: ClassVar[int]
     """Images in a global batch of the published recipe."""
+    picture_rows: ClassVar[str]
+    """What the rows of a picture are (`sample_rows`)."""
     ema: EMA
     """Of the network that is evaluated."""
     phase_override: Any = None

@@ -39,6 +39,7 @@ class RAEModule(StageModule):
 
     frozen: ClassVar[tuple[str, ...]] = ("rae.encoder.", "lpips.", "discriminator.trunk.", "generated.")
     published_batch: ClassVar[int] = 512
+    picture_rows: ClassVar[str] = "originals above reconstructions"
     settings: ModelSettings
 
     def __init__(self, **config: Any) -> None:
@@ -202,11 +203,11 @@ class RAEModule(StageModule):
         steps = self.settings.start_steps(self.steps_per_epoch)
         parts = {"LPIPS": (self.lpips, "lpips"), "discriminator": (heads, "disc"), "GAN term": (heads, "gan")}
         begin = {name: steps[key] for name, (part, key) in parts.items() if part is not None and steps[key] < math.inf}
-        images = f"{geometry.image_size} px image -> {geometry.encoder_input_size} px encoder"
-        latents = f"{geometry.grid} x {geometry.grid} latents of {rae.latent_shape[0]}"
+        images = f"{geometry.image_size} px image -> {geometry.encoder_input_size} px encoder input"
+        latents = f"{geometry.grid} x {geometry.grid} latents, width {rae.latent_shape[0]}"
         frozen = {"encoder": encoder, "LPIPS": self.lpips, "DINO trunk": trunk, "sampler": self.generated}
         return [
-            ("geometry", f"{images} -> {latents} -> patches of {geometry.decoder_patch} px"),
+            ("geometry", f"{images} -> {latents} -> decoder patches of {geometry.decoder_patch} px"),
             encoder_fact(encoder),
             ("trained", sizes({"decoder": rae.decoder, "discriminator heads": heads})),
             ("frozen", sizes(frozen)),

@@ -80,6 +80,7 @@ class DiffusionModule(StageModule):
     frozen: ClassVar[tuple[str, ...]] = ("rae.",)
     on_device: ClassVar[tuple[str, ...]] = ("image", "latent", "label")
     published_batch: ClassVar[int] = 1024
+    picture_rows: ClassVar[str] = "a row for each class"
     start_anew: ClassVar[str] = "; an autoencoder is given by model.autoencoder"
     sparse_terms: ClassVar[tuple[str, ...]] = ("train/loss_q",)
     settings: Stage2Settings
