@@ -151,6 +151,15 @@ def test_a_run_that_was_resumed_very_often(tmp_path):
     assert marks(text) == {"resumed"}
 
 
+def test_what_a_long_log_says_first_and_last_is_told(tmp_path):
+    step = (
+        "2026-01-02 03:04:08,000 INFO a.b: epoch 1/3 step 10: loss 0.5 | 153 images/s, 1 % waiting for data, 1 h left\n"
+    )
+    end = "2026-01-02 03:04:09,000 WARNING a.b: the last warning\n"
+    text = made(make_run(tmp_path / "r", log=LOG + step * (33 * 2**20 // len(step)) + end))
+    assert marks(text) == {"discriminator"} and "a warning\nof two lines" in text and "the last warning" in text
+
+
 def test_long_runs_share_the_points_of_a_curve(tmp_path):
     rows = "".join(f"{step},train/loss,{step},0\n" for step in range(8001))
     folders = [make_run(tmp_path / f"{n}", {}) for n in range(5)]

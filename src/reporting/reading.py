@@ -112,11 +112,12 @@ def _logged(run: Run) -> list[Row]:
 
 
 def _document(run: Run, name: str, parse: Callable[[str], Any], empty: Any) -> Any:
-    """Return the parsed content of a file (of a long one, the last 32 MiB); `empty` and a note where it can't be had."""
+    """Return the parsed content of a file (first MiB and last 31 of a long one); `empty` and a note where it can't be had."""
     try:
         with (run.folder / name).open("rb") as file:
-            file.seek(max(file.seek(0, io.SEEK_END) - (32 << 20), 0))
-            content = parse(file.read().decode("utf-8", "replace"))
+            start = file.read(1 << 20)
+            file.seek(max(file.seek(0, io.SEEK_END) - (31 << 20), len(start)))
+            content = parse((start + file.read()).decode("utf-8", "replace"))
         if not isinstance(content, type(empty)):
             raise TypeError(f"it holds a {type(content).__name__}")
         return content
