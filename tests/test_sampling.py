@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from src.core.errors import UserError
-from src.evaluation.generate import Sampler, SamplerSettings
+from src.evaluation.sampler import Sampler, SamplerSettings
 from src.evaluation.sampling import (
     Guidance,
     autoguidance,

@@ -19,8 +19,8 @@ from src.core.options import LoadingOptions
 from src.core.settings import checked
 from src.core.text import typed
 from src.core.weights import SizedWeights, resolve
-from src.evaluation.generate import SamplerSettings
 from src.evaluation.generation import Reference, all_scores, load_references
+from src.evaluation.sampler import SamplerSettings
 from src.evaluation.samples import NOT_FINITE, blocks, draw, labels_of
 from src.metrics.generation import GenerationReference, ImageStatistics
 

@@ -26,8 +26,8 @@ from src.core.images import save_png, sheet, unit_to_bytes
 from src.core.json_files import read_json
 from src.core.precision import float32_products, full_float32
 from src.core.random_streams import Purpose
-from src.evaluation.generate import Sampler, SamplerSettings
 from src.evaluation.options import SampleOptions
+from src.evaluation.sampler import Sampler, SamplerSettings
 from src.formats.checkpoint import statistics_digest
 from src.formats.stage2 import Generator
 from src.metrics.npz import opened_npz, scalar

@@ -20,7 +20,7 @@ from torch.profiler import record_function
 from src.core import random_streams as streams
 from src.core.errors import UserError
 from src.core.random_streams import Purpose
-from src.evaluation.generate import Sampler, SamplerSettings
+from src.evaluation.sampler import Sampler, SamplerSettings
 from src.formats.checkpoint import LoadedModel
 from src.formats.stage2 import open_generator
 from src.losses.flow_matching import interpolate, sampling_grid

@@ -18,8 +18,8 @@ from src.core.images import unit_to_bytes
 from src.core.schedules import Schedule
 from src.core.weights import freeze
 from src.data.latents import LatentStore
-from src.evaluation.generate import Sampler, SamplerSettings
 from src.evaluation.reconstruction import check_store
+from src.evaluation.sampler import Sampler, SamplerSettings
 from src.formats.checkpoint import statistics_digest, stored
 from src.formats.opening import open_autoencoder
 from src.losses.flow_matching import FlowSettings, quartile_sums
