@@ -25,7 +25,7 @@ from src.data.latents import LatentWriter, write_index
 from src.data.lists import open_list
 from src.data.places import locate
 from src.data.sources import DEFAULT_OPTIONS, ReadOptions, walk
-from src.data.splits import Splits, open_splits
+from src.data.splits import Splits, open_evaluation, open_splits
 from src.evaluation.images import open_images
 from tests.test_data_sources import FILES, hf_dataset, tree
 from tests.test_data_tars import tar
@@ -191,7 +191,10 @@ def test_splits_below_are_found_or_refused_and_never_mixed(tmp_path: Path) -> No
     tree(tmp_path / "untrained", "val", "test")
     with pytest.raises(UserError, match=r"no split 'train'.*it has test, val"):
         opened(tmp_path / "untrained")
-    assert len(open_images(tmp_path / "untrained", "val", None).rows) == 8
+    classes = tree(tmp_path / "classes", "dog", "dev")  # of which one is called as a split
+    datasets.DatasetDict(train=hf_dataset(5)).save_to_disk(str(tmp_path / "dict"))
+    for folder, images in ((tmp_path / "untrained", 8), (classes, 16), (tmp_path / "dict", 5)):
+        assert len(open_evaluation(folder, None)[0]) == len(open_images(folder, None, None).rows) == images, folder
 
 
 @pytest.mark.parametrize(("train", "validation"), [("Train", "VAL"), ("train2017", "val2017"), ("training_256", "Dev")])

@@ -84,12 +84,17 @@ class Place:
     def held_out_split(self, train: str, *wanted: str | None) -> str | None:
         """Return the first of `wanted` that is a split other than the one to train on.
 
-        In an image tree there must be one to train on: without it, `val` may be a class like any other.
+        In an image tree there must be one to train on, or nothing but splits: else `val` may be a class like any other.
         """
         own = self.find(train) or self.find("train")
-        if own is None and self.kind == "tree":
+        if own is None and self.kind == "tree" and len(folder_splits(self.names)) < len(self.names):
             return None
         return next((name for name in wanted if name and self.find(name) not in (None, own)), None)
+
+    def open_all(self, train: str = "train") -> Source:
+        """Open the split to train on; where there is none, the first one, or of an image tree all classes. Raises UserError."""
+        known = next((name for name in (train, "train") if self.find(name)), None)
+        return self.open(known or (self.names[0] if self.kind != "tree" and self.names else train))
 
     def open(self, split: str) -> Source:
         """Open a split. Without splits, everything is what is asked for; of an image tree, only the training split.

@@ -44,8 +44,8 @@ def open_evaluation(
         UserError: no such split, or nothing there.
     """
     data = look(data_dir, columns)
-    chosen = split or next((name for name in (*VALIDATION_SPLITS, *TEST_SPLITS) if data.find(name)), None)
-    source = data.open(chosen) if chosen is not None else data.open_named(None)
+    chosen = split or data.held_out_split("train", VALIDATION_SPLITS[0], TEST_SPLITS[0])
+    source = data.open(chosen) if chosen is not None else data.open_all()
     return source, f"{len(source):,} images of {data_dir}" + (f", split {chosen!r}" if chosen else "")
 
 

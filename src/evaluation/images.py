@@ -82,8 +82,7 @@ def open_images(data_dir: str | Path, split: str | None, trained_on: Mapping[str
     validation = data.held_out_split(train, training.get("hf_validation_split"), VALIDATION_SPLITS[0])
     if split is None and validation is not None:
         return _named(folder, data, str(data.find(validation)))
-    known = next((name for name in (train, "train") if data.find(name)), None)
-    source = data.open(known or (data.names[0] if data.kind != "tree" and data.names else train))
+    source = data.open_all(train)
     everything = Images(folder, source, np.arange(len(source)), ALL)
     if split == ALL:
         return everything
