@@ -94,7 +94,7 @@ class FlowStep:
             output = network(flow.interpolate(latents, draws.noise, t), t, labels)
         output = tuple(part.float() for part in output) if isinstance(output, tuple) else output.float()
 
-        def loss_of(output: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
+        def loss_of(output: Any) -> dict[str, Tensor]:
             return flow.flow_matching_loss(
                 output, latents, draws.noise, t, settings.prediction, settings.t_eps, settings.base_weight
             )
