@@ -193,7 +193,8 @@ def test_splits_below_are_found_or_refused_and_never_mixed(tmp_path: Path) -> No
         opened(tmp_path / "untrained")
     classes = tree(tmp_path / "classes", "dog", "dev")  # of which one is called as a split
     datasets.DatasetDict(train=hf_dataset(5)).save_to_disk(str(tmp_path / "dict"))
-    for folder, images in ((tmp_path / "untrained", 8), (classes, 16), (tmp_path / "dict", 5)):
+    test = tree(tmp_path / "only_test", "test")
+    for folder, images in ((tmp_path / "untrained", 8), (classes, 16), (tmp_path / "dict", 5), (test, 8)):
         assert len(open_evaluation(folder, None)[0]) == len(open_images(folder, None, None).rows) == images, folder
 
 

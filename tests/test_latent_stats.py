@@ -106,10 +106,12 @@ def test_from_a_configuration(tmp_path, capsys):
 
 def test_bad_input(tmp_path, capsys):
     file, folder = checkpoint(tmp_path), photos(tmp_path / "photos", 4)
+    photos(tmp_path / "only/val", 2)
     (tmp_path / "empty").mkdir()
     (tmp_path / "mine.pt").write_text("mine")
     for words, text in (
         (f"--data_dir {tmp_path}/empty --output {tmp_path}/s.pt", "No images"),
+        (f"--data_dir {tmp_path}/only --output {tmp_path}/s.pt", "'train' (--split); it has val. Set --split val."),
         (f"--data_dir {folder} --output {tmp_path}/mine.pt", "--overwrite"),
         (f"--data_dir {folder} --output /proc/x/s.pt", "can't be written"),
         (f"--data_dir {folder} --num_samples 1 --output {tmp_path}/t.pt", "two images"),

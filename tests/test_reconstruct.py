@@ -22,6 +22,7 @@ from src.evaluation.reconstruction_inputs import open_inputs
 from src.formats.checkpoint import load_trained
 from src.metrics.quality import psnr
 from src.reconstruct import main
+from tests.test_data_places import image_tar, parquet
 from tests.tiny_models import checkpoint, photos, two_processes
 
 
@@ -173,6 +174,10 @@ def test_inputs(tmp_path):
         assert len(open_inputs([str(path) for path in paths], None, limit).rows) == count
     with pytest.raises(UserError, match="no such file"):
         open_inputs([str(tmp_path / "nothing*")], None)
+    image_tar(tmp_path / "tars/train/0.tar", 3)
+    assert len(open_inputs([str(tmp_path / "tars")], None).rows) == 3
+    with pytest.raises(UserError, match="holds Parquet files.*Make a dataset beside them"):
+        open_inputs([str(parquet(tmp_path / "hub"))], None)
 
 
 def test_the_projects_own_data_is_made_where_it_is_missing(tmp_path, monkeypatch):

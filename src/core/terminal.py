@@ -106,7 +106,7 @@ OPTION_OF = {
     "data.num_workers": "--num_workers", "data.max_bad_share": "--max_bad_share", "model.encoder_params": "--encoder",
     "model.encoder_cls": "--encoder_cls", "model.normalization_stat_path": "--stats", "model.pretrained_decoder_path": "--decoder",
     "model.decoder_config_path": "--decoder_config", "model.decoder_patch_size": "--decoder_patch_size",
-    "model.autoencoder": "--autoencoder",
+    "model.autoencoder": "--autoencoder", "data.hf_split": "--split",
 }  # fmt: skip
 """Keys of the configuration of a run, and the options of the other programs that say the same."""
 

@@ -218,8 +218,8 @@ def is_dataset(folder: Path) -> bool:
 
 
 def holds_rows(folder: Path) -> bool:
-    """Return whether the folder holds a dataset or tars, and no image files to be taken one by one."""
-    return is_dataset(folder) or any(folder.glob("*.tar"))
+    """Return whether the folder holds a dataset, tars or Parquet, and no image files to be taken one by one."""
+    return is_dataset(folder) or ((first := telling_file(folder)) is not None and not is_image(first.name))
 
 
 def nested_splits(root: Path) -> Path | None:

@@ -79,7 +79,9 @@ def open_images(data_dir: str | Path, split: str | None, trained_on: Mapping[str
     train = str(training.get("hf_split") or "train")
     if split not in (None, ALL, HELD_OUT):
         return _named(folder, data, str(split))
-    validation = data.held_out_split(train, training.get("hf_validation_split"), VALIDATION_SPLITS[0])
+    other = split is None and (trained_on is None or _is_other_data(folder, trained_on))
+    wanted = VALIDATION_SPLITS[0], *(TEST_SPLITS if other else ())
+    validation = data.held_out_split(train, training.get("hf_validation_split"), *wanted)
     if split is None and validation is not None:
         return _named(folder, data, str(data.find(validation)))
     source = data.open_all(train)
@@ -93,7 +95,7 @@ def open_images(data_dir: str | Path, split: str | None, trained_on: Mapping[str
             f"--split held_out: training held nothing out of {folder} (data.train_split={share:g}). Use --split all, "
             "or a split's name."
         )
-    if split is None and (not len(held_out) or _is_other_data(folder, training)):
+    if split is None and (other or not len(held_out)):
         if test := data.held_out_split(train, *TEST_SPLITS):
             return _named(folder, data, test)
         if trained_on is not None and folder == locate(trained_on["data_dir"]):
