@@ -157,18 +157,23 @@ def step(job: Job) -> None:
     # To compile takes longest: in fp16 it comes last, where time may end.
     every = [*product(("bf16",), VARIANTS), *product(("fp16",), ("ours", "plain", "compiled"))]
     for precision, variant in few if job.dry else every:
-        runner = job.runner(variant, precision)
-        for phase in ("gan",) if job.dry else ("gan", "warmup"):
-            rows, tflops = results.setdefault(f"{precision}/{phase}", {}), job.product(precision)
-            memory = peak(runner, images, draws, phase, precision)
-            if memory == float("inf"):
-                rows[variant] = {"out_of_memory": True}
-                job.add("results", results, f"{precision}/{phase} {variant}: out of memory")
-                continue
-            row = measure({variant: runner}, images, draws, PHASES[phase], precision, 1 if job.dry else 6, 0)[variant]
-            rows[variant] = row | {"peak_memory_gb": memory, "matmul_tflops": tflops}
-            job.add("results", results, _step_line(f"{precision}/{phase}", variant, rows))
-        del runner
+        try:
+            runner = job.runner(variant, precision)
+            for phase in ("gan",) if job.dry else ("gan", "warmup"):
+                name, tflops = f"{precision}/{phase}", job.product(precision)
+                rows, memory = results.setdefault(name, {}), peak(runner, images, draws, phase, precision)
+                if memory == float("inf"):
+                    rows[variant] = {"out_of_memory": True}
+                    job.add("results", results, f"{name} {variant}: out of memory")
+                    continue
+                repeats = 1 if job.dry else 6
+                row = measure({variant: runner}, images, draws, PHASES[phase], precision, repeats, 0)[variant]
+                rows[variant] = row | {"peak_memory_gb": memory, "matmul_tflops": tflops}
+                job.add("results", results, _step_line(name, variant, rows))
+        except RuntimeError as error:  # of a compiler, say: the others go on
+            job.status = "failed"
+            job.add(f"{precision} {variant}", str(error)[-2000:], f"{precision} {variant}: {str(error).strip()[:100]}")
+        runner = None
         free_memory(job.device)
 
 
@@ -195,7 +200,7 @@ def largest_batch(job: Job) -> None:
         known = stored["results"][phase]["ours"]
         constant = known["peak_gib"] - known["gib_per_image"] * stored["batch"]
         computed = int((total - OVERHEAD - constant) / known["gib_per_image"])
-        found[phase] = {"computed": computed}
+        found[phase] = {"computed": computed, "gib": {}}
         # A little less than the computed one is tried first.
         ends[phase] = (2, 6) if job.dry else (computed * 2 // 3, computed * 6 // 5)
     # In turns, so that time ends no phase untried; both ends are assumed until they are tried.
@@ -203,18 +208,20 @@ def largest_batch(job: Job) -> None:
         if job.left < 8:
             job.status = "out of time"
             break
-        phase = min(left, key=lambda phase: len(found[phase].get("gib", {})))
+        phase = min(left, key=lambda phase: len(found[phase]["gib"]))
         low, high = ends[phase]
         middle = (low + high) // 2
-        fits, gib = _fits(job, runner, middle, phase)
+        fits, found[phase]["gib"][middle] = _fits(job, runner, middle, phase)
         found[phase]["fits" if fits else "does_not_fit"] = middle
-        found[phase].setdefault("gib", {})[middle] = gib
         ends[phase] = (middle, high) if fits else (low, middle)
+        job.result["summary"] = [_batch_line(*each) for each in found.items()]
         job.add(phase, found[phase])
-    for phase, ended in found.items():
-        words = {"fits": "fit", "does_not_fit": "don't"}
-        tried = ", ".join(f"{ended[key]} {word}" for key, word in words.items() if key in ended) or "none tried"
-        job.add(phase, ended, f"{phase}: {tried}; computed {ended['computed']} (goal on 80 GB: 200)")
+
+
+def _batch_line(phase: str, found: dict[str, Any]) -> str:
+    words = {"fits": "fit", "does_not_fit": "don't"}
+    tried = ", ".join(f"{found[key]} {word}" for key, word in words.items() if key in found)
+    return f"{phase}: {tried or 'none tried'}; computed {found['computed']} (goal on 80 GB: 200)"
 
 
 def _fits(job: Job, runner: Any, batch: int, phase: str) -> tuple[bool, dict[str, float]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import gpu_parts
 from docs import benchmark_table
 from scripts import gpu_report
 from scripts.gpu_report import PARTS
@@ -134,6 +135,26 @@ def test_a_program_that_outlasts_a_part_leaves_what_it_had(tmp_path, monkeypatch
     assert found["result"]["results"] == {"bf16/gan": {"official": {"seconds": 1}}}
     assert found["result"]["summary"] == ["batch 1, gan official: 1 s"]
     assert found["result"]["output"] == "gan official: 1 s\n\nended: its share of the time was over"
+
+
+def test_a_variant_that_can_not_be_compiled_ends_no_other(tmp_path, monkeypatch):
+    job, calls = gpu_parts.Job(True, time.monotonic() + 60, tmp_path, {}, {}, lambda result: None), []
+    row = {"seconds": 1.0, "images_per_s": 2.0}
+    monkeypatch.setattr(job, "runner", lambda *of: calls.append(of))
+    monkeypatch.setattr(gpu_parts, "peak", lambda *_: None)
+
+    def measured(names, *_):
+        if calls[-1] == ("ours", "bf16"):
+            raise RuntimeError("Failed to find C compiler")
+        return dict.fromkeys(names, row)
+
+    monkeypatch.setattr(gpu_parts, "measure", measured)
+    gpu_parts.step(job)
+    assert job.status == "failed" and "bf16 ours: Failed to find C compiler" in job.result["summary"]
+    assert {name: list(rows) for name, rows in job.result["results"].items()} == {
+        "bf16/gan": ["plain"],
+        "fp16/gan": ["ours"],
+    }
 
 
 def test_a_later_call_adds_what_is_missing_to_the_same_file(tmp_path, monkeypatch, small):
