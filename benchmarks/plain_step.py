@@ -129,6 +129,7 @@ class PlainStep:
             "loss": (loss_fake + loss_real).detach(),
             "logits_fake": logits_fake.detach().mean(),
             "logits_real": logits_real.detach().mean(),
+            "accuracy": 0.5 * ((logits_fake < 0).float().mean() + (logits_real > 0).float().mean()),
         }
 
     def _encode(self, images: Tensor, noise: LatentNoise | None) -> Tensor:

@@ -92,4 +92,4 @@ def test_a_resume_says_what_makes_it_another_run(whole, tmp_path, caplog):
     for key, (before, now) in changed.items():
         assert f"{key} was {before} and is now {now}" in said
     assert "Resuming at step 6 (epoch 2)" in said  # the second one, as the lines of progress count
-    assert not any(words in said for words in ("num_workers was", "data.batch_size was", "hidden"))
+    assert not any(words in said for words in ("num_workers was", "data.batch_size was", "storage_options"))

@@ -161,6 +161,7 @@ def test_discriminator_gradients_and_state(chunk):
     plain, ours, draws = make_pair(loss_chunk_size=chunk)
     _, result = run_generator(plain, ours, draws, FULL)
     expected, terms = run_discriminator(plain, ours, draws, result)
+    assert abs(terms["accuracy"] - expected.pop("accuracy")) < 0.01  # a logit may round to the other side of 0
     for name, value in expected.items():
         assert_close(terms[name], value, name)
     assert_gradients_equal(ours.discriminator.heads, plain.discriminator.heads)

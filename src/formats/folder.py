@@ -67,10 +67,10 @@ def write_folder(
         "image_std": rae.image_std.flatten().tolist(),
     }
     state = {
-        f"decoder.{name}": value.detach().to(dtype).cpu().contiguous().clone()
+        f"decoder.{name}": value.detach().to(dtype).cpu().contiguous()
         for name, value in rae.decoder.state_dict().items()
     }
-    state |= {name: value.cpu().clone() for name in _STATISTICS if (value := getattr(rae, name)) is not None}
+    state |= {name: value.cpu() for name in _STATISTICS if (value := getattr(rae, name)) is not None}
     write_safetensors(folder / FOLDER_WEIGHTS, state, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if with_encoder:

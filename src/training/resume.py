@@ -18,7 +18,7 @@ _FREE = {
     "data": (
         "_target_",  # a class that has moved
         "num_workers", "worker_timeout_s", "prefetch_factor", "pin_memory", "worker_start", "max_bad_share", "val_batch_size",
-        "use_hf_dataset", "allow_changed", "cache_gb", "mix_unit",  # the data itself is compared by its fingerprint
+        "use_hf_dataset", "allow_changed", "cache_gb", "storage_options", "mix_unit",  # the data is compared by its fingerprint
         "batch_size", "accumulate",  # the global batch is compared instead
     ),
     "model": (
@@ -79,7 +79,7 @@ def announce_resume(checkpoint: Path, config: Mapping[str, Any], processes: int)
     for group, free in _FREE.items():
         was, now = flat(before.get(group) or {}), flat(config[group])
         for key in sorted((was.keys() | now.keys()) - set(free)):
-            if was.get(key) != now.get(key) and "storage_options" not in key:  # may hold secrets
+            if was.get(key) != now.get(key):
                 change = f"{group}.{key} was {was.get(key)} and is now {now.get(key)}"
                 log.warning("%s: this is no longer the run before.", change)
 
