@@ -27,7 +27,6 @@ class RecordingSGD(torch.optim.SGD):
 
     def step(self, closure=None):
         GRADIENTS.append([p.grad.detach().clone() for group in self.param_groups for p in group["params"]])
-        self.found_inf = None  # only fused optimisers take it
         return super().step(closure)
 
 

@@ -45,6 +45,8 @@ def test_the_examples_do_what_they_say(tmp_path):
     for block in blocks("python"):
         checks.append(str(tmp_path / block.split("\n", 1)[0].removeprefix("# ").strip()))
         Path(checks[-1]).write_text(block, encoding="utf-8")
+    for block in blocks("yaml"):
+        (tmp_path / block.splitlines()[1].removeprefix("# ")).write_text(block, encoding="utf-8")
     (tmp_path / "tests/test_compose.py").write_text(COMPOSE)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *checks, "tests/test_compose.py"]
     done = subprocess.run(
@@ -52,14 +54,20 @@ def test_the_examples_do_what_they_say(tmp_path):
         env={**os.environ, "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"\b5 passed", done.stdout), done.stdout
+    assert re.search(r"\b6 passed", done.stdout), done.stdout
 
 
 # The model config and the names of the losses, as a run would take them; and that it is the copy that is tested.
 COMPOSE = """
+import subprocess
+import sys
+
+import torch
 from hydra import compose, initialize_config_dir
 
 import src.losses.gan
+from src.formats.checkpoint import load_trained
+from src.formats.folder import read_folder, write_folder
 from src.models.encoders import encoder_class
 from src.training.settings import ModelSettings
 from src.core.weights import PROJECT_ROOT
@@ -76,4 +84,21 @@ def test_the_configuration_reaches_the_new_parts():
     settings = ModelSettings.parse(model)
     assert encoder_class(settings.encoder_cls).__name__ == "DeiTwNorm"
     assert settings.disc_loss == settings.gen_loss == "least_squares" and settings.mse_weight == 0.5
+
+
+def test_parts_of_another_package_train_and_are_exported(tmp_path):
+    file = PROJECT_ROOT / "weights/patches.pt"
+    file.parent.mkdir()
+    torch.save(torch.nn.Conv2d(3, 32, 8, 8).state_dict(), file)
+    options = ["data.image_size=64", "data.num_workers=0", "trainer.accelerator=cpu", "trainer.max_epochs=1", "trainer.limit_train_batches=2",
+        "trainer.check_val_every_n_epoch=1", "trainer.num_sanity_val_steps=0"]
+    words = ["experiment=mine", "logger=csv", "callbacks=no_checkpoint", "~callbacks.samples", "+callbacks.best._target_=pytorch_lightning.callbacks.ModelCheckpoint"]
+    command = [sys.executable, "src/train.py", *options, *words, f"hydra.run.dir={tmp_path}/run"]
+    subprocess.run(command, cwd=PROJECT_ROOT, check=True)
+    assert "val/charbonnier" in (tmp_path / "run/metrics.csv").read_text()
+    loaded = load_trained(next((tmp_path / "run").rglob("*.ckpt")))
+    (tmp_path / "export").mkdir()
+    write_folder(loaded, tmp_path / "export")
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(read_folder(tmp_path / "export").rae(images), loaded.rae(images))
 """

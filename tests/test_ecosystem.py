@@ -7,16 +7,31 @@ import sys
 from types import ModuleType
 
 import pytest
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
 
 from src.callbacks import progress
 from src.core import metrics_file
 from src.core.errors import UserError
+from src.formats.checkpoint import load_trained
 from src.training.resume import find_checkpoint
 from src.training.run import run as program
 from src.training.stage1 import RAEModule
-from tests.training import QUIET, SMALL, assert_equal_ends, composed, python, train
+from tests.training import QUIET, SMALL, assert_equal_ends, composed, last, logged, python, same, train
 
 LIGHT = [*QUIET, "model.disc_weight=0", "model.perceptual_weight=0"]
+
+
+class Logs(pl.Callback):
+    def on_train_batch_end(self, trainer, module, *_):
+        module.log("mine/train", 1.0)
+
+    def on_validation_epoch_end(self, trainer, module):
+        module.log("mine/val", 0.5)
+
+
+LOGS = "+callbacks.logs._target_=tests.test_ecosystem.Logs"
 
 
 def theirs(folder):
@@ -29,7 +44,7 @@ def theirs(folder):
         "by_step.every_n_train_steps=2", "by_step.save_top_k=-1", f"by_step.dirpath={folder}/by_step",
     ]  # fmt: skip
     words = [f"{name}._target_=pytorch_lightning.callbacks.{kind}" for name, kind in parts.items()] + options
-    return [f"+callbacks.{word}" for word in words]
+    return [LOGS, *(f"+callbacks.{word}" for word in words)]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +60,14 @@ def test_what_is_logged_is_where_lightnings_callbacks_look(whole):
     rows = list(metrics_file.read(folder / "metrics.csv"))
     latest = {name: value for _, name, value, _ in rows}
     found = run.trainer.callback_metrics
-    assert {"val/loss", "train/loss", "lr/generator", "perf/images_per_s", "lr-AdamW"} <= found.keys()
+    logged_by_others = {"lr-AdamW", "mine/train", "mine/val"}
+    assert {
+        "val/loss",
+        "train/loss",
+        "lr/generator",
+        "perf/images_per_s",
+        *logged_by_others,
+    } <= found.keys() & latest.keys()
     assert all(float(found[name]) == pytest.approx(value, rel=1e-6) for name, value in latest.items())
     assert "train/loss" in run.trainer.progress_bar_metrics
     steps = [step for step, *_ in rows]
@@ -76,6 +98,13 @@ def test_early_stopping_ends_the_run_and_the_name_must_be_a_logged_one(tmp_path,
     assert "`val/los` which is not available" in said and "val/loss" in said and "Traceback" not in said
 
 
+def test_validation_may_count_batches_over_epochs(tmp_path):
+    words = [*LIGHT, "trainer.check_val_every_n_epoch=null", "+trainer.val_check_interval=4"]
+    train(tmp_path / "a", *words, "trainer.max_steps=2")
+    train(tmp_path / "b", *words, checkpoint=last(tmp_path / "a"))
+    assert list(logged(tmp_path / "b", "val/loss")) == [4]
+
+
 def test_overfitting_repeats_the_same_batches(tmp_path, monkeypatch):
     seen = []
     original = RAEModule.training_step
@@ -103,6 +132,20 @@ def test_a_profile_stands_in_the_runs_folder(tmp_path):
         train(tmp_path, *LIGHT, "trainer.profiler=fast")
 
 
+def test_the_parts_alone_in_a_trainer_of_ones_own(tmp_path):
+    config = composed([*SMALL, *LIGHT])
+    module, data = instantiate(config.model), instantiate(config.data)
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "default_root_dir": tmp_path}
+    trainer = pl.Trainer(max_epochs=1, limit_train_batches=2, limit_val_batches=1, **options)
+    trainer.fit(module, datamodule=data)
+    file = trainer.checkpoint_callback.best_model_path
+    assert same(RAEModule.load_from_checkpoint(file).state_dict(), module.state_dict())
+    images = torch.rand(1, 3, 64, 64)
+    assert torch.equal(load_trained(file).rae(images), module.reconstruct(images))
+    with pytest.raises(UserError, match="datamodule=data"):
+        pl.Trainer(max_epochs=1, **options).fit(module, data.train_dataloader())
+
+
 # -- sweeps
 
 
@@ -117,10 +160,10 @@ def test_the_last_checkpoint_may_be_that_of_a_sweep(tmp_path):
 
 
 def test_a_run_returns_the_metric_that_was_asked_for(tmp_path):
-    words = [*SMALL, *LIGHT, "optimized_metric=train/l1", "trainer.max_steps=1", "tags=[ablation, small]"]
+    words = [*SMALL, *LIGHT, LOGS, "optimized_metric=mine/val", "trainer.max_steps=3", "tags=[ablation, small]"]
     value = program(composed([*words, f"paths.run_dir={tmp_path}"]))
     record = json.loads((tmp_path / "run.json").read_text())
-    assert value == record["result"]["train/l1"] and record["tags"] == ["ablation", "small"]
+    assert value == record["result"]["mine/val"] == 0.5 and record["tags"] == ["ablation", "small"]
 
 
 @pytest.mark.skipif("hydra_plugins.hydra_optuna_sweeper" in sys.modules, reason="the plugin is here")

@@ -2,8 +2,10 @@
 
 import copy
 import json
+import math
 import shutil
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,13 +16,14 @@ from omegaconf import OmegaConf
 from src.callbacks.checkpoint import AtomicCheckpointIO
 from src.core import random_streams as streams
 from src.core.errors import UserError
+from src.core.nonfinite import NonFiniteCounter
 from src.core.random_streams import Purpose
 from src.core.weights import PROJECT_ROOT, read
 from src.formats.opening import open_autoencoder
 from src.models.dit import build_network, forward_flops
 from src.models.encoder_presets import PRESETS, find_preset
 from src.training import stage2
-from src.training.optimizers import MuonWithAdamW
+from src.training.optimizers import MuonWithAdamW, step_optimizer
 from src.training.resume import announce_resume
 from src.training.run import run as start
 from src.training.stage2 import DiffusionModule
@@ -170,19 +173,17 @@ def test_muon_and_adamw_are_those_of_torch_at_the_rate_of_the_first_group():
     assert torch.allclose(layer.weight, twin.weight) and torch.allclose(layer.bias, twin.bias)
 
 
-def test_muon_leaves_weights_and_moments_alone_where_a_number_is_not_finite():
-    layer = torch.nn.Linear(4, 3)
-    optimizer = MuonWithAdamW(layer.parameters(), 1e-2, (0.9, 0.95), 0.0)
-    layer(torch.ones(2, 4)).sum().backward()
-    optimizer.step()
-    before = [p.clone() for p in layer.parameters()], optimizer.state_dict()
-    kept = [{k: v.clone() for k, v in s.items()} for part in before[1].values() for s in part["state"].values()]
-    for bad, changes in ((1.0, False), (0.0, True)):
-        optimizer.found_inf = torch.tensor(bad)
-        optimizer.step()
-        moved = not all(torch.equal(a, b) for a, b in zip(before[0], layer.parameters(), strict=True))
-        now = [s for part in optimizer.state_dict().values() for s in part["state"].values()]
-        assert moved == changes and same(kept, now) != changes
+@pytest.mark.parametrize("kind", [partial(MuonWithAdamW, betas=(0.9, 0.95), weight_decay=0.1), torch.optim.Adafactor])
+def test_optimizers_that_are_not_fused_leave_all_as_it_is_where_a_number_is_not_finite(kind):
+    layer, counter = torch.nn.Linear(4, 3), NonFiniteCounter(1)
+    optimizer = kind(layer.parameters(), lr=1e-2)
+    before = None
+    for loss, changes in ((1.0, True), (math.nan, False), (1.0, True)):
+        layer(torch.ones(2, 4)).sum().backward()
+        step_optimizer(optimizer, 1e-2, counter, 0, {"loss": torch.tensor(loss)})
+        now = copy.deepcopy([layer.state_dict(), optimizer.state_dict()])
+        assert same(before, now) != changes
+        before = now
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,9 @@ from tests.training import QUIET, SMALL, composed, last, python, train
         (["trainer.accelerator=gpu"], ["gpu", "trainer=cpu"]),
         (["trainer.strategy=fsdp"], ["fsdp", "ddp"]),
         (["+trainer.foo=1"], ["foo", "trainer"]),
+        (["+trainer.logger=false"], ["trainer.logger", "logger=csv"]),
+        (["+trainer.gradient_clip_algorithm=value"], ["trainer.gradient_clip_algorithm", "trainer.gradient_clip_val"]),
+        (["+callbacks.swa._target_=pytorch_lightning.callbacks.StochasticWeightAveraging"], ["callbacks.swa", "model.ema_decay"]),
         (["trainer.float32_matmul_precision=low"], ["low", "highest", "high"]),
         (["trainer.accumulate_grad_batches=4"], ["3 micro-batch(es)", "an update takes 4", "nothing would be trained"]),
         (["model.encoder_config_path=/data/nowhere/dinov2"], ["no folder /data/nowhere/dinov2", "save_pretrained"]),
@@ -142,6 +145,10 @@ def test_the_number_of_pictures(count):
         (MemoryError(), "Not enough memory"),
         (RuntimeError("GET was unable to find an engine to execute this computation"), "Not enough memory"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), "data.batch_size"),
+        (
+            ValueError(" `val_check_interval` (100) must be less than the batches (8)."),
+            "must be less than",
+        ),  # Lightning's
         (RuntimeError("a defect of ours"), None),
     ],
 )

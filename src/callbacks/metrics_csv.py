@@ -21,7 +21,7 @@ class MetricsCsv(Logger):
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         self.file = Path(folder) / metrics_file.NAME
-        self._failed = False
+        self._failed, self._step = False, 0
         metrics_file.append(self.file, 0, {})
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
@@ -29,8 +29,9 @@ class MetricsCsv(Logger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append `metrics`; a full disk is logged once and stops no training."""
+        self._step = max(self._step, step or 0)  # one less in Lightning's `self.log`: readers would see a new start
         try:
-            metrics_file.append(self.file, step or 0, metrics)
+            metrics_file.append(self.file, self._step, metrics)
         except OSError as error:
             if not self._failed:
                 log.warning("%s can't be written (%s): the report's curves will have gaps.", self.file, error)

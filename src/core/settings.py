@@ -4,8 +4,9 @@ A settings class has one field per key. Every problem of a node is named in one 
 """
 
 import difflib
+import importlib
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache, partial, wraps
 from types import NoneType
 from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_type_hints
@@ -33,7 +34,7 @@ class Settings(BaseModel):
         """Check a node of plain values, `key` in the configuration. UserError names every missing, unknown and unfitting key,
         with what was expected."""
         try:
-            return cls.model_validate(values)
+            return cls.model_validate(_plain(values))
         except ValidationError as error:
             problems = dict.fromkeys(_problem(cls, found, key, values) for found in error.errors())
             raise _user_error(list(problems)) from None
@@ -95,10 +96,29 @@ def _argument_settings(cls: type) -> type[Settings]:
     return create_model(cls.__name__, __base__=Settings, **fields)
 
 
+def class_at(place: object, base: type, key: str) -> type:
+    """Return the class of a place such as `package.module.Class`, which is imported. Raises UserError: no `base` is there."""
+    module, _, name = str(place).rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise UserError(f"{key}={place!r}: {error}. Expected the place of a class.") from error
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise UserError(f"{key}={place!r}: expected the place of a {base.__name__}.")
+    return cls
+
+
 def check_keys(values: Iterable[str], known: Collection[str], key: str = "") -> None:
     """Raise UserError if a node of the configuration (`key`; empty: the whole) has keys other than `known`."""
     if unknown := [_unknown(f"{key}.{name}".lstrip("."), name, known) for name in values if name not in known]:
         raise _user_error(unknown)
+
+
+def _plain(value: Any) -> Any:
+    """Return a node as dicts, where Hydra's `instantiate` has left others in it."""
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    return value if not isinstance(value, Sequence) or isinstance(value, str | bytes | tuple) else [*map(_plain, value)]
 
 
 def _user_error(problems: list[str]) -> UserError:

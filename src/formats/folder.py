@@ -30,6 +30,7 @@ from src.formats.decoder_files import (
 )  # fmt: skip
 from src.formats.diffusers_layout import WEIGHTS
 from src.models.encoder_presets import source_key
+from src.models.encoders import encoder_name
 from src.models.frozen_encoder import is_untrained, require_same_encoder
 from src.models.rae import RAE
 
@@ -53,7 +54,7 @@ def write_folder(
         "format": FOLDER_FORMAT,
         "format_version": FOLDER_VERSION,
         "model": {
-            "encoder_cls": type(rae.encoder).__name__,
+            "encoder_cls": encoder_name(rae.encoder),
             "encoder_params": params,
             "image_size": rae.geometry.image_size,
             "decoder_patch_size": rae.geometry.decoder_patch,

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from src.core.errors import UserError
+from src.core.settings import class_at
 from src.models.frozen_encoder import FrozenEncoder, resample_positions
 from src.models.timm_encoder import TimmViT
 
@@ -199,7 +200,16 @@ ENCODERS: dict[str, type[FrozenEncoder]] = {cls.__name__: cls for cls in FAMILIE
 
 
 def encoder_class(name: str) -> type[FrozenEncoder]:
-    """Return the class by its name. UserError where there is none."""
+    """Return the class by its name, or of another package by its place (`package.module.Class`). UserError: there is none."""
+    if "." in name:
+        return class_at(name, FrozenEncoder, "model.encoder_cls")
     if name not in ENCODERS:
-        raise UserError(f"model.encoder_cls={name!r} is unknown. Expected one of: {', '.join(ENCODERS)}.")
+        known = ", ".join(ENCODERS)
+        raise UserError(f"model.encoder_cls={name!r} is unknown. Expected one of: {known}, or the place of your own.")
     return ENCODERS[name]
+
+
+def encoder_name(encoder: FrozenEncoder) -> str:
+    """Return the name by which `encoder_class` finds the class of an encoder."""
+    kind = type(encoder)
+    return kind.__name__ if kind in FAMILIES else f"{kind.__module__}.{kind.__qualname__}"

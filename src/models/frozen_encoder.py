@@ -104,7 +104,7 @@ class FrozenEncoder(Frozen):
         self.chosen_statistics = statistics
         self.resize = resize
         self.untrained = weights == "untrained"
-        model = self._untrained(config, model_name, seed) if self.untrained else self._pretrained(config, model_name)
+        model = self._untrained(config, model_name, seed) if self.untrained else self.load(config, model_name)
         said = {key: value for key, value in config.to_diff_dict().items() if key not in VOLATILE_KEYS}
         self.config_digest = _digest(json.dumps(said, sort_keys=True, default=str).encode())
         self.model = freeze(model)
@@ -278,7 +278,8 @@ class FrozenEncoder(Frozen):
         return cls.model_class(config)(config)
 
     @classmethod
-    def _pretrained(cls, config: Any, source: str) -> nn.Module:
+    def load(cls, config: Any, source: str) -> nn.Module:
+        """Return the model with its weights. Raises UserError where they are missing or don't fit."""
         try:
             if Path(place := local_place(source)).is_dir():
                 disable_progress_bar()  # of transformers, for less than a second; that of a download stays

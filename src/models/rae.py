@@ -60,7 +60,7 @@ class RAE(nn.Module):
     ) -> None:
         """
         Args:
-            encoder_cls: a name in `src.models.encoders.ENCODERS`.
+            encoder_cls: as of `src.models.encoders.encoder_class`.
             encoder_config_path: hub id or folder that the preprocessing statistics come from.
             encoder_params: arguments of the encoder class, its weights' place among them.
             decoder_config_path: JSON file or its folder, or what such a file holds.

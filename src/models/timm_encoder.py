@@ -75,7 +75,7 @@ class TimmViT(FrozenEncoder):
         return _timm().create_model(config.architecture, **config.arguments)
 
     @classmethod
-    def _pretrained(cls, config: Any, source: str) -> nn.Module:
+    def load(cls, config: Any, source: str) -> nn.Module:
         try:
             return _timm().create_model(_name(source), pretrained=True, **config.arguments)
         except Exception as error:

@@ -8,7 +8,8 @@ are done here. Every count of steps is a count of the updates that Lightning cou
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import pytorch_lightning as pl
 import torch
@@ -21,10 +22,10 @@ from src.core.ema import EMA
 from src.core.errors import UserError
 from src.core.nonfinite import NonFiniteCounter
 from src.core.precision import cast_frozen
-from src.core.weights import check_fit
+from src.core.weights import check_fit, read
 from src.data.fingerprint import compare_fingerprints
 from src.data.latents import LatentStore
-from src.formats.checkpoint import FORMAT_VERSION
+from src.formats.checkpoint import FORMAT_VERSION, check_resumable
 from src.models.frozen_encoder import identity_differences
 from src.training.optimizers import step_optimizer
 from src.training.settings import StageSettings
@@ -57,8 +58,8 @@ class StageModule(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.settings = settings
-        self.run_config: dict[str, Any] = {}
-        """The whole configuration of the run as plain values, for checkpoints; set by whoever builds the run."""
+        self.run_config: dict[str, Any] = {"model": settings.model_dump()}
+        """The configuration of the run as plain values, for checkpoints; the whole is set by whoever builds the run."""
         self.nonfinite = NonFiniteCounter(settings.max_skipped_steps)
         self.train_terms: dict[str, Tensor] = {}
         """Scalars of the latest step by their logged names, still on the device."""
@@ -212,6 +213,11 @@ class StageModule(pl.LightningModule):
         )
 
     def on_fit_start(self) -> None:
+        if not hasattr(self.trainer.datamodule, "fingerprint_state"):
+            raise UserError(
+                "Order, draws and resume come from the data module: trainer.fit(module, datamodule=data), with an RAEDataModule or "
+                "a subclass as data."
+            )
         data = gather(self.trainer.datamodule.fingerprint_state)
         for rank, own in enumerate(data):
             if changes := compare_fingerprints(data[0], own):
@@ -254,6 +260,19 @@ class StageModule(pl.LightningModule):
         return host | {name: batch[name].to(device, non_blocking=True) for name in self.on_device if name in batch}
 
     # -- checkpoints
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, **changes: Any) -> Self:  # type: ignore[override]
+        """Return the module of a checkpoint on the CPU. `changes`: of its arguments. Raises UserError: it is no such file.
+
+        `load_trained` returns the model alone, frozen.
+        """
+        content = read(checkpoint_path)
+        check_resumable(content, checkpoint_path)
+        module = cls(**{k: v for k, v in content["config"]["model"].items() if k != "_target_"} | changes)
+        module.on_load_checkpoint(content)
+        module.load_state_dict(content["state_dict"])
+        return module
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return what was trained and cannot be had elsewhere."""

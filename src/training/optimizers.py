@@ -25,11 +25,7 @@ def adamw(module: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Updates 2-D parameters by Muon (momentum .95, Nesterov, learning rates matched to AdamW's), all others by AdamW.
-
-    `found_inf`, where it is set, is a scalar on the device: at 1 weights and moments stay as they are. The host reads it,
-    since torch's Muon can't: one wait for the device an update.
-    """
+    """Updates 2-D parameters by Muon (momentum .95, Nesterov, learning rates matched to AdamW's), all others by AdamW."""
 
     def __init__(
         self, parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float
@@ -42,17 +38,15 @@ class MuonWithAdamW(torch.optim.Optimizer):
         )
         adamw = torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
         self.parts: tuple[torch.optim.Optimizer, ...] = (muon, adamw)
-        self.found_inf: Tensor | None = None
         super().__init__([{"params": matrices}, {"params": others}], {"lr": lr})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update both parts with the learning rate of the first group."""
         result = closure() if closure is not None else None
-        if self.found_inf is None or not self.found_inf.item():
-            for part in self.parts:
-                for group in part.param_groups:
-                    group["lr"] = self.param_groups[0]["lr"]
-                part.step()
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = self.param_groups[0]["lr"]
+            part.step()
         return result
 
     def state_dict(self) -> dict[str, Any]:
@@ -76,8 +70,8 @@ def step_optimizer(
     """Update by the gradients at hand, or leave weights and moments as they are where a number is not finite.
 
     Args:
-        optimizer: fused, so that it heeds `found_inf`. Lightning's wrapper of it, which uses its scaler by itself, or a
-            bare one, whose steps are not counted.
+        optimizer: any of torch's; for one that is not fused, and so does not heed `found_inf`, the host waits for the
+            device. Lightning's wrapper of it, which uses its scaler by itself, or a bare one, whose steps are not counted.
         counter: takes note of numbers that are not finite in update number `step`.
         watched: scalars that have to be finite, named as in `CAUSAL_ORDER` after `prefix`.
         scaler: of these gradients. It skips those that overflow by itself, so they are not watched.
@@ -98,8 +92,10 @@ def step_optimizer(
         torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     for group in inner.param_groups:
         group["lr"] = lr
-    if not scaled:  # where it is 1 the fused update changes nothing
+    if not scaled and getattr(inner, "_step_supports_amp_scaling", False):  # fused: where it is 1 nothing changes
         inner.found_inf = found
+    elif not scaled and found.item():  # without gradients nothing changes either
+        inner.zero_grad(set_to_none=True)
     with record_function("optimizer"):
         if scaler is None or optimizer is not inner:
             optimizer.step()

@@ -126,8 +126,7 @@ def summary(trainer: pl.Trainer, module: Any) -> dict[str, Any]:
     """Return the last values by logged name, the speed and the last picture; log the most asked for as a table."""
     result: dict[str, Any] = {"step": trainer.global_step, "epochs": trainer.current_epoch}
     progress = [callback for callback in trainer.callbacks if isinstance(callback, TrainingProgress)]
-    for callback in progress:
-        result |= callback.latest
+    result |= {name: float(value) for name, value in trainer.callback_metrics.items()}  # of Lightning's `self.log` too
     result |= {name: value for name, (_, value) in module.scores.items()}
     shown = ("train/l", "train/gan", "disc/loss", "val/", "rfid", "gfid")
     rows = [(name, f"{result[name]:.4f}") for name in sorted(result) if name.startswith(shown)]

@@ -1,6 +1,5 @@
 """Run a training from its configuration to its record."""
 
-import importlib
 import logging
 import os
 import re
@@ -32,7 +31,7 @@ from src.core.errors import UserError, lacks_memory
 from src.core.files import DISK_ERRORS, disk_message
 from src.core.folder_lock import take_lock
 from src.core.json_files import read_json
-from src.core.settings import Settings, check_keys
+from src.core.settings import Settings, check_keys, class_at
 from src.core.stopping import KILL, STOP, end_with_parent, listening, signal_name, status_of
 from src.core.text import flat, masked, table, typed
 from src.core.weights import resolve
@@ -49,6 +48,14 @@ log = logging.getLogger(__name__)
 
 KNOWN_CALLBACKS = frozenset(("rfid", "gfid", "checkpoint", "samples", "progress"))
 """Those whose settings may stay where the callback itself is left out."""
+
+_UNFIT = {
+    "StochasticWeightAveraging": "Set model.ema_decay.",
+    "GradientAccumulationScheduler": "Set trainer.accumulate_grad_batches.",
+    "LearningRateFinder": "Try several: -m model.optimizer.lr=1e-4,2e-4",
+    "BatchSizeFinder": "preflight=true says whether a data.batch_size fits.",
+}
+"""Callbacks of Lightning that do nothing here or fail, and what to do instead."""
 
 
 class PathSettings(Settings):
@@ -114,7 +121,8 @@ def _message(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError) and (error.errno in DISK_ERRORS or "tfevents" in str(error.filename)):
         return disk_message(error)  # TensorBoard's events fail also where the run's folder was removed
-    if isinstance(error, MisconfigurationException) or str(error).startswith("Early stopping conditioned on"):
+    said = str(error).lstrip().startswith(("Early stopping conditioned on", "`val_check_interval`"))
+    if isinstance(error, MisconfigurationException) or said:
         return " ".join(str(error).split())  # Lightning's own words for a mistake
     if isinstance(error, OmegaConfBaseException):
         return f"Configuration: {str(error).strip()}"
@@ -169,7 +177,8 @@ def _run(config: DictConfig, held: ExitStack) -> dict[str, Any]:
     checkpoint = find_checkpoint(config.ckpt_path, config.paths.log_dir, config.experiment_name)
     folder, fresh = None, list[Path]()
     if launch.main and not config.preflight:
-        wanted = config.paths.run_dir or (HydraConfig.get().runtime.output_dir if sweep else None)
+        own = sweep or HydraConfig.get().run.dir != "."  # as configs/hydra/default.yaml has it
+        wanted = config.paths.run_dir or (HydraConfig.get().runtime.output_dir if own else None)
         existed = wanted and resolve(wanted).exists()
         folder = make_folder(config.paths.log_dir, wanted, checkpoint)
         fresh = [] if existed else [folder] if wanted else [folder, folder.parent]
@@ -285,14 +294,9 @@ def check_config(config: DictConfig) -> None:
 
 def _check_part(node: Mapping[str, Any], key: str, base: type) -> None:
     """Check the arguments of a class of ours; of others nobody knows what they take before they are built."""
-    target = node.get("_target_")
-    module, _, name = str(target).rpartition(".")
-    try:
-        cls = getattr(importlib.import_module(module), name)
-    except (ImportError, ValueError, AttributeError) as error:
-        raise UserError(f"{key}._target_={target!r}: {error}. Expected the place of a class.") from error
-    if not (isinstance(cls, type) and issubclass(cls, base)):
-        raise UserError(f"{key}._target_={target!r}: expected the place of a {base.__name__}.")
+    cls = class_at(node.get("_target_"), base, f"{key}._target_")
+    if instead := _UNFIT.get(cls.__name__):
+        raise UserError(f"{key}: {cls.__name__} needs automatic optimisation, and here it is manual. {instead}")
     if check := getattr(cls, "check_arguments", None):
         check({name: value for name, value in node.items() if name != "_target_"})
 

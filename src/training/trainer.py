@@ -24,6 +24,18 @@ _PRECISION = {
     "16": "16-mixed", "16-mixed": "16-mixed", "fp16": "16-mixed",
     "bf16": "bf16-mixed", "bf16-mixed": "bf16-mixed",
 }  # fmt: skip
+_ELSEWHERE = {
+    "callbacks": "callbacks have a group of their own: +callbacks.NAME._target_=CLASS, ~callbacks.NAME",
+    "default_root_dir": "set paths.log_dir (a folder for all runs) or paths.run_dir",
+    "enable_checkpointing": "callbacks=no_checkpoint saves none",
+    "enable_model_summary": "+callbacks.layers._target_=pytorch_lightning.callbacks.ModelSummary shows one",
+    "enable_progress_bar": "the bar shows on a terminal alone; 2>FILE is none",
+    "gradient_clip_algorithm": "trainer.gradient_clip_val is the largest norm",
+    "logger": "loggers have a group of their own: logger=csv leaves them at metrics.csv",
+    "plugins": "trainer.precision, trainer.strategy and SLURM's variables say which",
+    "use_distributed_sampler": "the order of the images is the data module's own",
+}
+"""Arguments of Lightning's Trainer that are not passed on, and what to type instead."""
 
 Count = Annotated[int, Field(ge=1)]
 Devices = (
@@ -59,7 +71,7 @@ class TrainerSettings(Settings):
     limit_val_batches: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)] = Field(
         description="a number of batches, 0 for no validation, or a share as a decimal up to 1.0"
     )
-    check_val_every_n_epoch: Count
+    check_val_every_n_epoch: Count | None
     num_sanity_val_steps: Annotated[int, Field(ge=-1)]
     overfit_batches: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)] = Field(
         description="a number of batches, 0: off, or a share as a decimal up to 1.0"
@@ -74,6 +86,8 @@ def build_trainer(
     config: dict[str, Any], launch: Launch, callbacks: list[Any], loggers: list[Any], root: str
 ) -> pl.Trainer:
     """Return the trainer. `root`: the run's folder. Raises UserError for values that don't fit this machine or Lightning."""
+    for key in _ELSEWHERE.keys() & config.keys():
+        raise UserError(f"trainer.{key} is not passed on to Lightning: {_ELSEWHERE[key]}.")
     settings = {key: value for key, value in config.items() if key not in (*TAKEN_OVER, "_target_")}
     accelerator = _accelerator(settings["accelerator"])
     on_gpu = accelerator == "gpu"
