@@ -66,6 +66,17 @@ def test_draws_are_functions_of_the_position():
         assert torch.equal(columns, streams.uniforms(5, purposes[1], 1, range(6), 3))
 
 
+def test_validation_is_of_the_averaged_weights_and_the_images_as_they_are(stage2_run):
+    module, batch = stage2_run[1].module, next(iter(stage2_run[1].datamodule.val_dataloader()))
+    draws = FlowDraws.at(module.settings.seed, batch, module.rae.latent_shape, torch.device("cpu"), training=False)
+    losses = module.step.losses(module.ema_network, module.rae.encode(batch["image"]), batch["label"], draws)["loss"]
+    assert module.scores["val/loss"] == (6, pytest.approx(losses.mean().item(), rel=1e-4))
+    quarters = (draws.time * 4).long()
+    found = {name: value for name, (_, value) in module.scores.items() if name.startswith("val/loss_q")}
+    means = {f"val/loss_q{n + 1}": losses[quarters == n].mean().item() for n in quarters.unique().tolist()}
+    assert found == pytest.approx(means, rel=1e-4)
+
+
 def test_labels_are_dropped_and_images_mirrored_by_the_draws(stage2_run):
     _, run = stage2_run
     step, seen = run.module.step, []

@@ -9,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from src.core.images import bytes_to_unit
 from src.core.weights import PROJECT_ROOT, read
+from src.metrics.reconstruction import ReconstructionScore
 from src.training.record import summary
 from src.training.stage1_step import TrainingStep
 from tests.training import QUIET, last, logged, train
@@ -94,6 +95,21 @@ def test_learning_rates_in_the_log_are_those_of_the_schedule(run):
     assert [e.value for e in events.Scalars("lr/discriminator")] == pytest.approx(discriminator, rel=1e-5)
     used = [optimizer.param_groups[0]["lr"] for optimizer in fitted.trainer.optimizers]
     assert used == pytest.approx([generator[-1], discriminator[-1]])
+
+
+def test_validation_scores_are_those_of_the_averaged_weights(run):
+    module, pixels = run[1].module, next(iter(run[1].datamodule.val_dataloader()))["image"]
+    images, score = pixels / 255, ReconstructionScore(lpips=module.lpips)
+    output = module.rae.decode_raw(module.rae.encode_raw(images), module.ema_decoder)
+    score.update(pixels, output)
+    expected = {name.removesuffix("_untrained"): value for name, value in score.compute().items() if name != "images"}
+    expected["l1"] = (output - images).abs().mean().item()
+    expected["loss"] = expected["l1"] + module.settings.perceptual_weight * expected["lpips"]
+    for name, value in expected.items():  # LPIPS is of 8-bit images here, of the decoder's floats there
+        assert module.scores[f"val/{name}"] == (
+            6,
+            pytest.approx(value, rel=1e-2 if name in ("lpips", "loss") else 1e-4),
+        )
 
 
 def test_old_epoch_checkpoints_are_pruned(stage1_run, tmp_path):
