@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from src.core import random_streams as streams
 from src.core.ema import EMA
@@ -33,13 +34,17 @@ SHAPE = (64, 4, 4)
 SIZES = {"patch_size": 1, "hidden_size": [32, 48], "depth": [2, 1], "num_heads": [2, 2], "base_model_depth": 1}
 
 
-class NoMasksAsIndices(TorchDispatchMode):
-    """A GPU counts what a mask selects, and the host waits for the number; `meta` does not tell where it is assigned to."""
+class WhatMetaAllows(TorchDispatchMode):
+    """Refuse masks as indices, whose members a GPU counts while the host waits, and float64, which MPS lacks."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         indices = args[1] if function.overloadpacket in (torch.ops.aten.index_put, torch.ops.aten.index_put_) else []
         assert all(index is None or index.dtype != torch.bool for index in indices), "a mask as index"
-        return function(*args, **(kwargs or {}))
+        made = function(*args, **(kwargs or {}))
+        assert not any(
+            isinstance(t, torch.Tensor) and (t.device, t.dtype) == (META, torch.float64) for t in tree_leaves(made)
+        )
+        return made
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +55,7 @@ def _meta_knows_neither_autocast_nor_generators(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     monkeypatch.setattr(streams, "normals", normals)
-    with NoMasksAsIndices():
+    with WhatMetaAllows():
         yield
 
 

@@ -107,7 +107,7 @@ def quartile_sums(losses: Tensor, uniforms: Tensor) -> Tensor:
 
     Times are monotone in the draws, so these are quartiles of t too. Sums of batches and ranks add up.
     """
-    quartile = (uniforms * 4).long().clamp(max=3)
+    quartile = (uniforms * 4).long().clamp(max=3).to(losses.device, non_blocking=True)
     members = (quartile[:, None] == torch.arange(4, device=losses.device)).to(losses.dtype)  # B 4
     with torch.autocast(losses.device.type, enabled=False):  # it would round the losses of training to half precision
         return torch.cat([losses @ members, members.sum(0)])

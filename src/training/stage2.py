@@ -180,7 +180,7 @@ class DiffusionModule(StageModule):
         draws = FlowDraws.at(self.settings.seed, batch, self.rae.latent_shape, self.device, training=False)
         latents = self.step.latents(batch, draws, training=False)
         losses = self.step.losses(self.ema_network, latents, batch["label"], draws)["loss"]
-        self._totals += quartile_sums(losses.cpu().double(), draws.time.cpu())
+        self._totals += quartile_sums(losses.cpu().double(), draws.time)
 
     def on_validation_epoch_end(self) -> None:
         sums, counts = sum_over_ranks(self._totals).chunk(2)

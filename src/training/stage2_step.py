@@ -32,7 +32,7 @@ class FlowDraws:
     noise: Tensor
     """eps, B C h w."""
     time: Tensor
-    """U[0, 1), (B,)."""
+    """U[0, 1), (B,), on the CPU: their distributions take float64, which not every device has."""
     drop: Tensor
     """U[0, 1), (B,): below label_dropout the label is dropped."""
     flip: Tensor
@@ -47,9 +47,9 @@ class FlowDraws:
         noise, scalars = (
             (Purpose.FLOW_NOISE, Purpose.FLOW_SCALARS) if training else (Purpose.EVAL_NOISE, Purpose.EVAL_SCALARS)
         )
-        columns = streams.uniforms(seed, scalars, epoch, positions, 3).to(device, non_blocking=True)
-        time, drop, flip = columns.unbind(1)
-        return cls(streams.normals(seed, noise, epoch, positions, shape, device), time, drop, flip)
+        columns = streams.uniforms(seed, scalars, epoch, positions, 3)
+        drop, flip = columns[:, 1:].to(device, non_blocking=True).unbind(1)
+        return cls(streams.normals(seed, noise, epoch, positions, shape, device), columns[:, 0], drop, flip)
 
 
 @dataclass
@@ -89,7 +89,7 @@ class FlowStep:
             labels: (B,) int64 in 0..K; the null label stays what it is.
         """
         settings = self.settings
-        t = settings.draw_time(draws.time, self.shift)
+        t = settings.draw_time(draws.time, self.shift).to(latents.device, non_blocking=True)
         with record_function("denoise"):
             output = network(flow.interpolate(latents, draws.noise, t), t, labels)
         output = tuple(part.float() for part in output) if isinstance(output, tuple) else output.float()
