@@ -190,6 +190,7 @@ def test_lightning_takes_the_epochs_in_turn(folder: Path) -> None:
     expected = list(reference)
     reference.set_epoch(1)
     assert_same(seen, expected + list(reference))
+    assert {batch["epoch"] for batch in seen} == {0, 1}
     assert model.validated == 2 * 8
     without = Model()
     pl.Trainer(max_epochs=1, limit_train_batches=2, **silent).fit(without, module(folder))

@@ -279,6 +279,8 @@ def test_identity_follows_what_a_latent_depends_on(tmp_path):
             model.get_parameter(name).add_(1)
         model.save_pretrained(tmp_path / name)
         assert (kind(str(tmp_path / name), layers=[1, 3]).identity()["weights"] != one["weights"]) == changed
+    before, after = (kind(str(tmp_path / name), norm="affine").identity()["weights"] for name in ("a", "norm.bias"))
+    assert before != after
 
 
 @pytest.mark.parametrize(("options", "message"), [

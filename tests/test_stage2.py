@@ -29,7 +29,7 @@ from src.training.run import run as start
 from src.training.stage2 import DiffusionModule
 from src.training.stage2_step import FlowDraws
 from tests.tiny_models import exported, photos, stir, tiny_rae
-from tests.training import SMALL_STAGE2, assert_equal_ends, composed, last, same, train_stage2
+from tests.training import SMALL_STAGE2, assert_equal_ends, composed, last, logged, same, train_stage2
 
 
 def untrained(run):
@@ -75,6 +75,16 @@ def test_validation_is_of_the_averaged_weights_and_the_images_as_they_are(stage2
     found = {name: value for name, (_, value) in module.scores.items() if name.startswith("val/loss_q")}
     means = {f"val/loss_q{n + 1}": losses[quarters == n].mean().item() for n in quarters.unique().tolist()}
     assert found == pytest.approx(means, rel=1e-4)
+
+
+def test_the_first_update_is_of_the_draws_of_training(stage2_run):
+    folder, run = stage2_run
+    step, batch = run.module.step, next(iter(run.datamodule.train_dataloader()))
+    draws = FlowDraws.at(run.module.settings.seed, batch, step.rae.latent_shape, torch.device("cpu"), training=True)
+    terms = step.losses(
+        lambda x, *_: torch.zeros_like(x), step.latents(batch, draws, training=True), batch["label"], draws
+    )
+    assert logged(folder, "train/loss")[1] == pytest.approx(terms["loss"].mean().item(), rel=1e-4)
 
 
 def test_labels_are_dropped_and_images_mirrored_by_the_draws(stage2_run):

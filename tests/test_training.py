@@ -116,11 +116,12 @@ def test_old_epoch_checkpoints_are_pruned(stage1_run, tmp_path):
     """By their numbers, of three or four digits."""
     content = read(last(stage1_run[0]))
     epochs = content["loops"]["fit_loop"]["epoch_progress"]["current"]
-    epochs.update(dict.fromkeys(epochs, 998))
+    epochs.update(dict.fromkeys(epochs, 996))
     torch.save(content, tmp_path / "late.ckpt")
-    short = ["trainer.max_epochs=1001", "trainer.limit_train_batches=1", "callbacks.checkpoint.keep_epochs=2"]
-    train(tmp_path, *QUIET, *short, checkpoint=tmp_path / "late.ckpt")
-    assert {f.name for f in (tmp_path / "checkpoints").glob("epoch_*")} == {"epoch_1000.ckpt", "epoch_1001.ckpt"}
+    short = ["trainer.max_epochs=1002", "trainer.limit_train_batches=1", "trainer.limit_val_batches=0"]
+    every = ["callbacks.checkpoint.every_n_epochs=2", "callbacks.checkpoint.keep_epochs=2"]
+    train(tmp_path, *QUIET, *short, *every, checkpoint=tmp_path / "late.ckpt")
+    assert {f.name for f in (tmp_path / "checkpoints").glob("epoch_*")} == {"epoch_1000.ckpt", "epoch_1002.ckpt"}
 
 
 def test_accumulation_counts_updates_and_equals_one_batch_without_the_gan(tmp_path):
