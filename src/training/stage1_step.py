@@ -295,9 +295,8 @@ class TrainingStep:
         term = DISCRIMINATOR_LOSSES[self.settings.disc_loss][label]
         images, flaw = judged if isinstance(judged, Fake) else (judged, 0.0)
         for part in self._chunks(len(images)):
-            with (
-                torch.no_grad()
-            ):  # to [-1, 1], as published: fakes from their bytes, images by way of [0, 1], which rounds otherwise
+            with torch.no_grad():
+                # To [-1, 1] as published: fakes from their bytes, images by way of [0, 1], which rounds differently.
                 signed = (
                     bytes_to_signed(images[part]) if label == "fake" else unit_to_signed(bytes_to_unit(images[part]))
                 )
