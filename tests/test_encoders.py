@@ -300,10 +300,14 @@ def test_mistakes_are_named_before_any_weight_is_read(options, message, tmp_path
 def test_a_model_of_another_family_is_refused():
     with pytest.raises(UserError, match="'dinov3_vit' model, but encoder_cls=Dinov2withNorm"):
         ENCODERS["Dinov2withNorm"](TINY_ENCODERS["DINOv3wNorm"]["model_name"])
-    with pytest.raises(
-        UserError, match="encoder_cls='Dinov3' is unknown. Expected one of: Dinov2withNorm, DINOv3wNorm"
-    ):
-        encoder_class("Dinov3")
+    for name, message in {
+        "Dinov3": "encoder_cls='Dinov3' is unknown. Expected one of: Dinov2withNorm, DINOv3wNorm",
+        "nowhere.Mine": r"encoder_cls='nowhere.Mine': No module named 'nowhere'. Expected package.module.Class",
+        "torch.nn.Mine": "encoder_cls='torch.nn.Mine': .* no attribute 'Mine'. Expected package.module.Class",
+        "torch.nn.Linear": r"expected a subclass of src\.models\.frozen_encoder\.FrozenEncoder",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            encoder_class(name)
 
 
 def test_a_model_without_a_grid_is_refused_with_the_reason(tmp_path):

@@ -102,9 +102,9 @@ def class_at(place: object, base: type, key: str) -> type:
     try:
         cls = getattr(importlib.import_module(module), name)
     except (ImportError, ValueError, AttributeError) as error:
-        raise UserError(f"{key}={place!r}: {error}. Expected the place of a class.") from error
+        raise UserError(f"{key}={place!r}: {error}. Expected package.module.Class.") from error
     if not (isinstance(cls, type) and issubclass(cls, base)):
-        raise UserError(f"{key}={place!r}: expected the place of a {base.__name__}.")
+        raise UserError(f"{key}={place!r}: expected a subclass of {base.__module__}.{base.__name__}.")
     return cls
 
 

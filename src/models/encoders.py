@@ -205,7 +205,7 @@ def encoder_class(name: str) -> type[FrozenEncoder]:
         return class_at(name, FrozenEncoder, "model.encoder_cls")
     if name not in ENCODERS:
         known = ", ".join(ENCODERS)
-        raise UserError(f"model.encoder_cls={name!r} is unknown. Expected one of: {known}, or the place of your own.")
+        raise UserError(f"model.encoder_cls={name!r} is unknown. Expected one of: {known}, or package.module.Class.")
     return ENCODERS[name]
 
 
