@@ -101,7 +101,8 @@ def explained(error: Exception, arguments: Sequence[str]) -> str:
 
     if isinstance(error, OSError) and error.filename:  # Hydra's for a file of a group that does not exist has no name
         return (
-            f"{error.filename}: {error.strerror}. Sweeps go below paths.log_dir: set it to a place that can be written."
+            f"{error.filename}: {error.strerror}. Sweeps go below paths.log_dir, a run to hydra.run.dir where that is given: set "
+            "it to a place that can be written."
         )
     if isinstance(error, ValueError | TypeError) and not isinstance(error, UnicodeDecodeError):
         lines = []
