@@ -39,7 +39,7 @@ def test_shifted_times():
 
 
 @pytest.mark.parametrize(("steps", "kind", "message"), [
-    (1, "rae", "num_steps=1: a rae grid needs at least 2"), (0, "raev2", "at least 1"),
+    (1, "rae", "num_steps=1: a rae grid needs at least 2"), (0, "raev2", "at least 1"), (5, "RAE", "kind='RAE': expected rae or"),
 ])  # fmt: skip
 def test_grids_that_cannot_be(steps, kind, message):
     with pytest.raises(UserError, match=message):
@@ -81,6 +81,8 @@ def test_path_and_velocity_agree():
     from_x = fm.velocity(x, x_t, t, "x")
     assert torch.allclose(from_x[2:], v[2:], atol=1e-5)  # t >= .05
     assert torch.allclose(from_x[1], v[1] * 0.02 / 0.05, atol=1e-5)
+    with pytest.raises(UserError, match="prediction='noise': expected velocity or x"):
+        fm.velocity(x, x_t, t, "noise")
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "x"])

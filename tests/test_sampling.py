@@ -70,6 +70,8 @@ def test_calls_of_the_solvers():
         result = solve(field, noise(torch.float32), grid, method)
         assert result.dtype == torch.float32
         assert times == pytest.approx([float(t) for t in expected])
+    with pytest.raises(UserError, match="method='heun2': expected euler, heun or dopri5"):  # torchdiffeq's name
+        solve(cosine, noise(), grid, "heun2")
 
 
 def test_dopri5_names_the_missing_package(monkeypatch):

@@ -37,10 +37,12 @@ def solve(field: Field, z: Tensor, grid: Tensor, method: str) -> Tensor:
             (torchdiffeq with atol 1e-6 and rtol 1e-3), only the ends of the grid matter.
 
     Raises:
-        UserError: no torchdiffeq.
+        UserError: another method, no torchdiffeq.
     """
     if method == "dopri5":
         return _dopri5(field, z, grid)
+    if method not in ("euler", "heun"):
+        raise UserError(f"method={method!r}: expected euler, heun or dopri5.")
     times, x = grid.double().tolist(), z
     for start, end in pairwise(times):
         step = end - start

@@ -51,9 +51,11 @@ def sampling_grid(num_steps: int, s: float, kind: str, start: float = 1.0) -> Te
         kind: `rae` ends at the shifted .001, `raev2` at 0.
 
     Raises:
-        UserError: too few steps.
+        UserError: too few steps, or another kind.
     """
-    fewest = 2 if kind == "rae" else 1
+    fewest = {"rae": 2, "raev2": 1}.get(kind)
+    if fewest is None:
+        raise UserError(f"kind={kind!r}: expected rae or raev2.")
     if num_steps < fewest:
         raise UserError(f"num_steps={num_steps}: a {kind} grid needs at least {fewest}.")
     last, points = (1 - LAST_TIME, num_steps) if kind == "rae" else (0.0, num_steps + 1)
@@ -69,8 +71,10 @@ def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 def velocity(output: Tensor, x_t: Tensor, t: Tensor, prediction: str, t_eps: float = 0.05) -> Tensor:
     """Return the velocity that a model's output stands for.
 
-    `prediction`: `velocity`: the output itself; `x`: the clean latent, v = (x_t - x^) / max(t, t_eps).
+    `prediction`: `velocity`: the output itself; `x`: the clean latent, v = (x_t - x^) / max(t, t_eps). UserError: another.
     """
+    if prediction not in ("velocity", "x"):
+        raise UserError(f"prediction={prediction!r}: expected velocity or x.")
     return output if prediction == "velocity" else (x_t - output) / per_image(t, x_t).clamp(min=t_eps)
 
 
