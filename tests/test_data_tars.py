@@ -98,7 +98,7 @@ def test_samples(tmp_path: Path) -> None:
     assert [source.label(i) for i in range(3)] == [5, 6, -1] and source.num_classes == 7
     assert source.name(1) == f"./dir.v2/two.PNG in {tmp_path / 't.tar'}"
     rows = index_tar(OpenFile(tmp_path / "t.tar"))
-    assert (rows.without_image, rows.examples) == (2, ["three", "five"])
+    assert (rows.without_image, rows.examples) == (2, ["three.txt", "five"])
     with pytest.raises(IndexError):
         source.encoded(3)
 
@@ -155,8 +155,8 @@ def test_damaged_tars_are_named(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(UserError, match=says):
             TarSource(tmp_path, ["t.tar"])
-    tar(path, [("readme.txt", b"no images")])
-    with pytest.raises(UserError, match="No images in the 1 tar files.*readme"):
+    tar(path, [("photo 10.30.jpg", b"image"), ("readme.txt", b"no images")])
+    with pytest.raises(UserError, match=r"No images in the 1 tar files.*one dot.*photo 10\.30\.jpg, readme\.txt"):
         TarSource(tmp_path, ["t.tar"])
 
 

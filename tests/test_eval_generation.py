@@ -84,6 +84,15 @@ def test_npz_and_folder_give_the_same_and_so_do_the_functions(evaluate, files):
     assert {name: result[name] for name in direct} == direct
 
 
+def test_scores_say_of_which_images_the_reference_is(run_program, files, tmp_path):
+    for split, count in (("train", 6), ("val", 5)):
+        as_folder(tmp_path / "set" / split, pictures(count, 3))
+    for option, split, count in (("", "val", 5), ("--reference_split train --exif ignore", "train", 6)):
+        line = f"{TINY} --samples {files}/generated.npz --reference {tmp_path}/set {option}"
+        facts = run_program(eval_generation.main, line)[1]["reference_images"]
+        assert (facts["split"], facts["available"], facts["exif"]) == (split, count, "ignore" if option else "apply")
+
+
 @pytest.mark.slow
 def test_two_processes_and_the_first_images_only(evaluate, files, tmp_path):
     line = f"--samples {files}/generated --reference {files}/reference.npz --num_samples 7"

@@ -315,11 +315,17 @@ def test_a_sweep_of_two_processes_each_leaves_every_job_its_own(tmp_path):
 
 @pytest.mark.slow
 def test_a_bad_value_in_a_sweep_leaves_the_other_jobs_alone(tmp_path):
-    words = [*FAST, "model.disc_weight=0", f"paths.log_dir={tmp_path}", "model.optimizer.lr=1e-3,-1,2e-3"]
+    words = [
+        *FAST,
+        "model.disc_weight=0",
+        f"paths.log_dir={tmp_path}",
+        "model.optimizer.lr=1e-3,-1,2e-3",
+        "seed=range(1)",
+    ]
     said = python("src/train.py", "-m", *words, code=1)
     rows = said[said.index("The sweep, 3 jobs:") :].splitlines()[1:4]
-    assert [row.split()[1] for row in rows] == ["finished", "failed", "finished"], rows
-    assert "model.optimizer.lr=-1" in rows[1] and "more than 0" in rows[1] and "val/loss" in rows[0]
+    assert [row.split()[2] for row in rows] == ["finished", "failed", "finished"], rows
+    assert "model.optimizer.lr=-1 seed=0" in rows[1] and "more than 0" in rows[1] and "val/loss" in rows[0]
     assert len(list(tmp_path.glob("multiruns/*/*/*/checkpoints/last.ckpt"))) == 2
 
 

@@ -29,8 +29,8 @@ def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict without the prefixes that DistributedDataParallel and torch.compile put in front of names."""
-    return {re.sub("^(module\\.|_orig_mod\\.)+", "", str(name)): value for name, value in state.items()}
+    """Return a state dict without what DistributedDataParallel and torch.compile put into names, of parts too."""
+    return {re.sub(r"\b(module|_orig_mod)\.", "", str(name)): value for name, value in state.items()}
 
 
 def _apply(rules: list[tuple[re.Pattern[str], str]], name: str) -> str:

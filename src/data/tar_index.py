@@ -36,7 +36,7 @@ _IMAGES = frozenset(suffix[1:] for suffix in SUFFIXES)
 
 @dataclass(frozen=True)
 class TarRows(FileRows):
-    """The samples with an image of one tar. without_image: samples without an image member; examples: some of their names."""
+    """The samples with an image of one tar. without_image: samples without an image member; examples: some of these."""
 
     without_image: int
     examples: list[str]
@@ -62,7 +62,7 @@ def index_tar(file: Readable, label: str | None = None, at_once: int = HEADER_BY
     offsets, sizes, labels = [], [], []
     without, examples = 0, list[str]()
     parts = ((*_sample(found.name.removeprefix("./")), found) for found in members(window))
-    for sample, group in itertools.groupby((part for part in parts if part[0]), operator.itemgetter(0)):
+    for _, group in itertools.groupby((part for part in parts if part[0]), operator.itemgetter(0)):
         image, number = None, NO_LABEL
         for _, kind, found in group:
             if kind in _IMAGES:
@@ -75,7 +75,7 @@ def index_tar(file: Readable, label: str | None = None, at_once: int = HEADER_BY
             labels.append(number)
         else:
             without += 1
-            examples += [sample] if len(examples) < 3 else []
+            examples += [found.name] if len(examples) < 3 else []
     return TarRows(
         np.array(offsets, np.int64), np.array(sizes, np.uint32), np.array(labels, np.int32), without, examples
     )

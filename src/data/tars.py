@@ -69,12 +69,12 @@ class TarSource(PackedSource):
         super().__init__(files, index, num_classes=count, open_file=lambda number: open_tar(self.names[number]))
         if not len(self):
             raise UserError(
-                f"No images in the {len(self.names)} tar files of {place} (data.data_dir): expected members such as 0001.jpg. "
-                f"Samples there: {', '.join(header['examples']) or 'none'}."
+                f"No images in the {len(self.names)} tar files of {place} (data.data_dir): expected members such as 0001.jpg, "
+                f"with one dot. Members there: {', '.join(header['examples']) or 'none'}."
             )
         if header["without_image"] and not quiet:
             log.warning(
-                "%s: %s samples have no image and are left out, such as %s.",
+                "%s: %s samples have no image such as 0001.jpg, with one dot, and are left out: %s, ...",
                 place, f"{header['without_image']:,}", ", ".join(header["examples"]),
             )  # fmt: skip
 

@@ -3,8 +3,10 @@
 Legend: B batch, S side of the images, px.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from src.core.weights import resolve
 from src.data.dataset import EvaluationTransform
 from src.data.decode import Decoder, Exif
 from src.data.latents import LatentStore
-from src.evaluation.images import MAX_MEGAPIXELS, centre_crops, evaluation_loader, open_images
+from src.evaluation.images import MAX_MEGAPIXELS, Images, centre_crops, evaluation_loader, open_images
 from src.evaluation.networks import networks_of
 from src.evaluation.options import GenerationOptions
 from src.evaluation.reconstruction import check_store
@@ -38,6 +40,8 @@ from src.metrics.generation import (
 )
 from src.metrics.npz import ImageNpz, LatentNpz
 from src.metrics.reference import Preparation
+
+log = logging.getLogger(__name__)
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 """(positions in the whole (B,), uint8 B x 3 x S x S)"""
@@ -63,6 +67,20 @@ class Reference:
     key: str = "--reference"
     """The option or key that names it."""
 
+    @cached_property
+    def images(self) -> Images | None:
+        """The images of a data set; None of an npz. Raises UserError: none there, or fewer than two."""
+        if resolve(self.place).suffix == ".npz":
+            return None
+        with worded(data_dir=self.key, split=f"{self.key}_split"):
+            images = open_images(self.place, self.split, None)
+        if len(images.rows) < 2:
+            raise UserError(
+                f"The reference {images.folder} ({images.split}) has {len(images.rows)} image: 2 or more are needed."
+            )
+        log.info("Reference: %s images of %s (%s).", f"{len(images.rows):,}", images.folder, images.split)
+        return images
+
 
 def evaluate(options: GenerationOptions, process: Process) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return scores of each set of images (on rank 0, none on the others), and what else they depend on. On all ranks.
@@ -78,6 +96,8 @@ def evaluate(options: GenerationOptions, process: Process) -> tuple[list[dict[st
     names = [network.name for network in networks]
     features = names[0] if len(names) == 1 else names
     facts = {"reference": options.reference, "features": features, "batch_size": options.batch_size}
+    if reference.images is not None:
+        facts["reference_images"] = reference.images.description() | {"exif": reference.exif}
     if options.latents:
         facts["quantization"] = options.quantization
     if not process.main:
@@ -133,20 +153,15 @@ def load_references(
     Raises:
         UserError: missing or broken files, another size, statistics of other features, fewer than two images.
     """
-    path = resolve(reference.place)
-    if path.suffix == ".npz":
+    images = reference.images
+    if images is None:
+        path = resolve(reference.place)
         remedy = (
             f"To make one: `python src/make_reference.py --kind images --image_size {size} --data_dir DATA --output "
             f"reference_{size}px.npz`, or give the data set itself as reference."
         )
         wanted, batch = Preparation(image_size=size), options.batch_size
         return [load_reference(path, network, batch, wanted, remedy, process) for network in networks]
-    with worded(data_dir=reference.key, split=f"{reference.key}_split"):
-        images = open_images(reference.place, reference.split, None)
-    if len(images.rows) < 2:
-        raise UserError(
-            f"The reference {images.folder} ({images.split}) has {len(images.rows)} image: 2 or more are needed."
-        )
     decoder = Decoder(reference.exif, MAX_MEGAPIXELS)
     loader = centre_crops(images, size, decoder, replace(options, num_samples=None), process)
     batches = ((batch["position"], batch["image"]) for batch in loader)

@@ -147,7 +147,7 @@ def _message(error: Exception) -> str | None:
 
 def _point() -> str:
     """Return the values of this job of a sweep, as they were typed."""
-    swept = [word.split("=", 1)[0] for word in sys.argv[1:] if "," in word]
+    swept = [word.split("=", 1)[0] for word in sys.argv[1:] if re.search("[,(]", word)]
     swept += list(HydraConfig.get().sweeper.get("params") or {})
     task = list(HydraConfig.get().overrides.task)
     return " ".join(word for word in task if word.split("=", 1)[0] in swept) or f"job {HydraConfig.get().job.num}"

@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 QUARTERS = 4
 NO_LABELS = (
     "The data has no labels, and a diffusion transformer is trained on classes. Use a data set with a label column (data.label "
-    "names it), class folders, or .cls members of tars."
+    "names it), class folders, or .cls members of tars. Images of one kind are one class: put them into one class folder, with "
+    "model.num_classes=1."
 )
 STUCK_AFTER = 500
 """Updates after which a run whose loss is that of an untrained network is told so."""
