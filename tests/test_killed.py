@@ -235,7 +235,8 @@ def test_nohup_and_two_times_ctrl_c(tmp_path):
 
 
 PATCHED = """
-import os, pathlib, sys, time
+import faulthandler, os, pathlib, sys, time
+faulthandler.dump_traceback_later(90)  # says where each process waits, should a run hang
 sys.path[0] = {root!r}
 from src.training.stage1 import RAEModule
 {body}
