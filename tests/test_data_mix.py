@@ -21,6 +21,7 @@ from src.metrics.reference import Preparation
 from tests.test_data_loader import arguments, assert_same
 from tests.test_data_places import image_tar
 from tests.test_data_sources import tree
+from tests.test_data_tars import tar
 from tests.training import train
 
 
@@ -238,6 +239,13 @@ def test_evaluation_sets(folders: Path) -> None:
     rows = dict(data.describe())
     assert rows["data tars"].startswith("tar files: 12 training images, weight 1, 13 an epoch, 3 classes, index")
     assert rows["evaluation files"].startswith("6 images")
+
+
+def test_an_evaluation_set_has_a_label_of_its_own(folders: Path, tmp_path: Path) -> None:
+    tar(tmp_path / "0.tar", [("a.jpg", dummy.jpeg(0)), ("a.cls", b"1"), ("a.json", b'{"kind": 7}')])
+    for label, found in ((None, 1), ("json:kind", 7)):
+        data = mixed(folders, evaluation={"own": {"data_dir": str(tmp_path), "label": label}})
+        assert [b["label"].tolist() for b in data.val_dataloader()] == [[found]]
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ class RAEDataModule(LightningDataModule):
             return {} if source is None else {"": EvaluationSet(source, rows)}
         found = {}
         for name, s in self.evaluation_settings.items():
-            source, text = open_evaluation(locate(s.data_dir), s.split, self._options(s.image_column, None))
+            source, text = open_evaluation(locate(s.data_dir), s.split, self._options(s.image_column, s.label))
             log.info("Evaluation set %s: %s", name, text)
             found[name] = EvaluationSet(source, range(len(source)), s)
         return found

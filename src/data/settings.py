@@ -53,6 +53,7 @@ class EvaluationSettings(Settings):
     reference: str | None = None
     num_samples: int | None = Field(default=None, ge=2)
     image_column: str | None = None
+    label: str | None = None
 
 
 class DataSettings(_Common):
