@@ -9,6 +9,7 @@ import torch
 from src.core.distributed import Process
 from src.data.dataset import EvaluationTransform
 from src.data.decode import Decoder
+from src.data.order import evaluation_rows
 from src.evaluation.images import open_images
 from src.evaluation.latent_statistics import latent_statistics, partial_file
 from src.evaluation.options import StatisticsOptions
@@ -27,6 +28,10 @@ def stacked(rae, folder):
     crop = EvaluationTransform(rae.geometry.image_size, Decoder("apply", 80))
     images = (torch.from_numpy(crop(inputs.source.encoded(i)).copy()).permute(2, 0, 1) for i in inputs.rows)
     return np.stack([rae.encode_raw(image[None])[0].double().numpy() for image in images])
+
+
+def moments(z):
+    return {"mean": torch.from_numpy(z.mean(0)).float(), "var": torch.from_numpy(z.var(0)).float()}
 
 
 def same(one, two):
@@ -50,7 +55,7 @@ def test_statistics_equal_numpys_for_any_batch(tmp_path, batch):
     z = stacked(tiny_rae(tmp_path), folder)
     assert run(f"--checkpoint {file} --data_dir {folder} --batch_size {batch} --output {tmp_path}/s.pt") == 0
     found = torch.load(tmp_path / "s.pt", weights_only=True)
-    same(found, {"mean": torch.from_numpy(z.mean(0)).float(), "var": torch.from_numpy(z.var(0)).float()})
+    same(found, moments(z))
     assert found["images"] == 9 and str(tmp_path) not in str(found["data"])
     assert sorted(path.name for path in tmp_path.glob("*s.pt*")) == ["s.pt"]
     rae = tiny_rae(tmp_path, normalization_stat_path=tmp_path / "s.pt")  # it is taken, and normalises
@@ -93,7 +98,8 @@ def test_an_interrupted_pass_goes_on_and_another_one_starts_afresh(tmp_path, cap
     assert work("s.pt", num_samples=6)["images"] == 6  # the caller has not removed what was kept
     assert "starting afresh" in caplog.text
     partial_file(tmp_path / "s.pt").write_bytes(b"rubbish")
-    assert work("s.pt", num_samples=6)["images"] == 6
+    some = stacked(rae, tmp_path / "photos")[evaluation_rows(9, 6)]  # of both classes
+    same(work("s.pt", num_samples=6), moments(some))
 
 
 def test_from_a_configuration(tmp_path, capsys):

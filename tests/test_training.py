@@ -112,8 +112,9 @@ def test_validation_scores_are_those_of_the_averaged_weights(run):
         )
 
 
-def test_old_epoch_checkpoints_are_pruned(stage1_run, tmp_path):
+def test_old_epoch_checkpoints_are_pruned_and_the_best_of_no_score_is_the_newest(stage1_run, tmp_path, caplog):
     """By their numbers, of three or four digits."""
+    caplog.set_level("INFO")
     content = read(last(stage1_run[0]))
     epochs = content["loops"]["fit_loop"]["epoch_progress"]["current"]
     epochs.update(dict.fromkeys(epochs, 996))
@@ -122,6 +123,7 @@ def test_old_epoch_checkpoints_are_pruned(stage1_run, tmp_path):
     every = ["callbacks.checkpoint.every_n_epochs=2", "callbacks.checkpoint.keep_epochs=2"]
     train(tmp_path, *QUIET, *short, *every, checkpoint=tmp_path / "late.ckpt")
     assert {f.name for f in (tmp_path / "checkpoints").glob("epoch_*")} == {"epoch_1000.ckpt", "epoch_1002.ckpt"}
+    assert "Nothing was evaluated: best.ckpt is" not in caplog.text  # it was there before the end
 
 
 def test_accumulation_counts_updates_and_equals_one_batch_without_the_gan(tmp_path):

@@ -186,7 +186,7 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
 
     def _choose_monitor(self, trainer: pl.Trainer) -> str | None:
         names = [c.monitor for c in trainer.callbacks if getattr(c, "scores_checkpoints", False)]
-        validates = trainer.val_dataloaders or trainer.datamodule.val_size
+        validates = trainer.enable_validation and (trainer.val_dataloaders or trainer.datamodule.val_size)
         monitor = names[0] if names else "val/loss" if validates else None
         if monitor is None:
             log.warning("Neither rFID nor validation is on: best.ckpt will be the last checkpoint.")

@@ -182,7 +182,7 @@ class LoadingOptions:
 
     GROUP: ClassVar = "images and device"
     device: str = option("cuda, cuda:N or cpu", "NAME", "cuda")
-    num_samples: Positive | None = option("only the first N images (default: all)", "N")
+    num_samples: Positive | None = option("only N images (default: all)", "N")
     batch_size: Positive = option("images at once in each process", "N", 64)
     num_workers: NotNegative = option("loading processes", "N", 4)
     max_bad_share: Share = option("stop when more of the images can't be decoded", "SHARE", 0.01)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from src.core.precision import full_float32
 from src.core.terminal import Update
 from src.core.weights import read
 from src.data.decode import Decoder
+from src.data.order import evaluation_rows
 from src.evaluation.images import MAX_MEGAPIXELS, Images, centre_crops
 from src.evaluation.options import StatisticsOptions
 from src.models.rae import RAE
@@ -40,7 +42,7 @@ def latent_statistics(
     Raises:
         UserError: fewer than two images, or too many bad ones.
     """
-    rows = images.rows[: options.num_samples]
+    rows = images.rows[np.sort(evaluation_rows(len(images.rows), options.num_samples))]  # of all classes
     identity = {"encoder": rae.encoder.identity(), "image_size": rae.geometry.image_size, "images": len(rows),
                 "data": images.source.fingerprint(), "exif": options.exif, "piece_images": PIECE_IMAGES}  # fmt: skip
     partial = partial_file(options.output)
