@@ -32,6 +32,7 @@ from tests.training import QUIET, SMALL, composed, last, python, train
         (["+trainer.logger=false"], ["trainer.logger", "logger=csv"]),
         (["+trainer.gradient_clip_algorithm=value"], ["trainer.gradient_clip_algorithm", "trainer.gradient_clip_val"]),
         (["+callbacks.swa._target_=pytorch_lightning.callbacks.StochasticWeightAveraging"], ["callbacks.swa", "model.ema_decay"]),
+        (["+callbacks.ema._target_=pytorch_lightning.callbacks.EMAWeightAveraging"], ["callbacks.ema", "model.ema_decay"]),
         (["trainer.float32_matmul_precision=low"], ["low", "highest", "high"]),
         (["trainer.accumulate_grad_batches=4"], ["3 micro-batch(es)", "an update takes 4", "nothing would be trained"]),
         (["model.encoder_config_path=/data/nowhere/dinov2"], ["no folder /data/nowhere/dinov2", "save_pretrained"]),
@@ -144,6 +145,7 @@ def test_the_number_of_pictures(count):
             "Not enough memory",
         ),
         (MemoryError(), "Not enough memory"),
+        (ModuleNotFoundError("`DeviceStatsMonitor` needs `psutil`"), "needs `psutil`"),
         (RuntimeError("GET was unable to find an engine to execute this computation"), "Not enough memory"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), "data.batch_size"),
         (

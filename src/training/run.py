@@ -51,11 +51,12 @@ KNOWN_CALLBACKS = frozenset(("rfid", "gfid", "checkpoint", "samples", "progress"
 
 _UNFIT = {
     "StochasticWeightAveraging": "Set model.ema_decay.",
+    "WeightAveraging": "Set model.ema_decay.",
     "GradientAccumulationScheduler": "Set trainer.accumulate_grad_batches.",
     "LearningRateFinder": "Try several: -m model.optimizer.lr=1e-4,2e-4",
     "BatchSizeFinder": "preflight=true says whether a data.batch_size fits.",
 }
-"""Callbacks of Lightning that do nothing here or fail, and what to do instead."""
+"""Callbacks of Lightning that do nothing here, fail, or leave checkpoints that do not resume, and what to do instead."""
 
 
 class PathSettings(Settings):
@@ -122,8 +123,8 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, OSError) and (error.errno in DISK_ERRORS or "tfevents" in str(error.filename)):
         return disk_message(error)  # TensorBoard's events fail also where the run's folder was removed
     said = str(error).lstrip().startswith(("Early stopping conditioned on", "`val_check_interval`"))
-    if isinstance(error, MisconfigurationException) or said:
-        return " ".join(str(error).split())  # Lightning's own words for a mistake
+    if isinstance(error, MisconfigurationException | ModuleNotFoundError) or said:
+        return " ".join(str(error).split())  # Lightning's own words for a mistake, or a package that a callback lacks
     if isinstance(error, OmegaConfBaseException):
         return f"Configuration: {str(error).strip()}"
     if "Too many open files" in str(error):
@@ -295,8 +296,10 @@ def check_config(config: DictConfig) -> None:
 def _check_part(node: Mapping[str, Any], key: str, base: type) -> None:
     """Check the arguments of a class of ours; of others nobody knows what they take before they are built."""
     cls = class_at(node.get("_target_"), base, f"{key}._target_")
-    if instead := _UNFIT.get(cls.__name__):
-        raise UserError(f"{key}: {cls.__name__} needs automatic optimisation, and here it is manual. {instead}")
+    if instead := next((_UNFIT[part.__name__] for part in cls.__mro__ if part.__name__ in _UNFIT), None):
+        raise UserError(
+            f"{key}: {cls.__name__} does not go with the manual optimisation and checkpoints here. {instead}"
+        )
     if check := getattr(cls, "check_arguments", None):
         check({name: value for name, value in node.items() if name != "_target_"})
 
