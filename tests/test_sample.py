@@ -122,6 +122,8 @@ def test_half_made_samples_go_on_only_where_they_are_whole_and_of_the_same_model
         drawn(checkpoint, file)
     kept = shutil.copytree(parts, tmp_path / "kept")  # as if it had been killed while it cleared up
     assert np.array_equal(drawn(checkpoint, file)["arr_0"], reference["arr_0"]) and not parts.exists()
+    words = f"--checkpoint {checkpoint} --device cpu --num_images 10 --batch_size 4 --output {file}".split()
+    assert sample(words) == 1 and "s.npz exists. Add --overwrite" in capsys.readouterr().err  # whatever made it
     kept.rename(parts)
     damages = {
         "images": lambda: os.truncate(parts / "images", 100),
@@ -136,13 +138,12 @@ def test_half_made_samples_go_on_only_where_they_are_whole_and_of_the_same_model
         assert np.array_equal(made["arr_0"], reference["arr_0"]), name
         kept.rename(parts)
     file.unlink()
-    words = ["--device", "cpu", "--num_images", "10", "--batch_size", "4", "--output", str(file)]
     with take_lock(parts):
-        assert sample(["--checkpoint", str(checkpoint), *words]) == 1
+        assert sample(words) == 1
     assert "still going on" in capsys.readouterr().err
     changed = json.loads((parts / "settings.json").read_text()) | {"statistics": "0" * 16}
     (parts / "settings.json").write_text(json.dumps(changed))
-    assert sample(["--checkpoint", str(checkpoint), *words]) == 1
+    assert sample(words) == 1
     assert "other settings (statistics: '0000000000000000' there" in capsys.readouterr().err
 
 
