@@ -59,6 +59,15 @@ def test_the_best_starts_afresh_where_the_last_checkpoint_alone_was_copied(whole
     assert "best.ckpt is not there" in caplog.text and "never a finite number" not in caplog.text
 
 
+def test_the_time_of_a_run_counts_from_its_start(whole, tmp_path):
+    content = read(last(whole))
+    content["callbacks"]["Timer"] = {"time_elapsed": dict.fromkeys(("train", "sanity_check", "validate"), 7200.0)}
+    torch.save(content, tmp_path / "last.ckpt")
+    longer = ["trainer.max_epochs=3", "+trainer.max_time.hours=1"]
+    run = train(tmp_path, *QUIET, *longer, checkpoint=tmp_path / "last.ckpt")
+    assert run.trainer.global_step == 9
+
+
 def test_a_checkpoint_behind_the_end_of_a_shorter_epoch_is_refused(tmp_path):
     train(tmp_path / "first", *QUIET, *EVERY_STEP, "trainer.max_steps=2")
     with pytest.raises(UserError, match=r"saved after micro-batch 2.*now has 1"):

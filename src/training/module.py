@@ -309,6 +309,7 @@ class StageModule(pl.LightningModule):
         was, now = checkpoint["config"]["model"]["accumulate_grad_batches"], self.settings.accumulate_grad_batches
         count.update({name: value // was * now for name, value in count.items()})
         self.nonfinite.skipped = checkpoint["skipped_steps"]
+        checkpoint["callbacks"].pop("Timer", None)  # of trainer.max_time: the next job of a chain would end at once
 
 
 def encoder_fact(encoder: Any) -> tuple[str, str]:
