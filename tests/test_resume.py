@@ -59,13 +59,17 @@ def test_the_best_starts_afresh_where_the_last_checkpoint_alone_was_copied(whole
     assert "best.ckpt is not there" in caplog.text and "never a finite number" not in caplog.text
 
 
-def test_the_time_of_a_run_counts_from_its_start(whole, tmp_path):
+@pytest.mark.parametrize(("name", "state", "changes"), [
+    ("Timer", {"time_elapsed": dict.fromkeys(("train", "sanity_check", "validate"), 7200.0)}, ["+trainer.max_time.hours=1"]),
+    ("EarlyStopping{'monitor': 'val/loss', 'mode': 'min'}", {"wait_count": 3, "stopped_epoch": 0, "best_score": torch.zeros(()), "patience": 3},
+     ["callbacks=[default,early_stopping]", "callbacks.early_stopping.patience=5"]),
+])  # fmt: skip
+def test_time_and_patience_are_those_of_the_resume(whole, tmp_path, name, state, changes):
     content = read(last(whole))
-    content["callbacks"]["Timer"] = {"time_elapsed": dict.fromkeys(("train", "sanity_check", "validate"), 7200.0)}
+    content["callbacks"][name] = state  # as of a run that ended by it
     torch.save(content, tmp_path / "last.ckpt")
-    longer = ["trainer.max_epochs=3", "+trainer.max_time.hours=1"]
-    run = train(tmp_path, *QUIET, *longer, checkpoint=tmp_path / "last.ckpt")
-    assert run.trainer.global_step == 9
+    run = train(tmp_path, *changes, *QUIET, "trainer.max_epochs=4", checkpoint=tmp_path / "last.ckpt")
+    assert run.trainer.global_step == 12
 
 
 def test_a_checkpoint_behind_the_end_of_a_shorter_epoch_is_refused(tmp_path):

@@ -309,7 +309,10 @@ class StageModule(pl.LightningModule):
         was, now = checkpoint["config"]["model"]["accumulate_grad_batches"], self.settings.accumulate_grad_batches
         count.update({name: value // was * now for name, value in count.items()})
         self.nonfinite.skipped = checkpoint["skipped_steps"]
-        checkpoint["callbacks"].pop("Timer", None)  # of trainer.max_time: the next job of a chain would end at once
+        # Lightning's callbacks would go on with the settings of the run before, and with what is left of its trainer.max_time.
+        checkpoint["callbacks"].pop("Timer", None)
+        for callback in getattr(self._trainer, "early_stopping_callbacks", ()):
+            checkpoint["callbacks"].get(callback.state_key, {})["patience"] = callback.patience
 
 
 def encoder_fact(encoder: Any) -> tuple[str, str]:
