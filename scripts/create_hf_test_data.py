@@ -91,7 +91,7 @@ def convert(options: Options) -> int:
     from src.data.convert_shard import Settings
 
     assert options.input_dir is not None and options.output_dir is not None
-    with worded(data_dir="--input_dir"):
+    with worded({"data.data_dir": "--input_dir"}):
         tree, output = scan(expanded(options.input_dir).resolve()), expanded(options.output_dir).resolve()
     settings = Settings(options.resize_shorter, options.max_megapixels, options.trust)
     with progress("files converted") as update:

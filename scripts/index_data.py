@@ -42,7 +42,7 @@ def index(options: Options) -> int:
     from src.data.sources import ReadOptions
 
     storage = dict(text.split("=", 1) for text in options.option) or None
-    with worded(data_dir="data_dir"):
+    with worded({"data.data_dir": "data_dir"}):
         place = look(locate(options.data_dir), ReadOptions(label=options.label, storage=storage))
     if place.kind not in ("tars", "remote"):
         raise UserError(f"{options.data_dir} is a {place.kind}: only tars need an index.")

@@ -43,7 +43,7 @@ def _run(options: SampleOptions) -> int:
         generator = open_generator(options.checkpoint, options.model, options.autoencoder)
         guide = None
         if options.guide is not None:
-            with worded(model="--guide_model"):
+            with worded({"--model": "--guide_model"}):
                 guide = open_generator(options.guide, options.guide_model, loaded=generator.autoencoder, key="--guide")
         rows: list[tuple[Any, ...]] = []
         for point in points:

@@ -67,11 +67,12 @@ def test_a_spreadsheet_shows_names_and_computes_none(cell):
 
 WRAPPED = [lambda s: s, lambda s: {"model": s}, lambda s: {"state_dict": s}, lambda s: {"decoder": s}, lambda s: {"epoch": 3, "model": {"state_dict": s}},
            lambda s: {f"decoder.{k}": v for k, v in s.items()}, lambda s: {"model": {f"module.decoder.{k}": v for k, v in s.items()}},
-           lambda s: {f"decoder._orig_mod.{k.replace('layers.0.', 'layers.0._orig_mod.')}": v for k, v in s.items()}]  # fmt: skip
+           lambda s: {f"decoder._orig_mod.{k.replace('layers.0.', 'layers.0._orig_mod.')}": v for k, v in s.items()},
+           lambda s: {"optimizer": {"state": {}}, "net": {"weights": s}}]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "wrap", WRAPPED, ids=["bare", "model", "state_dict", "decoder", "two", "names", "all", "compiled parts"]
+    "wrap", WRAPPED, ids=["bare", "model", "state_dict", "decoder", "two", "names", "all", "compiled parts", "unknown"]
 )
 def test_decoders_are_unwrapped(tmp_path, rae, wrap):
     torch.save(wrap(rae.decoder.state_dict()), tmp_path / "decoder.pt")

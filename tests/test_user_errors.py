@@ -109,16 +109,23 @@ def test_what_is_said_last_of_an_override_that_hydra_does_not_take(typed, end):
 
 def test_secrets_are_masked_and_nothing_else():
     for key in ("token", "hf_token", "logger.wandb.api_key", "a.password", "my_secret", "SECRET_KEY"):
-        hidden = {"a": {key.rsplit(".", 1)[-1]: "xyz"}, "list": [f"+{key}=xyz", "data.batch_size=4"]}
+        typed = [f"+{key}=xyz", f"a={{b: 1, {key}: xyz}}", "data.storage_options.key=xyz", "data.batch_size=4"]
+        hidden = {"a": {key.rsplit(".", 1)[-1]: "xyz"}, "list": typed, "override_dirname": ",".join(typed)}
         assert "xyz" not in str(masked(hidden)) and "data.batch_size=4" in masked(hidden)["list"], key
     config = {"data": {"storage_options": {"key": "xyz", "client_kwargs": {"a": "xyz"}}, "data_dir": "s3://b"}}
     assert "xyz" not in str(masked(config)) and masked(config)["data"]["data_dir"] == "s3://b"
-    plain = {"num_tokens": 256, "token": None, "seed": 0, "tokens": [1], "list": ["num_tokens=256", "a=b"]}
+    plain = {
+        "num_tokens": 256,
+        "token": None,
+        "seed": 0,
+        "tokens": [1],
+        "list": ["num_tokens=256", "token", "d={e: f}"],
+    }
     assert masked(plain) == plain
 
 
 def test_a_secret_is_in_no_file_of_a_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train.py", "+trainer_token=xyzzy"])
+    monkeypatch.setattr("sys.argv", ["train.py", "+trainer_token=xyzzy", "data.storage_options={key: xyzzy}"])
     config = composed([*SMALL, *QUIET, "logger=tensorboard", "model.disc_weight=0", "trainer.max_steps=1", f"paths.run_dir={tmp_path}", "experiment_name=seen"])  # fmt: skip
     from omegaconf import open_dict
 

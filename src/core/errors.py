@@ -1,6 +1,6 @@
 """What is shown without a traceback: mistakes of the user, and a lack of memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -9,18 +9,14 @@ class UserError(Exception):
 
 
 @contextmanager
-def worded(**names: str) -> Iterator[None]:
-    """Put the name of the option or key that the user has typed into messages of the block that call it otherwise.
-
-    Args:
-        names: what was typed, by what messages say: `data_dir` for `data.data_dir`, else an option such as `encoder`.
-    """
+def worded(names: Mapping[str, str]) -> Iterator[None]:
+    """Put the name of the option or key that the user has typed into messages of the block, by what they say instead."""
     try:
         yield
     except UserError as error:
         text = str(error)
         for said, typed in names.items():
-            text = text.replace("data.data_dir" if said == "data_dir" else f"--{said}", typed)
+            text = text.replace(said, typed)
         raise UserError(text) from error
 
 

@@ -49,22 +49,27 @@ def quoted(value: object) -> str:
     return f"'{escaped}'"
 
 
-_SECRET = re.compile(r"(^|[._])(\w*(secret|password|passwd|api_?key)\w*|(\w+_)?token)$", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(^|[._])(\w*(secret|password|passwd|api_?key)\w*|(\w+_)?token|storage_options(\.\w+)*)$", re.IGNORECASE
+)
+"""Names whose values are masked; all options of a storage, whose names differ between services."""
 MASK = "***"
 
 
 def masked(content: Any, name: str = "") -> Any:
     """Return nested plain containers with the values of keys that look like secrets (token, password, api_key) masked.
 
-    Overrides in lists (`logger.wandb.api_key=…`) are masked too.
+    Overrides in lists (`logger.wandb.api_key=…`, `logger.wandb={api_key: …}`) are masked too, and Hydra's note of all of them.
     """
+    if (_SECRET.search(name) or name == "override_dirname") and content not in (None, "", {}):
+        return MASK
     if isinstance(content, Mapping):
-        secret = {"storage_options"}  # of any kind: names of keys differ between services
-        return {key: MASK if key in secret and value else masked(value, str(key)) for key, value in content.items()}
+        return {key: masked(value, str(key)) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
         return type(content)(masked(value) for value in content)
-    if _SECRET.search(name) and content not in (None, ""):
-        return MASK
-    if isinstance(content, str) and not name and _SECRET.search(content.partition("=")[0].lstrip("+~")):
-        return f"{content.partition('=')[0]}={MASK}"
+    if isinstance(content, str) and not name and "=" in content:
+        key, _, value = content.partition("=")
+        inside = re.findall(r"[\w.]+(?=['\"]?\s*:)", value)  # keys of a dictionary
+        if any(map(_SECRET.search, (key.lstrip("+~"), *inside))):
+            return f"{key}={MASK}"
     return content

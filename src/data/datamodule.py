@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
 
-from src.core.errors import UserError
+from src.core.errors import UserError, worded
 from src.data import dummy, mix
 from src.data.dataset import EvaluationDataset, EvaluationTransform, MixDataset, TrainDataset, TrainTransform
 from src.data.decode import Decoder
@@ -21,7 +21,7 @@ from src.data.latents import LatentStore
 from src.data.loader import PREFETCH_BATCHES, EvaluationLoader, TrainLoader, WorkerOptions
 from src.data.order import EpochOrder, Rows, evaluation_rows
 from src.data.places import locate
-from src.data.settings import DataSettings, EvaluationSettings
+from src.data.settings import DataSettings, EvaluationSettings, SourceSettings
 from src.data.sources import ReadOptions, Source, short_digest
 from src.data.splits import Splits, open_evaluation, open_splits
 from src.data.worker_faults import prefetched_batches
@@ -68,9 +68,10 @@ class RAEDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Make the project's own small data sets, and download those of the hub, where they are missing."""
-        of_training = [one.data_dir for one in self.sources.values()]
-        for data_dir in [*of_training, *(one.data_dir for one in self.evaluation_settings.values())]:
-            found = locate(data_dir, download=True)
+        places = [(f"data.sources.{name}" if name else "data", one) for name, one in self.sources.items()]
+        for key, one in places + [(f"data.evaluation.{name}", one) for name, one in self.evaluation_settings.items()]:
+            with worded({"data.data_dir": f"{key}.data_dir"}):
+                found = locate(one.data_dir, download=True)
             if isinstance(found, Path):
                 dummy.ensure(found)
 
@@ -83,8 +84,10 @@ class RAEDataModule(LightningDataModule):
         """Open the data; by source."""
         opened = []
         for name, s in self.sources.items():
-            place, options = locate(s.data_dir), self._options(s.image_column, s.label)
-            splits = open_splits(place, s.use_hf_dataset, s.hf_split, s.hf_validation_split, s.train_split, options)
+            own = SourceSettings.model_fields if self.is_mix else ()
+            with worded({f"data.{key}": f"data.sources.{name}.{key}" for key in own}):
+                place, options = locate(s.data_dir), self._options(s.image_column, s.label)
+                splits = open_splits(place, s.use_hf_dataset, s.hf_split, s.hf_validation_split, s.train_split, options)
             if self.is_mix and isinstance(splits.train, LatentStore):
                 raise UserError(
                     f"data.sources.{name} holds stored latents, which can't be mixed: set data.data_dir to them."
@@ -150,7 +153,9 @@ class RAEDataModule(LightningDataModule):
             return {} if source is None else {"": EvaluationSet(source, rows)}
         found = {}
         for name, s in self.evaluation_settings.items():
-            source, text = open_evaluation(locate(s.data_dir), s.split, self._options(s.image_column, s.label))
+            keys = {key: key for key in EvaluationSettings.model_fields} | {"hf_split": "split"}
+            with worded({f"data.{said}": f"data.evaluation.{name}.{key}" for said, key in keys.items()}):
+                source, text = open_evaluation(locate(s.data_dir), s.split, self._options(s.image_column, s.label))
             log.info("Evaluation set %s: %s", name, text)
             found[name] = EvaluationSet(source, range(len(source)), s)
         return found

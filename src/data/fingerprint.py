@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from src.core.text import flat
 from src.data.latents import LatentStore
 from src.data.packed import OpenFile, PackedSource
 from src.data.remote import RemoteTarSource
@@ -50,9 +51,11 @@ def compare_fingerprints(stored: Mapping[str, Any], own: Mapping[str, Any]) -> l
         else:
             found.append(f"{name}: {'new' if name in now else 'gone'}")
     if not found:
-        keys = [*(stored.keys() | own.keys()) - {"sources"}]
+        was, is_now = (flat({**one, "sources": None}) for one in (stored, own))
         found = [
-            f"{key}: {stored.get(key)}, now {own.get(key)}" for key in sorted(keys) if stored.get(key) != own.get(key)
+            f"{key}: {was.get(key)}, now {is_now.get(key)}"
+            for key in sorted(was.keys() | is_now.keys())
+            if was.get(key) != is_now.get(key)
         ]
     return found
 

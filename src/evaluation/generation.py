@@ -72,7 +72,7 @@ class Reference:
         """The images of a data set; None of an npz. Raises UserError: none there, or fewer than two."""
         if resolve(self.place).suffix == ".npz":
             return None
-        with worded(data_dir=self.key, split=f"{self.key}_split"):
+        with worded({"data.data_dir": self.key, "--split": f"{self.key}_split"}):
             images = open_images(self.place, self.split, None)
         if len(images.rows) < 2:
             raise UserError(

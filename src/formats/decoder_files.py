@@ -43,7 +43,7 @@ STATISTICS = "stats.pt"
 """Latent statistics in the official format, beside every export of a model that has them."""
 _POSITIONS = "decoder_pos_embed"
 _STATES = ("ema", "state_dict", "model_state_dict", "model", "decoder")
-"""Keys under which files of others keep a state dict; `ema` is that of official training checkpoints."""
+"""Keys under which files of others keep a state dict, the first to be taken; `ema` is that of official training checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def _official(content: Any, file: Path) -> dict[str, Tensor]:
         )
     if not isinstance(content, Mapping):
         raise UserError(f"{file} holds a {type(content).__name__}; expected a state dict of a decoder.")
-    while key := next((key for key in _STATES if isinstance(content.get(key), Mapping)), None):
+    while key := next((key for key in (*_STATES, *content) if _holds_decoder(content.get(key))), None):
         log.info("%s: the weights under %r are taken.", file, key)
         content = content[key]
     state = unwrapped(content)
@@ -267,3 +267,10 @@ def _official(content: Any, file: Path) -> dict[str, Tensor]:
         names = ", ".join(sorted(state)[:6])
         raise UserError(f"{file} holds no decoder: no `decoder_layers.*` among its names ({names} …).")
     return state
+
+
+def _holds_decoder(value: Any) -> bool:
+    """Return whether a value is a state dict with a decoder in it, or wraps one."""
+    return isinstance(value, Mapping) and any(
+        "decoder_layers." in str(name) or _holds_decoder(inside) for name, inside in value.items()
+    )

@@ -110,7 +110,7 @@ def open_autoencoder(
     """
     options, stats = _options_of(where)
     built = image_size if isinstance(where, Mapping) else None  # all but a decoder file have a size of their own
-    with worded(encoder="model.autoencoder.encoder", decoder="model.autoencoder.decoder"):
+    with worded({f"--{name}": f"model.autoencoder.{name}" for name in ("encoder", "decoder")}):
         loaded = open_model(ModelOptions(**{**options, "image_size": built}))
     rae = loaded.rae
     if image_size not in (None, size := rae.geometry.image_size):
