@@ -19,7 +19,9 @@ from src.training.trainer import _accelerator
 from tests.training import SMALL, python
 
 WITHOUT = """
-import os, sys
+import contextlib, os, sys
+with contextlib.suppress(ImportError):
+    import psutil  # which on Linux needs resource
 sys.modules["fcntl"] = sys.modules["resource"] = None
 for name in ("pread", "posix_fadvise"):
     delattr(os, name)
