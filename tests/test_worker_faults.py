@@ -71,8 +71,9 @@ def test_no_batch_is_lost_and_the_run_is_asked_to_stop(fault, timeout, said, cap
     assert sum(said in record.getMessage() for record in caplog.records) == 2
 
 
-def test_a_death_during_an_update_waits_for_its_end():
-    """torch's own handler would raise in the middle of it."""
+def test_a_death_during_an_update_waits_for_its_end(monkeypatch):
+    """torch's own handler, which comes with the first loader of a process, would raise in the middle of it."""
+    monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_SIGCHLD_handler_set", False)
     loader = loader_with(signal.SIGKILL)
     found, iterator = [], batches_of(loader)
     for batch in iterator:

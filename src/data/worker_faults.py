@@ -74,12 +74,12 @@ def batches_of(loader: DataLoader[Any]) -> Iterator[Any]:
         yield from loader
         return
     iterator: Any = loader._iterator  # of the pass before, where its processes live on
-    _WATCH.install()
     begun, done = False, 0
     while True:
         try:
             if not begun:
                 iterator, begun = _WATCH.wait(iterator, iter, loader), True
+                _WATCH.install()  # in place of torch's, which the first iterator of a process installs
             batch = _WATCH.wait(iterator, next, iterator)
         except StopIteration:
             return
