@@ -342,9 +342,10 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 
 
 def test_a_sweep_of_which_all_jobs_failed_ends_in_its_table(tmp_path):
-    words = [*FAST, f"paths.log_dir={tmp_path}", f"data.data_dir={tmp_path}/a,{tmp_path}/b"]
+    words = [*FAST, f"paths.log_dir={tmp_path}", "data.data_dir=no/a,no/b", "model.optimizer.betas=[0.9,0.95]"]
     said = python("-c", SWEEPER, "src/train.py", "-m", *words, code=1)
     assert said.count("failed    No dataset at") == 2 and said.endswith("No trials are completed yet.\n")
+    assert "betas" not in said[said.index("The sweep") :]
 
 
 SWALLOWED = """

@@ -148,9 +148,9 @@ def _message(error: Exception) -> str | None:
 
 def _point() -> str:
     """Return the values of this job of a sweep, as they were typed."""
-    swept = [word.split("=", 1)[0] for word in sys.argv[1:] if re.search("[,(]", word)]
-    swept += list(HydraConfig.get().sweeper.get("params") or {})
     task = list(HydraConfig.get().overrides.task)
+    swept = [word.split("=", 1)[0] for word in sys.argv[1:] if re.search("[,(]", word) and word not in task]
+    swept += list(HydraConfig.get().sweeper.get("params") or {})
     return " ".join(word for word in task if word.split("=", 1)[0] in swept) or f"job {HydraConfig.get().job.num}"
 
 
