@@ -300,7 +300,7 @@ def made(name, autoencoder, folder):
         (["model.statistics=OTHER"], "made with another encoder .*Compute its own with `python src/latent_stats.py`"),
         (["model.statistics=no.pt"], r"no.pt \(from model.statistics\)"),
         (["model.autoencoder=MOVED"], "nowhere/encoder"),
-        (["model.autoencoder=PLAIN"], r"no latent statistics.*latent_stats.py"),
+        (["model.autoencoder=PLAIN"], r"no latent statistics.*latent_stats.py.*sample.py and training in an export"),
     ],
 )
 def test_mistakes_are_one_message(autoencoder, tmp_path, overrides, message):

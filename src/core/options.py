@@ -143,7 +143,7 @@ class ModelOptions:
         "PATH",
     )
     encoder_cls: str | None = option(
-        "of a decoder file, unless --encoder is a preset: Dinov2withNorm, SigLIP2wNorm, MAEwNorm or DINOv3wNorm",
+        "of a decoder file, unless --encoder is a preset: Dinov2withNorm, or another of docs/encoders.md or of a package of yours",
         "CLASS",
     )
     encoder_layers: str | None = option(

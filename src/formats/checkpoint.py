@@ -215,7 +215,7 @@ def check_latents(
     if differing:
         raise UserError(
             f"{what} is of other latents than those of the model {loaded.description['source']} ({'; '.join(differing)}). Give "
-            "the model that made them, or one with the same encoder and statistics."
+            "the model that made them, or one with the same encoder and statistics (of a .ckpt: --stats, model.statistics)."
         )
 
 

@@ -124,8 +124,8 @@ def open_autoencoder(
     if not rae.has_statistics:
         raise UserError(
             f"The autoencoder {where} has no latent statistics. Make them with `python src/latent_stats.py --checkpoint CKPT "
-            "--data_dir IMAGES --output stats.pt` and set model.statistics=stats.pt, or put them into an export of it: `python "
-            "src/export.py --checkpoint CKPT --stats stats.pt --format folder --output FOLDER`."
+            "--data_dir IMAGES --output stats.pt`. Training takes them by model.statistics=stats.pt, sample.py and training in an "
+            "export: `python src/export.py --checkpoint CKPT --stats stats.pt --format folder --output FOLDER`."
         )
     return loaded
 

@@ -58,7 +58,7 @@ class GeneratedLatents(nn.Module):
             )
         if classes is not None and classes > self.network.num_classes:
             raise UserError(
-                f"The data has {classes} classes, the model of model.generated.checkpoint was trained on fewer."
+                f"The data has {classes} classes, the model of model.generated.checkpoint {self.network.num_classes}."
             )
 
     @torch.no_grad()
