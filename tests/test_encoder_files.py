@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from src.core.errors import UserError
+from src.core.weights import read
 from src.models.encoder_files import STATISTICS
 from src.models.encoders import ENCODERS, DINOv3wNorm
 from tests.conftest import TINY_ENCODERS, make_rae
@@ -82,6 +83,16 @@ def test_broken_downloads_are_named(file, content, message, tmp_path):
     with pytest.raises(UserError, match=message) as caught:
         DINOv3wNorm(str(tmp_path)).pixel_statistics(str(tmp_path))
     assert str(tmp_path) in str(caught.value) and len(str(caught.value)) < 1200
+
+
+@pytest.mark.parametrize("file", ["model.pt", "model.safetensors"])
+@pytest.mark.parametrize(
+    ("content", "message"), [(POINTER, "pointer of git-lfs"), (PAGE, "page of HTML"), (b"", "is empty")]
+)
+def test_weights_of_others_say_so_too(file, content, message, tmp_path):
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / file)
 
 
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "_attn_implementation_internal"])

@@ -48,6 +48,8 @@ def read(path: str | Path) -> Any:
     """Return the contents of a `.pt` / `.pth` / `.ckpt` or `.safetensors` file on the CPU. Code in it is never run."""
     path = Path(path)
     try:
+        if problem := failed_download(path):
+            raise UserError(f"{path} ({path.stat().st_size:,} bytes) {problem}.")
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
@@ -69,6 +71,21 @@ def read(path: str | Path) -> Any:
             f"{path} ({path.stat().st_size:,} bytes) can't be read as a weights file: {said}. "
             "It may be cut short; download or copy it again."
         ) from error
+
+
+def failed_download(file: Path) -> str | None:
+    """Return what a failed download left in place of a file, and the remedy; None where it may be the file itself."""
+    with file.open("rb") as stream:
+        start = stream.read(1024)
+    if not start:
+        return "is empty. Get it again (`hf download ID --local-dir FOLDER`)"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a pointer of git-lfs, not the file itself. Run `git lfs pull` in that folder, or `hf download`"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return (
+            "is a page of HTML: a log-in or error page was saved. Get it again, with HF_TOKEN where the model is gated"
+        )
+    return None
 
 
 def check_archive(path: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from src.core.errors import UserError
 from src.core.images import IMAGENET_MEAN, IMAGENET_STD
 from src.core.json_files import read_json
+from src.core.weights import failed_download
 
 log = logging.getLogger(__name__)
 
@@ -91,19 +92,14 @@ def checked_statistics(mean: Any, std: Any, file: object) -> PixelStatistics:
 
 def _problem(file: Path) -> str | None:
     """Return what a file seems to be instead of what its name says, with the remedy; None where it is whole."""
-    with file.open("rb") as stream:
-        start = stream.read(1024)
-    if not start:
-        return f"is empty. {_REMEDY}"
-    if start.startswith(b"version https://git-lfs"):
-        return "is a pointer of git-lfs, not the file itself. Run `git lfs pull` in that folder, or `hf download`"
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        return f"is a page of HTML: a log-in or error page was saved. {_REMEDY}, with HF_TOKEN where the model is gated"
+    if problem := failed_download(file):
+        return problem
     if file.suffix == ".json":
         read_json(file, _REMEDY + ".")
         return None
     if file.suffix == ".bin":
-        whole = zipfile.is_zipfile(file) or start[:1] == b"\x80"  # torch's zip, or its pickle of before 1.6
+        with file.open("rb") as stream:  # torch's zip, or its pickle of before 1.6
+            whole = stream.read(1) == b"\x80" or zipfile.is_zipfile(stream)
         return None if whole else f"is cut short or no file of torch. {_REMEDY}"
     try:
         with safe_open(file, "pt"):  # reads the header, and compares it with the file's size
