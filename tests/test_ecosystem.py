@@ -84,6 +84,12 @@ def test_their_checkpoint_resumes_as_ours_does(whole, tmp_path, name):
     assert_equal_ends(whole[0], tmp_path / "resumed")
 
 
+def test_a_run_whose_time_is_over_says_so(tmp_path, caplog):
+    caplog.set_level("INFO")
+    run = train(tmp_path, *LIGHT, "+trainer.max_time.microseconds=1")
+    assert run.trainer.global_step == 1 and "by trainer.max_time; the same command with ckpt_path=last" in caplog.text
+
+
 def test_early_stopping_ends_the_run_and_the_name_must_be_a_logged_one(tmp_path, caplog):
     stops = ["callbacks=[default,early_stopping]", "callbacks.early_stopping.patience=1", "trainer.max_epochs=9"]
     caplog.set_level("INFO")

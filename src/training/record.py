@@ -145,6 +145,9 @@ def summary(trainer: pl.Trainer, module: Any) -> dict[str, Any]:
         if isinstance(callback, pl.callbacks.EarlyStopping) and callback.stopped_epoch:
             why = f"in epoch {callback.stopped_epoch + 1}; {callback.monitor} was best at {callback.best_score.item():.4f}"
             rows.append(("stopped early", why))
+        left = callback.time_remaining() if isinstance(callback, pl.callbacks.Timer) else None
+        if left is not None and left < 0:
+            rows.append(("stopped early", "by trainer.max_time; the same command with ckpt_path=last goes on"))
     if trainer.is_global_zero:
         log.info("Done after %s steps%s", f"{trainer.global_step:,}", f":\n{table(rows)}" if rows else ".")
     return result
