@@ -251,3 +251,6 @@ def test_a_watched_run_has_one_bar_and_its_figures_in_the_file(tmp_path, monkeyp
         assert f"step {step}: grad_norm" in written and f"step {step}: grad_norm" not in shown
     assert sum("UNTRAINED" in line and " W " in line for line in shown.splitlines()) == 1
     assert "site-packages" not in shown + written
+    with make():
+        print("word " * 60, file=sys.stderr)
+    assert "word " * 60 in capfd.readouterr().err  # in one line: of a command broken into several, a shell runs the first

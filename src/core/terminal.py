@@ -24,7 +24,7 @@ def progress_bar(*columns: Any) -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     own = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*own, *columns, console=Console(stderr=True), transient=True)
+    return Progress(*own, *columns, console=Console(stderr=True, soft_wrap=True), transient=True)
 
 
 @contextmanager
