@@ -253,4 +253,4 @@ def test_a_watched_run_has_one_bar_and_its_figures_in_the_file(tmp_path, monkeyp
     assert "site-packages" not in shown + written
     with make():
         print("word " * 60, file=sys.stderr)
-    assert "word " * 60 in capfd.readouterr().err  # in one line: of a command broken into several, a shell runs the first
+    assert "word " * 60 in capfd.readouterr().err  # unbroken: of a command on several lines a shell runs the first

@@ -56,6 +56,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(small_disk, capfd)
     said = ends_with_one_message(folder, capfd, "callbacks.checkpoint.every_n_steps=1")
     last = folder / "checkpoints/last.ckpt"
     assert f"The checkpoint {last} can't be written: No space left on device" in said and "ckpt_path=last" in said
+    assert said.count("can't be written") == 1, said
     assert read(last)["global_step"] == 1
     record = json.loads((folder / "run.json").read_text())
     assert record["status"] == "failed" and "can't be written" in record["error"]

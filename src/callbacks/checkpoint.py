@@ -136,8 +136,9 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         try:
             self.save(trainer, pl_module)
             log.warning("Saved %s at step %d before giving up.", self.folder / "last.ckpt", trainer.global_step)
-        except Exception as error:  # the first exception is the one to show
-            log.warning("No checkpoint could be saved: %s", error)
+        except Exception as error:  # the first exception is the one to show, and may be that of a save
+            if str(error) != str(exception):
+                log.warning("No checkpoint could be saved: %s", error)
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         STOP.deferred = False
