@@ -22,7 +22,7 @@ from src.core.files import resolve
 from src.core.requirements import FILES, USERS_CHOICE, Asset, by_name, requirements
 from src.core.terminal import run_program
 from src.core.text import quoted
-from src.models.encoder_presets import expand_encoder, hub_assets
+from src.models.encoder_presets import hub_assets, with_places
 
 USUAL = ("dinov2-b", "siglip-so400m", "siglip2-b", "mae-b", "dinov3-b", "dinov3-l")
 """Encoders of the experiments."""
@@ -88,7 +88,7 @@ def _wanted(args: argparse.Namespace) -> list[Asset]:
         from src.core.compose import compose  # imports torch
 
         config = compose([f"experiment={experiment}", *overrides])
-        config["model"] = expand_encoder(config["model"])
+        config["model"] = with_places(config["model"])
         if config["model"].get("pretrained_decoder_path") == USERS_CHOICE:
             print(
                 f"left out: the decoder that {experiment} starts from. Add model.pretrained_decoder_path=PATH to look for "

@@ -379,6 +379,8 @@ def test_program_lists_an_experiment(tmp_path, capsys):
     named = capsys.readouterr().out
     assert "left out" not in named and str(tmp_path / "mine.pt") in named
     assert main(["--experiment", "rae_dummy"]) == 0 and "nothing to download" in capsys.readouterr().out
+    assert main(["--list", "--experiment", "raev2_dit_k7"]) == 0
+    assert f"{PRESETS['dinov3-l'].hub_id}: encoder dinov3-l" in capsys.readouterr().out  # by the name of a preset
     assert main(["--list"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert {tuple(row[1:3]) for row in rows if len(row) > 2} >= {(p.name, p.hub_id) for p in PRESETS.values()}

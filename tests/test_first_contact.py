@@ -68,9 +68,15 @@ def test_data_sizes_and_checkpoint_come_before_the_hub(tmp_path, capfd, empty_ca
     assert message in refused(capfd, tmp_path, *ONLINE, wrong) and not empty_cache
 
 
-def test_the_hub_is_asked_once_and_each_line_stands_once(tmp_path, capfd, empty_cache):
-    said = refused(capfd, tmp_path, *ONLINE)
-    assert empty_cache == [HUB_ID] and DEAD in said and "HF_ENDPOINT" in said
+RELEASED = [
+    "experiment=ditdh_s", "trainer=cpu", "logger=csv", "data.data_dir=data/dummy_dataset_hf", "model.autoencoder.decoder=README.md",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [ONLINE, RELEASED], ids=["stage 1", "stage 2"])
+def test_the_hub_is_asked_once_and_each_line_stands_once(tmp_path, capfd, empty_cache, words):
+    said = refused(capfd, tmp_path, *words)
+    assert empty_cache == [HUB_ID] and DEAD in said and "HF_ENDPOINT" in said and "download_weights.py" in said
     lines = [line for line in said.splitlines() if line.strip()]
     assert len(lines) == len(set(lines)) < 12
 

@@ -8,6 +8,7 @@ under it. Sizes stand in the table, so that shapes and cost are known without we
 import difflib
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -233,6 +234,17 @@ def expand_encoder(config: Mapping[str, Any]) -> dict[str, Any]:
     given = {k: v for k, v in (expanded.get("encoder_params") or {}).items() if v is not None}
     params = {source_key(preset.encoder_cls): place, **preset.params, **given}
     return expanded | {"encoder_cls": preset.encoder_cls, "encoder_config_path": place, "encoder_params": params}
+
+
+def with_places(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a `model:` node with the places of its encoders for the names of presets, that of released files of stage 2
+    (`autoencoder.encoder`) included. UserError as `expand_encoder`."""
+    expanded = expand_encoder(model)
+    released = expanded.get("autoencoder")
+    if isinstance(released, Mapping) and released.get("encoder") and released.get("encoder_cls") is None:
+        with suppress(UserError):  # whoever opens the autoencoder says what may stand there
+            expanded["autoencoder"] = {**released, "encoder": find_preset(released["encoder"]).hub_id}
+    return expanded
 
 
 def source_key(encoder_cls: str) -> str:

@@ -12,7 +12,8 @@ from src.core.download import present, why_unreachable
 from src.core.errors import UserError
 from src.core.requirements import requirements
 from src.core.weights import PROJECT_ROOT, resolve
-from src.models.encoder_presets import expand_encoder, hub_assets
+from src.formats.checkpoint import stored
+from src.models.encoder_presets import hub_assets, with_places
 
 
 def require_weights(config: Mapping[str, Any], ask: bool) -> None:
@@ -21,7 +22,9 @@ def require_weights(config: Mapping[str, Any], ask: bool) -> None:
     ask: where encoders alone are missing, ask the hub for each, once; they are missing if it does not answer. False: they are
     passed over then, to be asked for when all else is known to be right.
     """
-    config = {**config, "model": expand_encoder(config["model"])}
+    config = {**config, "model": with_places(config["model"])}
+    if stored(config, "model.autoencoder.encoder") and not stored(config, "model.autoencoder.decoder"):
+        return  # of stage 2, without its autoencoder: whoever opens it says so
     wanted = requirements(config, resolve(config["paths"]["weights_dir"]), PROJECT_ROOT)
     missing = [asset for asset in wanted if not present(asset)]
     reasons: dict[str, str] = {}
