@@ -7,7 +7,9 @@ counts: `0001.jpg`, not `0001.mask.png`. Hidden members and all that is no regul
 import itertools
 import json
 import operator
+import re
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -32,6 +34,9 @@ COMPRESSED = {
     b"\xfd7zXZ": ("xz", "unxz"),
 }
 _IMAGES = frozenset(suffix[1:] for suffix in SUFFIXES)
+_USED = re.compile(rb"path=|size=|GNU\.sparse|charset=")
+"""In PAX records, beside times and owners, which change nothing."""
+_OCTAL = re.compile(rb"[0-7]+[\0 ]")
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,9 @@ def members(window: Window) -> Iterator[tarfile.TarInfo]:
             )
     try:
         tar = tarfile.TarFile(fileobj=window, encoding="utf-8", errors="surrogateescape")  # type: ignore[arg-type]
-        while (found := tar.next()) is not None:
+        found = tar.next()
+        while found is not None:
+            at = tar.offset
             tar.members.clear()  # type: ignore[attr-defined]  # millions would fill the memory
             if found.issparse():
                 raise Damaged(f"its member {found.name} is sparse", "Write the tar again without --sparse.")
@@ -146,7 +153,11 @@ def members(window: Window) -> Iterator[tarfile.TarInfo]:
                 raise Damaged(f"it is cut short within {found.name}")
             if found.isreg() and not found.name.endswith("/"):
                 yield found
-            at = tar.offset
+            found = None if tar.pax_headers else _plain(window, at)  # type: ignore[attr-defined]  # of the whole file
+            if found is None:
+                found = tar.next()
+            else:
+                tar.offset = _end(found.offset_data, found.size)  # type: ignore[attr-defined]
     except (tarfile.TarError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError):
         pass  # the bytes there say more than tarfile does
     header = window.take(at, BLOCK)
@@ -154,6 +165,39 @@ def members(window: Window) -> Iterator[tarfile.TarInfo]:
         raise Damaged(f"it is cut short: no end mark at byte {at:,}")
     if any(header):
         raise Damaged(f"no readable tar header at byte {at:,}")
+
+
+def _plain(window: Window, at: int) -> tarfile.TarInfo | None:
+    """Return the regular file whose header lies at `at`, where that says no more than most do: tarfile takes four times as long."""
+    header = window.take(at, BLOCK)
+    if header[156:157] == b"x":
+        records = _size(header)
+        if records is None or records > MAX_SMALL or _USED.search(window.take(at + BLOCK, records)):
+            return None
+        at = _end(at + BLOCK, records)
+        header = window.take(at, BLOCK)
+    size = _size(header)
+    if size is None or header[156:157] != b"0" or header[345]:  # another kind, or a name in two parts
+        return None
+    found = tarfile.TarInfo(header[:100].split(b"\0", 1)[0].decode("utf-8", "surrogateescape"))
+    found.offset_data, found.size = at + BLOCK, size
+    return found
+
+
+def _size(header: bytes) -> int | None:
+    """Return the size that a header says, in bytes; None where its checksum or one of the two numbers is for tarfile to judge."""
+    size, noted = header[124:136], header[148:155]
+    if len(header) < BLOCK or not (_OCTAL.fullmatch(size) and _OCTAL.fullmatch(noted)):
+        return None
+    # The checksum's own bytes count as blanks. Adler-32 ends with 1 + the sum of all bytes, modulo 65521.
+    whole = int(noted[:-1], 8) - 8 * ord(" ") + sum(header[148:156])
+    right = zlib.adler32(header) & 0xFFFF == (whole + 1) % 65521
+    return int(size[:-1], 8) if right and header[257:262] == b"ustar" else None
+
+
+def _end(start: int, size: int) -> int:
+    """Return where the header behind `size` bytes at `start` lies."""
+    return start + (size + BLOCK - 1) // BLOCK * BLOCK
 
 
 def header_name(header: bytes) -> str:
