@@ -65,7 +65,13 @@ def test_side_by_side_is_what_each_is_alone(place, tmp_path, capsys):
     assert json.loads((folder / "report_card.json").read_text())["results"] == together
     card = (folder / "report_card.md").read_text()
     figure = f"{second['gfid_untrained']:.4f}"
-    for words in ("8 of 9 images", "6 generated latents", figure, "rFID (untrained)", str(place / "b")):
+    for words in (
+        "8 of 9 images",
+        f"6 generated latents against {place}/r.npz",
+        figure,
+        "rFID (untrained)",
+        str(place / "b"),
+    ):
         assert words in card
     assert figure in printed
     with Image.open(folder / "sheet.png") as sheet:  # originals and four variants of eight images, names on the left

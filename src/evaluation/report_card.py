@@ -60,7 +60,9 @@ def markdown(results: Sequence[Mapping[str, Any]]) -> str:
     rows.insert(1, ["-" * max(3, len(cell)) for cell in rows[0]])
     first = results[0]
     images = f"{first['images']:,} of {first['available']:,} images, {first['split']} of {first['data_dir']}"
-    generated = f"; {first['generated']:,} generated latents" if "generated" in first else ""
+    generated = ""
+    if "generated" in first:
+        generated = f"; {first['generated']:,} generated latents against {first['generated_against']}"
     return f"{images}{generated}. sigma: noise on raw latents.\n\n" + "\n".join(aligned(rows, "| ", " | ")) + "\n"
 
 

@@ -93,7 +93,7 @@ class Evaluation:
         found = [variants_of(model, options.layers, options.noise_sigma) for model in self.models]
         self.variants = [variant for part in found for variant in part]
         self.table = CsvTable(self._score({}).quality_names)
-        self.generated: dict[str, dict[str, float | int]] = {}
+        self.generated: dict[str, dict[str, float | int | str]] = {}
         self._warned = False
 
     def description(self) -> dict[str, Any]:
@@ -204,8 +204,10 @@ class Evaluation:
         reference = Reference(str(options.generation_reference), exif=self.decoder.exif, key="--generation_reference")
         sets = [decoded_set(path, model, options, self.quantization, self.process) for model in self.models]
         scores = score_sets(sets, reference, self.networks, options, self.process)
+        against = f"{reference.place} ({reference.images.split})" if reference.images else reference.place
         for images, values in zip(sets, scores, strict=True):
-            self.generated[images.label] = {{"images": "generated"}.get(name, name): v for name, v in values.items()}
+            named = {{"images": "generated"}.get(name, name): value for name, value in values.items()}
+            self.generated[images.label] = named | {"generated_against": against}
 
     def _score(self, references: Mapping[str, Moments]) -> ReconstructionScore:
         return ReconstructionScore(self.networks, self.options.batch_size, self.lpips, self.quantization, references)
