@@ -17,6 +17,7 @@ from torch import nn
 from transformers import DINOv3ViTModel
 
 from src.core.errors import UserError
+from src.formats.checkpoint import statistics_digest
 from src.models.encoders import ENCODERS, encoder_class
 from src.models.frozen_encoder import FrozenEncoder
 from src.models.layers import Fusion
@@ -393,8 +394,11 @@ def test_images_that_are_taken(rae):
     latents = rae.encode(images)
     assert torch.equal(rae.encode(images, check=False), latents) and torch.equal(rae(images), rae.decode(latents))
     assert rae.encode(images * 255, check=False).isfinite().all()
-    assert rae.encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == latents[:1].shape
-    assert rae.encode(torch.rand(1, 3, 40, 90), resize=True).shape == latents[:1].shape
+    pixels = torch.randint(0, 256, (1, 3, 64, 90), dtype=torch.uint8)
+    assert torch.allclose(rae.encode(pixels[..., :64]), rae.encode(pixels[..., :64] / 255), atol=1e-5)
+    resized = F.interpolate(pixels / 255, size=(64, 64), mode="bicubic", antialias=True).clamp(0, 1)
+    for wide in (pixels, pixels / 255):
+        assert torch.allclose(rae.encode(wide, resize=True), rae.encode(resized), atol=1e-5)
 
 
 def test_noise_of_an_encoded_image_and_latents_of_another_grid(rae):
@@ -410,3 +414,13 @@ def test_noise_of_an_encoded_image_and_latents_of_another_grid(rae):
     torch.manual_seed(0)
     sigma = 0.5 * torch.rand(3, 1, 1, 1)
     assert torch.allclose(noisy, rae.normalize(raw + sigma * torch.randn_like(raw)), atol=1e-5)
+    digests = set()
+    for mean, var in (
+        (raw.mean(0), raw.var(0)),
+        (raw.mean(0) + 1, raw.var(0)),
+        (None, raw.var(0)),
+        (raw.mean(0), None),
+    ):
+        rae.set_statistics(mean, var)
+        digests.add(statistics_digest(rae))
+    assert len(digests) == 4

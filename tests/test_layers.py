@@ -12,7 +12,7 @@ import torch
 from src.core import random_streams as streams
 from src.core.errors import UserError
 from src.core.random_streams import Purpose
-from src.losses.diffaug import DiffAug
+from src.losses.diffaug import UNIFORMS_PER_BATCH, DiffAug
 from src.models.layers import parse_layers, random_subset
 from src.training.settings import LatentNoiseSettings, LayerSubset
 from src.training.step_noise import StepNoise
@@ -192,5 +192,8 @@ def test_each_update_and_each_purpose_draws_its_own_augmentation():
     assert torch.equal(first[1:], draw(positions=(6, 7)).samples)
     others = [draw(update=1), draw(update=2), draw(purpose=Purpose.AUGMENT_REAL)]
     assert len({tuple(d.samples[0].tolist()) for d in (draw(), *others)}) == 4
-    assert len({switches(draw(number=n)) for n in range(20)}) > 2  # for a whole batch, by its number
+    places = [2**62 + number for number in range(20)]  # of whole batches, beyond all images
+    values = streams.uniforms(0, Purpose.AUGMENT_FAKE, 1, places, 2 * UNIFORMS_PER_BATCH)[:, UNIFORMS_PER_BATCH:]
+    expected = [switches(noise.augmentation.draw(value, first)) for value in values]
+    assert [switches(draw(number=number, update=1)) for number in range(20)] == expected
     assert switches(draw(positions=(9,))) == switches(draw())

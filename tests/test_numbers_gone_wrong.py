@@ -94,7 +94,7 @@ GOOD, BAD = torch.tensor(1.0), torch.tensor(math.nan)
 @pytest.mark.parametrize(
     ("allowed", "observed", "said"),
     [
-        (0, [(7, {"l1": BAD})], "first step, so look at what was loaded.*ckpt_path"),
+        (1, [(0, {"l1": BAD}), (3, {"l1": BAD})], "at step 0; 2 such.*first step, so look at what was loaded.*ckpt_path"),
         # the first step of a name, and the cause among several
         (1, [(0, {"l1": GOOD, "gan": GOOD}), (1, {"loss": BAD, "gan": BAD, "l1": GOOD}), (2, {"l1": BAD, "my own": BAD})],
          r"^gan is .* at step 1 \(then: loss, my own, l1\)"),

@@ -174,7 +174,8 @@ def test_inputs(tmp_path):
         assert len(open_inputs([str(path) for path in paths], None, limit).rows) == count
     with pytest.raises(UserError, match="no such file"):
         open_inputs([str(tmp_path / "nothing*")], None)
-    image_tar(tmp_path / "tars/train/0.tar", 3)
+    for split, count in (("train", 3), ("validation", 2)):
+        image_tar(tmp_path / f"tars/{split}/0.tar", count)
     assert len(open_inputs([str(tmp_path / "tars")], None).rows) == 3
     with pytest.raises(UserError, match="holds Parquet files.*Make a dataset beside them"):
         open_inputs([str(parquet(tmp_path / "hub"))], None)

@@ -8,6 +8,7 @@ import torch
 from src.core.errors import UserError
 from src.core.weights import PROJECT_ROOT, read
 from src.training.stage1 import RAEModule
+from src.training.step_noise import StepNoise
 from tests.training import QUIET, assert_equal_ends, last, train
 
 EVERY_STEP = ["callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.keep_epochs=-1"]
@@ -24,6 +25,7 @@ def test_stopped_after_any_step_and_resumed(whole, tmp_path, caplog, stop, chang
     first, second = tmp_path / "first", tmp_path / "second"
     train(first, *QUIET, *EVERY_STEP, *changes, f"trainer.max_steps={stop}")
     assert torch.load(last(first), weights_only=True)["global_step"] == stop
+    assert len(list(first.glob("checkpoints/epoch_*.ckpt"))) == stop // 3  # of whole epochs
     caplog.clear()
     train(second, *QUIET, *EVERY_STEP, checkpoint=last(first))
     assert_equal_ends(whole, second)
@@ -31,23 +33,46 @@ def test_stopped_after_any_step_and_resumed(whole, tmp_path, caplog, stop, chang
 
 
 @pytest.mark.parametrize("saves", ["default", "no_checkpoint"])
-def test_resumed_with_another_number_of_micro_batches(whole, tmp_path, saves):
+def test_resumed_with_another_number_of_micro_batches(whole, tmp_path, monkeypatch, saves):
     """The global batch is the same, so the images are those that would have come, each once."""
     halves = ["data.batch_size=2", "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=6"]
-    train(tmp_path / "first", *QUIET, *EVERY_STEP, *halves, "trainer.max_steps=2")
-    seen = []
-    original = RAEModule.training_step
+    seen, places = [], []
+    original, augment = RAEModule.training_step, StepNoise.augment
 
     def training_step(self, batch, batch_idx):
         seen.extend(batch["position"].tolist())
         return original(self, batch, batch_idx)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RAEModule, "training_step", training_step)
-        saving = ["callbacks=no_checkpoint"] if saves == "no_checkpoint" else EVERY_STEP
-        run = train(tmp_path / "second", *QUIET, *saving, checkpoint=last(tmp_path / "first"))
+    def noted(self, purpose, batch, number, *more):
+        places.append((int(batch["position"][0]), number))
+        return augment(self, purpose, batch, number, *more)
+
+    monkeypatch.setattr(StepNoise, "augment", noted)
+    train(tmp_path / "first", *QUIET, *EVERY_STEP, *halves, "trainer.max_steps=2")
+    assert sorted(set(places)) == [(4, 2), (6, 3)]  # of the second update, the first with the GAN
+    monkeypatch.setattr(RAEModule, "training_step", training_step)
+    saving = ["callbacks=no_checkpoint"] if saves == "no_checkpoint" else EVERY_STEP
+    run = train(tmp_path / "second", *QUIET, *saving, checkpoint=last(tmp_path / "first"))
     assert run.trainer.global_step == 6
     assert seen == [*range(8, 12), *range(12)]  # the third update of the first epoch, and the second epoch
+
+
+@pytest.mark.parametrize("hook", ["transfer_batch_to_device", "training_step"])
+def test_an_exception_between_two_updates_saves_and_one_in_an_update_does_not(whole, tmp_path, monkeypatch, hook):
+    original = getattr(RAEModule, hook)
+
+    def fails(self, *given):
+        if self.global_step == 2:
+            raise RuntimeError("bad luck")
+        return original(self, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="bad luck"):
+        patch.setattr(RAEModule, hook, fails)
+        train(tmp_path / "first", *QUIET)
+    assert last(tmp_path / "first").exists() == (hook != "training_step")
+    if hook != "training_step":
+        train(tmp_path / "second", *QUIET, checkpoint=last(tmp_path / "first"))
+        assert_equal_ends(whole, tmp_path / "second")
 
 
 def test_the_best_starts_afresh_where_the_last_checkpoint_alone_was_copied(whole, tmp_path, caplog):

@@ -1,6 +1,7 @@
 """Training of stage 2: losses, draws, resume, what is logged, and what is refused."""
 
 import copy
+import itertools
 import json
 import math
 import shutil
@@ -29,7 +30,7 @@ from src.training.run import run as start
 from src.training.stage2 import DiffusionModule
 from src.training.stage2_step import FlowDraws
 from tests.tiny_models import exported, photos, stir, tiny_rae
-from tests.training import SMALL_STAGE2, assert_equal_ends, composed, last, logged, same, train_stage2
+from tests.training import SMALL_STAGE2, assert_equal_ends, composed, last, same, train_stage2
 
 
 def untrained(run):
@@ -71,16 +72,6 @@ def test_validation_is_of_the_averaged_weights_and_the_images_as_they_are(stage2
     assert found == pytest.approx(means, rel=1e-4)
 
 
-def test_the_first_update_is_of_the_draws_of_training(stage2_run):
-    folder, run = stage2_run
-    step, batch = run.module.step, next(iter(run.datamodule.train_dataloader()))
-    draws = FlowDraws.at(run.module.settings.seed, batch, step.rae.latent_shape, torch.device("cpu"), training=True)
-    terms = step.losses(
-        lambda x, *_: torch.zeros_like(x), step.latents(batch, draws, training=True), batch["label"], draws
-    )
-    assert logged(folder, "train/loss")[1] == pytest.approx(terms["loss"].mean().item(), rel=1e-4)
-
-
 def test_labels_are_dropped_and_images_mirrored_by_the_draws(stage2_run):
     _, run = stage2_run
     step, seen = run.module.step, []
@@ -111,17 +102,22 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(
     assert_equal_ends(tmp_path / "whole" if words else stage2_run[0], tmp_path / "second")
 
 
-def test_a_resume_from_a_file_that_lacks_a_part_is_refused(stage2_run, autoencoder, tmp_path):
-    content = read(last(stage2_run[0]))
+def test_a_resume_from_a_file_that_lacks_a_part_is_refused(stage2_run, tmp_path):
+    content, load = read(last(stage2_run[0])), DiffusionModule.load_from_checkpoint
     for name, change in {
         "skipped_steps": {}, "optimizer_states": {"optimizer_states": []}, "lr_schedulers": {}, "pytorch-lightning_version": {},
         "config": {"config": "x"}, "loops.fit_loop": {"loops": {}}, "format_version": {},
     }.items():  # fmt: skip
         torch.save({key: v for key, v in content.items() if key != name} | change, tmp_path / "x.ckpt")
-        with pytest.raises(UserError, match=name):
-            AtomicCheckpointIO().load_checkpoint(tmp_path / "x.ckpt")
-        with pytest.raises(UserError, match=name):
-            announce_resume(tmp_path / "x.ckpt", stage2_run[1].config, 1)
+        announce = partial(announce_resume, config=stage2_run[1].config, processes=1)
+        for read_by in (AtomicCheckpointIO().load_checkpoint, announce, load):
+            with pytest.raises(UserError, match=name):
+                read_by(tmp_path / "x.ckpt")
+    torch.save(content | {"state_dict": dict(list(content["state_dict"].items())[:-1])}, tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match=rf"missing \(1\): {list(content['state_dict'])[-1]}"):
+        load(tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match="of another model:\n  model.num_classes: checkpoint 3, model 5"):
+        load(last(stage2_run[0]), num_classes=5)
 
 
 def test_a_longer_run_is_another_one_where_its_schedule_is(stage2_run, caplog):
@@ -150,7 +146,7 @@ def test_micro_batches_make_the_gradient_of_the_whole_batch(stage2_run, autoenco
 
 def test_what_is_logged(autoencoder, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(stage2, "STUCK_AFTER", 2)
-    slow = ["model.optimizer.lr=1e-12", "model.scheduler.final_lr=1e-12"]
+    slow = ["model.optimizer.lr=1e-12", "model.scheduler.final_lr=1e-12", "trainer.log_every_n_steps=2"]
     run = train_stage2(tmp_path, autoencoder, *slow, "callbacks.progress.peak_tflops=0.5")
     rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()[1:]]
     values = {(int(row[0]), row[1]): float(row[2]) for row in rows}
@@ -159,12 +155,35 @@ def test_what_is_logged(autoencoder, tmp_path, caplog, monkeypatch):
     assert wanted | {f"train/loss_q{n}" for n in (1, 2, 3, 4)} <= names
     flops = run.module.training_flops()
     assert flops > 3 * forward_flops(run.module.network) > 0  # and the encoder's
-    assert values[3, "perf/mfu"] == pytest.approx(values[3, "perf/images_per_s"] * flops / 0.5e12)
+    assert values[4, "perf/mfu"] == pytest.approx(values[4, "perf/images_per_s"] * flops / 0.5e12)
+    step, loader, losses, quarters = run.module.step, run.datamodule.train_dataloader(), [], []
+    for epoch in (0, 1):
+        loader.set_epoch(epoch)
+        for batch in itertools.islice(loader, 3):  # the output stays 0
+            draws = FlowDraws.at(run.module.settings.seed, batch, step.rae.latent_shape, torch.device("cpu"), True)
+            x = step.latents(batch, draws, training=True)
+            losses.append(step.losses(lambda x, *_: torch.zeros_like(x), x, batch["label"], draws)["loss"])
+            quarters.append((draws.time * 4).long())
+    for at in (2, 4):
+        found = {name: value for (number, name), value in values.items() if number == at and "train/loss" in name}
+        both, quarter = torch.cat(losses[at - 2 : at]), torch.cat(quarters[at - 2 : at])  # since the entry before
+        means = {f"train/loss_q{n + 1}": both[quarter == n].mean().item() for n in quarter.unique().tolist()}
+        assert found == pytest.approx(means | {"train/loss": losses[at - 1].mean().item()}, rel=1e-4)
     assert caplog.text.count("the loss is still 100 % of that of an untrained network: this run is not learning") == 1
     caplog.clear()
-    quick = ["model.optimizer.lr=1e-2", "model.label_std=1", "model.network.hidden_size=[64,64]"]
-    train_stage2(tmp_path / "b", autoencoder, *quick, "trainer.max_epochs=4")
+    quick = [
+        "model.optimizer.lr=1e-2",
+        "model.label_std=1",
+        "model.network.hidden_size=[64,64]",
+        "model.label_dropout=0.999999",
+    ]
+    run = train_stage2(tmp_path / "b", autoencoder, *quick, "trainer.max_epochs=4")
     assert "is not learning" not in caplog.text
+    table, before = (module.network.label_table for module in (run.module, untrained(run)))
+    assert [torch.equal(*rows) for rows in zip(table, before, strict=True)] == [True] * 3 + [
+        False
+    ]  # the null label's alone
+    assert before.detach().std() == pytest.approx(1, rel=0.2)
 
 
 def test_lightning_says_nothing_of_the_hooks_that_are_meant(autoencoder, tmp_path):

@@ -53,7 +53,7 @@ def test_what_a_run_leaves(run, caplog):
     assert torch.__version__.startswith(record["packages"]["torch"])
     assert record["data"]["train"] == 230 and record["data"]["validation"] == 58
     assert fitted.trainer.global_step == 6
-    assert not fitted.module.lpips.fused  # nothing is compiled unless asked for
+    assert not fitted.module.lpips.fused and not fitted.module.disc_scaler.is_enabled()  # unless asked for
 
 
 def test_a_term_added_to_the_table_is_trained_logged_and_validated(tmp_path, monkeypatch):
@@ -136,7 +136,7 @@ def assert_same_moments(first, second):
     "overrides",
     [
         ["model.disc_fake=reuse", "model.loss_chunk_size=1", "model.activation_checkpointing=true", "model.train_positions=true",
-         "model.disc_updates=2", "model.disc_loss=softplus", "model.gen_loss=softplus", "model.scheduler.type=linear",
+         "model.disc_updates=2", "model.disc_scheduler.warmup_epochs=0", "model.disc_loss=softplus", "model.gen_loss=softplus", "model.scheduler.type=linear",
          "model.disc_arch.augment.cutout=0.5", "model.noise_tau=0"],
         ["model.perceptual_weight=0"],
     ],
@@ -149,6 +149,8 @@ def test_options_train(tmp_path, overrides):
     state = fitted.trainer.optimizers[1].state_dict()["state"]
     updates = fitted.module.settings.disc_updates
     assert int(next(iter(state.values()))["step"]) == 2 * updates  # it starts in the second step
+    rate = fitted.module.settings.disc_scheduler.lr(2 * updates - 1, 3)  # its schedule counts its own updates
+    assert fitted.trainer.optimizers[1].param_groups[0]["lr"] == rate
 
 
 def test_parts_that_never_start(tmp_path):

@@ -69,11 +69,11 @@ def test_keys_that_hydra_lets_pass(added, said):
 
 
 def test_a_checkpoint_of_another_model_names_every_difference(tmp_path, stage1_run):
-    other = ["data.image_size=128", "model.decoder_denormalize=false"]
+    other = ["data.image_size=128", "model.decoder_denormalize=false", "model.disc_weight=0"]
     with pytest.raises(UserError) as caught:
         train(tmp_path, *QUIET, *other, checkpoint=last(stage1_run[0]))
     differences = "image_size: checkpoint 64, model 128", "denormalize: checkpoint True, model False"
-    assert all(words in str(caught.value) for words in (*differences, "pretrained_decoder"))
+    assert all(words in str(caught.value) for words in (*differences, "discriminator: ", "pretrained_decoder"))
 
 
 @pytest.mark.parametrize(

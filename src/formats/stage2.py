@@ -167,8 +167,7 @@ def export_official(checkpoint: str | Path, output: Path, dtype: torch.dtype, ov
     """
     file, content = open_checkpoint(checkpoint)
     config = content["config"]
-    averaged = below(content["state_dict"], _OURS)
-    state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in averaged.items()}
+    state = {name: value.to(dtype) for name, value in below(content["state_dict"], _OURS).items()}
     v2 = config["model"]["network"]["name"] == "RAEv2DiT"
     name = "checkpoint.pt" if v2 else "stage2_model.pt"
     untrained = ["encoder"] * is_untrained(content["encoder"])

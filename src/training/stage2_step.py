@@ -92,7 +92,6 @@ class FlowStep:
         t = settings.draw_time(draws.time, self.shift).to(latents.device, non_blocking=True)
         with record_function("denoise"):
             output = network(flow.interpolate(latents, draws.noise, t), t, labels)
-        output = tuple(part.float() for part in output) if isinstance(output, tuple) else output.float()
 
         def loss_of(output: Any) -> dict[str, Tensor]:
             return flow.flow_matching_loss(
