@@ -10,6 +10,7 @@ from src.core.download import cached_encoder
 from src.core.errors import UserError
 from src.core.requirements import requirements
 from src.core.weights import PROJECT_ROOT
+from src.models.encoders import Dinov2withNorm
 from src.models.frozen_encoder import local_place
 from src.training import needs
 from src.training.run import check_config
@@ -79,6 +80,11 @@ def test_the_hub_is_asked_once_and_each_line_stands_once(tmp_path, capfd, empty_
     assert empty_cache == [HUB_ID] and DEAD in said and "HF_ENDPOINT" in said and "download_weights.py" in said
     lines = [line for line in said.splitlines() if line.strip()]
     assert len(lines) == len(set(lines)) < 12
+
+
+def test_programs_ask_the_hub_once_too():
+    with pytest.raises(UserError, match=f"can't be loaded from '{HUB_ID}': {DEAD}: "):
+        Dinov2withNorm(HUB_ID)
 
 
 def test_what_is_in_the_cache_is_not_asked_for_again(tmp_path):

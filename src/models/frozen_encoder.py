@@ -13,13 +13,15 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from src.core.download import cached_encoder
+from src.core.download import cached_encoder, why_unreachable
 from src.core.errors import UserError
+from src.core.requirements import HUB_ID
 from src.core.settings import checked, one_of
 from src.core.weights import Frozen, Weights, freeze, resolve
 from src.models.encoder_files import STATISTICS, PixelStatistics, check_folder, read_statistics
@@ -329,7 +331,8 @@ def local_place(source: str) -> str:
 
 
 def check_source(kind: str, source: str) -> None:
-    """Raise UserError where `source` is a path without a folder, or a folder with damaged files."""
+    """Raise UserError where `source` is a path without a folder, a folder with damaged files, or an id that the hub does not
+    give: it is asked once, where the loaders of transformers and timm ask six times."""
     place = Path(local_place(source))
     if place.is_dir():
         check_folder(place)
@@ -338,6 +341,10 @@ def check_source(kind: str, source: str) -> None:
             f"{kind}: there is no folder {source}. model.encoder_params says where the encoder lies: a folder "
             "written by save_pretrained, or a hub id like facebook/dinov2-with-registers-base."
         )
+    elif re.fullmatch(HUB_ID, source) and not try_to_load_from_cache(source, "config.json"):
+        reason = why_unreachable(source)
+        if reason:
+            raise UserError(_not_found(kind, source, ConnectionError(reason)))
 
 
 def resample_positions(positions: Tensor, side: int, antialias: bool = False, offset: float = 0.0) -> Tensor:

@@ -34,8 +34,8 @@ class TimmViT(FrozenEncoder):
 
     @classmethod
     def read_config(cls, source: str) -> Any:
-        check_source(cls.__name__, source)
         timm = _timm()
+        check_source(cls.__name__, source)
         _, architecture, arguments = cls._description(source)
         arguments = {**arguments, "num_classes": 0, "dynamic_img_size": True}
         try:
