@@ -49,6 +49,26 @@ def test_the_first_loss_is_that_of_the_output_zero(stage2_run):
     assert not any(p.requires_grad for p in module.rae.parameters())
 
 
+def test_training_starts_from_a_transformer(stage2_run, tmp_path, caplog):
+    """Of a checkpoint or an official file, with all labels or others; its average is the start of both networks."""
+    folder, run = stage2_run
+    state, official = run.module.ema_network.state_dict(), tmp_path / "checkpoint.pt"
+    torch.save({"ema": {f"module.{name}": value for name, value in state.items()}, "model": {}}, official)
+    model = {name: value for name, value in run.config["model"].items() if name != "_target_"}
+    for file in (last(folder), official):
+        module = DiffusionModule(**model | {"pretrained_path": str(file)})
+        assert same(module.network.state_dict(), state) and same(module.ema_network.state_dict(), state)
+    fresh = DiffusionModule(**model | {"num_classes": 5}).network.state_dict()
+    assert "starts anew" not in caplog.text
+    ours = DiffusionModule(**model | {"num_classes": 5, "pretrained_path": str(official)}).network.state_dict()
+    table = "y_embedder.embedding_table.weight"
+    assert same(ours, {**state, table: fresh[table]}) and "other labels than model.num_classes=5" in caplog.text
+    torch.save({"format_version": 1, "state_dict": {"ema_decoder.x": torch.ones(1)}}, tmp_path / "stage1.ckpt")
+    for name, message in (("stage1.ckpt", "does not fit DiTDH"), ("no.pt", "from model.pretrained_path")):
+        with pytest.raises(UserError, match=message):
+            DiffusionModule(**model | {"pretrained_path": str(tmp_path / name)})
+
+
 def test_draws_are_functions_of_the_position():
     shape, device, positions = (4, 2, 2), torch.device("cpu"), [4, 2, 7]
     for training, *purposes in (

@@ -23,7 +23,7 @@ from src.evaluation.sampling import (
     solve,
 )  # fmt: skip
 from src.export import main as export
-from src.formats.stage2 import foreign_weights, open_generator
+from src.formats.stage2 import averaged_weights, open_generator
 from src.losses.flow_matching import flow_matching_loss, interpolate, sampling_grid
 from src.models.dit import DiTDH, LightningDiT, RAEv2DiT
 from tests.training import last, same, train_stage2
@@ -161,9 +161,9 @@ def test_raev2_rounds_the_width_of_its_mlp_once():
 def test_official_files_load_strictly_and_a_checkpoint_without_average_is_refused(stage2_run, tmp_path):
     folder, run = stage2_run
     state = {name: value.clone() for name, value in run.module.ema_network.state_dict().items()}
-    assert same(foreign_weights({"ema": {f"module.{k}": v for k, v in state.items()}, "model": {}}, "f"), state)
+    assert same(averaged_weights({"ema": {f"module.{k}": v for k, v in state.items()}, "model": {}}, "f"), state)
     with pytest.raises(UserError, match=r"has `model` and no `ema`"):
-        foreign_weights({"model": state}, "f")
+        averaged_weights({"model": state}, "f")
     torch.save(state, tmp_path / "stage2_model.pt")
     with pytest.raises(UserError, match="--model"):
         open_generator(tmp_path / "stage2_model.pt")

@@ -2,6 +2,7 @@
 model. Export one as such a file.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,6 +29,8 @@ from src.losses.flow_matching import FlowSettings
 from src.models.dit import LatentTransformer, build_network
 from src.models.frozen_encoder import is_untrained
 from src.models.rae import RAE
+
+log = logging.getLogger(__name__)
 
 FORMAT = "stage2"
 _OURS = "ema_network."
@@ -124,7 +127,7 @@ def open_generator(
     network = build_network(
         config["network"], loaded.rae.latent_shape, config["num_classes"], config["label_dropout"], seed=0
     )
-    load_strict(network, below(content["state_dict"], _OURS) if ours else foreign_weights(content, file), file)
+    load_strict(network, averaged_weights(content, file), file)
     freeze(network)
     step = said["global_step"] if said else None
     return Generator(network, loaded, flow, dict(config["sampler"]), str(file), step)
@@ -143,17 +146,36 @@ def _mapping_or_path(text: str | None) -> Any:
         ) from error
 
 
-def foreign_weights(content: Any, file: object) -> dict[str, Tensor]:
-    """Return the averaged weights of an official file: `ema` of a training checkpoint, or a bare state dict."""
-    if isinstance(content, Mapping) and isinstance(content.get("ema"), Mapping):
+def load_pretrained(network: LatentTransformer, path: str) -> None:
+    """Load the averaged weights of a checkpoint of ours or of an official file, where training starts (`model.pretrained_path`).
+
+    Where that has another number of labels, their table stays as it is. Raises UserError: a file that is missing or doesn't fit.
+    """
+    file = existing(path, "model.pretrained_path")
+    state, own = averaged_weights(read(file), file), network.label_table
+    (name,) = (name for name, parameter in network.named_parameters() if parameter is own)
+    if isinstance(table := state.get(name), Tensor) and table.shape[:1] != own.shape[:1]:
+        log.warning(
+            "%s: other labels than model.num_classes=%d asks for; their table starts anew.", file, network.num_classes
+        )
+        state[name] = own.detach()
+    load_strict(network, state, file)
+
+
+def averaged_weights(content: Any, file: object) -> dict[str, Tensor]:
+    """Return the averaged weights of a checkpoint of ours or of an official file: `ema` of a training checkpoint, or a bare state
+    dict. Raises UserError where there are none."""
+    if not isinstance(content, Mapping):
+        raise UserError(f"{file} holds a {type(content).__name__}; expected a state dict or a training checkpoint.")
+    if "format_version" in content and isinstance(content.get("state_dict"), Mapping):
+        return below(content["state_dict"], _OURS)
+    if isinstance(content.get("ema"), Mapping):
         content = content["ema"]
-    elif isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
+    elif isinstance(content.get("model"), Mapping):
         raise UserError(
             f"{file} has `model` and no `ema`: these are the optimiser's weights, and only averaged ones are comparable with "
             "published scores. Give a checkpoint with `ema`, or save its `model` alone as a state dict to use it all the same."
         )
-    if not isinstance(content, Mapping):
-        raise UserError(f"{file} holds a {type(content).__name__}; expected a state dict or a training checkpoint.")
     return unwrapped(content)
 
 

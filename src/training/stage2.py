@@ -22,6 +22,7 @@ from src.evaluation.reconstruction import check_store
 from src.evaluation.sampler import Sampler, SamplerSettings
 from src.formats.checkpoint import statistics_digest, stored
 from src.formats.opening import open_autoencoder
+from src.formats.stage2 import load_pretrained
 from src.losses.flow_matching import FlowSettings, quartile_sums
 from src.models import flops
 from src.models.dit import build_network, forward_flops
@@ -67,6 +68,7 @@ class Stage2Settings(StageSettings):
     label_dropout: float = Field(ge=0, le=1)
     label_std: float = Field(gt=0)
     """Of the label table's initial values."""
+    pretrained_path: str | None = None
     flip_probability: float = Field(ge=0, le=1)
     flow: FlowSettings
     sampler: SamplerSettings
@@ -82,7 +84,7 @@ class DiffusionModule(StageModule):
     on_device: ClassVar[tuple[str, ...]] = ("image", "latent", "label")
     published_batch: ClassVar[int] = 1024
     picture_rows: ClassVar[str] = "a row for each class"
-    start_anew: ClassVar[str] = "; an autoencoder is given by model.autoencoder"
+    start_anew: ClassVar[str] = " from its transformer: set model.pretrained_path to that checkpoint"
     sparse_terms: ClassVar[tuple[str, ...]] = ("train/loss_q",)
     settings: Stage2Settings
 
@@ -100,6 +102,8 @@ class DiffusionModule(StageModule):
         )
         with torch.no_grad():
             self.network.label_table.mul_(settings.label_std / LABEL_STD)
+        if settings.pretrained_path is not None:
+            load_pretrained(self.network, settings.pretrained_path)
         self.ema = EMA(self.network, settings.ema_decay)
         self.ema_network = self.ema.average
         self.step = FlowStep(
