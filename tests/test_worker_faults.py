@@ -18,7 +18,7 @@ from src.core.errors import UserError
 from src.core.stopping import STOP, ignore_in_worker
 from src.core.weights import PROJECT_ROOT, read
 from src.data import worker_faults
-from src.data.worker_faults import LONGEST_TEMPORARY, batches_of, prefetched_batches
+from src.data.worker_faults import LONGEST_TEMPORARY, batches_of, prefetched_batches, start_method
 from src.training.run import run
 from tests.training import SMALL, composed, same, train
 
@@ -69,6 +69,29 @@ def test_no_batch_is_lost_and_the_run_is_asked_to_stop(fault, timeout, said, cap
     assert time.monotonic() - began < 60
     assert STOP.code == 1 and said in str(STOP.error) and "data.num_workers" in str(STOP.error)
     assert sum(said in record.getMessage() for record in caplog.records) == 2
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="a forked process comes to run there")
+@pytest.mark.parametrize("hanging", [1, 2])
+def test_a_process_that_the_fork_leaves_waiting_is_started_again(monkeypatch, caplog, hanging):
+    """Twice in vain: it counts as killed, and no batch is lost either."""
+    fork, forked = os.fork, []
+
+    def sometimes_hangs():
+        forked.append(fork())
+        if forked[-1] == 0 and len(forked) <= hanging:
+            time.sleep(600)
+        return forked[-1]
+
+    monkeypatch.setattr(os, "fork", sometimes_hangs)
+    monkeypatch.setattr(worker_faults, "START_S", (0.5, 1.0))
+    loader = DataLoader(Numbers(0), batch_size=2, num_workers=2, multiprocessing_context=start_method("fork"))
+    assert [batch.tolist() for batch in batches_of(loader)] == [[n, n + 1] for n in range(0, 20, 2)]
+    assert caplog.text.count("is started again") == hanging and len(forked) == 3
+    for pid in forked[:hanging]:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert STOP.code == (hanging == 2)
 
 
 def test_a_death_during_an_update_waits_for_its_end(monkeypatch):

@@ -14,7 +14,7 @@ from src.core.stopping import ignore_in_worker
 from src.data.dataset import ATTEMPTS, EvaluationDataset, Failure, MixDataset, Sample, TrainDataset, collate
 from src.data.order import EpochOrder, Item
 from src.data.sources import printable
-from src.data.worker_faults import batches_of, check_temporary_folder
+from src.data.worker_faults import batches_of, check_temporary_folder, start_method
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class WorkerOptions:
             "prefetch_factor": self.prefetch,
             "timeout": self.timeout_s,
             "persistent_workers": persistent,
-            "multiprocessing_context": self.start,
+            "multiprocessing_context": start_method(self.start),
             "worker_init_fn": ignore_in_worker,
         }
 

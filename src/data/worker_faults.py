@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from src.core.errors import UserError
-from src.core.stopping import STOP
+from src.core.stopping import KILL, STOP
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,10 @@ LONGEST_TEMPORARY = 107 - len("/pymp-12345678/listener-12345678")
 """Bytes of the temporary folder's name: a socket's has at most 107 on Linux, and Python adds to it."""
 _FEWER = "Use fewer loading processes (data.num_workers)"
 _LARGER = "In a container, give it more shared memory (docker run --shm-size=16g)"
+
+
+START_S = (5.0, 30.0)
+"""How long a forked process may take to run, at the first and the second try."""
 
 
 class _WorkerDied(Exception):
@@ -95,6 +100,44 @@ def batches_of(loader: DataLoader[Any]) -> Iterator[Any]:
         done += 1
     for items in itertools.islice(iter(loader.batch_sampler or ()), done, None):
         yield loader.collate_fn([loader.dataset[item] for item in items])
+
+
+def start_method(name: str) -> Any:
+    """Return the multiprocessing context of a start method; a forked process that does not come to run is killed and forked anew.
+
+    Before Python 3.12 it waits for ever where, at the moment of the fork, a thread of gloo or nccl was about to take the
+    interpreter: the child needs that thread's lock (HEAD_LOCK of Python/pystate.c) and makes it anew only afterwards.
+    """
+    if name != "fork" or sys.version_info >= (3, 12):
+        return multiprocessing.get_context(name)
+
+    class Worker(multiprocessing.context.ForkProcess):
+        running = -1  # end of a pipe into which the new process writes
+
+        def _bootstrap(self, *arguments: Any, **named: Any) -> int:
+            os.write(self.running, b".")
+            os.close(self.running)
+            return int(super()._bootstrap(*arguments, **named))  # type: ignore[misc]
+
+        @staticmethod
+        def _Popen(process: Any) -> Any:
+            for patience in START_S:
+                reader, process.running = os.pipe()
+                started = multiprocessing.context.ForkProcess._Popen(process)  # type: ignore[attr-defined]
+                os.close(process.running)
+                runs = connection.wait([reader], patience)  # or has ended
+                os.close(reader)
+                if runs:
+                    break
+                log.warning("A loading process did not come to run in %g s: it is started again.", patience)
+                os.kill(started.pid, KILL)
+                started.wait()
+            return started
+
+    class Context(multiprocessing.context.ForkContext):
+        Process = Worker  # type: ignore[assignment]
+
+    return Context()
 
 
 def check_temporary_folder() -> None:
