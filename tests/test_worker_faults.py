@@ -84,7 +84,7 @@ def test_a_process_that_the_fork_leaves_waiting_is_started_again(monkeypatch, ca
         return forked[-1]
 
     monkeypatch.setattr(os, "fork", sometimes_hangs)
-    monkeypatch.setattr(worker_faults, "START_S", (0.5, 1.0))
+    monkeypatch.setattr(worker_faults, "START_S", (3.0, 3.0))
     loader = DataLoader(Numbers(0), batch_size=2, num_workers=2, multiprocessing_context=start_method("fork"))
     assert [batch.tolist() for batch in batches_of(loader)] == [[n, n + 1] for n in range(0, 20, 2)]
     assert caplog.text.count("is started again") == hanging and len(forked) == 3
