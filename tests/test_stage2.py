@@ -63,8 +63,8 @@ def test_training_starts_from_a_transformer(stage2_run, tmp_path, caplog):
     ours = DiffusionModule(**model | {"num_classes": 5, "pretrained_path": str(official)}).network.state_dict()
     table = "y_embedder.embedding_table.weight"
     assert same(ours, {**state, table: fresh[table]}) and "other labels than model.num_classes=5" in caplog.text
-    torch.save({"format_version": 1, "state_dict": {"ema_decoder.x": torch.ones(1)}}, tmp_path / "stage1.ckpt")
-    for name, message in (("stage1.ckpt", "does not fit DiTDH"), ("no.pt", "from model.pretrained_path")):
+    torch.save({"format_version": 1, "state_dict": {3: torch.ones(1)}}, tmp_path / "odd.ckpt")
+    for name, message in (("odd.ckpt", "does not fit DiTDH"), ("no.pt", "from model.pretrained_path")):
         with pytest.raises(UserError, match=message):
             DiffusionModule(**model | {"pretrained_path": str(tmp_path / name)})
 

@@ -168,7 +168,7 @@ def averaged_weights(content: Any, file: object) -> dict[str, Tensor]:
     if not isinstance(content, Mapping):
         raise UserError(f"{file} holds a {type(content).__name__}; expected a state dict or a training checkpoint.")
     if "format_version" in content and isinstance(content.get("state_dict"), Mapping):
-        return below(content["state_dict"], _OURS)
+        return below(unwrapped(content["state_dict"]), _OURS)
     if isinstance(content.get("ema"), Mapping):
         content = content["ema"]
     elif isinstance(content.get("model"), Mapping):
