@@ -1,4 +1,4 @@
-"""Scores of samples while a diffusion transformer trains, by the code of `src/sample.py` and `src/eval_generation.py`."""
+"""Score samples of a diffusion transformer during training, with the code of `src/sample.py` and `src/eval_generation.py`."""
 
 import logging
 import math
@@ -30,12 +30,11 @@ log = logging.getLogger(__name__)
 @checked("callbacks.gfid")
 @dataclass(eq=False)
 class GFIDCallback(ScoreCallback):
-    """Samples from the EMA transformer and scores the images; every process takes its share of the blocks. Arguments:
-    configs/callbacks/gfid.yaml.
+    """Samples from the EMA transformer, split over all ranks, and scores the images. Arguments: configs/callbacks/gfid.yaml.
 
-    Logs `gfid/{score,sfid,inception_score,precision,recall,images,seconds}` (what the reference allows), and
-    `gfid/gfd_NAME` for further feature networks; with untrained Inception weights the first part is `gfid_untrained`.
-    Training loses nothing but time. As `src/sample.py` does it by default, whatever the run's precision.
+    Logs `gfid/{score,sfid,inception_score,precision,recall,images,seconds}` (those that the reference allows), and
+    `gfid/gfd_NAME` for further feature networks; with untrained Inception weights the prefix is `gfid_untrained`. Sampling
+    uses the default precision of `src/sample.py`, whatever the run's precision. Does not affect training results.
     """
 
     score = "gfid"
@@ -59,13 +58,13 @@ class GFIDCallback(ScoreCallback):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.labels = str(self.labels)  # one class is a number
+        self.labels = str(self.labels)  # a single class is parsed as a number
         self._references: list[GenerationReference] = []
 
-    # -- when
+    # -- schedule
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        """Check before training what would fail at the first evaluation. Raises UserError."""
+        """Check before training for anything that would fail at the first evaluation. Raises UserError."""
         if stage != "fit" or not self.in_use:
             return
         if not hasattr(pl_module, "sampler"):
@@ -84,7 +83,7 @@ class GFIDCallback(ScoreCallback):
         self._networks = self.load_networks()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Read the reference, so that one that doesn't fit is told before training."""
+        """Load the reference, so that an incompatible one fails before training."""
         if not self.in_use:
             return
         self._networks = [network.to(pl_module.device) for network in self._networks]
@@ -97,7 +96,7 @@ class GFIDCallback(ScoreCallback):
         super().teardown(trainer, pl_module, stage)
         self._references = []
 
-    # -- what
+    # -- evaluation
 
     def evaluate(self, trainer: pl.Trainer, pl_module: Any, name: str) -> None:
         start, self._scored_at = time.perf_counter(), trainer.global_step
@@ -106,7 +105,7 @@ class GFIDCallback(ScoreCallback):
         self.publish(trainer, pl_module, self.group, values, start)
 
     def _score(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, float]:
-        """Score samples of the averaged network on all ranks, with the same result on all of them."""
+        """Score samples of the EMA network; all ranks take part and get the same result."""
         process, count = process_of(trainer, pl_module), self.num_images
         sampler = pl_module.sampler(self._settings, self.seed)
         statistics = [ImageStatistics(network, self.batch_size, count) for network in self._networks]

@@ -1,4 +1,4 @@
-"""Reconstruction FID while training. Protocol: docs/evaluation.md; the pass itself is that of `src/evaluation`."""
+"""Compute reconstruction FID during training, with the scoring pass of `src/evaluation`. Protocol: docs/evaluation.md."""
 
 import logging
 import time
@@ -36,12 +36,11 @@ log = logging.getLogger(__name__)
 @checked("callbacks.rfid")
 @dataclass(eq=False)
 class RFIDCallback(ScoreCallback):
-    """Scores the EMA weights on held-out images; every process takes its share. Arguments: configs/callbacks/rfid.yaml.
+    """Scores the EMA weights on held-out images, split over all ranks. Arguments: configs/callbacks/rfid.yaml.
 
-    Logs `rfid/{score,psnr,ssim,lpips,images,seconds}`, and `rfid/rfd_NAME` for further feature networks; with untrained
-    Inception weights the first part of the names is `rfid_untrained`; for the whole evaluation set at the end `_full` is
-    added to it. Of several sets (`data.evaluation`) the first has these names, `rfid_NAME` are the others. Training loses
-    nothing but time.
+    Logs `rfid/{score,psnr,ssim,lpips,images,seconds}`, and `rfid/rfd_NAME` for further feature networks. The prefix is
+    `rfid_untrained` with untrained Inception weights, and gets `_full` for the whole evaluation set at the end. With several
+    sets (`data.evaluation`) the first has these names, the others `rfid_NAME`. Does not affect training results.
     """
 
     score = "rfid"
@@ -63,25 +62,25 @@ class RFIDCallback(ScoreCallback):
     inception_weights: SizedWeights
     features: Sequence[str] = ("inception",)
     inception_width: Annotated[float, Field(gt=0)] | None = None
-    """In the configurations of older runs: below 1 it makes untrained weights tiny."""
+    """Only set by configs of older runs: below 1 it makes untrained weights tiny."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.every_n_steps, self.every_n_epochs = self.rfid_every_n_steps, int(self.rfid_every_epoch)
         self._device = torch.device(self.rfid_device)
         self._pairs = self.save_samples_count if self.rfid_save_samples else 0
-        self._reals: dict[tuple[str | None, int], Mapping[str, Moments]] = {}  # by set and number of its images
-        self._latest: tuple[int, int, dict[str, float]] = (-1, 0, {})  # step, images wanted, result
+        self._reals: dict[tuple[str | None, int], Mapping[str, Moments]] = {}  # by set and number of images
+        self._latest: tuple[int, int, dict[str, float]] = (-1, 0, {})  # step, number of images, result
         self._warned_of_few = False
 
     @property
     def in_use(self) -> bool:
         return self.scores_checkpoints or self.full_at_end
 
-    # -- when
+    # -- schedule
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        """Check before training what would fail at the first evaluation. Raises UserError."""
+        """Check before training for anything that would fail at the first evaluation. Raises UserError."""
         if stage != "fit" or not self.in_use:
             return
         available = len(trainer.datamodule.evaluation_set(None, self.use_train_dataloader).rows)
@@ -112,13 +111,13 @@ class RFIDCallback(ScoreCallback):
         super().teardown(trainer, pl_module, stage)
         self._reals.clear()
 
-    # -- what
+    # -- evaluation
 
     def evaluate(self, trainer: pl.Trainer, pl_module: Any, name: str) -> None:
         self._evaluate(trainer, pl_module, name, self.rfid_num_samples, self.group)
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: Any, name: str, images: int | None, group: str) -> None:
-        """Score `images` (None: all) and log the figures; pictures go into the folder `name`."""
+        """Score `images` images (None: all) of each set and log the results; sample images go to the folder `name`."""
         self._scored_at, data = trainer.global_step, trainer.datamodule
         for number, which in enumerate(data.evaluation_sets or [None]):
             start, found = time.perf_counter(), data.evaluation_set(which, self.use_train_dataloader)
@@ -139,7 +138,7 @@ class RFIDCallback(ScoreCallback):
     def _score(
         self, trainer: pl.Trainer, pl_module: Any, name: str, images: int, which: str | None
     ) -> dict[str, float]:
-        """Score the EMA weights on all ranks, with the same result on all of them. which: the evaluation set."""
+        """Score the EMA weights on the evaluation set `which`; all ranks take part and get the same result."""
         process, data = process_of(trainer, pl_module), trainer.datamodule
         found = data.evaluation_set(which, self.use_train_dataloader)
         score = ReconstructionScore(
@@ -155,7 +154,7 @@ class RFIDCallback(ScoreCallback):
 
         score_images(loader, reconstruct, [score], process, [pairs.observe] if self._pairs else [])
         score.reduce()
-        if score.count < 2:  # on all ranks, so that none waits for the others
+        if score.count < 2:  # raise on all ranks, so that none waits for the others
             raise UserError(f"rFID needs at least 2 images that can be decoded, got {score.count}.")
         self._reals[which, images] = score.references
         values = score.compute(warn_of_few=not self._warned_of_few) if process.main else {}
@@ -172,7 +171,7 @@ class RFIDCallback(ScoreCallback):
     def _given(
         self, trainer: pl.Trainer, which: str | None, settings: EvaluationSettings | None, process: Process
     ) -> dict[str, Moments]:
-        """Read the reference that `data.evaluation` names for a set; none: its originals are the reference."""
+        """Load the reference that `data.evaluation` sets for a set; empty if its originals are the reference."""
         if settings is None or settings.reference is None:
             return {}
         size = trainer.datamodule.evaluation_transform.image_size
@@ -184,7 +183,7 @@ class RFIDCallback(ScoreCallback):
         return found
 
     def _on_device(self, module_device: torch.device) -> list[FeatureNetwork]:
-        """Return the networks on `rfid_device`: `cuda` is the module's own GPU, or the module's device without one."""
+        """Return the networks on `rfid_device`: `cuda` is the module's own GPU, or the module's device if there is no GPU."""
         device = self._device
         if device.type == "cuda" and not torch.cuda.is_available():
             log.warning(

@@ -1,4 +1,4 @@
-"""What the callbacks that score a network while it trains have in common."""
+"""Shared base of the rFID and gFID callbacks, which score the EMA weights during training."""
 
 import logging
 import time
@@ -19,14 +19,14 @@ log = logging.getLogger(__name__)
 
 
 class ScoreCallback(pl.Callback):
-    """Says when to score and logs the figures. What inherits it is a dataclass of the keys of its node."""
+    """Decides when to score, and logs the results. Subclasses are dataclasses of the keys of their config node."""
 
     score: ClassVar[str]
-    """The name of the score, of its node in `callbacks:` and, with pretrained Inception weights, before the logged names."""
+    """Name of the score and of its node in `callbacks:`; with pretrained Inception weights also the prefix of logged names."""
     scored: ClassVar[str]
-    """The word for what is scored."""
+    """What is scored, for log lines: images or samples."""
     off: ClassVar[str]
-    """What to type to train without the score."""
+    """Overrides that switch the score off."""
     every_n_steps: int
     every_n_epochs: int
     features: Sequence[str]
@@ -41,13 +41,13 @@ class ScoreCallback(pl.Callback):
                 f"{self.score}/score."
             )
         self.group = self.score if self.inception_weights == "pretrained" else f"{self.score}_untrained"
-        """First part of the logged names."""
+        """Prefix of the logged names."""
         self._networks: list[FeatureNetwork] = []
         self._scored_at = -1
 
     @property
     def scores_checkpoints(self) -> bool:
-        """Tell whether there are scores during training that `best.ckpt` can follow."""
+        """Return whether scores are computed during training, so that `best.ckpt` can follow them."""
         return bool(self.every_n_steps or self.every_n_epochs)
 
     @property
@@ -59,13 +59,13 @@ class ScoreCallback(pl.Callback):
         return f"{self.group}/score"
 
     def load_networks(self) -> list[FeatureNetwork]:
-        """Return the feature networks on the CPU. UserError where one is missing."""
+        """Return the feature networks on the CPU. Raises UserError if one is missing."""
         key, weights, width = f"callbacks.{self.score}.inception_path", self.inception_weights, self.inception_width
         return load_features(self.features, self.inception_path, weights, key, width)
 
     @abstractmethod
     def evaluate(self, trainer: pl.Trainer, pl_module: Any, name: str) -> None:
-        """Note the step in `_scored_at`, score and publish. `name`: of a folder for pictures."""
+        """Set `_scored_at` to this step, score and publish. `name`: folder name for sample images."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not (self.every_n_steps and pl_module.ends_update(batch_idx)) or trainer.global_step % self.every_n_steps:
@@ -84,14 +84,14 @@ class ScoreCallback(pl.Callback):
         return bool(self.every_n_epochs) and (epoch + 1) % self.every_n_epochs == 0
 
     def on_all_ranks(self, trainer: pl.Trainer, values: Mapping[str, float]) -> dict[str, float]:
-        """Return the scores that rank 0 worked out, by the second parts of their logged names."""
+        """Broadcast the scores of rank 0; return them by logged name without its prefix."""
         values = trainer.strategy.broadcast(values)
         return {name.removesuffix("_untrained").replace(self.score, "score"): value for name, value in values.items()}
 
     def publish(
         self, trainer: pl.Trainer, pl_module: Any, group: str, values: Mapping[str, float], start: float
     ) -> None:
-        """Record and log scores under the names `group`/...; `start`: of the evaluation, as of `time.perf_counter`."""
+        """Record and log scores as `group`/NAME. `start`: `time.perf_counter` at the start of the evaluation."""
         figures = {**values, "seconds": time.perf_counter() - start}
         pl_module.record_scores({f"{group}/{name}": value for name, value in figures.items()})
         if trainer.is_global_zero:
@@ -103,5 +103,5 @@ class ScoreCallback(pl.Callback):
 
 
 def process_of(trainer: pl.Trainer, pl_module: Any) -> Process:
-    """Return this process among those that train."""
+    """Return the device and rank of this training process."""
     return Process(pl_module.device, trainer.global_rank, trainer.world_size)
