@@ -1,6 +1,6 @@
-"""Checkpoints: `last.ckpt`, `best.ckpt`, `epoch_XXX.ckpt`, written so that a resumed run goes on exactly.
+"""Write `last.ckpt`, `best.ckpt` and `epoch_XXX.ckpt`, from which a run resumes exactly.
 
-One file is written at a time; `best` and `epoch_XXX` are further names (hard links) of it.
+Each save writes one file, `last.ckpt`; `best.ckpt` and `epoch_XXX.ckpt` are hard links to it.
 """
 
 import logging
@@ -28,12 +28,12 @@ log = logging.getLogger(__name__)
 
 
 CHECKED = ("state_dict", "optimizer_states")
-"""Parts of a checkpoint whose numbers must be finite to be saved and to be loaded."""
+"""Parts of a checkpoint that must be finite, when saved and when loaded."""
 
 
 @checked("callbacks.checkpoint")
 class RunCheckpoint(pl.callbacks.Checkpoint):
-    """Saves RUN/checkpoints/last.ckpt by steps, minutes and epochs, when asked to stop and at an exception."""
+    """Saves RUN/checkpoints/last.ckpt every so many steps, minutes and epochs, on a stop request and on an exception."""
 
     def __init__(
         self,
@@ -42,21 +42,21 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         every_n_epochs: Annotated[int, Field(ge=0)],
         keep_epochs: Annotated[int, Field(ge=-1)],
     ) -> None:
-        """0 switches a rule off; `keep_epochs` newest epoch_XXX.ckpt stay, -1 keeps all. Raises UserError."""
+        """0 disables a trigger. Keeps the `keep_epochs` newest epoch_XXX.ckpt, -1: all. Raises UserError."""
         self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
         self.every_n_epochs, self.keep_epochs = every_n_epochs, keep_epochs
         self.monitor: str | None = None
-        """Logged name that best.ckpt follows, lower is better; None: it is the last one."""
+        """Logged name that best.ckpt follows, lower is better; None: best.ckpt is the last checkpoint."""
         self.best: float | None = None
         self._restored_monitor: str | None = None
         self._best_step = -1
-        self._saved_step: int | None = None  # None: training has not begun
+        self._saved_step: int | None = None  # None: training has not started
         self._saved_at = time.monotonic()
-        self._began: int | None = None  # the step of the first update
+        self._began: int | None = None  # step of the first update in this process
         self._stopped = False
         self._requests = RankRequests()
 
-    # -- when
+    # -- schedule
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         self.folder = Path(trainer.default_root_dir) / "checkpoints"
@@ -64,7 +64,7 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
         STOP.deferred = True
-        # Lightning's own question whether another rank was signalled makes the host wait for the device at every batch.
+        # Lightning's own check whether another rank got a signal makes the host wait for the device at every batch.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         self.monitor = self._choose_monitor(trainer)
         if trainer.ckpt_path and self.best is not None:
@@ -83,13 +83,13 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         late = bool(self.every_n_minutes) and time.monotonic() - self._saved_at > 60 * self.every_n_minutes
         stop, late = self._requests.exchange([STOP.code, late], trainer.world_size)
         if batch_idx + 1 >= pl_module.batches_per_epoch and not stop:
-            return  # the end of the epoch saves, once its evaluation is over
+            return  # on_train_epoch_end saves, after the evaluation
         by_steps = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
-        by_time = late and trainer.global_step > self._saved_step + 1  # else it is the request granted a step ago
+        by_time = late and trainer.global_step > self._saved_step + 1  # else: the request served one step ago
         better = self._is_better(pl_module)
         if stop:
             self._stopped = True
-            STOP.code = max(STOP.code, stop)  # where another rank was asked: Ctrl-C from now on is the second one
+            STOP.code = max(STOP.code, stop)  # if another rank got the signal: the next Ctrl-C counts as the second
         if by_steps or by_time or better or stop:
             self.save(trainer, pl_module)
         if better and trainer.is_global_zero:
@@ -113,7 +113,7 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
                 file.unlink()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Give a run too short for an evaluation a best.ckpt."""
+        """Link best.ckpt to the last checkpoint if nothing was evaluated."""
         last, best = self.folder / "last.ckpt", self.folder / "best.ckpt"
         if not trainer.is_global_zero or not last.exists() or best.exists():
             return
@@ -124,7 +124,7 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         log.info("Nothing was evaluated: best.ckpt is the last checkpoint.")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Save the state after the last whole update; on one process only, since others may not answer any more."""
+        """Save the state after the last complete update. Single-process runs only: other ranks may no longer respond."""
         if isinstance(exception, (SystemExit, NonFiniteError)) or trainer.world_size > 1 or trainer.sanity_checking:
             return
         if self._began is None or self._stopped:
@@ -136,7 +136,7 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         try:
             self.save(trainer, pl_module)
             log.warning("Saved %s at step %d before giving up.", self.folder / "last.ckpt", trainer.global_step)
-        except Exception as error:  # the first exception is the one to show, and may be that of a save
+        except Exception as error:  # report the first exception, which may itself be a failed save
             if str(error) != str(exception):
                 log.warning("No checkpoint could be saved: %s", error)
 
@@ -144,7 +144,7 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         STOP.deferred = False
 
     def _end(self, trainer: pl.Trainer, code: int) -> None:
-        """End the run, which is saved, with an exit code that all ranks agreed on. On all ranks."""
+        """End the saved run with the exit code that all ranks agreed on. Called on all ranks."""
         where = self.folder / "last.ckpt"
         why = "Stopped" if code == FAILED else signal_name(code)
         log.warning(
@@ -152,13 +152,13 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         )
         if code == FAILED and STOP.error is not None:
             raise STOP.error
-        # Lightning kills all processes where one that it started exits with another status than 0.
+        # Lightning kills all processes if one that it started exits with a nonzero status.
         raise SystemExit(code if trainer.is_global_zero else 0)
 
-    # -- what
+    # -- saving
 
     def save(self, trainer: pl.Trainer, pl_module: Any, anew: bool = False) -> None:
-        """Write RUN/checkpoints/last.ckpt, unless that was done after this update; `anew`: all the same. On all ranks."""
+        """Write RUN/checkpoints/last.ckpt, unless already saved after this update (`anew`: even then). Called on all ranks."""
         if trainer.global_step == self._saved_step and not anew:
             return
         pl_module.check_numbers()
@@ -197,7 +197,7 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         return monitor
 
     def _is_better(self, pl_module: Any) -> bool:
-        """Take note of a score that is new; return whether it is the best so far."""
+        """Return whether there is a new score and it is the best so far; record it."""
         step, score = pl_module.scores.get(self.monitor, (-1, math.nan))
         if step <= self._best_step:
             return False
@@ -219,10 +219,10 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Writes a checkpoint beside its target before it takes its place; reads one without running code."""
+    """Writes checkpoints atomically, and reads them without executing code from them."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        try:  # one tag for all processes: several GB that a killed run leaves are overwritten
+        try:  # a fixed tag: the next run overwrites the partial file (several GB) of a killed one
             write_torch(path, checkpoint, tag="next")
         except OSError as error:
             raise UserError(f"The checkpoint {disk_message(error, path)}") from error
@@ -242,19 +242,19 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 def make_canonical(loops: dict[str, Any], steps_per_epoch: int, accumulate: int) -> None:
-    """Rewrite Lightning's counters in a checkpoint as «in the middle of epoch e, k batches done» or «e epochs done».
+    """Rewrite Lightning's counters in a checkpoint to mean either "k batches of epoch e done" or "e epochs done".
 
-    As they stand they mean different things in different hooks, and one of those meanings makes the next epoch empty.
+    Lightning's own counters differ between hooks, and one of their states makes the next epoch empty.
 
     Args:
-        loops: of the checkpoint; `fit_loop` in it is changed in place.
-        steps_per_epoch: updates of an epoch. With all of them done the epoch counts as done: whoever saves there has
-            evaluated already, or goes without that one evaluation.
-        accumulate: micro-batches of an update; those of one that is not finished are not done.
+        loops: loop states of the checkpoint; `fit_loop` is changed in place.
+        steps_per_epoch: updates in an epoch. If all are done, the epoch counts as done: it was evaluated before the save,
+            or that one evaluation is skipped.
+        accumulate: micro-batches in an update; those of an incomplete update are dropped.
     """
     fit = loops["fit_loop"]
     batches, epochs = fit["epoch_loop.batch_progress"], fit["epoch_progress"]
-    updates, epoch = batches["current"]["ready"] // accumulate, epochs["current"]["ready"]  # epochs: begun
+    updates, epoch = batches["current"]["ready"] // accumulate, epochs["current"]["ready"]  # epochs started
     if updates >= steps_per_epoch:
         batches["current"] = dict.fromkeys(batches["current"], 0)
         for part in ("current", "total"):

@@ -1,4 +1,4 @@
-"""Keep every logged number in RUN/metrics.csv, whatever other loggers a run has. Format: `src/core/metrics_file.py`."""
+"""Write every logged number to RUN/metrics.csv, whatever other loggers a run has. Format: `src/core/metrics_file.py`."""
 
 import logging
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class MetricsCsv(Logger):
-    """Lightning logger of the first rank; what it has logged survives SIGKILL."""
+    """Lightning logger on rank 0; logged values survive SIGKILL."""
 
     name = ""
     version = ""
@@ -25,11 +25,11 @@ class MetricsCsv(Logger):
         metrics_file.append(self.file, 0, {})
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: they are in .hydra/config.yaml."""
+        """Do nothing: hyperparameters are in .hydra/config.yaml."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append `metrics`; a full disk is logged once and stops no training."""
-        self._step = max(self._step, step or 0)  # one less in Lightning's `self.log`: readers would see a new start
+        """Append `metrics`. A write error is logged once and does not stop training."""
+        self._step = max(self._step, step or 0)  # `self.log` passes one less, which would read as a restart
         try:
             metrics_file.append(self.file, self._step, metrics)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Show how a run is doing: the start-up table, figures for the loggers, a line in the log or a bar, speed and time left."""
+"""Show training progress: start-up table, metrics for the loggers, log line or progress bar, speed and time left."""
 
 import logging
 import sys
@@ -20,15 +20,15 @@ from src.core.text import duration, table
 log = logging.getLogger(__name__)
 
 BOTTLENECK_SHARE = 0.2
-"""Share of time spent waiting for data above which a warning names the data path."""
-_SETTLED_STEPS = 20  # before that, start-up and compilation would be called a bottleneck
+"""Share of time spent waiting for data above which a data-loading warning is logged."""
+_SETTLED_STEPS = 20  # earlier, start-up and compilation would look like a bottleneck
 
 
 class StartupTable(pl.Callback):
-    """Logs what a run is, and what looks wrong with it, before its first step; tells all ranks the run's folder."""
+    """Logs the start-up table and warnings before the first step; sends the run folder to all ranks."""
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        trainer._default_root_dir = trainer.strategy.broadcast(trainer.default_root_dir)  # the first process made it
+        trainer._default_root_dir = trainer.strategy.broadcast(trainer.default_root_dir)  # created by rank 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
@@ -38,22 +38,22 @@ class StartupTable(pl.Callback):
 
 @checked("callbacks.progress")
 class TrainingProgress(pl.Callback):
-    """Logs the training figures and the speed every `trainer.log_every_n_steps` updates.
+    """Logs training metrics and speed every `trainer.log_every_n_steps` updates.
 
-    The host waits for the device there, and nowhere else in training. Speed is training's alone: what happens inside
-    `training_paused` (evaluation, pictures, saving) is left out.
+    This is the only point in training where the host waits for the device. Speed excludes the time inside
+    `training_paused` (evaluation, sample images, saving).
     """
 
     def __init__(self, peak_tflops: Annotated[float, Field(gt=0)] | None = None) -> None:
-        """`peak_tflops`: of a device, in the precision that is used, for `perf/mfu`; None: no such figure. Raises UserError."""
+        """`peak_tflops`: peak of one device in the precision used, for `perf/mfu`; None: not logged. Raises UserError."""
         self._peak = peak_tflops
-        self._flops: float | None = None  # of an image, in seconds of the peak
+        self._flops: float | None = None  # seconds for one image at peak FLOP/s
         self.latest: dict[str, float] = {}
-        """Training figures of the last log entry by their logged names."""
+        """Training metrics of the last log entry, by logged name."""
         self.speed: dict[str, float] = {}
-        """Since the log entry before: images_per_s (all ranks), data_wait (share of time in which the device had nothing to
-        do but wait for a batch), memory_gb (peak of this device), seconds_left, and mfu (model FLOPs utilisation) where the
-        peak and the operations of an image are known."""
+        """Since the previous log entry: images_per_s (all ranks), data_wait (share of time in which the device only waited
+        for a batch), memory_gb (peak of this device), seconds_left, and mfu (model FLOPs utilisation) if the peak and the
+        FLOPs per image are known."""
         self._start = self._paused = 0.0  # seconds
         self._device = torch.device("cpu")
         self._mark = moment(self._device)
@@ -65,7 +65,7 @@ class TrainingProgress(pl.Callback):
 
     @property
     def mean_images_per_s(self) -> float:
-        """Over the whole run, without its first interval where there are others."""
+        """Mean over the run, without the first logging interval if there are others."""
         settled = self._intervals[1:] or self._intervals
         return sum(images for images, _ in settled) / max(sum(seconds for _, seconds in settled), 1e-9)
 
@@ -95,7 +95,7 @@ class TrainingProgress(pl.Callback):
         if pl_module.ends_update(batch_idx):
             self._steps += 1
             if pl_module.device.type == "cpu":
-                pl_module.check_numbers()  # costs nothing there
+                pl_module.check_numbers()  # free on the CPU
             due = trainer.global_step % pl_module.settings.log_every_n_steps == 0
             if due:
                 self._publish(trainer, pl_module)
@@ -188,17 +188,17 @@ class TrainingProgress(pl.Callback):
 
 
 def planned_steps(max_epochs: int | None, max_steps: int, pl_module: Any) -> int:
-    """Return the updates after which a run is over; 0: no limit."""
+    """Return the number of updates after which training ends; 0: no limit."""
     limits = ((max_epochs or 0) * pl_module.steps_per_epoch, max_steps)
     return min((steps for steps in limits if steps > 0), default=0)
 
 
 Moment = float | torch.cuda.Event
-"""Of the host in seconds, or in the work of a GPU, which runs behind the host: a host that waits is no GPU that waits."""
+"""Host time in seconds, or a CUDA event: GPU work lags behind the host, so a waiting host does not mean an idle GPU."""
 
 
 def moment(device: torch.device) -> Moment:
-    """Return the present one, without waiting."""
+    """Return the current moment, without waiting for the device."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -207,7 +207,7 @@ def moment(device: torch.device) -> Moment:
 
 
 def seconds_between(first: Moment, second: Moment) -> float:
-    """Return the seconds between two moments; those of a GPU must have passed there."""
+    """Return the seconds between two moments; CUDA events must have completed."""
     if isinstance(first, float) or isinstance(second, float):
         return second - first  # type: ignore[operator]
     return first.elapsed_time(second) / 1000
@@ -215,7 +215,7 @@ def seconds_between(first: Moment, second: Moment) -> float:
 
 @contextmanager
 def training_paused(trainer: pl.Trainer) -> Iterator[None]:
-    """Leave the time in here out of training's speed."""
+    """Exclude the time inside the block from the training speed."""
     clocks = [callback for callback in trainer.callbacks if isinstance(callback, TrainingProgress)]
     for clock in clocks:
         clock.pause()
@@ -227,7 +227,7 @@ def training_paused(trainer: pl.Trainer) -> Iterator[None]:
 
 
 def describe(trainer: pl.Trainer, pl_module: Any) -> list[tuple[str, str]]:
-    """Return (name, text) rows about a run that is about to start."""
+    """Return the (name, text) rows of the start-up table."""
     data, settings, published = trainer.datamodule, pl_module.settings, pl_module.published_batch
     batch = data.batch_size * trainer.world_size * settings.accumulate_grad_batches
     factors = f"data.batch_size={data.batch_size} x {trainer.world_size} process(es) x "
@@ -246,7 +246,7 @@ def describe(trainer: pl.Trainer, pl_module: Any) -> list[tuple[str, str]]:
 
 
 def warn(trainer: pl.Trainer, pl_module: Any) -> None:
-    """Log what is likely not meant: what the module says, no GPU, untrained networks."""
+    """Log warnings about likely mistakes: those of the module, no GPU, untrained networks."""
     for text in pl_module.doubts(trainer.max_epochs):
         log.warning("%s", text)
     untrained = pl_module.untrained_parts()
@@ -265,7 +265,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Return the peak of the GPU's allocations, or of the process on a CPU, in GB (1e9 bytes); 0: unknown here."""
+    """Return peak memory in GB (1e9 bytes): allocated on the GPU, or of the process on a CPU; 0: unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:

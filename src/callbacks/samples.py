@@ -1,5 +1,4 @@
-"""Draw pictures by the EMA weights while training: originals above their reconstructions, or samples of fixed noise and classes
-(stage 2)."""
+"""Draw sample images with the EMA weights: originals above reconstructions, or samples of fixed noise and classes (stage 2)."""
 
 import logging
 from pathlib import Path
@@ -21,11 +20,10 @@ log = logging.getLogger(__name__)
 
 @checked("callbacks.samples")
 class SampleImages(pl.Callback):
-    """Every `model.sample_every` updates and at the end, to the loggers and as RUN/samples/step_XXXXXXX.png."""
+    """Writes RUN/samples/step_XXXXXXX.png, and to the loggers, every `model.sample_every` updates and at the end."""
 
     def __init__(self, count: Annotated[int, Field(ge=0)]) -> None:
-        """`count`: images in a picture; the first ones of the evaluation images, training images where there are none; 0: no
-        pictures."""
+        """`count`: number of images, the first of the evaluation set, or of the training set if there is none; 0: off."""
         self.count = count
         self.last_file: Path | None = None
         self._originals: Tensor | None = None  # uint8 N 3 H W
