@@ -1,6 +1,6 @@
-"""The frozen DINO vision transformer that the discriminator looks through. Caron et al., arXiv 2104.14294.
+"""Frozen DINO ViT, the discriminator's feature extractor. Caron et al., arXiv 2104.14294.
 
-Weights: `dino_vit_small_patch8_224.pth` and its siblings, the released DINO backbones under timm's names.
+Weights: `dino_vit_small_patch8_224.pth` and its siblings, the released DINO backbones with timm's parameter names.
 
 Legend: B batch, L patch tokens, C width, H W image, P patch.
 """
@@ -19,15 +19,15 @@ from src.core.weights import Frozen, SizedWeights, freeze, load_strict, read, re
 
 @dataclass(frozen=True)
 class DinoRecipe:
-    """Sizes of one trunk."""
+    """Sizes of a trunk."""
 
     patch: int
-    """px"""
+    """Side in px."""
     width: int
     heads: int
     depth: int = 12
     image_size: int = 224
-    """px a side; what comes in is resized to it"""
+    """Side in px; inputs are resized to it."""
 
     @property
     def tokens(self) -> int:
@@ -40,25 +40,25 @@ RECIPES = {
     "B_16": DinoRecipe(patch=16, width=768, heads=12),
 }
 TINY = DinoRecipe(patch=8, width=64, heads=2, depth=4, image_size=64)
-"""Of `weights: tiny`, for tests and the dummy experiments."""
+"""Sizes for `weights: tiny`, used by tests and the dummy experiments."""
 
 MLP_RATIO = 4
 NORM_EPS = 1e-6
-# The trunk's last LayerNorm is not applied to the features, and there is no classifier.
+# The features are taken before the final LayerNorm, and there is no classifier.
 UNUSED_IN_FILE = ("norm.weight", "norm.bias", "head.weight", "head.bias")
 
 
 class DinoTrunk(Frozen):
     """Images in [-1, 1] -> patch tokens after chosen blocks. Frozen; gradients flow to the images only.
 
-    Parameters bear the names of the file, so the file is the table; the ImageNet normalisation is folded into the
-    patch embedding at load (exact: it has no padding). May be moved to half precision as a whole.
+    Parameter names are those of the file. The ImageNet normalisation is folded into the patch embedding at load (exact,
+    since the embedding has no padding). The whole module may be cast to half precision.
     """
 
     def __init__(
         self, recipe: DinoRecipe, path: str | Path | None, weights: SizedWeights = "pretrained", seed: int = 0
     ) -> None:
-        """`path`: the file of the weights; None where they are drawn from `seed`."""
+        """`path`: weights file; None if the weights are drawn from `seed`."""
         super().__init__()
         self.recipe = recipe
         self.untrained = weights != "pretrained"
@@ -71,18 +71,18 @@ class DinoTrunk(Frozen):
         if not self.untrained:
             file = require(path, "The DINO trunk of the discriminator", "dino_ckpt_path")
             load_strict(self, {name: value for name, value in read(file).items() if name not in UNUSED_IN_FILE}, file)
-            for block in self.blocks:  # a bias of the keys shifts all scores of a query alike: the softmax ignores it
+            for block in self.blocks:  # a key bias shifts all logits of a query equally, which softmax ignores
                 block.attn["qkv"].bias.data.chunk(3)[1].zero_()
         _fold_normalisation(self.patch_embed["proj"])
         freeze(self)
 
     def forward(self, images: Tensor, depths: Sequence[int]) -> list[Tensor]:
-        """Return a B x L x C map after each of `depths` (ascending, from 0): images B x 3 x H x W, float in [-1, 1].
+        """Return the B x L x C map after each of `depths` (ascending, from 0), for images B x 3 x H x W, float in [-1, 1].
 
         Blocks after the last of `depths` are not run.
         """
         size = (self.recipe.image_size, self.recipe.image_size)
-        if images.shape[2:] != size:  # at this very size the resize is the identity
+        if images.shape[2:] != size:  # the resize is the identity at this size
             images = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
         projection = self.patch_embed["proj"]
         x = projection(images.to(projection.weight.dtype)).flatten(2).transpose(1, 2)  # B L C
@@ -96,7 +96,7 @@ class DinoTrunk(Frozen):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block without dropout; the MLP with tanh-GELU."""
+    """Pre-norm transformer block with a tanh-GELU MLP, no dropout."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Block(nn.Module):
 
 @torch.no_grad()
 def _fold_normalisation(projection: nn.Conv2d) -> None:
-    """Make the patch embedding take [-1, 1]: ((x + 1) / 2 - mean) / std = x scale + shift, in float64."""
+    """Make the patch embedding expect [-1, 1]: ((x + 1) / 2 - mean) / std = x * scale + shift, in float64."""
     mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     weight = projection.weight.double()
     projection.bias.add_((weight * ((0.5 - mean) / std)).sum((1, 2, 3)))

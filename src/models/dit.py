@@ -1,12 +1,11 @@
-"""Diffusion transformers on latents: LightningDiT and DiT^DH of RAE (arXiv 2510.11690), and the model of RAEv2 (arXiv
-2605.18324).
+"""Latent diffusion transformers: LightningDiT and DiT^DH of RAE (arXiv 2510.11690), and RAEv2's model (arXiv 2605.18324).
 
 `model(x, t, y)`: noisy latents x B C g g, times t (B,) in [0, 1] (1 is noise), labels y (B,) in 0..K-1 or the null label
-K -> x's shape. The models draw no random numbers and compute the same in train and eval mode: label dropout is the
-trainer's, who writes K into y.
+K -> velocity, same shape as x. The models draw no random numbers and behave the same in train and eval mode: for label
+dropout, the trainer writes K into y.
 
-Legend: B batch, C latent channels, g latent side, p patch, N = (g/p)^2 tokens, D width of the encoder part, W width of
-the head, K classes.
+Legend: B batch, C latent channels, g latent grid side, p patch, N = (g/p)^2 tokens, D encoder width, W head width,
+K classes.
 """
 
 import inspect
@@ -33,7 +32,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Part(NamedTuple):
-    """Blocks of one width."""
+    """A stack of blocks of the same width."""
 
     width: int
     depth: int
@@ -41,12 +40,12 @@ class Part(NamedTuple):
 
 
 class LatentTransformer(nn.Module):
-    """Sizes with their checks, blocks and final layer of the three models."""
+    """Base class of the three models: checked sizes, blocks and final layer."""
 
     latent_shape: tuple[int, int, int]
     """C, g, g"""
     null_label: int | None
-    """The label that means `no class`: K, or None where nothing has trained it."""
+    """The label that means "no class": K, or None if it was not trained."""
 
     def __init__(
         self,
@@ -80,11 +79,11 @@ class LatentTransformer(nn.Module):
 
     @property
     def label_table(self) -> nn.Parameter:
-        """A row for each label, the null label's last."""
+        """The embedding table, one row per label, the null label's last."""
         return getattr(self, "ctx_embedder" if hasattr(self, "ctx_embedder") else "y_embedder").embedding_table.weight
 
     def known(self, labels: Tensor) -> Tensor:
-        """Return labels (B,) of the host with the null label for those below 0, of no class. UserError: there is no null label."""
+        """Return labels (B,), on the CPU, with negative ones (no class) replaced by the null label. UserError if there is none."""
         if self.null_label is not None:
             return torch.where(labels < 0, self.null_label, labels)
         if (labels < 0).any():
@@ -135,7 +134,7 @@ class LatentTransformer(nn.Module):
 
 @checked("model.network")
 class LightningDiT(LatentTransformer):
-    """RAE's plain model: adaLN blocks of one width."""
+    """RAE's plain DiT: adaLN blocks of one width."""
 
     def __init__(
         self,
@@ -158,11 +157,11 @@ class LightningDiT(LatentTransformer):
     ) -> None:
         """
         Args:
-            input_size: latents a side.
-            mlp_ratio: hidden width of the MLP over the width; a SwiGLU takes two thirds of it.
-            class_dropout_prob: share of labels that the trainer replaces by the null label K. Above 0 the label table has
-                K + 1 rows, at 0 it has K.
-            activation_checkpointing: compute each block again in the backward pass instead of keeping its activations.
+            input_size: side of the latent grid.
+            mlp_ratio: hidden width of the MLP / width; a SwiGLU gets two thirds of it.
+            class_dropout_prob: fraction of labels that the trainer replaces with the null label K. Above 0 the label table
+                has K + 1 rows, at 0 it has K.
+            activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
 
         Raises:
             UserError: sizes that don't fit.
@@ -193,9 +192,9 @@ class LightningDiT(LatentTransformer):
 
 @checked("model.network")
 class DiTDH(LatentTransformer):
-    """DiT^DH: an encoder part, whose tokens condition a wide shallow head on the same latent.
+    """DiT^DH: an encoder whose output tokens condition a wide, shallow head on the same latent.
 
-    The last `depth[1]` blocks are the head's.
+    The last `depth[1]` of `blocks` are the head.
     """
 
     def __init__(
@@ -241,7 +240,7 @@ class DiTDH(LatentTransformer):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         self._check_inputs(x, t, y)
         time = self.t_embedder(t)[:, None]  # B 1 D
-        # Twice: once as the published model's condition, once in front of its modulation.
+        # SiLU twice, as in the published model: once on the condition, once before each modulation.
         condition = F.silu(F.silu(time + self.y_embedder(y)[:, None]))
         tokens = self.s_embedder(x)
         if self.pos_embed is not None:
@@ -254,9 +253,9 @@ class DiTDH(LatentTransformer):
 
 @checked("model.network")
 class RAEv2DiT(LatentTransformer):
-    """RAEv2's model: time and class are tokens in the encoder's sequence, the head is DiT^DH's.
+    """RAEv2's model: time and class are tokens in the encoder's sequence; the head is that of DiT^DH.
 
-    With `base_model_depth` the tokens after that block give a second output: `model(x, t, y)` -> (full, base).
+    With `base_model_depth`, the tokens after that many blocks give a second output: `model(x, t, y)` -> (full, base).
     The label table always has K + 1 rows.
     """
 
@@ -278,8 +277,8 @@ class RAEv2DiT(LatentTransformer):
         """
         Args:
             hidden_size, depth, num_heads: [encoder, head] each.
-            base_model_depth: number of encoder blocks below the base output; None: no base output.
-            num_t_tokens, num_c_tokens: tokens of the time and of the class.
+            base_model_depth: number of encoder blocks before the base output; None: no base output.
+            num_t_tokens, num_c_tokens: number of time and of class tokens.
             mlp_ratio, activation_checkpointing: as in `LightningDiT`.
 
         Raises:
@@ -325,12 +324,12 @@ class RAEv2DiT(LatentTransformer):
 
 
 def projector(width: int, head_width: int) -> nn.Module:
-    """Return the layer from the encoder's width to the head's; nothing where they are equal."""
+    """Return the projection from encoder width to head width; the identity if they are equal."""
     return nn.Linear(width, head_width) if width != head_width else nn.Identity()
 
 
 def forward_flops(model: LatentTransformer, batch_size: int = 1) -> int:
-    """Return the operations of one forward pass; see `src/models/flops.py`."""
+    """Return the FLOPs of one forward pass; see `src/models/flops.py`."""
     dtype = next(model.parameters()).dtype
     x = torch.empty(batch_size, *model.latent_shape, device="meta", dtype=dtype)
     t = torch.empty(batch_size, device="meta", dtype=dtype)
@@ -343,10 +342,10 @@ NETWORKS: dict[str, type[LatentTransformer]] = {cls.__name__: cls for cls in (Li
 def build_network(
     config: Mapping[str, Any], latent_shape: tuple[int, int, int], num_classes: int, label_dropout: float, seed: int
 ) -> LatentTransformer:
-    """Return a transformer with weights drawn from `seed`, trained from nothing.
+    """Build a transformer with random weights drawn from `seed`.
 
     Args:
-        config: `name` and arguments of the class; sizes of latents and label table are filled in.
+        config: `name` and arguments of the class; the sizes of latents and label table are filled in.
 
     Raises:
         UserError: an unknown class or argument, sizes that don't fit.
@@ -364,5 +363,5 @@ def build_network(
         torch.manual_seed(seed)
         network = cls(**derived, **arguments)
     if label_dropout == 0:
-        network.null_label = None  # RAEv2's table has its row all the same, which nothing trains
+        network.null_label = None  # RAEv2's table still has the row, but it is never trained
     return network

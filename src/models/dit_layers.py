@@ -1,8 +1,8 @@
 """Layers of the latent diffusion transformers. Sources: RAE (arXiv 2510.11690) and RAEv2 (arXiv 2605.18324).
 
-Legend: B batch, C latent channels, p patch, N tokens, D width, H heads, M hidden width of the MLP.
-Parameter names are those of the released files. Every layer initialises itself as the published ones do. No layer draws
-random numbers in its forward pass.
+Legend: B batch, C latent channels, p patch, N tokens, D width, H heads.
+Parameter names match the released files, and each layer is initialised as in the published code. No layer draws random
+numbers in its forward pass.
 """
 
 import math
@@ -17,23 +17,23 @@ from torch import Tensor, nn
 from src.models.recompute import recomputed
 
 LABEL_STD = 0.02
-"""Of the label table's initial values."""
+"""Standard deviation of the label table's initial values."""
 
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """Choices that all blocks of a model share."""
+    """Options shared by all blocks of a model."""
 
     mlp_ratio: float = 4.0
     qknorm: bool = False
     """Normalise q and k over the head width."""
     swiglu: bool = True
-    """False: two linears with tanh-GELU."""
+    """False: two linear layers with tanh-GELU."""
     rmsnorm: bool = True
-    """False: LayerNorm without affine."""
+    """False: LayerNorm without affine parameters."""
     rope: bool = True
     v2: bool = False
-    """RAEv2's layout: q, k, v and the two halves of the SwiGLU apart, and its own names for modulation and last norm."""
+    """RAEv2's layout: separate q, k, v and SwiGLU halves, and its own names for the modulation and the last norm."""
 
     @property
     def modulation(self) -> str:
@@ -53,7 +53,7 @@ class LayerOptions:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + 1e-6) over the last dimension, then a learned weight. Half precision is summed in float32."""
+    """RMSNorm over the last dimension: x / sqrt(mean(x^2) + 1e-6) * weight. Half precision accumulates in float32."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -64,10 +64,10 @@ class RMSNorm(nn.Module):
 
 
 class Rotary(nn.Module):
-    """2-D rotary positions: a pair (a, b) of adjacent channels turns by an angle, (a cos - b sin, b cos + a sin).
+    """2-D rotary embedding: rotates each pair (a, b) of adjacent channels to (a cos - b sin, b cos + a sin).
 
-    The first half of the channels turns with the row, the second with the column. `extra` tokens after the grid don't turn.
-    The tables are N x head width, float32, and stay so when the model is cast to half precision.
+    The angle depends on the row in the first half of the channels, on the column in the second. The `extra` tokens after
+    the grid are not rotated. The tables are N x head width and stay float32 when the model is cast to half precision.
     """
 
     freqs_cos: Tensor
@@ -85,7 +85,7 @@ class Rotary(nn.Module):
         self.register_buffer("freqs_sin", angles.sin().float())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Turn B H N D/H -> the same shape and dtype."""
+        """Rotate x, B H N D/H -> same shape and dtype."""
         a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
         quarter_turn = torch.stack([-b, a], dim=-1).flatten(-2)
         return (x * self.freqs_cos + quarter_turn * self.freqs_sin).to(x.dtype)
@@ -115,7 +115,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """B N D -> queries, keys, values, or one tensor of all three."""
+        """Return the projections of x, B N D: (q, k, v) if split, else one fused tensor."""
         if not self.split:
             return (self.qkv(x),)
         return self.q(x), self.k(x), self.v(x)
@@ -136,7 +136,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """contract(widen(x)) = w3(silu(a) * b), where w12 gives a and b; `split` (RAEv2): w1 and w2 do."""
+    """contract(widen(x)) = w3(silu(a) * b), with a and b from w12, or from w1 and w2 if `split` (RAEv2)."""
 
     def __init__(self, width: int, hidden: int, split: bool) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class SwiGLU(nn.Module):
 
 
 class MLP(nn.Module):
-    """contract(widen(x)) = fc2(gelu(fc1 x))."""
+    """contract(widen(x)) = fc2(gelu(fc1(x))), with tanh-GELU."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -172,9 +172,9 @@ class MLP(nn.Module):
 
 
 def feed_forward(width: int, options: LayerOptions) -> nn.Module:
-    """Return the MLP of a block. A SwiGLU has two thirds of the hidden width, so that it costs what the MLP costs.
+    """Return the MLP of a block. A SwiGLU gets 2/3 of the hidden width, so that it costs the same as the plain MLP.
 
-    RAEv2 rounds once, RAE twice: they differ by 1 where mlp_ratio * width is no whole number.
+    RAEv2 rounds once, RAE twice: the two can differ by 1 if mlp_ratio * width is not an integer.
     """
     hidden = int(options.mlp_ratio * width)
     if not options.swiglu:
@@ -183,7 +183,7 @@ def feed_forward(width: int, options: LayerOptions) -> nn.Module:
 
 
 class Modulation(nn.ModuleDict):
-    """The linear of adaLN. Its key is 1: in the released files a SiLU stands in front of it as number 0."""
+    """The linear layer of adaLN. Its key is "1" because the released files have a SiLU in front of it, as "0"."""
 
     def __init__(self, width: int, parts: int) -> None:
         super().__init__({"1": zero_linear(width, parts * width)})
@@ -194,7 +194,7 @@ class Modulation(nn.ModuleDict):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, with adaLN (Peebles & Xie, arXiv 2212.09748) where `modulated`."""
+    """Pre-norm transformer block, with adaLN (Peebles & Xie, arXiv 2212.09748) if `modulated`."""
 
     def __init__(self, width: int, heads: int, options: LayerOptions, modulated: bool = True) -> None:
         super().__init__()
@@ -206,8 +206,8 @@ class Block(nn.Module):
             self.add_module(self.modulation, Modulation(width, 6))
 
     def forward(self, x: Tensor, condition: Tensor | None, rope: Rotary | None) -> Tensor:
-        """x B N D; condition, its SiLU taken already: B 1 D (for all tokens), B N D (per token) or None (not modulated)."""
-        # What precedes matrix products is computed again in the backward pass, the products are not.
+        """x B N D -> same shape; condition after its SiLU: B 1 D (all tokens), B N D (per token) or None (not modulated)."""
+        # The backward pass recomputes norms, modulation and activations, but no matrix products.
         if self.modulation is None:
             x = x + self.attn.mix(self._enter(self.attn.project, self.norm1, x), rope)
             return x + recomputed(self.mlp.contract, *self._enter(self.mlp.widen, self.norm2, x))
@@ -218,14 +218,14 @@ class Block(nn.Module):
         return x + gate_m * recomputed(self.mlp.contract, *wide)
 
     def _enter(self, product: Callable[[Tensor], Any], before: Callable[[Tensor], Tensor], x: Tensor) -> Any:
-        """Return product(before(x)); of `before` nothing is kept, but its result where several products take it."""
+        """Return product(before(x)), recomputing `before` in the backward pass; split layers share its one saved result."""
         if self.attn.split:
             return product(recomputed(lambda x: autocast_once(before(x)), x))
         return recomputed(lambda x: product(before(x)), x)
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and a linear to patches: B N D -> B N (p*p*C). Initially 0."""
+    """Modulated norm and a linear layer to patches: B N D -> B N (p*p*C). Zero-initialised."""
 
     def __init__(self, width: int, outputs: int, options: LayerOptions) -> None:
         super().__init__()
@@ -235,15 +235,15 @@ class FinalLayer(nn.Module):
         self.add_module(self.modulation, Modulation(width, 2))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Condition as in `Block`."""
+        """`condition` as in `Block`."""
         shift, scale = getattr(self, self.modulation)(condition)
         return self.linear(getattr(self, self.last_norm)(x) * (1 + scale) + shift)
 
 
 def autocast_once(x: Tensor) -> Tensor:
-    """Cast what goes into several linears to autocast's type, which would otherwise keep a copy for each."""
+    """Cast the shared input of several linear layers to the autocast dtype, so that autocast keeps one copy, not several."""
     kind = x.device.type
-    # `is_autocast_available` would say so of every device, but torch 2.11 ends a compiled graph there.
+    # Not `is_autocast_available`, which covers every device: it breaks the graph of torch.compile in torch 2.11.
     on = kind != "meta" and torch.is_autocast_enabled(kind)
     return x.to(torch.get_autocast_dtype(kind)) if on else x
 
@@ -256,7 +256,7 @@ def zero_linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 class PatchEmbed(nn.Module):
-    """B C g g -> B N D, tokens row by row."""
+    """Patch embedding, B C g g -> B N D, tokens in row-major order."""
 
     def __init__(self, channels: int, patch: int, width: int) -> None:
         super().__init__()
@@ -269,9 +269,9 @@ class PatchEmbed(nn.Module):
 
 
 class TimeEmbedder(nn.Module):
-    """Random Fourier features of t in [0, 1], then an MLP: (B,) -> B D. The frequencies W train like any weight.
+    """Random Fourier features of t in [0, 1], then an MLP: (B,) -> B D. The frequencies W are trained.
 
-    `tokens`: number of learned vectors (tokens x D) kept beside it, which RAEv2 adds to the embedding.
+    `tokens`: number of learned vectors (tokens x D), which RAEv2 adds to the embedding.
     """
 
     def __init__(self, width: int, tokens: int = 0) -> None:
@@ -292,7 +292,7 @@ class TimeEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Labels (B,) -> B D. `tokens` as in `TimeEmbedder`."""
+    """Label embedding, (B,) -> B D. `tokens` as in `TimeEmbedder`."""
 
     def __init__(self, rows: int, width: int, tokens: int = 0) -> None:
         super().__init__()

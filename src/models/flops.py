@@ -1,4 +1,4 @@
-"""Operations of a forward pass, counted on the meta device: nothing is computed, and the weights are left alone."""
+"""Count the FLOPs of a forward pass on the meta device: nothing is computed, and the weights are not touched."""
 
 from itertools import chain
 
@@ -8,9 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def forward_flops(module: nn.Module, *inputs: Tensor) -> int:
-    """Return the operations of `module(*inputs)`, 2 per multiply-add, of matrix products, convolutions and attention.
+    """Return the FLOPs of `module(*inputs)`, 2 per multiply-add, for matrix products, convolutions and attention.
 
-    inputs: their shapes and types count; where they lie does not.
+    Only the shapes and dtypes of `inputs` matter; they may be on any device.
     """
     state = dict(chain(module.named_parameters(), module.named_buffers()))
     empty = {name: torch.empty_like(value, device="meta") for name, value in state.items()}

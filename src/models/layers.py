@@ -1,4 +1,4 @@
-"""Which blocks of an encoder make the latent, and how they are put together. Source: RAEv2 (arXiv 2605.18324).
+"""Choose the encoder blocks that form the latent, and how they are fused. Source: RAEv2 (arXiv 2605.18324).
 
 Legend: K number of chosen blocks.
 """
@@ -14,7 +14,7 @@ from src.core.errors import UserError
 
 Fusion = Literal["mean", "mean_plus_spatial_mean", "sum"]
 LayerChoice = Annotated[str | int | float | Sequence[int] | None, Field(description="a list of blocks, one, or a name")]
-"""What config keys and options may say; `parse_layers` makes block numbers of it."""
+"""Values allowed in config keys and options; `parse_layers` turns them into block numbers."""
 
 _NAMED = {
     "k1": lambda depth: [depth - 1],
@@ -24,19 +24,19 @@ _NAMED = {
 
 
 def parse_layers(layers: LayerChoice, depth: int, key: str = "model.encoder_params.layers") -> tuple[int, ...]:
-    """Return block numbers from 0, ascending. None: the last block alone.
+    """Return zero-based block numbers in ascending order. None: the last block only.
 
-    Accepts a list, `k1` | `k7` | `k23` (last block; every second of the last 13; the last 23) or numbers joined by
+    Accepts a list, `k1` | `k7` | `k23` (the last block; every second of the last 13; the last 23) or numbers joined by
     dots (`11.13.15`).
 
     Raises:
-        UserError: nothing chosen, no such block, a block named twice, an unknown name.
+        UserError: an empty choice, a block that does not exist or is listed twice, an unknown name.
     """
     if layers is None:
         return (depth - 1,)
     if isinstance(layers, str):
         chosen = _parse_text(layers, depth, key)
-    elif isinstance(layers, float):  # what YAML makes of 5.11; it can't tell 5.10 from 5.1
+    elif isinstance(layers, float):  # YAML parses 5.11 as a float, and 5.10 as 5.1
         raise UserError(
             f"{key}={layers} was read as a decimal number. Write a list, [5,11], or quote it twice: {key}='\"5.11\"'."
         )
@@ -52,11 +52,11 @@ def parse_layers(layers: LayerChoice, depth: int, key: str = "model.encoder_para
 
 
 def random_subset(layers: Sequence[int], keep_probability: float, uniforms: np.ndarray) -> tuple[int, ...]:
-    """Return a random non-empty subset of `layers`, each kept with `keep_probability` on condition that one is kept.
+    """Draw a random subset of `layers`, each kept with `keep_probability`, conditioned on keeping at least one.
 
-    With p that probability, P(S) = p^|S| (1-p)^(K-|S|) / (1 - (1-p)^K): at 0.5 the same for all 2^K - 1 subsets (FuseReg,
-    arXiv 2609.31620). Exact without rejection: `uniforms[0]` chooses the first block that is kept (a geometric law cut off
-    at K), the others decide on the blocks after it.
+    With p = keep_probability, P(S) = p^|S| (1-p)^(K-|S|) / (1 - (1-p)^K); p = 0.5 is uniform over all 2^K - 1 subsets
+    (FuseReg, arXiv 2609.31620). Exact without rejection: `uniforms[0]` picks the first kept block (a geometric distribution
+    truncated at K), the other numbers decide each block after it.
 
     Args:
         layers: K block numbers.

@@ -1,4 +1,4 @@
-"""Compute again in the backward pass what costs less than keeping it."""
+"""Recompute cheap operations in the backward pass instead of saving their results."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 def recomputed(function: Callable[..., T], *x: Tensor) -> T:
-    """Return `function(*x)`, keeping x alone for the backward pass; bit-equal, and nothing random may be in it.
+    """Return `function(*x)`, saving only x for the backward pass. Bit-exact; `function` must not draw random numbers.
 
-    The second computation ends with the last tensor that is needed: a matrix product at the end is not repeated. Compilers
-    find by themselves what to keep.
+    Recomputation stops at the last tensor that is needed, so a final matrix product is not repeated. While compiling this
+    is a plain call: the compiler chooses what to save.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return checkpoint(function, *x, use_reentrant=False, preserve_rng_state=False)

@@ -1,10 +1,10 @@
-"""Spectral normalisation with the power iteration as an act of its own. Miyato et al., arXiv 1802.05957.
+"""Spectral normalisation with an explicit power iteration. Miyato et al., arXiv 1802.05957.
 
-The numbers are those of `torch.nn.utils.spectral_norm` (eps 1e-12): W / sigma with sigma = u^T W v, the gradient passing
-through sigma with u and v held constant. There a forward in training mode iterates; here only `power_iteration()` does,
-so a forward never changes state, whatever the mode, and a batch can be taken in chunks.
+Same results as `torch.nn.utils.spectral_norm` (eps 1e-12): W / sigma with sigma = u^T W v, where the gradient flows
+through sigma with u and v held constant. There every forward in training mode iterates; here only `power_iteration()`
+does, so forward never changes state in any mode, and a batch can be processed in chunks.
 
-Legend: S matrices side by side (normalised apart), O rows, K columns.
+Legend: S stacked matrices (each normalised on its own), O rows, K columns.
 """
 
 import torch
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 EPS = 1e-12
 WARM_UP_ITERATIONS = 15
-"""At construction: from random u and v sigma is far too small, and a first forward would explode."""
+"""Power iterations at construction: with random u and v, sigma is far too small and the first forward would explode."""
 
 
 class SpectralWeights(nn.Module):
-    """S weights of one shape, stored as S x shape: parameter `weight_orig`, buffers `weight_u` and `weight_v`."""
+    """S weights of the same shape, stored as S x shape: parameter `weight_orig`, buffers `weight_u` and `weight_v`."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class SpectralWeights(nn.Module):
 
     @torch.no_grad()
     def power_iteration(self) -> None:
-        """Set v <- normalised W^T u, u <- normalised W v; in place, no synchronisation, in the dtype of the weights."""
+        """Set v <- normalised W^T u, u <- normalised W v in place, in the dtype of the weights, without synchronisation."""
         with torch.autocast(self.weight_orig.device.type, enabled=False):
             matrices = self.weight_orig.flatten(2)
             v = F.normalize((self.weight_u[:, None] @ matrices)[:, 0], dim=1, eps=EPS)
@@ -39,16 +39,16 @@ class SpectralWeights(nn.Module):
             self.weight_u.copy_(u)
 
     def forward(self) -> tuple[Tensor, ...]:
-        """Return S normalised weights. Changes nothing."""
+        """Return S normalised weights. Does not change state."""
         with torch.autocast(self.weight_orig.device.type, enabled=False):
-            # Copies: the backward of this forward may come after the next power iteration.
+            # Clone: the backward of this forward may run after the next power iteration.
             u, v = self.weight_u.clone(), self.weight_v.clone()
             sigma = (u * (self.weight_orig.flatten(2) @ v[:, :, None])[:, :, 0]).sum(1)
             return (self.weight_orig / sigma.view(-1, *[1] * (self.weight_orig.ndim - 1))).unbind(0)
 
 
 class PlainWeights(nn.Module):
-    """The same without normalisation, for `using_spec_norm: false`."""
+    """Same interface without normalisation, for `using_spec_norm: false`."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
