@@ -2,12 +2,15 @@
 
 import json
 import math
+import signal
 
 import numpy as np
 import pytest
 
 from src import eval_generation, sample
+from src.callbacks import gfid_callback, scores
 from src.core.errors import UserError
+from src.core.stopping import STOP
 from src.core.weights import read
 from tests.test_eval_generation import as_folder, as_npz, pictures
 from tests.tiny_models import two_processes
@@ -47,6 +50,21 @@ def test_online_and_offline_numbers_are_equal_and_training_is_not_disturbed(
         assert logged(tmp_path / "with", f"gfid_untrained/{name}")[6] == found[key], name
     state = next(v for k, v in read(last(tmp_path / "with"))["callbacks"].items() if "RunCheckpoint" in k)
     assert state["monitor"] == "gfid_untrained/score" and state["best"] == min(scores.values())
+
+
+def test_a_long_evaluation_is_skipped_once_the_run_is_asked_to_stop(autoencoder, reference, tmp_path, monkeypatch):
+    monkeypatch.setattr(scores, "GRACE_S", 0.0)
+    drawn, original = [], gfid_callback.draw
+
+    def draw(*arguments):
+        drawn.append(len(drawn))
+        STOP.ask(signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(gfid_callback, "draw", draw)
+    with pytest.raises(SystemExit):
+        train_stage2(tmp_path / "run", autoencoder, *gfid(reference, every_n_steps=2))
+    assert drawn == [0] and read(last(tmp_path / "run"))["global_step"] == 2
 
 
 def test_samples_that_are_not_finite_have_no_score_and_training_goes_on(autoencoder, reference, tmp_path, caplog):

@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 
 from scripts import kill_and_resume
+from src.callbacks import scores
 from src.callbacks.rfid_callback import RFIDCallback
-from src.core.stopping import SIGNALS
+from src.core.stopping import SIGNALS, STOP
 from src.core.weights import PROJECT_ROOT, read
+from src.metrics.reconstruction import ReconstructionScore
 from src.training.run import run
 from src.training.stage1 import RAEModule
+from tests.tiny_models import two_processes
 from tests.training import QUIET, SMALL, composed
 
 CHEAP = [*SMALL, *QUIET, "callbacks.checkpoint.every_n_steps=0", "model.disc_weight=0", "model.perceptual_weight=0"]
@@ -71,6 +74,58 @@ def test_a_score_that_a_signal_interrupts_is_not_lost(tmp_path, monkeypatch):
     best, last = (read(tmp_path / f"run/checkpoints/{name}.ckpt") for name in ("best", "last"))
     assert best["global_step"] == last["global_step"] == 2
     assert {"monitor": "rfid_untrained/score", "best": 1.0} in last["callbacks"].values()
+
+
+@pytest.mark.parametrize("when", ["rfid_every_n_steps=2", "full_at_end=true"])
+def test_an_evaluation_that_would_outlast_the_launcher_is_skipped_and_the_run_saved(tmp_path, monkeypatch, when):
+    monkeypatch.setattr(scores, "GRACE_S", 0.0)
+    scored, original = [], ReconstructionScore.update
+
+    def update(self, *batch):
+        scored.append(STOP.code)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *batch)
+
+    monkeypatch.setattr(ReconstructionScore, "update", update)
+    words = [
+        "rfid_every_n_steps=0",
+        "rfid_every_epoch=false",
+        when,
+        "rfid_num_samples=6",
+        "rfid_batch_size=2",
+        "inception_weights=tiny",
+    ]
+    overrides = [*(f"callbacks.rfid.{word}" for word in words), "trainer.max_epochs=1", "logger=csv"]
+    at_end = when.startswith("full")
+    assert run_and_signal(tmp_path / "run", monkeypatch, [], overrides, base=SMALL) == (0 if at_end else 143)
+    assert scored == [0] and "is skipped" in (tmp_path / "run/run.log").read_text()
+    assert read(tmp_path / "run/checkpoints/last.ckpt")["global_step"] == (3 if at_end else 2)
+
+
+@pytest.mark.slow
+def test_all_ranks_skip_an_evaluation_at_the_same_batch_whatever_their_shares():
+    code = """
+import sys, types
+import torch.distributed as dist
+from src.callbacks import scores
+from src.core.distributed import RankRequests
+from src.core.stopping import STOP
+dist.init_process_group("gloo")
+rank, done, scores.GRACE_S = dist.get_rank(), [], 0.0
+callback = types.SimpleNamespace(_requests=RankRequests())
+for asked in (False, True):
+    try:
+        for part in scores.ScoreCallback.until_overdue(callback, range(3 - rank), 3, 2):
+            done.append(part)
+            if asked and rank == 1:
+                STOP.ask(15)
+    except scores._Overdue:
+        done.append("skipped")
+    dist.barrier()
+sys.stdout.write(f"{rank}: {done}\\n")
+"""
+    said = two_processes("-c", code)
+    assert "0: [0, 1, 2, 0, 1, 'skipped']" in said and "1: [0, 1, 0, 1, 'skipped']" in said
 
 
 def test_a_process_that_is_gone_is_told_to_the_others_in_one_message(tmp_path, monkeypatch, capfd):

@@ -110,7 +110,9 @@ class GFIDCallback(ScoreCallback):
         sampler = pl_module.sampler(self._settings, self.seed)
         statistics = [ImageStatistics(network, self.batch_size, count) for network in self._networks]
         broken = torch.zeros((), device=process.device)
-        for indices in blocks(count, self.batch_size)[process.rank :: process.world]:
+        parts = blocks(count, self.batch_size)
+        mine, most = parts[process.rank :: process.world], len(parts[:: process.world])
+        for indices in self.until_overdue(mine, most, process.world):
             images, latents = draw(sampler, pl_module.rae, indices, self._labels, process.device, self.decode_batch)
             broken += latents.flatten(1).isfinite().logical_not().any(1).sum()
             for part in statistics:

@@ -105,7 +105,8 @@ class RFIDCallback(ScoreCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.full_at_end:
-            self._evaluate(trainer, pl_module, "end", None, f"{self.group}_full")
+            with self.skipped_if_overdue(trainer):
+                self._evaluate(trainer, pl_module, "end", None, f"{self.group}_full")
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
@@ -152,7 +153,8 @@ class RFIDCallback(ScoreCallback):
             with trainer.precision_plugin.forward_context():
                 return [pl_module.reconstruct(batch)]
 
-        score_images(loader, reconstruct, [score], process, [pairs.observe] if self._pairs else [])
+        batches = self.until_overdue(loader, len(loader), process.world)
+        score_images(batches, reconstruct, [score], process, [pairs.observe] if self._pairs else [])
         score.reduce()
         if score.count < 2:  # raise on all ranks, so that none waits for the others
             raise UserError(f"rFID needs at least 2 images that can be decoded, got {score.count}.")

@@ -3,19 +3,30 @@
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, ClassVar, TypeVar
 
 import pytorch_lightning as pl
 
-from src.core.distributed import Process
+from src.core.distributed import Process, RankRequests
 from src.core.errors import UserError
+from src.core.stopping import STOP
 from src.core.weights import SizedWeights
 from src.evaluation.networks import load_features
 from src.evaluation.report_card import label
 from src.metrics.features import INCEPTION, FeatureNetwork
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+GRACE_S = 15.0
+"""How long an evaluation may continue after a request to stop. torchrun kills its processes 30 s after a signal."""
+
+
+class _Overdue(Exception):
+    """The evaluation did not end within GRACE_S after a request to stop."""
 
 
 class ScoreCallback(pl.Callback):
@@ -44,6 +55,7 @@ class ScoreCallback(pl.Callback):
         """Prefix of the logged names."""
         self._networks: list[FeatureNetwork] = []
         self._scored_at = -1
+        self._requests = RankRequests()
 
     @property
     def scores_checkpoints(self) -> bool:
@@ -71,17 +83,39 @@ class ScoreCallback(pl.Callback):
         if not (self.every_n_steps and pl_module.ends_update(batch_idx)) or trainer.global_step % self.every_n_steps:
             return
         if batch_idx + 1 < pl_module.batches_per_epoch or not self._at_end_of(trainer.current_epoch):
-            self.evaluate(trainer, pl_module, f"step_{trainer.global_step:07d}")
+            with self.skipped_if_overdue(trainer):
+                self.evaluate(trainer, pl_module, f"step_{trainer.global_step:07d}")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self._at_end_of(trainer.current_epoch) and self._scored_at != trainer.global_step:
-            self.evaluate(trainer, pl_module, f"epoch_{trainer.current_epoch + 1:03d}")
+            with self.skipped_if_overdue(trainer):
+                self.evaluate(trainer, pl_module, f"epoch_{trainer.current_epoch + 1:03d}")
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         self._networks = []
 
     def _at_end_of(self, epoch: int) -> bool:
         return bool(self.every_n_epochs) and (epoch + 1) % self.every_n_epochs == 0
+
+    @contextmanager
+    def skipped_if_overdue(self, trainer: pl.Trainer) -> Iterator[None]:
+        """Skip the rest of an evaluation that keeps a run from saving (`until_overdue`)."""
+        try:
+            yield
+        except _Overdue:
+            log.warning(
+                "%s at step %d is skipped: the run was asked to stop and saves first. A checkpoint of this step can be scored "
+                "with src/eval_%s.py.",
+                self.score, trainer.global_step, {"gfid": "generation"}.get(self.score, self.score),
+            )  # fmt: skip
+
+    def until_overdue(self, parts: Iterable[T], most: int, world: int) -> Iterator[T]:
+        """Yield `parts`. Raises _Overdue on all ranks together. `most`: parts of the rank that has most."""
+        parts = iter(parts)
+        for _ in range(most):
+            if self._requests.exchange([STOP.waiting_s > GRACE_S], world)[0]:
+                raise _Overdue
+            yield from islice(parts, 1)
 
     def on_all_ranks(self, trainer: pl.Trainer, values: Mapping[str, float]) -> dict[str, float]:
         """Broadcast the scores of rank 0; return them by logged name without its prefix."""

@@ -4,6 +4,7 @@ The first request lets the run finish its update and save; Ctrl-C after that end
 """
 
 import ctypes
+import math
 import multiprocessing
 import os
 import signal
@@ -54,6 +55,7 @@ class StopRequest:
         """Whether someone looks at `code` after each update; else a signal ends the run where it is."""
         self.loud = True
         """Whether this process tells the user."""
+        self._asked_at = math.inf
         self.before_exit: Callable[[int], None] = lambda code: None
         """Called before the process ends at once."""
         self._first_at: float | None = None
@@ -63,18 +65,25 @@ class StopRequest:
         """Ask for a stop after this update, because of `error`. The first one counts."""
         if self.error is None:
             self.error = error
+        self._asked_at = min(self._asked_at, time.monotonic())
         self.code = self.code or FAILED
 
     def ask(self, number: int) -> None:
         """Take note of a signal. A signal outweighs what failed; the first signal counts."""
         if self.code >= 128:
             return
+        self._asked_at = min(self._asked_at, time.monotonic())
         self.code = 128 + number
         if self.loud and self.deferred:
             name = signal.Signals(number).name
             _say(
                 f"{name}: the update is finished and saved, then the run ends. Ctrl-C ends it at once, without saving."
             )
+
+    @property
+    def waiting_s(self) -> float:
+        """Seconds since the request; 0 without one."""
+        return max(0.0, time.monotonic() - self._asked_at)
 
     def count(self, number: int) -> None:
         """Count the signals as they arrive: Ctrl-C after another one ends the process, and so does any while it is stuck."""
