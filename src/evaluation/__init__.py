@@ -1,1 +1,1 @@
-"""A model and images -> scores, pictures, latents, statistics: what the training callback and the programs share."""
+"""Evaluation of a model on images: scores, images, latents, statistics. Shared by the callbacks and the scripts."""

@@ -1,4 +1,4 @@
-"""Score generated images, or generated latents through several decoders, as `src/eval_generation.py` does.
+"""Score generated images, or generated latents decoded by one or more models. Used by `src/eval_generation.py`.
 
 Legend: B batch, S side of the images, px.
 """
@@ -44,12 +44,12 @@ from src.metrics.reference import Preparation
 log = logging.getLogger(__name__)
 
 Batches = Iterator[tuple[Tensor, Tensor]]
-"""(positions in the whole (B,), uint8 B x 3 x S x S)"""
+"""(positions in the set (B,), images uint8 B x 3 x S x S)"""
 
 
 @dataclass(frozen=True)
 class GeneratedSet:
-    """Images that are scored: `label` names them, `batches()` goes over this rank's share."""
+    """A set of images to score: `label` names it, `batches()` iterates over this rank's share."""
 
     label: str
     count: int
@@ -59,17 +59,17 @@ class GeneratedSet:
 
 @dataclass(frozen=True)
 class Reference:
-    """What generated images are scored against: an npz, or a data set."""
+    """The reference that generated images are scored against: an npz or a data set."""
 
     place: str
     split: str | None = None
     exif: Exif = "apply"
     key: str = "--reference"
-    """The option or key that names it."""
+    """The option or config key that sets it, for messages."""
 
     @cached_property
     def images(self) -> Images | None:
-        """The images of a data set; None of an npz. Raises UserError: none there, or fewer than two."""
+        """The images of a data set; None for an npz. Raises UserError if they are missing or fewer than two."""
         if resolve(self.place).suffix == ".npz":
             return None
         with worded({"data.data_dir": self.key, "--split": f"{self.key}_split"}):
@@ -83,10 +83,10 @@ class Reference:
 
 
 def evaluate(options: GenerationOptions, process: Process) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return scores of each set of images (on rank 0, none on the others), and what else they depend on. On all ranks.
+    """Return the scores of each set of images (on other ranks than 0: none), and what they depend on. Called on all ranks.
 
     Raises:
-        UserError: missing or broken files, fewer than two images, images of another size than the reference's, latents
+        UserError: missing or broken files, fewer than two images, images whose size differs from the reference's, latents
             that a model can't decode.
     """
     sets = _generated(options, process)
@@ -113,7 +113,7 @@ def score_sets(
     options: LoadingOptions,
     process: Process,
 ) -> list[dict[str, float | int]]:
-    """Return the scores of each set on rank 0, anything on the others. On all ranks. Raises UserError as `evaluate`."""
+    """Return the scores of each set; empty ones on other ranks than 0. Called on all ranks. Raises UserError as `evaluate`."""
     for images in sets:
         if images.count < 2:
             raise UserError(
@@ -130,7 +130,7 @@ def score_sets(
 
 
 def common_size(sizes: Mapping[str, int]) -> int:
-    """Return the image size of all models or sets, px, by their names. UserError where they differ."""
+    """Return the image size, in px, that all models or sets (by name) share. Raises UserError if they differ."""
     if len(set(sizes.values())) > 1:
         found = ", ".join(f"{name} {size} px" for name, size in sizes.items())
         raise UserError(f"The models make images of different sizes ({found}): score them in calls of their own.")
@@ -140,7 +140,7 @@ def common_size(sizes: Mapping[str, int]) -> int:
 def all_scores(
     statistics: Sequence[ImageStatistics], references: Sequence[GenerationReference], device: torch.device
 ) -> dict[str, float | int]:
-    """Return the scores by every feature network. On rank 0."""
+    """Return the scores of all feature networks. Called on rank 0."""
     pairs = zip(statistics, references, strict=True)
     return {name: value for pair in pairs for name, value in compute_scores(*pair, device).items()}
 
@@ -148,10 +148,10 @@ def all_scores(
 def load_references(
     reference: Reference, size: int, networks: Sequence[FeatureNetwork], options: LoadingOptions, process: Process
 ) -> list[GenerationReference]:
-    """Return what images of `size` px are scored against by each network. On all ranks; whole on rank 0.
+    """Return the reference for images of `size` px, one per feature network. Called on all ranks; complete on rank 0.
 
     Raises:
-        UserError: missing or broken files, another size, statistics of other features, fewer than two images.
+        UserError: missing or broken files, another size, statistics of another network, fewer than two images.
     """
     images = reference.images
     if images is None:
@@ -224,14 +224,14 @@ def _of_folder(options: GenerationOptions, path: Path, process: Process) -> Gene
 
 
 def _common_size(inputs: Inputs) -> int:
-    """Return the side of all images; broken ones are left to the loader."""
+    """Return the side, in px, that all images share; the loader deals with broken files."""
     sizes: dict[tuple[int, int], str] = {}
     for row in inputs.rows.tolist():
         name = inputs.source.name(row)
         try:
             with Image.open(name) as image:
                 sizes.setdefault(image.size, name)
-        except Exception:  # Pillow raises many kinds on damaged files
+        except Exception:  # Pillow raises all kinds of errors on damaged files
             continue
     if len(sizes) != 1 or len(set(next(iter(sizes)))) != 1:
         found = ", ".join(f"{w} x {h} px ({name})" for (w, h), name in list(sizes.items())[:3]) or "nothing readable"
@@ -242,7 +242,7 @@ def _common_size(inputs: Inputs) -> int:
 def decoded_set(
     path: Path, loaded: LoadedModel, options: LoadingOptions, quantization: Quantization, process: Process
 ) -> GeneratedSet:
-    """Return the images that a model makes of generated latents. Raises UserError where it can't decode them."""
+    """Return the images that a model decodes from generated latents. Raises UserError if it can't decode them."""
     rae = loaded.rae
     latents: LatentNpz | LatentStore = LatentNpz(path) if path.suffix == ".npz" else LatentStore(path)
     check_store(latents, loaded)
@@ -262,7 +262,7 @@ def decoded_set(
 
 
 def _first(count: int, batches: Batches) -> Batches:
-    """Leave out what is at positions from `count` on."""
+    """Drop images at positions of `count` and above."""
     for positions, rows in batches:
         if (kept := positions < count).any():
             yield positions[kept], rows[kept]

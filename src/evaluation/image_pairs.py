@@ -1,4 +1,4 @@
-"""Originals beside their reconstructions, as PNG files and contact sheets.
+"""Save originals and their reconstructions as PNG files and contact sheets.
 
 Legend: B batch, H, W image px. Images are uint8 3 x H x W.
 """
@@ -18,20 +18,20 @@ from src.core.images import difference, save_png, sheet
 from src.evaluation.scoring_pass import ScoredBatch
 
 COLUMNS = 8
-"""Images in a row of a contact sheet."""
-_THREADS = 4  # Pillow compresses outside of Python's lock
+"""Images per row of a contact sheet."""
+_THREADS = 4  # Pillow compresses without the GIL
 
 
 class Pair(NamedTuple):
     key: float
-    """The larger, the sooner it is shown."""
+    """Sort key: larger ones come first."""
     place: int
-    """In the order of evaluation."""
+    """Position in the evaluation order."""
     row: int
-    """Of the data set."""
+    """Row of the data set."""
     original: Tensor
     reconstructions: Tensor
-    """uint8 V x 3 x H x W, of the variants that are kept."""
+    """uint8 V x 3 x H x W, of the first V variants."""
 
     @property
     def reconstruction(self) -> Tensor:
@@ -39,12 +39,12 @@ class Pair(NamedTuple):
 
 
 class KeptPairs:
-    """Keeps `count` pairs: the first ones of the order of evaluation, or the worst ones, those of largest LPIPS, else of
-    smallest PSNR, by the first variant. `variants`: of so many of the first ones it keeps the reconstructions."""
+    """Keeps `count` pairs: the first in evaluation order, or the worst by the first variant (largest LPIPS, or lowest PSNR
+    without LPIPS). `variants`: number of variants, from the first on, whose reconstructions are kept."""
 
     def __init__(self, count: int, worst: bool = False, variants: int = 1) -> None:
         self.count, self.worst, self.variants = count, worst, variants
-        self._heap: list[tuple[float, int, Pair]] = []  # what goes next on top
+        self._heap: list[tuple[float, int, Pair]] = []  # the next to drop on top
 
     def observe(self, variants: Sequence[ScoredBatch]) -> None:
         batch = variants[0]
@@ -61,14 +61,14 @@ class KeptPairs:
                     heapq.heappop(self._heap)
 
     def gather(self) -> list[Pair]:
-        """Return the first, or the worst, first on rank 0, none on the others. On all ranks."""
+        """Return the kept pairs in order; none on other ranks than 0. Called on all ranks."""
         found = [entry[2] for part in gather_on_main(self._heap) for entry in part]
         return sorted(found, key=lambda pair: (-pair.key, pair.place))[: self.count]
 
 
 @contextmanager
 def png_writer() -> Iterator[Callable[[Sequence[Tensor], Sequence[Path]], None]]:
-    """Give a function that writes images, uint8 3 x H x W, while the caller computes the next; an error comes with these."""
+    """Yield a function that writes images, uint8 3 x H x W, in the background; its errors surface at the next call or the end."""
     waiting: Iterator[None] = iter(())
 
     def write(images: Sequence[Tensor], files: Sequence[Path]) -> None:
@@ -92,9 +92,9 @@ def save_pairs(pairs: Sequence[Pair], folder: Path) -> None:
 
 
 def contact_sheet(pairs: Sequence[Pair], compared: bool = True) -> Tensor:
-    """Return uint8 3 x H x W: rows of originals, the reconstructions below, below these the magnified differences.
+    """Return a sheet, uint8 3 x H x W: a row of originals, below it their reconstructions and magnified differences, and so on.
 
-    `compared` false: rows of reconstructions alone.
+    `compared=False`: only rows of reconstructions.
     """
     rows: list[Tensor] = []
     for start in range(0, len(pairs), COLUMNS):

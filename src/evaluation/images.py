@@ -1,7 +1,7 @@
-"""The images of an evaluation: any kind of data set, opened without being told its kind.
+"""Open the images of an evaluation, whatever the kind of data set.
 
-They are prepared as on the command line, else as the checkpoint's training did it, whose callback then gives the same
-score; without a checkpoint by the project's defaults.
+They are prepared as the options ask, else as in the checkpoint's training (whose callback then gives the same score);
+without a checkpoint, by the project's defaults.
 """
 
 import logging
@@ -37,13 +37,13 @@ MAX_MEGAPIXELS = 80.0
 
 @dataclass(frozen=True)
 class Images:
-    """Rows of a source that are evaluated."""
+    """The rows of a source to evaluate."""
 
     folder: Path | str
     source: Source
     rows: np.ndarray  # (n,) int64
     split: str
-    """The split's name, `held_out` or `all`."""
+    """Name of the split, `held_out` or `all`."""
 
     def description(self) -> dict[str, Any]:
         return {
@@ -54,22 +54,22 @@ class Images:
         }
 
     def preparation(self, image_size: int, exif: str, num_images: int | None) -> Preparation:
-        """Return what a reference of these images says of itself, and is asked for."""
+        """Return how these images are prepared, as a reference stores it and is checked against."""
         available = len(self.rows)
         selected = min(available, num_images or available)
         return Preparation(image_size, exif, self.split, self.source.fingerprint(), available, selected)
 
 
 def open_images(data_dir: str | Path, split: str | None, trained_on: Mapping[str, Any] | None) -> Images:
-    """Open the images that an evaluation takes.
+    """Open the images to evaluate.
 
     Args:
         split: a name, `held_out`, `all`, or None: the validation split, else what training held out, else a test split,
             else all.
-        trained_on: the node `data:` of the run that trained the model; None where nobody knows.
+        trained_on: the `data` config of the run that trained the model; None if unknown.
 
     Raises:
-        UserError: nothing there, no such split, nothing held out.
+        UserError: no data, an unknown split, or nothing held out.
     """
     folder = locate(data_dir)
     trained_on = first_source(trained_on) if trained_on is not None else None
@@ -114,7 +114,7 @@ def open_images(data_dir: str | Path, split: str | None, trained_on: Mapping[str
 def centre_crops(
     images: Images, image_size: int, decoder: Decoder, options: LoadingOptions, process: Process
 ) -> EvaluationLoader:
-    """Return a loader of this process's share of the first --num_samples images in the order of evaluation."""
+    """Return a loader for this rank's share of the first --num_samples images in evaluation order."""
     rows = images.rows[evaluation_rows(len(images.rows), options.num_samples, process.world, process.rank)]
     return evaluation_loader(images.source, rows, EvaluationTransform(image_size, decoder), options, process)
 
@@ -122,14 +122,14 @@ def centre_crops(
 def evaluation_loader(
     source: Source, rows: np.ndarray, transform: Callable[[Any], np.ndarray], options: LoadingOptions, process: Process
 ) -> EvaluationLoader:
-    """Return a loader of rows in their order; `transform` makes the bytes of a file uint8 S x S x 3."""
+    """Return a loader of rows, in order; `transform` turns the bytes of a file into uint8 S x S x 3."""
     workers = WorkerOptions(min(options.num_workers, len(rows)), process.device.type == "cuda")
     dataset = EvaluationDataset(source, rows, transform)  # type: ignore[arg-type]
     return EvaluationLoader(dataset, options.batch_size, workers, options.max_bad_share, persistent=False)
 
 
 def choose(option: str, given: T | None, config: Mapping[str, Any], key: str, default: T) -> T:
-    """Return the option, else the run's own value, else the default; the log says which."""
+    """Return the option, else the run's own value, else the default, and log which."""
     trained = stored(config, key)
     if given is None:
         value, source = (default, "by default") if trained is None else (trained, f"as in training, {key}")
@@ -142,13 +142,13 @@ def choose(option: str, given: T | None, config: Mapping[str, Any], key: str, de
 
 
 def decoder_of(options: DataOptions, config: Mapping[str, Any]) -> Decoder:
-    """Return how image files are read."""
+    """Return the decoder of image files."""
     exif: Exif = choose("exif", options.exif, config, "data.exif", "apply")
     return Decoder(exif, stored(config, "data.max_megapixels") or MAX_MEGAPIXELS)
 
 
 def _is_other_data(folder: Path | str, trained_on: Mapping[str, Any]) -> bool:
-    """Return whether the training data is here and is not `folder`. If it is not here, `folder` may be a copy of it."""
+    """Return whether the training data exists and is not `folder`. If it is missing, `folder` may be a copy of it."""
     trained = locate(trained_on["data_dir"])
     if isinstance(trained, str) or isinstance(folder, str):
         return trained != folder
@@ -157,7 +157,7 @@ def _is_other_data(folder: Path | str, trained_on: Mapping[str, Any]) -> bool:
 
 def _named(folder: Path | str, data: Place, split: str) -> Images:
     if data.find(split) is None:
-        names = data.names if len(data.names) < 9 else [*data.names[:8], "…"]  # of a tree they may be classes
+        names = data.names if len(data.names) < 9 else [*data.names[:8], "…"]  # possibly classes
         there = f"it has {', '.join(names)}. Use one of these, or" if names else "it has none. Use"
         raise UserError(f"{folder} has no split {split!r}: {there} --split {ALL} or {HELD_OUT}.")
     source = data.open(split)

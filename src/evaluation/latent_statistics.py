@@ -1,7 +1,7 @@
-"""Latent statistics of a data set: one pass, any number of processes, resumed where it stopped.
+"""Compute the latent statistics of a data set: one resumable pass, on any number of processes.
 
-The images are taken in pieces of PIECE_IMAGES. After each the sums of all processes are added up and written beside the
-output, so an interrupted pass repeats one piece at most, also with another batch size or number of processes.
+The images are processed in pieces of PIECE_IMAGES. After each piece, the sums over all processes are written next to the
+output, so a resumed pass repeats at most one piece, even with another batch size or number of processes.
 
 Legend: B batch, C latent channels, h = w latent grid.
 """
@@ -35,14 +35,14 @@ PIECE_IMAGES = 16_384
 def latent_statistics(
     rae: RAE, images: Images, options: StatisticsOptions, process: Process, update: Update
 ) -> dict[str, Any]:
-    """Return what `src/latent_stats.py` writes: mean and var (float32, C x h x w) of raw latents, and what they are of.
+    """Return the content of the file: mean and var (float32, C x h x w) of raw latents, and how they were computed.
 
-    The sums so far lie beside `options.output` until the caller has written it. `update(done, total)` counts images.
+    The sums so far stay in `partial_file(options.output)`, which the caller deletes. `update(done, total)` counts images.
 
     Raises:
         UserError: fewer than two images, or too many bad ones.
     """
-    rows = images.rows[np.sort(evaluation_rows(len(images.rows), options.num_samples))]  # of all classes
+    rows = images.rows[np.sort(evaluation_rows(len(images.rows), options.num_samples))]  # a mix of all classes
     identity = {"encoder": rae.encoder.identity(), "image_size": rae.geometry.image_size, "images": len(rows),
                 "data": images.source.fingerprint(), "exif": options.exif, "piece_images": PIECE_IMAGES}  # fmt: skip
     partial = partial_file(options.output)
@@ -62,9 +62,9 @@ def latent_statistics(
         raise UserError(f"Statistics need at least two images, {images.folder} gave {count}.")
     if count < len(rows):
         log.warning("%d of %d images could not be decoded and are left out.", len(rows) - count, len(rows))
-    # This loses (mean / std)^2 * 1e-16 of its precision: at a mean of a hundred standard deviations 12 digits are left.
+    # The relative error is about (mean / std)^2 * 1e-16: with a mean of 100 standard deviations 12 digits are left.
     mean = sums[0] / count
-    var = (sums[1] / count - mean.square()).clamp(min=0)  # of the population, as numpy's
+    var = (sums[1] / count - mean.square()).clamp(min=0)  # population variance, as in numpy
     return {
         "mean": mean.float(),
         "var": var.float(),
@@ -81,11 +81,11 @@ def partial_file(output: Path) -> Path:
 
 @torch.no_grad()
 def _moments(rae: RAE, piece: Images, options: StatisticsOptions, process: Process, update: Any) -> tuple[int, Tensor]:
-    """Return the number of images of a piece and the sums of z and z^2, float64 2 C h w on the CPU, of all processes.
-    `update(images done)`."""
+    """Return the number of images of a piece and the sums of z and z^2 over all processes, float64 2 C h w on the CPU.
+    `update(done)` counts images."""
     sums = torch.zeros(2, *rae.latent_shape, dtype=torch.float64, device=float64_device(process.device))
     decoder, count = Decoder(options.exif, MAX_MEGAPIXELS), 0
-    if len(piece.rows) > process.rank:  # else this process has no share of it
+    if len(piece.rows) > process.rank:  # else there are no images for this rank
         with full_float32(process.device):
             for batch in centre_crops(piece, rae.geometry.image_size, decoder, options, process):
                 z = rae.encode_raw(batch["image"].to(process.device, non_blocking=True)).to(sums.device).double()
@@ -97,7 +97,7 @@ def _moments(rae: RAE, piece: Images, options: StatisticsOptions, process: Proce
 
 
 def _interrupted(partial: Path, identity: dict[str, Any]) -> tuple[int, int, Tensor] | None:
-    """Return what an interrupted pass over the same images left, if any: images done, those of them that count, their sums."""
+    """Return the state of an interrupted pass over the same images, if any: images done, images decoded, their sums."""
     if not partial.is_file():
         return None
     try:

@@ -1,4 +1,4 @@
-"""The judging networks of an evaluation, with errors that say what to type instead."""
+"""Load the evaluation networks: feature networks and LPIPS. Errors include the command that fixes them."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PooledEncoder:
-    """A frozen encoder as a network of features: a row of `ENCODERS`."""
+    """A frozen encoder used as a feature network: an entry of `ENCODERS`."""
 
     preset: str
     """Name in `src/models/encoder_presets.py`."""
@@ -35,20 +35,20 @@ class PooledEncoder:
 
 
 ENCODERS = {"dinov2": PooledEncoder("dinov2-l-woreg", 224, {"position_offset": 0.1, "statistics": "imagenet"})}
-"""By the name that --features takes, beside `inception`. dinov2: as dgm-eval has it (Stein et al., arXiv 2306.04675)."""
+"""By --features name (`inception` is the other choice). dinov2: as in dgm-eval (Stein et al., arXiv 2306.04675)."""
 
 
 class EncoderFeatures(FeatureNetwork):
-    """`EncoderFeatures("dinov2")(uint8 B x 3 x H x W) -> B x F float32`, F = 1024: what `FrozenEncoder.pooled` gives.
+    """`EncoderFeatures("dinov2")(uint8 B x 3 x H x W) -> B x F float32`, F = 1024: the output of `FrozenEncoder.pooled`.
 
-    Images are resized to squares and rounded to 8 bits as Pillow does it (bicubic, antialiased).
+    Images are resized to squares and rounded to 8 bits as in Pillow (bicubic, antialiased).
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, space: str, place: str | None = None) -> None:
-        """`place`: folder or hub id; None: the usual one. Raises UserError as the encoder does."""
+        """`place`: folder; None: the preset's hub id. Raises UserError if it is missing, and as the encoder does."""
         super().__init__()
         row = ENCODERS[space]
         preset, self.input_px = PRESETS[row.preset], row.input_px
@@ -85,14 +85,14 @@ def resize_pillow(images: Tensor, size: int) -> Tensor:
 def load_features(
     chosen: Sequence[str], path: str | None, weights: SizedWeights, key: str, width: float | None
 ) -> list[FeatureNetwork]:
-    """Return the networks named by NAME or NAME=DIR, in their order.
+    """Load the networks given as NAME or NAME=DIR, in order.
 
     Args:
-        path: of Inception's file, where no DIR says it; `key`: the option or config key that does.
-        width: `inception_width` of an older configuration or command; below 1 it makes untrained weights tiny.
+        path: Inception's weights file, unless DIR sets it; `key`: the option or config key that `path` comes from.
+        width: `inception_width` of an older config or command; any value but 1 turns untrained weights into tiny ones.
 
     Raises:
-        UserError: an unknown name, a name twice, weights that are missing or don't fit.
+        UserError: an unknown or repeated name, weights that are missing or don't fit.
     """
     networks: list[FeatureNetwork] = []
     if width not in (None, 1):
@@ -114,22 +114,22 @@ def load_features(
 
 
 def networks_of(options: FeatureOptions, config: Mapping[str, Any]) -> list[FeatureNetwork]:
-    """Load the networks that the options name; Inception's file is that of a run's configuration, else the usual one."""
+    """Load the networks of --features; Inception's file comes from the options, else the run's config, else the default."""
     path = options.inception_path or stored(config, "callbacks.rfid.inception_path") or INCEPTION_FILE
     weights, width = options.inception_weights, options.inception_width
     return load_features(options.features, path, weights, "--inception_path", width)
 
 
 def lpips_of(options: LpipsOptions, config: Mapping[str, Any]) -> LPIPS | None:
-    """Load the LPIPS that the options name, else that of a run's configuration, else that of the usual files.
+    """Load LPIPS from the files in the options, else those in the run's config, else the default ones.
 
-    None, and a warning, where its files are missing: LPIPS stands beside the score, it is no part of it.
+    Returns None, with a warning, if the files are missing: the other scores do not need LPIPS.
     """
     given = {"vgg_path": options.vgg_path, "linear_path": options.lpips_path}
     arguments = stored(config, "model.lpips_arch") or LPIPS_FILES
     if any(given.values()):
         arguments = {name: path or LPIPS_FILES[name] for name, path in given.items()}
-    arguments = with_current_keys({"lpips_arch": arguments})["lpips_arch"]  # of a run of earlier versions, perhaps
+    arguments = with_current_keys({"lpips_arch": arguments})["lpips_arch"]  # the run may be of an older version
     if arguments.get("weights", "pretrained") == "pretrained":
         files = [resolve(arguments[name]) for name in given if arguments.get(name)]
         missing = [str(file) for file in files if not file.is_file()]

@@ -1,4 +1,4 @@
-"""The options of the evaluation programs (the shared ones: `src/core/options.py`). No heavy imports."""
+"""Options of the evaluation scripts (shared ones: `src/core/options.py`). No heavy imports, so that `--help` is quick."""
 
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from src.core.options import NotNegative, Positive, option
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions(shared.LpipsOptions, shared.FeatureOptions, shared.DataOptions, shared.ModelsOptions):
-    """`src/eval_rfid.py`."""
+    """Options of `src/eval_rfid.py`."""
 
     num_samples: Positive = option("images, the first ones of a fixed shuffled order", "N", 10000)
     precision: Literal["32", "16", "bf16"] = option(
@@ -60,7 +60,7 @@ class EvaluationOptions(shared.LpipsOptions, shared.FeatureOptions, shared.DataO
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceOptions(shared.FeatureOptions, shared.DataOptions):
-    """`src/make_reference.py`."""
+    """Options of `src/make_reference.py`."""
 
     checkpoint: str | None = option(
         "take the images, the size and --exif that `eval_rfid.py --checkpoint FILE` takes, held-out ones too", "FILE"
@@ -78,7 +78,7 @@ class ReferenceOptions(shared.FeatureOptions, shared.DataOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionOptions(shared.LpipsOptions, shared.LoadingOptions, shared.ModelOptions):
-    """`src/reconstruct.py`."""
+    """Options of `src/reconstruct.py`."""
 
     input: tuple[str, ...] = option(
         "image files, folders, patterns in quotes, or one data set on disk (or --from_latents)", "PATH", ()
@@ -115,14 +115,14 @@ class ReconstructionOptions(shared.LpipsOptions, shared.LoadingOptions, shared.M
 
     @property
     def products(self) -> frozenset[str]:
-        """Return what of `write` is made, by default too."""
+        """Return the outputs to write: those of --write, else the default ones."""
         usual = () if self.latents else ("images", "sheet", *(() if self.from_latents else ("scores",)))
         return frozenset(self.write or usual)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StatisticsOptions(shared.LoadingOptions):
-    """`src/latent_stats.py`."""
+    """Options of `src/latent_stats.py`."""
 
     config: tuple[str, ...] = option(
         "overrides as for src/train.py, experiment=NAME first (one of --config, --checkpoint and --decoder)",
@@ -147,7 +147,7 @@ class StatisticsOptions(shared.LoadingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions(shared.FeatureOptions, shared.LoadingOptions, shared.ModelsOptions):
-    """`src/eval_generation.py`."""
+    """Options of `src/eval_generation.py`."""
 
     samples: str | None = option("generated images: `arr_0` of an npz, or a folder", "NPZ|DIR")
     latents: str | None = option(
@@ -178,7 +178,7 @@ class GenerationOptions(shared.FeatureOptions, shared.LoadingOptions, shared.Mod
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions:
-    """`src/sample.py`."""
+    """Options of `src/sample.py`."""
 
     checkpoint: str = option(".ckpt of a stage-2 run, or a file of the official code", "FILE", MISSING)
     model: str | None = option("experiment of an official file (ditdh_xl, dit_xl, raev2_dit_k7, ...)", "NAME")
@@ -224,6 +224,6 @@ class SampleOptions:
                 raise ValueError(f"--{name} {value:g}: expected at least 1")
 
     def files(self) -> dict[str, Path]:
-        """Return what is written, by option."""
+        """Return the output files by option name."""
         named = {"output": self.output, "latents": self.latents, "grid": self.grid}
         return {name: path for name, path in named.items() if path is not None}

@@ -1,4 +1,4 @@
-"""Files with an entry per image that several processes make together, in the order of evaluation.
+"""Write files with one entry per image, in evaluation order, from several processes.
 
 Legend: B batch, V variants, H, W image px.
 """
@@ -24,12 +24,12 @@ FIELDS = ("data_dir", "split", "index", "file", "model", "layers", "noise_sigma"
 
 
 def as_text(cell: str) -> str:
-    """Return a cell that spreadsheets show and don't compute: those that begin with = + - @ get an apostrophe in front."""
+    """Put an apostrophe before a cell that a spreadsheet would run as a formula: one that starts with = + - @."""
     return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
 class CsvTable:
-    """One row per image and variant: `FIELDS`, then the per-image values by `names`. Holds these numbers alone."""
+    """One row per image and variant: `FIELDS`, then the per-image values by `names`. Keeps only these numbers."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
@@ -44,7 +44,7 @@ class CsvTable:
         self._numbers.append((variants[0].places, variants[0].rows, stacked))
 
     def gather(self, data_dir: str, split: str, source: Source, labels: Sequence[tuple[str, str, str]]) -> None:
-        """End a data set: rank 0 gets its rows. `labels` are (model, layers, sigma) of the variants. On all ranks."""
+        """Collect a finished data set on rank 0. `labels`: (model, layers, sigma) of each variant. Called on all ranks."""
         parts = [batch for part in gather_on_main(self._numbers) for batch in part]
         self._numbers = []
         if not parts:
@@ -57,16 +57,16 @@ class CsvTable:
                 self._writer.writerow((as_text(data_dir), split, row, as_text(source.name(row)), *label, *figures))
 
     def write(self, target: Path) -> None:
-        """Write the file, on rank 0."""
+        """Write the file. Called on rank 0."""
         write_text(target, self._text.getvalue())
 
 
 @contextmanager
 def image_stack(target: Path, image_size: int, process: Process, originals: bool = False) -> Iterator["ImageStack"]:
-    """Open a stack of images that becomes an npz. All ranks fill one file beside `target`.
+    """Open a stack of images that becomes an npz. All ranks write to one temporary file next to `target`.
 
-    It loses its name as soon as all have opened it, so that a killed process leaves nothing behind; over several nodes,
-    at the end. It is written to and not mapped: on a network file system, two nodes' maps of one file differ.
+    It is unlinked as soon as all ranks have opened it, so that a killed process leaves nothing behind; on several nodes,
+    at the end. It is not memory-mapped: on a network file system, the maps of two nodes can differ.
     """
     beside = target.with_name(f".{target.name}.images")
     one_node = int(os.environ.get("LOCAL_WORLD_SIZE", process.world)) == process.world
@@ -86,7 +86,7 @@ def image_stack(target: Path, image_size: int, process: Process, originals: bool
 
 
 class ImageStack:
-    """Images as `arr_0` of an npz: reconstructions (of the first variant), or originals. Use `image_stack`."""
+    """Writes `arr_0` of an npz: reconstructions of the first variant, or originals. Open it with `image_stack`."""
 
     def __init__(self, file: IO[bytes], target: Path, image_size: int, process: Process, originals: bool) -> None:
         self._file, self.target, self.size, self.process, self.originals = file, target, image_size, process, originals
@@ -97,7 +97,7 @@ class ImageStack:
         self.write(variants[0].places, variants[0].original if self.originals else variants[0].decoded)
 
     def write(self, places: Tensor, images: Tensor) -> None:
-        """Put uint8 B x 3 x H x W at their places (B,) in the whole."""
+        """Write images, uint8 B x 3 x H x W, at their positions (B,) in the evaluation order."""
         for place, image in zip(places.tolist(), images.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
             self._file.seek(place * self._entry)
             self._file.write(image.tobytes())
@@ -105,7 +105,7 @@ class ImageStack:
         self._places.append(places)
 
     def finish(self, facts: Mapping[str, str | int] | None = None) -> int:
-        """Write the npz without gaps, and `facts` in it. Return the number of images. On all ranks."""
+        """Write the npz, without missing images and with `facts`; return the number of images. Called on all ranks."""
         parts = [places for part in gather_on_main(self._places) for places in part]
         order = torch.cat(parts).sort().values.tolist() if parts else []
         if self.process.main:

@@ -1,4 +1,4 @@
-"""Images (or stored latents) through a model into pictures, scores and latents, as `src/reconstruct.py` does.
+"""Reconstruct images (or decode stored latents) into image files, scores and latents. Used by `src/reconstruct.py`.
 
 Legend: B batch, C latent channels, h = w latent grid, H = W image px.
 """
@@ -40,14 +40,14 @@ RECONSTRUCTIONS, SHEET, SCORES, NPZ, ORIGINALS_NPZ, LATENTS = (
 
 
 Outcome = tuple[int, dict[str, float], list[Path]]
-"""Images, means of their values, and what was written; the numbers are right on the first process alone."""
+"""(number of images, mean scores, files written); the numbers are complete only on rank 0."""
 
 
 def reconstruct(options: ReconstructionOptions, loaded: LoadedModel, inputs: Inputs, process: Process) -> Outcome:
-    """Send images through encoder and decoder. On all processes; each takes its share.
+    """Encode and decode images. Called on all ranks; each processes its share.
 
     Raises:
-        UserError: no image that can be decoded, or latents asked for in a scale that the model does not have.
+        UserError: none of the images can be read, or normalised latents requested of a model without statistics.
     """
     rae, size = loaded.rae, loaded.rae.geometry.image_size
     if options.latents == "normalized" and not rae.has_statistics:
@@ -99,7 +99,7 @@ def reconstruct(options: ReconstructionOptions, loaded: LoadedModel, inputs: Inp
 def decode_latents(
     options: ReconstructionOptions, loaded: LoadedModel, store: LatentStore, process: Process
 ) -> Outcome:
-    """Send stored latents through the decoder; there are no originals, so no scores. Otherwise as `reconstruct`.
+    """Decode stored latents. There are no originals, so no scores; otherwise as `reconstruct`.
 
     Raises:
         UserError: latents of another encoder or size, or normalised with other statistics.
@@ -123,7 +123,7 @@ def decode_latents(
 
 
 class _Files:
-    """All that is written of decoded images, below the output folder, but the latents."""
+    """Writes everything about decoded images to the output folder, except the latents."""
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class _Files:
         process: Process,
         quality_names: Sequence[str] = (),
     ) -> None:
-        """`stack` ends with the pass; without names of values there are no originals either."""
+        """`stack` closes after the pass. Empty `quality_names`: there are no originals to compare with."""
         self.output, self.wanted, self.name, self.process = options.output, options.products, name, process
         self.compared = bool(quality_names)
         self.pairs = KeptPairs(options.sheet_images if "sheet" in self.wanted else 0)
@@ -147,7 +147,7 @@ class _Files:
         self.observers: list[Observer] = [part.observe for part in seen]
 
     def observe(self, variants: Sequence[ScoredBatch]) -> None:
-        if not variants:  # latents alone
+        if not variants:  # only latents are written
             return
         (batch,) = variants
         if "images" in self.wanted:
@@ -157,7 +157,7 @@ class _Files:
             observer(variants)
 
     def finish(self, inputs: Inputs | None) -> list[Path]:
-        """Write the files that are made at the end, and return all. On all ranks."""
+        """Write the remaining files, and return the paths of all. Called on all ranks."""
         pairs = self.pairs.gather()
         if inputs is not None:
             self.table.gather(inputs.place, "", inputs.source, [("", "", "0")])

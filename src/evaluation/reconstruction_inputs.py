@@ -1,4 +1,4 @@
-"""What is to be reconstructed: image files, folders, globs, or a data set."""
+"""Open the images to reconstruct: files, folders, globs, or a data set."""
 
 import glob
 import os
@@ -19,25 +19,25 @@ from src.evaluation.images import ALL, open_images
 
 @dataclass(frozen=True)
 class Inputs:
-    """Images in the order in which they are written."""
+    """The images to reconstruct, in output order."""
 
     source: Source
     rows: np.ndarray  # (n,) int64
     place: str
-    """Where they come from, for people."""
+    """Description of where they come from."""
     output_name: Callable[[int], str]
-    """Row -> path of its picture, relative, without a suffix; unique."""
+    """Row -> path of its output image: unique, relative, without suffix."""
 
 
 def open_inputs(paths: Sequence[str], split: str | None, limit: int | None = None) -> Inputs:
-    """Open files, folders (searched to any depth) and globs in any mixture, or one data set on disk. Relative to the working
-    directory.
+    """Open any mix of files, folders (searched to any depth) and globs, or one data set on disk. Relative paths start at the
+    working directory.
 
     Args:
         split: of a data set or of a tree with `train` and `val` folders; None: all images.
 
     Raises:
-        UserError: nothing there, or no image among it.
+        UserError: a path that does not exist, or without any images.
     """
     first = expanded(paths[0])
     ensure(first)
@@ -57,7 +57,7 @@ def open_inputs(paths: Sequence[str], split: str | None, limit: int | None = Non
 
 
 def _with_labels(files: Sequence[Path], root: Path | None) -> FileSource:
-    """Open files; of one folder, the folders right under it are the classes, and a file in none has no label."""
+    """Open files. If all are of one folder, its direct subfolders are the classes; files outside them have no label."""
     if root is None or not root.is_dir():
         return FileSource(Path(), [str(file) for file in files])
     parts = [file.relative_to(root).parts for file in files]
@@ -86,7 +86,7 @@ def _expand(text: str) -> list[Path]:
 
 
 def _names(files: Sequence[Path]) -> list[str]:
-    """Return the paths below the folder that all files share; with their suffix where they would be equal without."""
+    """Return the paths relative to the folder that all files share, with the suffix only where names would clash."""
     absolute = [file.absolute() for file in files]
     root = Path(os.path.commonpath([file.parent for file in absolute]))
     short = [file.relative_to(root).with_suffix("").as_posix() for file in absolute]

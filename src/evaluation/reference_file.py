@@ -1,4 +1,4 @@
-"""Make a file to score against, as `src/make_reference.py` does."""
+"""Write a reference file to score against. Used by `src/make_reference.py`."""
 
 import logging
 import shlex
@@ -24,10 +24,10 @@ log = logging.getLogger(__name__)
 
 
 def write_reference(options: ReferenceOptions, process: Process) -> tuple[int, str]:
-    """Return (images, what was written); complete on rank 0. On all ranks.
+    """Write the reference and return (number of images, description); complete on rank 0. Called on all ranks.
 
     Raises:
-        UserError: no data, no Inception weights, fewer than two images, another image size than the checkpoint's.
+        UserError: no data, no Inception weights, fewer than two images, an image size that differs from the checkpoint's.
     """
     target = resolve(options.output)
     if target.suffix != ".npz":
@@ -60,8 +60,8 @@ def write_reference(options: ReferenceOptions, process: Process) -> tuple[int, s
 
 
 def command_for(options: EvaluationOptions, images: Images, prepared: Preparation, features: str | None = None) -> str:
-    """Return the command that makes the reference which an evaluation with `options` wants. Its output is a new name:
-    the file at hand may be somebody else's. `features`: those of a network other than Inception."""
+    """Return the command that makes the reference an evaluation with `options` expects. It writes to a new file: the
+    existing one may be somebody else's. `features`: value of --features; None: leave the option out."""
     parts: list[Any] = ["python", "src/make_reference.py"]
     if options.checkpoint:
         parts += ["--checkpoint", options.checkpoint]

@@ -1,4 +1,4 @@
-"""Scores as tables, and models side by side in pictures, as `src/eval_rfid.py --report_card` writes them."""
+"""Format scores as tables, and draw models side by side on a sheet, for `src/eval_rfid.py --report_card`."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -17,11 +17,11 @@ LABELS = {
     "rfid": "rFID", "rfd": "rFD", "psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS",
     "gfid": "gFID", "gfd": "gFD", "sfid": "sFID", "inception_score": "IS", "precision": "prec.", "recall": "rec.",
 }  # fmt: skip
-LINE_PX, LETTER_PX = 12, 6  # of Pillow's own font
+LINE_PX, LETTER_PX = 12, 6  # of Pillow's default font
 
 
 def label(key: str) -> str | None:
-    """Return what a score is called in a table; None where `key` is not that of a score."""
+    """Return the name of a score in tables; None if `key` is not that of a score."""
     name, untrained = key.removesuffix("_untrained"), key.endswith("_untrained")
     score, _, space = ("", "", "") if name in LABELS else name.rpartition("_")
     if name not in LABELS and score not in LABELS:
@@ -32,7 +32,7 @@ def label(key: str) -> str | None:
 def score_rows(
     results: Sequence[Mapping[str, Any]], words: Sequence[str] = ("data_dir", "model", "layers")
 ) -> list[list[str]]:
-    """Return a heading and a row for each result: what tells them apart, then all scores that any of them has."""
+    """Return a heading and a row for each result: the `words` in which they differ, sigma, and every score that any has."""
     names = {"data_dir": "data", "model": "model", "layers": "blocks"}
     words = [
         word
@@ -48,14 +48,14 @@ def score_rows(
 
 
 def aligned(rows: Sequence[Sequence[str]], edge: str = "", between: str = "  ") -> list[str]:
-    """Return lines in which the columns stand below each other."""
+    """Return the rows as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (between.join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
     return [f"{edge}{line}{edge[::-1]}".rstrip() for line in lines]
 
 
 def markdown(results: Sequence[Mapping[str, Any]]) -> str:
-    """Return the table of a report card."""
+    """Return the report card as Markdown."""
     rows = score_rows(results)
     rows.insert(1, ["-" * max(3, len(cell)) for cell in rows[0]])
     first = results[0]
@@ -67,7 +67,7 @@ def markdown(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def save_sheet(pairs: Sequence[Pair], names: Sequence[Sequence[str]], file: Path) -> None:
-    """Write originals and below them a row for each variant, its (model, blocks, sigma) of `names` beside it."""
+    """Write a sheet: originals, then a row for each variant, labelled with its (model, blocks, sigma) in `names`."""
     rows = [torch.stack([pair.original for pair in pairs])]
     rows += list(torch.stack([pair.reconstructions for pair in pairs]).transpose(0, 1))
     picture = sheet(rows)  # 3 H W
@@ -85,7 +85,7 @@ def save_sheet(pairs: Sequence[Pair], names: Sequence[Sequence[str]], file: Path
 
 
 def _short(model: str, names: Sequence[Sequence[str]]) -> str:
-    """Return a model's path without what all of them share, at most 32 letters of it."""
+    """Return the last 32 characters of a model's path relative to the folder that all models share."""
     models = {os.path.abspath(name[0]) for name in names}
     shared = os.path.commonpath(models) if len(models) > 1 else os.path.dirname(os.path.abspath(model))
     return os.path.relpath(os.path.abspath(model), shared)[-32:]

@@ -1,4 +1,4 @@
-"""Score models on any number of data sets, one pass over each, as `src/eval_rfid.py` does."""
+"""Score models on any number of data sets, one pass over each. Used by `src/eval_rfid.py`."""
 
 import logging
 import time
@@ -35,9 +35,9 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(options: EvaluationOptions, process: Process) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Score every variant on every data set and write what the options ask for, but the JSON file. On all ranks.
+    """Score every variant on every data set and write all requested files but the JSON. Called on all ranks.
 
-    Returns the results (on rank 0, none on the others) and whatever else they depend on, as plain values.
+    Returns the results (on other ranks than 0: none) and everything else they depend on, as plain values.
     """
     for name in ("csv", "json", "save_npz"):
         if process.main and getattr(options, name):
@@ -47,7 +47,7 @@ def evaluate(options: EvaluationOptions, process: Process) -> tuple[list[dict[st
     folders, cards = (output_folders(root, options.data_dir) for root in (options.output_dir, options.report_card))
     files = references(options.reference, options.data_dir)
     evaluation = Evaluation(options, process)
-    # before the first long pass, what is wrong is said
+    # report errors before the first long pass
     sets = [evaluation.open(data_dir) for data_dir in options.data_dir]
     moments = [evaluation.references(images, file) for images, file in zip(sets, files, strict=True)]
     if options.latents:
@@ -68,7 +68,7 @@ def evaluate(options: EvaluationOptions, process: Process) -> tuple[list[dict[st
 
 
 class Evaluation:
-    """Models and the networks that judge them, on the device of `process`. The protocol is that of the first model."""
+    """Models and evaluation networks on the device of `process`. The first model's config sets the protocol."""
 
     def __init__(self, options: EvaluationOptions, process: Process) -> None:
         self.options, self.process = options, process
@@ -97,7 +97,7 @@ class Evaluation:
         self._warned = False
 
     def description(self) -> dict[str, Any]:
-        """Return whatever else a score depends on."""
+        """Return what the scores depend on besides the images."""
         device = self.process.device
         models = [{k: v for k, v in model.description.items() if k != "config"} for model in self.models]
         names = [network.name for network in self.networks]
@@ -125,7 +125,7 @@ class Evaluation:
         return images
 
     def references(self, images: Images, file: str | None) -> dict[str, Moments]:
-        """Read a reference, for each network, once it is known to fit `images`; none of no file. On all ranks."""
+        """Load a reference that fits `images`, for each network; without a file: none. Called on all ranks."""
         found: dict[str, Moments] = {}
         for network in self.networks if file is not None else ():
             wanted = images.preparation(self.image_size, self.decoder.exif, self.options.num_samples)
@@ -145,13 +145,13 @@ class Evaluation:
         packed: ImageStack | None,
         card: Path | None,
     ) -> list[dict[str, Any]]:
-        """Return the scores of each variant on rank 0, none on the others. On all ranks.
+        """Return the scores of each variant; none on other ranks than 0. Called on all ranks.
 
         Args:
-            references: what to score against instead of the originals, by feature network.
-            output: folder for pairs and sheets; None: no pictures.
-            packed: takes the reconstructions.
-            card: folder for the sheet of all variants; None: no such sheet.
+            references: moments to score against instead of the originals, by feature network.
+            output: folder for image pairs and sheets; None: don't save any.
+            packed: receives the reconstructions.
+            card: folder for the sheet of all variants; None: don't save it.
         """
         started, process, options = time.perf_counter(), self.process, self.options
         pairs, worst = KeptPairs(options.save_samples_count if output else 0), KeptPairs(options.worst, worst=True)
@@ -159,14 +159,14 @@ class Evaluation:
         observers = [pairs.observe, worst.observe, side_by_side.observe, *([self.table.observe] if options.csv else [])]
         observers += [packed.observe] if packed is not None else []
         scores = [self._score(references)]
-        scores += [self._score(scores[0].references) for _ in self.variants[1:]]  # they share the originals' features
+        scores += [self._score(scores[0].references) for _ in self.variants[1:]]  # share the originals' features
         loader = centre_crops(images, self.image_size, self.decoder, options, process)
         with progress(Path(images.folder).name, process.main) as update:
             reconstruct = Reconstructions(self.variants, options.precision)
             score_images(counted(loader, len(loader), update), reconstruct, scores, process, observers)
         for score in scores:
             score.reduce()
-        if scores[0].count < 2:  # on all ranks, so that none waits for the others
+        if scores[0].count < 2:  # raise on all ranks, so that none waits for the others
             raise UserError(f"FID needs at least 2 images; {scores[0].count} of {images.folder} could be decoded.")
         kept, found, compared = pairs.gather(), worst.gather(), side_by_side.gather()
         labels = [(variant.model, variant.label, f"{variant.sigma:g}") for variant in self.variants]
@@ -198,8 +198,8 @@ class Evaluation:
         return [{**result, **more} for result in results]
 
     def score_generated(self) -> None:
-        """Score the generated latents through each model; the first of its results gets the scores. On all ranks."""
-        options: Any = replace(self.options, num_samples=None)  # type: ignore[arg-type]  # of these all
+        """Score the generated latents as decoded by each model, for the model's first result. Called on all ranks."""
+        options: Any = replace(self.options, num_samples=None)  # type: ignore[arg-type]  # use all latents
         path = resolve(str(options.latents))
         reference = Reference(str(options.generation_reference), exif=self.decoder.exif, key="--generation_reference")
         sets = [decoded_set(path, model, options, self.quantization, self.process) for model in self.models]
@@ -214,7 +214,7 @@ class Evaluation:
 
 
 def output_folders(output: str | None, data_dirs: Sequence[str]) -> list[Path | None]:
-    """Return the folder itself for one data set, a folder below it for each of several."""
+    """Return an output folder for each data set: the given one if there is a single data set, else subfolders of it."""
     if output is None:
         return [None] * len(data_dirs)
     root = resolve(output)
@@ -225,7 +225,7 @@ def output_folders(output: str | None, data_dirs: Sequence[str]) -> list[Path | 
 
 
 def references(given: Sequence[str], data_dirs: Sequence[str]) -> Sequence[str | None]:
-    """Return one for each data set; one alone serves all."""
+    """Return a reference for each data set; a single one is used for all."""
     if not given:
         return [None] * len(data_dirs)
     if len(given) not in (1, len(data_dirs)):

@@ -1,4 +1,4 @@
-"""Draw latents from a diffusion transformer: noise as a function of (seed, index), guidance by settings.
+"""Sample latents from a diffusion transformer: noise is a function of (seed, index), guidance comes from settings.
 
 Legend: B images, C latent channels, h = w latent grid.
 """
@@ -20,10 +20,10 @@ from src.losses.flow_matching import FlowSettings, sampling_grid
 
 
 class SamplerSettings(Settings):
-    """How latents are sampled. The node `sampler` of stage-2 configurations, and the options of `src/sample.py`."""
+    """The node `model.sampler` of stage-2 configs, which the options of `src/sample.py` override."""
 
     num_steps: int = Field(ge=1, le=10_000)
-    """`rae`: points, one step fewer; `raev2`: steps."""
+    """`rae`: number of time points, one more than steps; `raev2`: number of steps."""
     grid: Literal["rae", "raev2"]
     method: Literal["euler", "heun", "dopri5"]
     cfg: float = Field(ge=1)
@@ -34,7 +34,7 @@ class SamplerSettings(Settings):
     """Scale of autoguidance by a second, weaker network; 1: none."""
     t_min: float = Field(ge=0, le=1)
     t_max: float = Field(ge=0, le=1)
-    """Times between which guidance is used, both included."""
+    """Interval of times in which guidance applies, both ends included."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -44,7 +44,7 @@ class SamplerSettings(Settings):
 
 
 class Sampler:
-    """Samples by index: image i is the same whatever else is sampled with it, up to the rounding of another batch size."""
+    """Samples latents by index: image i does not depend on the others in its batch, up to rounding."""
 
     def __init__(
         self,
@@ -57,18 +57,18 @@ class Sampler:
         """
         Args:
             network: a transformer of `src/models/dit.py` in evaluation mode.
-            flow: what the network was trained with.
-            guide: the weaker network of autoguidance, and what it was trained with.
+            flow: settings that the network was trained with.
+            guide: the weaker network of autoguidance, and the settings it was trained with.
 
         Raises:
-            UserError: guidance that the networks don't allow.
+            UserError: guidance that the networks don't support.
         """
         self.network, self.seed = network, seed
         self.shape: tuple[int, int, int] = network.latent_shape
         self.shift = flow.shift_for(self.shape)
         self.method, self.grid = settings.method, sampling_grid(settings.num_steps, self.shift, settings.grid)
         if self.method == "dopri5":
-            sampling.adaptive_solver()  # what it lacks is told before training, not at the first picture
+            sampling.adaptive_solver()  # fail before training, not at the first sample
         interval = settings.t_min, settings.t_max
         null_label: int | None = network.null_label
         run: Conditional = sampling.conditional(network, flow.prediction, flow.t_eps)
@@ -96,10 +96,10 @@ class Sampler:
         self._run = run
 
     def latents(self, indices: Sequence[int], labels: Tensor, device: torch.device) -> Tensor:
-        """Return the latents B C h w, float32, of the images with these indices and labels (B,)."""
+        """Sample the latents, float32 B C h w, of the images with these indices and labels (B,)."""
         noise = streams.normals(self.seed, Purpose.SAMPLE_NOISE, 0, indices, self.shape, device)
         return self.integrate(noise, labels.to(device), self.grid)
 
     def integrate(self, z: Tensor, labels: Tensor, grid: Tensor) -> Tensor:
-        """Return the latents at the last time of a grid for z, B C h w, at its first; labels (B,) on the same device."""
+        """Integrate z, B C h w, from the first to the last time of `grid`. Labels (B,) are on the device of z."""
         return sampling.solve(sampling.for_labels(self._run, labels), z, grid, self.method)

@@ -1,4 +1,4 @@
-"""Sample a set of images into one npz: in blocks, by several processes, going on after an interruption.
+"""Sample a set of images into one npz, in blocks and on several processes; an interrupted call can be resumed.
 
 Legend: N images, K classes, C latent channels, h = w latent grid, H = W image px.
 """
@@ -40,8 +40,8 @@ EXISTS = "--{} {} exists. Add --overwrite, or choose another name."
 
 
 def check_files(points: Sequence[SampleOptions]) -> None:
-    """Check before long work what a call, or each point of a sweep, is to write. On rank 0. UserError: a file that is there
-    already (in a sweep `sample` looks what it is of), that is wanted twice or can't be written."""
+    """Check the output files of a call, or of each point of a sweep, before any long work. Called on rank 0. Raises UserError
+    for a file that exists (unless `sample` can resume or reuse it), is named twice or can't be written."""
     files = [(name, path, point) for point in points for name, path in point.files().items()]
     paths = [path.absolute() for _, path, _ in files]
     for number, (name, path, point) in enumerate(files):
@@ -63,12 +63,12 @@ def sample(
     process: Process,
     update: Callable[[int, int], None],
 ) -> SamplerSettings:
-    """Write an npz and return the settings it was made with. On all ranks. What `check_files` lets stand, the npz of a sweep
-    or of a call that was stopped while it cleared up, is taken where its settings are the same.
+    """Write the samples as npz and return the sampler settings. Called on all ranks. An existing npz that `check_files`
+    accepted (in a sweep, or after a call that was stopped during its cleanup) is kept if its settings are the same.
 
     Raises:
-        UserError: settings that the networks don't allow, a half-made file of other settings, latents that aren't finite, a
-            full disk.
+        UserError: settings that the networks don't support, an unfinished or existing file with other settings, latents
+            that aren't finite, a full disk.
     """
     settings = sampler_settings(generator, options)
     rae = generator.rae
@@ -99,7 +99,7 @@ def sample(
                 raise UserError(f"Samples {indices[0]} to {indices[-1]} hold NaN or infinity: {NOT_FINITE}, or fp32.")
             work.write(indices, images, latents)
         wait_for_all()
-        if process.main:  # the npz of images last: where it is, all is there
+        if process.main:  # the image npz comes last: if it exists, everything does
             if options.latents is not None:
                 work.pack("latents", "latents", options.latents, labels, said)
             if options.grid is not None:
@@ -120,10 +120,10 @@ def draw(
     decode_batch: int,
     half: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return the images, uint8 B x 3 x H x W, and latents, float32 B x C x h x w, of a block of indices (B,).
+    """Sample a block of indices (B,): images, uint8 B x 3 x H x W, and latents, float32 B x C x h x w.
 
-    `labels`: of all indices. `half`: the transformer under bf16 autocast, else its products in TF32 on a GPU, as published;
-    the decoder is in float32. Nothing depends on the caller's settings.
+    `labels`: of all images. `half`: run the transformer under bf16 autocast; otherwise with TF32 matmuls on a GPU, as
+    published. The decoder runs in float32. Precision settings of the caller have no effect.
     """
     with torch.autocast(device.type, torch.bfloat16, enabled=half), float32_products(device, "high"):
         latents = sampler.latents(indices, torch.from_numpy(labels[indices]), device).float()
@@ -132,12 +132,12 @@ def draw(
 
 
 def blocks(num_images: int, size: int) -> list[np.ndarray]:
-    """Return the indices of all images in blocks of `size`, the last one shorter; processes take turns."""
+    """Split the indices of all images into blocks of `size`; the last one may be shorter."""
     return [np.arange(start, min(start + size, num_images)) for start in range(0, num_images, size)]
 
 
 def sampler_settings(generator: Generator, options: SampleOptions) -> SamplerSettings:
-    """Return the sampler of the model's configuration with what the options say otherwise."""
+    """Return the sampler settings of the model's config, overridden by the options."""
     values = dict(generator.sampler)
     given = {"num_steps": options.steps, "grid": options.time_grid, "method": options.method,
              "internal": options.internal, "auto": options.auto}  # fmt: skip
@@ -150,26 +150,26 @@ def sampler_settings(generator: Generator, options: SampleOptions) -> SamplerSet
 
 
 def describe(generator: Generator, options: SampleOptions) -> str:
-    """Return a line on the model."""
+    """Describe the model in one line."""
     step = "" if generator.step is None else f", step {generator.step:,}"
     random = " UNTRAINED encoder: random weights, not a result." if generator.rae.encoder.untrained else ""
     return f"{generator.source}{step}, seed {options.seed}, labels {options.labels}.{random}"
 
 
 class Blocks:
-    """Half-made files: images, and latents, in place, and which blocks are done. A block is `size` indices in a row."""
+    """The unfinished output: files of images (and latents), and a journal of the blocks of `size` indices that are done."""
 
     def __init__(
         self, output: Path, count: int, files: dict[str, tuple[type, tuple[int, int, int]]], size: int, process: Process
     ) -> None:
-        """`files`: type and shape of what they hold of an image, by name."""
+        """`files`: dtype and shape of an image's entry, by file name."""
         self.count, self.files, self.size, self.process = count, files, size, process
         self.folder = _parts(output)
         self._bytes = {name: int(np.prod(shape)) * np.dtype(kind).itemsize for name, (kind, shape) in files.items()}
         self._journal = self.folder / f"done.{process.rank}"
 
     def open(self, settings: dict[str, Any], overwrite: bool) -> None:
-        """Make the folder, or take the one of an interrupted run with the same settings. On all ranks."""
+        """Create the folder, or reopen that of an interrupted run with the same settings. Called on all ranks."""
         said = {**settings, "batch_size": self.size}
         if self.process.main:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -198,14 +198,14 @@ class Blocks:
         self._open = {name: open(self.folder / name, "r+b") for name in self.files}  # noqa: SIM115
 
     def remaining(self) -> list[np.ndarray]:
-        """Return the indices of this rank's blocks that are not done yet."""
+        """Return this rank's share of the blocks that are not done yet."""
         lines = {line for file in self.folder.glob("done.*") for line in file.read_bytes().split(b"\n")[:-1]}
-        wait_for_all()  # all have read before anyone writes
+        wait_for_all()  # all ranks have read before any writes
         left = [block for block in blocks(self.count, self.size) if b"%d" % block[0] not in lines]
         return left[self.process.rank :: self.process.world]
 
     def write(self, indices: np.ndarray, images: Tensor, latents: Tensor) -> None:
-        """Put a block in place: uint8 B x 3 x H x W, float32 B x C x h x w; then note that it is done."""
+        """Write a block (images uint8 B x 3 x H x W, latents float32 B x C x h x w), then record it as done."""
         data = {"images": images.permute(0, 2, 3, 1), "latents": latents}
         for name, file in self._open.items():
             file.seek(int(indices[0]) * self._bytes[name])
@@ -218,37 +218,37 @@ class Blocks:
             os.fsync(journal.fileno())
 
     def content(self, name: str) -> np.ndarray:
-        """Return one of `files`, N rows; it is read where it is used."""
+        """Return one of `files` as a memory map with N rows."""
         kind, shape = self.files[name]
         return np.memmap(self.folder / name, kind, "r", shape=(self.count, *shape))
 
     def pack(self, name: str, key: str, target: Path, labels: np.ndarray, settings: str) -> None:
-        """Write one of `files` as array `key` of an npz, beside `labels` and the settings. On rank 0."""
+        """Write one of `files` as array `key` of an npz, with `labels` and the settings. Called on rank 0."""
         with replacing(target) as file:
             np.savez(file, **{key: self.content(name)}, labels=labels, settings=settings)  # type: ignore[arg-type]  # numpy's stub
 
     def remove(self) -> None:
-        """Delete the half-made file. On rank 0."""
+        """Delete the folder. Called on rank 0."""
         self._lock.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def grid(images: np.ndarray, labels: np.ndarray) -> Tensor:
-    """Return a picture of the first images, uint8 N x H x W x 3, of up to 8 classes, a row each: uint8 3 x height x width."""
+    """Return a sheet, uint8 3 x height x width, of up to 8 classes, a row each, from images uint8 N x H x W x 3."""
     chosen = [np.flatnonzero(labels == label)[:GRID_COLUMNS] for label in np.unique(labels)[:GRID_ROWS]]
     return sheet([torch.from_numpy(images[rows]).permute(0, 3, 1, 2) for rows in chosen])
 
 
 def labels_of(which: str, seed: int, num_images: int, network: LatentTransformer, key: str = "--labels ") -> np.ndarray:
-    """Return the label of each index, int64 (N,), of those that `network` knows.
+    """Return the label of each image, int64 (N,).
 
     Args:
-        which: `equal`, each class equally often up to one, in an order by the seed, which also draws those with one image
-            more; `random`, uniform, the same for an index whatever the number; `null`; or classes, repeated in turn.
-        key: the option or config key that says it.
+        which: `equal`: class counts differ by at most one; the seed decides the order, and which classes get one more.
+            `random`: uniform; the label of an index does not depend on `num_images`. `null`. Or classes, repeated in turn.
+        key: the option or config key, for messages.
 
     Raises:
-        UserError: no such classes, or no null label.
+        UserError: classes that `network` does not have, or no null label.
     """
     num_classes = network.num_classes
     if which == "equal":
@@ -287,12 +287,12 @@ def _parts(output: Path) -> Path:
 def _json_or_none(file: Path) -> dict[str, Any] | None:
     try:
         return read_json(file)
-    except UserError:  # a crash of the machine: what it is of is unknown, so it is made anew
+    except UserError:  # missing, or damaged by a crash: start over
         return None
 
 
 def _made_with(file: Path) -> str | None:
-    """Return the settings that an npz of samples says it was made with."""
+    """Return the settings stored in an npz of samples; None if it holds none."""
     try:
         with opened_npz(file) as archive:
             return scalar(archive, "settings", str)
@@ -301,7 +301,7 @@ def _made_with(file: Path) -> str | None:
 
 
 def interval_of(text: str) -> tuple[float, float]:
-    """Parse T_MIN:T_MAX, times at which guidance is used. Raises UserError."""
+    """Parse T_MIN:T_MAX, the interval of times in which guidance applies. Raises UserError."""
     try:
         low, high = (float(part) for part in text.split(":"))
     except ValueError as error:
@@ -312,7 +312,7 @@ def interval_of(text: str) -> tuple[float, float]:
 
 
 def _facts(generator: Generator, guide: Generator | None, options: SampleOptions) -> dict[str, Any]:
-    """Return what the images depend on besides the sampler."""
+    """Return what the images depend on besides the sampler settings."""
 
     def digest(network: torch.nn.Module) -> str:
         parts = (

@@ -1,13 +1,13 @@
-"""Sampling from a diffusion transformer: solvers and guidance. Sources: RAE (arXiv 2510.11690) and RAEv2 (arXiv
+"""Solvers and guidance for sampling from a diffusion transformer. Sources: RAE (arXiv 2510.11690) and RAEv2 (arXiv
 2605.18324); docs/recipe.md, "Stage 2".
 
-A *conditional* is (x, t, y) -> velocity: `conditional(model, prediction)`, or with guidance inside it. Guidance nests,
-and `for_labels` makes a *field* (x, t) -> velocity of it, which `solve` integrates:
+A *conditional* is a function (x, t, y) -> velocity: `conditional(model, prediction)`, or one with guidance. Guidance can
+be nested. `for_labels` turns a conditional into a *field* (x, t) -> velocity, which `solve` integrates:
 
     guided = classifier_free(internal_guidance(model, "x", Guidance(1.78, 0.1, 1)), model.null_label, Guidance(1.5))
     latents = solve(for_labels(guided, labels), noise, sampling_grid(100, s, "raev2"), "euler")
 
-Evaluation mode and autocast are the caller's. Legend: B batch, C latent channels, h = w latent grid.
+The caller sets evaluation mode and autocast. Legend: B batch, C latent channels, h = w latent grid.
 """
 
 from collections.abc import Callable
@@ -30,14 +30,14 @@ def solve(field: Field, z: Tensor, grid: Tensor, method: str) -> Tensor:
     """Integrate dx/dt = field(x, t) from x = z at grid[0] and return x at grid[-1], in z's dtype.
 
     Args:
-        field: gets t of shape (B,) in z's dtype; a velocity of lower precision is added in z's.
+        field: called with t of shape (B,) in z's dtype; velocities of lower precision are accumulated in z's dtype.
         z: B C h w
-        grid: times; best float64 (`sampling_grid`). Steps are differences of these.
-        method: `euler`; `heun`, the trapezoid rule with two calls on every interval, the last one too; `dopri5`, adaptive
-            (torchdiffeq with atol 1e-6 and rtol 1e-3), only the ends of the grid matter.
+        grid: times, preferably float64 (`sampling_grid`); their differences are the step sizes.
+        method: `euler`; `heun`: the trapezoidal rule, with two evaluations in every interval including the last;
+            `dopri5`: adaptive (torchdiffeq, atol 1e-6, rtol 1e-3), uses only the first and last time of the grid.
 
     Raises:
-        UserError: another method, no torchdiffeq.
+        UserError: unknown method, or torchdiffeq is not installed.
     """
     if method == "dopri5":
         return _dopri5(field, z, grid)
@@ -55,14 +55,14 @@ def solve(field: Field, z: Tensor, grid: Tensor, method: str) -> Tensor:
 
 
 def _times(z: Tensor, value: float) -> Tensor:
-    """Return the time of each of z, (B,) in its dtype; what is asked of it is answered without waiting for the device."""
+    """Return `value` as times (B,) in z's dtype, with a CPU copy in `on_host` so that comparing it needs no sync."""
     times = z.new_full((len(z),), value)
     times.on_host = torch.tensor([value], dtype=z.dtype)  # type: ignore[attr-defined]
     return times
 
 
 def adaptive_solver() -> Any:
-    """Return torchdiffeq's `odeint`. UserError where it is not installed."""
+    """Return torchdiffeq's `odeint`. Raises UserError if it is not installed."""
     try:
         from torchdiffeq import odeint
     except ImportError as error:
@@ -80,19 +80,19 @@ def _dopri5(field: Field, z: Tensor, grid: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Guidance:
-    """Scale w of v_weak + w (v_strong - v_weak), and the times at which it is used, both ends included."""
+    """Scale w in v_weak + w (v_strong - v_weak), and the closed interval of times in which guidance applies."""
 
     scale: float
     t_min: float = 0.0
     t_max: float = 1.0
 
     def used_at(self, t: Tensor) -> bool:
-        """Return whether any of the times needs the weak side. Waits for the device, but not for times of `solve`."""
+        """Return whether guidance applies at any of the times. Syncs with the device unless t has `on_host` (`_times`)."""
         return self.scale > 1 and bool(_inside(getattr(t, "on_host", t), self.t_min, self.t_max).any())
 
 
 def guide(strong: Tensor, weak: Tensor, w: float | Tensor, t: float | Tensor, t_min: float, t_max: float) -> Tensor:
-    """Return weak + w (strong - weak) where t_min <= t <= t_max, else strong. `w` and `t`: numbers or (B,)."""
+    """Return weak + w (strong - weak) where t_min <= t <= t_max, else strong. `w` and `t` are numbers or (B,)."""
     if isinstance(w, Tensor):
         w = per_image(w, strong)
     guided = weak + w * (strong - weak)
@@ -105,12 +105,12 @@ def _inside(t: Tensor, t_min: float, t_max: float) -> Tensor:
 
 
 def for_labels(conditional: Conditional, labels: Tensor) -> Field:
-    """Fix the labels (B,): (x, t) -> velocity."""
+    """Return the field (x, t) -> velocity for fixed labels (B,)."""
     return lambda x, t: conditional(x, t, labels)
 
 
 def conditional(model: nn.Module, prediction: str, t_eps: float = 0.05) -> Conditional:
-    """Return the velocity of a model's output; of two outputs (full, base) the full one. Arguments as in `velocity`."""
+    """Return a model as a conditional; of two outputs (full, base) the full one counts. Arguments as in `velocity`."""
 
     def run(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return velocity(_outputs(model, x, t, y)[0], x, t, prediction, t_eps)
@@ -119,9 +119,9 @@ def conditional(model: nn.Module, prediction: str, t_eps: float = 0.05) -> Condi
 
 
 def classifier_free(inner: Conditional, null_label: int | None, guidance: Guidance) -> Conditional:
-    """Return CFG (Ho & Salimans, arXiv 2207.12598): against the null label, in one batch of twice the size.
+    """Add classifier-free guidance (Ho & Salimans, arXiv 2207.12598), computed in one batch of twice the size.
 
-    Outside the interval only the conditional half is computed.
+    Outside the interval only the conditional half is computed. Raises UserError without a null label.
     """
     if null_label is None:
         raise UserError(
@@ -143,7 +143,7 @@ def classifier_free(inner: Conditional, null_label: int | None, guidance: Guidan
 
 
 def autoguidance(strong: Conditional, weak: Conditional, guidance: Guidance) -> Conditional:
-    """Guide by a weaker model with the same labels (Karras et al., arXiv 2406.02507), which runs inside the interval only."""
+    """Guide by a weaker model with the same labels (Karras et al., arXiv 2406.02507), which runs only inside the interval."""
 
     def run(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         if not guidance.used_at(t):
@@ -163,7 +163,7 @@ def internal_guidance(
 ) -> Conditional:
     """Guide the full output by the base output of the same forward pass (RAEv2).
 
-    `null_scale`: another scale for images with the null label, which `classifier_free` around it asks for.
+    `null_scale`: scale for images with the null label, which occur when `classifier_free` wraps this.
     """
     if null_scale is not None and null_label is None:
         raise UserError(f"null_scale={null_scale} needs null_label, the label that it is for.")
@@ -172,7 +172,7 @@ def internal_guidance(
         full, base = _outputs(model, x, t, y)
         scale = x.new_full((len(x),), guidance.scale)
         if null_scale is not None:
-            scale.masked_fill_(y == null_label, null_scale)  # to assign by the mask would wait for the device
+            scale.masked_fill_(y == null_label, null_scale)  # assigning through the mask would sync with the device
         output = guide(full, base, scale, t, guidance.t_min, guidance.t_max)
         return velocity(output, x, t, prediction, t_eps)
 
@@ -180,6 +180,6 @@ def internal_guidance(
 
 
 def _outputs(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """Return the model's one or two outputs in x's dtype: guidance magnifies what half precision rounds off."""
+    """Return the model's one or two outputs in x's dtype: guidance amplifies the rounding errors of half precision."""
     output = model(x, t, y)
     return tuple(part.to(x.dtype) for part in (output if isinstance(output, tuple) else (output,)))

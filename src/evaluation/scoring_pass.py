@@ -1,4 +1,4 @@
-"""One pass over the images, by which every score and picture of the project is made.
+"""Reconstruct and score images in one pass; every reconstruction score and sheet of the project comes from here.
 
 Legend: B batch, H, W image px. Images are uint8 B x 3 x H x W, reconstructions float in [0, 1] scale.
 """
@@ -14,23 +14,23 @@ from src.core.distributed import Process
 from src.metrics.reconstruction import ReconstructionScore
 
 Reconstruct = Callable[[Tensor, Tensor], Iterable[Tensor]]
-"""(images, rows of the source (B,)) -> one batch of reconstructions for each variant that is scored."""
+"""(images, rows of the source (B,)) -> one batch of reconstructions for each scored variant."""
 
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """What is known of a batch, on any device."""
+    """A scored batch of one variant, on any device."""
 
-    places: Tensor  # (B,) int64, in the order of evaluation over all ranks
-    rows: Tensor  # (B,) int64, of the source
+    places: Tensor  # (B,) int64, in the evaluation order over all ranks
+    rows: Tensor  # (B,) int64, rows of the source
     original: Tensor  # uint8 B 3 H W
     decoded: Tensor  # uint8 B 3 H W
     values: Mapping[str, Tensor]
-    """psnr, ssim and lpips (or lpips_untrained), as far as they were asked for, each (B,)."""
+    """psnr, ssim and lpips (or lpips_untrained), those that were requested, each (B,)."""
 
 
 Observer = Callable[[Sequence[ScoredBatch]], None]
-"""Sees every batch once it is scored: an entry for each variant, of the same images."""
+"""Called with each scored batch: an entry for each variant, of the same images."""
 
 
 @torch.no_grad()
@@ -41,10 +41,10 @@ def score_images(
     process: Process,
     observers: Sequence[Observer] = (),
 ) -> None:
-    """Take this rank's share of the images into `scores`, one for each variant. Reduce them afterwards.
+    """Add this rank's share of the images to `scores`, one for each variant. The caller reduces them afterwards.
 
-    batches: as `src.data.dataset.collate` makes them; place p of rank r is place p * world + r of the whole. Without
-    scores, `reconstruct` is run for what it does besides.
+    batches: as `src.data.dataset.collate` makes them; position p of rank r is position p * world + r overall. Without
+    scores, `reconstruct` runs for its side effects.
     """
     for batch in batches:
         images = batch["image"].to(process.device, non_blocking=True)

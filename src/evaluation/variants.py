@@ -1,5 +1,5 @@
-"""The ways in which one evaluation reconstructs each image: by which model, from which blocks of the encoder, with how much
-noise.
+"""Reconstruct each image of an evaluation in several ways: by different models, from different encoder blocks, with
+different amounts of latent noise.
 
 Legend: B batch, C latent channels, h = w latent grid, H, W image px.
 """
@@ -29,17 +29,17 @@ class Variant:
     """One way to reconstruct an image."""
 
     model: str
-    """Where it comes from."""
+    """Path or name it was loaded from."""
     rae: RAE
     label: str
-    """Of its blocks, as the user named them; empty: the model's own."""
+    """Encoder blocks as the user named them; empty: the model's own."""
     layers: tuple[int, ...] | None
     sigma: float
     """Standard deviation of the noise on raw latents, before latent normalisation."""
 
 
 def variants_of(model: LoadedModel, layers: Sequence[str], sigmas: Sequence[float]) -> list[Variant]:
-    """Return every choice of blocks with every sigma. UserError for blocks that the encoder does not have."""
+    """Return every combination of blocks and sigma. Raises UserError for blocks that the encoder does not have."""
     choices: list[tuple[str, tuple[int, ...] | None]] = [("", None)]
     encoder, source = model.rae.encoder, str(model.description["source"])
     if layers:
@@ -51,7 +51,7 @@ def variants_of(model: LoadedModel, layers: Sequence[str], sigmas: Sequence[floa
 
 
 def share_encoders(models: Sequence[LoadedModel]) -> None:
-    """Let models of equal encoders have one, so that it lies in memory once and sees each image once."""
+    """Make models with identical encoders share one, so that it is in memory once and encodes each image once."""
     for i, model in enumerate(models):
         for other in models[:i]:
             if not identity_differences(other.description["encoder"], model.description["encoder"]):
@@ -62,8 +62,8 @@ def share_encoders(models: Sequence[LoadedModel]) -> None:
 class Reconstructions:
     """`(images, rows)` -> one batch of reconstructions for each variant, in their order.
 
-    An encoder runs once for each choice of blocks. The noise of an image depends on its row in the data set alone, and is
-    the same for all variants: what differs between them is their doing.
+    An encoder runs once for each choice of blocks. The noise of an image depends only on its row in the data set, so all
+    variants see the same noise.
     """
 
     def __init__(self, variants: Sequence[Variant], precision: Literal["32", "16", "bf16"]) -> None:
@@ -74,10 +74,10 @@ class Reconstructions:
 
         sources = [(v.rae, v.layers) for v in variants]
         self._inputs = [(id(r.encoder), layers, r.geometry.encoder_input_size, pixels(r)) for r, layers in sources]
-        """All that the latents of a variant depend on."""
+        """Everything that the latents of a variant depend on."""
 
     def __call__(self, images: Tensor, rows: Tensor) -> Iterator[Tensor]:
-        """Yield float B 3 H W in [0, 1] scale, not clamped, of uint8 B 3 H W and their rows (B,)."""
+        """Reconstruct images uint8 B 3 H W with rows (B,) as float B 3 H W in [0, 1] scale, not clamped."""
         latents: dict[Any, Tensor] = {}  # B C h w each
         noise: dict[tuple[int, int, int], Tensor] = {}
         for variant, key in zip(self.variants, self._inputs, strict=True):
@@ -95,7 +95,7 @@ class Reconstructions:
             yield output.float()
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Return the context of `precision`; fp16 is for GPUs, on a CPU it is bf16, as in training."""
+        """Return the autocast context of `precision`; on a CPU fp16 becomes bf16, as in training."""
         if self.precision == "32":
             return nullcontext()
         half = self.precision == "16" and device.type == "cuda"
