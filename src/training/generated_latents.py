@@ -1,11 +1,11 @@
-"""Latents as a sampler makes them, with the images that they are of: what a decoder is fine-tuned on after stage 2.
+"""Generate latents with a stage-2 sampler, paired with real images, to fine-tune a decoder on.
 
-Source: arXiv 2602.08620, which fine-tunes decoders on pairs from real images; the path and its draws are ours:
+Source: arXiv 2602.08620, which fine-tunes decoders on pairs from real images; the path and its random draws are ours:
 
     z_t0 = (1 - t0) z + t0 eps      z the normalised latents of the images
     z~   = z_t0 integrated from t0 to 0 by a trained diffusion transformer
 
-The decoder sees z~, the losses the image. t0 = 0 gives z itself, t0 = 1 a sample that has nothing to do with the image.
+The decoder gets z~, the losses compare with the image. t0 = 0 gives z itself, t0 = 1 a sample unrelated to the image.
 
 Legend: B batch, C latent channels, h = w latent grid.
 """
@@ -28,14 +28,14 @@ from src.models.rae import RAE
 from src.training.settings import GeneratedLatentsSettings
 
 NO_CLASS = -1
-"""Label of an image of no class."""
+"""Label of an image without a class."""
 
 
 class GeneratedLatents(nn.Module):
-    """Maps raw latents to raw latents. Solver, classifier-free and internal guidance are those of the checkpoint's sampler."""
+    """Maps raw latents to raw latents. Solver, classifier-free and internal guidance come from the checkpoint's sampler."""
 
     def __init__(self, settings: GeneratedLatentsSettings, rae: RAE, seed: int) -> None:
-        """Raises UserError: no such checkpoint, or one for another encoder or other statistics than the model's."""
+        """Raises UserError if there is no such checkpoint, or its encoder or statistics differ from the model's."""
         super().__init__()
         assert settings.checkpoint is not None
         own = LoadedModel.of(
@@ -46,12 +46,12 @@ class GeneratedLatents(nn.Module):
         except UserError as error:
             raise UserError(f"model.generated.checkpoint={settings.checkpoint}: {error}") from error
         self.t0, self.seed, self.network = settings.t0, seed, generator.network
-        sampler = SamplerSettings.parse({**generator.sampler, "auto": 1.0}, "sampler")  # without a second network
+        sampler = SamplerSettings.parse({**generator.sampler, "auto": 1.0}, "sampler")  # no second network
         self.sampler = Sampler(self.network, sampler, generator.flow, seed)
         self._grid = sampling_grid(settings.steps, self.sampler.shift, "raev2", settings.t0)
 
     def check_labels(self, classes: int | None) -> None:
-        """Raise UserError where the network has no use for the labels of the data, `classes` of them; None: unlabelled."""
+        """Raise UserError if the network cannot use the labels of the data: `classes` of them, None: unlabelled."""
         if classes is None and self.network.null_label is None:
             raise UserError(
                 "The data has no labels, and the model of model.generated.checkpoint needs a class for each image."
@@ -63,7 +63,7 @@ class GeneratedLatents(nn.Module):
 
     @torch.no_grad()
     def forward(self, rae: RAE, latents: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        """Turn raw latents B C h w of a batch into z~, raw, float32. Draws are functions of (seed, epoch, position)."""
+        """Return z~ (raw, float32) for raw latents B C h w of a batch. Draws are functions of (seed, epoch, position)."""
         epoch, positions = int(batch["epoch"]), batch["position"].tolist()
         labels = torch.as_tensor(batch.get("label", [NO_CLASS] * len(positions)))
         labels = self.network.known(labels).to(latents.device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Set up logging: the terminal of the first process, and a file in the run's folder."""
+"""Set up logging on rank 0: to the terminal and to a file in the run folder."""
 
 import logging
 import re
@@ -7,13 +7,13 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
-# Harmless and not ours to mend; everything else is left alone.
+# Warnings that are harmless here and not ours to fix; all others are shown.
 _SILENCED = (
     r".*does not have many workers which may be a bottleneck.*",  # num_workers is the user's choice
-    r".*This DataLoader will create .* worker processes.*",  # so is this
-    r".*ended before the epoch ended and your dataloader is not resumable.*",  # it goes on where `on_train_start` says
-    r".*module\(s\) in eval mode at the start of training.*",  # the frozen networks are meant to be
-    r".*You have overridden `(on_before_batch_transfer|transfer_batch_to_device)` in `LightningModule`.*",  # on purpose
+    r".*This DataLoader will create .* worker processes.*",  # the user's choice too
+    r".*ended before the epoch ended and your dataloader is not resumable.*",  # resumed by `on_train_start`
+    r".*module\(s\) in eval mode at the start of training.*",  # intended: frozen networks
+    r".*You have overridden `(on_before_batch_transfer|transfer_batch_to_device)` in `LightningModule`.*",  # intended
     r".*The number of training batches .* is smaller than the logging interval.*",
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
     r".*Total length of `list` across ranks is zero.*",  # nothing is held out, as the log says
@@ -21,18 +21,18 @@ _SILENCED = (
     r".*is not currently supported on CUDA-enabled.*pin_memory.*",
     r".*'pin_memory' argument is set as true but no accelerator is found.*",
     r".*Grad strides do not match bucket view strides.*",
-    r".*`broadcast_buffers` is deprecated.*",  # its successor is not in the oldest torch that we support
+    r".*`broadcast_buffers` is deprecated.*",  # the replacement is missing in the oldest supported torch
     r".*barrier\(\): using the device under current context.*",
-    r".*Using ModelCheckpoint with manual optimization and every_n_train_steps.*",  # after an update is what we want
+    r".*Using ModelCheckpoint with manual optimization and every_n_train_steps.*",  # intended: after an update
     r".*The `srun` command is available on your system but is not used.*",
 )
-# Lightning's loggers bring handlers of their own, and their news (device tables, tips) stand in our start-up table.
+# Lightning's loggers have their own handlers; what they report (device tables, tips) is in our start-up table.
 _LIGHTNING = ("pytorch_lightning", "lightning_fabric", "lightning", "lightning.pytorch", "lightning.fabric")
 _QUIET = ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "matplotlib", "datasets", "huggingface_hub")
 
 
 class WarningCollector(logging.Handler):
-    """Keeps the warnings of a run for its record, each once."""
+    """Collects the distinct warnings of a run for its record."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -45,7 +45,7 @@ class WarningCollector(logging.Handler):
 
 
 class LineFormatter(logging.Formatter):
-    """Indents the further lines of an entry, so that no text in it, such as a file's name, passes for an entry."""
+    """Indents continuation lines, so that text in an entry, such as a file name, cannot look like another entry."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = re.sub(r"[\r\x0b\x0c\x1b\x85\u2028\u2029]", "?", super().format(record))
@@ -53,9 +53,9 @@ class LineFormatter(logging.Formatter):
 
 
 class Terminal(logging.StreamHandler):
-    """Writes to what stderr is at the time, so that entries stand above a progress bar, which stands in for stderr.
+    """Writes to the current `sys.stderr`, which a progress bar replaces, so that entries appear above the bar.
 
-    Leaves out entries with `extra={"file_only": True}`: figures that a bar shows.
+    Skips entries with `extra={"file_only": True}`: metrics that the bar shows.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -65,18 +65,18 @@ class Terminal(logging.StreamHandler):
 
 
 def _warning(message: Warning | str, category: type, filename: str, lineno: int, line: str | None = None) -> str:
-    """Return a library's warning with the name of the library instead of the place of its file."""
+    """Format a warning with the name of its library instead of a file path."""
     library = re.search(r"site-packages[\\/](\w+)", filename)
     return f"{library[1] if library else f'{filename}:{lineno}'}: {message}"
 
 
 def set_up(folder: Path | None, main: bool) -> WarningCollector:
-    """Log to the terminal and to FOLDER/run.log from the first process; from the others log errors only."""
+    """Log to the terminal and FOLDER/run.log on rank 0 (`main`); other ranks log only errors, to the terminal."""
     root, collector = logging.getLogger(), WarningCollector()
     for handler in list(root.handlers):
         root.removeHandler(handler)
         if isinstance(handler, logging.FileHandler):
-            with suppress(OSError):  # of a disk that is full
+            with suppress(OSError):  # disk full
                 handler.close()
     root.setLevel(logging.INFO)
     terminal = Terminal(sys.stderr)
@@ -87,9 +87,9 @@ def set_up(folder: Path | None, main: bool) -> WarningCollector:
     if folder is not None and main:
         file = logging.FileHandler(folder / "run.log", encoding="utf-8")
         file.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        file.handleError = lambda record: None  # type: ignore[method-assign]  # on a full disk a checkpoint says so
+        file.handleError = lambda record: None  # type: ignore[method-assign]  # a failing checkpoint reports a full disk
         root.addHandler(file)
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # reports unused weights, which our strict load looks at
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # reports unused weights, which our strict loading checks
     for name in (*_LIGHTNING, *_QUIET):
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in _LIGHTNING:

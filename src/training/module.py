@@ -1,8 +1,8 @@
-"""What the LightningModules of all training stages share.
+"""Base LightningModule of all training stages.
 
-A stage says which networks it has, what a micro-batch computes and how its networks are updated; here is what surrounds
-that. Optimisation is manual: gradient accumulation, clipping and the skipping of bad steps, which Lightning refuses then,
-are done here. Every count of steps is a count of the updates that Lightning counts as `global_step`.
+A stage defines its networks, the loss of a micro-batch and the updates; this file does everything around them. Optimisation
+is manual, so gradient accumulation, clipping and skipping of bad steps, which Lightning then refuses, are done here. Every
+step count is in updates, as counted by Lightning's `global_step`.
 """
 
 from abc import abstractmethod
@@ -34,24 +34,24 @@ HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class StageModule(pl.LightningModule):
-    """Base of a training stage. What is abstract here is what a stage has to say."""
+    """Base of a training stage, which implements the abstract methods."""
 
     frozen: ClassVar[tuple[str, ...]] = ()
-    """Prefixes of the names of what is never trained: in no checkpoint, no average, no gradient exchange."""
+    """Name prefixes of what is never trained: not in checkpoints, EMA or gradient all-reduce."""
     on_device: ClassVar[tuple[str, ...]] = ("image",)
-    """Parts of a batch that the device needs; the others stay on the host as arrays."""
+    """Batch entries moved to the device; the others stay on the host as arrays."""
     sparse_terms: ClassVar[tuple[str, ...]] = ()
-    """Beginnings of the names of terms that a few micro-batches may have no image for; NaN then, and not logged."""
+    """Name prefixes of terms that are NaN if no image of a few micro-batches contributes; then not logged."""
     start_anew: ClassVar[str] = " from its decoder: export it with src/export.py and set model.pretrained_decoder_path"
-    """How a run that can't go on from a checkpoint starts instead, after `a new run`."""
+    """How to start from the weights of a checkpoint that can't be resumed: follows `a new run` in the error message."""
     published_batch: ClassVar[int]
     """Images in a global batch of the published recipe."""
     picture_rows: ClassVar[str]
-    """What the rows of a picture are (`sample_rows`)."""
+    """Description of the rows of a sample image (`sample_rows`)."""
     ema: EMA
-    """Of the network that is evaluated."""
+    """EMA of the network that is evaluated."""
     phase_override: Any = None
-    """What a step computes whatever its number, while preflight times the parts of a run; None: as it is due."""
+    """Phase used for every step while preflight times the parts of a run; None: the phase follows from the step number."""
     settings: StageSettings
 
     def __init__(self, settings: StageSettings) -> None:
@@ -59,40 +59,40 @@ class StageModule(pl.LightningModule):
         self.automatic_optimization = False
         self.settings = settings
         self.run_config: dict[str, Any] = {"model": settings.model_dump()}
-        """The configuration of the run as plain values, for checkpoints; the whole is set by whoever builds the run."""
+        """Configuration of the run as plain values, for checkpoints; `build_run` sets the whole of it."""
         self.nonfinite = NonFiniteCounter(settings.max_skipped_steps)
         self.train_terms: dict[str, Tensor] = {}
         """Scalars of the latest step by their logged names, still on the device."""
         self.scores: dict[str, tuple[int, float]] = {}
         """Latest evaluation results by their logged names: (step, value)."""
         self.scores_at_start: dict[str, float] = {}
-        """Of the validation before training, where there is one (`trainer.num_sanity_val_steps=-1`)."""
+        """Results of the validation before training, if any (`trainer.num_sanity_val_steps=-1`)."""
 
-    # -- what a stage says
+    # -- defined by each stage
 
     @abstractmethod
     def compute_gradients(self, batch: Mapping[str, Any], batch_idx: int, step: int, share: float) -> dict[str, Tensor]:
-        """Add the gradients of a micro-batch, weighted by `share`, and return detached terms of the loss by name."""
+        """Accumulate the gradients of a micro-batch, weighted by `share`; return the detached loss terms by name."""
 
     @abstractmethod
     def update(self, step: int, batch_idx: int, terms: Mapping[str, Tensor]) -> None:
-        """Update the networks after the last micro-batch, number `batch_idx`; `terms`: means over the micro-batches."""
+        """Update the networks after the last micro-batch (`batch_idx`). `terms`: means over the micro-batches."""
 
     @abstractmethod
     def learning_rates(self, step: int) -> dict[str, float]:
-        """Return the learning rates of the updates in `step` by the names under which they are logged, as `scalers`."""
+        """Return the learning rates in `step` by logged name; the same names and order as `scalers`."""
 
     @abstractmethod
     def identity(self) -> dict[str, dict[str, Any]]:
-        """Return, by part, what a model and a checkpoint must share for one to make sense in the other, as plain values."""
+        """Return, by part, the plain values that a checkpoint must share with this model to be loaded into it."""
 
     @abstractmethod
     def cast_when_half(self) -> Sequence[nn.Module]:
-        """Return the frozen networks that run under the trainer's autocast only."""
+        """Return the frozen networks that only run under the trainer's autocast, so can be cast to half precision."""
 
     @abstractmethod
     def parts_to_compile(self) -> Sequence[nn.Module]:
-        """Return where torch.compile pays."""
+        """Return the modules worth compiling."""
 
     @abstractmethod
     def facts(self) -> list[tuple[str, str]]:
@@ -100,42 +100,42 @@ class StageModule(pl.LightningModule):
 
     @abstractmethod
     def untrained_parts(self) -> list[str]:
-        """Return which networks have random weights by request."""
+        """Return the names of networks with random weights by request."""
 
     @abstractmethod
     def sample_rows(self, images: Tensor) -> list[Tensor]:
-        """Return the rows of a picture, each uint8 N x 3 x H x W. `images`: of the evaluation, uint8 N x 3 x H x W."""
+        """Return the rows of a sample image, each uint8 N x 3 x H x W. `images`: evaluation images, uint8 N x 3 x H x W."""
 
     def doubts(self, max_epochs: int | None) -> list[str]:
-        """Return what is likely not meant about a run of so many epochs, a sentence each."""
+        """Return warnings about likely configuration mistakes, one text each."""
         return []
 
     def stretches(self, planned: int) -> list[tuple[str, int, Any]]:
-        """Return the parts of a run of `planned` updates with the same losses on: name, updates, value of `phase_override`."""
+        """Split a run of `planned` updates into parts with the same losses on: name, updates, value of `phase_override`."""
         return [("all", planned, None)]
 
     def training_flops(self) -> float | None:
-        """Return the operations that training needs for an image, recomputation not counted; None where nobody counts."""
+        """Return the FLOPs of training on one image, without recomputation; None if this stage does not count them."""
         return None
 
     def scalers(self) -> dict[str, torch.amp.GradScaler | None]:
-        """Return the loss scalers of fp16 by network; the first belongs to the optimiser that Lightning counts."""
+        """Return the fp16 loss scalers by network; the first belongs to the optimiser whose steps Lightning counts."""
         return {"network": getattr(self.trainer.precision_plugin, "scaler", None)}
 
     # -- training
 
     @property
     def steps_per_epoch(self) -> int:
-        """Updates in an epoch; known once the trainer has its data."""
+        """Updates in an epoch; known once the trainer has its data loaders."""
         return int(self.trainer.num_training_batches) // self.settings.accumulate_grad_batches
 
     @property
     def batches_per_epoch(self) -> int:
-        """Micro-batches of these updates; what is left of an epoch behind them is not trained on."""
+        """Micro-batches in these updates; the remaining ones of an epoch are not trained on."""
         return self.steps_per_epoch * self.settings.accumulate_grad_batches
 
     def ends_update(self, batch_idx: int) -> bool:
-        """Return whether micro-batch number `batch_idx` of an epoch is the last one of an update."""
+        """Return whether micro-batch `batch_idx` of an epoch is the last one of an update."""
         return (batch_idx + 1) % self.settings.accumulate_grad_batches == 0
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
@@ -143,7 +143,7 @@ class StageModule(pl.LightningModule):
             return
         accumulate = self.settings.accumulate_grad_batches
         step, number, last = self.global_step, batch_idx % accumulate, self.ends_update(batch_idx)
-        strategy = self.trainer.strategy  # of one process has nothing to block
+        strategy = self.trainer.strategy  # single-process strategies have no gradient sync to block
         exchanges = last or not hasattr(strategy, "block_backward_sync")
         with nullcontext() if exchanges else strategy.block_backward_sync():
             terms = self.compute_gradients(batch, batch_idx, step, 1 / accumulate)
@@ -156,23 +156,23 @@ class StageModule(pl.LightningModule):
                 self.ema.update()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # Lightning adds 1 and logs at that number; micro-batches are no updates.
+        # Lightning adds 1 and logs at that step; it would count micro-batches instead of updates.
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step - 1
 
     def step_counted(self, step: int, watched: Mapping[str, Tensor]) -> None:
-        """Update by the first optimiser, whose steps Lightning counts. `watched`: as of `step_optimizer`."""
+        """Step the first optimiser, whose steps Lightning counts. `watched`: see `step_optimizer`."""
         rate, scaler = (next(iter(named.values())) for named in (self.learning_rates(step), self.scalers()))
         clip, optimizer = self.settings.gradient_clip_val, self.optimizer_list()[0]
         norm = step_optimizer(optimizer, rate, self.nonfinite, step, watched, scaler=scaler, clip=clip)
         self.train_terms["train/grad_norm"] = norm
 
     def optimizer_list(self) -> list[Any]:
-        """Return what `configure_optimizers` gave, in Lightning's wrappers: a step of any of these adds 1 to `global_step`."""
+        """Return the optimisers in Lightning's wrappers: a step of any of them adds 1 to `global_step`."""
         found = self.optimizers()
         return found if isinstance(found, list) else [found]
 
     def check_numbers(self) -> None:
-        """Raise if losses or gradients have gone wrong too often. Waits for the device; called at logging and saving."""
+        """Raise if too many losses or gradients were not finite. Waits for the device; called when logging and saving."""
         self.nonfinite.check()
         for name, scaler in self.scalers().items():
             if scaler is not None and scaler.is_enabled() and scaler.get_scale() < 1:
@@ -184,7 +184,7 @@ class StageModule(pl.LightningModule):
     # -- results
 
     def write_metrics(self, values: Mapping[str, float]) -> None:
-        """Write to every logger, at the current step, and to where Lightning's callbacks look. On all ranks."""
+        """Write to every logger at the current step, and to `callback_metrics` for Lightning's callbacks. Called on all ranks."""
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         if "train/loss" in values:  # shown by Lightning's progress bars
             self.trainer.progress_bar_metrics["train/loss"] = values["train/loss"]
@@ -192,22 +192,22 @@ class StageModule(pl.LightningModule):
             logger.log_metrics(dict(values), step=self.global_step)
 
     def record_scores(self, values: Mapping[str, float]) -> None:
-        """Keep and write the results of an evaluation."""
+        """Store and log the results of an evaluation."""
         if self.trainer.sanity_checking:
             self.scores_at_start = dict(values)
         else:
             self.scores |= {name: (self.global_step, value) for name, value in values.items()}
         self.write_metrics(values)
 
-    # -- set-up
+    # -- setup
 
     def exchange_gradients_of(self, prefix: str) -> None:
-        """Let DistributedDataParallel exchange the gradients of what is named so and of nothing else."""
+        """Let DistributedDataParallel exchange only the gradients of parameters whose names start with `prefix`."""
         names = [name for name, _ in [*self.named_parameters(), *self.named_buffers()]]
         self._ddp_params_and_buffers_to_ignore = [name for name in names if not name.startswith(prefix)]
 
     def accept_latents(self, store: LatentStore) -> None:
-        """Check that a run can train on stored latents. Raises UserError."""
+        """Check that this stage can train on stored latents. Raises UserError."""
         raise UserError(
             f"{store.path} (data.data_dir) holds stored latents, but this stage trains on images. Give it the images."
         )
@@ -240,7 +240,7 @@ class StageModule(pl.LightningModule):
                 f"An epoch has {batches} micro-batch(es) and an update takes {accumulate} (trainer.accumulate_grad_batches): "
                 "nothing would be trained. Lower that, or data.batch_size, or raise trainer.limit_train_batches."
             )
-        loop = self.trainer.fit_loop  # says where a resumed run stands; the loader starts there
+        loop = self.trainer.fit_loop  # holds the position of a resumed run, where the loader starts
         done = loop.epoch_loop.batch_progress.current.ready
         if done > batches:
             raise UserError(
@@ -249,13 +249,13 @@ class StageModule(pl.LightningModule):
             )
         self.trainer.train_dataloader.resume_at(loop.epoch_progress.current.processed, done)
         loop.epoch_loop._batches_that_stepped = self.global_step
-        if torch.distributed.is_initialized():  # DDP leaves what it ignores to us
+        if torch.distributed.is_initialized():  # DDP does not broadcast what it ignores
             for tensor in self.state_dict().values():
                 torch.distributed.broadcast(tensor, src=0)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move what the device needs, without waiting. All else is for the host and leaves as arrays: tensors DDP would move
-        to the GPU, and reading them back would wait for all that the GPU still has to do."""
+        """Move the `on_device` entries to the device, without waiting. The others become arrays: DDP would move tensors to the
+        GPU, and reading them back would wait for all queued GPU work."""
         host = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in batch.items()}
         return host | {name: batch[name].to(device, non_blocking=True) for name in self.on_device if name in batch}
 
@@ -263,9 +263,9 @@ class StageModule(pl.LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, **changes: Any) -> Self:  # type: ignore[override]
-        """Return the module of a checkpoint on the CPU. `changes`: of its arguments. Raises UserError: it is no such file.
+        """Return the module of a checkpoint, on the CPU. `changes`: arguments to override. Raises UserError for other files.
 
-        `load_trained` returns the model alone, frozen.
+        `load_trained` returns only the model, frozen.
         """
         content = read(checkpoint_path)
         check_resumable(content, checkpoint_path)
@@ -275,12 +275,12 @@ class StageModule(pl.LightningModule):
         return module
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Return what was trained and cannot be had elsewhere."""
+        """Return the state without the `frozen` networks."""
         state = super().state_dict(*args, **kwargs)
         return {name: value for name, value in state.items() if not name.startswith(self.frozen)}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
-        """Load what `state_dict` returns, and nothing less."""
+        """Load what `state_dict` returns. Raises UserError unless all names and shapes match."""
         check_fit(self.state_dict(), state_dict, "The checkpoint", "this model")
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
@@ -293,7 +293,7 @@ class StageModule(pl.LightningModule):
         checkpoint.update(self.identity())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise UserError, with every difference, where the checkpoint is of another model."""
+        """Restore counters. Raises UserError with every difference if the checkpoint is of another model."""
         differing = [
             f"  {name}: checkpoint {(checkpoint.get(part) or {}).get(name)!r}, model {own[name]!r}"
             for part, own in self.identity().items()
@@ -304,35 +304,35 @@ class StageModule(pl.LightningModule):
                 "The checkpoint is of another model:\n" + "\n".join(differing) + "\nResume with the experiment and the "
                 f"overrides of the run that wrote it, or start a new run{self.start_anew}."
             )
-        # A checkpoint lies between two updates, so the count of micro-batches divides by their number in an update then.
+        # Checkpoints are saved between updates, so these micro-batch counts are multiples of `was`.
         count = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
         was, now = checkpoint["config"]["model"]["accumulate_grad_batches"], self.settings.accumulate_grad_batches
         count.update({name: value // was * now for name, value in count.items()})
         self.nonfinite.skipped = checkpoint["skipped_steps"]
-        # Lightning's callbacks would go on with the settings of the run before, and with what is left of its trainer.max_time.
+        # Else Lightning's callbacks would restore the previous run's patience, and what was left of its trainer.max_time.
         checkpoint["callbacks"].pop("Timer", None)
         for callback in getattr(self._trainer, "early_stopping_callbacks", ()):
             checkpoint["callbacks"].get(callback.state_key, {})["patience"] = callback.patience
 
 
 def encoder_fact(encoder: Any) -> tuple[str, str]:
-    """Return the row of the start-up table about an encoder."""
+    """Return the start-up table's row about an encoder."""
     untrained = " (UNTRAINED)" if encoder.untrained else ""
     return "encoder", f"{type(encoder).__name__} {encoder.source}, blocks {list(encoder.layers)}{untrained}"
 
 
 def compile_in_place(parts: Sequence[nn.Module]) -> None:
-    """Compile so that names, and so checkpoints, stay as they are. The average was made before."""
-    # DDP's graphs would be cut where its gradient buckets end; block by block, exchange and backward overlap as it is.
+    """Compile modules in place: parameter names, and so checkpoints, do not change. The EMA copy already exists."""
+    # This would split graphs at DDP's gradient buckets; with one graph per block, communication overlaps the backward anyway.
     torch._dynamo.config.optimize_ddp = False
-    # Blocks of one class share a limit of 8 kinds; widths, training, validation and scores in float32 are more, and what is
-    # above it would run as it is.
+    # All blocks of a class share a limit of 8 graphs. Different widths, training, validation and float32 scores need more;
+    # above the limit they would run uncompiled.
     torch._dynamo.config.recompile_limit = 64
     for part in parts:
         part.compile()
 
 
 def sizes(parts: Mapping[str, nn.Module | None]) -> str:
-    """Return the numbers of parameters in words."""
+    """Return the number of parameters of each part as text."""
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
     return ", ".join(f"{name} {count / 1e6:.3g} M parameters" for name, count in counts.items())

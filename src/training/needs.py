@@ -1,4 +1,4 @@
-"""Check that the weights of a run are on this machine, before anything large is loaded."""
+"""Check that the weights a run needs are on this machine, before anything large is loaded."""
 
 import shlex
 from collections.abc import Mapping
@@ -17,14 +17,14 @@ from src.models.encoder_presets import hub_assets, with_places
 
 
 def require_weights(config: Mapping[str, Any], ask: bool) -> None:
-    """Raise UserError with every file and encoder that is missing for a run, and the command that brings them.
+    """Raise UserError listing every missing file and encoder, with the command that downloads them.
 
-    ask: where encoders alone are missing, ask the hub for each, once; they are missing if it does not answer. False: they are
-    passed over then, to be asked for when all else is known to be right.
+    ask: if only encoders are missing, ask the hub for each once; those it does not provide count as missing. False: skip
+    missing encoders then, so that the hub is only asked after all other checks.
     """
     config = {**config, "model": with_places(config["model"])}
     if stored(config, "model.autoencoder.encoder") and not stored(config, "model.autoencoder.decoder"):
-        return  # of stage 2, without its autoencoder: whoever opens it says so
+        return  # stage 2 without its autoencoder: opening it raises the error
     wanted = requirements(config, resolve(config["paths"]["weights_dir"]), PROJECT_ROOT)
     missing = [asset for asset in wanted if not present(asset)]
     reasons: dict[str, str] = {}
@@ -32,7 +32,7 @@ def require_weights(config: Mapping[str, Any], ask: bool) -> None:
         reasons = {asset.name: why_unreachable(asset.name) for asset in missing} if ask else {}
         missing = [asset for asset in missing if reasons.get(asset.name)]
     if not any(asset.sources or asset.path is None for asset in missing):
-        return  # what only the user has: whoever reads it says what it must be
+        return  # the user's own files: reading them raises the error
     known = {asset.name: asset for asset in hub_assets().values()}
     lines = [
         f"  {asset.path or asset.name}: {known.get(asset.name, asset).what}{_without(asset.name, config)}"
@@ -54,7 +54,7 @@ def require_weights(config: Mapping[str, Any], ask: bool) -> None:
 
 
 def _without(name: str, config: Mapping[str, Any]) -> str:
-    """Return how a run does without the file called `name`; empty where it can't."""
+    """Return how to run without the file called `name`; empty if it is always needed."""
     scores = [kind.off for kind in (RFIDCallback, GFIDCallback) if kind.score in (config.get("callbacks") or {})]
     words = {
         "inception": "".join(scores[:1]),

@@ -1,8 +1,8 @@
-"""The optimisers: AdamW, and Muon for matrices with AdamW for the rest as one (one schedule, one entry in a checkpoint). An
-update by one of them.
+"""Build the optimisers and apply an update.
 
-Source of Muon: RAEv2 (arXiv 2605.18324). Deviation (docs/recipe.md, "Stage 2"): torch's Muon takes one coefficient triple for
-all Newton-Schulz steps, where RAEv2's private package takes Polar Express coefficients.
+AdamW, or Muon for matrices with AdamW for the rest as one optimiser (one schedule, one entry in a checkpoint). Source of
+Muon: RAEv2 (arXiv 2605.18324). Deviation (docs/recipe.md, "Stage 2"): torch's Muon uses one coefficient triple for all
+Newton-Schulz steps, RAEv2's private package uses Polar Express coefficients.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +17,7 @@ from src.training.settings import OptimizerSettings
 
 
 def adamw(module: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """Return fused AdamW over what `module` trains."""
+    """Return fused AdamW over the trainable parameters of `module`."""
     trained = (p for p in module.parameters() if p.requires_grad)
     return torch.optim.AdamW(
         trained, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
@@ -67,14 +67,14 @@ def step_optimizer(
     scaler: torch.amp.GradScaler | None = None,
     clip: float | None = None,
 ) -> Tensor:
-    """Update by the gradients at hand, or leave weights and moments as they are where a number is not finite.
+    """Update with the current gradients, or leave weights and moments unchanged if a number is not finite.
 
     Args:
-        optimizer: any of torch's; for one that is not fused, and so does not heed `found_inf`, the host waits for the
-            device. Lightning's wrapper of it, which uses its scaler by itself, or a bare one, whose steps are not counted.
-        counter: takes note of numbers that are not finite in update number `step`.
-        watched: scalars that have to be finite, named as in `CAUSAL_ORDER` after `prefix`.
-        scaler: of these gradients. It skips those that overflow by itself, so they are not watched.
+        optimizer: any torch optimiser, bare (its steps are not counted) or in Lightning's wrapper, which applies its scaler
+            itself. One that is not fused ignores `found_inf`, so there the host waits for the device.
+        counter: records numbers that are not finite in update `step`.
+        watched: scalars that must be finite, named as in `CAUSAL_ORDER` after `prefix`.
+        scaler: loss scaler of these gradients. It skips overflowing gradients itself, so they are not watched.
         clip: largest norm of the gradient; None: no clipping.
 
     Returns:
@@ -92,9 +92,9 @@ def step_optimizer(
         torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     for group in inner.param_groups:
         group["lr"] = lr
-    if not scaled and getattr(inner, "_step_supports_amp_scaling", False):  # fused: where it is 1 nothing changes
+    if not scaled and getattr(inner, "_step_supports_amp_scaling", False):  # fused: 1 skips the update
         inner.found_inf = found
-    elif not scaled and found.item():  # without gradients nothing changes either
+    elif not scaled and found.item():  # no gradients: no update
         inner.zero_grad(set_to_none=True)
     with record_function("optimizer"):
         if scaler is None or optimizer is not inner:
@@ -107,5 +107,5 @@ def step_optimizer(
 
 
 def loss_scale(scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | float:
-    """Return the factor of a loss scaler without waiting for the device."""
+    """Return the scale of a loss scaler without waiting for the device; 1 without a scaler."""
     return 1.0 if scaler is None else scaler.scale(torch.ones((), device=device))

@@ -1,6 +1,6 @@
-"""Check before days of training whether everything fits, and time it. Saves nothing, leaves no folder.
+"""Check before a long run that everything fits, and time it. Writes nothing, creates no folder.
 
-Updates and the loader are timed one after the other, since batches made ahead would hide a slow loader from so few updates.
+Updates and the loader are timed separately: prefetched batches would hide a slow loader in so few updates.
 """
 
 import logging
@@ -28,27 +28,27 @@ log = logging.getLogger(__name__)
 
 WARM_STEPS, TIMED_STEPS = 2, 3
 LOADER_SECONDS, LOADER_BATCHES = 30.0, 20
-"""The loader is timed over so many batches for each of its processes, or for so long."""
+"""The loader is timed over LOADER_BATCHES batches per worker, at most LOADER_SECONDS."""
 BYTES = 4  # checkpoints are float32
 
 
 @dataclass
 class Stretch:
-    """A part of the run with the same losses on, and what was measured of it."""
+    """A part of the run with the same losses on, and its measurements."""
 
     name: str
     steps: int
     phase: Any
     seconds: list[float] = field(default_factory=list)
-    """Of each timed update."""
+    """Duration of each timed update."""
     memory_gb: float = 0.0
 
 
 class Stopwatch(pl.Callback):
-    """Runs a few updates of each stretch of a run, whatever step it is, and times them."""
+    """Runs a few updates of each stretch of a run, whatever their step number, and times them."""
 
     def __init__(self, max_epochs: int, max_steps: int) -> None:
-        """The run's own; the trainer's are replaced."""
+        """Takes the run's limits; those of the trainer are replaced."""
         self.stretches: list[Stretch] = []
         self._limits = max_epochs, max_steps
         self._began = 0.0
@@ -79,12 +79,12 @@ class Stopwatch(pl.Callback):
 
 
 def preflight(run: "Run") -> None:
-    """Check and time; the report goes to the log. `run` is bare. Raises UserError."""
+    """Check and time a run built with `bare=True`, and log the report. Raises UserError."""
     trainer, module, config = run.trainer, run.module, run.config
     check_disk(config, module)
     for callback in run.callbacks:
         if isinstance(callback, ScoreCallback) and callback.in_use:
-            callback.load_networks()  # a missing file is told now
+            callback.load_networks()  # raises if a file is missing
     trainer.strategy.barrier()
     watch = Stopwatch(config["trainer"]["max_epochs"], config["trainer"]["max_steps"])
     trainer.callbacks.append(watch)
@@ -109,7 +109,7 @@ def preflight(run: "Run") -> None:
 
 
 def gpu_memory(device: torch.device) -> list[tuple[str, str]]:
-    """Return a (name, text) row about a GPU's memory and what others have of it; call before the run takes its own."""
+    """Return a (name, text) row: a GPU's memory and how much is in use. Call before the run allocates its own."""
     if device.type != "cuda":
         return []
     free, total = torch.cuda.mem_get_info(device)
@@ -119,7 +119,7 @@ def gpu_memory(device: torch.device) -> list[tuple[str, str]]:
 
 
 def loader_seconds(loader: Iterable[Any], workers: int) -> float:
-    """Return the seconds of a batch when nothing but loading is done, from the second half of what is timed."""
+    """Return seconds per batch of loading alone, measured over the second half of the timed batches."""
     began = time.perf_counter()
     times: list[float] = []
     for _ in loader:
@@ -131,14 +131,14 @@ def loader_seconds(loader: Iterable[Any], workers: int) -> float:
 
 
 def check_disk(config: Mapping[str, Any], module: Any) -> None:
-    """Raise UserError where checkpoints would not fit on the disk."""
+    """Raise UserError if the checkpoints would not fit on the disk."""
     node = (config.get("callbacks") or {}).get("checkpoint")
     if not node or "_target_" not in node:
         return
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     averaged = sum(p.numel() for p in module.ema.average.parameters())
-    each = BYTES * (3 * trained + averaged) / 1e9  # GB: weights and two moments, and the average
-    files = 3 + max(node["keep_epochs"], 0)  # last, best, the one being written, the kept ones
+    each = BYTES * (3 * trained + averaged) / 1e9  # GB: weights, two moments, EMA
+    files = 3 + max(node["keep_epochs"], 0)  # last, best, one being written, kept epochs
     folder = resolve(config["paths"]["log_dir"])
     while not folder.exists():
         folder = folder.parent
@@ -154,7 +154,7 @@ def check_disk(config: Mapping[str, Any], module: Any) -> None:
 
 
 def _forecast(run: "Run", parts: list[Stretch], loading: float) -> list[tuple[str, str]]:
-    """Return (name, text) rows: the loader, the time of each stretch and of the whole run. loading: seconds of a batch."""
+    """Return (name, text) rows with the time of the loader, each stretch and the whole run. loading: seconds per batch."""
     world, accumulate = run.trainer.world_size, run.module.settings.accumulate_grad_batches
     batch = run.datamodule.batch_size * world * accumulate
     rows = [

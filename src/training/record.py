@@ -1,4 +1,4 @@
-"""What a run leaves besides checkpoints and logs: its folder, its configuration, `run.json`, and its last figures."""
+"""Create a run's folder, and write its configuration, `run.json` and final summary."""
 
 import contextlib
 import importlib.metadata
@@ -34,10 +34,10 @@ _PACKAGES = (
 
 
 def make_folder(log_dir: str, wanted: str | None, checkpoint: Path | None = None) -> Path:
-    """Make the folder of a run: `wanted`, or a new LOG_DIR/runs/YYYY-MM-DD/HH-MM-SS (`-2` when taken). On the first process.
+    """Create the folder of a run: `wanted`, or a new LOG_DIR/runs/YYYY-MM-DD/HH-MM-SS (`-2` if taken). Called on rank 0.
 
-    `wanted` may exist. If it holds a run, `checkpoint`, that this one goes on from, lies in it, or that run was an earlier
-    start of this SLURM job and has saved nothing. Raises UserError: another run's, or it can't be made.
+    `wanted` may exist, but may only hold a run if this one resumes from a `checkpoint` in it, or if that run was an earlier
+    start of this SLURM job that saved nothing. Raises UserError otherwise, or if the folder can't be created.
     """
     now = datetime.now()
     base = resolve(wanted) if wanted else resolve(log_dir) / "runs" / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}"
@@ -83,7 +83,7 @@ def _check_free(folder: Path, checkpoint: Path | None) -> None:
 
 
 def save_config(config: DictConfig, folder: Path) -> None:
-    """Write the three files that Hydra users expect in .hydra/, secrets masked."""
+    """Write the three usual files of Hydra into .hydra/, with secrets masked."""
     hydra = HydraConfig.get()
     for name, content in (
         ("config", config),
@@ -95,10 +95,10 @@ def save_config(config: DictConfig, folder: Path) -> None:
 
 
 class RunRecord:
-    """`run.json`: what was run, on what, and how it ended, rewritten atomically as the run learns more."""
+    """Writes `run.json`: command, environment, status and results, rewritten atomically at each update."""
 
     def __init__(self, folder: Path | None, experiment: str) -> None:
-        """`folder`: of the run; None, on the other ranks: nothing is written."""
+        """`folder`: the run folder; None (ranks other than 0): nothing is written."""
         self._file = folder and folder / "run.json"
         self._content: dict[str, Any] = {
             "experiment_name": experiment,
@@ -117,16 +117,16 @@ class RunRecord:
             write_text(self._file, json.dumps(self._content, indent=2, default=str) + "\n")
 
     def finish(self, status: str, warnings: list[str], **result: Any) -> None:
-        """`status`: finished, failed, terminated (SIGTERM) or interrupted (Ctrl-C, SIGHUP, SIGUSR1)."""
+        """Write the final status: finished, failed, terminated (SIGTERM) or interrupted (Ctrl-C, SIGHUP, SIGUSR1)."""
         ended = datetime.now().isoformat(timespec="seconds")
         self.update({"status": status, "ended": ended, "warnings": warnings, **result})
 
 
 def summary(trainer: pl.Trainer, module: Any) -> dict[str, Any]:
-    """Return the last values by logged name, the speed and the last picture; log the most asked for as a table."""
+    """Return the last values by logged name, the speed and the last sample image; log the main ones as a table."""
     result: dict[str, Any] = {"step": trainer.global_step, "epochs": trainer.current_epoch}
     progress = [callback for callback in trainer.callbacks if isinstance(callback, TrainingProgress)]
-    result |= {name: float(value) for name, value in trainer.callback_metrics.items()}  # of Lightning's `self.log` too
+    result |= {name: float(value) for name, value in trainer.callback_metrics.items()}  # of `self.log` too
     result |= {name: value for name, (_, value) in module.scores.items()}
     shown = ("train/l", "train/gan", "disc/loss", "val/", "rfid", "gfid")
     rows = [(name, f"{result[name]:.4f}") for name in sorted(result) if name.startswith(shown)]

@@ -1,4 +1,4 @@
-"""Find the checkpoint that `ckpt_path` means, and log what a resume changes."""
+"""Find the checkpoint for `ckpt_path`, and log what changes when a run is resumed."""
 
 import logging
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 _FREE = {
     "data": (
-        "_target_",  # a class that has moved
+        "_target_",  # the class may have moved
         "num_workers", "worker_timeout_s", "prefetch_factor", "pin_memory", "worker_start", "max_bad_share", "val_batch_size",
         "use_hf_dataset", "allow_changed", "cache_gb", "storage_options", "mix_unit",  # the data is compared by its fingerprint
         "batch_size", "accumulate",  # the global batch is compared instead
@@ -27,12 +27,12 @@ _FREE = {
         "accumulate_grad_batches", "max_skipped_steps",
     ),
 }  # fmt: skip
-"""Keys that touch neither the stream of batches nor what an update does with it."""
+"""Keys that may change on resume: they affect neither the sequence of batches nor the updates."""
 
 
 def find_checkpoint(ckpt_path: str | None, log_dir: str, experiment: str) -> Path | None:
-    """Return the file. ckpt_path: None for a fresh start; `last` for the newest last.ckpt among runs of this experiment, those
-    of sweeps too; else a path. UserError where there is none."""
+    """Return the checkpoint file. ckpt_path: None: fresh start; `last`: the newest last.ckpt among runs of this experiment,
+    including sweeps; else a path. Raises UserError if there is none."""
     if ckpt_path is None:
         return None
     if ckpt_path != "last":
@@ -56,7 +56,7 @@ def find_checkpoint(ckpt_path: str | None, log_dir: str, experiment: str) -> Pat
 
 
 def announce_resume(checkpoint: Path, config: Mapping[str, Any], processes: int) -> None:
-    """Log where a resumed run stands, and every change that makes it another run than the one it continues."""
+    """Log where the run resumes, and warn about every change that makes it differ from the run that it continues."""
     content = read(checkpoint)
     check_resumable(content, checkpoint)
     before = content["config"]

@@ -1,4 +1,4 @@
-"""Run a training from its configuration to its record."""
+"""Run training: check the configuration, build all parts, fit, write the record."""
 
 import logging
 import os
@@ -47,7 +47,7 @@ from src.training.trainer import TrainerSettings, build_trainer
 log = logging.getLogger(__name__)
 
 KNOWN_CALLBACKS = frozenset(("rfid", "gfid", "checkpoint", "samples", "progress"))
-"""Those whose settings may stay where the callback itself is left out."""
+"""Callbacks whose settings may remain in the config when the callback itself is left out."""
 
 _UNFIT = {
     "StochasticWeightAveraging": "Set model.ema_decay.",
@@ -56,7 +56,7 @@ _UNFIT = {
     "LearningRateFinder": "Try several: -m model.optimizer.lr=1e-4,2e-4",
     "BatchSizeFinder": "preflight=true says whether a data.batch_size fits.",
 }
-"""Callbacks of Lightning that do nothing here, fail, or leave checkpoints that do not resume, and what to do instead."""
+"""Lightning callbacks that have no effect here, fail, or write checkpoints that do not resume; with the alternative."""
 
 
 class PathSettings(Settings):
@@ -68,7 +68,7 @@ class PathSettings(Settings):
 
 
 class RunSettings(Settings):
-    """The whole configuration, `configs/train.yaml`; the nodes of parts are checked by these."""
+    """The whole configuration, `configs/train.yaml`. Nodes of type Mapping are checked by the classes they configure."""
 
     experiment_name: str
     tags: list[str]
@@ -85,21 +85,21 @@ class RunSettings(Settings):
 
 
 JOBS: list[tuple[str, str, str]] = []
-"""Of this sweep in this process: overrides, `finished` or `failed`, and `optimized_metric` or the reason."""
+"""Jobs of this sweep so far: overrides, `finished` or `failed`, and `optimized_metric` or the reason."""
 
 
 def run(config: DictConfig) -> float | None:
-    """Train. A mistake of the user ends with one message and status 1, everything else with its traceback.
+    """Train. A user error ends with one message and exit code 1, any other error with its traceback.
 
-    In a sweep the next job begins after either (`sweep_status`), but not after a signal. Returns the last value of
-    `optimized_metric`; None where it was not logged or the job failed.
+    A sweep continues with its next job after an error (see `sweep_status`), but not after a signal. Returns the last value
+    of `optimized_metric`; None if it was not logged or the job failed.
     """
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN and "BasicLauncher" in str(HydraConfig.get().launcher._target_)
     try:
         with _process_state(), listening() as stop, ExitStack() as held:
             result = _run(config, held).get(config.optimized_metric)
             late = stop.code
-        if sweep and late >= 128:  # too late for this job, not for the next
+        if sweep and late >= 128:  # the signal came after this job, but stops the next
             raise SystemExit(late)
         if sweep:
             value = "was not logged" if result is None else f"{result:.4f}"
@@ -117,14 +117,14 @@ def run(config: DictConfig) -> float | None:
 
 
 def _message(error: Exception) -> str | None:
-    """Return what the user is told instead of a traceback; None for a defect of ours."""
+    """Return the message shown instead of a traceback; None for an unexpected error."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and (error.errno in DISK_ERRORS or "tfevents" in str(error.filename)):
-        return disk_message(error)  # TensorBoard's events fail also where the run's folder was removed
+        return disk_message(error)  # TensorBoard also fails if the run folder was removed
     said = str(error).lstrip().startswith(("Early stopping conditioned on", "`val_check_interval`"))
     if isinstance(error, MisconfigurationException | ModuleNotFoundError) or said:
-        return " ".join(str(error).split())  # Lightning's own words for a mistake, or a package that a callback lacks
+        return " ".join(str(error).split())  # Lightning's message for a user error, or a missing package of a callback
     if isinstance(error, OmegaConfBaseException):
         return f"Configuration: {str(error).strip()}"
     if "Too many open files" in str(error):
@@ -147,7 +147,7 @@ def _message(error: Exception) -> str | None:
 
 
 def _point() -> str:
-    """Return the values of this job of a sweep, as they were typed."""
+    """Return the swept values of this job, as typed."""
     task = list(HydraConfig.get().overrides.task)
     swept = [word.split("=", 1)[0] for word in sys.argv[1:] if re.search("[,(]", word) and word not in task]
     swept += list(HydraConfig.get().sweeper.get("params") or {})
@@ -155,15 +155,15 @@ def _point() -> str:
 
 
 def sweep_status() -> int:
-    """Print the jobs of a sweep as a table and return the exit code: 1 if one of them failed."""
+    """Print a table of the sweep's jobs and return the exit code: 1 if any of them failed."""
     if JOBS:
         rows = [(point, f"{status:<8}  {value}") for point, status, value in JOBS]
-        print(f"The sweep, {len(JOBS)} jobs:\n{table(rows)}", file=sys.stderr)  # logging is Hydra's here
+        print(f"The sweep, {len(JOBS)} jobs:\n{table(rows)}", file=sys.stderr)  # logging belongs to Hydra here
     return int(any(status == "failed" for _, status, _ in JOBS))
 
 
 def _run(config: DictConfig, held: ExitStack) -> dict[str, Any]:
-    """Train and return the last figures by logged name. `held`: what is given back when the run is over."""
+    """Train and return the final metrics by logged name. `held`: resources released when the run ends."""
     launch, sweep = Launch.detect(), HydraConfig.get().mode == RunMode.MULTIRUN
     STOP.loud = launch.main
     logs.set_up(None, launch.main)
@@ -171,14 +171,14 @@ def _run(config: DictConfig, held: ExitStack) -> dict[str, Any]:
     check_config(config)
     if launch.main:
         require_weights(OmegaConf.to_container(config, resolve=True), ask=False)  # type: ignore[arg-type]
-    if sweep:  # the processes that Lightning starts get the command line of this job instead of the sweep's
+    if sweep:  # processes started by Lightning must get the command line of this job, not of the sweep
         words = [word for word in sys.argv[1:] if word not in ("-m", "--multirun")]
         flags = [word for word in words if word.startswith("-") or not ("=" in word or word.startswith("~"))]
         sys.argv[1:] = [*flags, *HydraConfig.get().overrides.task]
     checkpoint = find_checkpoint(config.ckpt_path, config.paths.log_dir, config.experiment_name)
     folder, fresh = None, list[Path]()
     if launch.main and not config.preflight:
-        own = sweep or HydraConfig.get().run.dir != "."  # as configs/hydra/default.yaml has it
+        own = sweep or HydraConfig.get().run.dir != "."  # "." is the default in configs/hydra/default.yaml
         wanted = config.paths.run_dir or (HydraConfig.get().runtime.output_dir if own else None)
         existed = wanted and resolve(wanted).exists()
         folder = make_folder(config.paths.log_dir, wanted, checkpoint)
@@ -202,7 +202,7 @@ def _run(config: DictConfig, held: ExitStack) -> dict[str, Any]:
     except BaseException as error:
         status = status_of(STOP.code) if isinstance(error, SystemExit) else "failed"
         reason = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception_only(error)).strip()
-        with suppress(OSError):  # of the first error is to be told
+        with suppress(OSError):  # report the first error, not this one
             record.finish(status, warnings.messages, error=signal_name(STOP.code) if status != "failed" else reason)
         if fresh and isinstance(error, UserError) and (built is None or not built.module.train_terms):
             logs.set_up(None, launch.main)  # closes run.log
@@ -216,10 +216,10 @@ def _run(config: DictConfig, held: ExitStack) -> dict[str, Any]:
 
 
 def _depend_on_parent(launch: Launch, ckpt_path: str | None) -> None:
-    """End with the process that started this one. Raises UserError where torchrun would have it begin from the start."""
-    if launch.kind == "child":  # without the first process nothing can be saved
+    """Make this process end with its parent. Raises UserError if torchrun restarted the run without `ckpt_path`."""
+    if launch.kind == "child":  # without rank 0 nothing can be saved
         end_with_parent(KILL)
-    elif "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun passes on the first Ctrl-C, and a second one ends it
+    elif "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun forwards the first Ctrl-C and is ended by the second
         end_with_parent(signal.SIGINT)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and ckpt_path is None:
         raise UserError(
@@ -229,30 +229,30 @@ def _depend_on_parent(launch: Launch, ckpt_path: str | None) -> None:
 
 
 def _remove(fresh: list[Path]) -> None:
-    """Remove a folder that a run made, and the one around it if no other run is there."""
+    """Remove the new run folder, and its parent if that is empty."""
     shutil.rmtree(fresh[0], ignore_errors=True)
     for day in fresh[1:]:
-        with suppress(OSError):  # of other runs too
+        with suppress(OSError):  # it holds other runs
             day.rmdir()
 
 
 def _end_children(trainer: pl.Trainer) -> None:
-    """End the processes that Lightning started: they would wait for this one and hold their GPUs."""
+    """Kill the processes that Lightning started: they would wait for this one and hold their GPUs."""
     children = getattr(trainer.strategy.launcher, "procs", [])
-    while children:  # off its list first: it kills this process too, before the error is shown, when one on it fails
+    while children:  # pop first: if a listed process fails, Lightning kills this one before the error is shown
         children.pop().kill()
 
 
 @contextmanager
 def _process_state() -> Iterator[None]:
-    """Give the next job of a sweep the process as it was: Lightning leaves ranks, a process group and thread counts."""
+    """Restore the process for the next job of a sweep: Lightning leaves ranks, a process group and thread counts."""
     environment, arguments, threads = dict(os.environ), list(sys.argv), torch.get_num_threads()
     code = 1
     try:
         yield
         code = 0
     finally:
-        if wandb := sys.modules.get("wandb"):  # else the next job would go on with this one's run
+        if wandb := sys.modules.get("wandb"):  # else the next job would continue this one's W&B run
             wandb.finish(exit_code=code)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -263,9 +263,9 @@ def _process_state() -> Iterator[None]:
 
 
 def check_config(config: DictConfig) -> None:
-    """Check what needs neither data nor weights: unknown keys, sizes that don't fit, what an experiment leaves to the user.
+    """Check what needs neither data nor weights: unknown keys, sizes that don't fit, values an experiment leaves to the user.
 
-    Hydra checks what is overridden; what an experiment file or a `+` adds, nobody else does. Raises UserError.
+    Hydra only checks overrides, not the keys that an experiment file or a `+` adds. Raises UserError.
     """
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     if empty := [key for key, value in flat(plain).items() if value == "" and not key.startswith("logger.")]:
@@ -288,13 +288,13 @@ def check_config(config: DictConfig) -> None:
         _check_part(node, f"callbacks.{name}", pl.Callback)
     for name, node in _parts(plain["logger"]).items():
         _check_part(node, f"logger.{name}", pl.loggers.Logger)
-        if not isinstance(given := node.get("name"), str | None):  # Lightning would fail at the first figure
+        if not isinstance(given := node.get("name"), str | None):  # Lightning would fail at the first logged value
             raise UserError(f"logger.{name}.name={typed(given)}: expected text or null.")
     _check_part(plain["model"], "model", StageModule)
 
 
 def _check_part(node: Mapping[str, Any], key: str, base: type) -> None:
-    """Check the arguments of a class of ours; of others nobody knows what they take before they are built."""
+    """Check the class of a node and, for classes with `check_arguments`, its arguments; others fail when they are built."""
     cls = class_at(node.get("_target_"), base, f"{key}._target_")
     if instead := next((_UNFIT[part.__name__] for part in cls.__mro__ if part.__name__ in _UNFIT), None):
         raise UserError(
@@ -306,23 +306,23 @@ def _check_part(node: Mapping[str, Any], key: str, base: type) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a configuration stands for, built and not yet started."""
+    """All parts built from a configuration, not yet started."""
 
     trainer: pl.Trainer
     module: pl.LightningModule
     datamodule: pl.LightningDataModule
     config: dict[str, Any]
     callbacks: list[pl.Callback]
-    """Those of the configuration."""
+    """Callbacks of the configuration, also when the trainer is bare."""
 
 
 def build_run(config: DictConfig, launch: Launch, checkpoint: Path | None = None, bare: bool = False) -> Run:
-    """Build all parts, those first whose mistakes show soonest.
+    """Build all parts, the quickest to fail first.
 
-    `checkpoint`: that the run goes on from. `bare`: the trainer has neither loggers nor callbacks, to write nothing.
+    `checkpoint`: the run resumes from it. `bare`: build the trainer without loggers and callbacks, so that it writes nothing.
     """
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    plain["model"] = expand_encoder(plain["model"])  # a checkpoint keeps what a preset stood for
+    plain["model"] = expand_encoder(plain["model"])  # checkpoints store the expanded preset
     pl.seed_everything(config.seed, workers=False, verbose=False)
     datamodule = build(config.data, "data")
     callbacks = [build(node, f"callbacks.{name}") for name, node in _parts(config.callbacks).items()]
@@ -336,7 +336,7 @@ def build_run(config: DictConfig, launch: Launch, checkpoint: Path | None = None
     if trainer.is_global_zero:
         datamodule.prepare_data()
         datamodule.setup()
-        _ = datamodule.order  # too few images are noticed before large weights are read
+        _ = datamodule.order  # fail on too few images before loading large weights
         require_weights(plain, ask=True)
     module = build(config.model, "model")
     kept = masked(plain)
@@ -347,7 +347,7 @@ def build_run(config: DictConfig, launch: Launch, checkpoint: Path | None = None
 
 
 def fit(run: Run, checkpoint: Path | None, record: RunRecord) -> dict[str, Any]:
-    """Train, from `checkpoint` on where there is one, and return the last figures by logged name."""
+    """Train, resuming from `checkpoint` if given, and return the final metrics by logged name."""
     trainer, data = run.trainer, run.datamodule
     if trainer.is_global_zero:
         sizes = {"fingerprint": data.fingerprint, "train": data.train_size, "validation": data.val_size}
@@ -360,13 +360,13 @@ def fit(run: Run, checkpoint: Path | None, record: RunRecord) -> dict[str, Any]:
             announce_resume(checkpoint, run.config, trainer.world_size)
     try:
         trainer.fit(run.module, datamodule=data, ckpt_path=checkpoint)
-    finally:  # Lightning leaves this out on the way of an exception, and loading processes would outlive their use
+    finally:  # Lightning skips this after an exception, which would leave workers running
         data.teardown("fit")
     return summary(trainer, run.module)
 
 
 def build(node: DictConfig, key: str) -> Any:
-    """Instantiate a config node. Raises UserError for what its class does not take: keys, or values that only it can judge."""
+    """Instantiate a config node. Raises UserError for keys or values that its class refuses."""
     try:
         return instantiate(node, _recursive_=False, _convert_="all")
     except Exception as error:
@@ -382,16 +382,16 @@ def build(node: DictConfig, key: str) -> Any:
 
 
 def build_loggers(group: DictConfig | None, folder: str, checkpoint: Path | None) -> list[Any]:
-    """Return the loggers of a run in `folder`; a run at Weights & Biases goes on where `checkpoint` is of one."""
+    """Return the loggers of a run in `folder`. Continues the Weights & Biases run of `checkpoint`, if it has one."""
     parts = _parts(group)
     for name, node in parts.items():
-        if checkpoint and "id" in node and node.id is None:  # of Weights & Biases
-            with suppress(UserError):  # of another logger, or before this was noted
+        if checkpoint and "id" in node and node.id is None:  # Weights & Biases
+            with suppress(UserError):  # written with another logger, or by an older version
                 before = read_json(checkpoint.parents[1] / "run.json", wandb_run=str)["wandb_run"]
                 parts[name] = OmegaConf.merge({**node}, {"id": before})
     return [*(build(node, f"logger.{name}") for name, node in parts.items()), MetricsCsv(folder)]
 
 
 def _parts(group: DictConfig | None) -> dict[str, DictConfig]:
-    """Return the nodes with a `_target_`; others are settings for a part that this run leaves out."""
+    """Return the nodes with a `_target_`; the others are settings for parts that this run leaves out."""
     return {str(name): node for name, node in (group or {}).items() if node and "_target_" in node}

@@ -1,4 +1,4 @@
-"""Typed settings of the training modules: what `configs/model/*.yaml` may say, checked before data or weights are opened."""
+"""Typed settings of `configs/model/*.yaml`, checked before data or weights are opened."""
 
 import math
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ from src.models.encoder_presets import expand_encoder
 from src.training.stage1_step import StepSettings
 
 Epoch = Annotated[float, Field(ge=0, allow_inf_nan=True)]
-"""In epochs; fractions are rounded to a step, infinity is never."""
+"""In epochs. Fractions are rounded to a step; infinity means never."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerSettings(Settings):
-    """AdamW."""
+    """Settings of AdamW."""
 
     lr: float = Field(gt=0)
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)]
@@ -31,7 +31,7 @@ class OptimizerSettings(Settings):
 
 
 class StageSettings(Settings):
-    """What the settings of every stage have: what surrounds the step."""
+    """Settings common to all stages."""
 
     typed_as: ClassVar[Mapping[str, str]] = {"seed": "seed"} | {
         key: f"trainer.{key}"
@@ -40,26 +40,26 @@ class StageSettings(Settings):
 
     ema_decay: float = Field(ge=0, lt=1)
     sample_every: int = Field(ge=0)
-    """Optimiser steps between pictures; 0: none."""
+    """Updates between sample images; 0: only at the end."""
     compile: bool
     seed: int
     accumulate_grad_batches: int = Field(ge=1)
     gradient_clip_val: Annotated[float, Field(gt=0)] | None
     """Largest norm of the gradient; None: no clipping."""
     max_skipped_steps: int = Field(ge=0)
-    """Steps with non-finite numbers that are skipped before training stops; 0: stop at the first."""
+    """Updates with non-finite numbers that are skipped before training stops; 0: stop at the first."""
     log_every_n_steps: int = Field(ge=1)
 
 
 class StartEpochs(Settings):
-    """When each part of the loss begins."""
+    """Start epoch of each part of the loss."""
 
     lpips_start_epoch: Epoch
     disc_upd_start_epoch: Epoch
     disc_start_epoch: Epoch
 
     def start_steps(self, steps_per_epoch: int) -> dict[str, float]:
-        """Return the first step of each part: whole numbers, or infinity."""
+        """Return the first step of each part: whole numbers or infinity."""
         epochs = {"lpips": self.lpips_start_epoch, "disc": self.disc_upd_start_epoch, "gan": self.disc_start_epoch}
         return {part: epoch if math.isinf(epoch) else round(epoch * steps_per_epoch) for part, epoch in epochs.items()}
 
@@ -69,23 +69,23 @@ class LayerSubset(Settings):
 
     kind: Literal["none", "uniform"]
     keep_probability: float = Field(gt=0, le=1)
-    """Of each block, before empty subsets are rejected; 0.5 makes all non-empty subsets equally likely."""
+    """Of each block, conditional on a non-empty subset; 0.5 makes all non-empty subsets equally likely."""
 
 
 class LatentNoiseSettings(Settings):
-    """How sigma of the latent noise is drawn, of scale tau = `noise_tau`. What each source found: docs/recipe.md."""
+    """Distribution of sigma, the standard deviation of the latent noise, with scale tau = `noise_tau`. See docs/recipe.md."""
 
     level: Literal["uniform", "half_normal", "logit_normal"]
-    """U(0, tau), as the code of RAE; |N(0, (tau/2)^2)|, of RAE's paper (arXiv 2510.11690) at twice its tau;
-    tau * sigmoid(N(mu, s^2)), the family of Esser et al. (arXiv 2403.03206, equation 19)."""
+    """uniform: U(0, tau), as RAE's code; half_normal: |N(0, (tau/2)^2)|, as RAE's paper (arXiv 2510.11690) at twice its tau;
+    logit_normal: tau * sigmoid(N(mu, s^2)), the family of Esser et al. (arXiv 2403.03206, equation 19)."""
     mu: float
     s: float = Field(gt=0)
-    """Of logit_normal alone."""
+    """mu and s: only for logit_normal."""
     per: Literal["image", "token"]
-    """Whether all tokens of an image share sigma."""
+    """image: all tokens of an image share sigma; token: one sigma per token."""
 
     def quantile(self, u: Tensor, tau: float) -> Tensor:
-        """Return the sigmas of draws u from U[0, 1), of any shape: the inverse of their cumulative distribution."""
+        """Return sigma for draws u from U[0, 1), of any shape: the inverse CDF."""
         if self.level == "half_normal":
             return tau / 2 * torch.special.ndtri((1 + u.double()) / 2).to(u.dtype)
         if self.level == "logit_normal":
@@ -97,11 +97,11 @@ class GeneratedLatentsSettings(Settings):
     """The node `model.generated`."""
 
     checkpoint: str | None
-    """Of stage 2; None: the decoder sees the latents of the images."""
+    """Checkpoint of stage 2; None: off, the decoder gets the latents of the images."""
     t0: Annotated[float, Field(gt=0, le=1)]
-    """Time to which latents are noised; 0 is data, 1 noise."""
+    """Time to which latents are noised; 0 is data, 1 is noise."""
     steps: Annotated[int, Field(ge=1)]
-    """From t0 to 0, on the sampler's shifted grid."""
+    """Sampler steps from t0 to 0, on the sampler's shifted grid."""
 
 
 class AdversarySettings(Settings):
@@ -112,7 +112,7 @@ class AdversarySettings(Settings):
 
 
 class ModelSettings(RAESettings, StepSettings, StartEpochs, StageSettings):
-    """The whole node `model:` of stage 1."""
+    """The node `model:` of stage 1."""
 
     typed_as: ClassVar[Mapping[str, str]] = {**RAESettings.typed_as, **StageSettings.typed_as}
 
@@ -128,5 +128,5 @@ class ModelSettings(RAESettings, StepSettings, StartEpochs, StageSettings):
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], key: str = "model") -> Self:
-        """Check the node, that of an earlier version too. Raises UserError with every problem."""
+        """Check the node; keys of earlier versions are accepted. Raises UserError listing every problem."""
         return super().parse(expand_encoder(with_current_keys(values)), key)

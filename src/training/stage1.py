@@ -1,7 +1,7 @@
-"""Stage-1 training of a representation autoencoder as a LightningModule. Source: RAE (arXiv 2510.11690).
+"""LightningModule for stage-1 training of a representation autoencoder. Source: RAE (arXiv 2510.11690).
 
-The mathematics of a step is in `src/training/stage1_step.py`; this file says when it happens and to which weights. Two
-optimisers take turns; every count of steps is a count of generator updates.
+The mathematics of a step is in `src/training/stage1_step.py`; this file schedules the losses and updates the weights. Two
+optimisers alternate; every step count is in generator updates.
 """
 
 import math
@@ -35,7 +35,7 @@ PURPOSES = {"fake": Purpose.AUGMENT_FAKE, "real": Purpose.AUGMENT_REAL}
 
 
 class RAEModule(StageModule):
-    """What trains and what is kept: the decoder, its EMA, the discriminator's heads. Arguments: the keys of `model:`."""
+    """Trains and checkpoints the decoder, its EMA and the discriminator's heads. Arguments: the keys of `model:`."""
 
     frozen: ClassVar[tuple[str, ...]] = ("rae.encoder.", "lpips.", "discriminator.trunk.", "generated.")
     published_batch: ClassVar[int] = 512
@@ -47,7 +47,7 @@ class RAEModule(StageModule):
         super().__init__(settings)
         arch, augment, seed = settings.disc_arch.arch, settings.disc_arch.augment, settings.seed
         self.rae = RAE(**{name: getattr(settings, name) for name in RAESettings.model_fields})
-        self.encoder_identity = self.rae.encoder.identity()  # of the weights as loaded, before any cast
+        self.encoder_identity = self.rae.encoder.identity()  # of the loaded weights, before any cast
         self.ema = EMA(self.rae.decoder, settings.ema_decay)
         self.ema_decoder = self.ema.average
         self.lpips = LPIPS(**vars(settings.lpips_arch)) if settings.perceptual_weight > 0 else None
@@ -66,10 +66,10 @@ class RAEModule(StageModule):
         self._micro_batches: list[tuple[Mapping[str, Any], Tensor | Fake]] = []
         self.exchange_gradients_of("rae.decoder.")
 
-    # -- where training stands
+    # -- schedule
 
     def phase(self, step: int) -> Phase:
-        """Return what is switched on in `step`."""
+        """Return which losses and updates are on at `step`."""
         if self.phase_override is not None:
             return self.phase_override
         starts = self.settings.start_steps(self.steps_per_epoch)
@@ -87,7 +87,7 @@ class RAEModule(StageModule):
         }
 
     def _discriminator_lr(self, step: int, update: int) -> float:
-        """Return the rate of an update of D, whose schedule counts those alone; `update`: from 0 in each `step`."""
+        """Return the learning rate of an update of D, whose schedule counts only these; `update`: from 0 in each `step`."""
         first = self.settings.start_steps(self.steps_per_epoch)["disc"]
         done = int(max(step - first, 0)) * self.settings.disc_updates + update
         return self.settings.disc_scheduler.lr(done, self.steps_per_epoch)
@@ -123,7 +123,7 @@ class RAEModule(StageModule):
 
     def update(self, step: int, batch_idx: int, terms: Mapping[str, Tensor]) -> None:
         if self.scalers()["generator"] is not None:
-            # Then these are of scaled gradients, and what overflows there is the scaler's business.
+            # These come from scaled gradients, whose overflows the scaler handles.
             terms = {name: value for name, value in terms.items() if name not in ("adaptive_weight", "loss")}
         self.step_counted(step, terms)
         if self._micro_batches:
@@ -143,7 +143,7 @@ class RAEModule(StageModule):
         for update, terms in enumerate(self.step.discriminator_updates(images, sources, draws, scale)):
             average_gradients(self.discriminator.heads.parameters())
             step_optimizer(
-                self.optimizer_list()[1].optimizer,  # Lightning counts the steps of the other one only
+                self.optimizer_list()[1].optimizer,  # bare, so that Lightning does not count its steps
                 self._discriminator_lr(step, update),
                 self.nonfinite,
                 step,
@@ -157,7 +157,7 @@ class RAEModule(StageModule):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Return reconstructions by the EMA weights, float, not clamped, without noise, of uint8 or [0, 1] images B 3 H W."""
+        """Return noise-free reconstructions with the EMA weights, float, not clamped. images: B 3 H W, uint8 or in [0, 1]."""
         return self.rae.decode_raw(self.rae.encode_raw(images), self.ema_decoder).float()
 
     def on_validation_epoch_start(self) -> None:
@@ -182,12 +182,12 @@ class RAEModule(StageModule):
     def sample_rows(self, images: Tensor) -> list[Tensor]:
         return [images, unit_to_bytes(self.reconstruct(images))]
 
-    # -- what a run is told of
+    # -- checks and start-up table
 
     @classmethod
     def check_arguments(cls, config: Mapping[str, Any]) -> None:
-        """Raise UserError: keys and values that are wrong, sizes that don't fit, what an experiment leaves to the user."""
-        if config.get("pretrained_decoder_path") == USERS_CHOICE:  # `???` would give way to the null of the base
+        """Raise UserError for wrong keys and values, sizes that don't fit, and values an experiment leaves to the user."""
+        if config.get("pretrained_decoder_path") == USERS_CHOICE:  # `???` would lose to the base's null
             raise UserError(
                 "This experiment starts from a decoder: add model.pretrained_decoder_path=PATH to the command. PATH is a "
                 "decoder file with the official names (model.pt), a folder that src/export.py wrote, a diffusers "
@@ -246,7 +246,7 @@ class RAEModule(StageModule):
             found.append((" + ".join(names), end - first, phase))
         return found
 
-    # -- set-up and checkpoints
+    # -- setup and checkpoints
 
     def on_fit_start(self) -> None:
         if self.generated is not None:
@@ -289,7 +289,7 @@ class RAEModule(StageModule):
 def parts_to_compile(
     rae: RAE, ema_decoder: nn.Module, lpips: LPIPS | None, discriminator: DinoDiscriminator | None
 ) -> list[nn.Module]:
-    """Return where torch.compile pays."""
+    """Return the modules worth compiling."""
     losses = [lpips, *((discriminator.trunk, discriminator.heads.head) if discriminator is not None else ())]
     blocks = [*rae.encoder.blocks(), *rae.decoder.decoder_layers, *ema_decoder.decoder_layers]
     return [*blocks, *(part for part in losses if part is not None)]

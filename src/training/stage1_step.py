@@ -1,17 +1,17 @@
-"""One step of stage-1 training, in plain torch. Sources: RAE (arXiv 2510.11690); docs/recipe.md, "Losses".
+"""Compute losses and gradients of a stage-1 step, in plain torch. Sources: RAE (arXiv 2510.11690); docs/recipe.md, "Losses".
 
 Legend: B batch, C latent channels, h = w grid, N = h*w tokens, D decoder width, P pixels of a patch (3 * px * px), H = W px.
 
-The published step differentiates the whole chain image -> losses -> decoder several times. Here the losses see only
-pixels and the decoder sees one gradient:
+The published step differentiates the chain decoder -> image -> losses several times. Here each loss is differentiated only
+to the pixels, and the decoder gets one backward pass:
 
     x^ = head(trunk(z'))            one decoder forward
-    g_R = d(L1 + LPIPS)/dx^         the loss graphs are built on x^ detached, one after the other, each freed at once
+    g_R = d(L1 + LPIPS)/dx^         loss graphs on detached x^, one at a time, each freed before the next
     g_G = d(GAN)/dx^
-    w   = |dR/dW| / (|dG/dW| + 1e-6), W the head's weight: two matrix products, since the head is linear
+    w   = |dR/dW| / (|dG/dW| + 1e-6), W: weight of the head; two matrix products, since the head is linear
     one decoder backward with g_R + disc_weight * w * g_G
 
-In exact arithmetic this is the published step; `tests/test_step_parity.py` holds it against the plain formulation.
+In exact arithmetic this is the published step; `tests/test_step_parity.py` compares it with the plain formulation.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +44,7 @@ LossTerm = Callable[[Tensor, Tensor], Tensor]
 
 
 class StepSettings(Settings):
-    """Keys of `model:` that say what a step computes."""
+    """Keys of `model:` that determine what a step computes."""
 
     perceptual_weight: float = Field(ge=0)
     disc_weight: float = Field(ge=0)
@@ -54,16 +54,16 @@ class StepSettings(Settings):
     """Discriminator updates for each generator update."""
     max_d_weight: float = Field(ge=0)
     adaptive_weight: Literal["global", "per_rank"]
-    """`per_rank`: each rank takes w from its own gradients, as published."""
+    """`global`: w from gradients averaged over ranks; `per_rank`: from each rank's own, as published."""
     disc_fake: Literal["fresh", "reuse"]
-    """`fresh`: D sees a reconstruction with the weights just updated and no noise, as published."""
+    """`fresh`: D gets a noise-free reconstruction with the updated decoder, as published; `reuse`: the generator step's output."""
     loss_chunk_size: Annotated[int, Field(ge=1)] | None
-    """Images that go through the loss networks at once; None is the whole batch."""
+    """Images per pass through the loss networks; None: the whole batch."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What is switched on at a step; L1 always is."""
+    """Losses and updates that are on at a step; L1 always is."""
 
     lpips: bool
     gan: bool
@@ -80,27 +80,27 @@ class LatentNoise(NamedTuple):
 
 
 class Fake(NamedTuple):
-    """What D judges as fake, in the form that takes the least memory between micro-batches and updates."""
+    """Fake images for D, stored as bytes to save memory between micro-batches and updates."""
 
     pixels: Tensor
     """uint8 B 3 H W."""
     flaw: Tensor
-    """0, or NaN where the decoder's output was not finite, which bytes can't show: a scalar to add to losses."""
+    """Scalar to add to losses: 0, or NaN if the decoder's output was not finite, which bytes can't represent."""
 
 
 @dataclass(frozen=True)
 class GeneratorResult:
-    """What the generator's step leaves."""
+    """Results of the generator's step."""
 
     terms: dict[str, Tensor]
     """Detached scalars by name: those of `reconstruction_terms`, gan, adaptive_weight, loss."""
     fake_source: Tensor | Fake | None
-    """For the discriminator's step, where the phase has one: clean raw latents, B C h w, or with `disc_fake=reuse` the fake."""
+    """Input of the discriminator's step, if it is on: clean raw latents B C h w, or with `disc_fake=reuse` the fake."""
 
 
 @dataclass
 class TrainingStep:
-    """Losses and gradients of both networks. `lpips`, `discriminator`: None where no phase of the run switches them on."""
+    """Computes losses and gradients of both networks. `lpips`, `discriminator`: None if the run never uses them."""
 
     rae: RAE
     lpips: LPIPS | None
@@ -109,7 +109,7 @@ class TrainingStep:
     settings: StepSettings
 
     def reconstruction_terms(self, phase: Phase) -> dict[str, tuple[float, LossTerm]]:
-        """Return weight and function of each term of R by its name: what training differentiates and validation averages."""
+        """Return weight and function of each term of R by name, for training and validation."""
         terms: dict[str, tuple[float, LossTerm]] = {"l1": (1.0, lambda output, target: (output - target).abs())}
         if phase.lpips and self.lpips is not None:
             lpips = self.lpips
@@ -133,15 +133,15 @@ class TrainingStep:
         layers: tuple[int, ...] | None = None,
         resample: Callable[[Tensor], Tensor] | None = None,
     ) -> GeneratorResult:
-        """Put the gradients of the generator's total loss into the decoder.
+        """Accumulate the gradients of the generator's total loss in the decoder.
 
         Args:
             images: B 3 H W, float in [0, 1].
-            augment: draws for DiffAug, where the phase has the GAN term.
-            loss_scale: factor for half-precision gradients inside the loss networks; taken out again.
-            share: of this micro-batch in the update, 1 / their number.
-            layers: blocks of the encoder to use instead of its own choice.
-            resample: what takes the place of raw latents B C h w, for both networks.
+            augment: draws for DiffAug, if the GAN term is on.
+            loss_scale: factor for half-precision gradients inside the loss networks; divided out again.
+            share: weight of this micro-batch in the update, 1 / number of micro-batches.
+            layers: encoder blocks to use instead of all its chosen ones.
+            resample: maps raw latents B C h w to those that replace them, for both networks.
         """
         decoder = self.rae.decoder
         with record_function("encode"):
@@ -163,7 +163,7 @@ class TrainingStep:
                 terms[name], term_gradient = self.reconstruction_gradient(term, reconstruction, images, loss_scale)
             grad_r.add_(term_gradient, alpha=weight)
             loss = loss + weight * terms[name]
-        del images, term_gradient  # the GAN term takes most memory of all
+        del images, term_gradient  # the GAN term needs the most memory
         gradient = grad_r
         if phase.gan:
             with record_function("gan"):
@@ -180,13 +180,13 @@ class TrainingStep:
             return GeneratorResult(terms, None)
         if self.settings.disc_fake == "reuse":
             return GeneratorResult(terms, as_fake(reconstruction))
-        half = torch.is_autocast_enabled(latents.device.type)  # the decoder's first layer casts them so anyway
+        half = torch.is_autocast_enabled(latents.device.type)  # the decoder's first layer casts them to half anyway
         return GeneratorResult(terms, latents.to(torch.get_autocast_dtype(latents.device.type)) if half else latents)
 
     def reconstruction_gradient(
         self, term: LossTerm, reconstruction: Tensor, images: Tensor, loss_scale: Scale
     ) -> tuple[Tensor, Tensor]:
-        """Return the value of one term of R and its gradient to the reconstruction, B 3 H W."""
+        """Return one term of R and its gradient with respect to the reconstruction, B 3 H W."""
 
         def part_of_mean(leaf: Tensor, part: slice) -> Tensor:
             values = term(leaf, images[part])
@@ -195,7 +195,7 @@ class TrainingStep:
         return self._pixel_gradient(part_of_mean, reconstruction, loss_scale)
 
     def gan_gradient(self, reconstruction: Tensor, augment: Draws | None, loss_scale: Scale) -> tuple[Tensor, Tensor]:
-        """Return the generator's GAN term -mean D(aug(x^)) and its gradient to the reconstruction. Leaves D as it is."""
+        """Return the GAN term -mean D(aug(x^)) and its gradient with respect to the reconstruction. Does not change D."""
         assert self.discriminator is not None and augment is not None
         discriminator, term = self.discriminator, GENERATOR_LOSSES[self.settings.gen_loss]
 
@@ -209,7 +209,7 @@ class TrainingStep:
     def _pixel_gradient(
         self, part_of_mean: Callable[[Tensor, slice], Tensor], reconstruction: Tensor, loss_scale: Scale
     ) -> tuple[Tensor, Tensor]:
-        """Sum a loss over chunks of the batch, each with a graph of its own that ends at the pixels."""
+        """Return a loss and its gradient with respect to the pixels, summed over chunks of the batch with one graph each."""
         gradient = torch.empty_like(reconstruction)
         total = reconstruction.new_zeros(())
         for part in self._chunks(len(reconstruction)):
@@ -223,11 +223,11 @@ class TrainingStep:
         """Return w = |dR/dW| / (|dG/dW| + 1e-6), at most `max_d_weight`, a scalar. Esser et al., arXiv 2012.09841, equation 7.
 
         Args:
-            features: what the head sees, B N D.
-            grad_r, grad_g: gradients of both terms to the reconstruction, B 3 H W.
+            features: input of the head, B N D.
+            grad_r, grad_g: gradients of both terms with respect to the reconstruction, B 3 H W.
         """
         device = features.device.type
-        # As the published backward does under autocast; but pixel gradients of a mean lie below the range of fp16.
+        # bf16 as in the published backward under autocast; not fp16, whose range the pixel gradients of a mean underflow.
         half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
         features = features.flatten(0, 1).to(torch.bfloat16 if half else torch.float32)  # B*N D
         with torch.autocast(device, enabled=False):
@@ -238,7 +238,7 @@ class TrainingStep:
         return (norm_r / (norm_g + 1e-6)).clamp(0, self.settings.max_d_weight)
 
     def _head_gradient(self, features: Tensor, image_gradient: Tensor) -> Tensor:
-        """Return the gradient to the head's weight, P x D, for one to the image: the way from the head on is linear."""
+        """Return the gradient of the head's weight, P x D, from that of the image: everything after the features is linear."""
         if self.rae.decoder_denormalize:
             image_gradient = image_gradient * self.rae.image_std
         patches = patchify(image_gradient, self.rae.decoder.patch_size).flatten(0, 1)  # B*N P
@@ -253,15 +253,15 @@ class TrainingStep:
         draws: Callable[[Label, int, int], Draws],
         loss_scale: Callable[[], Scale] = lambda: 1.0,
     ) -> Iterator[dict[str, Tensor]]:
-        """Put the gradients of D's loss into its heads and yield its terms, once for each update; step the optimiser then.
+        """Accumulate the gradients of D's loss in its heads and yield its terms, once per update; the caller steps the optimiser.
 
-        0.5 (mean of the real term + mean of the fake term). The two halves have graphs of their own, so the first is freed
-        before the second is built; the power iteration comes before each, in the published order.
+        Loss: 0.5 (mean of the real term + mean of the fake term). Each half has its own graph, so the first is freed before
+        the second is built; the power iteration runs before each, in the published order.
 
         Args:
-            images: of the micro-batches of the generator's update, which has been made: uint8 B 3 H W each.
-            fake_sources: of the same; each is replaced by its fake when that is due, so that latents don't stay in memory.
-            draws: of the augmentation, for (label, number of the micro-batch, number of the update).
+            images: of the generator's micro-batches, after its update: uint8 B 3 H W each.
+            fake_sources: one per micro-batch; each is replaced by its fake when needed, which frees the latents.
+            draws: returns the augmentation draws for (label, micro-batch, update).
         """
         assert self.discriminator is not None
         labels: tuple[Label, Label] = ("fake", "real")
@@ -281,7 +281,7 @@ class TrainingStep:
 
     @torch.no_grad()
     def fake(self, source: Tensor | Fake) -> Fake:
-        """Return what D judges as fake, from what the generator's step left for it."""
+        """Return the fake images of a `fake_source`, decoded if it holds latents."""
         if isinstance(source, Fake):
             return source
         with record_function("disc_decode"):
@@ -290,13 +290,13 @@ class TrainingStep:
     def _discriminate(
         self, judged: Tensor | Fake, augment: Draws, label: Label, scale: Scale, share: float, terms: dict[str, Tensor]
     ) -> None:
-        """Put gradients of half of D's loss into its heads and add to its terms, for a fake or real images, uint8 B 3 H W."""
+        """Accumulate gradients and terms of half of D's loss, for a fake or for real images (uint8 B 3 H W)."""
         assert self.discriminator is not None
         term = DISCRIMINATOR_LOSSES[self.settings.disc_loss][label]
         images, flaw = judged if isinstance(judged, Fake) else (judged, 0.0)
         for part in self._chunks(len(images)):
             with torch.no_grad():
-                # To [-1, 1] as published: fakes from their bytes, images by way of [0, 1], which rounds differently.
+                # To [-1, 1] as published: fakes from bytes directly, real images through [0, 1], which rounds differently.
                 signed = (
                     bytes_to_signed(images[part]) if label == "fake" else unit_to_signed(bytes_to_unit(images[part]))
                 )
@@ -315,7 +315,7 @@ class TrainingStep:
                 terms[name] = terms.get(name, 0) + value * weight
 
     def _chunks(self, batch: int) -> Iterator[slice]:
-        """Yield the parts of a batch, an odd last one with compilation off: another size is another graph."""
+        """Yield slices of a batch. A smaller last one runs without compilation: a new size would compile a new graph."""
         size = self.settings.loss_chunk_size or batch
         for start in range(0, batch, size):
             odd = 0 < start > batch - size
@@ -324,5 +324,5 @@ class TrainingStep:
 
 
 def as_fake(images: Tensor) -> Fake:
-    """Return images in [0, 1] scale clamped and on the 8-bit grid."""
+    """Clamp images in [0, 1] scale and round them to bytes."""
     return Fake(unit_to_bytes(images), images.detach().sum(dtype=torch.float32) * 0)

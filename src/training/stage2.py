@@ -1,5 +1,5 @@
-"""Stage-2 training of a diffusion transformer on RAE latents as a LightningModule. Sources: RAE (arXiv 2510.11690), RAEv2
-(arXiv 2605.18324). The mathematics of a step is in `src/training/stage2_step.py`.
+"""LightningModule for stage-2 training of a diffusion transformer on RAE latents. Sources: RAE (arXiv 2510.11690), RAEv2 (arXiv
+2605.18324). The mathematics of a step is in `src/training/stage2_step.py`.
 """
 
 import logging
@@ -41,9 +41,9 @@ NO_LABELS = (
     "model.num_classes=1."
 )
 STUCK_AFTER = 500
-"""Updates after which a run whose loss is that of an untrained network is told so."""
+"""Updates after which a run is warned if its loss is still that of an untrained network."""
 STUCK_SHARE = 0.97
-"""Of the loss of the output 0, above which it counts as not learning."""
+"""Share of the loss of an all-zero output above which the run counts as not learning."""
 
 
 class TransformerOptimizer(OptimizerSettings):
@@ -54,7 +54,7 @@ class TransformerOptimizer(OptimizerSettings):
 
 
 class Stage2Settings(StageSettings):
-    """The whole node `model:` of stage 2."""
+    """The node `model:` of stage 2."""
 
     typed_as: ClassVar[Mapping[str, str]] = {**StageSettings.typed_as, "image_size": "data.image_size"}
 
@@ -67,7 +67,7 @@ class Stage2Settings(StageSettings):
     num_classes: int = Field(ge=1)
     label_dropout: float = Field(ge=0, le=1)
     label_std: float = Field(gt=0)
-    """Of the label table's initial values."""
+    """Standard deviation of the label table's initial values."""
     pretrained_path: str | None = None
     flip_probability: float = Field(ge=0, le=1)
     flow: FlowSettings
@@ -78,7 +78,7 @@ class Stage2Settings(StageSettings):
 
 
 class DiffusionModule(StageModule):
-    """What trains and what is kept: the transformer and its EMA. Arguments: the keys of `model:`."""
+    """Trains and checkpoints the transformer and its EMA. Arguments: the keys of `model:`."""
 
     frozen: ClassVar[tuple[str, ...]] = ("rae.",)
     on_device: ClassVar[tuple[str, ...]] = ("image", "latent", "label")
@@ -113,7 +113,7 @@ class DiffusionModule(StageModule):
         self._window: Tensor | None = None
         self._window_updates = 0
         self._warned = False
-        self.sampler()  # guidance that the network does not allow is told before training
+        self.sampler()  # fail before training on guidance that the network does not support
         self.exchange_gradients_of("network.")
 
     # -- training
@@ -129,7 +129,7 @@ class DiffusionModule(StageModule):
         return {"network": self.settings.scheduler.lr(step, self.steps_per_epoch)}
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Check labels while they are on the host, so that no device is waited for."""
+        """Check labels on the host, so that nothing waits for the device."""
         if "label" not in batch:
             raise UserError(NO_LABELS)
         return batch | {"label": self.network.known(batch["label"])}
@@ -150,7 +150,7 @@ class DiffusionModule(StageModule):
             self.train_terms[f"train/loss_q{number}"] = value
 
     def _add_to_window(self, step: int, terms: Mapping[str, Tensor], draws: FlowDraws) -> None:
-        """Sum losses by quartile of t since the last log entry: 4 sums, 4 counts, the loss of the output 0; no waiting."""
+        """Add to the sums since the last log entry, on the device: 4 losses and 4 counts by quartile of t, zero output's loss."""
         if self._window is None or (step % self.settings.log_every_n_steps == 0 and step != self._window_updates):
             self._window = torch.zeros(2 * QUARTERS + 1, device=self.device)
             self._window_updates = step
@@ -181,7 +181,7 @@ class DiffusionModule(StageModule):
         batch = {
             **batch,
             "position": batch["position"] * self.trainer.world_size + self.global_rank,
-        }  # in the whole set
+        }  # in the whole set, not on this rank
         draws = FlowDraws.at(self.settings.seed, batch, self.rae.latent_shape, self.device, training=False)
         latents = self.step.latents(batch, draws, training=False)
         losses = self.step.losses(self.ema_network, latents, batch["label"], draws)["loss"]
@@ -194,13 +194,13 @@ class DiffusionModule(StageModule):
         self.record_scores(values | {f"val/loss_q{n}": total / count for n, total, count in quarters if count})
 
     def sampler(self, settings: SamplerSettings | None = None, seed: int | None = None) -> Sampler:
-        """Return a sampler of the averaged network; by default with the run's own settings and seed."""
+        """Return a sampler of the EMA network, by default with the run's settings and seed."""
         own = self.settings
         return Sampler(self.ema_network, settings or own.sampler, own.flow, own.seed if seed is None else seed)
 
     @torch.no_grad()
     def sample_rows(self, images: Tensor) -> list[Tensor]:
-        """Return a row for each of `sample_classes` classes, always of the same noise; as many columns as `images`."""
+        """Return a row of samples for each of `sample_classes` classes, from fixed noise; as many columns as `images`."""
         count, classes = len(images), self.settings.num_classes
         chosen = torch.linspace(0, classes - 1, min(self.settings.sample_classes, classes)).long().unique().tolist()
         sampler, rows = self.sampler(), []
@@ -210,7 +210,7 @@ class DiffusionModule(StageModule):
             rows.append(unit_to_bytes(self.rae.decode(latents)))
         return rows
 
-    # -- what a run is told of
+    # -- checks and start-up table
 
     @classmethod
     def check_arguments(cls, config: Mapping[str, Any]) -> None:
@@ -229,7 +229,7 @@ class DiffusionModule(StageModule):
         ]
 
     def training_flops(self) -> float:
-        """Return three forward passes of the transformer, and the encoder's where latents aren't stored."""
+        """Return the FLOPs of three forward passes of the transformer, plus one of the encoder unless latents are stored."""
         size = self.rae.geometry.encoder_input_size
         stored = self.trainer.datamodule.latent_store is not None
         encoder = 0 if stored else flops.forward_flops(self.rae.encoder, torch.empty(1, 3, size, size, device="meta"))
@@ -247,7 +247,7 @@ class DiffusionModule(StageModule):
     def untrained_parts(self) -> list[str]:
         return ["encoder"] * self.rae.encoder.untrained
 
-    # -- set-up and checkpoints
+    # -- setup and checkpoints
 
     def accept_latents(self, store: LatentStore) -> None:
         check_store(store, self.autoencoder)

@@ -1,5 +1,5 @@
-"""One step of stage-2 training, in plain torch: flow matching on RAE latents. Sources: RAE (arXiv 2510.11690), RAEv2 (arXiv
-2605.18324); docs/recipe.md, "Stage 2".
+"""Compute the loss of a stage-2 training step, in plain torch: flow matching on RAE latents. Sources: RAE (arXiv 2510.11690), RAEv2
+(arXiv 2605.18324); docs/recipe.md, "Stage 2".
 
     z    = (encode(flip(x)) - mean) / sqrt(var + 1e-5)      frozen, float32
     t    = shift(draw of the distribution)                  1 is noise, 0 is data
@@ -27,12 +27,12 @@ from src.models.rae import RAE
 
 @dataclass(frozen=True)
 class FlowDraws:
-    """Everything random about a micro-batch, one row an image."""
+    """All random draws for a micro-batch, one row per image."""
 
     noise: Tensor
     """eps, B C h w."""
     time: Tensor
-    """U[0, 1), (B,), on the CPU: their distributions take float64, which not every device has."""
+    """U[0, 1), (B,), on the CPU: the distributions of t use float64, which not every device has."""
     drop: Tensor
     """U[0, 1), (B,): below label_dropout the label is dropped."""
     flip: Tensor
@@ -42,7 +42,7 @@ class FlowDraws:
     def at(
         cls, seed: int, batch: Mapping[str, Any], shape: tuple[int, int, int], device: torch.device, training: bool
     ) -> "FlowDraws":
-        """Return the draws of the batch's positions: functions of (seed, epoch, position), of nothing that ran before."""
+        """Return the draws of a batch: functions of (seed, epoch, position) only, not of what ran before."""
         epoch, positions = int(batch["epoch"]), batch["position"].tolist()
         noise, scalars = (
             (Purpose.FLOW_NOISE, Purpose.FLOW_SCALARS) if training else (Purpose.EVAL_NOISE, Purpose.EVAL_SCALARS)
@@ -54,7 +54,7 @@ class FlowDraws:
 
 @dataclass
 class FlowStep:
-    """The loss of a micro-batch. It knows no optimiser and no Lightning."""
+    """Computes the loss of a micro-batch, independent of optimiser and Lightning."""
 
     rae: RAE
     settings: FlowSettings
@@ -62,14 +62,14 @@ class FlowStep:
     label_dropout: float
     flip_probability: float
     normalize_stored: bool = False
-    """Whether stored latents are as the encoder gives them."""
+    """Whether stored latents are raw and still have to be normalised."""
 
     def __post_init__(self) -> None:
         self.shift = self.settings.shift_for(self.rae.latent_shape)
 
     def latents(self, batch: Mapping[str, Any], draws: FlowDraws, training: bool) -> Tensor:
-        """Return the normalised latents B C h w of a batch: of `image`, uint8 B 3 H W, mirrored in training and encoded in float32
-        whatever autocast says, or the stored `latent`."""
+        """Return the normalised latents B C h w of a batch: the stored `latent`, or `image` (uint8 B 3 H W), randomly mirrored in
+        training and encoded in float32 regardless of autocast."""
         if "latent" in batch:
             return self.rae.normalize(batch["latent"]) if self.normalize_stored else batch["latent"]
         images, flip = batch["image"], draws.flip < (self.flip_probability if training else 0)
@@ -78,15 +78,15 @@ class FlowStep:
             return self.rae.encode(bytes_to_unit(images), check=False)
 
     def dropped(self, labels: Tensor, draws: FlowDraws) -> Tensor:
-        """Return the labels (B,) of training, dropped ones replaced by the null label."""
+        """Return training labels (B,) with dropped ones replaced by the null label."""
         return torch.where(draws.drop < self.label_dropout, self.num_classes, labels)
 
     def losses(self, network: nn.Module, latents: Tensor, labels: Tensor, draws: FlowDraws) -> dict[str, Tensor]:
-        """Return per-image terms (B,): loss; full and base where there is a base head; zero, the loss of the output 0.
+        """Return per-image terms (B,): loss; full and base if there is a base head; zero, the loss of an all-zero output.
 
         Args:
             latents: normalised, B C h w float32.
-            labels: (B,) int64 in 0..K; the null label stays what it is.
+            labels: (B,) int64 in 0..K, K: the null label.
         """
         settings = self.settings
         t = settings.draw_time(draws.time, self.shift).to(latents.device, non_blocking=True)

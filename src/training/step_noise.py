@@ -1,7 +1,7 @@
-"""The random numbers of a stage-1 step, from the streams of `src/core/random_streams.py`.
+"""Draw the random numbers of a stage-1 step, from the streams of `src/core/random_streams.py`.
 
-Legend: B micro-batch on this rank. Per image they depend on (seed, epoch, position in the epoch), for a whole micro-batch
-on (seed, epoch, number of the micro-batch), for a step on (seed, step): never on ranks, workers or what ran before.
+Draws per image depend on (seed, epoch, position in the epoch), per micro-batch on (seed, epoch, micro-batch number), per step on
+(seed, step): never on ranks, workers or what ran before. Legend: B micro-batch on this rank.
 """
 
 from collections.abc import Mapping
@@ -20,12 +20,12 @@ from src.training.settings import LatentNoiseSettings, LayerSubset
 from src.training.stage1_step import LatentNoise
 
 Batch = Mapping[str, Any]
-"""Of the loader: `epoch` and `position` (B,) say which images of which epoch these are."""
+"""Batch of the loader: `epoch` and `position` (B,) identify its images."""
 
 
 @dataclass(frozen=True)
 class StepNoise:
-    """All draws of stage 1. Results are on `device`."""
+    """Makes all random draws of stage 1. Results are on `device`."""
 
     rae: RAE
     augmentation: DiffAug
@@ -42,7 +42,7 @@ class StepNoise:
             )
 
     def latents(self, batch: Batch, device: torch.device) -> LatentNoise | None:
-        """Return sigma of each image or token (`model.noise`) and N(0, I); None where noise_tau is 0."""
+        """Return sigma per image or token (`model.noise`) and draws from N(0, I); None if noise_tau is 0."""
         if self.rae.noise_tau == 0:
             return None
         epoch, positions = int(batch["epoch"]), batch["position"].tolist()
@@ -54,9 +54,9 @@ class StepNoise:
         return LatentNoise(sigma.to(device, non_blocking=True).view(-1, 1, *grid), normal)
 
     def augment(self, purpose: Purpose, batch: Batch, number: int, update: int, device: torch.device) -> Draws:
-        """Return the draws of DiffAug. `number`: of the micro-batch in its epoch; `update`: of D's updates in the step."""
+        """Return the draws for DiffAug. `number`: micro-batch in its epoch; `update`: update of D in its step, from 0."""
         epoch, positions = int(batch["epoch"]), batch["position"].tolist()
-        # Each update takes its own columns; the switches of a batch come from their own place beyond all images.
+        # Each update uses its own columns; per-batch switches use positions beyond those of all images.
         count = UNIFORMS_PER_SAMPLE * (update + 1)
         samples = streams.uniforms(self.seed, purpose, epoch, positions, count)[:, -UNIFORMS_PER_SAMPLE:]
         switches = streams.uniforms(self.seed, purpose, epoch, [2**62 + number], UNIFORMS_PER_BATCH * (update + 1))

@@ -1,4 +1,4 @@
-"""Build a Lightning Trainer from the node `trainer:`: devices, strategy and precision as users write them."""
+"""Build a Lightning Trainer from the node `trainer:`."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ from src.core.settings import Settings
 log = logging.getLogger(__name__)
 
 TAKEN_OVER = ("accumulate_grad_batches", "gradient_clip_val", "max_skipped_steps", "overfit_batches")
-"""Keys that the training module handles, since Lightning refuses them under manual optimisation."""
+"""Keys handled by the training module, since Lightning refuses them under manual optimisation."""
 _PRECISION = {
     "32": "32-true", "32-true": "32-true", "fp32": "32-true",
     "16": "16-mixed", "16-mixed": "16-mixed", "fp16": "16-mixed",
@@ -35,7 +35,7 @@ _ELSEWHERE = {
     "plugins": "trainer.precision, trainer.strategy and SLURM's variables say which",
     "use_distributed_sampler": "the order of the images is the data module's own",
 }
-"""Arguments of Lightning's Trainer that are not passed on, and what to type instead."""
+"""Arguments of Lightning's Trainer that are refused, with what to use instead."""
 
 Count = Annotated[int, Field(ge=1)]
 Devices = (
@@ -44,9 +44,9 @@ Devices = (
 
 
 class TrainerSettings(Settings):
-    """The node `trainer:`. Other arguments of Lightning's Trainer may be added with `+`; it checks those itself.
+    """The node `trainer:`. Other arguments of Lightning's Trainer may be added with `+`; Lightning checks them.
 
-    `TAKEN_OVER` are checked with the module's settings.
+    The `TAKEN_OVER` keys are checked with the module's settings.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -85,7 +85,7 @@ class TrainerSettings(Settings):
 def build_trainer(
     config: dict[str, Any], launch: Launch, callbacks: list[Any], loggers: list[Any], root: str
 ) -> pl.Trainer:
-    """Return the trainer. `root`: the run's folder. Raises UserError for values that don't fit this machine or Lightning."""
+    """Return the trainer. `root`: the run folder. Raises UserError for values that this machine or Lightning can't use."""
     for key in _ELSEWHERE.keys() & config.keys():
         raise UserError(f"trainer.{key} is not passed on to Lightning: {_ELSEWHERE[key]}.")
     settings = {key: value for key, value in config.items() if key not in (*TAKEN_OVER, "_target_")}
@@ -114,11 +114,11 @@ def build_trainer(
             "Float32 products in full precision. On a GPU trainer.float32_matmul_precision=high (TF32) or trainer.precision=bf16 "
             "is faster."
         )
-    # Every trained parameter gets a gradient in the one backward pass, so nothing has to search for unused ones; there
-    # are no buffers to exchange; gradients that are views of the buckets save a copy of the model.
+    # Every trained parameter gets a gradient in the one backward pass, so there are no unused ones to find; there are no
+    # buffers to synchronise; gradients as bucket views save a copy of the model.
     ddp = DDPStrategy(find_unused_parameters=False, broadcast_buffers=False, gradient_as_bucket_view=True)
     environment = _environment(launch, settings["devices"])
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that `deterministic` would pay for
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that slows down `deterministic`
     try:
         trainer = pl.Trainer(
             **{**settings, "strategy": ddp if distributed else "auto"},
@@ -126,22 +126,22 @@ def build_trainer(
             logger=loggers,
             plugins=[AtomicCheckpointIO(), *environment],
             default_root_dir=root,
-            use_distributed_sampler=False,  # the data module's own order; Lightning's would shuffle evaluation
+            use_distributed_sampler=False,  # the data module sets the order; Lightning's sampler would shuffle evaluation
             enable_checkpointing=any(isinstance(callback, pl.callbacks.Checkpoint) for callback in callbacks),
             enable_progress_bar=any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks),
             enable_model_summary=False,
         )
         trainer._signal_connector.register_signal_handlers = lambda: None  # src/core/stopping.py handles them
         return trainer
-    except Exception as error:  # Lightning's own checks, of many kinds
+    except Exception as error:  # Lightning's own checks raise many types
         raise UserError(
             f"trainer: {str(error).rstrip('.')}. Keys are listed in configs/trainer/default.yaml."
         ) from error
 
 
 def _environment(launch: Launch, devices: Any) -> list[Any]:
-    """Return what tells Lightning who started the processes; empty where it finds out or starts them itself. UserError: a SLURM
-    job that does not say how many tasks a machine has."""
+    """Return the cluster environment plugin; empty if Lightning detects it or starts the processes itself. Raises UserError for a
+    SLURM job that does not set its number of tasks per node."""
     if launch.kind == "torchrun":
         os.environ.setdefault("LOCAL_RANK", str(launch.rank % devices))
         return [TorchElasticEnvironment()]
@@ -152,11 +152,11 @@ def _environment(launch: Launch, devices: Any) -> list[Any]:
             f"This SLURM job has {tasks} tasks by --ntasks alone, which does not say how many a machine has. Give "
             f"--nodes and --ntasks-per-node to sbatch and srun: --nodes=1 --ntasks-per-node={tasks}, say."
         )
-    return [SLURMEnvironment(auto_requeue=False)]  # Lightning's own requeue would start from scratch
+    return [SLURMEnvironment(auto_requeue=False)]  # Lightning's requeue would start from scratch
 
 
 def _profiler(name: str | None, folder: str) -> pl.profilers.Profiler | None:
-    """Return Lightning's profiler, which leaves its table (pytorch: a trace too) in `folder`."""
+    """Return Lightning's profiler, which writes its table (pytorch: also a trace) to `folder`."""
     kinds = {"simple": "SimpleProfiler", "advanced": "AdvancedProfiler", "pytorch": "PyTorchProfiler"}
     if name is None:
         return None
@@ -165,7 +165,7 @@ def _profiler(name: str | None, folder: str) -> pl.profilers.Profiler | None:
 
 
 def precision(wanted: Any, on_gpu: bool) -> str:
-    """Return Lightning's name of `trainer.precision`; fp16 on a CPU becomes bf16."""
+    """Return Lightning's name for `trainer.precision`; fp16 on a CPU becomes bf16."""
     name = _PRECISION[str(wanted).removesuffix(".0")]
     if name == "16-mixed" and not on_gpu:
         log.info(
@@ -177,7 +177,7 @@ def precision(wanted: Any, on_gpu: bool) -> str:
 
 
 def _accelerator(wanted: str) -> str:
-    """Return Lightning's name of what to train on: gpu (CUDA), mps or cpu. Raises UserError for what is not there."""
+    """Return Lightning's accelerator name: gpu (CUDA), mps or cpu. Raises UserError if it is not available."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if wanted in ("gpu", "cuda") and not cuda:
         raise UserError(
@@ -192,14 +192,14 @@ def _accelerator(wanted: str) -> str:
 
 
 def _several(devices: Any) -> bool:
-    """Return whether they are several, which Lightning by itself would train by DDP with other settings than ours."""
+    """Return whether there are several devices, for which Lightning would choose DDP with its own settings."""
     count = len(devices) if isinstance(devices, list) else devices
     return {"auto": 1, -1: torch.cuda.device_count()}.get(count, count) > 1
 
 
 def _started(devices: Any, nodes: int, launch: Launch) -> dict[str, int]:
-    """Return devices and num_nodes as torchrun started the processes. Others who set RANK and WORLD_SIZE may leave out how many
-    a machine has: then num_nodes says so. Raises UserError: machines of different numbers."""
+    """Return devices and num_nodes of processes started by torchrun. Without LOCAL_WORLD_SIZE, which other launchers may not set,
+    num_nodes gives the processes per node. Raises UserError if nodes have different numbers."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", max(launch.world // nodes, 1)))
     found = {"devices": here, "num_nodes": launch.world // here}
     for (key, started), wanted in zip(found.items(), (devices, nodes), strict=True):
