@@ -1,6 +1,7 @@
 """A resumed run is the run that was never interrupted: the same weights, moments, averages and batches, bit for bit."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from src.core.errors import UserError
 from src.core.weights import PROJECT_ROOT, read
 from src.training.stage1 import RAEModule
 from src.training.step_noise import StepNoise
-from tests.training import QUIET, assert_equal_ends, last, train
+from tests.training import QUIET, assert_equal_ends, last, train, train_stage2
 
 EVERY_STEP = ["callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.keep_epochs=-1"]
 
@@ -30,6 +31,20 @@ def test_stopped_after_any_step_and_resumed(whole, tmp_path, caplog, stop, chang
     train(second, *QUIET, *EVERY_STEP, checkpoint=last(first))
     assert_equal_ends(whole, second)
     assert not [r.getMessage() for r in caplog.records if " is now " in r.getMessage()]
+
+
+@pytest.mark.parametrize("key", ["pretrained_decoder_path", "pretrained_path"])
+def test_a_resume_does_without_the_file_that_the_run_started_from(
+    whole, stage2_run, autoencoder, tmp_path, caplog, key
+):
+    source, begin = (whole, train) if key == "pretrained_decoder_path" else (stage2_run[0], train_stage2)
+    common = [*QUIET, *EVERY_STEP] if begin is train else [autoencoder]
+    started = Path(shutil.copy(last(source), tmp_path / "started_from.ckpt"))
+    begin(tmp_path / "first", *common, f"model.{key}={started}", "trainer.max_steps=2")
+    started.unlink()
+    run = begin(tmp_path / "second", *common, f"model.{key}={started}", checkpoint=last(tmp_path / "first"))
+    assert run.trainer.global_step == 6 and " is now " not in caplog.text
+    assert run.module.run_config["model"][key] == str(started)  # where it came from stays on record
 
 
 @pytest.mark.parametrize("saves", ["default", "no_checkpoint"])

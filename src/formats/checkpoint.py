@@ -183,7 +183,11 @@ def existing(path: str | Path, key: str = "--checkpoint") -> Path:
     if file.is_file():
         return file
     near = file if file.is_dir() else file.parent
-    found = (other for place in ("*.ckpt", "checkpoints/*.ckpt") for other in near.glob(place))
+    found = (
+        other
+        for place in ("*.ckpt", "checkpoints/*.ckpt", "stage2_model.pt", "checkpoint.pt")
+        for other in near.glob(place)
+    )
     beside = sorted(str(other.relative_to(near)) for other in found)
     hint = f"That folder has {', '.join(beside)}." if beside else "Checkpoints lie in logs/runs/DATE/TIME/checkpoints."
     raise UserError(f"Checkpoint not found: {file} (from {key}). {hint}")

@@ -169,13 +169,13 @@ def _run(config: DictConfig, held: ExitStack) -> dict[str, Any]:
     logs.set_up(None, launch.main)
     _depend_on_parent(launch, config.ckpt_path)
     check_config(config)
+    checkpoint = find_checkpoint(config.ckpt_path, config.paths.log_dir, config.experiment_name)
     if launch.main:
-        require_weights(OmegaConf.to_container(config, resolve=True), ask=False)  # type: ignore[arg-type]
+        require_weights(_plain(without_starting_weights(config) if checkpoint else config), ask=False)
     if sweep:  # processes started by Lightning must get the command line of this job, not of the sweep
         words = [word for word in sys.argv[1:] if word not in ("-m", "--multirun")]
         flags = [word for word in words if word.startswith("-") or not ("=" in word or word.startswith("~"))]
         sys.argv[1:] = [*flags, *HydraConfig.get().overrides.task]
-    checkpoint = find_checkpoint(config.ckpt_path, config.paths.log_dir, config.experiment_name)
     folder, fresh = None, list[Path]()
     if launch.main and not config.preflight:
         own = sweep or HydraConfig.get().run.dir != "."  # "." is the default in configs/hydra/default.yaml
@@ -267,7 +267,7 @@ def check_config(config: DictConfig) -> None:
 
     Hydra only checks overrides, not the keys that an experiment file or a `+` adds. Raises UserError.
     """
-    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    plain = _plain(config)
     if empty := [key for key, value in flat(plain).items() if value == "" and not key.startswith("logger.")]:
         raise UserError(
             f"No value after {', '.join(f'{key}=' for key in empty)}: give a value, or null for none. Is a variable of the "
@@ -321,7 +321,7 @@ def build_run(config: DictConfig, launch: Launch, checkpoint: Path | None = None
 
     `checkpoint`: the run resumes from it. `bare`: build the trainer without loggers and callbacks, so that it writes nothing.
     """
-    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    plain, needed = _plain(config), without_starting_weights(config) if checkpoint else config
     plain["model"] = expand_encoder(plain["model"])  # checkpoints store the expanded preset
     pl.seed_everything(config.seed, workers=False, verbose=False)
     datamodule = build(config.data, "data")
@@ -336,14 +336,24 @@ def build_run(config: DictConfig, launch: Launch, checkpoint: Path | None = None
     if trainer.is_global_zero:
         datamodule.prepare_data()
         datamodule.setup()
-        _ = datamodule.order  # fail on too few images before loading large weights
-        require_weights(plain, ask=True)
-    module = build(config.model, "model")
+        _ = datamodule.order  # notice too few images before loading large weights
+        require_weights(_plain(needed), ask=True)
+    module = build(needed.model, "model")
     kept = masked(plain)
     module.run_config = kept
     for logger in loggers:
         logger.log_hyperparams(kept)
     return Run(trainer, module, datamodule, kept, callbacks)
+
+
+def without_starting_weights(config: DictConfig) -> DictConfig:
+    """Return `config` for a resume, which takes its weights from the checkpoint: the files may be gone."""
+    started = {key: None for key in ("pretrained_decoder_path", "pretrained_path") if key in config.model}
+    return OmegaConf.merge(config, {"model": started})  # type: ignore[return-value]
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
 
 
 def fit(run: Run, checkpoint: Path | None, record: RunRecord) -> dict[str, Any]:
