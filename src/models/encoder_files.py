@@ -1,6 +1,6 @@
-"""Files of an encoder's folder or hub repository: are they whole, and what they say about pixels.
+"""Check the files of an encoder (folder or hub repository) for damage, and read its pixel statistics.
 
-Broken downloads leave pointers of git-lfs, pages of HTML, empty and cut files; each is named with its size and a remedy.
+Broken downloads leave git-lfs pointers, HTML pages, empty or truncated files; the error gives the size and a remedy.
 """
 
 import logging
@@ -32,7 +32,7 @@ _REMEDY = "Download it again (`hf download ID --local-dir FOLDER`), and compare 
 
 
 def check_folder(folder: Path) -> None:
-    """Raise UserError where config, preprocessor or weights in `folder` are not what their names say."""
+    """Raise UserError if config, preprocessor or weights in `folder` are damaged, of another format or incomplete."""
     if (folder / "adapter_config.json").is_file():
         raise UserError(
             f"{folder} holds a PEFT adapter, which names another model. Merge it and save the whole encoder."
@@ -50,10 +50,10 @@ def check_folder(folder: Path) -> None:
 
 
 def read_statistics(place: str, default: PixelStatistics) -> PixelStatistics:
-    """Return (mean, std) from `preprocessor_config.json` of a folder or hub id, or `default` where there is none.
+    """Return (mean, std) from `preprocessor_config.json` of a folder or hub id, or `default` if there is none.
 
     Raises:
-        UserError: neither a folder nor a hub id, or numbers that are no mean and std of three channels.
+        UserError: `place` is neither a folder nor a hub id, or the values are no mean and std of three channels.
     """
     from transformers.utils import cached_file
 
@@ -80,7 +80,7 @@ def read_statistics(place: str, default: PixelStatistics) -> PixelStatistics:
 
 
 def checked_statistics(mean: Any, std: Any, file: object) -> PixelStatistics:
-    """Return (mean, std). UserError unless each is three finite numbers, those of std positive."""
+    """Return (mean, std). Raises UserError unless each is three finite numbers, with std positive."""
     for name, values, least in (("mean", mean, -math.inf), ("std", std, 0.0)):
         numbers = isinstance(values, Sequence) and all(type(value) in (int, float) for value in values)
         if not numbers or len(values) != 3 or not all(least < value < math.inf for value in values):
@@ -91,18 +91,18 @@ def checked_statistics(mean: Any, std: Any, file: object) -> PixelStatistics:
 
 
 def _problem(file: Path) -> str | None:
-    """Return what a file seems to be instead of what its name says, with the remedy; None where it is whole."""
+    """Return what is wrong with the content of a file, with a remedy; None if it is intact."""
     if problem := failed_download(file):
         return problem
     if file.suffix == ".json":
         read_json(file, _REMEDY + ".")
         return None
     if file.suffix == ".bin":
-        with file.open("rb") as stream:  # torch's zip, or its pickle of before 1.6
+        with file.open("rb") as stream:  # torch's zip format, or the pickle format before torch 1.6
             whole = stream.read(1) == b"\x80" or zipfile.is_zipfile(stream)
         return None if whole else f"is cut short or no file of torch. {_REMEDY}"
     try:
-        with safe_open(file, "pt"):  # reads the header, and compares it with the file's size
+        with safe_open(file, "pt"):  # reads the header and checks it against the file size
             return None
     except SafetensorError as error:
         return f"is cut short or no safetensors file: {error}. {_REMEDY}"

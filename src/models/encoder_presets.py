@@ -1,8 +1,8 @@
-"""Encoders by name: one table, RAEv2's spelling of names, and what a configuration makes of a name.
+"""Encoder presets: the table of names, RAEv2's spellings of them, and their expansion into model arguments.
 
-A short name (`dinov2-b`) stands for the class's own choices: the final norm of its origin without affine parameters, the
-pixel statistics of its files, its last block. A name in RAEv2's spelling (`dinov2-vit-b`) stands for what RAEv2 computes
-under it. Sizes stand in the table, so that shapes and cost are known without weights or network.
+A short name (`dinov2-b`) uses the class defaults (usually the final norm without affine parameters), the pixel statistics
+of the encoder's files and its last block. A name in RAEv2's spelling (`dinov2-vit-b`) gives what RAEv2 computes under that
+name. The table contains all sizes, so that shapes and cost are known without downloading anything.
 """
 
 import difflib
@@ -19,7 +19,7 @@ from src.core.requirements import Asset
 
 @dataclass(frozen=True)
 class Size:
-    """Of a ViT."""
+    """Sizes of a ViT."""
 
     width: int
     depth: int
@@ -27,7 +27,7 @@ class Size:
     mlp: int
     """Width of the MLP's hidden layer."""
     gated: bool = False
-    """Whether that MLP has a third matrix, its gate."""
+    """Whether the MLP has a third matrix, its gate."""
 
 
 T, S, B = Size(192, 12, 3, 768), Size(384, 12, 6, 1536), Size(768, 12, 12, 3072)
@@ -38,21 +38,21 @@ PE_G = Size(1536, 50, 16, 8960)
 
 @dataclass(frozen=True)
 class Preset:
-    """An encoder by name: a row of the table."""
+    """A named encoder: one row of the table."""
 
     name: str
     encoder_cls: str
     hub_id: str
     licence: str
-    """As its model card names it; "gated" where it is accepted on the hub first."""
+    """As named on the model card; with "gated" if it must be accepted on the hub first."""
     size: Size
     patch: int
     native_px: int
-    """Image size that its positions were trained for; other sizes are resampled."""
+    """Image size that its positions were trained for; for other sizes they are resampled."""
     params: Mapping[str, Any]
-    """`encoder_params` besides the place: blocks, fusion, norm, statistics where they differ from the class's own."""
+    """`encoder_params` that differ from the class defaults: blocks, fusion, norm, statistics."""
     decoders: str
-    """Who has published decoders for it; empty where nobody is known to."""
+    """Who has published decoders for it; empty if nobody is known to."""
 
 
 APACHE, NC = "Apache-2.0", "CC-BY-NC-4.0"
@@ -163,7 +163,7 @@ _LETTERS = {name: name for name in ("t", "s", "b", "l", "g", "so400m")}
 _PLAIN_1E5, _AFFINE = {"norm": "plain", "norm_eps": 1e-5}, {"norm": "affine"}
 _PE = {"norm": "none", "statistics": "half", "resize": "bilinear"}
 _DINOV3 = {"s16": "s", "s16plus": "splus", "b16": "b", "l16": "l", "h16plus": "hplus", "7b16": "7b"}
-# type -> prefix of our names, size in RAEv2 -> in our name, encoder_params, fusion of its `mls` names
+# RAEv2 type -> prefix of our names, RAEv2 size -> size in our name, encoder_params, fusion of its `mls` names
 _RAEV2: dict[str, tuple[str, dict[str, str], dict[str, Any], str | None]] = {
     "dinov2": ("dinov2", _LETTERS, _PLAIN_1E5 | {"antialias_positions": True}, "mean"),
     "dinov3": ("dinov3", _DINOV3, _PLAIN_1E5, "mean_plus_spatial_mean"),
@@ -187,7 +187,7 @@ _MLS_LAYERS = {
     "h16plus": [8, 16, 24, 31],
     "so400m": [5, 12, 19, 26],
 }
-"""Blocks that RAEv2 takes under an `mls` name without `layers=`; [2, 5, 8, 11] for all other sizes."""
+"""Blocks that RAEv2 uses for an `mls` name without `layers=`; [2, 5, 8, 11] for all other sizes."""
 _NORM_FLAG = ("dinov2", "dinov3", "pe", "spatialpe", "langpe")
 
 
@@ -195,7 +195,7 @@ def find_preset(name: str) -> Preset:
     """Return the preset of a short name or of a name in RAEv2's spelling, such as `dinov3mls-vit-l16[layers=11.13]`.
 
     Raises:
-        UserError: an unknown name (with those that are near), or flags that the name does not take.
+        UserError: an unknown name (with close matches), or flags that do not apply to it.
     """
     name = str(name)
     if name in PRESETS:
@@ -212,13 +212,13 @@ def find_preset(name: str) -> Preset:
 
 
 def expand_encoder(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a `model:` node with `encoder` (a preset's name, or null) replaced by the arguments of `RAE` it stands for.
+    """Return a `model:` node with `encoder` (a preset name, or null) replaced by the `RAE` arguments it stands for.
 
-    What is given beside the name goes on top: `encoder_config_path` is then the place of the weights (a folder), and
-    entries of `encoder_params` other than null replace the preset's.
+    Other keys override the preset: `encoder_config_path` is then the path or hub id of the weights, and non-null entries
+    of `encoder_params` replace the preset's.
 
     Raises:
-        UserError: an unknown name, or another `encoder_cls` than the preset's beside it.
+        UserError: an unknown name, or an `encoder_cls` that contradicts the preset.
     """
     expanded = dict(config)
     name = expanded.pop("encoder", None)
@@ -237,23 +237,23 @@ def expand_encoder(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_places(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a `model:` node with the places of its encoders for the names of presets, that of released files of stage 2
-    (`autoencoder.encoder`) included. UserError as `expand_encoder`."""
+    """Return a `model:` node with preset names replaced by the paths or hub ids of the encoders, including
+    `autoencoder.encoder`, given with released files in stage 2. Raises UserError like `expand_encoder`."""
     expanded = expand_encoder(model)
     released = expanded.get("autoencoder")
     if isinstance(released, Mapping) and released.get("encoder") and released.get("encoder_cls") is None:
-        with suppress(UserError):  # whoever opens the autoencoder says what may stand there
+        with suppress(UserError):  # reported when the autoencoder is opened
             expanded["autoencoder"] = {**released, "encoder": find_preset(released["encoder"]).hub_id}
     return expanded
 
 
 def source_key(encoder_cls: str) -> str:
-    """Return the argument of an encoder's class that says where the encoder lies."""
+    """Return the name of the encoder class's argument for the path or hub id of the encoder."""
     return "dinov2_path" if encoder_cls == "Dinov2withNorm" else "model_name"
 
 
 def hub_assets() -> dict[str, Asset]:
-    """Return the repositories of all presets by preset name, for downloads; presets of one repository share it."""
+    """Return the hub repository of each preset, by preset name, for downloads; presets may share one."""
     names: dict[str, list[str]] = {}
     for preset in PRESETS.values():
         names.setdefault(preset.hub_id, []).append(preset.name)
@@ -264,7 +264,7 @@ def hub_assets() -> dict[str, Asset]:
 
 
 def _raev2(name: str, family: str, mls: str | None, size: str, brackets: str | None) -> Preset | None:
-    """Return what RAEv2 computes under a name; None where it has no such name."""
+    """Return the preset of what RAEv2 computes under `name`; None if RAEv2 has no such name."""
     flags = [flag.strip() for flag in brackets.split(",")] if brackets else []
     while family in _NORM_FLAG and (suffix := re.fullmatch(r"(\w+?)(norm|woreg)", size)):  # `bnormworeg`
         size, flags = suffix[1], [*flags, suffix[2]]
@@ -287,7 +287,7 @@ def _raev2(name: str, family: str, mls: str | None, size: str, brackets: str | N
 
 @cache
 def raev2_names() -> tuple[str, ...]:
-    """Return RAEv2's names, without flags, that have a preset."""
+    """Return the RAEv2 names (without flags) that have a preset."""
     return tuple(
         f"{family}{mls}-vit-{size}"
         for family, (prefix, sizes, _, fusion) in _RAEV2.items()

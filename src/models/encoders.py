@@ -1,7 +1,7 @@
-"""Frozen vision encoders by family: image in, patch tokens out. The networks are those of transformers, or of timm.
+"""Frozen vision encoders, one class per family: images in, patch tokens out. The networks are from transformers or timm.
 
 Legend: B batch, N patch tokens, C channels, H = W encoder input px.
-Images arrive B x 3 x H x W, normalised with the encoder's pixel statistics.
+Images are B x 3 x H x W, normalised with the encoder's pixel statistics.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ from src.models.timm_encoder import TimmViT
 
 
 class Dinov2withNorm(FrozenEncoder):
-    """DINOv2 with and without registers. WebSSL's DINO models have its layout."""
+    """DINOv2 with and without registers, and WebSSL's DINO models, which have the same layout."""
 
     models = {"dinov2_with_registers": Dinov2WithRegistersModel, "dinov2": Dinov2Model}
     blocks_at = "encoder.layer"
@@ -44,8 +44,8 @@ class Dinov2withNorm(FrozenEncoder):
         position_offset: float = 0.0,
         **options: Any,
     ) -> None:
-        """Of models without registers, at other sizes: `antialias_positions`, as with registers (and in RAEv2);
-        `position_offset`, see `resample_positions`: 0.1 in the code of DINOv2's authors, 0 in transformers."""
+        """Both options are for models without registers, at other image sizes. `antialias_positions`: as in models with registers
+        and in RAEv2. `position_offset`: see `resample_positions`; 0.1 in the DINOv2 authors' code, 0 in transformers."""
         if not normalize:
             raise UserError(
                 "model.encoder_params.normalize=false: the latent of the recipe is normalised without affine parameters. "
@@ -68,7 +68,7 @@ class Dinov2withNorm(FrozenEncoder):
 
 
 class DINOv3wNorm(FrozenEncoder):
-    """DINOv3 ViT, rotary positions as the model computes them."""
+    """DINOv3 ViT, with the model's own rotary positions."""
 
     models = {"dinov3_vit": DINOv3ViTModel}
     blocks_at, final_norm = "model.layer", "norm"
@@ -79,7 +79,7 @@ class DINOv3wNorm(FrozenEncoder):
 
 
 class SigLIP2wNorm(FrozenEncoder):
-    """Vision tower of SigLIP and of SigLIP2 (the fixed-size ones, which share SigLIP's architecture)."""
+    """Vision tower of SigLIP and of fixed-size SigLIP2, which has the same architecture."""
 
     models = {"siglip_vision_model": SiglipVisionModel, "siglip": SiglipVisionModel}
     blocks_at, final_norm, cls_tokens = "encoder.layers", "post_layernorm", 0
@@ -87,7 +87,7 @@ class SigLIP2wNorm(FrozenEncoder):
     ignorable = ("text_model.", "logit_", "head.", "vision_model.head.")
 
     def __init__(self, model_name: str, num_tokens: int | None = None, **options: Any) -> None:
-        """`num_tokens` is checked by the geometry and has no other effect."""
+        """`num_tokens` is only checked, by the geometry."""
         super().__init__(model_name, **options)
 
     def embed(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -95,7 +95,7 @@ class SigLIP2wNorm(FrozenEncoder):
 
 
 class MAEwNorm(FrozenEncoder):
-    """ViT-MAE encoder with nothing masked and the patches in their order."""
+    """ViT-MAE encoder without masking or shuffling."""
 
     models = {"vit_mae": ViTMAEModel}
     blocks_at = "layers"
@@ -110,7 +110,7 @@ class MAEwNorm(FrozenEncoder):
 
 
 class ViTwNorm(FrozenEncoder):
-    """ViT trained on labels (arXiv 2010.11929), and ViT-MSN (arXiv 2204.07141)."""
+    """Supervised ViT (arXiv 2010.11929) and ViT-MSN (arXiv 2204.07141)."""
 
     models = {"vit": ViTModel, "vit_msn": ViTMSNModel}
     blocks_at = "layers"
@@ -122,14 +122,14 @@ class ViTwNorm(FrozenEncoder):
 
 
 class IJEPAwNorm(ViTwNorm):
-    """I-JEPA (arXiv 2301.08243): a ViT without CLS."""
+    """I-JEPA (arXiv 2301.08243): a ViT without CLS token."""
 
     models = {"ijepa": IJepaModel}
     cls_tokens, statistics = 0, "imagenet"
 
 
 class CLIPTower(FrozenEncoder):
-    """Vision tower of CLIP and MetaCLIP 2: tokens after the block, since post_layernorm is the CLS token's alone."""
+    """Vision tower of CLIP and MetaCLIP 2. No final norm by default: post_layernorm is for the CLS token only."""
 
     models = {
         "clip_vision_model": CLIPVisionModel,
@@ -148,7 +148,7 @@ class CLIPTower(FrozenEncoder):
 
 
 class AIMv2wNorm(FrozenEncoder):
-    """AIMv2 (arXiv 2411.14402): no CLS, RMS norms. Learned positions are resampled bicubically at other sizes."""
+    """AIMv2 (arXiv 2411.14402): no CLS token, RMSNorm. Learned positions are resampled bicubically for other sizes."""
 
     models = {"aimv2_vision_model": Aimv2VisionModel, "aimv2": Aimv2VisionModel}
     blocks_at, final_norm, cls_tokens = "encoder.layers", "rms_norm", 0
@@ -170,7 +170,7 @@ class AIMv2wNorm(FrozenEncoder):
 
 
 class RADIO(FrozenEncoder):
-    """C-RADIO (arXiv 2412.07679): several CLS and register tokens, no final norm, pixels normalised by the model."""
+    """C-RADIO (arXiv 2412.07679): several CLS and register tokens, no final norm; the model normalises the pixels."""
 
     models = {"radio": RadioModel}
     blocks_at, final_norm = "encoder.layer", None
@@ -200,7 +200,7 @@ ENCODERS: dict[str, type[FrozenEncoder]] = {cls.__name__: cls for cls in FAMILIE
 
 
 def encoder_class(name: str) -> type[FrozenEncoder]:
-    """Return the class by its name, or of another package by its place (`package.module.Class`). UserError: there is none."""
+    """Return the encoder class by name, or by import path (`package.module.Class`). Raises UserError if there is none."""
     if "." in name:
         return class_at(name, FrozenEncoder, "model.encoder_cls")
     if name not in ENCODERS:
@@ -210,6 +210,6 @@ def encoder_class(name: str) -> type[FrozenEncoder]:
 
 
 def encoder_name(encoder: FrozenEncoder) -> str:
-    """Return the name by which `encoder_class` finds the class of an encoder."""
+    """Return the name under which `encoder_class` finds the class of an encoder."""
     kind = type(encoder)
     return kind.__name__ if kind in FAMILIES else f"{kind.__module__}.{kind.__qualname__}"

@@ -1,4 +1,4 @@
-"""What the frozen vision encoders have in common: loading, one forward pass, fusion over blocks, identity.
+"""Base class of the frozen vision encoders: loading, forward pass, fusion over blocks, identity.
 
 Sources: RAE (arXiv 2510.11690) section 3, RAEv2 (arXiv 2605.18324); docs/recipe.md, "Encoding".
 Legend: B batch, T all tokens, N patch tokens, C channels, H = W encoder input px.
@@ -28,40 +28,40 @@ from src.models.encoder_files import STATISTICS, PixelStatistics, check_folder, 
 from src.models.layers import Fusion, LayerChoice, parse_layers
 
 VOLATILE_KEYS = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
-"""Of an encoder's config: they change when the same weights are saved again or read by another transformers."""
+"""Config keys that change when the same weights are saved again or read by another version of transformers."""
 Norm = Literal["plain", "affine", "none"]
 NO_GRID = {
     **dict.fromkeys(("swin", "swinv2", "hiera", "pvt", "pvt_v2", "segformer"), "its tokens get fewer from stage to stage"),
     **dict.fromkeys(("convnext", "convnextv2", "dinov3_convnext", "resnet", "regnet"), "it is a convolutional network"),
     **dict.fromkeys(("siglip2", "siglip2_vision_model"), "it takes flattened patches of any aspect ratio (NaFlex)"),
 }  # fmt: skip
-"""model_type of transformers: why no grid of patch tokens comes out of such a model."""
+"""model_type in transformers -> why such a model has no grid of patch tokens."""
 
 
 @checked("model.encoder_params")
 class FrozenEncoder(Frozen):
-    """Patch tokens of a frozen transformer, normalised and fused over the chosen blocks.
+    """Frozen transformer that returns patch tokens, normalised and fused over the chosen blocks.
 
-    One forward pass: each chosen block's tokens are added to one accumulator as they appear and then forgotten, and
-    blocks after the last chosen one are not run. Subclasses name the parts of their transformers model.
+    One forward pass: the tokens of each chosen block are added to an accumulator and then freed; blocks after the last
+    chosen one are not run. Subclasses name the parts of their transformers model.
     """
 
     models: ClassVar[Mapping[str, type[PreTrainedModel]]]
-    """The transformers classes by the `model_type` that a config.json may say, that of composites with a text tower
-    included. A config without one is taken for the first."""
+    """transformers classes by the `model_type` in config.json, including that of composites with a text tower.
+    A config without one is read as the first."""
     embedding_parts: ClassVar[tuple[str, ...]] = ("embeddings",)
     blocks_at: ClassVar[str]
     final_norm: ClassVar[str | None] = "layernorm"
     cls_tokens: ClassVar[int] = 1
-    """Tokens in front of the patches; the config's register tokens are counted besides."""
+    """Tokens in front of the patches, without the register tokens (whose number is in the config)."""
     default_norm: ClassVar[Norm] = "plain"
     default_fusion: ClassVar[str] = "mean"
     statistics: ClassVar[str] = "imagenet"
-    """Of the pixels, a name in `STATISTICS`, where no file says them."""
+    """Pixel statistics, a name in `STATISTICS`, used if the encoder's files have none."""
     ignorable: ClassVar[tuple[str, ...]] = ()
-    """Prefixes of names that no latent depends on: a checkpoint may hold them, or lack them."""
+    """Name prefixes of parameters that no latent depends on: a checkpoint may contain or lack them."""
     model: Any
-    """The transformers model; its parts are named differently in each family."""
+    """The transformers model; each family names its parts differently."""
 
     def __init__(
         self,
@@ -78,17 +78,17 @@ class FrozenEncoder(Frozen):
     ) -> None:
         """
         Args:
-            model_name: hub id or folder as written by `save_pretrained`; with `weights="untrained"` its config is enough.
+            model_name: hub id or folder written by `save_pretrained`; `weights="untrained"` needs only its config.
             layers: see `parse_layers`; None is the last block.
-            layer_fusion: `mean`, `mean_plus_spatial_mean` (the spatial mean of the last chosen block's tokens is added to
-                every token) or `sum`; None is the family's default, and the block as it is where only one is chosen
+            layer_fusion: `mean`, `mean_plus_spatial_mean` (adds the spatial mean of the last chosen block's tokens to
+                every token) or `sum`; None is the family's default for several blocks, and no fusion for a single one
                 (RAEv2's K1 is the plain encoder).
             norm: of each chosen block's tokens: `plain` (the final norm without its affine parameters), `affine` (the
-                final norm as it is) or `none`; None is the family's default.
-            norm_eps: of the plain norm; None is the final norm's own.
-            statistics: mean and std of the pixels, a name in `STATISTICS`; None is what the encoder's files say.
-            resize: how images are brought to the encoder's input size.
-            weights: `untrained` draws them from `seed`, and must be asked for by name.
+                final norm unchanged) or `none`; None is the family's default.
+            norm_eps: epsilon of the plain norm; None is that of the final norm.
+            statistics: mean and std of the pixels, a name in `STATISTICS`; None reads them from the encoder's files.
+            resize: how images are resized to the encoder's input size.
+            weights: `untrained` (never the default) draws them from `seed`.
 
         Raises:
             UserError: blocks, a fusion or a norm that this encoder does not have (before any weight is read), a model of
@@ -126,21 +126,21 @@ class FrozenEncoder(Frozen):
             )
             if value != usual
         ]
-        """What the identity says beside the config, so that identities of the usual choices never change."""
+        """Non-default choices, added to the identity: so identities with default choices never change."""
 
-    # -- what a family may say about its model
+    # -- what a subclass may override
 
     def embed(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """B 3 H W -> tokens B T C in front of the first block, and what each block needs besides."""
+        """Return the tokens B T C that enter the first block, and keyword arguments for each block. Images: B 3 H W."""
         return self.model.embeddings(images), {}
 
     def blocks(self) -> nn.ModuleList:
-        """Return the blocks in their order; each takes tokens and what `embed` gives besides, and returns tokens."""
+        """Return the blocks in order; each maps tokens, with the keyword arguments of `embed`, to tokens."""
         return self.model.get_submodule(self.blocks_at)
 
     @property
     def prefix_tokens(self) -> int:
-        """CLS, registers: tokens in front of the patches."""
+        """Number of tokens in front of the patches: CLS and registers."""
         return self.cls_tokens + getattr(self.model.config, "num_register_tokens", 0)
 
     @property
@@ -148,7 +148,7 @@ class FrozenEncoder(Frozen):
         return None if self.final_norm is None else self.model.get_submodule(self.final_norm)
 
     def states(self, images: Tensor, chosen: Sequence[int]) -> Iterator[Tensor]:
-        """B 3 H W -> patch tokens B N C after each of the `chosen` blocks, in their order, before the norm."""
+        """Yield the patch tokens B N C after each of the `chosen` blocks, in order, before the norm. Images: B 3 H W."""
         tokens, context = self.embed(images)
         for number, block in enumerate(self.blocks()[: chosen[-1] + 1]):
             tokens = block(tokens, **context)
@@ -156,20 +156,20 @@ class FrozenEncoder(Frozen):
                 yield tokens[:, self.prefix_tokens :]
 
     def parameters_in_use(self) -> Iterable[nn.Parameter]:
-        """Return those that a latent depends on: not a pooling head, nor the final norm unless its affine parameters are used."""
+        """Return the parameters a latent depends on: no pooling head, and the final norm only if its affine parameters are used."""
         parts = [*map(self.model.get_submodule, self.embedding_parts), *self.blocks()]
         if self.norm == "affine" and self.norm_module is not None:
             parts.append(self.norm_module)
         return (parameter for part in parts for parameter in part.parameters())
 
     def save(self, folder: Path, dtype: torch.dtype) -> None:
-        """Write config and weights, in `dtype`, so that this class reads the folder."""
+        """Write config and weights, in `dtype`, as a folder that this class can load."""
         self.model.save_pretrained(folder, state_dict={k: v.to(dtype) for k, v in self.model.state_dict().items()})
 
     # -- what the rest of the project calls
 
     def normalize(self, tokens: Tensor) -> Tensor:
-        """Return new tokens, so that those of the next block's input stay as they are."""
+        """Return normalised tokens as a new tensor: the argument is also the input of the next block."""
         if self.norm == "none":
             return tokens.clone()
         if self.norm == "affine":
@@ -179,7 +179,7 @@ class FrozenEncoder(Frozen):
 
     @torch.no_grad()
     def forward(self, images: Tensor, layers: LayerChoice = None) -> Tensor:
-        """B 3 H W (normalised) -> B N C. `layers`: fuse these blocks instead, by the same fusion."""
+        """Encode images B 3 H W (normalised) -> B N C. `layers`: fuse these blocks instead, in the same way."""
         chosen = self.layers if layers is None else parse_layers(layers, self.depth, "layers")
         states = self.states(images, chosen)
         fused: Tensor | None = None
@@ -188,7 +188,7 @@ class FrozenEncoder(Frozen):
             if number == chosen[-1]:
                 spatial_mean = latent.mean(dim=1, keepdim=True)  # B 1 C
             fused = latent if fused is None else fused.add_(latent)
-            del latent  # while the next block runs, its input and the accumulator are all that is kept
+            del latent  # so that the next block runs with only its input and the accumulator in memory
         assert fused is not None
         if self.layer_fusion != "sum" and len(chosen) > 1:
             fused = fused.div_(len(chosen))
@@ -196,8 +196,8 @@ class FrozenEncoder(Frozen):
 
     @torch.no_grad()
     def pooled(self, images: Tensor) -> Tensor:
-        """B 3 H W (normalised) -> B C: the CLS token after the last block and the final norm as it is, whatever `layers` and
-        `norm` say; of families without CLS the mean over the patches."""
+        """Return the CLS token B C (the mean over patches if the family has none) after the last block and the unchanged final
+        norm, regardless of `layers` and `norm`. Images: B 3 H W, normalised."""
         tokens, context = self.embed(images)
         for block in self.blocks():
             tokens = block(tokens, **context)
@@ -205,7 +205,7 @@ class FrozenEncoder(Frozen):
         return tokens[:, 0] if self.prefix_tokens else tokens.mean(dim=1)
 
     def pixel_statistics(self, source: str) -> PixelStatistics:
-        """Return (mean, std) of the pixels: the chosen ones, else those of the files in `source`, else the family's."""
+        """Return (mean, std) of the pixels: the chosen ones, else those in the files of `source`, else the family's."""
         if self.chosen_statistics is not None:
             return STATISTICS[self.chosen_statistics]
         return self.read_statistics(source)
@@ -217,8 +217,8 @@ class FrozenEncoder(Frozen):
         return read_statistics(place if known else source, STATISTICS[cls.statistics])
 
     def identity(self) -> dict[str, Any]:
-        """Return what a latent depends on, as plain values: stored in checkpoints and beside latent statistics."""
-        # The start of each parameter in use. Sorted, since transformers renames and moves parameters between releases.
+        """Return all that a latent depends on, as plain values: stored in checkpoints and with latent statistics."""
+        # The start of each parameter in use; sorted, since transformers renames and moves parameters between releases.
         starts = (p.detach().flatten()[:256].float().cpu().numpy().tobytes() for p in self.parameters_in_use())
         weights = _digest(b"".join(sorted(starts)))
         return {
@@ -234,9 +234,9 @@ class FrozenEncoder(Frozen):
 
     @classmethod
     def read_config(cls, source: str) -> Any:
-        """The config alone, with `hidden_size`, `patch_size` and `num_hidden_layers`: read before any weight.
+        """Read only the config, with `hidden_size`, `patch_size` and `num_hidden_layers`, before any weight.
 
-        What a config.json says of attention kernels is dropped: it could name code on the hub.
+        Attention kernels set in config.json are ignored: they could refer to code on the hub.
 
         Raises:
             UserError: no such folder, damaged files, another family, a model without a grid of patch tokens.
@@ -252,7 +252,7 @@ class FrozenEncoder(Frozen):
                 return _checked(config, source)
         except UserError:
             raise
-        except Exception as error:  # what odd values raise depends on the family
+        except Exception as error:  # odd values raise different errors in each family
             raise UserError(_not_found(cls.__name__, source, error)) from error
         if given in NO_GRID:
             raise UserError(f"{source} holds a {given!r} model, which has no grid of patch tokens: {NO_GRID[given]}.")
@@ -281,10 +281,10 @@ class FrozenEncoder(Frozen):
 
     @classmethod
     def load(cls, config: Any, source: str) -> nn.Module:
-        """Return the model with its weights. Raises UserError where they are missing or don't fit."""
+        """Return the model with its weights. Raises UserError if they are missing or don't fit."""
         try:
             if Path(place := local_place(source)).is_dir():
-                disable_progress_bar()  # of transformers, for less than a second; that of a download stays
+                disable_progress_bar()  # transformers' bar for loading takes under a second; that of downloads stays
             loaded: Any = cls.model_class(config).from_pretrained(
                 place, config=config, output_loading_info=True, dtype=torch.float32
             )
@@ -305,12 +305,12 @@ class FrozenEncoder(Frozen):
 
 
 def identity_differences(stored: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    """Return the names of what differs between two identities; where the same weights lie (`source`) makes no difference."""
+    """Return the keys in which two identities differ, except `source`: the same weights may be stored elsewhere."""
     return sorted(name for name in own if name != "source" and stored.get(name) != own[name])
 
 
 def require_same_encoder(encoder: FrozenEncoder, stored: Mapping[str, Any], file: object) -> None:
-    """Raise UserError unless `encoder` is the one whose identity `file` keeps; where its weights lie may differ."""
+    """Raise UserError unless `encoder` has the identity `stored` in `file`; its `source` may differ."""
     found = encoder.identity()
     if differing := identity_differences(stored, found):
         raise UserError(
@@ -324,19 +324,19 @@ def is_untrained(identity: Mapping[str, Any]) -> bool:
 
 
 def local_place(source: str) -> str:
-    """Return the folder of an encoder: `source` relative to the project root, or where the hub's cache has all of that id,
-    which is then not asked again; else `source`, an id to be asked for."""
+    """Return the local folder of an encoder: `source` relative to the project root, or the hub cache's folder if it is complete
+    (so that the hub isn't contacted again). Otherwise return `source`, a hub id to download."""
     candidate = resolve(source)
     return str(candidate if candidate.is_dir() else cached_encoder(source) or source)
 
 
 def check_source(kind: str, source: str) -> None:
-    """Raise UserError where `source` is a path without a folder, a folder with damaged files, or an id that the hub does not
-    give: it is asked once, where the loaders of transformers and timm ask six times."""
+    """Raise UserError if `source` is a path that does not exist, a folder with damaged files, or a hub id that is unavailable.
+    This contacts the hub once, while the loaders of transformers and timm would try six times."""
     place = Path(local_place(source))
     if place.is_dir():
         check_folder(place)
-    elif re.match(r"[/.~]|[A-Za-z]:|.*\\|.*/.*/", source):  # a hub id has one slash and starts otherwise
+    elif re.match(r"[/.~]|[A-Za-z]:|.*\\|.*/.*/", source):  # no hub id matches: those have a single slash
         raise UserError(
             f"{kind}: there is no folder {source}. model.encoder_params says where the encoder lies: a folder "
             "written by save_pretrained, or a hub id like facebook/dinov2-with-registers-base."
@@ -350,7 +350,7 @@ def check_source(kind: str, source: str) -> None:
 def resample_positions(positions: Tensor, side: int, antialias: bool = False, offset: float = 0.0) -> Tensor:
     """Resample positions 1 x N x C of a square grid -> 1 x side*side x C, bicubically in float32.
 
-    `offset`: they are spaced as for a side longer by so much (DINO's and DINOv2's code, 0.1).
+    `offset`: added to `side` in the scale factor, as in DINO's and DINOv2's code (0.1).
     """
     before = round(positions.shape[1] ** 0.5)
     if before == side:
@@ -362,7 +362,7 @@ def resample_positions(positions: Tensor, side: int, antialias: bool = False, of
 
 
 def _checked(config: Any, source: str) -> Any:
-    """The config with a plain number as its patch. UserError where it is no square, or a tower is quantised."""
+    """Return the config with its patch size as an integer. Raises UserError if the patch is not square or the model quantised."""
     patch = config.patch_size
     if isinstance(patch, (list, tuple)) and len(set(patch)) == 1:
         patch = config.patch_size = patch[0]

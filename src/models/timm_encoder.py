@@ -1,6 +1,6 @@
-"""Any plain ViT of timm as a frozen encoder: Perception Encoder, EUPE, EVA-02, TIPSv2, MoCo v3 and what comes.
+"""Use any plain ViT of timm as a frozen encoder: Perception Encoder, EUPE, EVA-02, TIPSv2, MoCo v3 and others.
 
-timm is an extra (`pip install -e ".[timm]"`): it needs torchvision, which not every build of torch has.
+timm is an optional extra (`pip install -e ".[timm]"`): it needs torchvision, which is not available for every torch build.
 Legend: B batch, N patch tokens, C channels.
 """
 
@@ -19,14 +19,14 @@ from src.models.encoder_files import PixelStatistics, checked_statistics
 from src.models.frozen_encoder import FrozenEncoder, check_source, local_place
 
 FREE = {"num_classes", "dynamic_img_size", "in_chans", "global_pool", "img_size"}
-"""Arguments of an architecture that make no difference to its patch tokens, beyond the shapes of its parameters."""
+"""Architecture arguments that affect the patch tokens, if at all, only through the shapes of parameters."""
 HEADS = ("norm.", "fc_norm.", "attn_pool.", "head.")
 
 
 class TimmViT(FrozenEncoder):
-    """A ViT of timm whose tokens keep one grid; positions at other sizes are resampled as timm does.
+    """A timm ViT whose token grid is the same in all blocks; timm resamples the positions for other image sizes.
 
-    `model_name` is a hub id (`timm/vit_pe_core_large_patch14_336.fb`), a folder as timm's `save_for_hf` writes it
+    `model_name` is a hub id (`timm/vit_pe_core_large_patch14_336.fb`), a folder written by timm's `save_for_hf`
     (config.json, model.safetensors), or, for untrained weights, the name of an architecture.
     """
 
@@ -97,7 +97,7 @@ class TimmViT(FrozenEncoder):
 
     @property
     def norm_module(self) -> nn.Module | None:
-        """None where timm has none: `plain` is then a LayerNorm without affine parameters all the same."""
+        """The final norm, or None if the model has none; `plain` is a LayerNorm without affine parameters either way."""
         return None if isinstance(self.model.norm, nn.Identity) else self.model.norm
 
     def parameters_in_use(self) -> Iterable[nn.Parameter]:
@@ -109,7 +109,7 @@ class TimmViT(FrozenEncoder):
 
     @classmethod
     def _description(cls, source: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
-        """Return what timm knows of `source`: pretraining (mean and std, among others), architecture, its arguments."""
+        """Return timm's pretrained config of `source` (mean, std, ...), its architecture and the architecture's arguments."""
         from transformers.utils import cached_file
 
         name = _name(source)
@@ -135,7 +135,7 @@ def _name(source: str) -> str:
 def _timm() -> ModuleType:
     try:
         import timm
-    except Exception as error:  # beside a torch without its torchvision, timm fails with errors of several kinds
+    except Exception as error:  # without a matching torchvision, importing timm fails in several ways
         raise UserError(
             f"encoder_cls=TimmViT needs timm, which can't be imported here: {error}. Install it with "
             "`pip install -e '.[timm]'`, and the torchvision of your torch from https://pytorch.org: not every torchvision on "
