@@ -1,7 +1,7 @@
-"""The ViT decoder: latent tokens in, patches of pixels out. Source: RAE (arXiv 2510.11690); docs/recipe.md, "Decoding".
+"""ViT decoder: latent tokens in, pixel patches out. Source: RAE (arXiv 2510.11690); docs/recipe.md, "Decoding".
 
 Legend: B batch, N tokens, C latent channels, D decoder width, A heads, P patch px.
-Parameter names are those of the released decoder files, so that these load strictly and ours load elsewhere.
+Parameter names match the released decoder files, so that those load strictly here and ours load in the official code.
 """
 
 import logging
@@ -25,8 +25,8 @@ from src.models.recompute import recomputed
 log = logging.getLogger(__name__)
 
 _TOLERANCE = 1e-5
-"""Between float32 sines of different programs. One step of training moves a position by about the learning rate, 2e-4."""
-# Published files are ViT-MAE configs. What they say besides `DecoderConfig` is either fixed by the recipe (checked) or
+"""For float32 sines of different libraries. One training step moves a position by about the learning rate, 2e-4."""
+# Published files are ViT-MAE configs. Keys that are not in `DecoderConfig` are either fixed by the recipe (checked) or
 # about other networks (ignored); latent width, patch and image size come from the model's geometry.
 _FIXED = {
     "hidden_act": "gelu", "qkv_bias": True, "num_channels": 3, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
@@ -39,7 +39,7 @@ _IGNORED = {
 
 
 class DecoderConfig(Settings):
-    """What a decoder's `config.json` has to say. Names are those of the published files."""
+    """Required keys of a decoder's `config.json`, named as in the published files."""
 
     decoder_hidden_size: Annotated[Size, Field(multiple_of=4)]
     decoder_num_hidden_layers: Size
@@ -49,10 +49,10 @@ class DecoderConfig(Settings):
 
     @classmethod
     def read(cls, source: str | Path | Mapping[str, Any]) -> Self:
-        """Read a JSON file, its folder (paths are relative to the project root), or what such a file holds.
+        """Read a JSON file, its folder (paths are relative to the project root), or the parsed content of such a file.
 
         Raises:
-            UserError: no such file, missing or unknown keys, values that the recipe does not have.
+            UserError: no such file, missing or unknown keys, values that the recipe does not use.
         """
         name, content = ("the decoder's config", source) if isinstance(source, Mapping) else cls._read_file(source)
         for key, value in _FIXED.items():
@@ -86,7 +86,7 @@ class SelfAttention(nn.Module):
         self.output = nn.ModuleDict({"dense": nn.Linear(width, width)})
 
     def forward(self, x: Tensor) -> Tensor:
-        # One product for all three: under autocast each alone would cast x anew and keep its copy.
+        # One product for all three: under autocast, separate ones would each cast x again and keep the copy.
         layers: list[Any] = list(self.attention.values())
         weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
         mixed = F.linear(x, weight, bias).unflatten(-1, (3, self.heads, -1))  # B N 3 A D/A
@@ -110,7 +110,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.layernorm_before(x))
         hidden = self.intermediate["dense"](self.layernorm_after(x))  # B N 4D
-        # Of all that a block keeps, the GELU's result is the largest and the cheapest to have again.
+        # The GELU output is the largest activation of a block and the cheapest to recompute.
         return x + recomputed(self._contract, hidden)
 
     def _contract(self, hidden: Tensor) -> Tensor:
@@ -131,8 +131,8 @@ class ViTDecoder(nn.Module):
     ) -> None:
         """
         Args:
-            grid: latents a side.
-            train_positions: positions are fixed sin-cos unless true (the official trainer trains them).
+            grid: side of the latent grid.
+            train_positions: train the sin-cos positions, as the official trainer does, instead of keeping them fixed.
             activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
         """
         super().__init__()
@@ -152,7 +152,7 @@ class ViTDecoder(nn.Module):
         return self.decoder_pred(self.trunk(tokens))
 
     def trunk(self, tokens: Tensor) -> Tensor:
-        """Apply everything but the last linear layer: B N C -> B N D, cls token dropped."""
+        """Apply everything but the last linear layer: B N C -> B N D, without the cls token."""
         x = self.decoder_embed(self._fit(tokens))
         cls_token = self.trainable_cls_token.expand(len(x), -1, -1).to(x.dtype)
         x = torch.cat([cls_token, x], dim=1) + self.decoder_pos_embed  # B 1+N D
@@ -164,7 +164,7 @@ class ViTDecoder(nn.Module):
         return self.decoder_norm(x[:, 1:])
 
     def _fit(self, tokens: Tensor) -> Tensor:
-        """Resample another number of tokens on the grid, bilinearly."""
+        """Resample tokens of another grid size bilinearly."""
         if tokens.shape[1] == self.grid**2:
             return tokens
         side = round(tokens.shape[1] ** 0.5)
@@ -176,8 +176,8 @@ class ViTDecoder(nn.Module):
 
 
 def sincos_positions(width: int, grid: int) -> Tensor:
-    """Return 2-D sin-cos positions, (1 + grid*grid) x width: zeros for cls; the first half encodes the column, each half is
-    sines, then cosines."""
+    """Return 2-D sin-cos positions, (1 + grid*grid) x width: zeros for the cls token; the first half of the channels encodes
+    the column, the second the row, each as sines followed by cosines."""
     frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies  # grid D/4
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # grid D/2
@@ -186,7 +186,7 @@ def sincos_positions(width: int, grid: int) -> Tensor:
 
 
 def are_fixed(positions: Tensor) -> bool:
-    """Whether they are the sin-cos ones, in float32 or rounded to half precision once."""
+    """Return whether positions are the fixed sin-cos ones, in float32 or rounded to half precision once."""
     fixed = sincos_positions(positions.shape[2], math.isqrt(positions.shape[1] - 1))[None]
     found = positions.detach().float().cpu()
     return any(
@@ -196,9 +196,9 @@ def are_fixed(positions: Tensor) -> bool:
 
 
 def fit_positions(positions: Tensor, grid: int, source: str) -> Tensor:
-    """Return positions for `grid` x `grid` latents; unchanged where they are for that grid already.
+    """Return positions for a `grid` x `grid` latent; unchanged if they have that size already.
 
-    Fixed sin-cos positions are computed anew; trained ones are resampled bicubically, the row of the cls token kept as it is.
+    Fixed sin-cos positions are recomputed; trained ones are resampled bicubically, except for the row of the cls token.
     """
     if positions.ndim != 3 or len(positions) != 1 or math.isqrt(positions.shape[1] - 1) ** 2 != positions.shape[1] - 1:
         raise UserError(

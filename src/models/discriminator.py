@@ -1,6 +1,6 @@
-"""Projected discriminator: small convolutional heads on the maps of a frozen DINO trunk.
+"""Projected discriminator: small convolutional heads on feature maps of a frozen DINO trunk.
 
-Sauer et al., arXiv 2301.09515 (StyleGAN-T), as RAE uses it (arXiv 2510.11690): trained are the heads only.
+Sauer et al., arXiv 2301.09515 (StyleGAN-T), as used in RAE (arXiv 2510.11690): only the heads are trained.
 
 Legend: B batch, C width, L patch tokens, S heads. Images are B x 3 x H x W, float in [-1, 1].
 """
@@ -34,21 +34,21 @@ class DiscriminatorSettings(Settings):
 
     dino_ckpt_path: str | None
     ks: int = Field(ge=1)
-    """Taps of the second convolution, odd, at most 2 L + 1."""
+    """Kernel size of the second convolution: odd, at most 2 L + 1."""
     key_depths: list[int] = Field(min_length=1)
-    """Blocks whose maps are looked at, from 0, ascending."""
+    """Blocks whose feature maps are used, from 0, ascending."""
     norm_type: Literal["bn", "gn"]
-    """`bn` is the published name of what is a per-sample norm over L with an affine; `gn` is GroupNorm."""
+    """`bn` is the published name for a per-sample norm over L with affine parameters; `gn` is GroupNorm."""
     using_spec_norm: bool
     """Spectral normalisation of all convolutions."""
     recipe: Annotated[str, one_of(RECIPES)]
     """Sizes of the trunk."""
     weights: SizedWeights
-    """`tiny` has sizes of its own, whatever `recipe` says."""
+    """`tiny` has its own sizes and ignores `recipe`."""
 
     @property
     def name(self) -> str:
-        """Of the trunk's sizes."""
+        """Name of the trunk's sizes."""
         return "tiny" if self.weights == "tiny" else self.recipe
 
     @model_validator(mode="after")
@@ -68,9 +68,9 @@ class DiscriminatorSettings(Settings):
 class DinoDiscriminator(nn.Module):
     """`D(images)` -> logits B x (S * L), S = len(key_depths) + 1.
 
-    `forward` never changes state, in no mode. A discriminator step of the published recipe (one power iteration in each
+    `forward` never changes state, in any mode. A discriminator step of the published recipe (one power iteration in each
     training forward, fake before real) is: power_iteration(); D(fake); power_iteration(); D(real).
-    Trained are `heads`; `trunk` is frozen. `untrained` is True where the trunk has seeded random weights.
+    Only `heads` are trained; `trunk` is frozen. `untrained` is True if the trunk has seeded random weights.
     """
 
     def __init__(
@@ -84,14 +84,14 @@ class DinoDiscriminator(nn.Module):
         weights: SizedWeights = "pretrained",
         seed: int = 0,
     ) -> None:
-        """Arguments as `DiscriminatorSettings` says; `seed`: of the heads, and of an untrained trunk.
+        """Arguments as in `DiscriminatorSettings`; `seed` is for the heads and an untrained trunk.
 
         Raises:
             UserError: the trunk's file is missing or does not fit.
         """
         super().__init__()
         sizes = TINY if weights == "tiny" else RECIPES[recipe]
-        # The published code puts the trunk's last map in front of the chosen ones, a second time where 11 is chosen.
+        # The published code puts the trunk's last map before the chosen ones, so it is used twice if 11 is chosen.
         self.map_depths = (sizes.depth - 1, *key_depths)
         self.run_depths = tuple(sorted(set(self.map_depths)))
         self.trunk = DinoTrunk(sizes, dino_ckpt_path, weights, seed)
@@ -105,17 +105,17 @@ class DinoDiscriminator(nn.Module):
         return self.heads(self.features(images))
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Return what the heads see: S maps B x L x C, each computed once (one tensor may stand in two places)."""
+        """Return the input of each head: S maps B x L x C, each computed once (the same tensor may occur twice)."""
         maps = dict(zip(self.run_depths, self.trunk(images, self.run_depths), strict=True))
         return [maps[depth] for depth in self.map_depths]
 
     def power_iteration(self) -> None:
-        """Do one power iteration of every convolution."""
+        """Run one power iteration on every convolution."""
         self.heads.power_iteration()
 
     @contextmanager
     def heads_frozen(self) -> Iterator[None]:
-        """Let graphs built inside reach the images only: nothing is kept for gradients of the heads' weights."""
+        """Freeze the heads in the block: gradients reach only the images, and nothing is saved for gradients of the heads."""
         wanted = [parameter.requires_grad for parameter in self.heads.parameters()]
         self.heads.requires_grad_(False)
         try:
@@ -126,7 +126,7 @@ class DinoDiscriminator(nn.Module):
 
 
 class Heads(nn.Module):
-    """S heads of one shape, parameters stacked: few tensors for the power iteration, the optimiser and DDP."""
+    """S heads of the same shape with stacked parameters: few tensors for the power iteration, the optimiser and DDP."""
 
     def __init__(self, count: int, width: int, ks: int, norm_type: str, spectral: bool) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class Heads(nn.Module):
         self.head = Head(norm_type)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Return the logits of S maps B x L x C, head after head: B x (S * L)."""
+        """Return the logits of S maps B x L x C, concatenated head by head: B x (S * L)."""
         layers = zip(maps, self.first(), self.first_norm(), self.second(), self.second_norm(), self.last(), strict=True)
         return torch.cat([self.head(*each) for each in layers], dim=1)
 
@@ -150,7 +150,7 @@ class Heads(nn.Module):
 class Head(nn.Module):
     """[conv k=1, norm, LeakyReLU] -> (x + [conv k=ks circular, norm, LeakyReLU](x)) / sqrt 2 -> conv k=1 to a logit.
 
-    A module of its own, without parameters, for torch.compile. Tokens stay in front of channels in memory, as the trunk has them.
+    A separate module, without parameters, for torch.compile. The memory layout stays B L C, as in the trunk.
     """
 
     def __init__(self, norm_type: str) -> None:
@@ -158,7 +158,7 @@ class Head(nn.Module):
         self.norm_type = norm_type
 
     def forward(self, x: Tensor, first: Pair, first_norm: Pair, second: Pair, second_norm: Pair, last: Pair) -> Tensor:
-        """Return logits B L of a map B L C."""
+        """Return the logits B L of a map B L C."""
         x = self._normalised(_convolve(x, *first), first_norm)
         y = self._normalised(_convolve(x, *second), second_norm)
         return _convolve((x + y) * 0.5**0.5, *last).flatten(1)
@@ -168,11 +168,11 @@ class Head(nn.Module):
 
 
 class Convolutions(nn.Module):
-    """Weights of S convolutions over L. Calling it gives a (weight, bias) for each head."""
+    """Weights of S convolutions over L. Calling it returns a (weight, bias) for each head."""
 
     def __init__(self, count: int, width_in: int, width_out: int, ks: int, spectral: bool) -> None:
         super().__init__()
-        drawn = [nn.Conv1d(width_in, width_out, ks) for _ in range(count)]  # for PyTorch's initialisation
+        drawn = [nn.Conv1d(width_in, width_out, ks) for _ in range(count)]  # with PyTorch's initialisation
         weight = torch.stack([conv.weight.detach() for conv in drawn])  # S O I ks
         self.weights = SpectralWeights(weight) if spectral else PlainWeights(weight)
         self.bias = nn.Parameter(torch.stack([conv.bias.detach() for conv in drawn if conv.bias is not None]))
@@ -182,7 +182,7 @@ class Convolutions(nn.Module):
 
 
 class Norms(nn.Module):
-    """Affines of S norms. Calling it gives a (weight, bias) for each head."""
+    """Affine parameters of S norms. Calling it returns a (weight, bias) for each head."""
 
     def __init__(self, count: int, width: int) -> None:
         super().__init__()
@@ -197,17 +197,17 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # B L C -> B 
     reach = weight.shape[-1] // 2
     if not reach:
         return F.linear(x, weight.squeeze(2), bias)
-    # As images of one row: so their memory is channels_last, and the convolution takes them as they are. The weights say so too,
-    # since a compiler may leave open how far one row is from the next.
+    # As images of height 1, the maps are channels_last in memory, so conv2d needs no copy. The weights are marked channels_last
+    # too, since a compiler may choose any stride for a height of 1.
     x = torch.cat((x[:, -reach:], x, x[:, :reach]), dim=1).unsqueeze(1)  # B 1 L+2reach C
     weight = weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)  # O I 1 ks
     return F.conv2d(x.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1).squeeze(1)
 
 
 def _normalise(norm_type: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # B L C
-    """Normalise each channel over L (`bn`), or each group of channels with L (`gn`), per sample; then LeakyReLU.
+    """Normalise each channel over L (`bn`), or each group of channels and L (`gn`), per sample; then apply LeakyReLU.
 
-    In float32 or wider; the result in the dtype of x.
+    Computed in float32 or wider, returned in the dtype of x.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if norm_type == "gn":

@@ -1,5 +1,4 @@
-"""The representation autoencoder: a frozen encoder, a decoder that is trained. Source: arXiv 2510.11690;
-docs/recipe.md, "Encoding".
+"""Representation autoencoder: a frozen encoder and a trained decoder. Source: arXiv 2510.11690; docs/recipe.md, "Encoding".
 
 Legend: B batch, C latent channels, h = w latent grid, N = h*w tokens, H = W image px. Images are RGB in [0, 1].
 """
@@ -26,13 +25,13 @@ log = logging.getLogger(__name__)
 
 VARIANCE_EPS = 1e-5
 TOLERANCE = 1e-2
-"""By how much images may leave [0, 1], as resized ones do."""
+"""How far image values may be outside [0, 1], as after resizing."""
 
 
 class RAE(nn.Module):
-    """`encode(images) -> latents`, `decode(latents) -> images`; `forward` is both.
+    """`encode(images) -> latents`, `decode(latents) -> images`; `forward` does both.
 
-    No noise is added unless a call asks for it, whatever the train/eval mode; `decode` does not clamp.
+    Noise is added only if a call asks for it, regardless of train/eval mode; `decode` does not clamp.
     """
 
     encoder: FrozenEncoder
@@ -60,16 +59,16 @@ class RAE(nn.Module):
     ) -> None:
         """
         Args:
-            encoder_cls: as of `src.models.encoders.encoder_class`.
-            encoder_config_path: hub id or folder that the preprocessing statistics come from.
-            encoder_params: arguments of the encoder class, its weights' place among them.
-            decoder_config_path: JSON file or its folder, or what such a file holds.
-            image_size: px; where None it follows from `encoder_input_size`. One of the two must be given.
-            pretrained_decoder_path: a decoder in any form that `src/formats/decoder_files.py` reads; loads strictly, at
-                another grid with positions by the rule of `fit_positions`.
-            noise_tau: scale of the latent noise in training. Kept, not applied.
+            encoder_cls: name or import path, see `src.models.encoders.encoder_class`.
+            encoder_config_path: hub id or folder to read the pixel statistics from.
+            encoder_params: arguments of the encoder class, including the path or hub id of its weights.
+            decoder_config_path: JSON file, its folder, or the parsed content of such a file.
+            image_size: px; None derives it from `encoder_input_size`. One of the two must be given.
+            pretrained_decoder_path: a decoder in any form that `src/formats/decoder_files.py` reads; loaded strictly, with
+                positions adapted to another grid by `fit_positions`.
+            noise_tau: scale of the latent noise in training; stored, not applied.
             normalization_stat_path: file with `mean` and `var`, each C x h x w; or an export or checkpoint that has them.
-            decoder_denormalize: the decoder's output is in the encoder's normalised pixel space (RAE: true, RAEv2: false).
+            decoder_denormalize: whether the decoder outputs the encoder's normalised pixels (RAE: true, RAEv2: false).
 
         Raises:
             UserError: sizes that don't fit (before any weight is read), missing or unfitting files.
@@ -118,16 +117,16 @@ class RAE(nn.Module):
         check: bool = True,
     ) -> Tensor:
         """Encode images B x 3 x image_size x image_size, uint8 or float in [0, 1], to latents B x C x h x w, normalised
-        where statistics are given.
+        if the model has statistics.
 
         Args:
-            noise_tau: above 0: adds noise of a standard deviation drawn from U(0, noise_tau) per image.
-            layers: blocks of the encoder to use instead of its own.
-            resize: bring images of another size to image_size px first, bicubically.
-            check: False: take any size and any values, without the wait for the device that looking at them costs.
+            noise_tau: above 0: add noise with a standard deviation drawn from U(0, noise_tau) per image.
+            layers: encoder blocks to use instead of the configured ones.
+            resize: resize images of another size to image_size px first, bicubically.
+            check: False: accept any size and values, and skip the device synchronisation that the check costs.
 
         Raises:
-            ValueError: another shape or dtype, or values outside [-0.01, 1.01], as of images in [0, 255] or [-1, 1].
+            ValueError: wrong shape or dtype, or values outside [-0.01, 1.01], such as images in [0, 255] or [-1, 1].
         """
         size = self.geometry.image_size
         if resize and images.shape[-2:] != (size, size):
@@ -142,14 +141,14 @@ class RAE(nn.Module):
         return self.normalize(latents)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents B C h w as `encode` gives them -> images B 3 H W, float, not clamped."""
+        """Decode latents B C h w, as returned by `encode` -> images B 3 H W, float, not clamped."""
         return self.decode_raw(self.denormalize(latents))
 
     def forward(self, images: Tensor, noise_tau: float = 0.0, resize: bool = False, check: bool = True) -> Tensor:
-        """Encode and decode; arguments and errors as of `encode`, output as of `decode`."""
+        """Encode and decode; arguments and errors as in `encode`, output as in `decode`."""
         return self.decode(self.encode(images, noise_tau, resize=resize, check=check))
 
-    # -- its parts, which training uses directly
+    # -- building blocks, used directly by training
 
     @torch.no_grad()
     def encode_raw(self, images: Tensor, layers: Sequence[int] | None = None) -> Tensor:
@@ -163,7 +162,7 @@ class RAE(nn.Module):
         return tokens.transpose(1, 2).unflatten(2, self.latent_shape[1:])
 
     def decode_raw(self, latents: Tensor, decoder: ViTDecoder | None = None) -> Tensor:
-        """B C h w in the encoder's own scale -> images; `decoder` stands in for the own one (its EMA, say)."""
+        """Decode latents B C h w in the encoder's own scale -> images; `decoder`: used instead of the model's, e.g. its EMA."""
         decoder = decoder or self.decoder
         return self.to_images(decoder(self.to_tokens(latents)))
 
@@ -171,7 +170,7 @@ class RAE(nn.Module):
         return latents.flatten(2).transpose(1, 2)  # B C h w -> B N C
 
     def to_images(self, patches: Tensor) -> Tensor:
-        """The decoder's patches B N (P*P*3) -> images B 3 H W in [0, 1] scale."""
+        """Assemble the decoder's patches B N (P*P*3) -> images B 3 H W in [0, 1] scale."""
         images = unpatchify(patches, self.decoder.patch_size)
         return images * self.image_std + self.image_mean if self.decoder_denormalize else images
 
@@ -180,7 +179,7 @@ class RAE(nn.Module):
         return self.latent_mean is not None or self.latent_var is not None
 
     def normalize(self, latents: Tensor) -> Tensor:
-        """Return (z - mean) / sqrt(var + 1e-5); an absent mean counts as 0, an absent var as 1."""
+        """Return (z - mean) / sqrt(var + 1e-5); a missing mean counts as 0, a missing var as 1."""
         if self.latent_mean is not None:
             latents = latents - self.latent_mean
         return latents if self.latent_var is None else latents / (self.latent_var + VARIANCE_EPS).sqrt()
@@ -191,7 +190,7 @@ class RAE(nn.Module):
         return latents if self.latent_mean is None else latents + self.latent_mean
 
     def set_statistics(self, mean: Tensor | None, var: Tensor | None) -> None:
-        """Set per-element mean and variance of raw latents, each C x h x w; None: absent."""
+        """Set the per-element mean and variance of raw latents, each C x h x w; None: not used."""
         self.latent_mean = None if mean is None else mean.float()
         self.latent_var = None if var is None else var.float()
 
@@ -221,7 +220,7 @@ def geometry_of(
     image_size: int | None,
     encoder_input_size: int | None,
 ) -> Geometry:
-    """Work out sizes without weights: from the encoder's config, or the table of presets where it is on the hub."""
+    """Compute the sizes without weights: from the encoder's config, or the preset table if it is not downloaded yet."""
     kind = encoder_class(encoder_cls)
     check_arguments(kind, encoder_params, "model.encoder_params")
     source = str(encoder_params[source_key(encoder_cls)])
