@@ -1,11 +1,11 @@
-"""Shared fixtures: the smallest models of every part, with seeded random weights."""
+"""Shared fixtures: tiny models with seeded random weights, and a finished run of each stage."""
 
 import json
 import os
 import shlex
 import signal
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: a test never asks a hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # set before transformers is imported: tests never contact a hub
 
 from collections.abc import Callable
 from functools import cache
@@ -19,8 +19,8 @@ import torch
 from src.core.stopping import STOP
 from src.models.rae import RAE
 
-omegaconf.base.parse = cache(omegaconf.base.parse)  # of `${...}`: most of the time that resolving a configuration takes
-# Started by nohup or in the background, tests ignore these signals, and so would the runs that they start and signal.
+omegaconf.base.parse = cache(omegaconf.base.parse)  # parsing `${...}` dominates the time to resolve a config
+# Under nohup or in the background these signals are ignored, also by the runs that tests start and signal: restore them.
 for _name, _handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
     if hasattr(signal, _name) and signal.getsignal(getattr(signal, _name)) == signal.SIG_IGN:
         signal.signal(getattr(signal, _name), _handler)
@@ -35,7 +35,7 @@ TINY_ENCODERS = {
 
 
 def make_rae(encoder_cls: str = "Dinov2withNorm", image_size: int = 64, **changes: Any) -> RAE:
-    """A tiny RAE; `encoder_params` in `changes` are added to the untrained ones."""
+    """Build a tiny RAE; `encoder_params` in `changes` are merged into the defaults, which are untrained."""
     params = {**TINY_ENCODERS[encoder_cls], "weights": "untrained", **changes.pop("encoder_params", {})}
     source = next(iter(TINY_ENCODERS[encoder_cls].values()))
     arguments = {
@@ -57,7 +57,7 @@ def rae() -> RAE:
 
 @pytest.fixture(scope="session")
 def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export of stage 1: latents of 64 x 4 x 4 at 64 px, with statistics of the dummy's like."""
+    """Write a stage-1 export: latents of 64 x 4 x 4 at 64 px, with statistics of random images."""
     from tests.tiny_models import exported, tiny_rae
 
     folder = tmp_path_factory.mktemp("autoencoder")
@@ -69,7 +69,7 @@ def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def stage1_run(tmp_path_factory: pytest.TempPathFactory):
-    """Six updates of stage 1 in two epochs, without interruption: the folder and the run's parts."""
+    """Train stage 1 for six updates in two epochs, uninterrupted; return the run folder and the Run."""
     from tests.training import QUIET, train
 
     folder = tmp_path_factory.mktemp("stage1")
@@ -78,7 +78,7 @@ def stage1_run(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="session")
 def stage2_run(autoencoder: Path, tmp_path_factory: pytest.TempPathFactory):
-    """Six updates of stage 2 in two epochs, without interruption: the folder and the run's parts."""
+    """Train stage 2 for six updates in two epochs, uninterrupted; return the run folder and the Run."""
     from tests.training import train_stage2
 
     folder = tmp_path_factory.mktemp("stage2")
@@ -87,7 +87,7 @@ def stage2_run(autoencoder: Path, tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture
 def run_program(capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    """Run the `main` of a program that scores; return what it printed and the content of its JSON file, or (code 1) its message."""
+    """Run `main` of a scoring script; return its stdout and the content of its JSON file, or (code 1) its error message."""
 
     def run(main: Callable[[list[str]], int], line: str, code: int = 0) -> Any:
         file = tmp_path / "scores.json"
@@ -102,7 +102,7 @@ def run_program(capsys: pytest.CaptureFixture[str], tmp_path: Path):
 
 
 @pytest.fixture(autouse=True)
-def no_request_to_stop_is_left():
-    """A test that asks the process to stop does not ask the next one."""
+def reset_stop_request():
+    """Clear a stop request after each test."""
     yield
     STOP.reset()

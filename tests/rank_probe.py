@@ -1,4 +1,4 @@
-"""Started by tests, alone or under torchrun: trains with SGD and writes down what each rank saw.
+"""Train with SGD and save what each rank saw. Tests start it, alone or on two ranks.
 
 python tests/rank_probe.py OUT_FOLDER OVERRIDES…
 """
@@ -23,7 +23,7 @@ GRADIENTS: list[list[torch.Tensor]] = []
 
 
 class RecordingSGD(torch.optim.SGD):
-    """Rather than Adam, which turns rounding into whole steps where a gradient is zero."""
+    """SGD that records its gradients. Adam would turn the rounding error of a zero gradient into a full step."""
 
     def step(self, closure=None):
         GRADIENTS.append([p.grad.detach().clone() for group in self.param_groups for p in group["params"]])
@@ -54,7 +54,7 @@ def main() -> None:
     folder = make_folder(config.paths.log_dir, None) if launch.main else None
     config.paths.run_dir = folder and str(folder)
     run = build_run(config, launch)
-    for value in run.module.state_dict().values():  # as where machines draw other weights: those of rank 0 count
+    for value in run.module.state_dict().values():  # as if each machine drew other weights: rank 0's must win
         value.add_(launch.rank)
     watch = Watch()
     run.trainer.callbacks.append(watch)

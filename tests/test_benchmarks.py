@@ -1,4 +1,4 @@
-"""The benchmark programs run, on tiny networks. How fast anything is, no test asks."""
+"""The benchmark scripts run on tiny networks. No test checks a speed."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ TINY = ["--encoder", "tiny", "--decoder", "tiny", "--image_size", "64"]
 
 
 @pytest.mark.slow
-def test_the_step_is_timed_and_its_memory_measured(monkeypatch, tmp_path, capsys):
+def test_step_benchmark_reports_time_and_memory(monkeypatch, tmp_path, capsys):
     out = tmp_path / "result.json"
     options = ["--batch", "2", "--repeats", "1", "--phases", "gan", "--scratch", str(tmp_path), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", [train_step.__file__, *TINY, *options])
@@ -32,9 +32,9 @@ def test_the_step_is_timed_and_its_memory_measured(monkeypatch, tmp_path, capsys
     assert "ours / plain" in capsys.readouterr().out
 
 
-def test_networks_are_drawn_on_a_gpu_alone(monkeypatch, tmp_path):
-    """On the meta device, which is everywhere: tensors of it and of the CPU in one operation are an error too."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which that device lacks
+def test_models_are_built_entirely_on_the_device(monkeypatch, tmp_path):
+    """On the meta device, which every machine has: mixing its tensors with CPU tensors is an error too."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # not supported on meta
     sizes = argparse.Namespace(encoder="tiny", decoder="tiny", disc="S_8", image_size=64, scratch=str(tmp_path))
     models = runners.build_models(sizes, torch.device("meta"))
     for module in (models.rae, models.lpips, models.discriminator):
@@ -42,9 +42,9 @@ def test_networks_are_drawn_on_a_gpu_alone(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("error:Accessing the data pointer")  # which a user would take for a fault
-def test_memory_is_worked_out_and_nothing_in_the_step_waits_for_a_value():
-    """On fake tensors there are no numbers: a step that reads one (`item`, `if tensor`, boolean indexing) fails here."""
+@pytest.mark.filterwarnings("error:Accessing the data pointer")  # users would take it for a bug
+def test_peak_memory_is_computed_and_the_step_reads_no_value():
+    """Fake tensors hold no values: a step that reads one (`item`, `if tensor`, boolean indexing) fails here."""
     options = argparse.Namespace(
         encoder="tiny", decoder="tiny", disc="S_8", image_size=64, precision="bf16", phase="gan",
         activation_checkpointing=False, loss_chunk_size=None, disc_fake="fresh",
@@ -54,7 +54,7 @@ def test_memory_is_worked_out_and_nothing_in_the_step_waits_for_a_value():
     )
     assert held < ours < plain and ours < twice < 2 * ours
     two, three = (memory.peak_bytes(options, "ours", 8, accumulate)[1] for accumulate in (2, 3))
-    latents = 8 * 192 * 16 * 2  # bytes, in bf16: all that each further micro-batch leaves, beside its scalars
+    latents = 8 * 192 * 16 * 2  # bytes, in bf16: all that each further micro-batch keeps, apart from scalars
     assert latents <= three - two < 1.5 * latents
 
 
@@ -62,12 +62,12 @@ def test_largest_batch(monkeypatch):
     arguments = argparse.Namespace(fit=[12], phase="gan", accumulate=[1])
     monkeypatch.setattr(memory, "peak_bytes", lambda _, variant, batch, accumulate: (0, (2 + batch) * memory.GIB))
     found = memory.largest_batches(arguments, "ours", 4, 6 * memory.GIB)
-    assert found == {"gib_per_image": 1.0, "batch_in_12_gib": 8}  # 1.5 GiB are not for tensors
+    assert found == {"gib_per_image": 1.0, "batch_in_12_gib": 8}  # 1.5 GiB are reserved (memory.OVERHEAD)
 
 
 @contextmanager
 def kept_for_backward():
-    """Sizes in bytes by place in memory of what autograd keeps."""
+    """Collect what autograd keeps for the backward pass, as data pointer -> bytes."""
     kept: dict[int, int] = {}
 
     def keep(tensor):
@@ -79,8 +79,8 @@ def kept_for_backward():
         yield kept
 
 
-def test_a_block_keeps_less_than_the_plain_one_and_gives_the_same():
-    """The GELU's result, B N 4D, is not kept, and no matrix product is done twice for it."""
+def test_decoder_block_keeps_less_memory_and_gives_the_same_result():
+    """The GELU output, B N 4D, is not kept, and no matrix product is recomputed for it."""
     torch.manual_seed(0)
     config = {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
     block = decoder.Block(DecoderConfig(**config, decoder_intermediate_size=128, layer_norm_eps=1e-12))
@@ -98,15 +98,15 @@ def test_a_block_keeps_less_than_the_plain_one_and_gives_the_same():
     ours, kept, flops = run()
     with published_layers():
         theirs, kept_plain, flops_plain = run()
-    largest = max(plain.abs().max() for plain in theirs)  # the key's bias, which softmax ignores, has only rounding
+    largest = max(plain.abs().max() for plain in theirs)  # the key bias has only rounding: softmax cancels it
     for mine, plain in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, plain, rtol=0, atol=1e-5 * float(max(plain.abs().max(), 1e-2 * largest)))
     assert kept <= kept_plain - 2 * 5 * 128 * 4
-    attention = 6 * (2 * 2 * 2 * 5 * 5 * 16)  # products over B, heads, N, N, D/A; the counter does not see them in ours
+    attention = 6 * (2 * 2 * 2 * 5 * 5 * 16)  # products over B, heads, N, N, D/A, which the counter misses in ours
     assert flops == flops_plain - attention
 
 
-def test_the_step_of_stage_2_runs_alone_and_says_what_is_missing(monkeypatch, capsys):
+def test_stage2_benchmark_runs_without_published_code_and_names_what_is_missing(monkeypatch, capsys):
     options = ["--network", "tiny", "raev2_tiny", "--shape", "64", "8", "8", "--computed"]
     monkeypatch.setattr(sys, "argv", [dit_step.__file__, *options])
     dit_step.main()
@@ -121,7 +121,7 @@ def test_the_step_of_stage_2_runs_alone_and_says_what_is_missing(monkeypatch, ca
     (["--device", "cuda"], "--device cuda, but no CUDA device is visible"),
     (["--precision", "bf16"], "--precision bf16 is for --device cuda"),
 ])  # fmt: skip
-def test_a_device_that_is_not_there(monkeypatch, capsys, words, said):
+def test_unavailable_device_is_an_error(monkeypatch, capsys, words, said):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     programs = [dit_step] if "--precision" in words else [dit_step, train_step]
     for program in programs:
@@ -131,7 +131,7 @@ def test_a_device_that_is_not_there(monkeypatch, capsys, words, said):
         assert said in capsys.readouterr().err
 
 
-def test_the_step_of_stage_2_is_timed_on_a_device():
+def test_stage2_step_is_timed_on_a_device():
     sizes = {"shape": (64, 8, 8), "batch": 2, "warm": 0, "repeats": 1}
     arguments = argparse.Namespace(device=torch.device("cpu"), precision="bf16", **sizes)
     found = dit_step.measure_on_gpu(arguments, "tiny", dit_step.Ours, False)
@@ -139,7 +139,7 @@ def test_the_step_of_stage_2_is_timed_on_a_device():
 
 
 @pytest.mark.parametrize("options", [LayerOptions(), LayerOptions(qknorm=True), LayerOptions(qknorm=True, v2=True)])
-def test_a_block_of_stage_2_keeps_no_norm_silu_or_product_and_gives_the_same(options):
+def test_transformer_block_keeps_no_norm_silu_or_product_and_gives_the_same_result(options):
     torch.manual_seed(0)
     block, hidden = dit_layers.Block(64, 2, options), 170
     torch.nn.init.normal_(getattr(block, options.modulation)["1"].weight, std=0.1)

@@ -1,4 +1,4 @@
-"""What watches a run and saves it, seen from its log, its figures and its files."""
+"""Callbacks for progress, throughput, checkpoints and warnings, checked through logs, metrics and files."""
 
 import logging
 from types import SimpleNamespace
@@ -15,8 +15,8 @@ from src.training.stage1 import RAEModule
 from tests.training import QUIET, composed, logged, train
 
 
-def test_a_timed_save_on_several_ranks_happens_once(tmp_path, monkeypatch):
-    """Requests of two ranks are answered a step later; the one repeated meanwhile is the same request."""
+def test_timed_save_on_several_ranks_happens_once(tmp_path, monkeypatch):
+    """Requests of two ranks are answered a step later; a repeat in between is the same request."""
     pending, saved = [[False, False]], []
 
     def answer_a_step_later(self, requests, world_size):
@@ -45,7 +45,7 @@ def advance(monkeypatch, clock, owner, name, seconds):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Of the speed: a step takes 1 s, and all that is no training takes long."""
+    """Fake the clock of the throughput: a step takes 1 s, everything that is not training far longer."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     advance(monkeypatch, clock, RAEModule, "training_step", 1.0)
@@ -55,7 +55,7 @@ def clock(monkeypatch):
     return clock
 
 
-def test_evaluation_pictures_and_checkpoints_are_no_training_time_and_waiting_for_data_is(tmp_path, monkeypatch, clock):
+def test_throughput_includes_data_wait_but_not_evaluation_samples_and_checkpoints(tmp_path, monkeypatch, clock):
     original = TrainLoader.__iter__
 
     def slow(self):
@@ -73,8 +73,8 @@ def test_evaluation_pictures_and_checkpoints_are_no_training_time_and_waiting_fo
     ("loader", "every", "expected", "warned"),
     [(0.24, 22, 1 / 6, False), (0.30, 22, 1 / 3, True), (0.30, 10, 1 / 3, False), (0.15, 22, 0.0, False)],
 )
-def test_on_a_gpu_only_its_own_idle_time_counts_as_waiting(monkeypatch, caplog, loader, every, expected, warned):
-    """A step keeps the GPU busy for 200 ms and the host for 20, which then waits for the loader while the GPU computes."""
+def test_data_wait_on_a_gpu_is_the_idle_time_of_the_gpu(monkeypatch, caplog, loader, every, expected, warned):
+    """A step takes 200 ms on the GPU and 20 ms on the host, which then waits for the loader while the GPU computes."""
     now = SimpleNamespace(host=0.0, gpu=0.0)
 
     class Event:
@@ -104,7 +104,7 @@ def test_on_a_gpu_only_its_own_idle_time_counts_as_waiting(monkeypatch, caplog, 
     callback = progress.TrainingProgress()
     callback.on_train_start(trainer, module)
     for number in range(2 * every):
-        now.host = max(now.host, number * loader)  # when the batch is there
+        now.host = max(now.host, number * loader)  # when the batch is ready
         callback.on_train_batch_start(trainer, module, None, number)
         now.gpu = max(now.host, now.gpu) + 0.2
         now.host += 0.02
@@ -116,8 +116,8 @@ def test_on_a_gpu_only_its_own_idle_time_counts_as_waiting(monkeypatch, caplog, 
     assert ("data path is the bottleneck" in caplog.text) == warned
 
 
-def test_all_but_the_images_leaves_the_tensors_behind(stage1_run):
-    """DDP moves tensors to the GPU, and reading one back there would wait for the whole step."""
+def test_only_the_images_of_a_batch_stay_tensors(stage1_run):
+    """DDP moves tensors to the GPU, and reading one back would wait for the whole step."""
     _, run = stage1_run
     batch = next(iter(run.datamodule.train_dataloader()))
     moved = RAEModule.transfer_batch_to_device(run.module, batch, torch.device("cpu"), 0)
@@ -147,6 +147,6 @@ def test_warnings_at_the_start(stage1_run, caplog, monkeypatch, starts, pretrain
     assert any("No GPU" in message for message in messages) == pretrained
 
 
-def test_one_name_for_the_encoder():
+def test_encoder_config_path_sets_the_encoder_source():
     config = composed(["experiment=rae_dino", "model.encoder_config_path=facebook/dinov2-with-registers-large"])
     assert config.model.encoder_params.dinov2_path == "facebook/dinov2-with-registers-large"

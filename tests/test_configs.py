@@ -1,4 +1,4 @@
-"""Every shipped config composes, and every command line of the training guide means what the guide says."""
+"""Every shipped config composes, and the guide's training commands set the values the guide promises."""
 
 import re
 import shlex
@@ -14,7 +14,7 @@ from tests.training import composed
 
 EXPERIMENTS = sorted(path.stem for path in (PROJECT_ROOT / "configs/experiment").glob("*.yaml"))
 
-# Command lines of the guide, and what they set beyond what they say; tests/test_docs.py composes every one.
+# Commands of the guide and values they imply; tests/test_docs.py composes every one.
 GUIDE = {
     "experiment=rae_dummy trainer=gpu": {"trainer.accelerator": "gpu", "trainer.devices": 1},
     "experiment=rae_siglip_dummy": {"data.image_size": 378, "trainer.limit_train_batches": 0.1, "data.batch_size": 8},
@@ -31,7 +31,7 @@ GUIDE = {
     "experiment=rae_siglip data.image_size=256 model.decoder_patch_size=16 model.encoder_params.num_tokens=256": {"model.encoder_params.num_tokens": 256},
 }  # fmt: skip
 
-# What the guide prints of configs/model/rae.yaml and configs/callbacks/rae.yaml.
+# Defaults that the guide prints from configs/model/rae.yaml and configs/callbacks/rae.yaml.
 PRINTED_DEFAULTS = {
     "model.encoder_cls": "Dinov2withNorm", "model.encoder_config_path": "facebook/dinov2-with-registers-base",
     "model.encoder_params.normalize": True, "model.decoder_config_path": "configs/decoder/ViTXL/config.json",
@@ -56,7 +56,7 @@ def plain(config):
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_composes_and_its_model_node_is_understood(experiment):
+def test_every_experiment_composes_and_its_model_settings_parse(experiment):
     config = plain(composed([f"experiment={experiment}"]))
     assert config["experiment_name"] == experiment
     settings = {key: value for key, value in config["model"].items() if key != "_target_"}
@@ -73,7 +73,7 @@ def test_guide_commands(line):
         assert OmegaConf.select(config, key, throw_on_missing=True) == value, key
 
 
-def test_the_defaults_that_the_guide_prints():
+def test_defaults_are_those_printed_in_the_guide():
     config = composed(["experiment=rae_dino"])
     for key, value in PRINTED_DEFAULTS.items():
         assert OmegaConf.select(config, key) == value, key
@@ -82,7 +82,7 @@ def test_the_defaults_that_the_guide_prints():
     assert "checkpoint" not in composed(["callbacks=no_checkpoint"]).callbacks
 
 
-def test_dummy_experiments_leave_the_model_to_its_config():
+def test_dummy_experiments_set_no_model_keys():
     """So that `model=rae` runs the real networks on the same data."""
     for name in (n for n in EXPERIMENTS if n.endswith("dummy")):
         text = (PROJECT_ROOT / f"configs/experiment/{name}.yaml").read_text()
@@ -102,7 +102,7 @@ train_split: 0.8
 """
 
 
-def test_a_data_config_as_the_guide_prints_it(tmp_path):
+def test_data_config_of_the_guide(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "my_dataset.yaml").write_text(MY_DATASET)
     config = composed([f"hydra.searchpath=[file://{tmp_path}]", "data=my_dataset", "data.num_workers=3"])
@@ -112,7 +112,7 @@ def test_a_data_config_as_the_guide_prints_it(tmp_path):
     assert with_experiment.data.batch_size == 128 and with_experiment.data.train_split == 0.8
 
 
-def test_the_published_trainer_differs_in_the_keys_that_its_file_names():
+def test_published_experiment_differs_only_in_the_keys_it_names():
     ours, theirs = (flat(plain(composed([f"experiment={name}"]))) for name in ("rae_ddp", "rae_dino_published"))
     assert {key: value for key, value in theirs.items() if ours[key] != value} == {
         "experiment_name": "rae_dino_published", "model.train_positions": True, "model.adaptive_weight": "per_rank",

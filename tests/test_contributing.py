@@ -1,4 +1,4 @@
-"""The worked examples of CONTRIBUTING.md, applied to a copy of the project and checked there as the page says."""
+"""Apply the worked examples of CONTRIBUTING.md to a copy of the project and run the checks they list."""
 
 import os
 import re
@@ -17,7 +17,7 @@ def blocks(language: str) -> list[str]:
 
 
 def hunks(diff: str) -> tuple[str, list[tuple[str, str]]]:
-    """The file of a diff, and its (old text, new text) pairs."""
+    """Return the target file of a diff and its (old text, new text) pairs."""
     head, *parts = re.split(r"^@@\n", diff, flags=re.MULTILINE)
     target = head.split("+++ ")[1].strip()
     pairs = []
@@ -29,8 +29,8 @@ def hunks(diff: str) -> tuple[str, list[tuple[str, str]]]:
     return target, pairs
 
 
-def test_the_examples_do_what_they_say(tmp_path):
-    """One process for all of them: importing transformers takes longer than the checks."""
+def test_worked_examples_pass_their_checks(tmp_path):
+    """All in one process: importing transformers takes longer than the checks."""
     for folder in ("src", "configs"):
         shutil.copytree(PROJECT_ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "tests").mkdir()
@@ -57,7 +57,7 @@ def test_the_examples_do_what_they_say(tmp_path):
     assert re.search(r"\b6 passed", done.stdout), done.stdout
 
 
-# The model config and the names of the losses, as a run would take them; and that it is the copy that is tested.
+# Further checks: a run's settings accept the new names, and parts from another package train and export.
 COMPOSE = """
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Rows of Arrow files found by their place: equal to what pyarrow reads, little read, and no damage goes unnoticed."""
+"""Random access into Arrow files: rows equal pyarrow's, opening reads little, and damage is noticed."""
 
 import contextlib
 import itertools
@@ -38,7 +38,7 @@ OTHERS: dict[str, tuple[pa.DataType, Any]] = {
 
 
 def write(folder: Path, tables: Sequence[pa.Table], rows: int, kind: str = "stream", **options: Any) -> None:
-    """Write a dataset, a file of each table, of record batches of `rows` rows."""
+    """Write a dataset with one file per table, in record batches of `rows` rows."""
     folder.mkdir()
     names = [f"data-{i}.arrow" for i in range(len(tables))]
     new = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
@@ -99,13 +99,13 @@ def damaged(whole: bytes) -> Iterator[bytes]:
             at = draws.randrange(len(whole))
             broken[at] = draws.choice([0, 255, broken[at] ^ (1 << draws.randrange(8)), 128])
         yield bytes(broken)
-    for at in range(0, len(whole) - 8, 8):  # as a negative or a huge place
+    for at in range(0, len(whole) - 8, 8):  # as a negative or a huge offset
         for value in (-1, 1 << 40, -(1 << 62)):
             if at % 64 == 0:
                 yield whole[:at] + value.to_bytes(8, "little", signed=True) + whole[at + 8 :]
 
 
-def test_a_damaged_file_is_one_message_or_reads_within_itself(tmp_path: Path) -> None:
+def test_damaged_file_is_rejected_or_reads_within_bounds(tmp_path: Path) -> None:
     whole = small(tmp_path / "set")
     file, refused = tmp_path / "set/data-0.arrow", 0
     for broken in damaged(whole):
@@ -122,7 +122,7 @@ def test_a_damaged_file_is_one_message_or_reads_within_itself(tmp_path: Path) ->
     assert refused > 150
 
 
-def test_a_cut_file_is_refused_at_any_length(tmp_path: Path) -> None:
+def test_truncated_file_is_rejected_at_any_length(tmp_path: Path) -> None:
     whole = small(tmp_path / "set")
     for length in itertools.chain(range(0, len(whole), 53), range(len(whole) - 12, len(whole))):
         (tmp_path / "set/data-0.arrow").write_bytes(whole[:length])
@@ -142,7 +142,7 @@ TWICE = pa.Table.from_arrays([pa.array([b"x"]), pa.array([1]), pa.array([2])], n
         ([TWICE], {}, "two of one name"),
     ],
 )
-def test_what_can_not_be_read_in_place_is_named(
+def test_files_without_random_access_are_rejected(
     tables: list[pa.Table], options: Any, says: str, tmp_path: Path
 ) -> None:
     write(tmp_path / "set", tables, 1, **options)
@@ -165,7 +165,7 @@ def two_images(folder: Path) -> Path:
         ("parts", "'parts' of .* holds list"),
     ],
 )
-def test_the_column_of_the_images(wanted: str | None, says: str, tmp_path: Path) -> None:
+def test_image_column_can_be_chosen(wanted: str | None, says: str, tmp_path: Path) -> None:
     folder = two_images(tmp_path / "set")
     assert [ArrowSource(folder, ReadOptions(image=name)).encoded(0) for name in ("low", "high")] == [b"l", b"h"]
     with pytest.raises(UserError, match=says):
@@ -197,7 +197,7 @@ def test_opening_reads_little_and_keeps_few_files_open(tmp_path: Path) -> None:
     assert open_files_limit() <= 512
 
 
-def test_a_state_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
+def test_state_naming_files_outside_the_folder_is_rejected(tmp_path: Path) -> None:
     small(tmp_path / "set")
     for name in ("../set/data-0.arrow", str(tmp_path / "set/data-0.arrow"), 5):
         (tmp_path / "set/state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))

@@ -1,4 +1,4 @@
-"""The converter: nothing lost, nothing half done, every bad file listed, killed and resumed."""
+"""Conversion keeps every good image, lists every bad file, leaves nothing half-written, and resumes after a kill."""
 
 import errno
 import io
@@ -49,7 +49,7 @@ def run(root: Path | str, output: Path, settings: Settings = COPY, **options: An
 
 
 def rows(path: Path) -> dict[str, tuple[bytes, str]]:
-    """path in the row -> (bytes, class name)."""
+    """Read a dataset as path in the row -> (bytes, class name)."""
     data = datasets.load_from_disk(str(path)).cast_column("image", datasets.Image(decode=False))
     names = data.features["label"].names
     return {r["image"]["path"]: (r["image"]["bytes"], names[r["label"]]) for r in data}
@@ -73,7 +73,7 @@ def test_bytes_and_classes_are_kept(workers: int, tmp_path: Path, monkeypatch: p
     assert len(ArrowSource(tmp_path / "out")) == 150
 
 
-def test_splits_share_their_classes_and_may_lack_them(tmp_path: Path) -> None:
+def test_splits_share_their_classes_and_may_be_unlabelled(tmp_path: Path) -> None:
     root = tree(tmp_path / "in", 9, "train")
     for name in ("dog", "zebra"):
         (root / "val" / name).mkdir(parents=True)
@@ -94,7 +94,7 @@ def test_splits_share_their_classes_and_may_lack_them(tmp_path: Path) -> None:
 
 
 def bad_tree(root: Path) -> tuple[Path, set[str]]:
-    """Every kind of bad file beside good ones; (root, names of the bad ones)."""
+    """Write every kind of bad file beside good ones; return (root, names of the bad ones)."""
     good = tree(root, 6)
     png = encoded(Image.new("RGB", (40, 30), (9, 200, 9)), "PNG")
     bad = {
@@ -169,7 +169,7 @@ def test_resizing(tmp_path: Path) -> None:
     ]
     assert tables[0] == tables[1] == tables[2]
     assert all(0x0112 not in Image.open(io.BytesIO(data)).getexif() for data in stored.values())
-    for row in loaded["validation"]:  # the reference images of rFID stay as they are
+    for row in loaded["validation"]:  # the reference images of rFID are not resized
         assert row["image"]["bytes"] == (root / row["image"]["path"]).read_bytes()
 
 
@@ -179,12 +179,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("mark", ["", "state.json"])
-def test_the_images_are_never_replaced(overwrite: bool, mark: str, tmp_path: Path) -> None:
+def test_output_never_replaces_the_input_images(overwrite: bool, mark: str, tmp_path: Path) -> None:
     root, elsewhere = tree(tmp_path / "home/in"), tree(tmp_path / "elsewhere")
     (root / "linked").symlink_to(elsewhere / "dog")
     (tmp_path / "link").symlink_to(root)
     for folder in (root, root.parent, elsewhere) if mark else ():
-        (folder / mark).write_text("{}")  # what looks like a dataset may hold the images all the same
+        (folder / mark).write_text("{}")  # a folder that looks like a dataset may still hold the images
     before = contents(tmp_path)
     inside = [root / "cat", root / "new/hf", tmp_path / "link/new"]
     refused = {root: "is", tmp_path / "link": "is", root.parent: "holds", elsewhere: "holds"} | dict.fromkeys(
@@ -201,7 +201,7 @@ def test_the_images_are_never_replaced(overwrite: bool, mark: str, tmp_path: Pat
     assert len(contents(tmp_path)) == len(before) + 12
 
 
-def test_only_a_dataset_is_replaced_and_only_when_told(tmp_path: Path) -> None:
+def test_only_a_dataset_is_replaced_and_only_with_overwrite(tmp_path: Path) -> None:
     root, mine = tree(tmp_path / "in"), tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
@@ -227,7 +227,7 @@ def test_only_a_dataset_is_replaced_and_only_when_told(tmp_path: Path) -> None:
         assert rows(output) == rows(tmp_path / "empty") == expected(root)
 
 
-def test_what_others_called_old_or_partial_is_kept(tmp_path: Path) -> None:
+def test_foreign_folders_named_old_or_partial_are_kept(tmp_path: Path) -> None:
     root, output = tree(tmp_path / "in"), tmp_path / "out"
     run(root, output)
     for name in ("out.old", "out.partial"):
@@ -236,7 +236,7 @@ def test_what_others_called_old_or_partial_is_kept(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"out\.partial is in the way.*Move it away"):
         run(root, output, overwrite=True)
     (tmp_path / "out.partial").rename(tmp_path / "moved")
-    (tmp_path / "out.partial/.conversion").mkdir(parents=True)  # killed in its first moment
+    (tmp_path / "out.partial/.conversion").mkdir(parents=True)  # killed right after the start
     (tmp_path / "out.partial/.conversion/.settings.json.1.writing").write_text("{")
     run(root, output, overwrite=True)
     assert rows(output) == expected(root)
@@ -244,7 +244,7 @@ def test_what_others_called_old_or_partial_is_kept(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "moved", "out", "out.old"]
 
 
-def test_the_old_dataset_comes_back_where_the_new_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_dataset_is_restored_if_the_rename_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, output = tree(tmp_path / "in"), tmp_path / "out"
     run(root, output)
     before, replace = contents(output), os.replace
@@ -266,8 +266,8 @@ def test_the_old_dataset_comes_back_where_the_new_gets_no_name(tmp_path: Path, m
     assert rows(output) == expected(root)
 
 
-def test_the_own_sets_replace_datasets_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", list(sys.path))  # which the script changes
+def test_dummy_datasets_replace_only_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the script changes it
     from scripts.create_hf_test_data import make_own
 
     monkeypatch.setattr(core_files, "PROJECT_ROOT", tmp_path)
@@ -278,7 +278,7 @@ def test_the_own_sets_replace_datasets_only(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "data/test_hf").rename(tmp_path / "mine")
     run(tree(tmp_path / "in"), tmp_path / "elsewhere")
     (tmp_path / "data/test_hf").symlink_to(tmp_path / "elsewhere")
-    make_own(False, overwrite=True)  # in place of the link, not of what it leads to
+    make_own(False, overwrite=True)  # replaces the link, not its target
     assert [len(ArrowSource(tmp_path / name)) for name in ("data/test_hf", "elsewhere")] == [20, 12]
     (tmp_path / "data/test_hf/state.json").write_text("{")
     make_own(False, overwrite=True)
@@ -286,7 +286,7 @@ def test_the_own_sets_replace_datasets_only(tmp_path: Path, monkeypatch: pytest.
 
 
 def stop_at(images: int, error: BaseException | None = None) -> Callable[[int], None]:
-    """A progress callback that ends the conversion once so many files are done."""
+    """Return a progress callback that stops the conversion once `images` files are done."""
 
     def progress(done: int) -> None:
         if done >= images:
@@ -295,7 +295,7 @@ def stop_at(images: int, error: BaseException | None = None) -> Callable[[int], 
     return progress
 
 
-def test_full_disk_keeps_what_is_done(tmp_path: Path) -> None:
+def test_full_disk_keeps_finished_shards(tmp_path: Path) -> None:
     root, output = tree(tmp_path / "in", 150), tmp_path / "out"
     full = stop_at(100, OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(UserError, match=r"(?s)disk is full.*same command"):
@@ -307,7 +307,7 @@ def test_full_disk_keeps_what_is_done(tmp_path: Path) -> None:
     assert rows(output) == expected(root)
 
 
-def test_what_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+def test_folder_created_during_the_conversion_is_kept(tmp_path: Path) -> None:
     root, output = tree(tmp_path / "in"), tmp_path / "out"
 
     def appear(done: int) -> None:
@@ -322,7 +322,7 @@ def test_what_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     assert run(root, output).shards_reused == 1
 
 
-def test_other_settings_do_not_mix(tmp_path: Path) -> None:
+def test_resume_with_other_settings_is_rejected(tmp_path: Path) -> None:
     root, output = tree(tmp_path / "in", 150), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         run(root, output, progress=stop_at(150))
@@ -337,7 +337,7 @@ def test_other_settings_do_not_mix(tmp_path: Path) -> None:
     assert rows(output) == expected(root)
 
 
-def test_nothing_convertible(tmp_path: Path) -> None:
+def test_input_without_images_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "in/a").mkdir(parents=True)
     for name, says in (("in", "no files"), ("nowhere", "no such folder")):
         with pytest.raises(UserError, match=says):
@@ -354,7 +354,7 @@ def script(*args: object, **options: object) -> subprocess.CompletedProcess[str]
 
 
 @pytest.mark.parametrize("kind", ["tree", "parquet"])
-def test_a_killed_conversion_goes_on(kind: str, tmp_path: Path) -> None:
+def test_killed_conversion_resumes(kind: str, tmp_path: Path) -> None:
     root, output = tmp_path / "in", tmp_path / "out"
     if kind == "tree":
         tree(root, 600)
@@ -364,11 +364,11 @@ def test_a_killed_conversion_goes_on(kind: str, tmp_path: Path) -> None:
         assert pq.ParquetFile(root / "train-00000-of-00001.parquet").num_row_groups == 24
     words = ["--input_dir", root, "--output_dir", output, "--num_workers", "1" if kind == "parquet" else "2"]
     partial = tmp_path / "out.partial"
-    in_its_first_moment, in_the_middle = (
+    right_after_the_start, in_the_middle = (
         partial.exists,
         lambda: len(list(partial.glob(".conversion/train-*.json"))) >= 2,
     )
-    for begun in (in_its_first_moment, in_the_middle):
+    for begun in (right_after_the_start, in_the_middle):
         process = subprocess.Popen([sys.executable, str(SCRIPT), *map(str, words)], stdout=subprocess.DEVNULL)
         while not begun() and process.poll() is None:
             time.sleep(0.005)
@@ -401,7 +401,7 @@ def test_script_reports_and_exit_codes(tmp_path: Path, monkeypatch: pytest.Monke
     assert script("--resize_shorter", "-3").returncode == 2
 
 
-# -- Parquet and tars: nothing decoded twice, one copy
+# -- Parquet and tars
 
 
 @pytest.mark.parametrize("settings", [COPY, TRUST])
@@ -426,7 +426,7 @@ def test_damaged_rows_are_left_out_unless_trusted(tmp_path: Path) -> None:
     assert report.images == {"train": 7} and [b["file"] for b in report.bad] == ["3.jpg"]
     assert run(tmp_path / "hub/train.parquet", tmp_path / "trusted", TRUST).images == {"train": 8}
     resized = run(tmp_path / "hub", tmp_path / "small", Settings(64, 80.0, trust=True))
-    assert resized.images == {"train": 7}  # what is resized is decoded
+    assert resized.images == {"train": 7}  # resizing has to decode
 
 
 def test_tars(tmp_path: Path) -> None:
@@ -444,7 +444,7 @@ def test_tars(tmp_path: Path) -> None:
     assert len(open_splits(tmp_path / "pattern", None, "train", None, 1.0).train) == 7
 
 
-def test_parquet_without_images_or_cut_is_named(tmp_path: Path) -> None:
+def test_truncated_parquet_or_one_without_images_is_rejected(tmp_path: Path) -> None:
     hub = parquet(tmp_path / "hub", ("train",))
     first = sorted(hub.rglob("*.parquet"))[0]
     os.truncate(first, 500)

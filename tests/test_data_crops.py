@@ -1,4 +1,4 @@
-"""Crops against the published transforms, written out here with Pillow alone."""
+"""Crops match the published transforms, reimplemented here with Pillow alone."""
 
 import functools
 import io
@@ -15,13 +15,13 @@ from src.data.decode import Decoder, Picture
 
 SIZES = [(500, 375), (375, 500), (384, 384), (500, 333), (1601, 1203), (68, 121), (385, 384), (4000, 60)]
 DECODER = Decoder("apply", 80)
-# Largest mean difference to the two steps, in levels of 255, over an image. One pass rounds once where two round twice.
+# Largest mean difference from the two steps over an image, in levels of 255. One pass rounds once, two steps round twice.
 ONE_PASS, SCALED_DECODE = 0.3, 2.0
 
 
 @functools.cache
 def natural(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Noise whose amplitude falls with frequency, as photographs' does, over the shapes of the dummy pictures."""
+    """Return noise whose amplitude falls with frequency, as in photographs, over the shapes of a dummy image."""
     rng = np.random.default_rng(seed)
     shapes = Image.fromarray(dummy.picture(rng, "box"))
     image = np.asarray(shapes.resize((width, height), Image.Resampling.BICUBIC), float)
@@ -33,7 +33,7 @@ def natural(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def published_training(image: Image.Image, size: int, shorter: int, u: float, v: float) -> np.ndarray:
-    """torchvision Resize(shorter, bicubic, antialias), then RandomCrop(size) at the given place of its range."""
+    """Apply torchvision's Resize(shorter, bicubic, antialias), then RandomCrop(size) at (u, v) of its offset range."""
     w, h = image.size
     short, long = (w, h) if w <= h else (h, w)
     new = (shorter, int(shorter * long / short))
@@ -44,7 +44,7 @@ def published_training(image: Image.Image, size: int, shorter: int, u: float, v:
 
 
 def published_evaluation(image: Image.Image, size: int) -> np.ndarray:
-    """The centre crop of guided-diffusion, by its description."""
+    """Apply the centre crop of guided-diffusion, written from its description."""
     while min(image.size) >= 2 * size:
         image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
     factor = size / min(image.size)
@@ -72,9 +72,9 @@ def test_one_pass_equals_two_steps(wh: tuple[int, int], size: int) -> None:
 
 
 @pytest.mark.parametrize("wh", SIZES, ids=str)
-def test_only_the_neighbourhood_is_needed(wh: tuple[int, int]) -> None:
-    """Cutting the source before the resize changes nothing, borders included, even in noise (without black and white:
-    Pillow clips between its two passes, whose order may depend on the sizes)."""
+def test_cropping_the_source_before_the_resize_changes_nothing(wh: tuple[int, int]) -> None:
+    """Borders included, even in noise. Without black and white: Pillow clips between its two passes, whose order may
+    depend on the sizes."""
     image = Image.fromarray(np.random.default_rng(0).integers(80, 176, (wh[1], wh[0], 3), dtype=np.uint8))
     for u, v in ((0, 0), (0.37, 0.61), (0.999999, 0.999999)):
         window = crops.random_window(*wh, 256, 384, u, v)
@@ -98,7 +98,7 @@ def test_scaled_decode_stays_close(wh: tuple[int, int]) -> None:
         reference = published_training(whole, 256, 384, u, v)
         assert difference(got, reference) < SCALED_DECODE
         shifted = published_training(whole, 256, 384, min(u + 0.02, 0.98), v)
-        assert difference(got, reference) < difference(got, shifted)  # the place is right, not only the look
+        assert difference(got, reference) < difference(got, shifted)  # the position is right, not only the look
 
 
 def test_every_offset_of_the_published_range_is_reached() -> None:
@@ -107,7 +107,7 @@ def test_every_offset_of_the_published_range_is_reached() -> None:
     assert {w.top for w in offsets} == set(range(384 - 256 + 1))
 
 
-def test_stored_size_is_only_sliced() -> None:
+def test_image_that_needs_no_resize_is_only_sliced() -> None:
     pixels = np.asarray(natural(512, 384))
     window = crops.random_window(512, 384, 256, 384, 0.5, 0.5)
     got = crops.cut(Picture(pixels, 512, 384, 1), window)
@@ -134,7 +134,7 @@ def test_center_crop_of_raev2(wh: tuple[int, int]) -> None:
     assert difference(got, np.asarray(frame)[y : y + 256, x : x + 256]) < ONE_PASS
 
 
-def test_draws_belong_to_seed_epoch_and_position() -> None:
+def test_crop_is_a_function_of_seed_epoch_and_position() -> None:
     transform = TrainTransform(64, "random", None, DECODER, seed=3)
     data = dummy.jpeg(2)
     u, v = stream.generator(3, stream.Purpose.CROP, 5, 11).random(2)

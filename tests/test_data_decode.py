@@ -1,4 +1,4 @@
-"""Every kind of file becomes right-way-up RGB or a BadImage, never anything else."""
+"""Every file decodes to upright RGB or raises BadImage."""
 
 import io
 import struct
@@ -97,7 +97,7 @@ def test_exif_orientation(orientation: int, kind: str) -> None:
     np.testing.assert_array_equal(AS_STORED.decode(data).pixels, by_pillow(data))
 
 
-def test_damaged_exif_does_not_cost_the_image() -> None:
+def test_damaged_exif_is_ignored() -> None:
     data = encoded(photo(), "JPEG")
     block = b"Exif\0\0" + b"MM\0\x2a\0\0\0\xff" + bytes(range(40))
     broken = data[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + data[2:]
@@ -115,7 +115,7 @@ def test_reduction_keeps_what_the_resize_needs(shorter: int | None, reduction: i
 
 
 def png(width: int, height: int, bits: int, pixels: bytes) -> bytes:
-    """An RGB PNG written by hand."""
+    """Write an RGB PNG by hand."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
@@ -131,7 +131,7 @@ def test_sixteen_bit_rgb_png() -> None:
 
 
 @pytest.mark.parametrize("side", [60000, 9500])  # beyond Pillow's own limit, and between ours and Pillow's
-def test_bombs_are_refused_by_their_header(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decompression_bombs_are_rejected_by_their_header(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
     small = encoded(photo(), "JPEG")
     jpeg = bytearray(small)
     frame = jpeg.index(b"\xff\xc0")
@@ -145,39 +145,39 @@ def test_bombs_are_refused_by_their_header(side: int, monkeypatch: pytest.Monkey
         Decoder("apply", 0.01).decode(small)
 
 
-def test_truncated_is_an_error_at_any_place() -> None:
+def test_truncated_image_is_an_error() -> None:
     image = photo()
     data = encoded(image, "JPEG")
     whole = [data, encoded(image, "JPEG", progressive=True), encoded(image, "PNG"), encoded(image, "GIF")]
     cut = [one[: int(len(one) * share)] for one in whole for share in (0.02, 0.3, 0.6, 0.9, 0.99)]
-    cut += [data[: len(data) // 2] + b"\xff\xd9", encoded(image.convert("CMYK"), "JPEG")[:-3000]]  # an end marker, CMYK
+    cut += [data[: len(data) // 2] + b"\xff\xd9", encoded(image.convert("CMYK"), "JPEG")[:-3000]]  # end marker; CMYK
     for one in cut:
         with pytest.raises(BadImage):
             DECODER.decode(one)
 
 
-FLAWS = {  # of a file and the place of its pixels
+FLAWS = {  # functions of a file and the offset of its pixels
     "a wrong last coefficient in the scan header": lambda data, at: data[: at - 2] + b"\x11" + data[at - 1 :],
     "a wrong first coefficient in the scan header": lambda data, at: data[: at - 3] + b"\x05" + data[at - 2 :],
-    "a revision of JFIF that nobody knows": lambda data, at: data[:11] + b"\x09" + data[12:],
-    "a colour code of Adobe that nobody knows": lambda data, at: data[:2] + b"\xff\xee\0\x0eAdobe\0d\0\0\0\0\x07" + data[20:],
+    "an unknown revision of JFIF": lambda data, at: data[:11] + b"\x09" + data[12:],
+    "an unknown colour code of Adobe": lambda data, at: data[:2] + b"\xff\xee\0\x0eAdobe\0d\0\0\0\0\x07" + data[20:],
     "no end marker": lambda data, at: data[:-2],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("flaw", FLAWS)
-def test_flaws_that_lose_nothing_are_no_damage_and_hide_none(flaw: str) -> None:
+def test_harmless_flaws_are_accepted_but_do_not_hide_truncation(flaw: str) -> None:
     data = encoded(photo(), "JPEG")
     scan = data.index(b"\xff\xda")
     flawed = FLAWS[flaw](data, scan + 2 + int.from_bytes(data[scan + 2 : scan + 4], "big"))
     np.testing.assert_array_equal(DECODER.decode(flawed).pixels, by_pillow(data))
     half = flawed[: 2 * len(data) // 3]
-    for lost in (half, half + b"\xff\xd9"):  # fewer pixels beside the flaw
+    for lost in (half, half + b"\xff\xd9"):  # truncated as well
         with pytest.raises(BadImage):
             DECODER.decode(lost)
 
 
-def test_stray_bytes_lose_nothing() -> None:
+def test_stray_bytes_are_ignored() -> None:
     data = encoded(photo(), "JPEG")
     for padded in (data + b"\0\0tail", data[:-2] + b"\x00\x12\x34" + data[-2:]):
         np.testing.assert_array_equal(DECODER.decode(padded).pixels, by_pillow(data))
@@ -185,13 +185,13 @@ def test_stray_bytes_lose_nothing() -> None:
 
 @pytest.mark.parametrize("data", [
     b"", b"\xff\xd8\xff", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"<svg></svg>", bytes(4096),
-    encoded(photo(), "JPEG", progressive=True)[:-2],  # without its end it may lack a scan
-    encoded(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"),  # of no known range
+    encoded(photo(), "JPEG", progressive=True)[:-2],  # without an end marker, a scan may be missing
+    encoded(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"),  # unknown value range
 ])  # fmt: skip
-def test_what_is_refused(data: bytes) -> None:
+def test_unsupported_data_is_rejected(data: bytes) -> None:
     with pytest.raises(BadImage) as found:
         DECODER.decode(data)
-    assert not any(words in f"{found.value}." for words in (" at 0x", " it.", "Ghostscript"))  # which runs programs
+    assert not any(words in f"{found.value}." for words in (" at 0x", " it.", "Ghostscript"))  # it runs programs
 
 
 def test_fuzz_gives_an_array_or_bad_image() -> None:

@@ -1,4 +1,4 @@
-"""Whether data is that of a checkpoint: what changes it, what does not, and what a resume does."""
+"""Fingerprints of the data: what changes them, what does not, and how a resume compares them."""
 
 import logging
 import os
@@ -63,7 +63,7 @@ def add(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["arrow", "tars", "tree"])
-def test_copied_moved_and_touched_data_is_the_same(kind: str, tmp_path: Path) -> None:
+def test_copied_moved_or_touched_data_keeps_its_fingerprint(kind: str, tmp_path: Path) -> None:
     folder = make(kind, tmp_path / "set")
     before = state(folder)
     assert compare_fingerprints(before, state(folder, seed=9)) == []
@@ -89,7 +89,7 @@ def test_copied_moved_and_touched_data_is_the_same(kind: str, tmp_path: Path) ->
         ("tree", lambda f: (f / "val/cat/0.JPEG").write_bytes(b"other"), "evaluation: cat changed"),
     ],
 )
-def test_changes_are_named_and_refused(
+def test_changed_data_is_named_and_rejected(
     kind: str, change: Callable[[Path], Any], says: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = make(kind, tmp_path / "set")
@@ -102,13 +102,13 @@ def test_changes_are_named_and_refused(
     assert sum("not that of the checkpoint" in r.getMessage() for r in caplog.records) == 1
 
 
-def test_another_division_is_another_data(tmp_path: Path) -> None:
+def test_train_split_changes_the_fingerprint(tmp_path: Path) -> None:
     folder = make("arrow", tmp_path / "set")
     changes = compare_fingerprints(state(folder, train_split=0.5), state(folder, train_split=0.75))
     assert changes == ["rows.evaluation: 6, now 3", "rows.training: 6, now 9"]
 
 
-def test_a_resume_compares_and_says_once_where_it_can_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_resume_without_a_fingerprint_warns_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = make("arrow", tmp_path / "set")
 
     class Trainer:
@@ -132,7 +132,7 @@ def test_a_resume_compares_and_says_once_where_it_can_not(tmp_path: Path, caplog
     assert loaders(compared) == 0
 
 
-def test_the_cost_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_fingerprinted_files_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "set"
     for name in ("cat", "dog"):
         (folder / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Datasets, loaders and the data module: same batches for any workers, exact resume, bad images, both modes."""
+"""Datasets, loaders and the data module: same batches for any number of workers, exact resume, bad images."""
 
 import io
 import logging
@@ -27,7 +27,7 @@ BASE = Path(__file__).parents[1] / "configs/data/imagenet.yaml"
 
 
 def arguments(**changed: Any) -> dict[str, Any]:
-    """The keys of imagenet.yaml, small."""
+    """Return the keys of imagenet.yaml with small sizes and `changed`."""
     loaded = OmegaConf.create({"seed": 7, "trainer": {"accumulate_grad_batches": 1}, "data": OmegaConf.load(BASE)})
     values = OmegaConf.to_container(loaded, resolve=True)["data"]
     assert values.pop("_target_") == "src.data.datamodule.RAEDataModule"
@@ -46,7 +46,7 @@ def module(folder: Path, **changed: Any) -> RAEDataModule:
 
 
 def files(folder: Path, contents: list[bytes], **changed: Any) -> RAEDataModule:
-    """A data module over image files called by their row."""
+    """Build a data module over image files named by row."""
     folder.mkdir()
     for row, data in enumerate(contents):
         (folder / f"row{row:03d}.jpg").write_bytes(data)
@@ -80,7 +80,7 @@ def labels_of(loader: Any) -> dict[int, int]:
     return {int(i): int(y) for batch in loader for i, y in zip(batch["index"], batch["label"], strict=True)}
 
 
-def test_labels_travel_where_the_data_has_them(folder: Path, tmp_path: Path) -> None:
+def test_batches_carry_labels_if_the_data_has_them(folder: Path, tmp_path: Path) -> None:
     data = module(folder, train_split=0.5)
     source = data.splits.train
     assert data.num_classes == len(dummy.CLASSES) == 3
@@ -100,7 +100,7 @@ def test_labels_travel_where_the_data_has_them(folder: Path, tmp_path: Path) -> 
         module(tmp_path / "flat", use_hf_dataset=False, label="kind").setup()
 
 
-def test_a_replaced_image_brings_its_own_label(tmp_path: Path) -> None:
+def test_replacement_image_brings_its_own_label(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     for name, contents in (("bad", [b""] * 2), ("good", FILES[:8])):
         files(tmp_path / "set" / name, contents)
@@ -110,7 +110,7 @@ def test_a_replaced_image_brings_its_own_label(tmp_path: Path) -> None:
     assert all(set(b["label"].tolist()) == {1} for b in batches)
 
 
-def test_adm_crop_of_training_is_that_of_evaluation(folder: Path) -> None:
+def test_adm_crop_is_the_same_in_training_and_evaluation(folder: Path) -> None:
     data = module(folder, train_crop="adm", batch_size=8)
     evaluated = {
         int(i): x
@@ -124,7 +124,7 @@ def test_adm_crop_of_training_is_that_of_evaluation(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("num_workers", "start"), [(3, "fork"), (1, "spawn")])
-def test_workers_change_nothing_over_epochs(folder: Path, num_workers: int, start: str) -> None:
+def test_workers_do_not_change_the_batches(folder: Path, num_workers: int, start: str) -> None:
     reference = module(folder).train_dataloader()
     loader = TrainLoader(reference.dataset, reference.order, WorkerOptions(num_workers, False, start=start), 0.01)
     for epoch in (0, 1, 5):
@@ -134,7 +134,7 @@ def test_workers_change_nothing_over_epochs(folder: Path, num_workers: int, star
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_resume_is_the_tail(folder: Path, num_workers: int) -> None:
+def test_resume_gives_the_remaining_batches(folder: Path, num_workers: int) -> None:
     whole = module(folder).train_dataloader()
     whole.set_epoch(3)
     batches = list(whole)
@@ -150,8 +150,8 @@ def test_resume_is_the_tail(folder: Path, num_workers: int) -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("taken", [0, 2])
-def test_the_epoch_may_be_set_after_an_iterator_is_made(folder: Path, num_workers: int, taken: int) -> None:
-    """Lightning does so at first (0 taken); later an epoch may be abandoned."""
+def test_epoch_may_be_set_after_the_iterator_is_created(folder: Path, num_workers: int, taken: int) -> None:
+    """Lightning does so before the first batch (0 taken); later an epoch may be abandoned."""
     loader, reference = module(folder, num_workers=num_workers).train_dataloader(), module(folder).train_dataloader()
     iterator = iter(loader)
     for _ in range(taken):
@@ -161,9 +161,9 @@ def test_the_epoch_may_be_set_after_an_iterator_is_made(folder: Path, num_worker
     assert_same(list(loader if taken else iterator), list(reference))
 
 
-def test_lightning_takes_the_epochs_in_turn(folder: Path) -> None:
+def test_lightning_runs_the_epochs_in_order(folder: Path) -> None:
     seen: list[dict[str, Any]] = []
-    others = set(multiprocessing.active_children())  # that tests before it may have left
+    others = set(multiprocessing.active_children())  # left by earlier tests
 
     class Model(pl.LightningModule):
         def __init__(self) -> None:
@@ -198,7 +198,7 @@ def test_lightning_takes_the_epochs_in_turn(folder: Path) -> None:
     assert set(multiprocessing.active_children()) <= others  # `teardown` ended the workers
 
 
-def test_closed_loaders_work_again_and_torch_shuffles_nothing(folder: Path) -> None:
+def test_closed_loaders_reopen_and_do_not_depend_on_torch_seed(folder: Path) -> None:
     data = module(folder, num_workers=2, train_split=0.5)
     for loader in (data.train_dataloader(), data.val_dataloader()):
         torch.manual_seed(1)
@@ -241,7 +241,7 @@ def test_bad_images_are_replaced_and_named_once(
         (BROKEN, 0.05, 0, r"data\.max_bad_share=0\.05.*row\d+.jpg: Truncated"),
         (BROKEN, 0.05, 1, r"data\.max_bad_share=0\.05.*row\d+.jpg: Truncated"),
         ([*FILES[:39], b""], 0, 0, r"data\.max_bad_share=0 "),
-        ([b""] * 8, 1.0, 0, "empty file"),  # nothing to replace with: stops whatever the share
+        ([b""] * 8, 1.0, 0, "empty file"),  # no replacement: stops at any share
     ],
     ids=str,
 )
@@ -252,7 +252,7 @@ def test_too_many_bad_images_stop_the_run(
         list(files(tmp_path / "set", contents, max_bad_share=share, num_workers=num_workers).train_dataloader())
 
 
-def test_an_image_without_a_replacement_stops_whatever_the_share() -> None:
+def test_image_without_a_replacement_stops_at_any_share() -> None:
     counter, failure = BadImages(max_share=1.0, epoch_images=1000), (Failure(3, "row 3", "empty file"),)
     counter.account(500, failure)
     with pytest.raises(UserError, match="row 3: empty file"):
@@ -279,12 +279,12 @@ def test_evaluation_leaves_bad_images_out_and_keeps_order(tmp_path: Path) -> Non
         list(strict.val_dataloader())
 
 
-def test_evaluation_shares_over_ranks(folder: Path) -> None:
+def test_evaluation_is_split_over_ranks(folder: Path) -> None:
     data = module(folder, train_split=0.5)
     held_out = data.evaluation_set()
     whole = [i for b in data.evaluation_loader(held_out, 3, num_images=17) for i in b["index"].tolist()]
     assert len(whole) == 17
-    for images in (17, 1):  # ranks without an image take part in as many batches
+    for images in (17, 1):  # ranks without an image get as many batches
         loaders = [data.evaluation_loader(held_out, 3, images, rank, 4) for rank in range(4)]
         assert len({len(loader) for loader in loaders}) == 1
         shares = [[i for b in loader for i in b["index"].tolist()] for loader in loaders]
@@ -309,25 +309,25 @@ def test_evaluation_does_not_depend_on_the_seed(folder: Path) -> None:
     assert module(folder, train_split=0.6).fingerprint != one.fingerprint
 
 
-def test_own_sets_are_made_when_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dummy_dataset_is_created_if_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core_files, "PROJECT_ROOT", tmp_path)
     data = module(Path("data/test_hf"), train_split=0.8)
     data.prepare_data()
     data.setup("fit")
     assert (data.train_size, data.val_size) == (16, 4)
     assert [p.name for p in (tmp_path / "data").iterdir()] == ["test_hf"]
-    data.prepare_data()  # there already: nothing to do
+    data.prepare_data()  # exists: nothing to do
     with pytest.raises(UserError, match=r"No dataset at .*somewhere"):
         module(Path("data/somewhere")).setup()
 
 
 @pytest.mark.parametrize(("row", "label", "sides", "means", "length"), [
     (dummy._row(0), 1, (364, 327), (58.2, 183.3, 97.8), 7858), (dummy._row(41), 0, (184, 317), (173.9, 75.4, 164.9), 4590),
-    (dummy._row(9), 0, (256, 368), (127.8, 127.8, 127.8), 4571),  # one of the grey ones
+    (dummy._row(9), 0, (256, 368), (127.8, 127.8, 127.8), 4571),  # a grey one
     (dummy._row(287), 2, (383, 361), (134.0, 89.8, 221.9), 8461), (dummy._text_row(5), -1, (160, 160), (196.0, 196.0, 196.0), 11997),
 ])  # fmt: skip
-def test_the_dummy_pictures_are_those_of_before(row, label, sides, means, length) -> None:
-    """Up to what another processor rounds otherwise: losses of the dummy runs can be compared over versions."""
+def test_dummy_images_do_not_change_between_versions(row, label, sides, means, length) -> None:
+    """Up to rounding that differs between CPUs: losses of dummy runs stay comparable across versions."""
     pixels = Decoder("ignore", 80).decode(row.data).pixels
     assert row.label == label and pixels.shape[:2] == sides
     assert np.allclose(pixels.mean((0, 1)), means, atol=0.2) and abs(len(row.data) - length) <= 0.005 * length
@@ -337,7 +337,7 @@ def test_every_data_config_is_complete() -> None:
     keys = set(OmegaConf.load(BASE))
     for path in BASE.parent.glob("*.yaml"):
         assert set(OmegaConf.load(path)) <= keys, path
-    RAEDataModule(**arguments(pin_memory="auto", prefetch_factor=4))  # of a run before these keys were removed
+    RAEDataModule(**arguments(pin_memory="auto", prefetch_factor=4))  # keys of older runs, removed since
     with pytest.raises(UserError, match=r"unknown key data\.misspelt"):
         RAEDataModule(**arguments(misspelt=1))
 
@@ -347,6 +347,6 @@ def test_every_data_config_is_complete() -> None:
     [("image_size", 0), ("batch_size", 0), ("train_split", 0.0), ("train_split", 1.5), ("accumulate", 0), ("num_workers", -1), ("max_bad_share", 2), ("exif", "both"),
      ("max_megapixels", -1), ("train_crop", "left"), ("resize_shorter_px", 8)],
 )  # fmt: skip
-def test_bad_values_name_their_key_at_once(key: str, value: Any) -> None:
+def test_invalid_values_name_their_key(key: str, value: Any) -> None:
     with pytest.raises(UserError, match="trainer.accumulate_grad_batches" if key == "accumulate" else f"data.{key}"):
         RAEDataModule(**arguments(**{key: value}))

@@ -1,4 +1,4 @@
-"""Mixes: exact shares, rounds that are permutations, the same rows for any ranks, workers and place of resuming."""
+"""Mixes of sources: exact shares, rounds that are permutations, the same rows for any ranks, workers and resume point."""
 
 import time
 from pathlib import Path
@@ -26,7 +26,7 @@ from tests.training import train
 
 
 def rows_of(sizes: tuple[int, ...], weights: tuple[float, ...], length: int, count: int, seed: int = 3) -> np.ndarray:
-    """The rows at the first `count` positions of all epochs."""
+    """Return the rows at the first `count` positions, over consecutive epochs."""
     order = MixOrder(length, seed, 1, sizes=sizes, weights=weights)
     parts = [order.rows(e, np.arange(min(length, count - e * length))) for e in range(-(-count // length))]
     return np.concatenate(parts)
@@ -57,14 +57,14 @@ def test_shares_are_exact_and_rounds_are_permutations(sizes: tuple, weights: tup
         own = rows[sources == s] - borders[s]
         for r in range(len(own) // size):
             once = own[r * size : (r + 1) * size]
-            assert np.array_equal(np.sort(once), np.arange(size))  # all come once before any comes twice
+            assert np.array_equal(np.sort(once), np.arange(size))  # every row comes once before any comes twice
             seen_orders.add(once.tobytes())
         if size > 10 and len(own) >= 2 * size:
             assert own[:size].tobytes() != own[size : 2 * size].tobytes()
 
 
 @pytest.mark.parametrize("unit", ["image", "batch"])
-def test_any_ranks_and_any_place_of_resuming(unit: Any) -> None:
+def test_rows_do_not_depend_on_ranks_or_resume_point(unit: Any) -> None:
     place: dict[str, Any] = {"sizes": (30, 200, 11), "weights": (1.0, 2.0, 1.0), "unit": unit}
 
     def items(batch: int, world: int, accumulate: int, epoch: int, start: int = 0) -> dict[int, int]:
@@ -80,7 +80,7 @@ def test_any_ranks_and_any_place_of_resuming(unit: Any) -> None:
     assert items(12, 1, 1, 0) != items(12, 1, 1, 1)
 
 
-def test_one_source_an_update_and_every_image_before_any_twice() -> None:
+def test_batch_unit_takes_one_source_per_update_and_each_image_once_per_round() -> None:
     order = MixOrder(240, 5, 12, sizes=(36, 240), weights=(1.0, 3.0), unit="batch")
     batches = [[i.row for i in b] for e in range(12) for b in order.epoch(e)]
     sources = [{row >= 36 for row in b} for b in batches]
@@ -91,7 +91,7 @@ def test_one_source_an_update_and_every_image_before_any_twice() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 17, 1000, 4097, 65537])
-def test_a_permutation_without_a_table(size: int) -> None:
+def test_feistel_is_a_permutation(size: int) -> None:
     keys = [int(k) for k in np.random.default_rng(size).integers(0, 1 << 64, 8, dtype=np.uint64)]
     out = feistel(keys, size, np.arange(size))
     assert np.array_equal(np.sort(out), np.arange(size))
@@ -117,7 +117,7 @@ def test_large_sources_need_no_table() -> None:
 
 
 def test_many_sources_are_permuted_once_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twelve of 40 rows, about 80 draws of each: two rounds or three."""
+    """Twelve sources of 40 rows, about 80 draws of each: two or three rounds."""
     made, generator = [], stream.generator
     monkeypatch.setattr(stream, "generator", lambda *place: (made.append(place[1]), generator(*place))[1])
     order = MixOrder(960, 3, 12, sizes=(40,) * 12, weights=(1.0,) * 12)
@@ -125,7 +125,7 @@ def test_many_sources_are_permuted_once_a_round(monkeypatch: pytest.MonkeyPatch)
     assert made.count(stream.Purpose.ORDER) <= 36
 
 
-def test_an_epoch_is_the_weighted_mean_of_the_sources() -> None:
+def test_epoch_length_is_the_weighted_mean_of_source_sizes() -> None:
     assert images_per_epoch((1_281_167, 31_970_000, 7_520_000, 24_390_000), (1, 1, 1, 1)) == 16_290_292
     assert images_per_epoch((10, 40), (3, 1)) == 18
     with pytest.raises(UserError, match="gives no image in 1,000"):
@@ -174,7 +174,7 @@ def test_batches_of_a_mix(num_workers: int, folders: Path) -> None:
 
 
 def test_crops_and_bad_share_are_those_of_the_source(folders: Path, tmp_path: Path) -> None:
-    own = {"train_crop": "center", "weight": 3, "exif": "ignore"}  # the common shorter side is not for it
+    own = {"train_crop": "center", "weight": 3, "exif": "ignore"}  # the common resize_shorter_px does not apply
     data = mixed(folders, "arrow plain", resize_shorter_px=48, plain=own)
     assert [t.train_crop for t in data.train_transforms] == ["random", "center"]
     assert [t.decoder.exif for t in data.train_transforms] == ["apply", "ignore"]
@@ -192,12 +192,12 @@ def test_crops_and_bad_share_are_those_of_the_source(folders: Path, tmp_path: Pa
         )
 
     replaced = [int(s) for b in batches(0.5) for s, bad in zip(b["source"], b["bad"], strict=True) if bad]
-    assert replaced and set(replaced) == {1}  # by images of its own source
+    assert replaced and set(replaced) == {1}  # replaced from the same source
     with pytest.raises(UserError, match="bad images among"):
         batches(0.01)
 
 
-def test_one_source_named_or_not_gives_the_same_batches(folders: Path) -> None:
+def test_mix_of_one_source_gives_the_batches_of_that_source(folders: Path) -> None:
     alone = list(RAEDataModule(**arguments(data_dir=str(folders / "arrow"))).train_dataloader())
     named = list(mixed(folders, "arrow", epoch_images=None).train_dataloader())
     for one, other in zip(alone, named, strict=True):
@@ -213,8 +213,8 @@ def test_the_fingerprint_of_a_mix_names_sources_and_weights(folders: Path) -> No
     assert mixed(folders).fingerprint != mixed(folders, arrow={"weight": 2}).fingerprint
 
 
-def test_a_label_is_the_same_class_everywhere(folders: Path, tmp_path: Path) -> None:
-    """Or a network would be trained on, or judged by, classes that it confuses."""
+def test_labels_that_mean_different_classes_are_rejected(folders: Path, tmp_path: Path) -> None:
+    """Otherwise a network would be trained or scored on classes that are mixed up."""
     with pytest.raises(UserError, match=r"Label 0 is 'red' in data.sources.arrow and 'cat' in data.sources.files"):
         _ = mixed(folders, "arrow files").num_classes
     tree(tmp_path, "train", "val")
@@ -226,7 +226,7 @@ def test_a_label_is_the_same_class_everywhere(folders: Path, tmp_path: Path) -> 
     (tmp_path / "val/bird").rename(tmp_path / "val/emu")
     assert (
         RAEDataModule(**arguments(data_dir=str(tmp_path), train_split=1.0)).num_classes == 3
-    )  # too many for a table of 2
+    )  # label 2 would not fit a table of 2
 
 
 def test_evaluation_sets(folders: Path) -> None:
@@ -241,14 +241,14 @@ def test_evaluation_sets(folders: Path) -> None:
     assert rows["evaluation files"].startswith("6 images")
 
 
-def test_an_evaluation_set_has_a_label_of_its_own(folders: Path, tmp_path: Path) -> None:
+def test_evaluation_set_has_its_own_label_setting(folders: Path, tmp_path: Path) -> None:
     tar(tmp_path / "0.tar", [("a.jpg", dummy.jpeg(0)), ("a.cls", b"1"), ("a.json", b'{"kind": 7}')])
     for label, found in ((None, 1), ("json:kind", 7)):
         data = mixed(folders, evaluation={"own": {"data_dir": str(tmp_path), "label": label}})
         assert [b["label"].tolist() for b in data.val_dataloader()] == [[found]]
 
 
-def test_what_is_wrong_with_one_part_names_its_own_keys(folders: Path) -> None:
+def test_errors_name_the_keys_of_the_source_or_evaluation_set(folders: Path) -> None:
     with pytest.raises(UserError, match="Set data.sources.tars.hf_split=train"):
         _ = mixed(folders, tars={"hf_split": "nope"}).opened
     for place, said in (
@@ -285,7 +285,7 @@ def test_wrong_settings_name_their_key(changed: dict[str, Any], says: str) -> No
         RAEDataModule(**arguments(**given))
 
 
-def test_a_mix_trains_and_is_judged_on_each_set(tmp_path: Path) -> None:
+def test_mix_trains_and_is_scored_on_each_evaluation_set(tmp_path: Path) -> None:
     small = [
         "experiment=rae_general_dummy", "data.image_size=64", "data.batch_size=4", "data.num_workers=0", "data.epoch_images=8",
         "trainer.max_epochs=1", "trainer.accelerator=cpu", "trainer.limit_val_batches=1", "model.sample_every=0",

@@ -1,4 +1,4 @@
-"""Order: any split of a global batch into ranks and micro-batches takes the same images, each once."""
+"""Order of an epoch: any split of a global batch into ranks and micro-batches gives the same images, each once."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from src.data.order import EpochOrder, evaluation_rows, split_rows
 
 
 def global_batches(length: int, seed: int, epoch: int, b: int, w: int, k: int) -> list[list[tuple[int, int]]]:
-    """(position, row) by global batch, in position order."""
+    """Return the (position, row) pairs of each global batch, in position order."""
     ranks = [list(EpochOrder(length, seed, b, w, r, k).epoch(epoch)) for r in range(w)]
     assert len({len(rank) for rank in ranks}) == 1
     out = []
@@ -48,10 +48,10 @@ def test_epochs_and_seeds_differ() -> None:
         (0, 4, 1, 1, "data.data_dir"),
     ],
 )
-def test_too_few_images_names_what_fits(length: int, b: int, w: int, k: int, says: str) -> None:
+def test_too_few_images_suggests_a_value_that_fits(length: int, b: int, w: int, k: int, says: str) -> None:
     with pytest.raises(UserError, match=says) as caught:
         EpochOrder(length, 0, b, w, 0, k)
-    if "batch_size=" in says:  # the advice holds
+    if "batch_size=" in says:  # the suggestion works
         EpochOrder(length, 0, int(says.split("=")[1]), w, 0, k)
     assert str(length) in str(caught.value)
 
@@ -66,7 +66,7 @@ def test_split_is_exact_mixed_and_a_function_of_length_and_share() -> None:
     assert held.max() > 900
     assert (np.diff(held) > 1).any()
     assert len(split_rows(50, 1.0)[1]) == 0
-    assert [len(split_rows(100, s)[0]) for s in (0.29, 0.57, 0.07)] == [29, 57, 7]  # products that floats miss
+    assert [len(split_rows(100, s)[0]) for s in (0.29, 0.57, 0.07)] == [29, 57, 7]  # products inexact in floats
 
 
 def test_evaluation_rows_partition_and_nest() -> None:

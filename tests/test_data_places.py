@@ -1,4 +1,4 @@
-"""What can lie at a `data_dir`: each kind is read, or the message names the command that makes it readable."""
+"""Every kind of data at `data_dir` is read, or the error names the command that makes it readable."""
 
 import csv
 import json
@@ -64,7 +64,7 @@ def parquet(folder: Path, splits: tuple[str, ...] = ("train", "validation"), cou
 # -- kinds
 
 
-def test_a_dataset_dict_and_one_dataset_and_the_cache_of_load_dataset(tmp_path: Path) -> None:
+def test_cache_of_load_dataset_and_a_single_arrow_file(tmp_path: Path) -> None:
     hub = parquet(tmp_path / "hub")
     loaded = datasets.load_dataset(str(hub), cache_dir=str(tmp_path / "cache"))
     cached = next((tmp_path / "cache").rglob("dataset_info.json")).parent
@@ -76,7 +76,7 @@ def test_a_dataset_dict_and_one_dataset_and_the_cache_of_load_dataset(tmp_path: 
     assert [splits.train.label(i) for i in range(12)] == loaded["train"]["label"]
     arrow = next(cached.glob("*train*.arrow"))
     assert counts(arrow) == (12, 0)
-    os.rename(arrow, tmp_path / "part.arrow")  # a single file, without what lay beside it
+    os.rename(arrow, tmp_path / "part.arrow")  # a single file, without its neighbours
     assert counts(tmp_path / "part.arrow") == (12, 0)
     assert opened(tmp_path / "part.arrow").train.class_names == ["cat", "dog"]
 
@@ -106,7 +106,7 @@ def test_tars_with_splits_in_their_names_or_folders(tmp_path: Path) -> None:
         opened(f"{timm}/nothing-*.tar")
 
 
-def test_img2dataset_lays_metadata_beside_its_tars(tmp_path: Path) -> None:
+def test_metadata_of_img2dataset_is_ignored(tmp_path: Path) -> None:
     folder = tmp_path / "laion"
     image_tar(folder / "00000.tar", 4)
     datasets.Dataset.from_dict({"url": ["http://x/a.jpg"], "caption": ["a"]}).to_parquet(folder / "00000.parquet")
@@ -116,7 +116,7 @@ def test_img2dataset_lays_metadata_beside_its_tars(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Parquet without images .columns of 00000.parquet: url, caption") as error:
         opened(folder)
     assert "--output_dir" not in str(error.value)
-    (folder / "00000").mkdir()  # its `files` format
+    (folder / "00000").mkdir()  # img2dataset's `files` format
     (folder / "00000/0.jpg").write_bytes(FILES[0])
     assert counts(folder) == (1, 0)
 
@@ -153,8 +153,8 @@ def test_lists(name: str, text: str, columns: ReadOptions, expected: object, tmp
     assert (source.num_classes, [source.label(i) for i in range(2)]) == expected
 
 
-def test_the_captions_of_a_list_are_not_kept(tmp_path: Path) -> None:
-    """Those of ten million images would take 10 GB in each process."""
+def test_captions_of_a_list_are_not_kept_in_memory(tmp_path: Path) -> None:
+    """The captions of ten million images would take 10 GB in each process."""
     (tmp_path / "0.jpg").touch()
     rows = ["path,caption,label", *(f"0.jpg,{i:02000},{i % 7}" for i in range(5000))]
     (tmp_path / "a.csv").write_text("\n".join(rows))
@@ -168,7 +168,7 @@ def test_the_captions_of_a_list_are_not_kept(tmp_path: Path) -> None:
 # -- image trees
 
 
-def test_splits_below_are_found_or_refused_and_never_mixed(tmp_path: Path) -> None:
+def test_splits_in_subfolders_are_found_or_rejected_and_never_mixed(tmp_path: Path) -> None:
     kaggle = tmp_path / "kaggle"
     tree(kaggle / "ILSVRC/Data/CLS-LOC", "train", "val", "test", per_class=3)
     for split in ("train", "val"):
@@ -191,7 +191,7 @@ def test_splits_below_are_found_or_refused_and_never_mixed(tmp_path: Path) -> No
     tree(tmp_path / "untrained", "val", "test")
     with pytest.raises(UserError, match=r"no split 'train'.*it has test, val"):
         opened(tmp_path / "untrained")
-    classes = tree(tmp_path / "classes", "dog", "dev")  # of which one is called as a split
+    classes = tree(tmp_path / "classes", "dog", "dev")  # one class is named like a split
     datasets.DatasetDict(train=hf_dataset(5)).save_to_disk(str(tmp_path / "dict"))
     test = tree(tmp_path / "only_test", "test")
     for folder, images in ((tmp_path / "untrained", 8), (classes, 16), (tmp_path / "dict", 5), (test, 8)):
@@ -199,7 +199,7 @@ def test_splits_below_are_found_or_refused_and_never_mixed(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("train", "validation"), [("Train", "VAL"), ("train2017", "val2017"), ("training_256", "Dev")])
-def test_folders_of_splits_in_other_case_or_with_a_number(
+def test_split_folders_in_other_case_or_with_a_number(
     train: str, validation: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = tree(tmp_path / "coco/images", train, validation, per_class=3)
@@ -224,7 +224,7 @@ def test_folders_of_splits_in_other_case_or_with_a_number(
     )
 
 
-def test_folders_that_archivers_and_storage_make_are_no_classes(tmp_path: Path) -> None:
+def test_folders_of_archivers_and_storage_are_not_classes(tmp_path: Path) -> None:
     root = tree(tmp_path / "set")
     for folder in ("__MACOSX/cat", "@eaDir/thumbs", "lost+found", "dog/@eaDir"):
         (root / folder).mkdir(parents=True)
@@ -256,12 +256,12 @@ def test_links_pipes_and_devices(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert sizes(splits) == (8, 8)
     assert "was read already" in caplog.text
     (tmp_path / "linked").mkdir()
-    for name in ("cat", "dog"):  # a tree of links is a tree
+    for name in ("cat", "dog"):  # a tree of links is read too
         (tmp_path / "linked" / name).symlink_to(root / "val" / name)
     assert counts(tmp_path / "linked") == (8, 0)
 
 
-def test_names_with_line_breaks_forge_no_log_lines(tmp_path: Path) -> None:
+def test_file_names_can_not_forge_log_lines(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set/a\n2026-01-01 ERROR forged.jpg").write_bytes(b"")
     (tmp_path / "set/b\x1b[31m.jpg").write_bytes(b"")
@@ -272,10 +272,10 @@ def test_names_with_line_breaks_forge_no_log_lines(tmp_path: Path) -> None:
     assert "\n" not in str(error.value) and "\x1b" not in str(error.value)
 
 
-# -- what contradicts, and advice
+# -- contradictions and suggested commands
 
 
-def test_use_hf_dataset_against_the_content_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_contradicting_use_hf_dataset_warns_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dummy.write(tmp_path / "hf", 4)
     image_tar(tmp_path / "tars/0.tar", 2)
     tree(tmp_path / "tree")
@@ -299,13 +299,13 @@ def test_use_hf_dataset_against_the_content_is_one_warning(tmp_path: Path, caplo
         (lambda p: Path("/dev/zero"), ReadOptions(), "neither a file nor a folder"),
     ],
 )
-def test_refused(make: object, columns: ReadOptions, says: str, tmp_path: Path) -> None:
+def test_unreadable_data_dir_is_rejected(make: object, columns: ReadOptions, says: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=says):
         opened(make(tmp_path), columns=columns)  # type: ignore[operator]
 
 
 def run_advice(message: str) -> str:
-    """Run the command that a message names, from anywhere; return the data_dir that it says to set."""
+    """Run the command that a message suggests; return the data_dir that it tells the user to set."""
     command = re.search(r"`(python .*?)`( and|\.)", message)
     assert command is not None, message
     words = shlex.split(command[1])
@@ -318,7 +318,7 @@ def run_advice(message: str) -> str:
 
 
 @pytest.mark.parametrize("case", ["parquet", "paths", "text labels", "selection"])
-def test_the_advice_makes_it_readable(case: str, tmp_path: Path) -> None:
+def test_suggested_command_makes_the_data_readable(case: str, tmp_path: Path) -> None:
     (tmp_path / "0.jpg").write_bytes(FILES[0])
     folder, columns = tmp_path / "set", ReadOptions()
     if case == "parquet":
@@ -342,7 +342,7 @@ def test_the_advice_makes_it_readable(case: str, tmp_path: Path) -> None:
     assert splits.train.num_classes == (None if case == "paths" else 2)
 
 
-def test_csv_of_csv_module_with_odd_names(tmp_path: Path) -> None:
+def test_csv_with_quoted_file_names(tmp_path: Path) -> None:
     name = 'a, "b"\n.jpg'
     (tmp_path / name).write_bytes(FILES[0])
     with open(tmp_path / "list.csv", "w", newline="") as file:
@@ -413,18 +413,18 @@ TABLE = dict(
 )
 
 
-def test_every_row_of_the_table_is_tried() -> None:
+def test_every_row_of_the_table_is_tested() -> None:
     assert {row for row in TABLE if row != "what you hold"} == set(HELD)
 
 
 @pytest.mark.parametrize("row", HELD)
-def test_what_you_hold_and_what_you_type(row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_in_the_table_opens_the_data(row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make, shown, expected = HELD[row]
     folder = make(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folder))
     typed = [text.replace(shown, str(folder)) for text in re.findall(r"`([^`]+)`", TABLE[row])]
-    if shown.startswith("s3://"):  # another storage of fsspec, without a network
+    if shown.startswith("s3://"):  # another fsspec storage, without a network
         typed = [TABLE[row].strip("`").replace(shown, f"file://{folder}")]
     elif shown.startswith("hf:"):
         typed = [TABLE[row].strip("`")]

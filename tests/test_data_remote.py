@@ -1,7 +1,6 @@
-"""Tars in object storage: the rows of local ones, one ranged read each, tried again, gone on with from the cache.
+"""Tars in object storage: the same rows as on disk, one ranged read each, with retries and a cache.
 
-The storage is a stand-in of fsspec, and where they are installed an S3 server on this machine: `pip install "moto[server]"
-".[storage]"`.
+The storage is a stand-in file system of fsspec and, if installed, a local S3 server: `pip install "moto[server]" ".[storage]"`.
 """
 
 import os
@@ -31,7 +30,7 @@ OUTAGE_S = 1.5
 
 
 class Disk(LocalFileSystem):
-    """Files of the disk as objects, unless the server is `away`."""
+    """Local files as objects; reads fail while the file `away` exists."""
 
     protocol = "bucket"
     away = Path()
@@ -49,7 +48,7 @@ class Disk(LocalFileSystem):
 
 
 class StandIn:
-    """A bucket that can go away and come back with what it holds; `requests`: bytes of each ranged read."""
+    """A bucket that can go away and come back with its content; `requests`: bytes of each ranged read."""
 
     def __init__(self, local: Path, tmp_path: Path) -> None:
         fsspec.register_implementation("bucket", Disk, clobber=True)
@@ -60,7 +59,7 @@ class StandIn:
 
 
 class S3Server:
-    """The same, over HTTP. A read without a range counts as one of 0 bytes."""
+    """The same over HTTP. A read without a range counts as 0 bytes."""
 
     url = "s3://set"
 
@@ -77,7 +76,7 @@ class S3Server:
 
         self._app, self.port = counted, 0
         self.start()
-        once = {"retries": {"max_attempts": 1}, "connect_timeout": 2}  # or botocore tries for a quarter of a minute
+        once = {"retries": {"max_attempts": 1}, "connect_timeout": 2}  # otherwise botocore retries for 15 s
         self.options = {"endpoint_url": f"http://127.0.0.1:{self.port}", "config_kwargs": once}
         system = s3fs.S3FileSystem(skip_instance_cache=True, **self.options)
         system.makedirs("set", exist_ok=True)
@@ -124,7 +123,7 @@ def opened(bucket: Any) -> Source:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_batches_of_a_bucket_are_those_of_the_disk(bucket: Any, local: Path, num_workers: int) -> None:
+def test_batches_from_a_bucket_equal_those_from_disk(bucket: Any, local: Path, num_workers: int) -> None:
     there, here = module(bucket, num_workers=num_workers), RAEDataModule(**arguments(data_dir=str(local)))
     assert (there.train_size, there.val_size, there.num_classes) == (IMAGES, 4, 3)
     loaders = [data.train_dataloader() for data in (there, here)]
@@ -138,7 +137,7 @@ def test_the_batches_of_a_bucket_are_those_of_the_disk(bucket: Any, local: Path,
     assert not module(bucket).splits.train.index_built  # type: ignore[attr-defined]
 
 
-def test_a_row_is_one_ranged_request_of_its_size(bucket: Any) -> None:
+def test_each_row_is_one_ranged_request_of_its_size(bucket: Any) -> None:
     source = opened(bucket)
     bucket.requests.clear()
     expected = [dummy.jpeg(row % (IMAGES // 2)) for row in range(IMAGES)]
@@ -148,7 +147,7 @@ def test_a_row_is_one_ranged_request_of_its_size(bucket: Any) -> None:
     assert copy.encoded(3) == expected[3] and len(pickle.dumps(source)) < 2000
 
 
-def test_a_server_away_for_a_while_is_waited_for(bucket: Any, local: Path) -> None:
+def test_short_outage_is_waited_out(bucket: Any, local: Path) -> None:
     data = module(bucket, num_workers=1)
     data.setup()
     bucket.stop()
@@ -159,7 +158,7 @@ def test_a_server_away_for_a_while_is_waited_for(bucket: Any, local: Path) -> No
     data.teardown()
 
 
-def test_a_server_that_stays_away_is_named(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lasting_outage_is_an_error_that_names_the_url(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "WAITS_S", (0.1, 0.1))
     source, loader = opened(bucket), module(bucket, num_workers=1).train_dataloader()
     bucket.stop()
@@ -170,7 +169,7 @@ def test_a_server_that_stays_away_is_named(bucket: Any, monkeypatch: pytest.Monk
     bucket.start()
 
 
-def test_training_goes_on_from_the_cache_while_the_server_is_away(bucket: Any) -> None:
+def test_cached_rows_are_read_during_an_outage(bucket: Any) -> None:
     first = list(module(bucket, cache_gb=1.0).train_dataloader())
     data = module(bucket, cache_gb=1.0)
     data.setup()
@@ -179,7 +178,7 @@ def test_training_goes_on_from_the_cache_while_the_server_is_away(bucket: Any) -
     bucket.start()
 
 
-def test_the_cache_keeps_to_its_size_and_looks_at_a_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_keeps_to_its_size_and_scans_subfolders_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looked, scandir = [], os.scandir
     monkeypatch.setattr(remote, "CACHE_CHECK_ROWS", 1)
     monkeypatch.setattr(os, "scandir", lambda folder: looked.append(folder) or scandir(folder))
@@ -188,12 +187,12 @@ def test_the_cache_keeps_to_its_size_and_looks_at_a_part_of_it(tmp_path: Path, m
         cache.put(str(i), i.to_bytes(2) * 500)
     assert looked.count(tmp_path) == 0 and len(looked) == 3000
     kept = [i for i in range(3000) if cache.get(str(i)) is not None]
-    assert 700 < len(kept) <= 768 and sum(kept) / len(kept) > 2200  # the latest
+    assert 700 < len(kept) <= 768 and sum(kept) / len(kept) > 2200  # the newest
     assert cache.get(str(kept[-1])) == kept[-1].to_bytes(2) * 500
 
 
 @pytest.mark.parametrize("bucket", [StandIn], indirect=True)
-def test_what_is_not_there_is_named_and_options_are_never_shown(bucket: Any) -> None:
+def test_missing_places_are_named_and_storage_options_never_shown(bucket: Any) -> None:
     with pytest.raises(UserError, match="No tar files at"):
         look(f"{bucket.url}/nothing")
     with pytest.raises(UserError, match="fsspec can't open odd://"):
@@ -206,7 +205,7 @@ def test_what_is_not_there_is_named_and_options_are_never_shown(bucket: Any) -> 
 
 
 def test_the_index_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "path", list(sys.path))  # which the script changes
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the script changes it
     from scripts.index_data import main
 
     def run(place: str) -> tuple[int, str]:
@@ -227,7 +226,7 @@ def test_the_index_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert code == 1 and "Set data_dir" in said
 
 
-def test_names_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_datasets_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image_tar(tmp_path / "0.tar", 3)
     asked = []
 
@@ -250,4 +249,4 @@ def test_names_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(UserError, match="expected hf:ORG/NAME"):
         locate("hf:name", True)
     with pytest.raises(UserError, match="No dataset at"):
-        RAEDataModule(**arguments(data_dir="org/name")).setup()  # not guessed
+        RAEDataModule(**arguments(data_dir="org/name")).setup()  # not taken for a name on the hub

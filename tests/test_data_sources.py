@@ -1,4 +1,4 @@
-"""Rows from Hugging Face datasets and image trees, the guide's two modes, an error for all that is not there."""
+"""Rows of Hugging Face datasets and image trees, the guide's two ways to split, and errors for missing or damaged data."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def test_our_own_sets_load_with_datasets(tmp_path: Path) -> None:
     source = ArrowSource(tmp_path / "own")
     assert [bytes(source.encoded(i)) for i in range(10)] == [dummy.jpeg(i) for i in range(10)]
     assert loaded[9]["label"] == source.label(9) and len(source) == len(loaded) == 10
-    assert not dummy.write(tmp_path / "own", 10, 2)  # somebody else was there first
+    assert not dummy.write(tmp_path / "own", 10, 2)  # an existing dataset is kept
     assert [p.name for p in tmp_path.iterdir()] == ["own"]
 
 
@@ -98,11 +98,11 @@ def test_rows_with_a_path_only_or_nothing(tmp_path: Path) -> None:
     for i in (2, 3, 4):
         with pytest.raises(BadImage):
             source.encoded(i)
-    # seen from another working directory, as `datasets` reads it
+    # `datasets` reads it too
     assert datasets.load_from_disk(str(folder))[0]["image"].size
 
 
-def test_columns(tmp_path: Path) -> None:
+def test_image_column_is_found_under_any_name(tmp_path: Path) -> None:
     hf_dataset(4).rename_column("image", "picture").save_to_disk(str(tmp_path / "another name"))
     assert bytes(ArrowSource(tmp_path / "another name").encoded(2)) == FILES[2]
     datasets.Dataset.from_dict({"text": ["a"], "label": [0]}).save_to_disk(str(tmp_path / "none"))
@@ -172,8 +172,8 @@ def sizes(path: Path, use_hf: bool, share: float, validation: str | None = "vali
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="needs /proc")
-def test_loading_processes_share_the_names_of_an_image_tree() -> None:
-    """Those of a list would be copied into each process, page by page: 120 MB each for ImageNet."""
+def test_workers_share_the_file_names_of_an_image_tree() -> None:
+    """A list of names would be copied into each worker page by page: 120 MB each for ImageNet."""
     program = (
         "import os; from pathlib import Path; from src.data.sources import FileSource\n"
         "source = FileSource(Path('.'), [f'{i:080}' for i in range(200_000)])\n"
@@ -187,7 +187,7 @@ def test_loading_processes_share_the_names_of_an_image_tree() -> None:
     assert int(done.stdout) < 5000  # kB; as a list 25,000
 
 
-def test_the_modes_of_the_guide(with_splits: Path, single: Path, tmp_path: Path) -> None:
+def test_both_ways_to_split_of_the_guide(with_splits: Path, single: Path, tmp_path: Path) -> None:
     """1: train and validation splits. 2: one split, of which training takes a share."""
     assert [sizes(with_splits, True, share) for share in (1.0, 0.5)] == [(20, 6), (10, 6)]
     assert sizes(with_splits, True, 0.8, validation=None) == (16, 4)
@@ -202,7 +202,7 @@ def test_the_modes_of_the_guide(with_splits: Path, single: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", VALIDATION_SPLITS)
-def test_training_and_evaluation_know_a_split_by_the_same_names(name: str, tmp_path: Path) -> None:
+def test_validation_split_may_be_given_by_any_of_its_names(name: str, tmp_path: Path) -> None:
     datasets.DatasetDict({"train": hf_dataset(8), name: hf_dataset(6)}).save_to_disk(str(tmp_path / "hf"))
     tree(tree(tmp_path / "tree", "train"), name, per_class=3)
     for folder in (tmp_path / "hf", tmp_path / "tree"):
@@ -222,7 +222,7 @@ def test_training_and_evaluation_know_a_split_by_the_same_names(name: str, tmp_p
         ("train", "held_back", "held_back"),
     ],
 )
-def test_folders_of_an_image_tree_by_the_names_given(train: str, validation: str, named: str, tmp_path: Path) -> None:
+def test_split_folders_are_chosen_by_name(train: str, validation: str, named: str, tmp_path: Path) -> None:
     root = tree(tmp_path / "t", train, per_class=5)
     tree(root, validation, per_class=2)
     tree(root, "test", per_class=1)
@@ -234,35 +234,35 @@ def test_folders_of_an_image_tree_by_the_names_given(train: str, validation: str
         assert len(open_images(root, split, training).rows) == 4
     assert open_images(root, None, training).split == validation
     assert len(open_images(root, "all", training).rows) == len(open_images(root, train, training).rows) == 10
-    # nobody knows what the model was trained on: a split that is asked for is taken by its folder
+    # without a known training set, a requested split is the folder of that name
     assert [len(open_images(root, name, None).rows) for name in (train, validation, "test")] == [10, 4, 2]
     with pytest.raises(UserError, match="no split 'nothing'"):
         open_images(root, "nothing", training)
 
 
-def test_other_data_has_other_folders(tmp_path: Path) -> None:
+def test_other_data_than_that_of_the_training_uses_its_own_folders(tmp_path: Path) -> None:
     training = {"data_dir": "gone", "hf_split": "train_small", "hf_validation_split": "val_small", "train_split": 0.5}
     usual = tree(tree(tmp_path / "usual", "train", per_class=5), "val", per_class=2)
     assert len(open_images(usual, None, training).rows) == 4
     assert len(open_images(usual, "all", training).rows) == 10
-    classes = tree(tmp_path / "classes")  # one of them happens to be called like a split
+    classes = tree(tmp_path / "classes")  # one class is named like a split
     tree(classes / "val")
     assert open_splits(classes, False, "train", "validation", 1.0).validation is None
     assert len(open_images(classes, "all", None).rows) == 16
 
 
 def trained_on(folder: object, share: float) -> dict[str, object]:
-    """The node `data` of a training on the usual splits."""
+    """Return the `data` config of a run on the usual splits."""
     return {"data_dir": str(folder), "hf_split": "train", "hf_validation_split": "validation", "train_split": share}
 
 
-def test_scored_are_the_images_held_out_of_the_training_that_is_known(tmp_path: Path) -> None:
+def test_images_held_out_of_training_are_scored(tmp_path: Path) -> None:
     images, elsewhere = tree(tmp_path / "images"), trained_on(tree(tmp_path / "tree", "train", "val"), 0.75)
     for split, training, expected in (
         (None, trained_on(images, 0.75), ("held_out", 2)),
         ("all", trained_on(images, 0.75), ("all", 8)),
-        (None, elsewhere, ("all", 8)),  # other data than that of the training, which is here
-        (None, trained_on("/not/here", 0.75), ("held_out", 2)),  # may be a copy of it
+        (None, elsewhere, ("all", 8)),  # the training data exists and is not this
+        (None, trained_on("/not/here", 0.75), ("held_out", 2)),  # this may be a copy of the training data
         ("held_out", elsewhere, ("held_out", 2)),
         (None, None, ("all", 8)),
     ):
@@ -284,7 +284,7 @@ def test_scored_are_the_images_held_out_of_the_training_that_is_known(tmp_path: 
         ("", 1.0, "all", 0),
     ],
 )
-def test_training_and_evaluation_hold_out_the_same_of_hugging_face_sets(
+def test_training_and_evaluation_hold_out_the_same_rows_of_hf_datasets(
     splits: str, share: float, scored: str, held_out: int, tmp_path: Path
 ) -> None:
     parts = {name: hf_dataset(8 if name == "train" else 3) for name in splits.split()}
@@ -307,7 +307,7 @@ def arrow(path: Path, number: int) -> Path:
 
 
 # fmt: off
-DAMAGED = {  # what becomes of a dataset of three Arrow files, and what is said of it
+DAMAGED = {  # damage to a dataset of three Arrow files, and the error
     "no dataset_info": (lambda p: (p / "dataset_info.json").unlink(), "No such file.*dataset_info.json.*half-"),
     "no state": (lambda p: (p / "state.json").unlink(), "No such file.*state.json.*half-"),
     "bytes behind its end": (lambda p: arrow(p, 1).open("ab").write(bytes(64)), "data-00001.*cut short or damaged: its stream ends at byte"),
@@ -316,7 +316,7 @@ DAMAGED = {  # what becomes of a dataset of three Arrow files, and what is said 
     "no object": (lambda p: (p / "state.json").write_text("[]"), "state.json holds a JSON list"),
     "no shards": (lambda p: (p / "state.json").write_text(json.dumps({"_data_files": []})), "no Arrow files"),
 }
-ELSEWHERE = {  # what is given instead of a dataset
+ELSEWHERE = {  # what is given instead of a dataset, and the error
     "nothing": (lambda p: p / "nothing_here", "No dataset at .*data.data_dir.*create_hf_test_data.py"),
     "something else": (lambda p: made(p / "other", "deep/notes.txt"), "No images in .*deep/notes.txt"),
     "packed files": (lambda p: made(p / "packed", "train.tar.gz"), "holds packed files, such as train.tar.gz. Unpack"),
@@ -329,12 +329,12 @@ ELSEWHERE = {  # what is given instead of a dataset
 
 
 @pytest.mark.parametrize("case", [*DAMAGED, *ELSEWHERE])
-def test_what_is_not_a_dataset_says_so(case: str, single: Path) -> None:
+def test_damaged_or_missing_dataset_is_an_error(case: str, single: Path) -> None:
     change, says = (DAMAGED | ELSEWHERE)[case]
     folder = change(single)
     with pytest.raises(UserError, match=f"(?s){says}") as error:
         open_splits(single if case in DAMAGED else folder, True, "train", "validation", 1.0)
-    assert "--overwrite" not in str(error.value)  # what lies there may be the only copy, and no dataset as yet
+    assert "--overwrite" not in str(error.value)  # what lies there may be the only copy of the images
 
 
 def test_nothing_to_train_on(single: Path) -> None:

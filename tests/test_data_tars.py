@@ -1,4 +1,4 @@
-"""Tar files read in place: the members that tarfile lists, samples and labels, an index that is made once."""
+"""Random access into tars: members equal tarfile's, samples and labels, an index that is built once."""
 
 import contextlib
 import io
@@ -35,7 +35,7 @@ def tar(path: Path, files: Sequence[tuple[str, bytes]], kind: str = "gnu") -> Pa
 
 
 def samples(count: int, start: int = 0) -> list[tuple[str, bytes]]:
-    """Members as webdatasets have them: image, class, text."""
+    """Return members as in a webdataset: image, class, text."""
     files = []
     for i in range(start, start + count):
         files += [(f"{i:05d}.cls", str(i % 7).encode()), (f"{i:05d}.jpg", b"image %d" % i), (f"{i:05d}.txt", b"words")]
@@ -72,11 +72,11 @@ def test_members_equal_those_of_tarfile(kind: str, seed: int, tmp_path: Path) ->
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_members_are_found_twice_as_fast_as_by_tarfile(kind: str, tmp_path: Path) -> None:
-    """Of processor time: sets for the web have a hundred million members."""
+    """In CPU time: web-scale datasets have a hundred million members."""
     with tarfile.open(tmp_path / "t.tar", "w", format=FORMATS[kind]) as out:
         for i in range(3000):
             info = tarfile.TarInfo(f"{i:07d}.jpg")
-            info.mtime = 0.5  # as webdataset writes it: records of PAX
+            info.mtime = 0.5  # as webdataset writes it: adds PAX records
             out.addfile(info)
 
     def fastest(count: Callable[[], int]) -> float:
@@ -165,7 +165,7 @@ def backwards(whole: bytes) -> bytes:
     return bytes(head) + whole[512:]
 
 
-def test_damaged_tars_are_named(tmp_path: Path) -> None:
+def test_damaged_tars_are_rejected(tmp_path: Path) -> None:
     whole = tar(tmp_path / "t.tar", samples(12)).read_bytes()
     path = tmp_path / "t.tar"
     for length in range(0, len(whole) - 10240, 700):
@@ -186,7 +186,7 @@ def test_damaged_tars_are_named(tmp_path: Path) -> None:
         TarSource(tmp_path, ["t.tar"])
 
 
-def test_any_damage_is_a_message_or_reads_within_the_file(tmp_path: Path) -> None:
+def test_damaged_tar_is_rejected_or_reads_within_bounds(tmp_path: Path) -> None:
     whole, draws = tar(tmp_path / "t.tar", samples(6), "pax").read_bytes(), random.Random(3)
     for _ in range(600):
         broken = bytearray(whole)
@@ -198,7 +198,7 @@ def test_any_damage_is_a_message_or_reads_within_the_file(tmp_path: Path) -> Non
                 assert 0 <= member.offset_data <= member.offset_data + member.size <= len(whole)
 
 
-def test_the_index_is_made_once_and_again_for_changed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_index_is_built_once_and_rebuilt_for_changed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tar(tmp_path / "a.tar", samples(5))
     tar(tmp_path / "b.tar", samples(4, 5))
     first = TarSource(tmp_path, ["a.tar", "b.tar"])
@@ -214,9 +214,9 @@ def test_the_index_is_made_once_and_again_for_changed_files(tmp_path: Path, monk
     changed = TarSource(tmp_path, ["a.tar", "b.tar"])
     assert changed.index_built and len(changed) == 11
     assert changed.fingerprint() != first.fingerprint()
-    assert len(list(changed.index_path.parent.glob("*.idx"))) == 1  # that of the files as they were is gone
+    assert len(list(changed.index_path.parent.glob("*.idx"))) == 1  # the outdated one is deleted
     changed.index_path.write_bytes(changed.index_path.read_bytes()[:-1])
-    assert TarSource(tmp_path, ["a.tar", "b.tar"]).index_built  # a damaged one is made again
+    assert TarSource(tmp_path, ["a.tar", "b.tar"]).index_built  # a damaged index is rebuilt
     with pytest.raises(BadImage):
         os.truncate(tmp_path / "b.tar", 600)
         changed.encoded(10)
@@ -230,7 +230,7 @@ def _open(folder: Path) -> bool:
     return TarSource(folder, ["t.tar"]).index_built
 
 
-def test_one_of_several_processes_builds(tmp_path: Path) -> None:
+def test_index_is_built_by_one_of_several_processes(tmp_path: Path) -> None:
     tar(tmp_path / "t.tar", samples(800))
     with multiprocessing.get_context("fork").Pool(3) as pool:
         assert sum(pool.map(_open, [tmp_path] * 3, 1)) == 1

@@ -1,4 +1,4 @@
-"""The DINO discriminator against a plain formulation made of PyTorch's own parts, and its discipline about state."""
+"""The DINO discriminator matches a plain formulation in PyTorch, and changes state only where it should."""
 
 import math
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ ARCH = {"ks": 5, "key_depths": DEPTHS, "norm_type": "bn", "using_spec_norm": Tru
 
 
 def make_file(folder: Path, **extra: Tensor) -> tuple[Path, dict[str, Tensor]]:
-    """A trunk of tiny sizes as the released files have it, with the last LayerNorm. `plain_trunk` holds their names."""
+    """Write a tiny trunk laid out like the released files, with the last LayerNorm. `plain_trunk` uses the same names."""
     rng = torch.Generator().manual_seed(2)
     shapes = {name: value.shape for name, value in DinoTrunk(TINY, None, "tiny").state_dict().items()}
     shapes |= {"norm.weight": (TINY.width,), "norm.bias": (TINY.width,)}
@@ -40,7 +40,7 @@ def images(count: int = 2, size: int = 48, dtype: torch.dtype = torch.float32) -
 
 
 def plain_trunk(state: Mapping[str, Tensor], x: Tensor, depths: tuple[int, ...]) -> list[Tensor]:
-    """Attention written out, normalisation before the embedding, all from the file's tensors."""
+    """Compute the feature maps from the file's tensors, with attention and input normalization written out."""
     w = {name: value.to(x.dtype) for name, value in state.items()}
     x = F.interpolate(x, size=(TINY.image_size,) * 2, mode="bilinear", align_corners=False)
     mean, std = (torch.tensor(v, dtype=x.dtype)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -77,7 +77,7 @@ class SampleNorm(nn.Module):
 
 
 class PlainHead(nn.Module):
-    """PyTorch's hook form of the spectral norm, one module per convolution; weights of head `number` of ours."""
+    """A head with PyTorch's hook-based spectral norm, one module per convolution, and the weights of our head `number`."""
 
     def __init__(self, model: DinoDiscriminator, number: int, ks: int, norm_type: str, spectral: bool) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class PlainHead(nn.Module):
 
 
 def ours(model: DinoDiscriminator, name: str) -> Tensor:
-    """The stacked tensor that holds a plain head's `name`."""
+    """Return our stacked tensor that holds a plain head's `name`."""
     layer, kind = name.split(".")
     tensors = dict(model.heads.named_parameters()) | dict(model.heads.named_buffers())
     return tensors.get(f"{layer}.{kind}", tensors.get(f"{layer}.weights.{kind}"))
@@ -118,7 +118,7 @@ def test_trunk_equals_plain_attention(tmp_path: Path, size: int) -> None:
 
 
 @pytest.mark.parametrize(("norm_type", "spectral", "ks"), [("bn", True, 5), ("gn", True, 1), ("bn", False, 9)])
-def test_a_training_step_equals_the_hook_form(norm_type: str, spectral: bool, ks: int) -> None:
+def test_training_step_equals_hook_based_spectral_norm(norm_type: str, spectral: bool, ks: int) -> None:
     """Logits, gradients of all weights, u and v after D(fake), D(real); then the generator's gradient, in float64."""
     model = make(norm_type=norm_type, using_spec_norm=spectral, ks=ks).double()
     rng = torch.Generator().manual_seed(4)
@@ -157,11 +157,11 @@ def test_a_training_step_equals_the_hook_form(norm_type: str, spectral: bool, ks
     )
 
 
-def test_the_last_map_stands_in_front_too_and_each_is_computed_once() -> None:
+def test_last_map_also_comes_first_and_each_is_computed_once() -> None:
     maps = make().features(images())
     assert len(maps) == 3 and maps[0] is maps[2] and not torch.equal(maps[0], maps[1])
     shallow = make(key_depths=(0, 1)).features(images())
-    torch.testing.assert_close(shallow[0], maps[0])  # the trunk's last, as published, whatever is chosen
+    torch.testing.assert_close(shallow[0], maps[0])  # the trunk's last map, as published, for any key_depths
     torch.testing.assert_close(shallow[2], maps[1])
     trunk, ran = DinoTrunk(TINY, None, "tiny"), []
     for i, block in enumerate(trunk.blocks):
@@ -171,7 +171,7 @@ def test_the_last_map_stands_in_front_too_and_each_is_computed_once() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_forward_changes_no_state_and_chunks_add_up(training: bool) -> None:
+def test_forward_changes_no_state_and_chunks_equal_the_whole(training: bool) -> None:
     model = make().train(training)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     x = images(4)
@@ -206,9 +206,7 @@ def test_gradients_reach_the_heads_or_the_image_and_never_the_trunk() -> None:
         logits = model(x)
     logits.mean().backward()
     assert x.grad.abs().sum() > 0 and all(p.grad is None for p in model.parameters())
-    assert [n for n, p in model.heads.named_parameters() if not p.requires_grad] == [
-        "last.bias"
-    ]  # flags are given back
+    assert [n for n, p in model.heads.named_parameters() if not p.requires_grad] == ["last.bias"]  # flags restored
 
 
 @pytest.mark.parametrize(("dtype", "whole_trunk"), [(torch.bfloat16, True), (torch.float16, False)])
@@ -227,7 +225,7 @@ def test_half_precision_is_near(dtype: torch.dtype, whole_trunk: bool) -> None:
     assert model.heads.second.weights.weight_u.dtype == torch.float32
 
 
-def test_loading_is_strict_and_extras_are_known_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_is_strict_except_for_known_extras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RECIPES, "S_8", TINY)
     path, state = make_file(tmp_path, **{"head.weight": torch.zeros(2, 2), "head.bias": torch.zeros(2)})
     model = DinoDiscriminator(path, **(ARCH | {"weights": "pretrained"}))  # type: ignore[arg-type]
@@ -249,7 +247,7 @@ def test_loading_is_strict_and_extras_are_known_by_name(tmp_path: Path, monkeypa
             DinoTrunk(TINY, place)
 
 
-def test_state_of_the_heads_is_clean_and_returns() -> None:
+def test_state_of_the_heads_round_trips() -> None:
     model, other = make(), make(seed=1)
     state = {name: value for name, value in model.state_dict().items() if not name.startswith("trunk.")}
     assert set(state) == {

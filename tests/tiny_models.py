@@ -33,7 +33,7 @@ DECODER = {
 
 
 def tiny_rae(folder: Path, family="dinov2", image_size=64, statistics=False, encoder=None, **options) -> RAE:
-    """Random weights everywhere, biases and norms too. `encoder` changes its config."""
+    """Build an RAE with random weights, also in biases and norms. `encoder` overrides keys of the encoder's config."""
     cls, key, config = _ENCODERS[family]
     config = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 1, **config, **(encoder or {})}
     place = folder / f"encoder_{family}"
@@ -63,7 +63,7 @@ def loaded(rae: RAE, **description) -> LoadedModel:
 
 
 def exported(rae: RAE, out: Path) -> Path:
-    """Write the folder of `src/export.py`, with `stats.pt` where the model has statistics."""
+    """Write an export folder as `src/export.py` does, with `stats.pt` if the model has statistics."""
     out.mkdir()
     write_folder(loaded(rae), out)
     write_own_statistics(rae, out, rae.encoder.identity())
@@ -71,7 +71,7 @@ def exported(rae: RAE, out: Path) -> Path:
 
 
 def stir(network: nn.Module) -> None:
-    """Add noise to every weight: near its initial values a transformer hardly looks at its labels."""
+    """Add noise to every weight: near initialization a transformer hardly depends on its labels."""
     rng = torch.Generator().manual_seed(4)
     for parameter in network.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=rng)
@@ -85,7 +85,7 @@ def equal_decoders(a: RAE, b: RAE) -> bool:
 def write_checkpoint(
     file: Path, rae: RAE, decoder: str | Path, config: dict, online=lambda weights: weights + 1, **model
 ) -> Path:
-    """As training writes it, without optimisers and losses. `online` makes the optimiser's weights of the averaged ones."""
+    """Write a checkpoint as training does, without optimizers and losses. `online` computes the online weights from the EMA's."""
     cls, source = type(rae.encoder).__name__, rae.encoder.source
     settings = dict.fromkeys(RAESettings.model_fields) | {
         "encoder_cls": cls, "encoder_config_path": source, "image_size": rae.geometry.image_size, "decoder_config_path": str(decoder),
@@ -110,7 +110,7 @@ def write_checkpoint(
 
 
 def checkpoint(folder: Path, statistics: bool = False, **options) -> Path:
-    """A run folder with run.json and a .ckpt."""
+    """Write a run folder with run.json and a checkpoint; return the checkpoint."""
     rae = tiny_rae(folder, statistics=statistics, **options)
     losses = {"optimizer": {"lr": 2e-4}, "ema_decay": 0.9978, "perceptual_weight": 1.0, "disc_weight": 0.75, "disc_start_epoch": 8,
               "lpips_arch": {"vgg_path": None, "linear_path": None, "weights": "tiny"}}  # fmt: skip
@@ -124,7 +124,7 @@ def checkpoint(folder: Path, statistics: bool = False, **options) -> Path:
 
 
 def photos(folder: Path, count: int = 6) -> Path:
-    """PNG files of several sizes in two class folders."""
+    """Write PNG files of several sizes in two class folders."""
     generator = np.random.default_rng(0)
     for i in range(count):
         place = folder / ("cats" if i % 2 else "dogs")
@@ -135,7 +135,7 @@ def photos(folder: Path, count: int = 6) -> Path:
 
 
 def two_processes(*words, code: int = 0) -> str:
-    """Run a program as torchrun starts it, without the time that torchrun takes; return what both print, of a failure on stderr."""
+    """Run a script on two ranks as torchrun does, without torchrun's start-up time; return both stdouts, or stderrs if it fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

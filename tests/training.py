@@ -1,4 +1,4 @@
-"""Runs of the training program inside a test: composed as on the command line, built and fitted in this process."""
+"""Run training inside a test: compose the config as on the command line, then build and fit in this process."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ from src.core.weights import PROJECT_ROOT, read
 from src.training.record import RunRecord
 from src.training.run import Run, build_run, check_config, fit
 
-# The smallest run that passes through every part: 3 updates an epoch, discriminator and GAN from the second one on.
+# The smallest run that exercises every part: 3 updates per epoch, discriminator and GAN from the second update on.
 SMALL = [
     "experiment=rae_dummy", "data.image_size=64", "data.batch_size=4", "data.num_workers=0", "trainer.max_epochs=2",
     "trainer.accelerator=cpu", "trainer.limit_train_batches=3", "trainer.limit_val_batches=1", "trainer.log_every_n_steps=1",
@@ -27,7 +27,7 @@ SMALL = [
 
 QUIET = ["~callbacks.rfid", "logger=csv"]
 
-# The same of stage 2: 3 updates an epoch of a network of two blocks.
+# The same for stage 2: 3 updates per epoch of a network of two blocks.
 SMALL_STAGE2 = [
     "experiment=dit_dummy", "data.batch_size=8", "data.num_workers=0", "trainer.accelerator=cpu", "trainer.max_epochs=2", "trainer.limit_train_batches=3",
     "trainer.limit_val_batches=1", "trainer.check_val_every_n_epoch=1", "trainer.log_every_n_steps=1", "model.sample_every=0", "callbacks.checkpoint.every_n_steps=1",
@@ -37,7 +37,7 @@ SMALL_STAGE2 = [
 
 
 def composed(overrides: list[str]) -> DictConfig:
-    """The configuration of `python src/train.py OVERRIDES…`."""
+    """Return the config of `python src/train.py OVERRIDES…`."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
         config = compose("train", overrides=overrides, return_hydra_config=True)
@@ -50,7 +50,7 @@ def composed(overrides: list[str]) -> DictConfig:
 
 
 def train(folder: Path, *overrides: str, checkpoint: Path | None = None, small: bool = True) -> Run:
-    """Fit in `folder`; the run's parts come back for inspection."""
+    """Train in `folder`; return the Run for inspection."""
     folder.mkdir(parents=True, exist_ok=True)
     config = composed([*(SMALL if small else []), *overrides, f"paths.run_dir={folder}"])
     check_config(config)
@@ -65,7 +65,7 @@ def train_stage2(folder: Path, autoencoder: Path, *overrides: str, checkpoint: P
 
 
 def python(*words: object, code: int = 0, threads: str = "1", **environment: str) -> str:
-    """Run `python WORDS` in the project's folder and return what it said on stderr. A failure must be no traceback."""
+    """Run `python WORDS` in the project root and return its stderr. An expected failure must not be a traceback."""
     own = {name: value for name, value in {**os.environ, "OMP_NUM_THREADS": threads, **environment}.items() if value}
     command = [sys.executable, *map(str, words)]
     done = subprocess.run(command, cwd=PROJECT_ROOT, env=own, capture_output=True, text=True, timeout=400)
@@ -78,19 +78,19 @@ def last(folder: Path) -> Path:
 
 
 def logged(folder: Path, name: str) -> dict[int, float]:
-    """Step -> value."""
+    """Read a metric from metrics.csv as step -> value."""
     return {step: value for step, found, value, _ in metrics_file.read(folder / "metrics.csv") if found == name}
 
 
 def assert_equal_ends(expected: Path, actual: Path) -> None:
-    """Of two runs' folders: the last checkpoints are the same bit for bit."""
+    """Check that the last checkpoints of two run folders are bit-identical."""
     a, b = read(last(expected)), read(last(actual))
     for part in ("state_dict", "optimizer_states", "global_step", "loops"):
         assert same(a[part], b[part]), part
 
 
 def same(a: Any, b: Any) -> bool:
-    """Bit for bit, through nested plain containers."""
+    """Compare bit for bit, through nested dicts, lists and tuples."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and torch.equal(a, b)
     if isinstance(a, dict):
