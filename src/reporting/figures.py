@@ -1,4 +1,4 @@
-"""Draw the curves of runs with plotly; page.css gives text and grid their colours."""
+"""Draw the curves of runs with plotly. page.css sets the colours of text and grid."""
 
 import html
 import math
@@ -12,7 +12,7 @@ from markupsafe import Markup
 from src.reporting.reading import Run, Series
 
 PALETTE = ("#3b8bd4", "#e67e33", "#35a06c", "#b264c8", "#d6504c", "#94862f", "#22a5b0", "#d1699c")
-"""Of the names in a chart of one run; of the runs where there are several."""
+"""Colours: one per logged name for a single run, one per run for several."""
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 _BUTTON = {"label": "log", "method": "relayout", "args": ["yaxis.type", "log"], "args2": ["yaxis.type", "linear"]}
 _LAYOUT = {
@@ -30,10 +30,10 @@ _LAYOUT = {
 class Chart(NamedTuple):
     title: str
     names: str
-    """Regular expression of logged names."""
+    """Regular expression that matches logged names."""
     about: str = ""
     better: Callable[..., Any] | None = None
-    """`min` or `max`: the best value of evaluations is marked, and told at the top of the page."""
+    """`min` or `max`: mark the best evaluation score and show it at the top of the page."""
 
 
 CHARTS = (
@@ -74,7 +74,7 @@ CHARTS = (
 
 
 def charts(runs: Sequence[Run]) -> list[tuple[Chart, Markup]]:
-    """Return each chart that has data, and its HTML; logged names that no chart is for get one each."""
+    """Return each chart that has data, with its HTML; logged names without a chart get one each."""
     logged = sorted({name for run in runs for name in run.series if not name.endswith(("/images", "/seconds"))})
     found = [(chart, [name for name in logged if re.fullmatch(chart.names, name)]) for chart in CHARTS]
     known = {name for _, names in found for name in names}
@@ -83,7 +83,7 @@ def charts(runs: Sequence[Run]) -> list[tuple[Chart, Markup]]:
 
 
 def best(chart: Chart, name: str, series: Series) -> tuple[int, float] | None:
-    """Return step and value of the best finite one among the scores of evaluations; None for other numbers."""
+    """Return step and value of the best finite evaluation score; None if `name` is not such a score."""
     if chart.better is None or not re.fullmatch(r"val/.*|.*/score", name):
         return None
     finite = [(step, value) for step, value in series.items() if math.isfinite(value)]
@@ -96,7 +96,7 @@ def _draw(chart: Chart, names: Sequence[str], runs: Sequence[Run], key: str) -> 
     for r, run in enumerate(runs):
         for n, name in enumerate(names):
             series = run.series.get(name, {})
-            every = slice(None, None, len(series) * len(runs) // 20_000 + 1)  # no more of long runs
+            every = slice(None, None, len(series) * len(runs) // 20_000 + 1)  # thin out long runs
             color = PALETTE[(r if several else n) % len(PALETTE)]
             figure.add_scatter(
                 x=list(series)[every],
@@ -109,7 +109,7 @@ def _draw(chart: Chart, names: Sequence[str], runs: Sequence[Run], key: str) -> 
             if point := best(chart, name, series):
                 star = {"marker": {"symbol": "star", "size": 12, "color": color}, "hoverinfo": "skip"}
                 figure.add_scatter(x=point[:1], y=point[1:], mode="markers", showlegend=False, **star)
-    starts = re.findall(r"(LPIPS|discriminator|GAN term) at step ([\d,]+)", runs[0].log)  # of the losses
+    starts = re.findall(r"(LPIPS|discriminator|GAN term) at step ([\d,]+)", runs[0].log)  # when losses start
     for name, step in {} if several else {**dict(starts), "resumed": str(runs[0].resumed_at)}.items():
         if 0 < (x := int(step.replace(",", ""))) <= max(max(runs[0].series[name]) for name in names):
             figure.add_vline(x, line={"dash": "dot", "color": "#8a8f98"}, annotation={"text": name, "textangle": -90})

@@ -1,4 +1,4 @@
-"""Render runs as one HTML file that needs no other: styles, plotly.js, curves and pictures are inside it."""
+"""Render runs as one self-contained HTML file: styles, plotly.js, curves and images are embedded."""
 
 import base64
 import io
@@ -24,12 +24,12 @@ from src.reporting.reading import Run
 
 _SHEETS = "callbacks.rfid.rfid_output_dir"
 _FACT = Markup("<b>{}</b> <small>{} <em>{}</em></small>")
-"""`0.57`, `step 12,000 · 1,000 images`, and why that means less than it seems."""
+"""A value such as `0.57`, details such as `step 12,000 · 1,000 images`, and a caveat."""
 _WARNING = re.compile(r"^\d{4}-[\d:, -]+ (?:WARNING|ERROR|CRITICAL) [\w.]+: (.*(?:\n(?!\d{4}-).*)*)", re.MULTILINE)
 
 
 def page(runs: Sequence[Run]) -> str:
-    """Return the HTML; the same files make the same page."""
+    """Return the HTML; it depends only on the files of the runs."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     configs = [flat(run.config) for run in runs]
     places = [resolve(str(flat(run.config).get(_SHEETS))) / run_id(run.folder) for run in runs]
@@ -54,7 +54,7 @@ def page(runs: Sequence[Run]) -> str:
 
 
 def facts(run: Run) -> dict[str, Markup]:
-    """Return what people look for first, by its name."""
+    """Return the key facts of a run, by name."""
     record, config = flat(run.record), flat(run.config)
     held_out = record.get("data.validation", "") if config.get("trainer.limit_val_batches") in (None, 1.0) else "some"
     last = record.get("result.step") or max((max(series) for series in run.series.values()), default=0)
@@ -65,7 +65,7 @@ def facts(run: Run) -> dict[str, Markup]:
                 group, images = name.partition("/")[0], f"{number(held_out)} held-out images"
                 count = run.series.get(f"{group}/images", {}).get(point[0], math.nan)
                 images = images if group == "val" else f"{number(count)} images"
-                few = "under 2,048 images: biased upward" if count < 2048 else ""  # the size of a feature vector
+                few = "under 2,048 images: biased upward" if count < 2048 else ""  # the feature dimension
                 title = f"best {chart.title}{', all images' if group.endswith('_full') else ''}"
                 found[title] = _FACT.format(number(point[1]), f"step {point[0]:,} · {images}", few)
     if speeds := [value for value in run.series.get("perf/images_per_s", {}).values() if math.isfinite(value)]:
@@ -78,7 +78,7 @@ def facts(run: Run) -> dict[str, Markup]:
 
 
 def untrained(run: Run) -> list[str]:
-    """Return the parts with random weights: as the run said itself, else as its configuration says."""
+    """Return the parts with random weights, from the run's log, else from its config."""
     said = re.findall(r"UNTRAINED by request: ([^.]+)", run.log)
     inception = ["Inception network"] * any(
         name.startswith(("rfid_untrained", "gfid_untrained")) for name in run.series
@@ -88,8 +88,8 @@ def untrained(run: Run) -> list[str]:
 
 
 def pictures(run: Run, folder: Path, pattern: str, limit: int) -> list[tuple[float, str, str]]:
-    """Return step, caption and data URI of `limit` PNG files (2 at least), evenly over the time. They, or the folders of
-    those called sheet.png, are named step_X, epoch_X or end. Files over 1 MB become smaller JPEG."""
+    """Return step, caption and data URI of up to `limit` PNG files (at least 2), evenly spaced in time. A file, or the folder
+    of a sheet.png, is named step_X, epoch_X or end. Files over 1 MB are converted to smaller JPEGs."""
     epoch, found, limit = re.search(r"steps +([\d,]+) an epoch", run.log), [], max(limit, 2)
     steps = {"step": 1, "epoch": int(epoch[1].replace(",", "")) if epoch else 0, "end": math.inf}
     for file in folder.glob(pattern):
@@ -109,19 +109,19 @@ def pictures(run: Run, folder: Path, pattern: str, limit: int) -> list[tuple[flo
                     picture.convert("RGB").save(buffer := io.BytesIO(), "JPEG", quality=85)
                     content, kind = buffer.getvalue(), "jpeg"
             embedded.append((step, caption, f"data:image/{kind};base64,{base64.b64encode(content).decode()}"))
-        except Exception as error:  # Pillow raises many kinds on damaged files
+        except Exception as error:  # Pillow raises all kinds of errors on damaged files
             run.notes.append(f"{file.parent.name}/{file.name} can't be shown: {error}.")
     return embedded
 
 
 def aligned(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]]:
-    """Align [{"a": 1}, {"b": 2}] -> [("a", [1, "–"]), ("b", ["–", 2])]."""
+    """Align columns by key: [{"a": 1}, {"b": 2}] -> [("a", [1, "–"]), ("b", ["–", 2])]."""
     names = dict.fromkeys(name for column in sorted(columns, key=len, reverse=True) for name in column)
     return [(name, [column.get(name, "–") for column in columns]) for name in names]
 
 
 def number(value: Any) -> str:
-    """Return four significant digits, thousands with commas; a list's words; anything else as text."""
+    """Format a number with four significant digits and commas; join the items of a list; return anything else as text."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:
         return " ".join(map(str, value)) if isinstance(value, list) else str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 or float(value).is_integer() else f"{value:.4g}"

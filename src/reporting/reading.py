@@ -1,4 +1,4 @@
-"""Read a run from the files in its folder. What is missing or broken becomes a note; only a folder of no run raises."""
+"""Read a run from the files in its folder. Missing or broken files become notes; only a folder without a run raises."""
 
 import io
 import itertools
@@ -23,15 +23,15 @@ log = logging.getLogger(__name__)
 
 RECORD, CONFIG, OVERRIDES, LOG = "run.json", ".hydra/config.yaml", ".hydra/overrides.yaml", "run.log"
 TABLES, EVENTS = (metrics_file.NAME, "csv/metrics.csv"), "events.out.tfevents.*"
-"""`csv/` is where `logger=csv` wrote before each run had a table."""
+"""`csv/`: where `logger=csv` used to write, before every run had its own table."""
 
 Series = dict[int, float]
-"""Step -> value (NaN and infinite ones too), steps ascending."""
+"""Step -> value (can be NaN or infinite), steps ascending."""
 
 
 @dataclass
 class Run:
-    """What the files of a run say, neither escaped nor checked for its meaning."""
+    """The content of a run's files, neither escaped nor validated."""
 
     folder: Path
     label: str = ""
@@ -40,17 +40,17 @@ class Run:
     overrides: list[Any] = field(default_factory=list)
     log: str = ""
     series: dict[str, Series] = field(default_factory=dict)
-    """By logged name; those of the run that was resumed come first."""
+    """By logged name, including the values of the runs that this one resumed."""
     resumed_at: int = 0
-    """Step of another run's checkpoint that this one started from."""
+    """Step of the other run's checkpoint that this one started from."""
     times: list[float] = field(default_factory=list)
-    """Of all logged numbers, in seconds since 1970."""
+    """Timestamps of all logged numbers, in seconds since 1970."""
     notes: list[str] = field(default_factory=list)
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """Read runs; the folder of a sweep stands for its jobs. Raises UserError: a folder that is missing, no run's, or given
-    twice."""
+    """Read the runs in these folders; a sweep's folder stands for all its jobs. Raises UserError for a folder that is missing,
+    not a run folder, or given twice."""
     places = [place for folder in folders for place in _jobs(Path(folder)) or [_place(folder)]]
     if twice := [place for place in places if places.count(place) > 1]:
         raise UserError(f"{twice[0]} is given twice: name each run once.")
@@ -62,7 +62,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
 
 
 def _jobs(folder: Path) -> list[Path]:
-    """Return the runs in the folder of a sweep, logs/multiruns/DATE/TIME, by number; nothing for other folders."""
+    """Return the run folders in a sweep's folder, logs/multiruns/DATE/TIME, by number; none for other folders."""
     folder = (folder if folder.is_dir() else resolve(folder)).resolve()
     found = [file.parent for file in folder.glob("*/run.json") if file.parent.name.isdigit()]
     return sorted(found, key=lambda place: int(place.name))
@@ -105,14 +105,14 @@ def _logged(run: Run) -> list[Row]:
     rows: list[Row] = []
     tables = [run.folder / name for name in TABLES if (run.folder / name).is_file()]
     try:
-        rows.extend(metrics_file.read(tables[0]) if tables else _events(run.folder))  # an error leaves those before it
-    except Exception as error:  # readers raise what they like
+        rows.extend(metrics_file.read(tables[0]) if tables else _events(run.folder))  # keeps the rows before an error
+    except Exception as error:  # readers raise all kinds of errors
         run.notes.append(f"The logged numbers can be read in part only: {error}.")
     return rows
 
 
 def _document(run: Run, name: str, parse: Callable[[str], Any], empty: Any) -> Any:
-    """Return the parsed content of a file (first MiB and last 31 of a long one); `empty` and a note where it can't be had."""
+    """Return the parsed content of a file (first 1 and last 31 MiB of a long one); on failure add a note and return `empty`."""
     try:
         with (run.folder / name).open("rb") as file:
             start = file.read(1 << 20)
@@ -127,9 +127,9 @@ def _document(run: Run, name: str, parse: Callable[[str], Any], empty: Any) -> A
 
 
 def join(rows: Iterable[Row]) -> dict[str, Series]:
-    """Return curves by name from rows in the order of writing.
+    """Return curves by name from rows in the order they were written.
 
-    A step below that of the row before tells of a start from an earlier state: what stood from there on is cut.
+    A step below that of the previous row means a restart from an earlier state: values from that step on are dropped.
     """
     found: dict[str, Series] = {}
     last = 0
@@ -144,7 +144,7 @@ def join(rows: Iterable[Row]) -> dict[str, Series]:
 def _events(folder: Path) -> Iterator[Row]:
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-    for file in sorted(folder.glob(EVENTS)):  # their names begin with the time of creation
+    for file in sorted(folder.glob(EVENTS)):  # names begin with the creation time
         log.warning("No metrics.csv: reading %s instead, which is slow (about 7 minutes for 1 GB).", file)
         for event in LegacyEventFileLoader(str(file)).Load():
             for value in event.summary.value:
@@ -153,7 +153,7 @@ def _events(folder: Path) -> Iterator[Row]:
 
 
 def _before(run: Run) -> Iterator[Row]:
-    """Return the rows of the runs that this one continues, the first run's first, each up to the checkpoint gone on from."""
+    """Return the rows of the runs that this one continues, oldest run first, each up to the checkpoint that was resumed."""
     earlier, known, last, parts = run, {run.folder}, math.inf, list[list[Row]]()
     while origin := _origin(earlier, known):
         place, step = origin
@@ -168,11 +168,11 @@ def _before(run: Run) -> Iterator[Row]:
 
 
 def _origin(run: Run, known: Set[Path]) -> tuple[Path, int] | None:
-    """Return the run that this one started from and at which step; run.log has every start, run.json one."""
+    """Return the run that this one resumed, and the step. Read from run.log, which has every start; run.json has only one."""
     starts = (re.findall(words, run.log) for words in (r"Resuming from (.+)", r"Resuming at step (\d+)"))
     for checkpoint, step in zip(*starts, strict=False):
         folder = Path(checkpoint).parent.parent
-        moved = run.folder.parent.parent / folder.parent.name / folder.name  # where all runs were copied elsewhere
+        moved = run.folder.parent.parent / folder.parent.name / folder.name  # if all runs were copied elsewhere
         for place in (folder.resolve(), moved):
             if place not in known and (place / RECORD).is_file():
                 return place, int(step)
