@@ -105,7 +105,7 @@ def test_what_the_page_says(run):
     ({"error": "out of <memory>"}, "It ended with: out of &lt;memory&gt;"),
     ({"log": UNTRAINED, "logged": {"rfid_untrained/score": STEPS}}, "UNTRAINED: encoder, LPIPS, Inception network. Random weights"),
     ({"config": "model:\n  lpips:\n    weights: tiny\n", "log": ""}, "UNTRAINED: model.lpips.weights (tiny)."),
-    ({"status": "running"}, "says `running`, but no process of this machine holds the folder"),
+    ({"status": "running"}, "says `running`, but no process on this machine holds the folder"),
     ({"config": CONFIG.replace("1.0", "0.1")}, "some held-out images"),
 ])  # fmt: skip
 def test_what_is_to_be_doubted(tmp_path, changes, said):
@@ -207,7 +207,7 @@ def test_any_file_may_be_missing_or_damaged(tmp_path, name, content):
     if content is None:
         assert ("No numbers have been logged" if name == "metrics.csv" else f"{name} can&#39;t be read") in text
     elif content == b"3" and name not in ("metrics.csv", "run.log"):
-        assert f"{name} can&#39;t be read, what it says of the run is not shown: it holds a int" in text
+        assert f"{name} can&#39;t be read, so its content is not shown: it holds a int" in text
 
 
 @pytest.mark.parametrize("value", [None, 3, "x", [], {"a": [1]}, math.nan])
@@ -247,7 +247,7 @@ def test_program_writes_and_refuses(tmp_path, capsys):
     assert main([str(folder), "--out", str(out)]) == 0 and out.is_file() and str(out) in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
     for arguments, message in (
-        ([tmp_path / "empty"], "is no run's folder"), ([tmp_path / "runs"], f"Runs below it: {folder}"), ([tmp_path / "nowhere"], "no such folder"),
+        ([tmp_path / "empty"], "is not a run folder"), ([tmp_path / "runs"], f"Runs below it: {folder}"), ([tmp_path / "nowhere"], "no such folder"),
         ([folder, folder], "given twice"), ([folder, "--out", tmp_path], "is a folder"), ([folder, "--out", folder / "run.json/x"], "can't be written"),
     ):  # fmt: skip
         assert main([str(argument) for argument in arguments]) == 1

@@ -43,7 +43,7 @@ CHARTS = (
         "Training batches (online weights) and held-out images (EMA weights; stage 1: L1 + LPIPS without GAN).",
         min,
     ),
-    Chart("Loss by quarter of t", r"(train|val)/loss_q\d", "Stage 2: q1 is next to the data, q4 next to noise."),
+    Chart("Loss by quarter of t", r"(train|val)/loss_q\d", "Stage 2: q1 is closest to the data, q4 to noise."),
     Chart("rFID", "rfid(_full)?/score", "Originals against reconstructions (EMA weights); lower is better.", min),
     Chart("gFID", "gfid/score", "Samples (EMA weights) against the reference; lower is better.", min),
     Chart(
@@ -53,7 +53,7 @@ CHARTS = (
         min,
     ),
     Chart("sFID", r"gfid\w*/sfid", "gFID of spatial features; lower is better."),
-    Chart("Inception Score", r"gfid\w*/inception_score", "Of samples alone; higher is better."),
+    Chart("Inception Score", r"gfid\w*/inception_score", "Of the samples alone; higher is better."),
     Chart("Precision and recall", r"gfid\w*/(precision|recall)", "Samples near the reference, and the reverse."),
     Chart("PSNR (dB)", r"(val|rfid\w*)/psnr", "Reconstructions by the EMA weights; higher is better.", max),
     Chart("L1", "(train|val)/l1", "Mean absolute difference of images in [0, 1]."),
@@ -66,10 +66,10 @@ CHARTS = (
     Chart("Discriminator logits", "disc/logits_.+", "Mean output for originals (real) and reconstructions (fake)."),
     Chart("Gradient norm", "train/grad_norm", "Decoder or transformer, before clipping."),
     Chart("Learning rate", "lr/.+"),
-    Chart("Throughput (images/s)", "perf/images_per_s", "All processes; evaluation and pictures not counted."),
-    Chart("Model FLOPs utilisation", "perf/mfu", "Share of the peak that callbacks.progress.peak_tflops says."),
+    Chart("Throughput (images/s)", "perf/images_per_s", "All processes; excludes evaluation and sample images."),
+    Chart("Model FLOPs utilisation", "perf/mfu", "Share of the peak set by callbacks.progress.peak_tflops."),
     Chart("Waiting for data", "perf/data_wait", "Share of the time; above a fifth, the data path is the bottleneck."),
-    Chart("Peak memory (GB)", "perf/memory_gb", "First process: of its GPU; on a CPU, of the process."),
+    Chart("Peak memory (GB)", "perf/memory_gb", "Rank 0: memory of its GPU, or of the process on a CPU."),
 )
 
 

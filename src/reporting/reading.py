@@ -76,7 +76,7 @@ def _place(folder: str | Path) -> Path:
         below = sorted(str(file.parent) for name in ("*/run.json", "*/*/run.json") for file in place.glob(name))
         hint = f" Runs below it: {', '.join(below[-3:])}." if below else ""
         raise UserError(
-            f"{folder} is no run's folder: {problem}. Give one such as logs/runs/DATE/TIME, or that of a sweep, "
+            f"{folder} is not a run folder: {problem}. Give one such as logs/runs/DATE/TIME, or that of a sweep, "
             f"logs/multiruns/DATE/TIME.{hint}"
         )
     return place
@@ -88,7 +88,7 @@ def _read(place: Path) -> Run:
     run.config = _document(run, CONFIG, yaml.safe_load, {})
     if run.record.get("status") == "running" and not owner_of(place):
         run.notes.append(
-            "run.json says `running`, but no process of this machine holds the folder: it was killed, or runs elsewhere."
+            "run.json says `running`, but no process on this machine holds the folder: it was killed, or runs elsewhere."
         )
     run.overrides = _document(run, OVERRIDES, yaml.safe_load, [])
     run.log = _document(run, LOG, str, "")
@@ -107,7 +107,7 @@ def _logged(run: Run) -> list[Row]:
     try:
         rows.extend(metrics_file.read(tables[0]) if tables else _events(run.folder))  # keeps the rows before an error
     except Exception as error:  # readers raise all kinds of errors
-        run.notes.append(f"The logged numbers can be read in part only: {error}.")
+        run.notes.append(f"Only part of the logged numbers can be read: {error}.")
     return rows
 
 
@@ -122,7 +122,7 @@ def _document(run: Run, name: str, parse: Callable[[str], Any], empty: Any) -> A
             raise TypeError(f"it holds a {type(content).__name__}")
         return content
     except Exception as error:  # as above
-        run.notes.append(f"{name} can't be read, what it says of the run is not shown: {error}")
+        run.notes.append(f"{name} can't be read, so its content is not shown: {error}")
         return empty
 
 
