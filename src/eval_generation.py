@@ -1,9 +1,9 @@
-"""Score generated images: gFID, sFID, Inception Score, precision and recall, as ADM's evaluation suite, without TensorFlow.
+"""Score generated images: gFID, sFID, Inception Score, precision and recall, as in ADM's evaluation suite, without TensorFlow.
 
 python src/eval_generation.py --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz
 python src/eval_generation.py --samples FOLDER --reference /path/to/imagenet_hf --reference_split validation
 python src/eval_generation.py --latents latents.npz --decoder exports/a exports/b best.ckpt --reference reference.npz
-torchrun --nproc_per_node=8 src/eval_generation.py ...                several processes, the same numbers
+torchrun --nproc_per_node=8 src/eval_generation.py ...                several processes, same results
 """
 
 import json
@@ -56,7 +56,7 @@ def _run(options: GenerationOptions) -> int:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Return a line for each set of images under a line of names; scores that were left out have no column."""
+    """Return a text table with one line per set of images; scores that were not computed have no column."""
     from src.evaluation.report_card import aligned, label
 
     keys = [key for key in results[0] if label(key)]

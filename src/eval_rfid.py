@@ -1,8 +1,8 @@
-"""Score reconstructions: rFID, PSNR, SSIM and LPIPS of trained models, released decoders or exported folders.
+"""Score reconstructions of trained models, released decoders or exported folders: rFID, PSNR, SSIM and LPIPS.
 
 python src/eval_rfid.py --checkpoint logs/runs/DATE/TIME/checkpoints/best.ckpt --data_dir /path/to/imagenet_hf
 python src/eval_rfid.py --decoder exports/a exports/b --data_dir DATA --noise_sigma 0 0.4 0.8 --report_card card
-torchrun --nproc_per_node=8 src/eval_rfid.py …                       several processes, the same number
+torchrun --nproc_per_node=8 src/eval_rfid.py ...                     several processes, same results
 """
 
 import json
@@ -66,7 +66,7 @@ def _run(options: EvaluationOptions) -> int:
 
 
 def text(results: Sequence[Mapping[str, Any]]) -> str:
-    """Return a paragraph for each data set: the first model's first variant in words, all of several as a table."""
+    """Return a paragraph per data set: the scores of the first result, and a table if there are several results."""
     from src.evaluation.report_card import aligned, label, score_rows
 
     paragraphs = []

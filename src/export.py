@@ -1,4 +1,4 @@
-"""Turn a trained model into files that other programs load: the official decoder file, a diffusers folder, or our own.
+"""Export a trained model: as the official decoder file, a diffusers folder, or a folder in our own format.
 
     python src/export.py --checkpoint logs/runs/DATE/TIME/checkpoints/best.ckpt --format official --output exports/mine
     python src/export.py --checkpoint CKPT --format diffusers --output exports/mine_diffusers
@@ -6,8 +6,8 @@
     python src/export.py --decoder exports/mine_diffusers --format folder --with_encoder --output exports/back
     python src/export.py --checkpoint STAGE2_CKPT --format official --output exports/transformer
 
-Every export is a folder with a model card, the latent statistics (`stats.pt`) and the sha256 of its files. All of them
-are read back by `model.pretrained_decoder_path`, `model.normalization_stat_path`, and `--decoder` of the other programs.
+Every export is a folder with a model card, the latent statistics (`stats.pt`) and the SHA-256 of its files. All formats can be
+loaded by `model.pretrained_decoder_path`, `model.normalization_stat_path`, and `--decoder` of the other scripts.
 """
 
 import sys
@@ -24,7 +24,7 @@ from src.core.options import ModelOptions, Place, option, run
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ModelOptions):
-    """What is exported, and how."""
+    """Command-line options of the export."""
 
     format: Literal["official", "diffusers", "folder"] = option(
         "official: model.pt, of stage 2 stage2_model.pt or RAEv2's checkpoint.pt; diffusers: AutoencoderRAE with its encoder; "
@@ -45,7 +45,7 @@ class Options(ModelOptions):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return 0 where the export is there, 1 where something is wrong with what was given."""
+    """Return the exit code: 0 exported, 1 user error."""
     return run(Options, __doc__, _run, argv)
 
 
@@ -71,7 +71,7 @@ def _run(options: Options) -> int:
 
 
 def _transformer(options: Options, other: UserError) -> int:
-    """Export a checkpoint of stage 2, which has one format."""
+    """Export a stage-2 checkpoint, for which there is only the official format."""
     from src.core.weights import DTYPES
     from src.formats.stage2 import export_official
 

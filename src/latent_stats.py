@@ -1,11 +1,11 @@
-"""Exact per-element mean and variance of a data set's latents, for `model.normalization_stat_path`.
+"""Compute the exact per-element mean and variance of a data set's latents, for `model.normalization_stat_path`.
 
     python src/latent_stats.py --config experiment=rae_dino data.data_dir=/path/to/imagenet_hf --output weights/stats.pt
     torchrun --nproc_per_node=8 src/latent_stats.py --checkpoint CKPT --data_dir /path/to/images --output stats.pt
 
-Takes the training images (`--split` names others), centre-cropped, through the encoder in float32, without noise. The sums
-are kept in float64 and saved every 16,384 images, so the same command continues an interrupted pass. The file is the
-official one (`mean`, `var`, each C x h x w) and says besides which encoder it is of.
+Encodes the training images (`--split` selects others), centre-cropped, in float32 and without noise. Sums are float64 and
+saved every 16,384 images, so the same command continues an interrupted pass. The file has the official format (`mean`, `var`,
+each C x h x w) and also identifies the encoder.
 """
 
 import sys
@@ -23,7 +23,7 @@ from src.evaluation.options import StatisticsOptions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return 0 where the statistics are written, 1 where something is wrong with what was given."""
+    """Return the exit code: 0 statistics written, 1 user error."""
     return run(StatisticsOptions, __doc__, _run, argv)
 
 
@@ -60,7 +60,7 @@ def _run(options: StatisticsOptions) -> int:
 
 
 def _model(options: StatisticsOptions) -> tuple[Any, Mapping[str, Any]]:
-    """Return the RAE, and the node `data:` that goes with it."""
+    """Return the RAE and its `data:` config node."""
     if options.config:
         from src.core.compose import compose
         from src.formats.checkpoint import encoder_of

@@ -1,13 +1,13 @@
-"""Make a file to score against: Inception statistics (`mu`, `sigma`) or the images themselves (`arr_0`) of a data set.
+"""Write a reference file for scoring: Inception statistics (`mu`, `sigma`) of a data set, or its images (`arr_0`).
 
     python src/make_reference.py --data_dir /path/to/imagenet_hf --split validation --output val256.npz
     python src/make_reference.py --data_dir /path/to/imagenet_hf --kind images --output val256_images.npz
     python src/make_reference.py --checkpoint best.ckpt --data_dir /path/to/photos --output held_out256.npz
 
-Images are the centre crops that reconstructions are compared with. Both files go into `eval_rfid.py --reference`, and
-into other tools: the first is what pytorch-fid and the like read, the second what the ADM evaluation suite reads. To
-pack reconstructions for that suite use `eval_rfid.py --save_npz FILE`; a folder of generated images is a data set like
-any other. Both files say how their images were prepared, and `eval_rfid.py` compares that with its own.
+Images are the same centre crops that reconstructions are compared with. `eval_rfid.py --reference` reads both files;
+statistics also work with pytorch-fid and similar tools, images with the ADM evaluation suite. To pack reconstructions for
+that suite use `eval_rfid.py --save_npz FILE`; a folder of generated images is a data set like any other. Both files record
+how their images were prepared, which `eval_rfid.py` checks against its own settings.
 """
 
 import sys

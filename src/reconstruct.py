@@ -1,4 +1,4 @@
-r"""Images through a model and back: pictures, scores, latents.
+r"""Reconstruct images with a model: write reconstructions, scores and latents.
 
     python src/reconstruct.py --checkpoint CKPT --input photo.jpg --output out
     python src/reconstruct.py --decoder exports/mine --input 'photos/**/*.jpg' --output out --write images sheet scores npz
@@ -6,8 +6,9 @@ r"""Images through a model and back: pictures, scores, latents.
         --latents normalized --output latents_in1k
     python src/reconstruct.py --checkpoint CKPT --from_latents latents_in1k/latents --output decoded
 
-Images of any size: `--fit crop` (as evaluation does: shorter side to the model's size, the middle), `pad` (longer side, the
-rest filled with the edge's colours, which count in the scores) or `resize` (proportions given up).
+Images may have any size: `--fit crop` resizes the shorter side to the model's size and crops the centre (as in evaluation),
+`pad` resizes the longer side and fills the rest with the edge's colours (which count in the scores), `resize` ignores the
+aspect ratio.
 """
 
 import json
@@ -33,7 +34,7 @@ FIGURES = {"psnr": "PSNR {:.2f} dB", "lpips_untrained": "LPIPS {:.4f} with UNTRA
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return 0 where everything is written, 1 where something is wrong with what was given."""
+    """Return the exit code: 0 all written, 1 user error."""
     return run(ReconstructionOptions, __doc__, _run, argv)
 
 
@@ -82,12 +83,12 @@ def _check_output(options: ReconstructionOptions) -> None:
 
 @contextmanager
 def _output_folder(options: ReconstructionOptions, process: "Process") -> Iterator[None]:
-    """Make an empty folder that says whose it is; after an error it goes again, unless something was written."""
+    """Create an empty folder with a record of this script; remove it after an error, unless results were written."""
     from src.core.distributed import wait_for_all
 
     output = options.output
     if process.main:
-        _check_output(options)  # again: another program may have begun while the model was opened
+        _check_output(options)  # again: another process may have started while the model was loading
         try:
             if output.exists():
                 shutil.rmtree(output)

@@ -1,15 +1,14 @@
-"""One HTML page of a training run: curves, pictures, scores, warnings, configuration and environment.
+"""Write an HTML report of training runs: curves, sample images, scores, warnings, configuration and environment.
 
     python src/report.py logs/runs/DATE/TIME                              RUN_DIR/report.html
     python src/report.py logs/runs/DATE/TIME --out report.html
-    python src/report.py logs/runs/DATE/TIME1 logs/runs/DATE/TIME2        overlaid, side by side: RUN_DIR1/comparison.html
-    python src/report.py logs/multiruns/DATE/TIME                         all points of a sweep, in the same way
+    python src/report.py logs/runs/DATE/TIME1 logs/runs/DATE/TIME2        curves overlaid: RUN_DIR1/comparison.html
+    python src/report.py logs/multiruns/DATE/TIME                         all runs of a sweep, in the same way
 
-The page holds all it shows (about 5 MB, and the pictures) and opens without a network; it follows the light or dark
-mode of the system and prints. Nothing but the files of the run is read: metrics.csv, run.json, .hydra/, run.log, samples/
-and the sheets of rFID evaluations. The curves of a run that was resumed continue those of the run before, where that one
-is still there. Runs that have no metrics.csv are read through TensorBoard's events, which is slow. A run that is still
-going, or that broke, makes a page too; what is missing or damaged is told there.
+The page is self-contained (about 5 MB plus the images) and works offline; it follows the system's light or dark mode and can
+be printed. Only files of the run are read: metrics.csv, run.json, .hydra/, run.log, samples/ and the sample sheets of rFID
+evaluations. Curves of a resumed run continue those of the previous run, if that still exists. Without metrics.csv,
+TensorBoard events are read, which is slow. Unfinished and failed runs work too; the page lists what is missing or damaged.
 """
 
 import sys
@@ -26,7 +25,7 @@ EPILOG = """exit codes: 0 the page is written; 1 a folder is no run's, or the pa
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Which runs, and where the page goes."""
+    """Command-line options of the report."""
 
     run_dirs: tuple[str, ...] = option("folder of a run, logs/runs/DATE/TIME", "RUN_DIR", (), positional=True)
     out: str | None = option(

@@ -1,13 +1,12 @@
-"""Sample images from a trained diffusion transformer, for looking and for scoring.
+"""Sample images from a trained diffusion transformer.
 
     python src/sample.py --checkpoint logs/runs/DATE/TIME/checkpoints/best.ckpt --num_images 50000 --output samples.npz
     python src/sample.py --checkpoint stage2_model.pt --model ditdh_xl --autoencoder exports/mine --output samples.npz
     torchrun --nproc_per_node=8 src/sample.py --checkpoint CKPT --guide WEAK --auto 1.42 --output guided.npz
 
-Image i depends on --seed and i alone. The indices are dealt to the processes in blocks of --batch_size, so any number of
-processes gives the same file, and the same command after an interruption goes on where it stopped. The npz has `arr_0`
-(uint8 N x H x W x 3) for ADM's suite, `labels`, and the `settings` that made it. Several values of --cfg or --interval make
-files of their own and a table.
+Image i depends only on --seed and i. Processes share the indices in blocks of --batch_size, so any number of processes writes
+the same file, and the same command resumes after an interruption. The npz holds `arr_0` (uint8 N x H x W x 3) for ADM's
+suite, `labels`, and the `settings` used. Several values of --cfg or --interval write one file each, and a table.
 """
 
 import itertools
@@ -26,7 +25,7 @@ from src.evaluation.options import SampleOptions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return 0 where the samples are written, 1 where something is wrong with what was given."""
+    """Return the exit code: 0 samples written, 1 user error."""
     return run(SampleOptions, __doc__, _run, argv)
 
 
@@ -61,7 +60,7 @@ def _run(options: SampleOptions) -> int:
 
 
 def _points(options: SampleOptions) -> list[SampleOptions]:
-    """Return the options of each point of a sweep, with files of their own; the options themselves where there is one point."""
+    """Return the options of each point of a sweep, with separate output files; the unchanged options if there is only one."""
     from src.evaluation.samples import interval_of
 
     sweep = list(itertools.product(options.cfg or (None,), options.interval or (None,)))

@@ -1,4 +1,4 @@
-"""Train the decoder of a representation autoencoder (RAE, stage 1)."""
+"""Train the decoder of a representation autoencoder (RAE, stage 1) or a diffusion transformer on its latents (stage 2)."""
 
 import os
 import signal
@@ -16,23 +16,23 @@ from yaml import MarkedYAMLError
 from src.core.compose import explained, problem
 
 RAISE = "HYDRA_FULL_ERROR"
-"""While Hydra reads the configuration, it is to raise its errors instead of printing some of them with tracebacks."""
+"""Set while Hydra reads the configuration, so that it raises errors instead of printing some with tracebacks."""
 wanted = os.environ.get(RAISE)
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
 def main(config: DictConfig) -> float | None:
-    from src.training.run import run  # heavy imports only now, so that --help and --cfg answer at once
+    from src.training.run import run  # heavy imports, deferred so that --help and --cfg are fast
 
     if wanted is None:
         os.environ.pop(RAISE, None)
     value = run(config)
-    os.environ[RAISE] = "1"  # what comes next is of a sweeper
+    os.environ[RAISE] = "1"  # a sweeper reads the next configuration
     return value
 
 
 def interrupted(*_: object) -> None:
-    """End at once, on Ctrl-C before the run listens for it: out of an interrupted import comes any error."""
+    """Exit at once on Ctrl-C before the run handles it: an interrupted import could raise any error."""
     print("interrupted before the run began", file=sys.stderr)
     os._exit(130)
 
@@ -41,9 +41,9 @@ if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupted)
     if hasattr(signal, "SIGPIPE") and {"--help", "-h", "--cfg", "-c", "--info"} & set(sys.argv):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… --help | head` ends quietly
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... --help | head` ends quietly
     os.environ.setdefault(RAISE, "1")
-    # behind a flag that stands between overrides Hydra takes no more of them, and `--info` before one takes that as its value
+    # Flags go last: Hydra ignores overrides after a flag between them, and `--info` would take the next override as its value.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word[0:1] != "~" and ("=" not in word or word[0] == "-"))
     try:
         if said := problem(sys.argv[1:]):
@@ -53,10 +53,10 @@ if __name__ == "__main__":
     except SystemExit as error:
         ended = error.code
     except (CompactHydraException, OmegaConfBaseException, MarkedYAMLError, ValueError, TypeError, OSError) as error:
-        if wanted or RAISE not in os.environ:  # asked for, or of the run itself
+        if wanted or RAISE not in os.environ:  # the user set it, or the run itself failed
             raise
         ended = explained(error, sys.argv[1:])
     if training := sys.modules.get("src.training.run"):
-        status = training.sweep_status()  # of a sweep that broke off, too
+        status = training.sweep_status()  # also if the sweep was cut short
         ended = ended or status
     sys.exit(ended)
