@@ -18,12 +18,11 @@ from src.core.options import EXIT_CODES, run
 from src.evaluation.options import GenerationOptions
 
 EPILOG = rf"""
-The reference of published gFID is the training set: ADM's npz holds its moments, and 10,000 images for precision and
-recall. Reconstructions are scored against the validation set (eval_rfid.py): the two numbers don't compare. Published
-scores take 50,000 images, the same number of each class. A folder is read in the order of its names, which the Inception
-Score depends on.
+Published gFID uses the training set as reference: ADM's npz holds its moments, and 10,000 images for precision and recall.
+Reconstructions are scored against the validation set (eval_rfid.py), so the two numbers are not comparable. Published
+scores use 50,000 images, the same number per class. A folder is read in file-name order, which affects the Inception Score.
 
-several decoders on the same latents tell whether a worse gFID comes from the decoder:
+To find out whether a worse gFID comes from the decoder, score several decoders on the same latents:
 
     python src/eval_generation.py --latents latents.npz --decoder exports/a exports/b --reference reference.npz
 

@@ -17,7 +17,7 @@ from src.core.options import EXIT_CODES, run
 from src.evaluation.options import EvaluationOptions
 
 EPILOG = rf"""
-the published figures of the released DINOv2-B decoder (rFID 0.57, PSNR 18.9 dB on the 50,000 images of ImageNet val):
+To reproduce the published scores of the released DINOv2-B decoder (rFID 0.57, PSNR 18.9 dB on 50,000 images of ImageNet val):
 
     python scripts/download_weights.py inception vgg16 lpips decoder-dinov2 stats-dinov2 \
         facebook/dinov2-with-registers-base
@@ -28,9 +28,9 @@ the published figures of the released DINOv2-B decoder (rFID 0.57, PSNR 18.9 dB 
         --data_dir /path/to/imagenet_hf --split validation --num_samples 50000 --image_size 256 \
         --exif ignore --quantization truncate
 
-with our own defaults (EXIF rotation applied, 8-bit values rounded) the numbers differ a little; compare like with like.
-A checkpoint is scored as its training scored it: --exif and --quantization are those of its configuration.
-A DDP run of N processes, or another batch size, gives the same number up to float32 rounding of the features.
+With our defaults (EXIF rotation applied, 8-bit values rounded) the scores differ slightly; only compare like with like.
+A checkpoint is scored as during training: --exif and --quantization default to its configuration.
+Any number of processes and any batch size give the same scores, up to float32 rounding of the features.
 
 {EXIT_CODES}"""
 

@@ -27,21 +27,21 @@ class Options(ModelOptions):
     """Command-line options of the export."""
 
     format: Literal["official", "diffusers", "folder"] = option(
-        "official: model.pt, of stage 2 stage2_model.pt or RAEv2's checkpoint.pt; diffusers: AutoencoderRAE with its encoder; "
-        "folder: ours",
+        "official: model.pt, for stage 2 stage2_model.pt or RAEv2's checkpoint.pt; diffusers: AutoencoderRAE with its encoder; "
+        "folder: our own format",
         default=MISSING,
     )
     output: Place = option("a new folder", "DIR", MISSING)
-    dtype: Literal["fp32", "bf16", "fp16"] = option("of the weights; statistics stay fp32", default="fp32")
+    dtype: Literal["fp32", "bf16", "fp16"] = option("dtype of the weights; statistics stay fp32", default="fp32")
     overwrite: bool = option("replace an earlier export in --output", default=False)
-    with_encoder: bool = option("folder: put the encoder in (diffusers always does)", default=False)
+    with_encoder: bool = option("folder: include the encoder (diffusers always does)", default=False)
     published_names: bool = option(
-        "diffusers: name the encoder's parameters as transformers 4 and 5.17 do, instead of as the installed one",
+        "diffusers: name the encoder's parameters as transformers 4 and 5.17 do, not as the installed version",
         default=False,
     )
-    scores: tuple[str, ...] = option("results of src/eval_rfid.py for the model card", "JSON", ())
-    push: str | None = option("send the export to the Hugging Face hub", "NAME/MODEL")
-    private: bool = option("with --push: a private repository", default=False)
+    scores: tuple[str, ...] = option("results of src/eval_rfid.py to put on the model card", "JSON", ())
+    push: str | None = option("upload the export to the Hugging Face hub", "NAME/MODEL")
+    private: bool = option("with --push: make the repository private", default=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,8 +81,8 @@ def _transformer(options: Options, other: UserError) -> int:
     )  # fmt: skip
     if options != plain:
         raise UserError(
-            f"{other} A diffusion transformer is exported with --format official alone, its averaged weights: beside that "
-            "only --dtype, --output, --overwrite, --push and --private have a meaning."
+            f"{other} Of a diffusion transformer the EMA weights are exported, with --format official; the only other options "
+            "are --dtype, --output, --overwrite, --push and --private."
         )
     assert options.checkpoint is not None
     export_official(options.checkpoint, options.output, DTYPES[options.dtype], options.overwrite)

@@ -40,7 +40,7 @@ def _run(options: StatisticsOptions) -> int:
         rae, trained_on = _model(options)
         data_dir = options.data_dir or trained_on.get("data_dir")
         if data_dir is None:
-            raise UserError("Nothing says which images: give --data_dir.")
+            raise UserError("No images are given: set --data_dir.")
         images = open_images(data_dir, options.split, None)
         if process.main:
             check_writable(output, "--output")

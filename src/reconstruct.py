@@ -96,8 +96,8 @@ def _output_folder(options: ReconstructionOptions, process: "Process") -> Iterat
             _write_record(output, {"status": "running"})
         except OSError as error:
             raise UserError(
-                f"--output {output} can't be written: {error.strerror or error}. Choose a place with write permission "
-                "and room."
+                f"--output {output} can't be written: {error.strerror or error}. Choose a folder with write permission "
+                "and free space."
             ) from error
     wait_for_all()
     try:

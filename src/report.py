@@ -20,16 +20,17 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root inste
 
 from src.core.options import option, run
 
-EPILOG = """exit codes: 0 the page is written; 1 a folder is no run's, or the page can't be written; 2 wrong options"""
+EPILOG = """exit codes: 0 page written; 1 not a run folder, or the page can't be written; 2 wrong options"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Command-line options of the report."""
 
-    run_dirs: tuple[str, ...] = option("folder of a run, logs/runs/DATE/TIME", "RUN_DIR", (), positional=True)
+    run_dirs: tuple[str, ...] = option("run folder, such as logs/runs/DATE/TIME", "RUN_DIR", (), positional=True)
     out: str | None = option(
-        "the page (default: report.html in the first run's folder, comparison.html for several)", "FILE"
+        "output file (default: report.html in the run folder; for several runs comparison.html in the first one)",
+        "FILE",
     )
 
 
@@ -55,7 +56,7 @@ def _run(options: Options) -> int:
             file.write(content)
     except OSError as error:
         raise UserError(
-            f"{target} can't be written: {error.strerror or error}. Name another place with --out FILE."
+            f"{target} can't be written: {error.strerror or error}. Give another path with --out FILE."
         ) from error
     print(f"{target}  {len(content) / 1e6:.1f} MB")
     return 0
