@@ -1,4 +1,4 @@
-"""Open Hugging Face datasets on disk: `state.json`, `dataset_info.json` and Arrow files, by their places alone.
+"""Open Hugging Face datasets on disk (`state.json`, `dataset_info.json`, Arrow files) and read their images by file offset.
 
 The `datasets` library is not used: its import takes longer than opening ImageNet.
 """
@@ -25,12 +25,12 @@ COPY_AGAIN = (
 
 
 class ArrowSource(PackedSource):
-    """Images of the Arrow files of one folder. Pickles as its arguments: another process opens it itself.
+    """Images in the Arrow files of one folder. Pickles as its constructor arguments, so each process opens the files itself.
 
-    files: names in `folder`; None: those that its state.json lists.
+    files: names in `folder`; None: those listed in its state.json.
 
     Raises:
-        UserError: half-written, damaged, empty, or without the columns wanted.
+        UserError: incomplete, damaged, empty, or without the requested columns.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class ArrowSource(PackedSource):
         return read_file(self.folder / path)
 
     def _path(self, index: int) -> str | None:
-        """Read what the row says about its file; None where that is nothing."""
+        """Read the row's `path`; None if it has none or it can't be read."""
         number = self.file_of(index)
         batches, row = self._paths[number], index - self._starts[number]
         if not len(batches):
@@ -88,7 +88,7 @@ class ArrowSource(PackedSource):
 
 
 def _metadata(folder: Path, files: Sequence[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return dataset_info.json and state.json; of named files, what stands in for them."""
+    """Return the contents of dataset_info.json and state.json; for named `files`, a substitute for state.json."""
     if files is not None:
         info = read_json(folder / "dataset_info.json", COPY_AGAIN) if (folder / "dataset_info.json").is_file() else {}
         return info, {"_data_files": [{"filename": name} for name in files]}
@@ -112,7 +112,7 @@ def _metadata(folder: Path, files: Sequence[str] | None) -> tuple[dict[str, Any]
 
 
 def schema_features(schema: pa.Schema) -> dict[str, Any]:
-    """Return the features that `datasets` noted in a schema; empty where there are none."""
+    """Return the features that `datasets` stored in the schema metadata; empty if there are none."""
     try:
         return dict(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
     except (KeyError, ValueError, TypeError, RecursionError):
@@ -120,20 +120,20 @@ def schema_features(schema: pa.Schema) -> dict[str, Any]:
 
 
 def class_names(features: dict[str, Any], label: str | None) -> list[str] | None:
-    """Return the names of the classes of a column by what `datasets` says; None where it says none."""
+    """Return the class names of column `label` from its `datasets` features; None if it has none."""
     feature = features.get(label or "")
     names = feature.get("names") if isinstance(feature, dict) else None
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
 def image_columns(features: dict[str, Any], schema: pa.Schema) -> list[str]:
-    """Return the names of the columns that hold images by what `datasets` says, else by their type."""
+    """Return the names of the image columns: those whose feature is `Image`, else those of a type that can hold images."""
     marked = [n for n, f in features.items() if isinstance(f, dict) and f.get("_type") == "Image" and n in schema.names]
     return marked or [field.name for field in schema if holds_images(field.type)]
 
 
 def holds_images(kind: pa.DataType) -> bool:
-    """Return whether a column of this type can hold encoded images: bytes, or a struct of `bytes` and perhaps `path`."""
+    """Return whether a column of this type can hold encoded images: bytes, or a struct of `bytes` and optionally `path`."""
     if pa.types.is_struct(kind):
         at = kind.get_field_index("bytes")
         return at >= 0 and _is_binary(kind.field(at).type)
@@ -171,7 +171,7 @@ def _image_column(folder: Path, features: dict[str, Any], schema: pa.Schema, wan
 
 
 def _label_column(folder: Path, schema: pa.Schema, wanted: str | None) -> str | None:
-    """Return the column of the labels. One that nobody asked for and that holds no whole numbers is none of labels."""
+    """Return the label column: `wanted`, else `label`, which is ignored (None) unless it holds integers. Raises UserError."""
     name = wanted or "label"
     kind = schema.field(name).type if name in schema.names else None
     if kind is not None and pa.types.is_integer(kind):
@@ -187,7 +187,7 @@ def _label_column(folder: Path, schema: pa.Schema, wanted: str | None) -> str | 
 
 
 def _rewrite(folder: Path, change: str, ending: str) -> str:
-    """Return the command that writes a changed copy of a dataset, and what to set then."""
+    """Return the command that writes a changed copy of a dataset, and the setting that selects the copy."""
     target = f"{folder}_{ending}"
     program = f"import datasets; datasets.load_from_disk({str(folder)!r}).{change}.save_to_disk({target!r})"
     return f'`python -c "{program}"` and set data.data_dir={target}.'

@@ -1,9 +1,9 @@
-"""Find the rows of Arrow files (IPC streaming and file format) without reading the images.
+"""Index the rows of Arrow files (IPC streaming and file format) without reading the images.
 
-pyarrow decodes record batches over a memory map, in which it touches their metadata alone; the places of the images are read
-off the addresses of its buffers. The map has no read-ahead (`pyarrow.memory_map` asks for whole batches) and is gone with
-the index. Whatever pyarrow leaves unchecked about places is checked here, so that a damaged file is an error and never a
-read outside of it.
+pyarrow decodes record batches over a memory map and touches only their metadata; image offsets are computed from the
+addresses of its buffers. The map has no read-ahead (`pyarrow.memory_map` prefetches whole batches) and is closed after
+indexing. Offsets that pyarrow does not validate are checked here, so that a damaged file raises an error and is never read
+out of bounds.
 """
 
 import mmap
@@ -22,32 +22,32 @@ from src.data.packed import NO_BYTES, Damaged, FileRows
 
 FILE_MAGIC = b"ARROW1"
 STREAM_START = 8
-"""Of the stream in the file format, bytes."""
+"""Offset of the stream in the file format, bytes."""
 
 
 @dataclass(frozen=True)
 class ArrowRows(FileRows):
     """Rows of one file.
 
-    paths: (batches, 4) int64: first row, place of the offsets of the path column, place of its text, bytes of an offset.
+    paths: (batches, 4) int64: first row, file position of the path column's offsets and of its text, bytes per offset.
     """
 
     paths: np.ndarray
 
 
 def read_schema(path: Path) -> pa.Schema:
-    """Read the schema of a stream or file. Raises UserError where it is damaged."""
+    """Read the schema of a stream or file. Raises UserError if it is damaged."""
     with _opened(path) as (*_, reader):
-        if len(set(reader.schema.names)) != max(1, len(reader.schema)):  # decodes them
+        if len(set(reader.schema.names)) != max(1, len(reader.schema)):  # decodes the names, too
             raise Damaged("it has no columns, or two of one name")
         return reader.schema
 
 
 def index_rows(path: Path, schema: pa.Schema, image: str, label: str | None) -> ArrowRows:
-    """Find the rows of column `image`: binary, or a struct with `bytes` and perhaps `path`.
+    """Index the rows of column `image`: binary, or a struct with `bytes` and optionally `path`.
 
     Raises:
-        UserError: of another schema, cut short, compressed, or with places that can't be.
+        UserError: another schema, truncated, compressed, or invalid offsets.
     """
     offsets, sizes = [np.empty(0, np.int64)], [np.empty(0, np.uint32)]
     labels, paths, row = [np.empty(0, np.int64)], [], 0
@@ -79,13 +79,13 @@ def index_rows(path: Path, schema: pa.Schema, image: str, label: str | None) -> 
 
 
 def listed(schema: pa.Schema) -> str:
-    """Return names and types of the columns, for messages."""
+    """Return the column names and types as text, for messages."""
     return ", ".join(f"{field.name} ({field.type})" for field in schema) or "none"
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[int, pa.Buffer, pa.BufferReader, Any]]:
-    """Yield the mapped file, the stream in it, and pyarrow's reader of that. Errors of it within become a UserError."""
+    """Yield the file descriptor, the mapped file, the stream in it, and its pyarrow reader. Read errors become a UserError."""
     try:
         with open(path, "rb") as file:
             if not file.seek(0, 2):
@@ -99,7 +99,7 @@ def _opened(path: Path) -> Iterator[tuple[int, pa.Buffer, pa.BufferReader, Any]]
                 raise Damaged("the end of the file is missing")
             stream = pa.BufferReader(whole.slice(STREAM_START) if is_file else whole)
             yield file.fileno(), whole, stream, pa.ipc.open_stream(stream)
-    except (Damaged, pa.ArrowException, ValueError, KeyError, OSError) as error:  # names that are no UTF-8 among them
+    except (Damaged, pa.ArrowException, ValueError, KeyError, OSError) as error:  # or names that aren't UTF-8
         lines = str(error).splitlines() or [type(error).__name__]
         text = error if isinstance(error, Damaged) else Damaged(lines[0].rstrip("."))
         size = f" ({path.stat().st_size:,} bytes)" if path.is_file() else ""
@@ -107,10 +107,10 @@ def _opened(path: Path) -> Iterator[tuple[int, pa.Buffer, pa.BufferReader, Any]]
 
 
 def _batches(descriptor: int, whole: pa.Buffer, stream: pa.BufferReader, reader: Any) -> Iterator[pa.RecordBatch]:
-    """Yield the record batches up to the end mark. Raises Damaged where it is missing."""
+    """Yield the record batches up to the end-of-stream marker. Raises Damaged if it is missing."""
     while True:
         before = stream.tell()
-        if hasattr(os, "posix_fadvise"):  # the metadata of the next batch in one go
+        if hasattr(os, "posix_fadvise"):  # prefetch the next batch's metadata in one read
             os.posix_fadvise(descriptor, before, 2 * mmap.PAGESIZE, os.POSIX_FADV_WILLNEED)
         try:
             batch = reader.read_next_batch()
@@ -125,7 +125,7 @@ def _batches(descriptor: int, whole: pa.Buffer, stream: pa.BufferReader, reader:
 
 
 def _places(whole: pa.Buffer, column: pa.Array) -> tuple[np.ndarray, int]:
-    """Return (rows + 1 offsets, int64; place in the file that they count from) of a binary column."""
+    """Return (rows + 1 offsets, int64; the file position they are relative to) of a binary column."""
     _, offsets, data = column.buffers()
     if not len(column):
         return np.zeros(1, np.int64), 0
@@ -138,7 +138,7 @@ def _places(whole: pa.Buffer, column: pa.Array) -> tuple[np.ndarray, int]:
 
 
 def _whole_numbers(column: pa.Array) -> np.ndarray:
-    """Return an integer column as int64, -1 where null. Without `to_numpy`, whose first call imports pandas."""
+    """Return an integer column as int64, -1 where null. Avoids `to_numpy`, whose first call imports pandas."""
     if not len(column):
         return np.empty(0, np.int64)
     values = np.frombuffer(column.buffers()[1], np.dtype(str(column.type)), len(column)).astype(np.int64)
@@ -147,12 +147,12 @@ def _whole_numbers(column: pa.Array) -> np.ndarray:
 
 
 def _nulls(column: pa.Array) -> Any:
-    """Return where a column is null, as an index of a numpy array."""
+    """Return a numpy index that selects the null rows of a column."""
     return column.is_null().to_numpy(zero_copy_only=False) if column.null_count else slice(0)
 
 
 def _inside(whole: pa.Buffer, buffer: pa.Buffer | None) -> int:
-    """Return the place of a buffer in the file. Raises Damaged where it is a copy, as of compressed batches."""
+    """Return the file position of a buffer. Raises Damaged if it is a copy, as for compressed batches."""
     place = buffer.address - whole.address if buffer is not None else 0
     if buffer is not None and buffer.size and not 0 <= place <= whole.size - buffer.size:
         raise Damaged("its record batches are compressed", "Write it again without compression.")

@@ -13,9 +13,9 @@ from src.core.files import replacing, write_text
 
 ROWS_PER_BATCH = 100
 BATCH_BYTES = 1 << 30
-"""At which a batch of large images ends; 2 GiB is what its offsets can hold."""
+"""Size that ends a record batch of large images; 32-bit offsets hold at most 2 GiB."""
 IMAGE = [pa.field("bytes", pa.binary()), pa.field("path", pa.string())]
-UNKNOWN_LABEL = -1  # what `datasets.ClassLabel` takes for "no class"
+UNKNOWN_LABEL = -1  # "no class" in `datasets.ClassLabel`
 
 
 class Row(NamedTuple):
@@ -27,7 +27,7 @@ class Row(NamedTuple):
 def features(class_names: Sequence[str] | None) -> dict[str, Any]:
     """Return the `features` of dataset_info.json: an image and its label.
 
-    class_names: None where there are no labels; empty where they are numbers without names.
+    class_names: None if there are no labels; empty if they are numbers without names.
     """
     image: dict[str, Any] = {"image": {"_type": "Image"}}
     if class_names is None:
@@ -45,7 +45,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_shard(path: Path, rows: Iterable[Row], class_names: Sequence[str] | None) -> int:
-    """Write the rows as one Arrow stream, taking one record batch of them at a time; return how many there were."""
+    """Write the rows as one Arrow stream, one record batch in memory at a time; return the row count."""
     kinds = [("image", pa.struct(IMAGE))]
     kinds += [("label", pa.int64())] if class_names is not None else []
     schema = pa.schema(kinds, metadata={"huggingface": json.dumps({"info": {"features": features(class_names)}})})
@@ -80,9 +80,9 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def _array(values: Sequence[bytes], field: pa.Field) -> pa.Array:
-    """Return bytes or UTF-8 as an array with 32-bit offsets. `pa.array` imports pandas and copies several times."""
+    """Build a binary or string array with 32-bit offsets. `pa.array` imports pandas and copies several times."""
     offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
-    data = pa.allocate_buffer(int(offsets[-1]))  # of Arrow's pool, which keeps the pages from batch to batch
+    data = pa.allocate_buffer(int(offsets[-1]))  # from Arrow's pool, which reuses pages between batches
     view = memoryview(data).cast("B")
     for start, value in zip(offsets.tolist(), values, strict=False):
         view[start : start + len(value)] = value
@@ -90,7 +90,7 @@ def _array(values: Sequence[bytes], field: pa.Field) -> pa.Array:
 
 
 def write_metadata(folder: Path, shards: Sequence[str], class_names: Sequence[str] | None, split: str | None) -> None:
-    """Make a folder of shards a dataset: write dataset_info.json, then state.json, without which nothing loads it."""
+    """Turn a folder of shards into a dataset: write dataset_info.json, then state.json, without which it can't be loaded."""
     digest = hashlib.sha256()
     for name in shards:
         digest.update(f"{name}:{(folder / name).stat().st_size}\0".encode())

@@ -1,9 +1,9 @@
-"""Convert image files, tars or Parquet to a Hugging Face dataset on disk, in parallel, restartable, complete or not there.
+"""Convert image files, tars or Parquet to a Hugging Face dataset on disk: parallel, resumable, atomic.
 
-Work goes on in `OUTPUT.partial`. One shard is one unit of work: its Arrow file appears whole under its name, then a
-journal entry beside it says that it is done. A later run with the same settings and files takes finished shards as they
-are. The dataset gets its name by one rename at the very end. Nothing is replaced but an empty folder and, where told so,
-a dataset: never the images, and never what somebody else put in the way.
+Shards are written to `OUTPUT.partial`, one per job: first the Arrow file, atomically, then a journal entry that marks it
+done. A later run with the same settings and files reuses finished shards. A rename at the very end puts the dataset at its
+path. Only an empty folder and, with `overwrite`, an existing dataset are replaced: never the images, and never a folder that
+something else created.
 """
 
 import errno
@@ -33,18 +33,18 @@ from src.data.sources import printable
 
 JOURNAL = ".conversion"
 REPORT = "conversion_report.json"
-SHARD_IMAGES = (64, 2500)  # at least and at most; about 280 MB of ImageNet
+SHARD_IMAGES = (64, 2500)  # per shard, minimum and maximum; at most about 280 MB of ImageNet
 
 
 @dataclass(frozen=True)
 class Report:
-    """What became of the files; also written as conversion_report.json."""
+    """Result of a conversion; also written as conversion_report.json."""
 
     images: dict[str, int]
-    """By split; the one split of a tree without splits is called `train`."""
+    """Images written per split; data without splits counts as `train`."""
     classes: int
     bad: list[dict[str, str]]
-    """`file` and `reason` of everything left out."""
+    """`file` and `reason` of everything skipped."""
     shards_reused: int
     seconds: float
 
@@ -57,14 +57,14 @@ def convert(
     overwrite: bool,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Report:
-    """Convert and put the dataset at `output`. `progress` is told the number of files done.
+    """Convert `tree` to a dataset at `output`. `progress` receives the number of files done.
 
     Raises:
-        UserError: `output` is there (without overwrite), is no dataset or shares a folder with the images, a
-            half-finished conversion had other settings, the disk is full or can't be written, or no file is an image.
+        UserError: `output` exists (without overwrite), is not a dataset or overlaps the image folders, a half-finished
+            conversion had other settings, the disk is full or can't be written, or no file is an image.
     """
     started = time.monotonic()
-    output = output.resolve()  # of a link: the folder behind it, which is what would be replaced
+    output = output.resolve()  # a link's target, which is what would be replaced
     partial = output.with_name(output.name + ".partial")
     try:
         _check_apart(tree, output, partial)
@@ -96,12 +96,12 @@ def convert(
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Check that `output` is free, or a dataset that is to be replaced. Raises UserError."""
+    """Check that `output` is free, or a dataset that may be replaced. Raises UserError."""
     check_folder(output, overwrite, (REPORT, *MARKS), "dataset", "--output_dir")
 
 
 def _check_apart(tree: Tree, output: Path, partial: Path) -> None:
-    """Check that no folder of images, linked ones included, is replaced or mixed with what is written."""
+    """Check that the output neither replaces nor mixes with an image folder, linked ones included."""
     root = tree.root.resolve()
     places = {place for rows in tree.splits.values() for place in rows.places()}
     for images in [root, *((root / place).resolve() for place in sorted(places))]:
@@ -115,7 +115,7 @@ def _check_apart(tree: Tree, output: Path, partial: Path) -> None:
 
 
 def _prepare(partial: Path, tree: Tree, settings: Settings, overwrite: bool) -> None:
-    """Make `partial`, or check that what is there was begun with the same settings and files."""
+    """Create `partial`, or check that an existing one was started with the same settings and files."""
     digest = hashlib.sha256(json.dumps(tree.class_names).encode())
     for split, rows in tree.splits.items():
         for line in rows.identity():
@@ -126,7 +126,7 @@ def _prepare(partial: Path, tree: Tree, settings: Settings, overwrite: bool) -> 
         try:
             found = read_json(noted) if noted.is_file() else None
         except UserError:
-            found = {}  # damaged: as one of other settings
+            found = {}  # damaged: treat as other settings
         if found == wanted:
             return
         if found is None and any(path.name != JOURNAL for path in partial.iterdir()):
@@ -159,12 +159,12 @@ def _jobs(partial: Path, tree: Tree, settings: Settings) -> list[Job]:
 
 
 def _run(jobs: list[Job], num_workers: int) -> Iterator[int]:
-    """Do the jobs in any order; yield the number of files of each that is done."""
+    """Run the jobs in any order; yield the number of files of each finished job."""
     if num_workers <= 1 or len(jobs) <= 1:
         yield from map(convert_shard, jobs)
         return
     workers, context = min(num_workers, len(jobs)), multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, end_with_parent, (KILL,)) as pool:  # it would wait for work for ever
+    with ProcessPoolExecutor(workers, context, end_with_parent, (KILL,)) as pool:  # orphans would wait forever
         try:
             for job in as_completed([pool.submit(convert_shard, job) for job in jobs]):
                 yield job.result()
@@ -174,7 +174,7 @@ def _run(jobs: list[Job], num_workers: int) -> Iterator[int]:
 
 
 def _finish(partial: Path, tree: Tree, jobs: list[Job], reused: int, started: float) -> Report:
-    """Write metadata and report: a complete dataset but for its name."""
+    """Write the metadata and the report, which completes the dataset except for its final path."""
     bad = [{"file": printable(path), "reason": reason} for path, reason in tree.outside]
     images: dict[str, int] = {}
     for split in tree.splits:
@@ -189,7 +189,7 @@ def _finish(partial: Path, tree: Tree, jobs: list[Job], reused: int, started: fl
         first = "; ".join(f"{b['file']}: {b['reason']}" for b in bad[:3])
         shutil.rmtree(partial)
         raise UserError(f"None of the {tree.count} files in {tree.root} is a readable image ({first} …).")
-    for left in partial.rglob(".*.writing"):  # of processes that were killed
+    for left in partial.rglob(".*.writing"):  # left by killed processes
         left.unlink()
     report = Report(images, len(tree.class_names or ()), bad, reused, round(time.monotonic() - started, 1))
     if tree.has_splits:
@@ -199,8 +199,8 @@ def _finish(partial: Path, tree: Tree, jobs: list[Job], reused: int, started: fl
 
 
 def _put_in_place(partial: Path, output: Path) -> None:
-    """Rename `partial` to `output`; what is there goes last, and comes back where the rename fails."""
-    aside = Path(tempfile.mkdtemp(prefix=f"{output.name}.old-", dir=output.parent))  # a name that nobody uses
+    """Rename `partial` to `output`; an existing dataset is deleted last, and restored if the rename fails."""
+    aside = Path(tempfile.mkdtemp(prefix=f"{output.name}.old-", dir=output.parent))  # a unique name
     old = aside / output.name
     try:
         if output.exists():

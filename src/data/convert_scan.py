@@ -1,6 +1,6 @@
-"""List what is to be converted: image files, tars or Parquet, by split, cut into parts of one shard each.
+"""List the images to convert (image files, tars or Parquet) by split, and cut them into one part per shard.
 
-Every kind gives its rows in a fixed order as `Entry`, whose bytes are read when asked for.
+Each format yields its rows in a fixed order as `Entry`, whose bytes are read on demand.
 """
 
 import os
@@ -21,7 +21,7 @@ from src.data.tars import TarSource
 
 
 class Entry(NamedTuple):
-    """One row. read: raises BadImage."""
+    """One row. `read` may raise BadImage."""
 
     name: str
     read: Callable[[], bytes]
@@ -30,14 +30,14 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Tree:
-    """What is to be converted."""
+    """The images to convert."""
 
     root: Path
     splits: "Mapping[str, Rows]"
     has_splits: bool
-    """False: one split, then called `train`."""
+    """False: a single split, called `train`."""
     class_names: Sequence[str] | None
-    """None: no labels; empty: whole numbers without names."""
+    """None: no labels; empty: integer labels without names."""
     outside: list[tuple[str, str]] = field(default_factory=list)
     """(path, reason) of files that belong to no split or class."""
 
@@ -46,18 +46,18 @@ class Tree:
         return sum(map(len, self.splits.values()))
 
     def folder(self, output: Path, split: str) -> Path:
-        """Return where a split is written."""
+        """Return the folder that a split is written to."""
         return output / split if self.has_splits else output
 
 
 def scan(root: Path) -> Tree:
-    """List a folder, a file or a pattern: Parquet, tars, or a tree of files.
+    """List the images of a folder, a file or a pattern: Parquet, tars, or a tree of files.
 
-    Of a tree every file is tried, whatever its name: splits with classes below, classes at once, or one flat folder. Hidden
-    files are left out. Class numbers follow the sorted names over all splits.
+    A tree holds splits with class folders, class folders alone, or one flat folder; every file is tried, whatever its name,
+    except hidden ones. Class numbers follow the sorted class names over all splits.
 
     Raises:
-        UserError: nothing there, no file in it, or Parquet without images.
+        UserError: nothing found, a folder without files, or Parquet without images.
     """
     if root.is_dir() and ((first := telling_file(root)) is None or first.suffix.lower() not in (".tar", ".parquet")):
         return _tree(root)
@@ -76,7 +76,7 @@ def scan(root: Path) -> Tree:
 
 @dataclass(frozen=True)
 class SourceRows:
-    """Image files or samples of tars, those from `start` to `stop`."""
+    """Image files or tar samples, from `start` to `stop`."""
 
     source: FileSource | TarSource
     start: int
@@ -91,7 +91,7 @@ class SourceRows:
 
     def parts(self, rows: int) -> Sequence["SourceRows"]:
         cuts = [(i, min(i + rows, self.stop)) for i in range(self.start, self.stop, rows)]
-        if isinstance(self.source, FileSource):  # of which a part would carry all names to its process
+        if isinstance(self.source, FileSource):  # cut it, or each part would be pickled with all names
             return [SourceRows(self.source.cut(*cut), 0, cut[1] - cut[0]) for cut in cuts]
         return [SourceRows(self.source, *cut) for cut in cuts]
 
@@ -155,8 +155,8 @@ class ParquetRows:
 
 
 Rows = SourceRows | ParquetRows
-"""Rows of a split, or the part of them that becomes one shard, to be read in another process. `identity` yields lines that
-change with the rows, so that nothing half-finished is gone on with for other ones; `places` are their folders."""
+"""Rows of a split, or of one shard of it, readable in another process. `identity` yields lines that change with the rows, so
+that a half-finished conversion of other rows is not resumed; `places` returns the folders they lie in."""
 
 
 def _present(data: bytes | None) -> bytes:

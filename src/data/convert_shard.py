@@ -1,4 +1,4 @@
-"""Convert one shard: read the files, find the bad ones, resize where asked, write. Runs in a worker process."""
+"""Convert one shard in a worker process: read the files, skip bad ones, resize if requested, write."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -15,18 +15,18 @@ from src.data.convert_scan import Rows
 from src.data.decode import BadImage, Decoder, jpeg_orientation
 
 JPEG_QUALITY = 95
-MAX_JPEG_SIDE = 65500  # the longest that libjpeg writes, px
+MAX_JPEG_SIDE = 65500  # px, libjpeg's limit
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the result depends on; a half-finished conversion goes on only with the same.
+    """Settings that the result depends on; a half-finished conversion resumes only with the same ones.
 
     resize_shorter_px: null copies every file's bytes. A number re-encodes (JPEG, quality 95, EXIF rotation applied) so
-        that the shorter side has exactly that many px, smaller images included; the validation split is copied still,
-        because rFID's reference images have to be the original ones.
-    max_megapixels: larger images are left out.
-    trust: rows are copied unseen, where they are not resized: damaged ones are found in training.
+        that the shorter side has exactly that many px, smaller images included; the validation split is always copied,
+        because rFID needs the original images as reference.
+    max_megapixels: larger images are skipped.
+    trust: copy images that are not resized without decoding them; damaged ones then show up in training.
     """
 
     resize_shorter_px: int | None
@@ -36,7 +36,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """One shard."""
+    """One shard to convert."""
 
     part: Rows
     target: Path
@@ -46,7 +46,7 @@ class Job:
 
 
 def convert_shard(job: Job) -> int:
-    """Write a shard, then the journal entry that says it is done; return the number of files tried."""
+    """Write a shard, then the journal entry that marks it done; return the number of files tried."""
     bad: list[dict[str, str]] = []
     rows = write_shard(job.target, _rows(job, bad), job.class_names)
     write_json(job.journal, {"rows": rows, "bad": bad})
@@ -67,7 +67,7 @@ def _rows(job: Job, bad: list[dict[str, str]]) -> Iterable[Row]:
 
 
 def encode(data: bytes, decoder: Decoder, shorter_px: int | None) -> bytes:
-    """Return the bytes to store. Every image is decoded once in any case: that is what finds the damaged ones."""
+    """Return the bytes to store. Every image is decoded, even if its bytes are copied, to detect damage."""
     picture = decoder.decode(data)
     is_jpeg = data[:3] == b"\xff\xd8\xff"
     if shorter_px is None:
@@ -80,6 +80,6 @@ def encode(data: bytes, decoder: Decoder, shorter_px: int | None) -> bytes:
         raise BadImage(f"{width} x {height} px: too long a strip to resize")
     resized = Image.fromarray(picture.pixels).resize(frame, Image.Resampling.BICUBIC)
     subsampling = "444"  # never coarser than the source
-    with suppress(ValueError):  # no JPEG, or one that only Pillow reads
+    with suppress(ValueError):  # not a JPEG, or one that only Pillow reads
         subsampling = "420" if simplejpeg.decode_jpeg_header(data)[3] == "420" else "444"
     return simplejpeg.encode_jpeg(np.ascontiguousarray(resized), JPEG_QUALITY, "RGB", subsampling)

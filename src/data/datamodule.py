@@ -1,4 +1,4 @@
-"""The data of a run, from the keys of `configs/data/*.yaml`. The only Lightning in `src/data`."""
+"""Build the data of a run from the keys of `configs/data/*.yaml`. The only file in `src/data` that uses Lightning."""
 
 import itertools
 import logging
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Images to evaluate on. settings: None for what training holds out."""
+    """Images to evaluate on. settings: None for the images held out from training."""
 
     source: Source
     rows: Rows
@@ -39,9 +39,9 @@ class EvaluationSet:
 
 
 class RAEDataModule(LightningDataModule):
-    """Training crops and evaluation images. What each argument means stands in `configs/data/imagenet.yaml`.
+    """Training crops and evaluation images. `configs/data/imagenet.yaml` documents each argument.
 
-    Ranks come from the trainer once it is attached, else there is one. Batches: `src.data.dataset.collate`.
+    World size and rank come from the attached trainer, else 1 and 0. For the batches see `src.data.dataset.collate`.
     """
 
     check_arguments = DataSettings.of
@@ -60,14 +60,14 @@ class RAEDataModule(LightningDataModule):
         ]
         self.evaluation_transform = EvaluationTransform(s.image_size, Decoder(s.exif, s.max_megapixels))
         self.same_epoch = False
-        """Whether every epoch is the first one again (`trainer.overfit_batches`)."""
+        """Whether every epoch repeats the first one (`trainer.overfit_batches`)."""
         self._compared = False
         self._persistent: list[TrainLoader | EvaluationLoader] = []
 
-    # -- what is there
+    # -- opening the data
 
     def prepare_data(self) -> None:
-        """Make the project's own small data sets, and download those of the hub, where they are missing."""
+        """Generate the project's small sample datasets and download hub datasets, if missing."""
         places = [(f"data.sources.{name}" if name else "data", one) for name, one in self.sources.items()]
         for key, one in places + [(f"data.evaluation.{name}", one) for name, one in self.evaluation_settings.items()]:
             with worded({"data.data_dir": f"{key}.data_dir"}):
@@ -76,12 +76,12 @@ class RAEDataModule(LightningDataModule):
                 dummy.ensure(found)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the data. Raises UserError where there is none."""
+        """Open the data. Raises UserError if there is none."""
         _ = self.opened
 
     @cached_property
     def opened(self) -> list[Splits]:
-        """Open the data; by source."""
+        """Open the data of each source."""
         opened = []
         for name, s in self.sources.items():
             own = SourceSettings.model_fields if self.is_mix else ()
@@ -97,7 +97,7 @@ class RAEDataModule(LightningDataModule):
         return opened
 
     def teardown(self, stage: str | None = None) -> None:
-        """End the worker processes of the loaders given out."""
+        """Stop the persistent workers of all loaders."""
         while self._persistent:
             self._persistent.pop().close()
 
@@ -108,7 +108,7 @@ class RAEDataModule(LightningDataModule):
 
     @property
     def latent_store(self) -> LatentStore | None:
-        """Return the stored latents that batches hold (`latent`); None where they hold images (`image`)."""
+        """Return the stored latents if batches hold latents (`latent`); None if they hold images (`image`)."""
         source = self.splits.train
         return source if isinstance(source, LatentStore) else None
 
@@ -124,8 +124,8 @@ class RAEDataModule(LightningDataModule):
 
     @property
     def num_classes(self) -> int | None:
-        """Count the classes of the labels that batches carry as `label`; None where they carry none. UserError: a label that
-        means one class in one part of the data and another elsewhere."""
+        """Count the classes of the labels in batches (`label`); None if there are none. Raises UserError if a label means
+        different classes in different parts of the data."""
         used = [
             (f"data.sources.{name}" if name else "training", one.train)
             for name, one in zip(self.sources, self.opened, strict=True)
@@ -146,8 +146,8 @@ class RAEDataModule(LightningDataModule):
 
     @cached_property
     def evaluation_sets(self) -> dict[str, EvaluationSet]:
-        """Return the evaluation sets by name, those of `data.evaluation` or what the first source holds out, which has an
-        empty name; nothing where there is none."""
+        """Return the evaluation sets by name: those of `data.evaluation`, else the first source's held-out images under an
+        empty name; empty if there are none."""
         if not self.evaluation_settings:
             source, rows = self.splits.validation, self.splits.validation_rows
             return {} if source is None else {"": EvaluationSet(source, rows)}
@@ -161,7 +161,7 @@ class RAEDataModule(LightningDataModule):
         return found
 
     def describe(self) -> list[tuple[str, str]]:
-        """Return (name, text) rows about each source and evaluation set, for tables."""
+        """Return (name, text) rows that describe each source and evaluation set, for tables."""
         shares = mix.shares(self._weights()) / mix.BLOCK
         rows = []
         for (name, s), splits, share in zip(self.sources.items(), self.opened, shares, strict=True):
@@ -182,7 +182,7 @@ class RAEDataModule(LightningDataModule):
 
     @property
     def fingerprint(self) -> str:
-        """Identify data and division as `HEX-train_rows-validation_rows`; changes with files, not with the seed."""
+        """Identify the data and its split as `HEX-train_rows-validation_rows`; depends on the files, not on the seed."""
         parts = ["+".join(source.fingerprint() for source in splits.sources) for splits in self.opened]
         own = parts[0]
         if self.is_mix:
@@ -191,7 +191,7 @@ class RAEDataModule(LightningDataModule):
 
     @cached_property
     def fingerprint_state(self) -> dict[str, Any]:
-        """Return what tells this data from any other, file by file: plain values, for checkpoints."""
+        """Return a fingerprint of the data, file by file, as plain values for checkpoints."""
         sources = dict(zip(("training", "evaluation"), self.splits.sources, strict=False))
         if self.is_mix:
             sources = {name: splits.train for name, splits in zip(self.sources, self.opened, strict=True)}
@@ -208,11 +208,11 @@ class RAEDataModule(LightningDataModule):
         return state
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what Lightning keeps of the data in a checkpoint."""
+        """Return what Lightning saves in a checkpoint about the data."""
         return {"fingerprint": self.fingerprint_state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compare the data of a checkpoint with this one. Raises UserError: other data, unless `allow_changed`."""
+        """Compare a checkpoint's data with the current data. Raises UserError if they differ, unless `allow_changed`."""
         self._compared = True
         changes = compare_fingerprints(state_dict.get("fingerprint") or {}, self.fingerprint_state)
         if not changes:
@@ -230,7 +230,7 @@ class RAEDataModule(LightningDataModule):
 
     @property
     def order_length(self) -> int:
-        """Count the images of an epoch, those of the last, partial batch among them."""
+        """Count the images of an epoch, including those of the last, partial batch."""
         if not self.is_mix:
             return self.train_size
         sizes = [len(splits.train_rows) for splits in self.opened]
@@ -238,7 +238,7 @@ class RAEDataModule(LightningDataModule):
 
     @property
     def order(self) -> EpochOrder:
-        """Assign images to the batches of this rank. Raises UserError where a global batch can't be filled."""
+        """Assign images to the batches of this rank. Raises UserError if a global batch can't be filled."""
         world, rank = self._ranks()
         place = (self.order_length, self.settings.seed, self.batch_size, world, rank, self.settings.accumulate)
         if len(self.sources) == 1 and self.order_length == self.train_size:
@@ -247,7 +247,7 @@ class RAEDataModule(LightningDataModule):
         return mix.MixOrder(*place, sizes, self._weights(), self.settings.mix_unit)
 
     def train_dataloader(self) -> TrainLoader:
-        _ = self.fingerprint_state  # of the data as it is before training
+        _ = self.fingerprint_state  # compute it before training starts
         if self.trainer is not None and self.trainer.ckpt_path and not self._compared:
             log.warning("The checkpoint has no fingerprint of its data, so it can't be checked that this is the same.")
             self._compared = True
@@ -264,17 +264,17 @@ class RAEDataModule(LightningDataModule):
     # -- evaluation
 
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
-        """Load this rank's share of the first evaluation set; an empty list (no validation) where there is none."""
+        """Load this rank's share of the first evaluation set; an empty list (no validation) if there is none."""
         if not self.val_size:
             return []
         world, rank = self._ranks()
         return self.evaluation_loader(self.evaluation_set(), self.batch_size, None, rank, world, persistent=True)
 
     def evaluation_set(self, name: str | None = None, or_training: bool = False) -> EvaluationSet:
-        """Return the set of that name; None: the first one, of `data.evaluation` or what is held out.
+        """Return the evaluation set of that name; None: the first one.
 
         Raises:
-            UserError: nothing is held out, unless the training images will do (`or_training`).
+            UserError: there is none, and `or_training` does not allow the training images instead.
         """
         if sets := self.evaluation_sets:
             return next(iter(sets.values())) if name is None else sets[name]
@@ -288,8 +288,8 @@ class RAEDataModule(LightningDataModule):
         )
 
     def evaluation_dataset(self, found: EvaluationSet, num_images: int | None = None) -> EvaluationDataset:
-        """Return the images of a set, centre-cropped: the first `num_images` of an order that depends on their number alone,
-        mixed over classes."""
+        """Return the images of a set, centre-cropped: the first `num_images` of a shuffled order that depends only on the
+        size of the set."""
         chosen = evaluation_rows(len(found.rows), num_images)
         if isinstance(found.rows, np.ndarray):
             chosen = found.rows[chosen]
@@ -304,7 +304,7 @@ class RAEDataModule(LightningDataModule):
         world: int = 1,
         persistent: bool = False,
     ) -> EvaluationLoader:
-        """Load every `world`-th image of `evaluation_dataset`, from `rank` on, in batches. persistent: keep the workers
+        """Load every `world`-th image of `evaluation_dataset`, starting at `rank`, in batches. persistent: keep the workers
         between passes."""
         dataset = self.evaluation_dataset(found, num_images)
         largest_share = len(dataset.rows[::world])
@@ -316,7 +316,7 @@ class RAEDataModule(LightningDataModule):
             self._persistent.append(loader)
         return loader
 
-    # -- inside
+    # -- internal
 
     def _options(self, image: str | None, label: str | None) -> ReadOptions:
         return ReadOptions(image, label, self.settings.storage_options, self.settings.cache_gb)
@@ -339,5 +339,5 @@ class RAEDataModule(LightningDataModule):
 
 
 def _transform(source: Source, images: Any) -> Any:
-    """Return what makes a sample of a row: `images`, unless the source holds latents."""
+    """Return the transform from stored bytes to a sample: `images`, unless the source holds latents."""
     return source.decoded if isinstance(source, LatentStore) else images

@@ -1,6 +1,6 @@
-"""Make samples of rows, for training and for evaluation, and collate them into batches.
+"""Turn rows into samples for training and evaluation, and collate them into batches.
 
-Legend: B batch, S image_size. Images leave here as uint8 0..255, 3 x S x S, RGB.
+Legend: B batch, S image_size. Images are returned as uint8 0..255, 3 x S x S, RGB.
 """
 
 import bisect
@@ -24,12 +24,12 @@ from src.data.sources import Source
 
 TrainCrop = Literal["random", "center", "adm"]
 ATTEMPTS = 16
-"""Replacements tried for one bad image. Half of a set would have to be bad for this to fail once in 65,000 times."""
+"""Replacements tried for one bad image. With half of the images bad, all of them fail once in 65,000 times."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An image that gave no picture. source: its number in a mix."""
+    """An image that could not be read or decoded. source: index of its source in a mix."""
 
     row: int
     name: str
@@ -40,20 +40,20 @@ class Failure:
 @dataclass(frozen=True)
 class Sample:
     image: Tensor | None
-    """uint8 3 x S x S, or a stored latent, float32 C x h x w; None where there is nothing to show."""
+    """uint8 3 x S x S, or a stored latent, float32 C x h x w; None if it could not be read."""
     item: Item
     failures: tuple[Failure, ...] = ()
     label: int | None = None
-    """-1: of no class; None: the source has no labels."""
+    """-1: no class; None: the source has no labels."""
     source: int | None = None
-    """Number of the source in a mix; None: there is one source."""
+    """Index of the source in a mix; None: not a mix."""
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """The training crop. train_crop `random`: shorter side to resize_shorter_px, a random square (RAE); `center`:
-    shorter side to image_size, the middle (RAEv2); `adm`: as in evaluation (stage 2 of RAE). resize_shorter_px null: 1.5
-    times image_size."""
+    """The training crop. train_crop `random`: resize the shorter side to resize_shorter_px, crop a random square (RAE);
+    `center`: resize it to image_size, crop the centre (RAEv2); `adm`: as in evaluation (stage 2 of RAE). resize_shorter_px
+    null: 1.5 times image_size."""
 
     image_size: int
     train_crop: TrainCrop
@@ -84,7 +84,7 @@ class TrainTransform:
         return self.resize_shorter_px or crops.default_shorter_px(self.image_size)
 
     def __call__(self, data: bytes | memoryview, epoch: int, position: int) -> np.ndarray:
-        """Crop a complete file: uint8 S x S x 3. The draw belongs to (seed, epoch, position). Raises BadImage."""
+        """Decode and crop an encoded image to uint8 S x S x 3. The crop depends on (seed, epoch, position). Raises BadImage."""
         if self.train_crop == "adm":
             return crops.adm_center_crop(self.decoder.decode(data).pixels, self.image_size)
         picture = self.decoder.decode(data, min_shorter_px=self.shorter_px)
@@ -98,15 +98,15 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class EvaluationTransform:
-    """fit `crop`: the ADM centre crop of the whole decoded image, the published reference images bit for bit; `pad` and
-    `resize` (`src/reconstruct.py --fit`): all of the image, see `crops.whole`."""
+    """The evaluation crop. fit `crop`: the ADM centre crop of the whole decoded image, bit-equal to the published reference
+    images; `pad` and `resize` (`src/reconstruct.py --fit`): the whole image, see `crops.whole`."""
 
     image_size: int
     decoder: Decoder
     fit: Literal["crop", "pad", "resize"] = "crop"
 
     def __call__(self, data: bytes | memoryview) -> np.ndarray:
-        """Make a complete file uint8 S x S x 3. Raises BadImage."""
+        """Decode and crop an encoded image to uint8 S x S x 3. Raises BadImage."""
         pixels = self.decoder.decode(data).pixels
         if self.fit == "crop":
             return crops.adm_center_crop(pixels, self.image_size)
@@ -121,7 +121,7 @@ class _Rows(Dataset[Sample]):
         return len(self.rows)
 
     def _sample(self, item: Item, *place: int) -> Sample:
-        """Make a sample of `item.row`, a row of the source. place: what the transform draws for."""
+        """Return the sample of `item.row`, a row of the source. place: (epoch, position) for a transform with random draws."""
         row, label = item.row, None
         if self.source.num_classes is not None and (label := self.source.label(row)) is None:
             label = UNKNOWN_LABEL
@@ -155,8 +155,8 @@ class TrainDataset(_Rows):
 
 
 class MixDataset(Dataset[Sample]):
-    """Rows of several sources, counted one source after the other, each through its own transform. A bad image is replaced by
-    one of its own source."""
+    """Rows of several sources, numbered one source after the other, each with its own transform. A bad image is replaced by
+    one from its own source."""
 
     def __init__(self, parts: Sequence[TrainDataset]) -> None:
         self.parts = parts
@@ -176,18 +176,18 @@ class MixDataset(Dataset[Sample]):
 
 class EvaluationDataset(_Rows):
     """Rows of a source, in the given order, through an EvaluationTransform or another function of a file's bytes. A bad
-    image is left out, never replaced."""
+    image is skipped, never replaced."""
 
     def __getitem__(self, position: int) -> Sample:
         return self._sample(Item(0, position, int(self.rows[position])))
 
 
 def collate(samples: list[Sample]) -> dict[str, Any]:
-    """Make a batch of samples. Those without an image are left out (B may be 0); their failures travel along.
+    """Collate samples into a batch. Samples without an image are dropped (B may be 0); their failures are kept.
 
     image (B, 3, S, S) uint8, or latent (B, C, h, w) float32; position and index (row of the source) (B,) int64; bad (B,)
-    bool, True where the image is a replacement; label (B,) int64, -1 for an image of no class, where the source has
-    labels; epoch int; failures tuple[Failure, ...]. Of a mix also source (B,) int64, and index is the row of that source.
+    bool, True where the image is a replacement; label (B,) int64, -1 for no class, if the source has labels; epoch int;
+    failures tuple[Failure, ...]. In a mix also source (B,) int64; index is then the row within that source.
     """
     kept = [s for s in samples if s.image is not None]
     labels = [s.label for s in kept if s.label is not None]

@@ -1,12 +1,12 @@
-"""Decode image bytes to RGB pixels, right way up. Whatever can't be decoded whole is a `BadImage`, never a guess.
+"""Decode image bytes to upright RGB pixels. An image that can't be fully decoded raises `BadImage`.
 
 Legend: H, W height and width in px. Pixels are uint8 0..255, H x W x 3, RGB.
 
-What becomes of the less common kinds is what `PIL.Image.convert("RGB")` of the published pipeline does with them:
+Less common kinds are converted as by `PIL.Image.convert("RGB")` in the published pipeline:
     greyscale, palette, CMYK     their RGB colours (JPEG CMYK by Adobe's inverted convention)
-    transparency                 dropped: the colour stored under it shows, nothing is blended
+    transparency                 dropped without blending: the colour stored under it shows
     animated, several pages      the first frame
-    16 bits a channel            the upper 8 bits (here Pillow clips a grey PNG to white; this is the one deviation)
+    16 bits per channel          the upper 8 bits (the one deviation: Pillow clips a grey PNG to white)
 """
 
 import functools
@@ -23,24 +23,24 @@ from PIL import Image, PngImagePlugin
 
 Exif = Literal["apply", "ignore"]
 
-# Raster formats whose readers run inside this process. EPS is left out on purpose: Pillow hands it to Ghostscript.
+# Raster formats decoded within this process. EPS is excluded: Pillow passes it to Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF", "TGA", "ICO")
-# Of compressed text and colour profiles in a PNG; Pillow takes 1 MiB for damage, though no pixel is lost.
+# Limit for compressed text and colour profiles in a PNG; at Pillow's default of 1 MiB, files with intact pixels are refused.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 ORIENTATION_TAG = 0x0112  # EXIF 2.3, 4.6.4
 
 
 class BadImage(Exception):
-    """These bytes give no whole image; the message is the short reason."""
+    """The bytes can't be decoded to a complete image; the message gives a short reason."""
 
 
 class Picture(NamedTuple):
-    """A decoded image. A JPEG may come decoded at 1/2, 1/4 or 1/8 of its size, see `decode`."""
+    """A decoded image. A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, see `decode`."""
 
     pixels: np.ndarray
     """uint8, ceil(height / reduction) x ceil(width / reduction) x 3."""
     width: int
-    """px of the whole image, after EXIF rotation."""
+    """px of the full-size image, after EXIF rotation."""
     height: int
     reduction: int
     """1, 2, 4 or 8."""
@@ -48,25 +48,24 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True)
 class Decoder:
-    """How to decode.
+    """Decode images under fixed options.
 
-    exif: `apply` turns the image as its EXIF orientation says; `ignore` leaves it as stored, as the published code
-    does. max_megapixels: images whose header announces more are refused before anything is decoded (decompression
-    bombs).
+    exif: `apply` rotates the image by its EXIF orientation; `ignore` leaves it as stored, as the published code does.
+    max_megapixels: images whose header declares more are refused before decoding (decompression bombs).
     """
 
     exif: Exif
     max_megapixels: float
 
     def decode(self, data: bytes | memoryview, min_shorter_px: int | None = None) -> Picture:
-        """Decode a whole image.
+        """Decode an image.
 
         data: a complete file, not copied.
-        min_shorter_px: where given, a JPEG may be decoded at 1/2, 1/4 or 1/8 by its DCT, as long as its shorter side
-            keeps at least that many px. None: always whole, bit-equal to Pillow's decoder.
+        min_shorter_px: if given, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size (DCT scaling), as long as its shorter
+            side keeps at least that many px. None: always full size, bit-equal to Pillow's decoder.
 
         Raises:
-            BadImage: empty, truncated, damaged, too large, or no image at all.
+            BadImage: empty, truncated, damaged, too large, or not an image.
         """
         data = memoryview(data)
         if not len(data):
@@ -74,7 +73,7 @@ class Decoder:
         try:
             header = None
             if data[:3] == b"\xff\xd8\xff" and not (header := _jpeg_header(data)):
-                mended = memoryview(_mended(data))  # flaws of the header
+                mended = memoryview(_mended(data))  # repairs flaws in the header
                 header = _jpeg_header(mended)
                 data = mended if header else data
             if header:
@@ -83,7 +82,7 @@ class Decoder:
                 picture, orientation = self._decode_any(data)
         except BadImage:
             raise
-        except Exception as error:  # readers of foreign bytes raise what they like: OSError, SyntaxError, struct.error
+        except Exception as error:  # decoders raise all kinds of errors: OSError, SyntaxError, struct.error
             raise BadImage(_one_line(error)) from error
         return _turn(picture, orientation) if self.exif == "apply" else picture
 
@@ -97,13 +96,13 @@ class Decoder:
         try:
             pixels = simplejpeg.decode_jpeg(data, "RGB", **size)
         except ValueError as error:
-            # libjpeg names its first complaint only. Without the flaws that cost no pixel the second one shows.
+            # libjpeg reports only its first warning. With the harmless flaws repaired, it reports the next one.
             mended = _mended(data)
             try:
                 pixels = simplejpeg.decode_jpeg(mended, "RGB", **size)
             except ValueError as second:
-                # Stray bytes between two markers lose no pixel either, and ImageNet has such files. Every other warning means
-                # that the rest is filled with grey or noise.
+                # Stray bytes between two markers are harmless, too, and occur in ImageNet. Any other warning means that the
+                # rest is filled with grey or noise.
                 if "extraneous bytes" not in str(second):
                     raise BadImage(_one_line(error)) from error
                 pixels = simplejpeg.decode_jpeg(mended, "RGB", strict=False, **size)
@@ -129,13 +128,13 @@ class Decoder:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Return those of FORMATS that this build of Pillow reads."""
+    """Return the FORMATS that this build of Pillow can read."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _jpeg_header(data: memoryview) -> tuple[int, int] | None:
-    """Return (height, width) of a JPEG that the fast decoder takes; None sends it to Pillow (CMYK, odd subsampling)."""
+    """Return (height, width) of a JPEG that simplejpeg can decode; None: left to Pillow (CMYK, odd subsampling)."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
@@ -144,8 +143,8 @@ def _jpeg_header(data: memoryview) -> tuple[int, int] | None:
 
 
 def _mended(data: memoryview) -> bytes | memoryview:
-    """Return a baseline JPEG of one scan without flaws that cost no pixel: an unknown revision of JFIF or colour code of
-    Adobe, wrong values of the scan's unused parameters, a missing end marker. Anything else as it is."""
+    """Repair harmless flaws of a single-scan baseline JPEG: an unknown JFIF revision or Adobe colour code, wrong values of the
+    scan's unused parameters, a missing end marker. Return anything else unchanged."""
     out, components = bytearray(data[:2]), 0
     for marker, at, end in _segments(data):
         segment = bytearray(data[at:end])
@@ -166,7 +165,7 @@ def _mended(data: memoryview) -> bytes | memoryview:
 
 
 def _segments(data: memoryview) -> Iterator[tuple[int, int, int]]:
-    """Yield (marker, where it begins, where its segment ends) of what stands before the pixels of a JPEG."""
+    """Yield (marker, start, end) of each segment before the pixels of a JPEG."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF:
         if data[at + 1] == 0xFF:  # a fill byte
@@ -178,7 +177,7 @@ def _segments(data: memoryview) -> Iterator[tuple[int, int, int]]:
 
 
 def jpeg_orientation(data: memoryview) -> int:
-    """Read the EXIF orientation (1..8) of a JPEG, 1 where there is none, from the segments in front of the pixels."""
+    """Read the EXIF orientation (1..8) of a JPEG from the segments before the pixels; 1 if there is none."""
     for marker, at, end in _segments(data):
         if marker == 0xDA or end < at + 4:  # start of scan
             return 1
@@ -188,7 +187,7 @@ def jpeg_orientation(data: memoryview) -> int:
 
 
 def _orientation(image: Image.Image | None, segment: memoryview | None = None) -> int:
-    """Return 1..8 of an image or an EXIF segment; 1 where EXIF is damaged, which says nothing about the pixels."""
+    """Return the orientation, 1..8, of an image or an EXIF segment; 1 if EXIF is damaged: the pixels may still be fine."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -202,8 +201,8 @@ def _orientation(image: Image.Image | None, segment: memoryview | None = None) -
 
 
 def _reduction(width: int, height: int, min_shorter_px: int | None, exact: bool) -> int:
-    """Return the largest of 8, 4, 2, 1 that leaves `min_shorter_px`; `exact`: only where it divides both sides (a part pixel
-    at the right or lower edge would change sides when the image is turned)."""
+    """Return the largest of 8, 4, 2, 1 that keeps `min_shorter_px`. `exact`: only if it divides both sides, because rotation
+    would move a partial pixel at the right or lower edge to another side."""
     if min_shorter_px is None:
         return 1
     for k in (8, 4, 2):
@@ -213,7 +212,7 @@ def _reduction(width: int, height: int, min_shorter_px: int | None, exact: bool)
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith("I"):  # I;16, I;16B, and I, in which Pillow keeps some 16-bit files
+    if image.mode.startswith("I"):  # I;16, I;16B, and I, which Pillow uses for some 16-bit files
         grey = (np.clip(np.asarray(image).astype(np.int64), 0, 0xFFFF) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode == "F":
@@ -222,7 +221,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def _turn(picture: Picture, orientation: int) -> Picture:
-    """Undo the EXIF orientation: 2-4 mirror or turn by 180 degrees, 5-8 also swap the sides."""
+    """Undo the EXIF orientation: 2-4 mirror or rotate by 180 degrees, 5-8 also swap the sides."""
     if orientation == 1:
         return picture
     pixels, width, height, reduction = picture

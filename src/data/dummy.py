@@ -1,8 +1,8 @@
-"""Make pictures that need no download: smooth backgrounds, shapes and soft stripes, the same ones everywhere.
+"""Generate sample images without a download: smooth backgrounds, shapes and soft stripes, identical on every machine.
 
-Their class is the colour channel with the largest mean, which shows in the latents of any encoder. They are made to be
-learnable: saturated colours and large structures, no noise, so that a small decoder trained for a minute gains far more
-than 10 dB on pictures it has not seen.
+Their class is the colour channel with the largest mean, which is visible in any encoder's latents. They are easy to learn
+(saturated colours, large structures, no noise): a small decoder trained for a minute gains far more than 10 dB on unseen
+ones.
 """
 
 import logging
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 SHAPES = ("disc", "box", "triangle", "ring")
 CLASSES = ("red", "green", "blue")
 # Folder under the project root: (number of images, shards). The guide's 16 / 4 split needs 20; two ranks of batch 8
-# with `limit_train_batches: 0.1` need 160 training images for one step, and held-out ones beside them.
+# with `limit_train_batches: 0.1` need 160 training images for one step, plus held-out ones.
 DATASETS = {"data/dummy_dataset_hf": (288, 2), "data/test_hf": (20, 1), "data/dummy_text_hf": (96, 1)}
 SIDES_PX = (160, 400)
 GREY_SHARE = 0.1
@@ -32,7 +32,7 @@ TEXT_PX = 160
 
 
 def ensure(data_dir: Path) -> bool:
-    """Make the project's own data set where `data_dir` is the place of one and nothing is there. True if made."""
+    """Generate the project's sample dataset if `data_dir` is its path and doesn't exist yet. True if generated."""
     for place, (count, shards) in DATASETS.items():
         if data_dir.resolve() == (files.PROJECT_ROOT / place).resolve() and not data_dir.exists():
             log.info("Making %d pictures in %s", count, data_dir)
@@ -41,8 +41,8 @@ def ensure(data_dir: Path) -> bool:
 
 
 def write(folder: Path, count: int, shards: int = 1, text: bool = False) -> bool:
-    """Write `count` pictures, or pictures of text, as a Hugging Face dataset, complete or not at all. False if another
-    process was faster."""
+    """Write `count` sample images, or images of text, as a Hugging Face dataset, atomically. False if another process was
+    faster."""
     classes = None if text else CLASSES
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -64,12 +64,12 @@ def write(folder: Path, count: int, shards: int = 1, text: bool = False) -> bool
 
 
 def jpeg(index: int) -> bytes:
-    """Encode picture number `index` as a JPEG file; one in ten is greyscale."""
+    """Encode sample image `index` as a JPEG file; one in ten is greyscale."""
     return _row(index).data
 
 
 def _row(index: int) -> Row:
-    """Make picture number `index` with its class; a greyscale one is of the first class."""
+    """Generate sample image `index` and its class; a greyscale one is of the first class."""
     draws = stream.generator(0, stream.Purpose.DUMMY_DATA, 0, index)
     pixels, name = picture(draws, SHAPES[index % len(SHAPES)]), f"{index:05d}.jpg"
     if draws.random() < GREY_SHARE:
@@ -80,7 +80,7 @@ def _row(index: int) -> Row:
 
 
 def _text_row(index: int) -> Row:
-    """Render lines of letters and digits, dark on light: what a decoder trained on photographs alone loses."""
+    """Render lines of letters and digits, dark on light: a decoder trained only on photographs reconstructs them badly."""
     draws = stream.generator(0, stream.Purpose.DUMMY_DATA, 1, index)
     font, scale = ImageFont.load_default_imagefont(), int(draws.integers(1, 4))
     small = Image.new("L", (TEXT_PX // scale, TEXT_PX // scale), int(draws.integers(200, 256)))
@@ -95,7 +95,7 @@ def _text_row(index: int) -> Row:
 
 
 def picture(draws: np.random.Generator, shape: str) -> np.ndarray:
-    """Draw a picture: uint8 RGB, H x W x 3, both sides within `SIDES_PX`."""
+    """Draw a sample image: uint8 RGB, H x W x 3, both sides within `SIDES_PX`."""
     width, height = (int(side) for side in draws.integers(SIDES_PX[0], SIDES_PX[1] + 1, size=2))
     image = Image.fromarray(_background(draws, width, height))
     for _ in range(int(draws.integers(2, 5))):

@@ -1,6 +1,6 @@
-"""What names say: the split of a file, and which files a pattern stands for.
+"""Infer a file's split from its name, and expand file patterns.
 
-Patterns are brace ranges as webdatasets are written, `{0000..1023}`, and `*`, `?`, `[...]`.
+Patterns are brace ranges as in WebDataset, `{0000..1023}`, and `*`, `?`, `[...]`.
 """
 
 import glob
@@ -14,17 +14,17 @@ TRAIN_SPLITS = ("train", "training")
 VALIDATION_SPLITS = ("validation", "val", "valid", "dev")
 TEST_SPLITS = ("test",)
 SPLIT_NAMES = (TRAIN_SPLITS, VALIDATION_SPLITS, TEST_SPLITS)
-"""Names that mean the same split; the first is the one that the converter writes."""
+"""Names of the same split; the converter writes the first."""
 ALIASES = {name: same[0] for same in SPLIT_NAMES for name in same}
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MAX_FILES = 1_000_000
 
 
 def split_of(file: str) -> str | None:
-    """Return the split that the name of a file, or else of its folders, says: `imagenet1k-train-0001.tar` -> `train`.
+    """Return the split named in a file's name, or else in its folders: `imagenet1k-train-0001.tar` -> `train`.
 
     Raises:
-        UserError: one name with the words of two splits.
+        UserError: one name contains two splits.
     """
     for part in reversed(file.split("/")):
         found = sorted({ALIASES[word] for word in re.split(r"[^a-z]+", part.lower()) if word in ALIASES})
@@ -36,10 +36,10 @@ def split_of(file: str) -> str | None:
 
 
 def folder_splits(names: Sequence[str]) -> dict[str, str]:
-    """Return the names of folders that are splits, with the split that each says: `val` -> `validation`.
+    """Return the folder names that are splits, each with its standard name: `val` -> `validation`.
 
-    `Train` or `val2017` say one where another folder says another split, or where there is nothing else: a class of
-    vehicles may be called Train.
+    Variants such as `Train` or `val2017` count only if another folder is a different split or all folders are splits: a class
+    of vehicles may be called Train.
     """
     said = {name: ALIASES.get(re.sub(r"[\W_]*\d*$", "", name.lower())) for name in names}
     found = {name: split for name, split in said.items() if split}
@@ -49,10 +49,10 @@ def folder_splits(names: Sequence[str]) -> dict[str, str]:
 
 
 def find_split(split: str, names: Sequence[str]) -> str | None:
-    """Return the one of `names` that means a split: the same word, else another of `SPLIT_NAMES`, else by `folder_splits`.
+    """Return the one of `names` that means `split`: the same word, else an alias in `SPLIT_NAMES`, else by `folder_splits`.
 
     Raises:
-        UserError: several by `folder_splits`.
+        UserError: several match by `folder_splits`.
     """
     same = next((group for group in SPLIT_NAMES if split in group), ())
     exact = next((name for name in (split, *same) if name in names), None)
@@ -67,10 +67,10 @@ def find_split(split: str, names: Sequence[str]) -> str | None:
 
 
 def group_by_split(files: Sequence[str], place: str) -> dict[str, list[str]]:
-    """Return the files of each split by their names; all of them under `train` where no name says one.
+    """Group files by the split in their names; all are `train` if no name contains one.
 
     Raises:
-        UserError: some files say a split and others none, so that nobody knows what these are.
+        UserError: some names contain a split and others don't.
     """
     groups: dict[str | None, list[str]] = {}
     for file in files:
@@ -87,15 +87,15 @@ def group_by_split(files: Sequence[str], place: str) -> dict[str, list[str]]:
 
 
 def is_pattern(text: str) -> bool:
-    """Return whether the text is a pattern and not the name of something that is there."""
+    """Return whether the text is a pattern, not an existing path."""
     return bool(_RANGE.search(text) or glob.has_magic(text)) and not Path(text).exists()
 
 
 def expand(text: str) -> list[Path]:
-    """Return the files of a pattern, sorted; those of a range all have to be there.
+    """Return the files that match a pattern, sorted. All files of a range must exist.
 
     Raises:
-        UserError: nothing there, or some files of a range missing.
+        UserError: no match, or some files of a range are missing.
     """
     names = [text]
     while match := _RANGE.search(names[0]):

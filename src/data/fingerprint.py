@@ -1,6 +1,6 @@
-"""Tell whether data is the same: by names relative to the source, sizes, rows, and fixed ranges of bytes; never by times.
+"""Fingerprint data by relative file names, sizes, rows and fixed byte ranges, never by modification times.
 
-The cost is bounded: of at most `SAMPLED` files of a source, evenly spread, three ranges are read.
+The cost is bounded: three ranges are read from each of at most `SAMPLED` evenly spread files per source.
 """
 
 import hashlib
@@ -17,15 +17,15 @@ from src.data.sources import FileSource, Source, short_digest
 
 SAMPLED = 512
 RANGE = 4096
-"""Bytes read at the beginning, in the middle and at the end of a file."""
+"""Bytes read at the start, in the middle and at the end of a file."""
 LISTED = 4096
-"""Files or folders listed singly; more are one entry."""
+"""Most files or folders listed individually; more become one entry."""
 Entries = dict[str, list[Any]]
 
 
 def source_state(source: Source) -> dict[str, Any]:
-    """Return rows and, by file (of image files: by folder), [size or number of files, digest] of a source; the scale of stored
-    latents."""
+    """Return a source's rows and, per file (image files: per folder), [size or number of files, digest]; for stored latents
+    also their scale."""
     if isinstance(source, FileSource):
         entries = _folders(source.root, list(source.names))
     elif isinstance(source, RemoteTarSource):
@@ -37,12 +37,12 @@ def source_state(source: Source) -> dict[str, Any]:
     if len(entries) > LISTED:
         digest = short_digest(repr(sorted(entries.items())).encode("utf-8", "surrogateescape"))
         entries = {"": [len(entries), digest]}
-    scale = {"scale": source.scale} if isinstance(source, LatentStore) else {}  # said by the index alone
+    scale = {"scale": source.scale} if isinstance(source, LatentStore) else {}  # recorded only in the index
     return {"rows": len(source), "files": entries, **scale}
 
 
 def compare_fingerprints(stored: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    """Return what differs between the data of a checkpoint and this one, in words; nothing where they are the same."""
+    """Return the differences between a checkpoint's data and the current data, as text; empty if they are the same."""
     found: list[str] = []
     before, now = stored.get("sources") or {}, own.get("sources") or {}
     for name in [*before, *(name for name in now if name not in before)]:
@@ -103,7 +103,7 @@ def _spread(count: int) -> Sequence[int]:
 
 
 def _ranges(file: Path) -> str:
-    """Return the digest of size and three ranges of a file; of one that can't be read, nothing."""
+    """Return a digest of a file's size and three ranges; empty if it can't be read."""
     try:
         if not file.is_file():
             return ""

@@ -1,4 +1,4 @@
-"""Keep the index of packed files on the disk, to be mapped: a line of JSON, then 16 bytes a row (`ROW`)."""
+"""Cache the index of packed files on disk, to be memory-mapped: a line of JSON, then 16 bytes per row (`ROW`)."""
 
 import json
 import os
@@ -16,11 +16,11 @@ from src.data.sources import short_digest
 
 ROW = np.dtype([("offset", "<i8"), ("size", "<u4"), ("label", "<i4")])
 FOLDER = ".image_index"
-"""Beside the data; elsewhere in the user's cache folder."""
+"""Folder beside the data; if that is not writable, the user's cache folder is used."""
 
 
 class Found(NamedTuple):
-    """An index, its header, the file that it is mapped from, and whether it was made just now."""
+    """An index, its header, the file it is mapped from, and whether it was just built."""
 
     index: PackedIndex
     header: dict[str, Any]
@@ -29,10 +29,10 @@ class Found(NamedTuple):
 
 
 def find_or_build(root: Path, what: Any, state: Any, build: Callable[[], tuple[PackedIndex, dict[str, Any]]]) -> Found:
-    """Map the index of files below `root`, or build and keep it, in one process at a time.
+    """Map the cached index of files below `root`, or build and cache it, in one process at a time.
 
-    what: plain values that name the files and how they are read. state: those that change with their contents (sizes,
-    times): an index of the same files in another state is deleted. Where there are no locks, two may build the same.
+    what: plain values that identify the files and how they are read. state: plain values that change with their contents
+    (sizes, times); an index of another state is deleted. Without file locks, two processes may build the same index.
     """
     name = f"{digest(what)}-{digest(state)}.idx"
     beside = root / FOLDER
@@ -58,12 +58,12 @@ def find_or_build(root: Path, what: Any, state: Any, build: Callable[[], tuple[P
 
 
 def digest(value: Any) -> str:
-    """Return 16 hex digits of plain values."""
+    """Return a digest of plain values, 16 hex digits."""
     return short_digest(json.dumps(value, sort_keys=True).encode())
 
 
 def write(path: Path, index: PackedIndex, header: dict[str, Any]) -> None:
-    """Write an index whole. header: plain values that are kept with it."""
+    """Write an index atomically. header: plain values stored with it."""
     rows = np.empty(int(index.starts[-1]), ROW)
     rows["offset"], rows["size"] = index.offsets, index.sizes
     rows["label"] = -1 if index.labels is None else index.labels
@@ -73,7 +73,7 @@ def write(path: Path, index: PackedIndex, header: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> Found | None:
-    """Map an index; None where there is none that is whole."""
+    """Map an index; None if it is missing or damaged."""
     try:
         with open(path, "rb") as file:
             line = file.readline()
@@ -88,5 +88,5 @@ def read(path: Path) -> Found | None:
 
 
 def user_cache() -> Path:
-    """Return the folder for what is made once and can be made again."""
+    """Return the cache folder, for files that can be rebuilt."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rae"

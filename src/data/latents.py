@@ -1,11 +1,11 @@
-"""Store latents on disk for a stage-2 trainer: safetensors shards and an index.
+"""Store latents on disk for stage-2 training: safetensors shards and an index.
 
-    index.json                                  what they are of, and the shards with their counts
+    index.json                                  origin of the latents, and the shards with their counts
     latents-RANK-NUMBER.safetensors             latents (n, C, h, w), rows (n,) int64, labels (n,) int64 (-1: none),
                                                 crc (n,) int64, CRC-32 of each latent, row and label
 
-`rows` are those of the data set; `scale` in the index says whether the latents are `raw` (as the encoder gives them) or
-`normalized` (by the model's statistics, as a diffusion model takes them).
+`rows` are those of the dataset; `scale` in the index is `raw` (as the encoder returns the latents) or `normalized` (by the
+model's statistics, as a diffusion model expects them).
 
 Legend: B batch, n latents of a shard, C latent channels, h = w latent grid.
 """
@@ -57,14 +57,14 @@ _SCHEMA: dict[str, Any] = {
 
 
 class LatentWriter:
-    """Shards of one process. A shard appears whole or not at all; `close` writes what is left."""
+    """Write the shards of one process, each atomically; `close` writes the rest."""
 
     def __init__(
         self, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype, rank: int, shard_bytes: int = SHARD_BYTES
     ) -> None:
         self.folder, self.dtype, self.rank = folder, dtype, rank
         self.shards: list[dict[str, Any]] = []
-        """{file, count} of what was written, for the index."""
+        """{file, count} of each written shard, for the index."""
         one = shape[0] * shape[1] * shape[2] * torch.finfo(dtype).bits // 8
         self._capacity = max(1, shard_bytes // one)
         self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -72,7 +72,7 @@ class LatentWriter:
         folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, latents: Tensor, rows: Tensor, labels: Tensor) -> None:
-        """Add latents B C h w with rows (B,) and labels (B,)."""
+        """Add latents B C h w with rows (B,) and labels (B,). Raises UserError on NaN or infinity."""
         stored = latents.detach().to("cpu", self.dtype)
         if bad := rows[~finite_rows(stored)].tolist():
             raise UserError(
@@ -104,17 +104,17 @@ class LatentWriter:
 
 
 def write_index(folder: Path, shards: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
-    """Write the index. `facts`: scale, shape, dtype, image_size, encoder, statistics and whatever else the latents depend on."""
+    """Write the index. `facts`: scale, shape, dtype, image_size, encoder, statistics and anything else the latents depend on."""
     count = sum(shard["count"] for shard in shards)
     content = {"format": FORMAT, "version": VERSION, "count": count, **facts, "shards": list(shards)}
     write_text(folder / INDEX, json.dumps(content, indent=2) + "\n")
 
 
 class LatentStore(PackedSource):
-    """The latents of a folder, or of its index: a batch at a time, or as rows for training. Pickles as its folder.
+    """Stored latents, by their folder or its index: read in batches, or as rows for training. Pickles as its path.
 
     Raises:
-        UserError: no index, another format, shards that are missing, cut short or of another shape than the index says.
+        UserError: no index, another format, or shards that are missing, truncated or of another shape than in the index.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -124,7 +124,7 @@ class LatentStore(PackedSource):
             "Expected a folder that `src/reconstruct.py --latents` wrote; its index is there once that has finished."
         )
         self.about = read_json(folder / INDEX, remedy, format=Literal[FORMAT], version=Literal[VERSION])
-        """What the index says."""
+        """Content of the index."""
         check_json(self.about, folder / INDEX, remedy, **_SCHEMA)
         shards = self.about["shards"]
         counts = [shard["count"] for shard in shards]
@@ -149,21 +149,21 @@ class LatentStore(PackedSource):
         super().__init__(files, index, self.about.get("class_names"))
 
     def encoded(self, index: int) -> bytes:
-        """Return a latent's bytes as they lie in its shard. Raises BadImage where they are not what was written."""
+        """Return a latent's bytes as stored in its shard. Raises BadImage if the CRC doesn't match."""
         data = super().encoded(index)
         if (crc := self._crc[index]) >= 0 and crc != checksum(data, self._rows[index], self._labels[index]):
             raise BadImage("not what was written (CRC-32)")
         return data
 
     def decoded(self, data: bytes | memoryview, *_: int) -> Tensor:
-        """Return a latent of its bytes, float32 C h w: the transform of a dataset. Raises BadImage where a number is not finite."""
+        """Decode a latent's bytes to float32 C h w; serves as a dataset's transform. Raises BadImage if a number is not finite."""
         latent = torch.frombuffer(bytearray(data), dtype=self.dtype).view(self.shape).float()
         if not latent.isfinite().all():
             raise BadImage("not finite (NaN or infinity)")
         return latent
 
     def batches(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield (places in the store (B,), rows of the data set (B,), latents float32 B C h w), every world-th batch.
+        """Yield (positions in the store (B,), dataset rows (B,), latents float32 B C h w), every world-th batch.
 
         Raises:
             UserError: damaged latents.
@@ -194,17 +194,17 @@ class LatentStore(PackedSource):
 
 
 def finite_rows(latents: Tensor) -> Tensor:
-    """B C h w -> (B,) bool."""
+    """Return which latents are finite: B C h w -> (B,) bool."""
     return latents.isfinite().flatten(1).all(1)
 
 
 def checksum(data: bytes | memoryview, row: int, label: int) -> int:
-    """Return CRC-32 of a latent's bytes, its row in the data set and its label."""
+    """Return the CRC-32 of a latent's bytes, its dataset row and its label."""
     return zlib.crc32(struct.pack("<qq", row, label), zlib.crc32(data))
 
 
 class _Layout(NamedTuple):
-    """Of a shard. first: where its first latent begins (bytes); numbers: rows, labels, CRC-32 (-1: none), int64 n x 3."""
+    """Layout of a shard. first: byte offset of its first latent; numbers: rows, labels, CRC-32 (-1: none), int64 n x 3."""
 
     dtype: torch.dtype
     first: int

@@ -1,4 +1,4 @@
-"""Lists of image files: csv and tsv with a header, jsonl with an object a line, txt with a path a line."""
+"""Open lists of image files: csv and tsv with a header, jsonl with one object per line, txt with one path per line."""
 
 import csv
 import itertools
@@ -21,11 +21,11 @@ _WITH_NUMBER = re.compile(r"^(.*\S)[ \t]+(\d+)$")
 def open_list(file: Path, image_column: str | None, label_column: str | None) -> FileSource:
     """Open the images of a list. Paths are relative to the folder of the list.
 
-    A label that is no whole number becomes a class by its text. In a txt whose every line ends in a number, that is the
-    label.
+    Unless all labels are whole numbers, their texts are the class names. In a txt in which every line ends in a number, that
+    number is the label.
 
     Raises:
-        UserError: not readable, empty, without such a column, or of URLs or files that are not there.
+        UserError: unreadable, empty, without such a column, or listing URLs or missing files.
     """
     try:
         rows = _text_rows(file) if file.suffix.lower() == ".txt" else _rows(file)
@@ -34,7 +34,7 @@ def open_list(file: Path, image_column: str | None, label_column: str | None) ->
             raise UserError(f"{file} lists no images.")
         path = image_column or next((name for name in PATH_COLUMNS if name in first), None)
         label = label_column or LABEL_COLUMN
-        # of each row two cells stay: millions of rows with captions would fill the memory
+        # keep only two cells per row: millions of rows with captions would fill the memory
         cells = [(path and row.get(path), row.get(label)) for row in itertools.chain([first], rows)]
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise UserError(f"{file} can't be read as a list of images: {error}") from error
@@ -86,7 +86,7 @@ def _text_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _labels(values: Sequence[Any]) -> tuple[list[int], list[str]]:
-    """Return the labels and, where they are text, the names of the classes; nothing there is -1."""
+    """Return the labels and, if they are text, the class names; an empty label is -1."""
     texts = ["" if value is None else str(value).strip() for value in values]
     if all(re.fullmatch(r"\d{1,9}", text) for text in texts if text):
         return [int(text) if text else UNKNOWN_LABEL for text in texts], []

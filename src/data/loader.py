@@ -19,17 +19,17 @@ from src.data.worker_faults import batches_of, check_temporary_folder, start_met
 log = logging.getLogger(__name__)
 
 PREFETCH_BATCHES = 4
-"""Batches that each loading process prepares ahead."""
+"""Batches that each worker prefetches."""
 JUDGE_AFTER = 1000
-"""Images (or one epoch, if smaller) by which the share of bad ones is measured at the earliest."""
+"""Smallest number of images (or one epoch, if smaller) that the share of bad ones is measured over."""
 
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """Processes that load. num_workers 0: none, the calling process loads. pin_memory: page-locked batches, for a GPU.
+    """Settings of DataLoader workers. num_workers 0: load in the calling process. pin_memory: page-locked batches, for a GPU.
 
-    prefetch: batches that each process prepares ahead. timeout_s: longest wait for one batch; 0: no limit.
-    start: fork costs no start-up time; workers touch neither the GPU nor threads.
+    prefetch: batches that each worker prefetches. timeout_s: longest wait for one batch; 0: no limit.
+    start: fork costs no start-up time; workers use neither the GPU nor threads.
     """
 
     num_workers: int
@@ -39,7 +39,7 @@ class WorkerOptions:
     start: str = "fork" if sys.platform == "linux" else "spawn"
 
     def arguments(self, persistent: bool) -> dict[str, Any]:
-        """Return keyword arguments for a DataLoader. UserError: its processes could not hand over what they load."""
+        """Return keyword arguments for a DataLoader. Raises UserError if its workers could not hand over batches."""
         if not self.num_workers:
             return {"num_workers": 0, "pin_memory": self.pin_memory}
         check_temporary_folder()
@@ -56,7 +56,7 @@ class WorkerOptions:
 
 @dataclass
 class BadImages:
-    """Count images that can't be decoded, log each once, stop above a share.
+    """Count bad images, log each once, and stop above a maximum share.
 
     max_share: bad images per image seen by this process, 0..1; 0 stops at the first one.
     epoch_images: images this process sees in one epoch.
@@ -69,7 +69,7 @@ class BadImages:
     names: set[str] = field(default_factory=set)
 
     def account(self, images: int, failures: tuple[Failure, ...], stuck: bool = False) -> None:
-        """Add one batch. `stuck`: an image could not even be replaced. Raises UserError above the share."""
+        """Add one batch. `stuck`: an image could not be replaced either. Raises UserError above the share."""
         self.seen += images
         self.bad += len(failures)
         for failure in failures:
@@ -87,16 +87,16 @@ class BadImages:
 
 
 class _Loader:
-    """A DataLoader whose worker processes can be ended."""
+    """A DataLoader whose workers can be stopped."""
 
     def __init__(self, dataset: Dataset[Sample], workers: WorkerOptions, persistent: bool, **options: Any) -> None:
         self.dataset = dataset
         self._loader = DataLoader(dataset, collate_fn=collate, **options, **workers.arguments(persistent))
 
     def close(self) -> None:
-        """End the worker processes; the next pass starts new ones.
+        """Stop the workers; the next pass starts new ones.
 
-        Left to the garbage collector, which may close their queues first, each can take five seconds to be noticed.
+        The garbage collector may close their queues first, and then each one can delay the shutdown by five seconds.
         """
         iterator, self._loader._iterator = self._loader._iterator, None
         if iterator is not None and hasattr(iterator, "_shutdown_workers"):
@@ -114,10 +114,10 @@ class _Batches:
 
 
 class TrainLoader(_Loader):
-    """Batches of one rank for training, as `collate` describes them, without `failures`.
+    """Training batches of one rank, as described in `collate`, without `failures`.
 
-    One iteration is the rest of `epoch` from batch `start_batch` on; `len()` counts the whole epoch. Epoch and start
-    are read at the first batch, not at `iter()`: Lightning calls `iter()` before it sets the epoch, by
+    One iteration covers the rest of `epoch` from batch `start_batch`; `len()` counts the whole epoch. Epoch and start
+    are read at the first batch, not at `iter()`: Lightning calls `iter()` before it sets the epoch with
     `loader.sampler.set_epoch`.
     """
 
@@ -129,7 +129,7 @@ class TrainLoader(_Loader):
         max_bad_share: float | Sequence[float],
         same_epoch: bool = False,
     ) -> None:
-        """max_bad_share: of the dataset, or of each source of a mix. same_epoch: every epoch is the first one again."""
+        """max_bad_share: for the dataset, or one per source of a mix. same_epoch: every epoch repeats the first one."""
         self.order, self.batch_size = order, order.batch_size
         self.epoch, self.start_batch, self.same_epoch = 0, 0, same_epoch
         allowed = [max_bad_share] if isinstance(max_bad_share, float | int) else max_bad_share
@@ -145,12 +145,12 @@ class TrainLoader(_Loader):
         return self.order.batches
 
     def set_epoch(self, epoch: int) -> None:
-        """Continue with `epoch`. Keeps `start_batch` where it belongs to that epoch, else starts at its first batch."""
+        """Continue with `epoch`. Keeps `start_batch` if it belongs to that epoch, else starts at its first batch."""
         if epoch != self.epoch:
             self.resume_at(epoch, 0)
 
     def resume_at(self, epoch: int, start_batch: int) -> None:
-        """Begin the next iteration at batch `start_batch` of `epoch`, both from 0."""
+        """Start the next iteration at batch `start_batch` of `epoch`, both counted from 0."""
         if not 0 <= start_batch <= len(self):
             raise ValueError(f"batch {start_batch} of {len(self)}")
         self.epoch, self.start_batch = epoch, start_batch
@@ -169,9 +169,9 @@ class TrainLoader(_Loader):
 
 
 class EvaluationLoader(_Loader):
-    """One rank's share of the evaluation images, in fixed order, as `collate` describes them, without `failures`.
+    """Evaluation batches of one rank, in fixed order, as described in `collate`, without `failures`.
 
-    Bad images are left out, so that a batch may be smaller; no image comes twice, so ranks may differ by a batch.
+    Bad images are skipped, so a batch may be smaller; no image is repeated, so ranks may differ by a batch.
     """
 
     def __init__(
@@ -183,15 +183,15 @@ class EvaluationLoader(_Loader):
         persistent: bool,
         largest_share: int | None = None,
     ) -> None:
-        """largest_share: images of the rank that has most, for `len`; None: this one's own. A rank whose loader says 0
-        would skip the evaluation under Lightning, and the others wait for it."""
+        """largest_share: images of the rank with the most, for `len`; None: this rank's own. Lightning skips evaluation on a
+        rank whose loader has length 0, and the other ranks would wait for it."""
         self.batch_size, self.max_bad_share = batch_size, max_bad_share
         self._share, self._largest_share = len(dataset), largest_share or len(dataset)
-        generator = torch.Generator()  # or each pass would take a number from the global one, for seeds nobody uses
+        generator = torch.Generator()  # else each pass draws an unused seed from the global generator
         super().__init__(dataset, workers, persistent, batch_size=batch_size, generator=generator)
 
     def __len__(self) -> int:
-        """Count the batches of the rank that has most; this one may end earlier."""
+        """Count the batches of the rank with the most; this one may end earlier."""
         return -(-self._largest_share // self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

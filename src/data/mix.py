@@ -1,11 +1,11 @@
-"""Mix sources in exact shares: which row of which source stands at a position, as a function of (seed, epoch, position).
+"""Mix sources in exact shares: compute the source and row at a position as a function of (seed, epoch, position).
 
-Position p of epoch e is unit P = e N + p, N images an epoch. Each block of 1,000 units holds round(1000 w) of a source of
+Position p of epoch e is unit P = e N + p, N images per epoch. Each block of 1,000 units holds round(1000 w) of a source of
 weight w (largest remainder), in a permutation drawn for the block. The k-th unit of a source in block b, counted in the
-order of positions, is its draw d = b c + k, c its units in a block; draw d is row `permutation(round d // n)[d % n]` of its n
-rows. So shares are exact in every aligned thousand, no image comes twice before all came once, and resuming is arithmetic.
+order of positions, is its draw d = b c + k, c its units per block; draw d is row `permutation(round d // n)[d % n]` of its n
+rows. So shares are exact in every aligned block, no image repeats before all were drawn, and resuming is arithmetic.
 
-Legend: s source, n its rows, d draw, N images an epoch, G a global batch.
+Legend: s source, n its rows, d draw, N images per epoch; a unit is an image, or a whole global batch with `unit: batch`.
 """
 
 import functools
@@ -20,26 +20,26 @@ from src.core.errors import UserError
 from src.data.order import EpochOrder
 
 BLOCK = 1000
-"""Units in which the shares are exact."""
+"""Units over which the shares are exact."""
 TABLE_ROWS = 1 << 24
-"""Sources of more rows are permuted without a table."""
+"""Sources with more rows are permuted without a table."""
 FEISTEL_ROUNDS = 8
 Unit = Literal["image", "batch"]
 
 
 @dataclass(frozen=True)
 class MixOrder(EpochOrder):
-    """The batches of one rank from several sources. `length`: images an epoch. Rows of `Item` count over all sources, one
-    after the other.
+    """The batches of one rank from several sources. `length`: images per epoch. `Item.row` numbers the rows of all sources,
+    one source after the other.
 
-    sizes: rows of each source. weights: above 0, of any sum. unit: `image`, or `batch` for one source an update, as RAEv2.
+    sizes: rows of each source. weights: positive, any sum. unit: `image`, or `batch` for one source per update, as RAEv2.
     """
 
     sizes: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
     unit: Unit = "image"
     _tables: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """Of each source the round that it is in, and the permutation of that."""
+    """For each source, its current round and the permutation of that round."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,7 +75,7 @@ class MixOrder(EpochOrder):
         return rows
 
     def permuted(self, source: int, round_: int, at: np.ndarray) -> np.ndarray:
-        """Return places `at`, int64, of the permutation of 0..size-1 that belongs to a round of a source."""
+        """Return entries `at`, int64, of a source's permutation of 0..size-1 in a round."""
         size = self.sizes[source]
         if size > TABLE_ROWS:
             return feistel(_keys(self.seed, source, round_), size, at)
@@ -87,16 +87,16 @@ class MixOrder(EpochOrder):
 
 
 def images_per_epoch(sizes: Sequence[int], weights: Sequence[float]) -> int:
-    """Return sum(w n) / sum(w), RAEv2's rule, rounded."""
+    """Return sum(w n) / sum(w), rounded: RAEv2's rule."""
     return round(sum(w * n for w, n in zip(weights, sizes, strict=True)) / sum(weights))
 
 
 @functools.lru_cache(16)
 def shares(weights: tuple[float, ...]) -> np.ndarray:
-    """Return the units of each source in a block, int64: largest remainder; equal remainders in the order of sources.
+    """Return the units of each source per block, int64, by largest remainder; ties go to the earlier source.
 
     Raises:
-        UserError: a weight that gives none.
+        UserError: a weight too small for one unit.
     """
     exact = np.array(weights, np.float64) * (BLOCK / sum(weights))
     counts = np.floor(exact).astype(np.int64)
@@ -112,7 +112,7 @@ def shares(weights: tuple[float, ...]) -> np.ndarray:
 
 @functools.lru_cache(8)
 def _pattern(seed: int, block: int, weights: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the source of each unit of a block, and its number among those of its source there."""
+    """Return the source of each unit of a block, and the unit's index among those of its source in the block."""
     counts = shares(weights)
     pattern = stream.generator(seed, stream.Purpose.MIX, 0, block).permutation(
         np.repeat(np.arange(len(counts)), counts)
@@ -130,9 +130,9 @@ def _keys(seed: int, source: int, round_: int) -> tuple[int, ...]:
 
 
 def feistel(keys: Sequence[int], size: int, at: np.ndarray) -> np.ndarray:
-    """Permute 0..size-1 without a table: a Feistel network over an even number of bits, walked until it falls inside.
+    """Permute 0..size-1 without a table: a Feistel network over an even number of bits, with cycle walking.
 
-    For large sizes: of a few hundred places some permutations come more often than others.
+    Only for large sizes: with a few hundred entries, some permutations are more frequent than others.
     """
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
@@ -147,7 +147,7 @@ def feistel(keys: Sequence[int], size: int, at: np.ndarray) -> np.ndarray:
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """Mix the bits of uint64 (the finaliser of SplitMix64, Steele et al. 2014)."""
+    """Mix the bits of uint64 values (the finaliser of SplitMix64, Steele et al. 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

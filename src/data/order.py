@@ -1,8 +1,8 @@
-"""Assign images to batches: a pure function of (length, seed, epoch), split among ranks and micro-batches.
+"""Assign images to batches as a pure function of (length, seed, epoch), split over ranks and micro-batches.
 
 Legend: n images, W ranks, b batch per rank, k micro-batches per optimiser step; a global batch is W * b * k images.
 
-Position p is the place of an image in its epoch's order over all ranks. Micro-batch i of rank r takes the positions
+Position p is an image's index in the epoch's order over all ranks. Micro-batch i of rank r takes the positions
 [(i * W + r) * b, (i * W + r) * b + b), so global batch g is always [g * W * b * k, (g + 1) * W * b * k): the same
 images for any W, b, k of equal product. The last, partial global batch is dropped.
 """
@@ -18,12 +18,12 @@ from src.core.errors import UserError
 
 
 class Item(NamedTuple):
-    """What a dataset is asked for. It carries its epoch, so that workers that live on need not be told."""
+    """Index of a training sample. It carries the epoch, so persistent workers need not be told."""
 
     epoch: int
     position: int
     row: int
-    """In 0..n-1, counted within the training images."""
+    """Index in the training images, 0..n-1."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class EpochOrder:
         return self.length // self.global_batch * self.accumulate
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[list[Item]]:
-        """Yield the rank's micro-batches from number `start_batch` on."""
+        """Yield the rank's micro-batches, starting at number `start_batch`."""
         order = self.order_of(epoch)
         for i in range(start_batch, self.batches):
             first = (i * self.world + self.rank) * self.batch_size
@@ -87,22 +87,21 @@ class EpochOrder:
 def evaluation_rows(length: int, num_images: int | None = None, world: int = 1, rank: int = 0) -> np.ndarray:
     """Return the rows one rank evaluates, int64: the first `num_images` of an order that depends on `length` alone.
 
-    The order is mixed, so that the first thousand images of a data set sorted by class show all classes, and a smaller
-    set is the beginning of a larger one. Ranks take every W-th place; no image comes twice, so shares may differ by
-    one.
+    The order is shuffled, so that the first thousand images of a class-sorted dataset cover all classes, and a smaller
+    set is a prefix of a larger one. Ranks take every W-th image; none is repeated, so shares may differ by one.
     """
     order = stream.generator(0, stream.Purpose.EVALUATION_ORDER).permutation(length)
     return order[:num_images][rank::world]
 
 
 Rows = np.ndarray | range
-"""Rows of a source; a range, which takes no memory, where they are all of them."""
+"""Rows of a source; a range, which takes no memory, for all rows."""
 
 
 def split_rows(length: int, train_share: float) -> tuple[Rows, np.ndarray]:
-    """Return (training rows, held-out rows), each sorted; a function of length and share, whatever the seed of a run.
+    """Return (training rows, held-out rows), each sorted; a function of length and share, not of the run's seed.
 
-    round(length * train_share) rows are for training. They are drawn, so that both parts hold all classes.
+    round(length * train_share) rows are for training, drawn at random so that both parts cover all classes.
     """
     cut = round(length * train_share)
     if cut == length:

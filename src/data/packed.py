@@ -1,7 +1,7 @@
-"""Rows of encoded images packed in large files, read by their place: one `pread` a row.
+"""Read encoded images packed in large files by file offset: one `pread` per row.
 
-Opening keeps no file open. Each file is opened at its first row, without read-ahead, which would fetch megabytes for every
-row of a shuffled set.
+Files are opened lazily, at the first row read from each, and without read-ahead, which would fetch megabytes for every row
+of a shuffled dataset.
 """
 
 import bisect
@@ -24,11 +24,11 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 OPEN_FILES = 512
-"""Files that a process keeps open at once, of all its sources; a quarter of its limit where that is less."""
+"""Most files that a process keeps open for all its sources; a quarter of its limit if that is less."""
 NO_BYTES = 0xFFFFFFFF
 """Size of a row whose bytes are not in the file."""
 _SOURCES: "weakref.WeakSet[PackedSource]" = weakref.WeakSet()
-"""Those of this process, which share its open files."""
+"""All sources of this process, which share `OPEN_FILES`."""
 
 
 class Readable(Protocol):
@@ -42,7 +42,7 @@ class Readable(Protocol):
 
 
 class Damaged(Exception):
-    """A file of rows can't be read; the message says why and, in its last sentence, what to do."""
+    """A packed file can't be read; the message gives the reason and, in its last sentence, the remedy."""
 
     def __init__(self, reason: str, remedy: str = "Copy or download it again.") -> None:
         super().__init__(f"{reason}. {remedy}")
@@ -50,8 +50,8 @@ class Damaged(Exception):
 
 @dataclass(frozen=True)
 class FileRows:
-    """Rows of one file. offsets (n,) int64, bytes; sizes (n,) uint32, bytes, `NO_BYTES` where there are none; labels (n,)
-    whole numbers, -1 for none; None where there are no labels."""
+    """Rows of one file. offsets (n,) int64, bytes; sizes (n,) uint32, bytes, `NO_BYTES` if the image is not in the file;
+    labels (n,) integers, -1 for none; None if there are no labels."""
 
     offsets: np.ndarray
     sizes: np.ndarray
@@ -60,9 +60,9 @@ class FileRows:
 
 @dataclass(frozen=True)
 class PackedIndex:
-    """Where n rows lie in files, in the order of files and of rows in them. The arrays may be mapped from a file.
+    """Positions of n rows in files, ordered by file and row. The arrays may be memory-mapped.
 
-    starts: (files + 1,) int64, the first row of each file, and n. The others as in `FileRows`.
+    starts: (files + 1,) int64, the first row of each file, then n. The others as in `FileRows`.
     """
 
     starts: np.ndarray
@@ -72,7 +72,7 @@ class PackedIndex:
 
     @classmethod
     def of_files(cls, parts: Sequence[FileRows]) -> "PackedIndex":
-        """Join the rows of files."""
+        """Concatenate the rows of several files."""
         starts = np.cumsum([0, *(len(part.offsets) for part in parts)], dtype=np.int64)
         labelled = all(part.labels is not None for part in parts)
         columns = ("offsets", "sizes", "labels") if labelled else ("offsets", "sizes")
@@ -80,9 +80,9 @@ class PackedIndex:
 
 
 class PackedSource:
-    """The rows of an index. What a kind of file adds to it (`name`, `fingerprint`) stands with that kind.
+    """Rows read through an index. Subclasses for each file format add `name` and `fingerprint`.
 
-    Pickles as `_arguments`, those of the constructor of that kind: another process opens the files itself.
+    Pickles as `_arguments`, the subclass's constructor arguments, so each process opens the files itself.
     """
 
     _arguments: tuple[Any, ...]
@@ -95,7 +95,7 @@ class PackedSource:
         num_classes: int | None = None,
         open_file: Callable[[int], Readable] | None = None,
     ) -> None:
-        """num_classes: None counts them by names and labels. open_file: by its number; None: a file of the disk."""
+        """num_classes: None derives it from names and labels. open_file: opens a file by its number; None: from disk."""
         self.files, self.index = files, index
         self.class_names: Sequence[str] | None = list(class_names) if class_names else None
         self.num_classes = num_classes
@@ -103,7 +103,7 @@ class PackedSource:
             self.num_classes = max(len(class_names or ()), int(index.labels.max(initial=-1)) + 1)
         self._starts: list[int] = index.starts.tolist()
         self._open_file = open_file or (lambda number: OpenFile(files[number]))
-        self._open: dict[int, Readable] = {}  # that of the latest read last
+        self._open: dict[int, Readable] = {}  # most recently read last
         _SOURCES.add(self)
 
     def __len__(self) -> int:
@@ -128,7 +128,7 @@ class PackedSource:
         return bisect.bisect_right(self._starts, index) - 1
 
     def read(self, number: int, offset: int, size: int) -> bytes:
-        """Read a range of a file whole. Raises BadImage where that can't be done."""
+        """Read exactly `size` bytes of a file. Raises BadImage if that fails."""
         try:
             data = self._opened(number).read(offset, size)
         except OSError as error:
@@ -152,7 +152,7 @@ class PackedSource:
 
 
 class OpenFile:
-    """A file read by position. Closed with its last reference, so that no thread loses it while reading."""
+    """A file read by offset. Closed with its last reference, so that no thread loses it while reading."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = -1
@@ -183,10 +183,10 @@ def _seek_and_read(descriptor: int, size: int, offset: int) -> bytes:
 
 
 _SEEKING = threading.Lock()
-_pread = getattr(os, "pread", _seek_and_read)  # Windows has none
+_pread = getattr(os, "pread", _seek_and_read)  # for Windows
 
 
 def open_files_limit() -> int:
-    """Return how many files a process keeps open."""
+    """Return the most files that a process keeps open."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource is not None else -1
     return OPEN_FILES if soft < 0 else max(4, min(OPEN_FILES, soft // 4))  # RLIM_INFINITY is -1

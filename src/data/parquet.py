@@ -1,4 +1,4 @@
-"""Parquet files: whether they hold images."""
+"""Inspect Parquet files: do they hold images, and in which column?"""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from src.data.arrow import holds_images, image_columns, schema_features
 
 
 def read_metadata(file: Path) -> Any:
-    """Return pyarrow's FileMetaData of a file. Raises UserError where it is no whole Parquet file."""
+    """Return pyarrow's FileMetaData of a file. Raises UserError if it is not a complete Parquet file."""
     import pyarrow.parquet as pq
 
     try:
@@ -23,12 +23,12 @@ def read_metadata(file: Path) -> Any:
 
 
 def read_schema(file: Path) -> pa.Schema:
-    """Return the schema of a file. Raises UserError where it is no whole Parquet file."""
+    """Return the schema of a file. Raises UserError if it is not a complete Parquet file."""
     return read_metadata(file).schema.to_arrow_schema()
 
 
 def image_column(file: Path) -> str | None:
-    """Return the column that holds the images; None where there is none."""
+    """Return the name of the image column; None if there is none."""
     schema = read_schema(file)
     found = image_columns(schema_features(schema), schema)
     usable = [name for name in found if holds_images(schema.field(name).type)]

@@ -1,4 +1,4 @@
-"""Decide by its content what lies at a `data_dir`. The one place that knows every format."""
+"""Detect the format of a `data_dir` by its content. The only file that knows every format."""
 
 import difflib
 import logging
@@ -52,39 +52,39 @@ KINDS: dict[Kind, str] = {
     "parquet": "Parquet files",
 }
 MARKS = ("dataset_dict.json", "dataset_info.json", "state.json")
-"""One of these lies in every Hugging Face dataset on disk."""
+"""Every Hugging Face dataset on disk contains one of these files."""
 CONVERT = "python scripts/create_hf_test_data.py --input_dir"
 NESTED_DEPTH, NESTED_FOLDERS = 5, 20_000
-"""How far splits are looked for below the folder of an image tree."""
+"""Limits of the search for splits below the folder of an image tree."""
 LOOK_AT = 200
-"""Entries of a folder, or files below it, by which it is judged."""
+"""Entries of a folder, or files below it, that are checked for images."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Data of one kind. splits: by their names there, what to open; of a tree its folders, which may be classes; empty:
-    everything is one."""
+    """Data of one format. splits: what to open for each split, by its stored name; of an image tree its folders, which may be
+    classes; empty: no splits."""
 
     kind: Kind
     root: Path
-    """Of object storage, only for messages."""
+    """For object storage, used only in messages."""
     splits: dict[str, Any] = field(default_factory=dict)
     options: ReadOptions = DEFAULT_OPTIONS
     storage: Storage | None = None
 
     @property
     def names(self) -> list[str]:
-        """Return the names of the splits; of an image tree, they may be those of classes."""
+        """Return the names of the splits; of an image tree, they may be class names."""
         return [] if self.kind in ("arrow", "list", "latents") else list(self.splits)
 
     def find(self, split: str) -> str | None:
-        """Return the name that `split` has here, among all that mean the same; None where there is none of them."""
+        """Return the stored name of `split` or of an alias of it; None if there is none."""
         return find_split(split, self.names)
 
     def held_out_split(self, train: str, *wanted: str | None) -> str | None:
-        """Return the first of `wanted` that is a split other than the one to train on.
+        """Return the first of `wanted` that exists and is not the training split.
 
-        In an image tree there must be one to train on, or nothing but splits: else `val` may be a class like any other.
+        An image tree must have a training split or consist only of splits: otherwise `val` may be an ordinary class.
         """
         own = self.find(train) or self.find("train")
         if own is None and self.kind == "tree" and len(folder_splits(self.names)) < len(self.names):
@@ -92,12 +92,12 @@ class Place:
         return next((name for name in wanted if name and self.find(name) not in (None, own)), None)
 
     def open_all(self, train: str = "train") -> Source:
-        """Open the split to train on; where there is none, the first one, or of an image tree all classes. Raises UserError."""
+        """Open the training split; if there is none, the first split, or all classes of an image tree. Raises UserError."""
         known = next((name for name in (train, "train") if self.find(name)), None)
         return self.open(known or (self.names[0] if self.kind != "tree" and self.names else train))
 
     def open(self, split: str) -> Source:
-        """Open a split. Without splits, everything is what is asked for; of an image tree, only the training split.
+        """Open a split. Data without splits is opened whole; an image tree of classes beside, say, `val` only for training.
 
         Raises:
             UserError: no such split, or data that is damaged or holds no images.
@@ -113,12 +113,12 @@ class Place:
         return self.open_named(found)
 
     def open_named(self, split: str | None) -> Source:
-        """Open a split by its name here; None: everything. Raises UserError."""
+        """Open a split by its stored name; None: everything. Raises UserError."""
         kind, root, options = self.kind, self.root, self.options
         if kind == "dataset":
             return ArrowSource(root if split is None else root / split, options)
         if kind == "latents":
-            from src.data.latents import LatentStore  # with torch, which conversion does without
+            from src.data.latents import LatentStore  # imports torch, which conversion doesn't need
 
             return LatentStore(root)
         if kind == "list":
@@ -139,13 +139,13 @@ class Place:
 
 
 def locate(data_dir: str | Path, download: bool = False) -> Path | str:
-    """Return where a `data_dir` lies: a path, relative ones below the project, or the address of a storage as it is.
+    """Resolve a `data_dir` to a path, relative to the project root, or return the URL of object storage unchanged.
 
-    A data set of the Hugging Face hub is named `hf:ORG/NAME` or `hf:ORG/NAME@REVISION`, never guessed from `a/b`; its folder
-    is where huggingface_hub keeps it. download: fetch one that is missing.
+    A Hugging Face hub dataset is written `hf:ORG/NAME` or `hf:ORG/NAME@REVISION`, never guessed from `a/b`; it resolves to
+    its folder in the cache of huggingface_hub. download: fetch it if missing.
 
     Raises:
-        UserError: no such name, not reachable, or not downloaded.
+        UserError: not such a name, download failed, or not downloaded.
     """
     text = str(data_dir)
     if not text.startswith("hf:"):
@@ -157,7 +157,7 @@ def locate(data_dir: str | Path, download: bool = False) -> Path | str:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(match[1], repo_type="dataset", revision=match[2], local_files_only=not download))
-    except Exception as error:  # errors of the network and of the hub share no class
+    except Exception as error:  # network and hub errors share no base class
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         revision = f" --revision {match[2]}" if match[2] else ""
         raise UserError(
@@ -168,12 +168,12 @@ def locate(data_dir: str | Path, download: bool = False) -> Path | str:
 
 
 def look(path: Path | str, options: ReadOptions = DEFAULT_OPTIONS, latents: bool = False) -> Place:
-    """Return what lies at a path, at an address, or what a pattern names, to be read as it is.
+    """Detect the format of a path, URL or pattern that is to be read without conversion.
 
-    latents: whether stored latents will do.
+    latents: whether stored latents are allowed.
 
     Raises:
-        UserError: nothing there, or nothing that can be read as it is; names what to do.
+        UserError: nothing found, or a format that can't be read directly; says what to do.
     """
     if is_remote(path):
         storage = Storage(str(path), options.storage)
@@ -190,7 +190,7 @@ def look(path: Path | str, options: ReadOptions = DEFAULT_OPTIONS, latents: bool
 
 
 def survey(path: Path) -> Place:
-    """Return what lies at a path or what a pattern names, Parquet too. Raises UserError."""
+    """Detect the format of a local path or pattern, including Parquet. Raises UserError."""
     if is_pattern(str(path)):
         return _files(expand(str(path)), str(path))
     if path.is_file():
@@ -218,15 +218,15 @@ def is_dataset(folder: Path) -> bool:
 
 
 def holds_rows(folder: Path) -> bool:
-    """Return whether the folder holds a dataset, tars or Parquet, and no image files to be taken one by one."""
+    """Return whether the folder holds a dataset, tars or Parquet rather than individual image files."""
     return is_dataset(folder) or ((first := telling_file(folder)) is not None and not is_image(first.name))
 
 
 def nested_splits(root: Path) -> Path | None:
-    """Return the folder below `root` in which the splits of an image tree lie; None where there is none.
+    """Return the folder below `root` that contains the splits of an image tree; None if there is none.
 
     Raises:
-        UserError: several such folders, or images outside of it: taken together they would mix validation into training.
+        UserError: several such folders, or images outside of it: read together, they would mix validation into training.
     """
     found, classes = [], []
     waiting = [(root, 0)]
@@ -251,7 +251,7 @@ def nested_splits(root: Path) -> Path | None:
 
 
 def _has_splits(folder: Path) -> bool:
-    """Return whether the folders here are splits of images: training and another one, or training alone."""
+    """Return whether the subfolders are splits of images: training and another one, or training alone."""
     names = folders(folder)
     splits = folder_splits(names)
     train = [name for name, split in splits.items() if split == "train"]
@@ -261,7 +261,7 @@ def _has_splits(folder: Path) -> bool:
 
 
 def _first_image(folder: Path) -> bool:
-    """Return whether images lie directly in the folder, as in that of a class."""
+    """Return whether images lie directly in the folder, as in a class folder."""
     try:
         with os.scandir(folder) as entries:
             return any(is_image(entry.name) and not is_hidden(entry.name) for entry in islice(entries, LOOK_AT))
@@ -284,7 +284,7 @@ def _dataset(folder: Path) -> Place:
 
 
 def _cached_splits(folder: Path) -> dict[str, list[str]]:
-    """Return the files of each split as `load_dataset` caches them: NAME-SPLIT-00000-of-00002.arrow."""
+    """Return the files of each split in a `load_dataset` cache: NAME-SPLIT-00000-of-00002.arrow."""
     splits: dict[str, list[str]] = {}
     counts: dict[str, int] = {}
     for name in sorted(file.name for file in folder.glob("*.arrow") if not file.name.startswith("cache-")):
@@ -302,7 +302,7 @@ def _cached_splits(folder: Path) -> dict[str, list[str]]:
 
 
 def _files(files: list[Path], shown: str) -> Place:
-    """Return what files given one by one hold."""
+    """Detect the format of individually named files."""
     suffix = files[0].suffix.lower()
     if odd := [file for file in files if file.suffix.lower() != suffix]:
         raise UserError(
@@ -326,7 +326,7 @@ def _files(files: list[Path], shown: str) -> Place:
 
 
 def _folder(folder: Path) -> Place:
-    """Return what a folder without the marks of a dataset holds; the first files found in it decide."""
+    """Detect the format of a folder without dataset metadata, by the first files found in it."""
     if below := [name for name in folders(folder) if (folder / name / "dataset_info.json").is_file()]:
         raise UserError(
             f"{folder} (data.data_dir) is no dataset itself, but these folders in it are: {', '.join(below[:8])}. "
@@ -352,10 +352,10 @@ def _folder(folder: Path) -> Place:
 
 
 def telling_file(folder: Path) -> Path | None:
-    """Return the first image, tar or Parquet file in the splits of a folder, else in it, which tells its kind.
+    """Return the first image, tar or Parquet file in a folder's splits, else in the folder; it determines the format.
 
-    Tars before all else in their folder: img2dataset puts its Parquet beside them. Parquet without images tells nothing
-    while there may be images.
+    Tars take precedence over Parquet in the same folder, because img2dataset writes both. Parquet without images is returned
+    only if nothing else is found.
     """
     without = None
     for place in (*folder_splits(folders(folder)), ""):
@@ -374,7 +374,7 @@ def telling_file(folder: Path) -> Path | None:
 
 
 def _parquet_message(first: Path, shown: str) -> str:
-    """Say what to do with Parquet. Nothing at its place is overwritten: it may be the only copy."""
+    """Return what to do with Parquet. The command must not overwrite it: it may be the only copy."""
     if parquet.image_column(first) is None:
         columns = ", ".join(parquet.read_schema(first).names[:8])
         return (
@@ -401,7 +401,7 @@ def _nothing_there(path: Path) -> UserError:
 
 
 def _unreadable(folder: Path) -> str:
-    """Say what is there, and what to do. Nothing at `folder` is overwritten: it may be the only copy."""
+    """Return what the folder contains and what to do, never to overwrite it: it may be the only copy."""
     if not folders(folder) and not loose_files(folder):
         return f"it is empty. Make a dataset there with `{CONVERT} IMAGES --output_dir {folder}`."
     packed = next((name for name in walk(folder) if re.search(r"\.(tar\.\w+|tgz|zip|rar|7z)$", name.lower())), None)

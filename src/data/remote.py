@@ -1,7 +1,7 @@
-"""Tar files in object storage, read through fsspec: one ranged GET a row, by an index that is made once.
+"""Read tar files in object storage through fsspec: one ranged GET per row, by an index that is built once.
 
-Order, crops, noise and resuming are as with local files; the cache changes the speed alone. Options of the storage, which may
-hold secrets, are never logged or written.
+Order, crops, noise and resuming are as with local files; the cache only changes the speed. Storage options, which may
+contain secrets, are never logged or written.
 """
 
 import functools
@@ -23,16 +23,16 @@ from src.data.tars import TarSource
 T = TypeVar("T")
 
 WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
-"""Before each new try."""
+"""Delay before each retry."""
 CACHE_CHECK_ROWS = 32
-"""Rows between two looks at the size of one of the cache's folders."""
+"""Rows written between two size checks of a cache folder."""
 CACHE_FOLDERS = 256
 
 
 class Storage:
-    """A folder or pattern of objects. Opened anew in each process: connections do not survive a fork.
+    """A folder or pattern of objects. Reopened in each process: connections do not survive a fork.
 
-    options: for the file system of fsspec (endpoint, keys); never shown.
+    options: for the fsspec file system (endpoint, keys); never shown.
     """
 
     def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:
@@ -44,10 +44,10 @@ class Storage:
 
     @functools.cached_property
     def sizes(self) -> dict[str, int]:
-        """List the tars below the address, or matching it: bytes by name relative to it.
+        """Return the size in bytes of each tar below the URL or matching it, by name relative to it.
 
         Raises:
-            UserError: not reachable, or nothing there.
+            UserError: unreachable, or no tars.
         """
         system, root = self._system()
         one_by_one = root.endswith(".tar") or any(c in root for c in "*?[")
@@ -60,7 +60,7 @@ class Storage:
         return {name: int(found[path]["size"]) for name, path in names.items()}
 
     def read(self, name: str, start: int, size: int) -> bytes:
-        """Read a range with one request, trying again where the network fails. Raises UserError."""
+        """Read a byte range with one request, retried on network errors. Raises UserError."""
         system, root = self._system()
         return self._try(lambda: system.cat_file(f"{self._base(root)}/{name}", start=start, end=start + size))
 
@@ -90,7 +90,7 @@ class Storage:
         while True:
             try:
                 return call()
-            except Exception as error:  # each storage raises its own
+            except Exception as error:  # each storage backend raises its own
                 tried = f" Tried {len(WAITS_S) + 1} times within {time.monotonic() - began:.0f} s."
                 if final := isinstance(error, (FileNotFoundError, PermissionError)):
                     tried = ""
@@ -102,7 +102,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class RemoteTar:
-    """An object, read as a file is."""
+    """An object that is read like a file (`Readable`)."""
 
     storage: Storage
     name: str
@@ -116,14 +116,14 @@ class RemoteTar:
 class RemoteTarSource(TarSource):
     """Samples of tars in object storage. Pickles as its arguments.
 
-    names: relative to the address. cache_gb: size of the local cache; 0: none.
+    names: relative to the URL. cache_gb: size of the local cache; 0: none.
 
     Raises:
-        UserError: not reachable, or whatever TarSource refuses.
+        UserError: unreachable, or as TarSource.
     """
 
     threads, header_bytes = 16, 1 << 20
-    """Headers lie between images, so that indexing reads the objects whole, but for large images."""
+    """Headers lie between the images, so indexing downloads everything except parts of large images."""
 
     def __init__(self, storage: Storage, names: Sequence[str], label: str | None, cache_gb: float = 0.0) -> None:
         self._arguments = storage, names, label, cache_gb
@@ -149,9 +149,9 @@ class RemoteTarSource(TarSource):
 
 
 class Cache:
-    """Rows on the local disk, up to a size; those read longest ago go first. Shared by all processes.
+    """Rows cached on local disk up to a size limit, evicted least recently used first. Shared by all processes.
 
-    Each folder has an equal share of the size, so that no look at it goes over the millions of files of all.
+    Each folder has an equal share of the limit, so that a size check need not list millions of files.
     """
 
     def __init__(self, folder: Path, limit_gb: float) -> None:
@@ -169,7 +169,7 @@ class Cache:
         return data
 
     def put(self, key: str, data: bytes) -> None:
-        """Keep a row; a full disk is no error."""
+        """Store a row; a full disk is not an error."""
         with suppress(OSError):
             with replacing(path := self._path(key), durable=False) as file:
                 file.write(data)
@@ -195,6 +195,6 @@ class Cache:
 
 
 def is_remote(data_dir: str | Path) -> bool:
-    """Return whether this is an address of a storage, `s3://bucket/folder`."""
+    """Return whether this is the URL of object storage, `s3://bucket/folder`."""
     scheme, found, _ = str(data_dir).partition("://")
     return bool(found) and scheme.isalnum()

@@ -1,6 +1,6 @@
-"""What the node `data` may say, of all its data and of each source and evaluation set.
+"""Typed settings of the config node `data`, of each source and of each evaluation set.
 
-The meaning of each key stands in `configs/data/imagenet.yaml`.
+`configs/data/imagenet.yaml` documents each key.
 """
 
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ from src.data.decode import Exif
 from src.data.mix import Unit
 
 REMOVED_KEYS = {"prefetch_factor", "pin_memory", "worker_start", "val_batch_size"}
-"""Of run configs written by earlier versions; accepted and without effect."""
+"""Keys in run configs of earlier versions; accepted and ignored."""
 Count = Annotated[int, Field(ge=1)]
 
 
 class _Common(Settings):
-    """Keys that a source of a mix may set for itself; what it leaves out is as in `data`."""
+    """Keys that each source of a mix may set; the defaults are those of `data`."""
 
     use_hf_dataset: bool | None
     hf_split: str
@@ -38,15 +38,15 @@ class _Common(Settings):
 
 
 class SourceSettings(_Common):
-    """One source. weight: of a mix."""
+    """One source. weight: in a mix."""
 
     data_dir: str
     weight: float = Field(default=1.0, gt=0)
 
 
 class EvaluationSettings(Settings):
-    """One evaluation set. split: null: its validation split, else its test split, else all of it. reference: statistics of
-    reference images for FID, null: the originals of the set. num_samples: null: as many as rFID takes."""
+    """One evaluation set. split: null: its validation split, else its test split, else all images. reference: statistics of
+    reference images for FID; null: the set's original images. num_samples: null: as many as rFID uses."""
 
     data_dir: str
     split: str | None = None
@@ -77,14 +77,14 @@ class DataSettings(_Common):
 
     @classmethod
     def of(cls, node: Mapping[str, Any]) -> Self:
-        """Check the node. Raises UserError."""
+        """Parse and check the node. Raises UserError."""
         return cls.parse({key: value for key, value in node.items() if key not in REMOVED_KEYS}, "data")
 
     def parse_sources(self) -> dict[str, SourceSettings]:
-        """Return the sources by name; a single data set is one of an empty name.
+        """Return the sources by name; a single dataset has an empty name.
 
         Raises:
-            UserError: both or neither of `data_dir` and `sources`, a name that can't be one, or wrong keys and values.
+            UserError: both or neither of `data_dir` and `sources`, an invalid name, or invalid keys or values.
         """
         if (self.data_dir is None) == (self.sources is None):
             raise UserError(
@@ -102,7 +102,7 @@ class DataSettings(_Common):
         for name, values in _named(self.sources, "data.sources").items():
             given = {**common, **values}
             if values.get("train_crop", "random") != "random" and "resize_shorter_px" not in values:
-                given["resize_shorter_px"] = None  # the common one is for random crops
+                given["resize_shorter_px"] = None  # the common value is for random crops
             found[name] = SourceSettings.parse(given, f"data.sources.{name}")
         return found
 
@@ -113,13 +113,13 @@ class DataSettings(_Common):
 
 
 def first_source(node: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the node `data:` of a run as one of a single data set: of a mix, with what its first source says."""
+    """Return a run's `data` node as that of a single dataset: for a mix, with the values of its first source."""
     sources = node.get("sources")
     return {**node, **next(iter(sources.values()))} if sources else node
 
 
 def _named(node: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """Return a node of names; raise UserError where it is none."""
+    """Check and return a node that maps names to settings. Raises UserError."""
     if not node:
         raise UserError(
             f"{key}={node}: expected a name for each, as `{key}: {{imagenet: {{data_dir: ...}}}}`, or null."

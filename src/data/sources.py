@@ -1,4 +1,4 @@
-"""Rows of encoded images, and the source that reads image files one by one."""
+"""Define the interface of image sources, and read folders of image files."""
 
 import hashlib
 import logging
@@ -17,16 +17,16 @@ from src.data.decode import BadImage
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
-MAX_FILE_BYTES = 1 << 29  # an encoded image of half a GiB is no photograph
+MAX_FILE_BYTES = 1 << 29  # 512 MiB, far above any photograph
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How a data set is read, whatever its format: names of columns, and options of object storage.
+    """How to read a dataset of any format: column names, and options of object storage.
 
-    image: None for the column called `image`, else the only one of the type Image. label: None for the column called
-    `label`, where it holds whole numbers; of tars `cls` or `json:KEY`. storage: for fsspec; may hold secrets, so it is
-    never shown. cache_gb: of rows from object storage, on the local disk; 0: none.
+    image: None: the column called `image`, else the only one of type Image. label: None: the column called `label`, if it
+    holds integers; of tars `cls` or `json:KEY`. storage: for fsspec; may contain secrets, so it is never shown.
+    cache_gb: local disk cache for rows from object storage; 0: none.
     """
 
     image: str | None = None
@@ -39,29 +39,29 @@ DEFAULT_OPTIONS = ReadOptions()
 
 
 class Source(Protocol):
-    """Rows of encoded images, the same in every process."""
+    """Rows of encoded images, identical in every process."""
 
     class_names: Sequence[str] | None
     num_classes: int | None
-    """How many classes the labels count; None where there are no labels."""
+    """Number of classes; None if there are no labels."""
 
     def __len__(self) -> int: ...
 
     def encoded(self, index: int) -> bytes | memoryview:
-        """Return the row's file as it is stored, undecoded. Raises BadImage where it can't be read."""
+        """Return the row's encoded image as stored. Raises BadImage if it can't be read."""
 
     def label(self, index: int) -> int | None:
-        """Return the row's class, 0..num_classes-1; None or -1 where it has none."""
+        """Return the row's class, 0..num_classes-1; None or -1 if it has none."""
 
     def name(self, index: int) -> str:
-        """Return the file's name where it is known, for messages."""
+        """Return the row's file name if known, for messages."""
 
     def fingerprint(self) -> str:
         """Return 16 hex digits that change when rows are added, removed or renamed."""
 
 
 class FileSource:
-    """Image files, in the order given. files: relative to `root`; labels: by file, or None where there are no classes."""
+    """Image files, in the given order. files: relative to `root`; labels: one per file, None: no class; empty: no labels."""
 
     def __init__(
         self,
@@ -71,9 +71,9 @@ class FileSource:
         class_names: Sequence[str] = (),
         num_classes: int | None = None,
     ) -> None:
-        """num_classes: None counts the names."""
+        """num_classes: None: the number of class names."""
         encoded = [file.encode("utf-8", "surrogatepass") for file in files]
-        # In one piece: of a list, loading processes would copy page after page, by counting references to what they read.
+        # One buffer: with a list, reference counting would make forked workers copy its pages one by one.
         self._text, self._starts = b"".join(encoded), np.cumsum([0, *map(len, encoded)], dtype=np.int64)
         self._labels = np.array([-1 if label is None else label for label in labels], np.int64)
         self.root = root
@@ -105,7 +105,7 @@ class FileSource:
         return short_digest(b"".join(os.fsencode(name) + b"\0" for name in self.names))
 
     def cut(self, start: int, stop: int) -> "FileSource":
-        """Return the rows from `start` to `stop`."""
+        """Return a source of the rows from `start` to `stop`."""
         names = [self.member(i) for i in range(start, stop)]
         return FileSource(self.root, names, self._labels[start:stop].tolist(), self.class_names or ())
 
@@ -116,9 +116,9 @@ def short_digest(data: bytes) -> str:
 
 
 def read_file(path: str | Path) -> bytes:
-    """Read an image file whole. Raises BadImage where that can't be done, is no regular file or too large."""
+    """Read an image file. Raises BadImage if it can't be read, is not a regular file or is too large."""
     try:
-        never_wait = getattr(os, "O_NONBLOCK", 0)  # for the writer of a pipe
+        never_wait = getattr(os, "O_NONBLOCK", 0)  # for the writer of a named pipe
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | never_wait)) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
@@ -134,7 +134,7 @@ def open_image_tree(root: Path) -> FileSource:
     """Open the image files below a folder: one folder per class, searched to any depth, or loose files without classes.
 
     Raises:
-        UserError: no file whose name ends like an image's.
+        UserError: no file with the suffix of an image.
     """
     classes = folders(root)
     files, labels = class_files(root, classes, is_image)
@@ -155,14 +155,14 @@ def open_image_tree(root: Path) -> FileSource:
 def class_files(
     root: Path, class_names: Sequence[str], wanted: Callable[[str], bool] | None = None, place: str = ""
 ) -> tuple[list[str], list[int | None]]:
-    """List the files (relative to `root`) and labels of the classes that are folders in `root`/`place`.
+    """List the files (relative to `root`) and labels of the class folders in `root`/`place`.
 
-    wanted: which names to take; None: all, those of what is no regular file too.
+    wanted: selects file names; None: all, including those of non-regular files.
     """
     files: list[str] = []
     labels: list[int | None] = []
     here = (root / place).resolve()
-    seen = {_identity(folder) for folder in (here, *here.parents)}  # a link to one of these would bring in other splits
+    seen = {_identity(folder) for folder in (here, *here.parents)}  # a link to one of these would add other splits
     for i, name in enumerate(class_names):
         for file in walk(root, os.path.join(place, name), seen, every=wanted is None):
             if wanted is None or wanted(file):
@@ -176,18 +176,18 @@ def is_image(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder is none of the user's: hidden, or made by an archiver, a NAS or a file system."""
+    """Return whether to ignore a file or folder: hidden, or created by an archiver, a NAS or a file system."""
     return name.startswith(".") or name in ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN")
 
 
 def walk(root: Path, place: str = "", seen: set[tuple[int, int]] | None = None, every: bool = False) -> Iterator[str]:
-    """Yield the regular files below `root`/`place`, relative to `root`, in the order of sorted names.
+    """Yield the regular files below `root`/`place`, relative to `root`, in sorted order.
 
-    Links are followed, but each folder is entered once, so that loops end. Hidden files and folders are left out.
+    Links are followed, but each folder is visited only once, so that loops end. Hidden files and folders are skipped.
 
     Args:
-        seen: folders entered before; those entered here are added.
-        every: pipes, devices and broken links too.
+        seen: folders visited before; updated in place.
+        every: include pipes, devices and broken links.
 
     Raises:
         UserError: a folder that can't be listed.
@@ -207,17 +207,17 @@ def walk(root: Path, place: str = "", seen: set[tuple[int, int]] | None = None, 
 
 
 def folders(path: Path) -> list[str]:
-    """Return the names of the folders in `path`, sorted; hidden ones are left out."""
+    """Return the names of the folders in `path`, sorted, without hidden ones."""
     return [entry.name for entry in _entries(path) if _is(entry.is_dir)]
 
 
 def loose_files(path: Path) -> list[str]:
-    """Return the names of everything in `path` that is no folder, sorted; hidden ones are left out."""
+    """Return the names of everything in `path` except folders, sorted, without hidden ones."""
     return [entry.name for entry in _entries(path) if not _is(entry.is_dir)]
 
 
 def printable(text: str) -> str:
-    """Return text for one line of a log: escapes for control characters and for what is no valid UTF-8."""
+    """Escape control characters and invalid UTF-8, for one line of a log."""
     decoded = os.fsencode(text).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in decoded)
 
@@ -228,7 +228,7 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def _is(question: Callable[[], bool]) -> bool:
-    """Ask an entry for its kind; a link that leads to itself is of none."""
+    """Return the answer of `entry.is_dir` or `entry.is_file`; False if it fails, as for a link to itself."""
     try:
         return question()
     except OSError:

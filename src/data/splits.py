@@ -1,4 +1,4 @@
-"""The splits of a `data_dir`, and which rows are for training and which are held out."""
+"""Open the splits of a `data_dir`, and divide its rows into training and held-out ones."""
 
 import logging
 from dataclasses import dataclass
@@ -15,33 +15,33 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Splits:
-    """Sources and the rows of them that each part uses; `validation` is None where nothing is held out."""
+    """The sources for training and validation, and the rows used from each; `validation` is None if nothing is held out."""
 
     train: Source
     train_rows: Rows
     validation: Source | None
     validation_rows: Rows
     kind: str
-    """What was opened, in words."""
+    """Format of the data, as text."""
     description: str
     """One sentence for the log."""
 
     @property
     def sources(self) -> list[Source]:
-        """Return the source of training, and that of evaluation where it is another one."""
+        """Return the training source, and the validation source if it is a different one."""
         return [self.train] if self.validation in (None, self.train) else [self.train, self.validation]
 
 
 def open_evaluation(
     data_dir: Path | str, split: str | None, columns: ReadOptions = DEFAULT_OPTIONS
 ) -> tuple[Source, str]:
-    """Open an evaluation set: the split asked for, else the validation or test split, else everything.
+    """Open an evaluation set: the requested split, else the validation or test split, else everything.
 
     Returns:
-        The source, and a sentence about it.
+        The source, and a sentence that describes it.
 
     Raises:
-        UserError: no such split, or nothing there.
+        UserError: no such split, or no data.
     """
     data = look(data_dir, columns)
     chosen = split or data.held_out_split("train", VALIDATION_SPLITS[0], TEST_SPLITS[0])
@@ -59,11 +59,11 @@ def open_splits(
 ) -> Splits:
     """Open the data of a run.
 
-    Where the validation split exists, training takes `train_split` of the training split and evaluation all of the
-    validation split. Where it does not, `train_split` of the training split is for training and the rest is held out.
+    Training uses the share `train_split` of the training split. Evaluation uses the whole validation split if it exists,
+    else the rest of the training split.
 
     Raises:
-        UserError: nothing there, or nothing left to train on.
+        UserError: no data, or nothing left to train on.
     """
     data = look(data_dir, columns, latents=True)
     kind = KINDS[data.kind]

@@ -1,7 +1,7 @@
-"""Find the images of tar files (whatever tarfile reads: USTAR, GNU, PAX) by reading headers and labels alone.
+"""Index the images of tar files (all that tarfile reads: USTAR, GNU, PAX) by reading only headers and labels.
 
-A sample is what shares a name up to the first dot and lies together, as WebDataset writes it. Its first image member
-counts: `0001.jpg`, not `0001.mask.png`. Hidden members and all that is no regular file are left out.
+A sample is a run of members that share a name up to the first dot, as in WebDataset. Its first image member is used:
+`0001.jpg`, not `0001.mask.png`. Hidden members and members that are not regular files are skipped.
 """
 
 import itertools
@@ -22,11 +22,11 @@ from src.data.sources import SUFFIXES
 BLOCK = 512
 PAGE = 4096
 HEADER_BYTES = 2 * PAGE
-"""Read for a header, with what follows."""
+"""Bytes read at once for a header and what follows it."""
 NO_LABEL, ODD_LABEL = -1, -2
-"""Of a sample without a label, and of one whose label is no whole number from 0 on."""
+"""Of a sample without a label, and of one whose label is not a whole number from 0."""
 MAX_SMALL = 1 << 20
-"""Largest size of what is read whole (long names, labels), bytes."""
+"""Most bytes read in one piece (long names, labels)."""
 COMPRESSED = {
     b"\x1f\x8b": ("gzip", "gunzip"),
     b"\x28\xb5\x2f\xfd": ("zstd", "unzstd --rm"),
@@ -35,20 +35,20 @@ COMPRESSED = {
 }
 _IMAGES = frozenset(suffix[1:] for suffix in SUFFIXES)
 _USED = re.compile(rb"path=|size=|GNU\.sparse|charset=")
-"""In PAX records, beside times and owners, which change nothing."""
+"""PAX records that matter; others, such as times and owners, are ignored."""
 _OCTAL = re.compile(rb"[0-7]+[\0 ]")
 
 
 @dataclass(frozen=True)
 class TarRows(FileRows):
-    """The samples with an image of one tar. without_image: samples without an image member; examples: some of these."""
+    """The samples of one tar that have an image. without_image: number of samples that have none; examples: some of these."""
 
     without_image: int
     examples: list[str]
 
 
 def check_label(label: str | None) -> None:
-    """Raise UserError unless `label` is one that tars can have: None, `cls` or `json:KEY`."""
+    """Check that `label` is one that tars can have: None, `cls` or `json:KEY`. Raises UserError."""
     if label not in (None, "cls") and not (label.startswith("json:") and label != "json:"):
         raise UserError(
             f"data.label={label}: of tars expected null, cls, or json:KEY (the key of the .json beside an image)."
@@ -56,11 +56,11 @@ def check_label(label: str | None) -> None:
 
 
 def index_tar(file: Readable, label: str | None = None, at_once: int = HEADER_BYTES) -> TarRows:
-    """Find the samples of a tar. label: None or `cls` for the member `.cls`, `json:KEY` for a key of the member `.json`;
-    at_once: bytes to read for a header, with what follows.
+    """Index the samples of a tar. label: None or `cls` for the member `.cls`, `json:KEY` for a key of the member `.json`;
+    at_once: bytes to read for a header and what follows it.
 
     Raises:
-        Damaged: cut short, compressed, or no tar.
+        Damaged: truncated, compressed, or not a tar.
     """
     extension, _, key = ("cls", "", "") if label is None else label.partition(":")
     window = Window(file, at_once)
@@ -87,7 +87,7 @@ def index_tar(file: Readable, label: str | None = None, at_once: int = HEADER_BY
 
 
 def _sample(name: str) -> tuple[str, str]:
-    """Return the sample that a member belongs to, and which kind it is; nothing for hidden ones."""
+    """Return a member's sample name and its extension; empty for hidden members."""
     if name.startswith(".") or "/." in name:
         return "", ""
     folder, slash, file = name.rpartition("/")
@@ -104,7 +104,7 @@ def _label(data: bytes, key: str) -> int:
 
 
 class Window:
-    """Reads short ranges, also for tarfile, as of an open file; those within `at_once` bytes cost one read."""
+    """Read short ranges of a file through a buffer of `at_once` bytes; also serves tarfile as a file object."""
 
     def __init__(self, file: Readable, at_once: int = HEADER_BYTES) -> None:
         self.size = file.size
@@ -132,7 +132,7 @@ class Window:
 
 
 def members(window: Window) -> Iterator[tarfile.TarInfo]:
-    """Yield the regular files of a tar in their order. Raises Damaged, also where tarfile would take damage for the end."""
+    """Yield the regular files of a tar in order. Raises Damaged, also where tarfile would mistake damage for the end."""
     start, at = window.take(0, BLOCK), 0
     if not start:
         raise Damaged("the file is empty")
@@ -153,13 +153,13 @@ def members(window: Window) -> Iterator[tarfile.TarInfo]:
                 raise Damaged(f"it is cut short within {found.name}")
             if found.isreg() and not found.name.endswith("/"):
                 yield found
-            found = None if tar.pax_headers else _plain(window, at)  # type: ignore[attr-defined]  # of the whole file
+            found = None if tar.pax_headers else _plain(window, at)  # type: ignore[attr-defined]  # global ones
             if found is None:
                 found = tar.next()
             else:
                 tar.offset = _end(found.offset_data, found.size)  # type: ignore[attr-defined]
     except (tarfile.TarError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError):
-        pass  # the bytes there say more than tarfile does
+        pass  # the checks below give a better reason than tarfile
     header = window.take(at, BLOCK)
     if len(header) < BLOCK:
         raise Damaged(f"it is cut short: no end mark at byte {at:,}")
@@ -168,7 +168,7 @@ def members(window: Window) -> Iterator[tarfile.TarInfo]:
 
 
 def _plain(window: Window, at: int) -> tarfile.TarInfo | None:
-    """Return the regular file whose header lies at `at`, where that says no more than most do: tarfile takes four times as long."""
+    """Parse the header at `at` if it is a plain one of a regular file, else return None. tarfile takes four times as long."""
     header = window.take(at, BLOCK)
     if header[156:157] == b"x":
         records = _size(header)
@@ -177,7 +177,7 @@ def _plain(window: Window, at: int) -> tarfile.TarInfo | None:
         at = _end(at + BLOCK, records)
         header = window.take(at, BLOCK)
     size = _size(header)
-    if size is None or header[156:157] != b"0" or header[345]:  # another kind, or a name in two parts
+    if size is None or header[156:157] != b"0" or header[345]:  # another type, or a name with a prefix
         return None
     found = tarfile.TarInfo(header[:100].split(b"\0", 1)[0].decode("utf-8", "surrogateescape"))
     found.offset_data, found.size = at + BLOCK, size
@@ -185,21 +185,21 @@ def _plain(window: Window, at: int) -> tarfile.TarInfo | None:
 
 
 def _size(header: bytes) -> int | None:
-    """Return the size that a header says, in bytes; None where its checksum or one of the two numbers is for tarfile to judge."""
+    """Return the size in a header, in bytes; None if the checksum or a number's format is unusual and left to tarfile."""
     size, noted = header[124:136], header[148:155]
     if len(header) < BLOCK or not (_OCTAL.fullmatch(size) and _OCTAL.fullmatch(noted)):
         return None
-    # The checksum's own bytes count as blanks. Adler-32 ends with 1 + the sum of all bytes, modulo 65521.
+    # The checksum's own bytes count as blanks. The low half of Adler-32 is 1 + the sum of all bytes, modulo 65521.
     whole = int(noted[:-1], 8) - 8 * ord(" ") + sum(header[148:156])
     right = zlib.adler32(header) & 0xFFFF == (whole + 1) % 65521
     return int(size[:-1], 8) if right and header[257:262] == b"ustar" else None
 
 
 def _end(start: int, size: int) -> int:
-    """Return where the header behind `size` bytes at `start` lies."""
+    """Return the offset of the header that follows `size` bytes at `start`."""
     return start + (size + BLOCK - 1) // BLOCK * BLOCK
 
 
 def header_name(header: bytes) -> str:
-    """Return the name in a header; of a long one, which stands before it, the beginning. Raises tarfile.HeaderError."""
+    """Return the name in a header; of a long name, stored before it, only the beginning. Raises tarfile.HeaderError."""
     return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name

@@ -1,4 +1,4 @@
-"""Open tar files of images, read in place through an index that is made once."""
+"""Open tar files of images, which are read in place through an index that is built once."""
 
 import logging
 import tarfile
@@ -21,21 +21,20 @@ from src.data.tar_index import BLOCK, HEADER_BYTES, ODD_LABEL, TarRows, check_la
 log = logging.getLogger(__name__)
 
 VERSION = 2
-"""Of what the index says; another one makes it anew."""
+"""Version of the index; a change makes cached indexes be rebuilt."""
 
 
 class TarSource(PackedSource):
-    """Samples with an image of tar files, in the order of the names. Pickles as its arguments.
+    """Samples of tar files that have an image, in the order of `names`. Pickles as its arguments.
 
-    root: folder that the names are relative to. label: None for `.cls` where there are whole numbers in it, `cls`, or
-    `json:KEY`.
+    root: folder that the names are relative to. label: `cls`, `json:KEY`, or None for `.cls` if all are whole numbers.
 
     Raises:
-        UserError: cut short, compressed, no tar, without images, or without the labels wanted.
+        UserError: truncated, compressed, not a tar, without images, or without the requested labels.
     """
 
     threads, header_bytes = 1, HEADER_BYTES
-    """Of indexing: tars read at the same time, and what is read at once."""
+    """For indexing: tars read at the same time, and bytes read at once (`HEADER_BYTES`)."""
 
     def __init__(self, root: Path, names: Sequence[str], label: str | None = None, quiet: bool = False) -> None:
         self._arguments = root, list(names), label, True
@@ -58,7 +57,7 @@ class TarSource(PackedSource):
         open_tar: Callable[[str], Readable],
         quiet: bool = False,
     ) -> None:
-        """Find or make the index. place: for messages; root: whose folder keeps the index; what, state: its keys."""
+        """Find or build the index. place: for messages; root: folder of the cached index; what, state: its keys."""
         check_label(label)
         self.place, self.sizes, self.names = place, dict(sizes), list(sizes)
         self.key = {"version": VERSION, "names": self.names, "label": label or "cls", **what}
@@ -86,7 +85,7 @@ class TarSource(PackedSource):
             return f"row {index} in {file}"
 
     def member(self, index: int) -> str:
-        """Return the name of the row's member; of a long one the beginning. Raises BadImage where it can't be read."""
+        """Return the name of the row's member; of a long one, the beginning. Raises BadImage if it can't be read."""
         number = self.file_of(index)
         try:
             return header_name(self.read(number, int(self.index.offsets[index]) - BLOCK, BLOCK))
@@ -117,7 +116,7 @@ class TarSource(PackedSource):
 
 
 def join(parts: Sequence[TarRows]) -> tuple[PackedIndex, dict[str, Any]]:
-    """Return the index of several tars, and what is to be known of it without reading it."""
+    """Return the index of several tars, and a summary of it for its header."""
     index = PackedIndex.of_files(parts)
     assert index.labels is not None
     return index, {
@@ -129,10 +128,10 @@ def join(parts: Sequence[TarRows]) -> tuple[PackedIndex, dict[str, Any]]:
 
 
 def usable_labels(found: index_files.Found, label: str | None, place: str) -> tuple[np.ndarray | None, int | None]:
-    """Return the labels of an index and how many classes they count; None where not all of them are whole numbers.
+    """Return the labels of an index and the number of classes; None, None if not all labels are whole numbers.
 
     Raises:
-        UserError: such labels, but asked for.
+        UserError: such labels were requested.
     """
     odd, largest = found.header["odd_labels"], found.header["largest_label"]
     if not odd and largest >= 0:

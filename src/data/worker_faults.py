@@ -1,7 +1,7 @@
-"""Loading processes that die, hang, or find no shared memory.
+"""Handle data-loading workers that die, hang, or run out of shared memory.
 
-A batch that its processes don't deliver is loaded in the training process, and the run is asked to stop: it finishes its
-update on all ranks, saves, and ends with one message.
+A batch that the workers don't deliver is loaded in the training process, and the run is asked to stop: it finishes the
+update on all ranks, saves a checkpoint, and ends with one message.
 """
 
 import atexit
@@ -27,23 +27,23 @@ log = logging.getLogger(__name__)
 
 SHARED_MEMORY = Path("/dev/shm")
 SHARE_OF_FREE = 0.8
-"""Of the free shared memory that prefetched batches may take."""
+"""Largest share of free shared memory used for prefetched batches."""
 LONGEST_TEMPORARY = 107 - len("/pymp-12345678/listener-12345678")
-"""Bytes of the temporary folder's name: a socket's has at most 107 on Linux, and Python adds to it."""
+"""Longest path of the temporary folder, bytes: a socket's path has at most 107 on Linux, and Python appends to it."""
 _FEWER = "Use fewer loading processes (data.num_workers)"
 _LARGER = "In a container, give it more shared memory (docker run --shm-size=16g)"
 
 
 START_S = (5.0, 30.0)
-"""How long a forked process may take to run, at the first and the second try."""
+"""Seconds that a forked worker may take to start, at the first and the second try."""
 
 
 class _WorkerDied(Exception):
-    """Raised in the middle of waiting for a batch."""
+    """Raised while waiting for a batch."""
 
 
 class _DeathWatch:
-    """Handles SIGCHLD: torch's own handler raises wherever the process is, in the middle of an update too."""
+    """A SIGCHLD handler that raises only while waiting for a batch; torch's own raises anywhere, even within an update."""
 
     def __init__(self) -> None:
         self._waiting_for: Any = None
@@ -53,7 +53,7 @@ class _DeathWatch:
             signal.signal(signal.SIGCHLD, self._check)
 
     def wait(self, iterator: Any, call: Callable[[Any], Any], argument: Any) -> Any:
-        """Return `call(argument)`. Raises _WorkerDied if a process of this iterator (None: of none) has died."""
+        """Return `call(argument)`. Raises _WorkerDied if a worker of `iterator` has died; None skips the check."""
         self._waiting_for = iterator
         try:
             self._check()
@@ -70,28 +70,28 @@ _WATCH = _DeathWatch()
 
 
 def batches_of(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Yield the batches of `loader`, all of them, whatever becomes of its processes.
+    """Yield all batches of `loader`, even if its workers fail.
 
     Raises:
-        UserError: as the data set raised it, without the traceback that a loading process puts before it.
+        UserError: as raised by the dataset, without the traceback that a worker adds.
     """
     if not loader.num_workers:
         yield from loader
         return
-    iterator: Any = loader._iterator  # of the pass before, where its processes live on
+    iterator: Any = loader._iterator  # from the previous pass, with persistent workers
     begun, done = False, 0
     while True:
         try:
             if not begun:
                 iterator, begun = _WATCH.wait(iterator, iter, loader), True
-                _WATCH.install()  # in place of torch's, which the first iterator of a process installs
+                _WATCH.install()  # replaces torch's, installed by the first iterator of a process
             batch = _WATCH.wait(iterator, next, iterator)
         except StopIteration:
             return
         except UserError as error:
             marker = f"{UserError.__module__}.{UserError.__qualname__}: "
             raise UserError(str(error).rpartition(marker)[2].strip()) from None
-        except Exception as error:  # where a process died, that of its half-sent batch too
+        except Exception as error:  # a worker that died may leave a half-sent batch
             if iterator is None or not _is_fault(error, iterator):
                 raise
             _give_up(loader, iterator)
@@ -103,16 +103,16 @@ def batches_of(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def start_method(name: str) -> Any:
-    """Return the multiprocessing context of a start method; a forked process that does not come to run is killed and forked anew.
+    """Return the multiprocessing context of a start method; a forked worker that does not start is killed and forked again.
 
-    Before Python 3.12 it waits for ever where, at the moment of the fork, a thread of gloo or nccl was about to take the
-    interpreter: the child needs that thread's lock (HEAD_LOCK of Python/pystate.c) and makes it anew only afterwards.
+    Before Python 3.12 it hangs if, at the moment of the fork, a thread of gloo or nccl was about to acquire the GIL: the
+    child needs that thread's lock (HEAD_LOCK in Python/pystate.c) and recreates it only afterwards.
     """
     if name != "fork" or sys.version_info >= (3, 12):
         return multiprocessing.get_context(name)
 
     class Worker(multiprocessing.context.ForkProcess):
-        running = -1  # end of a pipe into which the new process writes
+        running = -1  # write end of a pipe, for the new process
 
         def _bootstrap(self, *arguments: Any, **named: Any) -> int:
             os.write(self.running, b".")
@@ -125,7 +125,7 @@ def start_method(name: str) -> Any:
                 reader, process.running = os.pipe()
                 started = multiprocessing.context.ForkProcess._Popen(process)  # type: ignore[attr-defined]
                 os.close(process.running)
-                runs = connection.wait([reader], patience)  # or has ended
+                runs = connection.wait([reader], patience)  # or has exited
                 os.close(reader)
                 if runs:
                     break
@@ -141,7 +141,7 @@ def start_method(name: str) -> Any:
 
 
 def check_temporary_folder() -> None:
-    """Check that loading processes can hand over batches, by sockets there. UserError: its name is too long; they would hang."""
+    """Check that workers can use sockets in the temporary folder. Raises UserError if its path is too long: they would hang."""
     folder = tempfile.gettempdir()
     if len(os.fsencode(folder)) > LONGEST_TEMPORARY:
         raise UserError(
@@ -152,16 +152,16 @@ def check_temporary_folder() -> None:
 
 
 def prefetched_batches(workers: int, wanted: int, batch_bytes: int, loaders: int, batch_size: int) -> int:
-    """Return how many batches each loading process may prepare ahead, at most `wanted`, so that they fit shared memory.
+    """Return how many batches each worker may prefetch, at most `wanted`, so that they fit in shared memory.
 
     Args:
-        workers: of one loader.
-        batch_bytes: of one batch.
-        loaders: such loaders that fill shared memory at the same time on this machine.
+        workers: per loader.
+        batch_bytes: size of one batch.
+        loaders: such loaders that use shared memory at the same time on this machine.
         batch_size: images in a batch, for the message.
 
     Raises:
-        UserError: not even one batch for each process fits.
+        UserError: not even one batch per worker fits.
     """
     if not workers or not SHARED_MEMORY.is_dir():
         return wanted
@@ -195,7 +195,7 @@ def _death(code: int | None) -> str:
 
 @atexit.register
 def _end_leftovers() -> None:
-    """End loading processes that nobody closed; Python would signal them by SIGTERM, which they ignore, and wait."""
+    """Kill workers that were not closed; Python would send SIGTERM, which they ignore, and wait."""
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
@@ -203,16 +203,16 @@ def _end_leftovers() -> None:
 
 def _is_fault(error: Exception, iterator: Any) -> bool:
     text = str(error)
-    if "in DataLoader worker process" in text:  # what the data set raised
+    if "in DataLoader worker process" in text:  # raised by the dataset
         return False
     lost = isinstance(error, (_WorkerDied, ConnectionError, EOFError)) or "pin memory thread" in text
-    died = bool(_dead(iterator, patience=2 if lost else 0))  # the system may need a moment to say so
+    died = bool(_dead(iterator, patience=2 if lost else 0))  # the death may show a moment later
     return lost or died or "DataLoader timed out after" in text
 
 
 def _dead(iterator: Any, patience: float = 0) -> list[Any]:
-    """Return the processes that have ended, by what closes with them: `is_alive` must not be called by a signal handler."""
-    if iterator._shutdown:  # at the end of a pass
+    """Return the workers that have exited, by their sentinels: `is_alive` must not be called in a signal handler."""
+    if iterator._shutdown:  # the pass has ended
         return []
     closed = connection.wait([worker.sentinel for worker in iterator._workers], patience)
     return [worker for worker in iterator._workers if worker.sentinel in closed]
