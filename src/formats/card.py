@@ -1,4 +1,4 @@
-"""Write the model card (README.md) of an export: what it is, how to use it, how good it is, where it comes from."""
+"""Write the model card (README.md) of an export: what the model is, how to use it, its scores and its origin."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ _SCORES = ("rfid", "rfid_untrained", "psnr", "ssim", "lpips", "lpips_untrained")
 
 
 def model_card(rae: RAE, facts: Mapping[str, Any]) -> str:
-    """Return Markdown. `facts`: what `rae_export.json` says (`src/formats/provenance.py`)."""
+    """Return the model card as Markdown. `facts`: the contents of `rae_export.json` (`src/formats/provenance.py`)."""
     source = Path(__file__).with_suffix(".md.j2").read_text(encoding="utf-8")
     template = Environment(undefined=ChainableUndefined, keep_trailing_newline=True).from_string(source)
     parameters = sum(p.numel() for p in rae.decoder.parameters())
@@ -23,11 +23,11 @@ def model_card(rae: RAE, facts: Mapping[str, Any]) -> str:
 
 
 def _scores(facts: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return (name, value, protocol) from the run's record and from what `src/eval_rfid.py --json` wrote."""
+    """Return (name, value, protocol) from the run record and from the output of `src/eval_rfid.py --json`."""
     rows: list[tuple[str, str, str]] = []
     run = facts.get("run") or {}
     result = run.get("result") or {}
-    when = f"by the end of the run, step {result.get('step')}"  # the weights of the card may be of an earlier one
+    when = f"by the end of the run, step {result.get('step')}"  # the exported weights may be from an earlier step
     for name, value in sorted(result.items()):
         group, _, kind = name.partition("/")
         if name in ("val/psnr", "val/ssim", "val/lpips"):

@@ -1,4 +1,4 @@
-"""Read our training checkpoints: their version, the arguments of the RAE in their configuration, the trained model."""
+"""Read checkpoints of this trainer: check their format, get the RAE arguments from their config, load the trained model."""
 
 import hashlib
 import logging
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 _TINY_CHANNELS = (4, 8, 8, 16, 16)
-# Statistics don't depend on the decoder, so the smallest one stands in for it.
+# Latent statistics don't depend on the decoder, so the smallest one is used.
 _SMALL_DECODER = "configs/decoder/tiny"
 
 _OTHERS = "a decoder of others is given with --decoder (and --encoder, --stats)"
@@ -35,7 +35,7 @@ _PREFIX = {"ema": "ema_decoder.", "online": "rae.decoder."}
 
 
 class RAESettings(Settings):
-    """Arguments of `RAE`, by the same names."""
+    """Arguments of `RAE`, with the same names."""
 
     typed_as: ClassVar[Mapping[str, str]] = {"image_size": "data.image_size"}
 
@@ -55,20 +55,20 @@ class RAESettings(Settings):
 
 
 class OtherStage(UserError):
-    """A checkpoint of stage 2 where one of stage 1 is expected."""
+    """A stage-2 checkpoint was given where a stage-1 checkpoint is expected."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A frozen RAE and where it comes from."""
+    """A frozen RAE and its origin."""
 
     rae: RAE
     description: dict[str, Any]
-    """Plain values: source, weights, step, epoch, encoder identity; `config` is the whole configuration of its run."""
+    """Plain values: source, weights, step, epoch, encoder identity; `config` is the full configuration of its run."""
 
     @classmethod
     def of(cls, rae: RAE, source: object, encoder: Mapping[str, Any], facts: Mapping[str, Any]) -> Self:
-        """Describe a model by what a checkpoint or the record of an export says; what `facts` lacks is unknown."""
+        """Describe a model by the `facts` in a checkpoint or an export's record; missing ones are unknown."""
         known = {name: facts.get(name) for name in ("step", "epoch", "config")}
         return cls(
             rae, {"source": str(source), "weights": facts.get("weights", "unknown"), "encoder": encoder, **known}
@@ -80,7 +80,7 @@ class _Config(Document):
 
 
 def check_parts(content: Mapping[str, Any], file: object) -> None:
-    """Raise UserError where what all checkpoints of this trainer hold is missing or of another kind."""
+    """Raise UserError if a part that every checkpoint of this trainer has is missing or of the wrong type."""
     parts = {"encoder": dict[str, Any], "state_dict": dict[str, Any], "architecture": (dict[str, Any], None)}
     remedy = "It was changed since training wrote it; take another one."
     check_json(dict(content), file, remedy, config=_Config, global_step=int, epoch=int, **parts)
@@ -91,7 +91,7 @@ class _Loops(Document):
 
 
 def check_resumable(content: Any, file: object) -> None:
-    """Raise UserError where a file is no checkpoint of this trainer, or lacks what a run needs to go on."""
+    """Raise UserError if a file is not a checkpoint of this trainer, or lacks what a run needs to resume."""
     if not isinstance(content, dict) or not {"state_dict", "loops"} <= content.keys():
         raise UserError(
             f"{file} is no checkpoint of a training run. Weights of others go into model.pretrained_decoder_path, not ckpt_path."
@@ -109,13 +109,13 @@ def check_resumable(content: Any, file: object) -> None:
 
 
 def open_checkpoint(path: str | Path, others: str = _OTHERS) -> tuple[Path, Mapping[str, Any]]:
-    """Return the file and the content of a checkpoint that training wrote, of any stage.
+    """Return the path and content of a training checkpoint of any stage.
 
     Args:
-        others: what is done with other files, for the message.
+        others: the part of the error message that tells what to do with other files.
 
     Raises:
-        UserError: no such file, cut short, code in it, not a checkpoint of this trainer.
+        UserError: no such file, truncated, contains code, not a checkpoint of this trainer.
     """
     file = existing(path)
     content = read(file)
@@ -130,15 +130,15 @@ def open_checkpoint(path: str | Path, others: str = _OTHERS) -> tuple[Path, Mapp
 def load_trained(
     path: str | Path, which: Which = "ema", changes: Mapping[str, Any] | None = None, encoder: str | None = None
 ) -> LoadedModel:
-    """Return the RAE of a checkpoint that training wrote.
+    """Load the RAE of a training checkpoint.
 
     Args:
         which: the averaged weights or those of the optimiser.
-        changes: `model:` keys to set otherwise.
-        encoder: where the encoder lies, if not where it lay in training.
+        changes: `model:` keys to override.
+        encoder: path or hub id of the encoder, if not the one used in training.
 
     Raises:
-        UserError: as `open_checkpoint`; a checkpoint of stage 2; another encoder than it was trained with.
+        UserError: as `open_checkpoint`; a stage-2 checkpoint; another encoder than it was trained with.
     """
     file, content = open_checkpoint(path)
     require_same_step(content["global_step"], file)
@@ -164,7 +164,7 @@ def load_trained(
 
 
 def encoder_of(config: dict[str, Any]) -> RAE:
-    """Return a frozen RAE with the encoder and the sizes of a configuration. Its decoder is a stand-in."""
+    """Build a frozen RAE with the encoder and sizes of a configuration, and a tiny untrained decoder."""
     model = expand_encoder(config["model"])
     settings = {name: model[name] for name in RAESettings.model_fields}
     settings |= {
@@ -178,7 +178,7 @@ def encoder_of(config: dict[str, Any]) -> RAE:
 
 
 def existing(path: str | Path, key: str = "--checkpoint") -> Path:
-    """Return the file of a checkpoint; `key`: the config key or option that named it. UserError where there is none."""
+    """Return the path of an existing checkpoint. `key`: the config key or option it is from. Raises UserError if it is missing."""
     file = resolve(path)
     if file.is_file():
         return file
@@ -194,7 +194,7 @@ def existing(path: str | Path, key: str = "--checkpoint") -> Path:
 
 
 def stored(config: Any, key: str) -> Any:
-    """Return the value of a dotted key of nested mappings; None where there is none."""
+    """Return the value at a dotted key of nested mappings; None if it is missing."""
     for part in key.split("."):
         config = config.get(part) if isinstance(config, Mapping) else None
     return config
@@ -207,8 +207,8 @@ def check_latents(
     encoder: Mapping[str, Any] | None = None,
     statistics: str | None = None,
 ) -> None:
-    """Raise UserError where the latents of `what` are not those of a model, as far as is known: by their shape (C, h, w), the
-    identity of their encoder, and the digest of the statistics that they are normalised with."""
+    """Raise UserError if the latents of `what` are not those of the model, judging by their shape (C, h, w) and, where known,
+    the identity of their encoder and the digest of the statistics that normalise them."""
     rae, own = loaded.rae, loaded.description["encoder"]
     pairs = {"shape (C x h x w)": (tuple(shape), rae.latent_shape)}
     if statistics is not None:
@@ -224,7 +224,7 @@ def check_latents(
 
 
 def statistics_digest(rae: RAE) -> str | None:
-    """Return 16 hex digits of the mean and variance that latents are normalised with; None without."""
+    """Return the digest (16 hex digits) of the mean and variance that normalise the latents; None if there are none."""
     if not rae.has_statistics:
         return None
     mean = torch.zeros(rae.latent_shape) if rae.latent_mean is None else rae.latent_mean
@@ -234,11 +234,11 @@ def statistics_digest(rae: RAE) -> str | None:
 
 
 def with_current_keys(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the node `model:` of a configuration without keys that earlier versions had, in the words of today."""
+    """Return the node `model:` of a configuration with keys of earlier versions translated to the current ones."""
     current = dict(model)
     lpips, disc = _node(model, "lpips_arch"), _node(model, "disc_arch")
     arch = _node(disc, "arch")
-    if "channels" in lpips:  # those of an untrained network were free
+    if "channels" in lpips:  # once configurable for untrained networks
         tiny = lpips.get("weights") == "untrained" and tuple(lpips["channels"]) == _TINY_CHANNELS
         del lpips["channels"]
         current["lpips_arch"] = lpips | {"weights": "tiny"} if tiny else lpips

@@ -1,11 +1,11 @@
-"""Read decoder weights and latent statistics in any form.
+"""Read decoder weights and latent statistics in any of the four supported forms.
 
     official      a state dict with the published names (`model.pt`); an official training checkpoint (its `ema`)
     checkpoint    .ckpt of this trainer (its averaged decoder)
-    folder        ours, from `src/export.py --format folder`
+    folder        our own format, from `src/export.py --format folder`
     diffusers     an `AutoencoderRAE` folder
 
-The official names are those of our decoder, so its table is the identity; diffusers' table is in `diffusers_layout`.
+Our decoder uses the official parameter names; the name table for diffusers is in `diffusers_layout`.
 
 Legend: C latent channels, h = w latent grid.
 """
@@ -38,33 +38,33 @@ FOLDER_FORMAT = "rae-trainer"
 FOLDER_VERSION = 1
 FOLDER_WEIGHTS = "model.safetensors"
 RECORD = "rae_export.json"
-"""Beside every export: where it comes from. Readers do without it."""
+"""Record of where an export comes from, written beside it; optional when reading."""
 STATISTICS = "stats.pt"
 """Latent statistics in the official format, beside every export of a model that has them."""
 _POSITIONS = "decoder_pos_embed"
 _STATES = ("ema", "state_dict", "model_state_dict", "model", "decoder")
-"""Keys under which files of others keep a state dict, the first to be taken; `ema` is that of official training checkpoints."""
+"""Keys of the state dict in third-party files, by priority; official training checkpoints use `ema`."""
 
 
 @dataclass(frozen=True)
 class DecoderFile:
-    """A decoder with our names, as stored (any float type)."""
+    """A decoder with our parameter names, in its stored dtype."""
 
     path: Path
     kind: Kind
     state: dict[str, Tensor]
     config: dict[str, Any] | None = None
-    """Keys of `DecoderConfig` where the file says them: shapes don't show the number of heads."""
+    """Keys of `DecoderConfig` if the file contains them: shapes don't show the number of heads."""
     denormalize: bool | None = None
     encoder: dict[str, Any] = field(default_factory=dict)
-    """Identity of the encoder that it was trained with; empty where the file does not say."""
+    """Identity of the encoder that it was trained with; empty if unknown."""
 
 
 def kind_of(path: str | Path, key: str) -> tuple[Kind | None, Path]:
-    """Return what a folder is, and the folder; a file inside an export stands for it. (None, file) for any other file.
+    """Return the kind of a folder, and the folder; also for a file inside an export. (None, file) for any other file.
 
     Raises:
-        UserError: nothing there, or a folder of another kind. `key` is the config key or option that named it.
+        UserError: no such path, or a folder of another kind. `key` is the config key or option it is from.
     """
     place = resolve(path)
     known = (FOLDER_WEIGHTS, diffusers_layout.WEIGHTS, "config.json")
@@ -92,7 +92,7 @@ def read_decoder(path: str | Path) -> DecoderFile:
     """Read a decoder in any of the four forms.
 
     Raises:
-        UserError: missing, unreadable or cut short, or no decoder at all.
+        UserError: missing, unreadable or truncated, or not a decoder.
     """
     kind, place = kind_of(path, "model.pretrained_decoder_path")
     if kind == "diffusers":
@@ -112,11 +112,11 @@ def read_decoder(path: str | Path) -> DecoderFile:
 
 
 def load_decoder(decoder: ViTDecoder, path: str | Path, denormalize: bool, encoder: Mapping[str, Any]) -> None:
-    """Load a decoder in any form into `decoder`, strictly. For another grid the positions follow `fit_positions`.
+    """Load a decoder in any form into `decoder`, strictly. `fit_positions` adapts the positions to another grid.
 
     Args:
-        denormalize: `decoder_denormalize` of the model; must be what the file says, where it says so.
-        encoder: identity of the model's encoder; another one is a warning, since fine-tuning may want just that.
+        denormalize: `decoder_denormalize` of the model; must agree with the file, if that contains it.
+        encoder: identity of the model's encoder; another one only causes a warning, since fine-tuning may intend it.
     """
     file = read_decoder(path)
     own = vars(decoder.config)
@@ -148,12 +148,12 @@ def read_statistics(
     identity: Mapping[str, Any],
     key: str = "model.normalization_stat_path",
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return `mean` and `var` (None: absent) of a statistics file in the official format, an export or a checkpoint, named by
-    the config key `key`.
+    """Return `mean` and `var` (None: missing) from a statistics file in the official format, an export or a checkpoint. `key`:
+    the config key or option that `path` is from.
 
     Raises:
-        UserError: neither is there, another shape than `shape`, complex or not finite, a negative or all-zero variance,
-            or an encoder identity beside them that differs from `identity`.
+        UserError: both are missing, their shape is not `shape`, they are complex or not finite, the variance is negative or
+            all zero, or they were made with another encoder than `identity`.
     """
     file = resolve(path)
     if file.is_dir():
@@ -193,7 +193,7 @@ def read_statistics(
 
 
 def statistics_problem(mean: Any, var: Any, shape: tuple[int, int, int]) -> str | None:
-    """Return what is wrong with latent statistics for latents of `shape` (C, h, w); None where nothing is."""
+    """Return what is wrong with statistics for latents of `shape` (C, h, w); None if they are valid."""
     for name, tensor in (("mean", mean), ("var", var)):
         if tensor is None:
             continue
@@ -208,7 +208,7 @@ def statistics_problem(mean: Any, var: Any, shape: tuple[int, int, int]) -> str 
 
 
 class FolderModel(Settings):
-    """Arguments of `RAE` in `config.json` of our own folder."""
+    """Arguments of `RAE` in `config.json` of our folder format."""
 
     encoder_cls: str
     encoder_params: dict[str, Any]
@@ -220,7 +220,7 @@ class FolderModel(Settings):
 
 
 def read_folder_config(folder: Path) -> dict[str, Any]:
-    """Return `config.json` of our own folder."""
+    """Return the checked `config.json` of a folder in our format."""
     remedy = "It is damaged or not from `src/export.py --format folder`."
     rgb = Annotated[list[float], Field(min_length=3, max_length=3)]
     schema = {"model": FolderModel, "decoder": dict, "encoder": dict, "image_mean": rgb, "image_std": rgb}
@@ -228,7 +228,7 @@ def read_folder_config(folder: Path) -> dict[str, Any]:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return what `src/export.py` noted beside an export; empty for folders of others."""
+    """Return the record that `src/export.py` wrote beside an export; empty for third-party folders."""
     if not (folder / RECORD).is_file():
         return {}
     optional = (dict[str, Any] | None, None)
@@ -250,7 +250,7 @@ def _is_checkpoint(content: Any) -> bool:
 
 
 def _official(content: Any, file: Path) -> dict[str, Tensor]:
-    """Return the state dict of a decoder with the official names, however it is wrapped; the averaged one where there are two."""
+    """Return the state dict of a decoder with the official names, however it is wrapped; the averaged one if there are two."""
     if isinstance(content, Mapping) and {"mean", "var"} <= content.keys():
         raise UserError(
             f"{file} holds latent statistics, not a decoder: it belongs to model.normalization_stat_path (--stats)."
@@ -270,7 +270,7 @@ def _official(content: Any, file: Path) -> dict[str, Tensor]:
 
 
 def _holds_decoder(value: Any) -> bool:
-    """Return whether a value is a state dict with a decoder in it, or wraps one."""
+    """Return whether a value is, or contains, a state dict of a decoder."""
     return isinstance(value, Mapping) and any(
         "decoder_layers." in str(name) or _holds_decoder(inside) for name, inside in value.items()
     )

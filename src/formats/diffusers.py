@@ -4,7 +4,7 @@
     diffusion_pytorch_model.safetensors      encoder.*, decoder.*, encoder_mean, encoder_std, _latents_mean, _latents_std
 
 diffusers divides latents by (std + 1e-5), the official code by sqrt(var + 1e-5); std = sqrt(var + 1e-5) - 1e-5 makes the
-two the same number. Positions are not stored: diffusers computes sin-cos ones that equal ours at a 16 x 16 grid alone.
+two equal. Positions are not stored: diffusers computes sin-cos ones that equal ours only for a 16 x 16 grid.
 
 Legend: C latent channels, h = w latent grid.
 """
@@ -35,7 +35,7 @@ from src.models.rae import RAE
 log = logging.getLogger(__name__)
 
 GRID = 16
-"""The only one at which diffusers' positions are those of the recipe."""
+"""The only latent grid for which diffusers' positions are those of the recipe."""
 VERSION = "0.42.1"
 
 
@@ -43,7 +43,7 @@ VERSION = "0.42.1"
 
 
 def obstacles(rae: RAE) -> list[str]:
-    """Return why diffusers can't express this model; empty where it can."""
+    """Return the reasons why diffusers can't represent this model; empty if it can."""
     encoder, grid = rae.encoder, rae.geometry.grid
     family = next((f for f in FAMILIES if f.encoder_cls == type(encoder).__name__), None)
     found = []
@@ -90,15 +90,15 @@ def obstacles(rae: RAE) -> list[str]:
 def write_diffusers(
     rae: RAE, folder: str | Path, dtype: torch.dtype = torch.float32, published_names: bool = False
 ) -> list[str]:
-    """Write `config.json` and the weights into an existing folder; returns remarks for whoever uses it.
+    """Write `config.json` and the weights into an existing folder; return remarks for its users.
 
     Args:
         dtype: of encoder and decoder; statistics and preprocessing stay float32.
-        published_names: name the encoder's parameters as the hub's files do (transformers 4) instead of as the installed
-            transformers does. SigLIP2 always has the published names, since diffusers loads it with transformers 4 alone.
+        published_names: name the encoder's parameters as in the hub's files (transformers 4) instead of as in the
+            installed transformers. SigLIP2 always has the published names: diffusers loads it only with transformers 4.
 
     Raises:
-        UserError: with every reason why diffusers can't express the model.
+        UserError: diffusers can't represent the model; lists all reasons.
     """
     if reasons := obstacles(rae):
         raise UserError(
@@ -144,7 +144,7 @@ def _config_out(rae: RAE, family: Family) -> dict[str, Any]:
         "encoder_norm_std": rae.image_std.flatten().tolist(),
         "latents_mean": mean.tolist() if rae.has_statistics else None,
         "latents_std": std.tolist() if rae.has_statistics else None,
-        "noise_tau": 0.0,  # diffusers adds noise in train mode; a trained decoder is used without
+        "noise_tau": 0.0,  # diffusers adds noise in train mode; a trained decoder needs none
         "reshape_to_2d": True,
         "use_encoder_loss": False,
         "scaling_factor": 1.0,
@@ -184,10 +184,10 @@ def _remarks(family: Family, published_names: bool) -> list[str]:
 
 
 def read_diffusers(folder: str | Path) -> LoadedModel:
-    """Return a frozen RAE from an `AutoencoderRAE` folder, encoder included; parameter names of transformers 4 or 5.
+    """Load a frozen RAE, encoder included, from an `AutoencoderRAE` folder with parameter names of transformers 4 or 5.
 
     Raises:
-        UserError: no such folder, another class, unreadable or incomplete files, options that ours does not have.
+        UserError: no such folder, another class, unreadable or incomplete files, options that our RAE does not support.
     """
     folder = Path(folder)
     config = diffusers_layout.read_config(folder)
@@ -220,7 +220,7 @@ def read_diffusers(folder: str | Path) -> LoadedModel:
 
 
 def _statistics_in(folder: Path, state: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None] | None:
-    """Return mean and var; the exact ones of `stats.pt` where it lies beside and agrees with the rounded ones in the weights."""
+    """Return mean and var: the exact ones from `stats.pt` if it exists and agrees with the rounded ones in the weights."""
     found = diffusers_layout.statistics(state, folder)
     if found is None or not (folder / STATISTICS).is_file():
         return found
@@ -237,10 +237,10 @@ def _statistics_in(folder: Path, state: Mapping[str, Tensor]) -> tuple[Tensor | 
 
 
 def _write_encoder(place: Path, family: Family, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Write the encoder as a folder that transformers loads, which is how our classes take their weights."""
+    """Write the encoder as a folder that transformers can load, since our encoder classes load weights that way."""
     width = config["encoder_hidden_size"]
     names = family.names
-    # to the hub's names, from either spelling
+    # to the hub's names, from those of transformers 4 or 5
     found = {names.theirs(names.ours(name)): value for name, value in below(state, "encoder.").items()}
     found[family.unused_norm + ".weight"], found[family.unused_norm + ".bias"] = torch.ones(width), torch.zeros(width)
     write_safetensors(place / "model.safetensors", found, {"format": "pt"})

@@ -1,4 +1,4 @@
-"""Describe a diffusers `AutoencoderRAE` folder: files, keys, statistics, and the encoders that diffusers can build.
+"""Layout of a diffusers `AutoencoderRAE` folder: files, keys, statistics, and the encoders that diffusers can build.
 
 Legend: C latent channels, h = w latent grid.
 """
@@ -30,7 +30,7 @@ DECODER = NameTable(
         ("decoder_layers.*.attention.output.dense.*", "decoder_layers.*.attention.to_out.0.*"),
     ]
 )
-"""Our (the official) decoder names and diffusers'. diffusers has no `decoder_pos_embed`."""
+"""Decoder names: ours (the official ones) and diffusers'. diffusers has no `decoder_pos_embed`."""
 
 _DEFAULTS: dict[str, Any] = {
     "encoder_norm_mean": list(IMAGENET_MEAN),
@@ -43,7 +43,7 @@ _DEFAULTS: dict[str, Any] = {
     "scaling_factor": 1.0,
     "num_channels": 3,
     "image_size": None,
-}  # diffusers' own: a config may leave these out
+}  # diffusers' defaults: a config may omit these keys
 _REQUIRED = {
     "encoder_type", "encoder_hidden_size", "encoder_patch_size", "encoder_num_hidden_layers", "decoder_hidden_size",
     "decoder_num_hidden_layers", "decoder_num_attention_heads", "decoder_intermediate_size", "patch_size", "encoder_input_size",
@@ -54,17 +54,17 @@ _SCHEMA: dict[str, Any] = {
     "encoder_type": (str, ""),
     "noise_tau": (Annotated[float, Field(ge=0)], 0.0),
 }
-"""Types of what is there; what has to be, says `_REQUIRED`."""
+"""Types of the keys; `_REQUIRED` lists those that must be present."""
 _FIXED = {"reshape_to_2d": True, "scaling_factor": 1.0, "num_channels": 3}
 
 
 def std_from_var(var: Tensor) -> Tensor:
-    """Return float32 std with std + 1e-5 = sqrt(var + 1e-5)."""
+    """Return the std (float32) for which std + 1e-5 = sqrt(var + 1e-5)."""
     return ((var.double() + STD_EPS).sqrt() - STD_EPS).float().cpu()
 
 
 def var_from_std(std: Tensor) -> Tensor:
-    """Return the inverse, up to the rounding of std."""
+    """Return the inverse of `std_from_var`, up to the rounding of std."""
     return ((std.double() + STD_EPS).square() - STD_EPS).float()
 
 
@@ -72,7 +72,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return `config.json` with diffusers' defaults filled in.
 
     Raises:
-        UserError: another class, missing or unknown keys, values that ours does not have.
+        UserError: another class, missing or unknown keys, values that our RAE does not support.
     """
     file = folder / "config.json"
     content = read_json(file, "A diffusers folder was expected.")
@@ -94,21 +94,21 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def grid(config: Mapping[str, Any]) -> int:
-    """Return the latents a side."""
+    """Return the side of the latent grid."""
     return config["encoder_input_size"] // config["encoder_patch_size"]
 
 
 def decoder_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of our `DecoderConfig`; diffusers fixes the last one."""
+    """Return the keys of our `DecoderConfig`; diffusers fixes `layer_norm_eps`."""
     keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     return {f"decoder_{key}": config[f"decoder_{key}"] for key in keys} | {"layer_norm_eps": 1e-12}
 
 
 def statistics(state: Mapping[str, Tensor], source: object) -> tuple[Tensor, Tensor] | None:
-    """Return mean and var, each C x h x w; None where the folder has none (a mean of 0, and a std of 1 up to STD_EPS).
+    """Return mean and var, each C x h x w; None if the folder has none (mean 0 and std 1 up to STD_EPS).
 
     Raises:
-        UserError: one number for all latents, which ours does not have.
+        UserError: a single mean and std for all latents, which our RAE does not support.
     """
     mean, std = state.get("_latents_mean"), state.get("_latents_std")
     if mean is None or std is None:
@@ -130,18 +130,18 @@ HEAD_WIDTH = 64
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of encoder as diffusers builds it: everything but width, patch and depth is fixed there."""
+    """One kind of encoder as diffusers builds it: with everything fixed but width, patch and depth."""
 
     name: str
     encoder_cls: str
     fixed: Mapping[str, Any]
     """Values of the transformers config."""
     names: NameTable
-    """transformers 5 (what our encoder has) to the names of the hub's files (transformers 4)."""
+    """Names in transformers 5 (our encoder's) and in the hub's files (transformers 4)."""
     model_type: str
-    """Of transformers."""
+    """model_type in transformers."""
     unused_norm: str
-    """The final LayerNorm, whose affine parameters diffusers takes away and the recipe never uses."""
+    """The final LayerNorm, whose affine parameters diffusers removes and the recipe never uses."""
 
 
 def _attention(ours: str, theirs: str) -> list[tuple[str, str]]:

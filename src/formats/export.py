@@ -1,6 +1,6 @@
-"""A model into a folder of one of three formats, whole or not at all; the files of the official code.
+"""Export a model, atomically, to a folder in one of three formats; write the files of the official code.
 
-The names of its parameters are those of our decoder, so the table between the two is the identity.
+Our decoder uses the official parameter names.
 
 Legend: C latent channels, h = w latent grid.
 """
@@ -43,14 +43,14 @@ def export(
     overwrite: bool = False,
     score_files: Sequence[str | Path] = (),
 ) -> list[str]:
-    """Write the export, its statistics, record and model card; returns what its user should know.
+    """Write the export with its statistics, record and model card; return remarks for its users.
 
     Args:
-        with_encoder: of `folder`; `diffusers` always has it, `official` never.
-        published_names: of `diffusers`: name the encoder's parameters as transformers 4 does.
+        with_encoder: include the encoder in format `folder`; `diffusers` always includes it, `official` never.
+        published_names: for `diffusers`: name the encoder's parameters as in transformers 4.
 
     Raises:
-        UserError: something is at `output` already, it can't be written, or the format can't hold the model.
+        UserError: `output` exists, can't be written, or the format can't represent the model.
     """
     facts = provenance(loaded, score_files) | {"format": format, "dtype": dtype}
     with new_folder(output, overwrite) as folder:
@@ -71,17 +71,17 @@ def export(
 
 @contextmanager
 def new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
-    """Make a folder that takes its name only when the block ends without an error.
+    """Create a folder that is renamed to `output` only if the block ends without an error.
 
     Raises:
-        UserError: it exists and is not to be overwritten, or is no export (then nobody knows what would be lost).
+        UserError: `output` exists and must not be overwritten, or is not an export (its content is unknown).
     """
     check_output(output, overwrite)
     beside = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
         beside.mkdir(parents=True)
         yield beside
-        check_output(output, overwrite)  # again: another program may have written it meanwhile
+        check_output(output, overwrite)  # again: another process may have written it in the meantime
         if output.exists():
             shutil.rmtree(output)
         os.replace(beside, output)
@@ -95,12 +95,12 @@ def new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Check that `output` is free, or an earlier export that is to be replaced. Raises UserError."""
+    """Raise UserError unless `output` is free, or an earlier export and `overwrite` is set."""
     check_folder(output, overwrite, (RECORD,), "earlier export")
 
 
 def write_official(rae: RAE, folder: str | Path, dtype: torch.dtype = torch.float32) -> list[str]:
-    """Write `model.pt`, a flat dictionary of tensors; returns remarks for whoever uses it.
+    """Write `model.pt`, a flat dictionary of tensors; return remarks for its users.
 
     Positions are stored, as the official code expects, so any grid works there.
     """
@@ -121,12 +121,12 @@ def write_official(rae: RAE, folder: str | Path, dtype: torch.dtype = torch.floa
 
 
 def write_statistics(mean: Tensor | None, var: Tensor | None, encoder: Mapping[str, Any], path: str | Path) -> None:
-    """Write the official file, {mean, var} each float32 C x h x w or None, and the encoder's identity."""
+    """Write statistics in the official format, {mean, var} each float32 C x h x w or None, plus the encoder's identity."""
     values = {name: None if v is None else v.float().cpu().clone() for name, v in (("mean", mean), ("var", var))}
     write_torch(path, {**values, "encoder": dict(encoder)})
 
 
 def write_own_statistics(rae: RAE, folder: str | Path, encoder: Mapping[str, Any]) -> None:
-    """Write `stats.pt` beside an export of a model that has statistics."""
+    """Write `stats.pt` into the folder of an export, if the model has statistics."""
     if rae.has_statistics:
         write_statistics(rae.latent_mean, rae.latent_var, encoder, Path(folder) / STATISTICS)

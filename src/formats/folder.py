@@ -1,8 +1,8 @@
-"""Write and read our own self-contained folder: everything that a model is, in safetensors and JSON.
+"""Write and read our own self-contained folder format: a complete model in safetensors and JSON.
 
-    config.json          format, sizes, encoder (its identity and where it comes from), preprocessing
-    model.safetensors    decoder.*, and latent_mean, latent_var where the model has statistics
-    encoder/             with `with_encoder`: the encoder as transformers saves it
+    config.json          format, sizes, encoder (identity, and its path or hub id), preprocessing
+    model.safetensors    decoder.*, and latent_mean, latent_var if the model has statistics
+    encoder/             only `with_encoder`: the encoder as saved by transformers (or timm)
 
 Legend: C latent channels, h = w latent grid.
 """
@@ -43,7 +43,7 @@ _STATISTICS = ("latent_mean", "latent_var")
 def write_folder(
     loaded: LoadedModel, folder: str | Path, dtype: torch.dtype = torch.float32, with_encoder: bool = False
 ) -> list[str]:
-    """Write into an existing folder; returns remarks for whoever uses it.
+    """Write the model into an existing folder; return remarks for its users.
 
     Args:
         dtype: of the decoder and the encoder; statistics stay float32.
@@ -82,10 +82,10 @@ def write_folder(
 
 
 def read_folder(folder: str | Path, encoder: str | None = None) -> LoadedModel:
-    """Return a frozen RAE from a folder that `write_folder` made.
+    """Load a frozen RAE from a folder written by `write_folder`.
 
     Args:
-        encoder: hub id or folder of the encoder, where it is not at the stored place. Must be the same encoder.
+        encoder: path or hub id of the encoder, if not the stored one. Must be the same encoder.
 
     Raises:
         UserError: damaged or incomplete files, no encoder, or another one than in training.
@@ -120,7 +120,7 @@ def read_folder(folder: str | Path, encoder: str | None = None) -> LoadedModel:
 
 
 def _encoder_params(loaded: LoadedModel, with_encoder: bool) -> dict[str, Any]:
-    """Return the arguments of the encoder's class; its place is null where the folder holds it."""
+    """Return the arguments of the encoder class; the path is null if the folder contains the encoder."""
     encoder = loaded.rae.encoder
     said = stored(loaded.description, "config.model.encoder_params") or loaded.description.get("encoder_params") or {}
     left_out = ("weights", "seed") if with_encoder else ()
@@ -135,14 +135,14 @@ def _encoder_params(loaded: LoadedModel, with_encoder: bool) -> dict[str, Any]:
 
 
 def _write_encoder(rae: RAE, folder: Path, dtype: torch.dtype) -> None:
-    disable_progress_bar()  # transformers shows one for a single shard
+    disable_progress_bar()  # transformers shows one even for a single shard
     rae.encoder.save(folder, dtype)
     means = {"image_mean": rae.image_mean.flatten().tolist(), "image_std": rae.image_std.flatten().tolist()}
     (folder / "preprocessor_config.json").write_text(json.dumps(means) + "\n")
 
 
 def _was_rounded(inside: Path) -> bool:
-    """Return whether the folder's own encoder is in half precision: its weights are rounded, so no digest can agree."""
+    """Return whether the encoder in the folder was rounded to half precision, so that its digest can't match."""
     dtype = read_json(inside / "config.json").get("dtype")
     if dtype in (None, "float32") and all(v.dtype == torch.float32 for v in read(inside / FOLDER_WEIGHTS).values()):
         return False

@@ -1,5 +1,4 @@
-"""Open the model of an evaluation, or the autoencoder of stage 2: a checkpoint of ours, a decoder file of others, an exported
-folder."""
+"""Open the model of an evaluation, or the autoencoder of stage 2: a checkpoint, a third-party decoder file, or an export."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -21,10 +20,10 @@ DEFAULT_IMAGE_PX = 256
 
 
 def open_model(options: ModelOptions) -> LoadedModel:
-    """Return a frozen RAE on the CPU, and what is known of it.
+    """Return a frozen RAE on the CPU, and what is known about it.
 
     Raises:
-        UserError: contradicting options; missing, cut short or hostile files; parts that don't fit; another image size
+        UserError: contradictory options; missing, truncated or malicious files; parts that don't fit; another image size
             than the model's.
     """
     if (options.checkpoint is None) == (options.decoder is None):
@@ -77,7 +76,7 @@ def _from_decoder(options: ModelOptions) -> LoadedModel:
 
 
 def _encoder(options: ModelOptions) -> dict[str, Any]:
-    """Return the arguments of `RAE` for the encoder: a preset's name, or a class and a place."""
+    """Return the arguments of `RAE` for the encoder, from a preset name, or a class with a path or hub id."""
     node = {"encoder_cls": options.encoder_cls, "encoder_params": {"layers": options.encoder_layers}}
     if options.encoder_cls is not None and options.encoder is not None:
         params = {source_key(options.encoder_cls): options.encoder}
@@ -99,17 +98,17 @@ def open_autoencoder(
     """Return a frozen RAE with latent statistics.
 
     Args:
-        where: a `.ckpt` or an export of this trainer, a diffusers folder; or a mapping {encoder, decoder, statistics} of
-            released files, `encoder` a preset's name, or a place with `encoder_cls` beside it. Other options of
-            `ModelOptions` may stand in it.
-        statistics: a file, where the autoencoder has none or others are wanted.
-        image_size: px that its images must have; None: its own.
+        where: a `.ckpt` or export of this trainer, or a diffusers folder; or a mapping {encoder, decoder, statistics} of
+            released files, where `encoder` is a preset name, or a path or hub id together with `encoder_cls`. It may
+            contain other options of `ModelOptions`.
+        statistics: a statistics file, if the autoencoder has none or to replace its own.
+        image_size: required image size in px; None: the autoencoder's own.
 
     Raises:
         UserError: files that are missing or don't fit, no statistics, another image size.
     """
     options, stats = _options_of(where)
-    built = image_size if isinstance(where, Mapping) else None  # all but a decoder file have a size of their own
+    built = image_size if isinstance(where, Mapping) else None  # only a bare decoder file does not set its own size
     with worded({f"--{name}": f"model.autoencoder.{name}" for name in ("encoder", "decoder")}):
         loaded = open_model(ModelOptions(**{**options, "image_size": built}))
     rae = loaded.rae
@@ -131,7 +130,7 @@ def open_autoencoder(
 
 
 def _options_of(where: str | Mapping[str, Any] | None) -> tuple[dict[str, Any], str | None]:
-    """Return the options of `ModelOptions` that `model.autoencoder` stands for, and its statistics. Raises UserError."""
+    """Return the `ModelOptions` arguments and the statistics file given by `model.autoencoder`. Raises UserError."""
     if isinstance(where, str):
         is_checkpoint = where.endswith(".ckpt")
         _ = existing(where, "model.autoencoder") if is_checkpoint else kind_of(where, "model.autoencoder")

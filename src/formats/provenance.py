@@ -1,4 +1,4 @@
-"""Collect where an exported model comes from: its run, its scores, the program that wrote it. Plain values, no private paths."""
+"""Collect where an exported model comes from: its run, scores and exporter version. Plain values, no private paths."""
 
 import importlib.metadata
 import json
@@ -26,10 +26,10 @@ _OF_RUN = ("experiment_name", "started", "ended", "status", "git", "packages", "
 
 
 def provenance(loaded: LoadedModel, score_files: Sequence[str | Path] = ()) -> dict[str, Any]:
-    """Return what `rae_export.json` says. The run's record is taken from beside the checkpoint, where it still lies.
+    """Return the content of `rae_export.json`. The run record is read from the checkpoint's run folder, if it still exists.
 
     Raises:
-        UserError: a score file that is none.
+        UserError: an invalid score file.
     """
     description = loaded.description
     source = Path(description["source"])
@@ -55,7 +55,7 @@ def provenance(loaded: LoadedModel, score_files: Sequence[str | Path] = ()) -> d
 
 
 class Score(Document):
-    """A row of the results of `src/eval_rfid.py --json`."""
+    """One of the results of `src/eval_rfid.py --json`."""
 
     images: int
 
@@ -64,7 +64,7 @@ _OPTIONAL = (dict[str, Any] | None, None)
 
 
 def untrained_parts(description: Mapping[str, Any], run: Mapping[str, Any] | None) -> list[str]:
-    """Return the parts that were never trained, by name: whoever uses the model has to know."""
+    """Return the names of the parts that were never trained, to warn users of the model."""
     parts = ["encoder"] if is_untrained(description["encoder"]) else []
     if stored(description, "config.model.lpips_arch.weights") in RANDOM:
         parts.append("LPIPS (a loss of the training)")
@@ -80,13 +80,13 @@ def write_record(values: Mapping[str, Any], folder: Path) -> None:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every file below `folder`, by its path there."""
+    """Return the sha256 of every file in `folder`, by relative path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): file_digest(path, "sha256") for path in files}
 
 
 def without_private_paths(value: Any) -> Any:
-    """Cut absolute paths down to their last part: exports are made to be handed on."""
+    """Reduce absolute paths to their last part, since exports are shared."""
     if isinstance(value, Mapping):
         return {str(key): without_private_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,5 +1,5 @@
-"""Open a trained diffusion transformer: a checkpoint or export of ours, or a file of the official code with the name of its
-model. Export one as such a file.
+"""Open a trained diffusion transformer (a checkpoint or export of this trainer, or a file of the official code given with its
+model name), and export one in the official format.
 """
 
 import logging
@@ -53,17 +53,17 @@ class _Config(Document):
 
 @dataclass(frozen=True)
 class Generator:
-    """A frozen transformer on the CPU and all that is needed to sample from it."""
+    """A frozen transformer on the CPU and everything needed to sample from it."""
 
     network: LatentTransformer
     autoencoder: LoadedModel
-    """Of its latents."""
+    """The autoencoder of its latents."""
     flow: FlowSettings
     sampler: dict[str, Any]
     """The node `sampler` of its configuration."""
     source: str
     step: int | None
-    """Updates; None where the file does not say."""
+    """Number of updates; None if unknown."""
 
     @property
     def rae(self) -> RAE:
@@ -80,11 +80,11 @@ def open_generator(
     """Open the averaged weights of a trained transformer.
 
     Args:
-        checkpoint: `.ckpt` of a stage-2 run, which says everything by itself; or a file of the official code.
-        model: of a foreign file, the name of an experiment (ditdh_xl, raev2_dit_k7, ...).
-        autoencoder: where it lies here, or a mapping in YAML; of a foreign file it must be given.
-        loaded: the autoencoder, where it is open already: of the model that a guide is for, say.
-        key: the config key or option that named `checkpoint`.
+        checkpoint: `.ckpt` of a stage-2 run, which needs no other argument; or a file of the official code.
+        model: for an official file, the name of an experiment (ditdh_xl, raev2_dit_k7, ...).
+        autoencoder: its path on this machine, or a YAML mapping; required for an official file.
+        loaded: the autoencoder, if it is open already, e.g. that of the model which this one guides.
+        key: the config key or option that `checkpoint` is from.
 
     Raises:
         UserError: missing or damaged files, a file without averaged weights, names or shapes that don't fit.
@@ -118,7 +118,7 @@ def open_generator(
         where, given = config["autoencoder"], _mapping_or_path(autoencoder)
         where = {**where, **given} if isinstance(where, Mapping) and isinstance(given, Mapping) else given or where
         statistics = config["statistics"]
-        if statistics is not None and not resolve(statistics).exists():  # of another machine
+        if statistics is not None and not resolve(statistics).exists():  # a path on another machine
             statistics = None
         loaded = open_autoencoder(where, statistics, config["image_size"])
     if said:
@@ -134,7 +134,7 @@ def open_generator(
 
 
 def _mapping_or_path(text: str | None) -> Any:
-    """Return the value of --autoencoder: {} where it was not given. A path may look like anything, so only `{...}` is YAML."""
+    """Return the value of --autoencoder, {} if not given. A path may look like any YAML, so only `{...}` is parsed."""
     if text is None or not text.lstrip().startswith("{"):
         return {} if text is None else text
     try:
@@ -147,9 +147,9 @@ def _mapping_or_path(text: str | None) -> Any:
 
 
 def load_pretrained(network: LatentTransformer, path: str) -> None:
-    """Load the averaged weights of a checkpoint of ours or of an official file, where training starts (`model.pretrained_path`).
+    """Load the averaged weights of one of our checkpoints or an official file before training (`model.pretrained_path`).
 
-    Where that has another number of labels, their table stays as it is. Raises UserError: a file that is missing or doesn't fit.
+    With another number of labels, the network keeps its own label table. Raises UserError if the file is missing or doesn't fit.
     """
     file = existing(path, "model.pretrained_path")
     state, own = averaged_weights(read(file), file), network.label_table
@@ -163,8 +163,8 @@ def load_pretrained(network: LatentTransformer, path: str) -> None:
 
 
 def averaged_weights(content: Any, file: object) -> dict[str, Tensor]:
-    """Return the averaged weights of a checkpoint of ours or of an official file: `ema` of a training checkpoint, or a bare state
-    dict. Raises UserError where there are none."""
+    """Return the averaged weights of one of our checkpoints or an official file: `ema` of a training checkpoint, or a bare
+    state dict. Raises UserError if there are none."""
     if not isinstance(content, Mapping):
         raise UserError(f"{file} holds a {type(content).__name__}; expected a state dict or a training checkpoint.")
     if "format_version" in content and isinstance(content.get("state_dict"), Mapping):
@@ -180,12 +180,12 @@ def averaged_weights(content: Any, file: object) -> dict[str, Tensor]:
 
 
 def export_official(checkpoint: str | Path, output: Path, dtype: torch.dtype, overwrite: bool) -> None:
-    """Write the averaged weights of a checkpoint of ours as the published code reads them, with a record and a card.
+    """Write the averaged weights of one of our checkpoints as the published code expects them, with a record and a card.
 
-    RAE's form is a bare state dict, `stage2_model.pt`; RAEv2's a dictionary with `ema`, `checkpoint.pt`. The names are ours.
+    RAE expects a bare state dict (`stage2_model.pt`), RAEv2 a dictionary with `ema` (`checkpoint.pt`). The file names are ours.
 
     Raises:
-        UserError: no checkpoint of stage 2, or something at `output` that is not to be replaced.
+        UserError: not a stage-2 checkpoint, or `output` exists and must not be replaced.
     """
     file, content = open_checkpoint(checkpoint)
     config = content["config"]
@@ -210,7 +210,7 @@ def export_official(checkpoint: str | Path, output: Path, dtype: torch.dtype, ov
 
 
 def _record(file: Path) -> dict[str, Any]:
-    """Return what `export_official` wrote beside a file; empty for files of others."""
+    """Return the record that `export_official` wrote beside a file; empty for third-party files."""
     record = read_record(file.parent)
     return record if record.get("format") == FORMAT and file.name in (record.get("files") or ()) else {}
 

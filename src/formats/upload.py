@@ -1,4 +1,4 @@
-"""An exported folder to the Hugging Face hub, with errors that say what to do."""
+"""Upload an exported folder to the Hugging Face hub."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ from src.core.errors import UserError
 
 
 def push(folder: Path, repo_id: str, private: bool) -> str:
-    """Upload all files of `folder` as one commit of the model repository, made when missing; returns its address.
+    """Upload all files of `folder` in one commit to the model repository, created if missing; return its id.
 
     Raises:
         UserError: no token, no permission, no connection.
