@@ -1,5 +1,5 @@
-"""Compose the configuration of `src/train.py` outside of it, and say what is wrong with a command line where Hydra's own message
-would not say what to do. The only file below training that knows Hydra. No heavy imports.
+"""Compose the configuration of `src/train.py` from other scripts, and explain faulty command lines where Hydra's own message
+doesn't tell what to do. The only file below `src/training` that imports Hydra. No heavy imports.
 """
 
 import re
@@ -13,14 +13,14 @@ from src.core.text import hydra_quoted
 
 _CONFIGS = PROJECT_ROOT / "configs"
 _PLUGINS = {"hparams_search=optuna": "optuna_sweeper", "hydra/launcher=slurm": "submitit_launcher"}
-"""Overrides that need a package which is no requirement, and that package."""
+"""Overrides that need an optional package, and that package."""
 
 
 def problem(arguments: Sequence[str]) -> str:
-    """Return what is wrong with the overrides of `src/train.py`, and what to type; empty where nothing is known to be."""
+    """Return what is wrong with the overrides of `src/train.py` and what to type instead; empty if no problem is known."""
     for word in arguments:
         key, _, value = word.partition("=")
-        if key == "--experiment":  # as of download_weights.py; Hydra takes it for the start of another option
+        if key == "--experiment":  # an option of download_weights.py; Hydra: short for --experimental-rerun
             return "Overrides are typed without dashes: experiment=NAME"
         plugin = _PLUGINS.get(word)
         if plugin and not (find_spec("hydra_plugins") and find_spec(f"hydra_plugins.hydra_{plugin}")):
@@ -39,8 +39,8 @@ def problem(arguments: Sequence[str]) -> str:
 
 
 def compose(overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the configuration that `python src/train.py OVERRIDES` would run, as plain values. Raises UserError: an
-    experiment or a key that does not exist, a value that can't be resolved."""
+    """Return the configuration that `python src/train.py OVERRIDES` would run with, as plain values. Raises UserError for
+    an unknown experiment or key, or a value that can't be resolved."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
@@ -61,7 +61,7 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def quoting_hint(arguments: Sequence[str]) -> str:
-    """Return how to type the overrides that Hydra can't parse as they are; empty where there are none."""
+    """Return how to quote the overrides that Hydra can't parse as typed; empty if there are none."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -78,7 +78,7 @@ def quoting_hint(arguments: Sequence[str]) -> str:
 
 
 def _unknown_key(error: Exception) -> str:
-    """Return what is said of a key that the configuration lacks, with the nearest that it has; empty for another error."""
+    """Return the message for a key that the configuration lacks, with the closest known key; empty for any other error."""
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
     from src.core.settings import check_keys
@@ -96,10 +96,10 @@ def _unknown_key(error: Exception) -> str:
 
 
 def explained(error: Exception, arguments: Sequence[str]) -> str:
-    """Return the message for an error that Hydra met while it put the configuration together."""
+    """Return the message for an error that Hydra raised while composing the configuration."""
     from yaml import MarkedYAMLError
 
-    if isinstance(error, OSError) and error.filename:  # Hydra's for a file of a group that does not exist has no name
+    if isinstance(error, OSError) and error.filename:  # Hydra's own, for a missing file of a group, has no filename
         return (
             f"{error.filename}: {error.strerror}. Sweeps go below paths.log_dir, a run to hydra.run.dir where that is given: set "
             "it to a place that can be written."
@@ -113,12 +113,12 @@ def explained(error: Exception, arguments: Sequence[str]) -> str:
         return "\n".join(lines) or f"Hydra can't go on: {str(error).rstrip('.!')}."
     if not isinstance(error, MarkedYAMLError | UnicodeDecodeError):
         unknown = _unknown_key(error)
-        if "did you mean" in unknown:  # where nothing is near, Hydra's own lines say how to add a key
+        if "did you mean" in unknown:  # without a close match, Hydra's own lines tell how to add a key
             return unknown
         parts = unknown, str(error), "" if unknown else str(error.__cause__ or ""), quoting_hint(arguments)
         return "\n".join(text for text in parts if text)
     place, trace = "", error.__traceback__
-    while trace is not None:  # the reader of Hydra knows the file, the decoder of text does not say it
+    while trace is not None:  # Hydra's reader has the path in a local variable; the error may not
         place, trace = trace.tb_frame.f_locals.get("full_path", place), trace.tb_next
     where, reason = f", {place}" if place else "", " ".join(str(error).split())
     return (

@@ -1,4 +1,4 @@
-"""Find the processes of a launch, join them, and sum over them and agree among them, with gloo and nccl."""
+"""Detect the launcher, join the process group, and sum or agree across ranks (gloo and nccl)."""
 
 import os
 import shlex
@@ -19,23 +19,23 @@ from src.core.terminal import answer_signals
 from src.core.text import hydra_quoted, masked
 
 T = TypeVar("T")
-# Rank 0 works out distances (seconds) and writes files (minutes) while the others wait for the next data set.
+# Rank 0 computes distances (seconds) and writes files (minutes) while the others wait for the next data set.
 TIMEOUT = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Which process this is, by what torchrun, SLURM or Lightning's own launcher leave in the environment."""
+    """Rank and launcher of this process, from the environment that torchrun, SLURM or Lightning's own launcher sets."""
 
     rank: int
     world: int
     kind: str
-    """`single`, `torchrun` or whoever sets RANK and WORLD_SIZE as it does (LOCAL_RANK may lack), `slurm` or `child` (started by
-    Lightning from the first process; `world` is 0 then)."""
+    """`single`, `torchrun` (or any launcher that sets RANK and WORLD_SIZE; LOCAL_RANK is optional), `slurm`, or `child` (started
+    by Lightning from the first process; `world` is 0 then)."""
 
     @classmethod
     def detect(cls) -> "Launch":
-        """Return it, before a process group exists. UserError: started by mpirun, which sets none of these variables."""
+        """Read the environment, before a process group exists. UserError under mpirun, which sets none of these variables."""
         env = os.environ
         by_others = int(env.get("WORLD_SIZE", "1")) > 1 and "SLURM_PROCID" not in env
         if {"RANK", "WORLD_SIZE"} <= env.keys() and ("LOCAL_RANK" in env or by_others):
@@ -59,7 +59,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Process:
-    """This process among those of its launch."""
+    """Device and rank of this process, and the number of processes."""
 
     device: torch.device
     rank: int = 0
@@ -72,7 +72,7 @@ class Process:
 
 @contextmanager
 def processes(device: str) -> Iterator[Process]:
-    """Join the processes that torchrun started, where it did; `device` is cpu, cuda or cuda:N. UserError: no such one."""
+    """Join the process group if torchrun started several; `device` is cpu, cuda or cuda:N. UserError: no such device."""
     rank, local = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = find_device(device, local)
@@ -80,7 +80,7 @@ def processes(device: str) -> Iterator[Process]:
         yield Process(chosen)
         return
     on_gpu = chosen.type == "cuda"
-    handlers = answer_signals(signal.SIG_DFL)  # one in Python would wait until all have joined
+    handlers = answer_signals(signal.SIG_DFL)  # a Python handler would only run once all ranks have joined
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=chosen if on_gpu else None)
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -91,7 +91,7 @@ def processes(device: str) -> Iterator[Process]:
 
 
 def find_device(name: str, local_rank: int = 0) -> torch.device:
-    """Return the device of that name; `cuda` is the GPU of this process. UserError where there is none."""
+    """Return the device called `name`; `cuda` is the GPU of this process. Raises UserError if there is none."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -118,18 +118,18 @@ def find_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def is_distributed() -> bool:
-    """Return whether a process group runs. Without one every sum over ranks is the value itself."""
+    """Return whether a process group is running. Without one, every sum over ranks is the value itself."""
     return dist.is_available() and dist.is_initialized()
 
 
 def wait_for_all() -> None:
-    """Wait until every rank is here."""
+    """Block until every rank has arrived."""
     if is_distributed():
         dist.barrier()
 
 
 def gather_on_main(value: T) -> list[T]:
-    """Return on rank 0 what each rank holds, in their order; an empty list on the others. On all ranks."""
+    """Return on rank 0 the value of every rank, in rank order; an empty list on the others. Call on all ranks."""
     if not is_distributed():
         return [value]
     found: list[T | None] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -138,7 +138,7 @@ def gather_on_main(value: T) -> list[T]:
 
 
 def gather(value: T) -> list[T]:
-    """Return what each rank holds, in their order. On all ranks."""
+    """Return the value of every rank, in rank order. Call on all ranks."""
     if not is_distributed():
         return [value]
     found: list[Any] = [None] * dist.get_world_size()
@@ -147,7 +147,7 @@ def gather(value: T) -> list[T]:
 
 
 def require_same_step(step: int, file: object) -> None:
-    """Raise UserError where ranks have read a checkpoint at other steps: a training replaced it meanwhile. On all ranks."""
+    """Raise UserError if ranks read a checkpoint at different steps: training replaced it meanwhile. Call on all ranks."""
     if len(steps := sorted(set(gather(step)))) > 1:
         raise UserError(
             f"{file} was replaced while it was read: the processes have it at the steps {', '.join(map(str, steps))}. Give one "
@@ -156,9 +156,9 @@ def require_same_step(step: int, file: object) -> None:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Return the elementwise sum of `values` (same shape on all ranks) over the ranks. On all ranks.
+    """Return the elementwise sum of `values` (same shape on all ranks) over the ranks. Call on all ranks.
 
-    dtype and device come back as they were; nccl takes a detour over the GPU.
+    dtype and device are those of `values`; with nccl the sum itself runs on the GPU.
     """
     if not is_distributed():
         return values
@@ -169,7 +169,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """Replace `tensor` by its mean over ranks and return it; itself where there is one process."""
+    """Replace `tensor` by its mean over ranks and return it; unchanged with one process."""
     if is_distributed() and dist.get_world_size() > 1:
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
@@ -177,7 +177,7 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Average gradients over ranks, in one exchange."""
+    """Average gradients over ranks with one all-reduce."""
     if not is_distributed():
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -187,9 +187,9 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 class RankRequests:
-    """Agrees across ranks on requests to save or stop, exchanged while the next step runs, so that no rank waits for another.
+    """Agrees across ranks on requests to save or stop. The exchange overlaps the next step, so no rank waits for another.
 
-    Goes from host to host (gloo): through nccl, each host would wait for all that its GPU still has to do.
+    Uses gloo between the hosts: with nccl, each host would wait for all work queued on its GPU.
     """
 
     def __init__(self) -> None:
@@ -197,9 +197,9 @@ class RankRequests:
         self._pending: tuple[Tensor, dist.Work] | None = None
 
     def exchange(self, requests: list[int], world_size: int) -> list[int]:
-        """Return, on all ranks alike, the largest value of each request at the call before; at once with one process.
+        """Return, equal on all ranks, the largest value of each request at the previous call (one process: at this one).
 
-        0: no request. Every rank must call it, at the same places.
+        0: no request. Every rank must call it, at the same points.
         """
         if world_size == 1:
             return requests
@@ -217,14 +217,14 @@ class RankRequests:
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Return where float64 sums of tensors on `device` can be kept: there, or on the CPU if it has no float64."""
+    """Return the device for float64 sums of tensors on `device`: the same, or the CPU if it has no float64 (MPS)."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 def command_to_resume(checkpoint: str | os.PathLike[str]) -> str:
-    """Return this process's command line, to be typed in a shell, with `ckpt_path` set to a checkpoint.
+    """Return this process's command line, quoted for a shell, with `ckpt_path` set to a checkpoint.
 
-    What a launcher such as torchrun was told is unknown; it is left out behind its name.
+    The arguments of a launcher such as torchrun are unknown: `…` stands for them.
     """
     start = {"torchrun": ["torchrun", "…"], "slurm": ["srun", "…", "python"]}.get(Launch.detect().kind, ["python"])
     given = [word for word in masked(list(sys.argv)) if not word.startswith("ckpt_path=")]

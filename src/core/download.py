@@ -1,6 +1,6 @@
-"""Download weights: files to their places, encoders into the cache of huggingface_hub. The only part that goes online.
+"""Download weights: files to their paths, encoders into the huggingface_hub cache. The only part that goes online.
 
-HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and proxies (HTTPS_PROXY, HTTP_PROXY, NO_PROXY) mean what they mean there.
+HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and proxies (HTTPS_PROXY, HTTP_PROXY, NO_PROXY) work as in huggingface_hub.
 """
 
 import errno
@@ -32,7 +32,7 @@ from src.core.folder_lock import lock
 from src.core.json_files import read_json
 from src.core.requirements import HUB, HUB_ID, Asset
 
-RECORD = "SHA256SUMS"  # beside the files; `sha256sum -c SHA256SUMS` reads it too
+RECORD = "SHA256SUMS"  # next to the files; in the format of `sha256sum -c SHA256SUMS`
 
 
 class Refused(Exception):
@@ -40,7 +40,7 @@ class Refused(Exception):
 
 
 class _Partial(io.FileIO):
-    """An unfinished file. Servers that ignore Range and always cut off make it start over, but not for ever."""
+    """A partial file. A server that ignores Range and keeps breaking off makes it restart, at most three times."""
 
     restarts = 0
 
@@ -52,10 +52,10 @@ class _Partial(io.FileIO):
 
 
 def download(wanted: Iterable[Asset], mirrors: Sequence[str] = (), force: bool = False) -> Iterator[str]:
-    """Get one asset after the other, unless it is present (`force`: all the same); yield a line for each.
+    """Download each asset that is not present (`force`: every one) and yield a line for each.
 
-    Raises one UserError for all that can't be had, with every source's reason and what to do by hand; at once where the disk
-    is full or can't be written. A host that does not answer is not asked again.
+    Raises one UserError at the end for all that failed, with every source's reason and what to do by hand; immediately if the
+    disk is full or not writable. A host that does not answer is not asked again.
     """
     failures, silent = [], set[str]()
     for asset in wanted:
@@ -75,9 +75,9 @@ def download(wanted: Iterable[Asset], mirrors: Sequence[str] = (), force: bool =
 
 
 def addresses(asset: Asset, mirrors: Sequence[str] = ()) -> list[str]:
-    """Return where to ask for an asset: mirrors first, then its sources with HF_ENDPOINT in the place of the hub.
+    """Return the URLs to try for an asset: mirrors first, then its sources with HF_ENDPOINT in place of the hub.
 
-    A mirror of files has the path of a source behind its address, or is a copy of the weights folder.
+    A mirror of files serves a source's path below its own address, or is a copy of the weights folder.
     """
     if asset.path is None:
         return [*mirrors, constants.ENDPOINT]
@@ -87,7 +87,7 @@ def addresses(asset: Asset, mirrors: Sequence[str] = ()) -> list[str]:
 
 
 def present(asset: Asset) -> list[Path]:
-    """Return the file, or the files of a complete encoder in the hub's cache; nothing where it is missing. Never online."""
+    """Return the file, or the files of a complete encoder in the hub's cache; empty if it is missing. Never goes online."""
     if asset.path is not None:
         return [asset.path] if asset.path.exists() else []
     folder = cached_encoder(asset.name)
@@ -95,7 +95,7 @@ def present(asset: Asset) -> list[Path]:
 
 
 def cached_encoder(repo_id: str) -> Path | None:
-    """Return the folder of a complete encoder in the hub's cache; None where it is missing. Never online."""
+    """Return the folder of a complete encoder in the hub's cache; None if it is missing. Never goes online."""
     if not re.fullmatch(HUB_ID, repo_id):
         return None
     config = try_to_load_from_cache(repo_id, "config.json")
@@ -103,20 +103,20 @@ def cached_encoder(repo_id: str) -> Path | None:
 
 
 def why_unreachable(repo_id: str) -> str:
-    """Ask the hub for a repository, once and for 5 seconds at most; return why it can't be had, empty where it can."""
+    """Ask the hub for a repository, once, with a timeout of 5 s; return why it is unavailable, or an empty string."""
     try:
         get_hf_file_metadata(hf_hub_url(repo_id, "config.json"), timeout=5)
-    except Exception as error:  # from several packages
+    except Exception as error:  # of any of several packages
         return f"{constants.ENDPOINT}: {' '.join(str(error).split())[:200] or type(error).__name__}"
     return ""
 
 
 def check(path: Path, digest: str | None) -> tuple[bool | None, str]:
-    """Return whether a file has the published hash, or the one that its download or the hub's cache noted, and in words.
+    """Return whether a file has the published hash, else the one recorded at download or by the hub's cache, and details.
 
-    The verdict is None where there is nothing to compare with.
+    The verdict is None if there is no hash to compare with.
     """
-    blob = path.resolve().name  # in the hub's cache: the sha256 of a large file, git's hash of a small one
+    blob = path.resolve().name  # in the hub's cache, the sha256 of a large file or the git hash of a small one
     noted = blob if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob) else _record(path.parent).get(path.name)
     if digest is None and noted:
         digest = f"{'git' if len(noted) == 40 else 'sha256'}:{noted}"
@@ -149,8 +149,8 @@ def _obtain(asset: Asset, mirrors: Sequence[str], force: bool, silent: set[str])
             if host in silent:
                 raise Refused("the host did not answer before")
             return _fetch(address, path, asset.digest) if path else _snapshot(asset.name, address)
-        except Exception as error:  # the boundary to a library whose errors come from several packages
-            if isinstance(error, OSError) and error.errno:  # of this machine
+        except Exception as error:  # huggingface_hub lets errors of several packages through
+            if isinstance(error, OSError) and error.errno:  # a local error, such as a full disk
                 raise
             if type(error).__module__.startswith("httpx"):
                 silent.add(host)
@@ -160,7 +160,7 @@ def _obtain(asset: Asset, mirrors: Sequence[str], force: bool, silent: set[str])
 
 
 def _by_hand(asset: Asset) -> str:
-    """Say how a person gets an asset onto this machine."""
+    """Return instructions for getting an asset onto this machine by hand."""
     if asset.path:
         source = f"get it from one of {', '.join(asset.sources)}" if asset.sources else asset.what
         return f"  By hand: {source}, and put it at\n    {asset.path}\n  ({asset.digest or 'no published hash'})"
@@ -173,19 +173,19 @@ def _by_hand(asset: Asset) -> str:
 
 
 def _fetch(url: str, target: Path, digest: str | None) -> str:
-    """Download a file from one address; bytes that are there of it are continued where its hash is known."""
+    """Download a file from one URL; a partial download is continued if the hash is known."""
     token = None if url.startswith(f"{constants.ENDPOINT}/") else False  # other hosts never see HF_TOKEN
     size = 0
-    try:  # one short attempt, before a download that repeats
+    try:  # one short request first: the download itself retries
         stated = get_hf_file_metadata(url, token=token)
         size = stated.size or 0
-        if digest is None and stated.commit_hash and re.fullmatch(r"[0-9a-f]{64}", stated.etag or ""):  # by a hub
+        if digest is None and stated.commit_hash and re.fullmatch(r"[0-9a-f]{64}", stated.etag or ""):  # from a hub
             digest = f"sha256:{stated.etag}"
     except HfHubHTTPError:  # not every server answers HEAD
         pass
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")
-    for keep in (digest is not None, False):  # what is there may be of another file: once more without it
+    for keep in (digest is not None, False):  # the partial bytes may be of another file: retry once without them
         with io.BufferedRandom(_Partial(partial, "a+")) as file:
             lock(file)
             if not keep:
@@ -196,7 +196,7 @@ def _fetch(url: str, target: Path, digest: str | None) -> str:
             try:
                 http_get(url, file, resume_size=kept, headers=build_hf_headers(token=token))
             except HfHubHTTPError as error:
-                if digest is None or error.response.status_code != 416:  # 416: all of it may be here
+                if digest is None or error.response.status_code != 416:  # 416: it may be complete already
                     raise
             file.flush()
             os.fsync(file.fileno())
@@ -204,7 +204,7 @@ def _fetch(url: str, target: Path, digest: str | None) -> str:
             head = file.read(16)
         if digest:
             right, detail = check(partial, digest)
-        elif zipfile.is_zipfile(partial) or head.startswith(b"\x80"):  # PyTorch writes zips, and pickles of old
+        elif zipfile.is_zipfile(partial) or head.startswith(b"\x80"):  # PyTorch's zip, or its old pickle format
             right, detail = True, "its form only, no published hash"
         else:
             right, detail = False, f"no whole weights file; it starts with {head!r}"
@@ -220,13 +220,13 @@ def _fetch(url: str, target: Path, digest: str | None) -> str:
 
 
 def _record(folder: Path) -> dict[str, str]:
-    """Return file name -> sha256 of what was downloaded into `folder`."""
+    """Return file name -> sha256 of the files downloaded into `folder`."""
     text = (folder / RECORD).read_text(encoding="utf-8") if (folder / RECORD).is_file() else ""
     return {name: digest for digest, name in re.findall(r"^(\w{64}) [ *](.+)$", text, re.MULTILINE)}
 
 
 def _snapshot(repo_id: str, endpoint: str) -> str:
-    """Download what an encoder needs into the hub's cache: configuration, preprocessing, weights."""
+    """Download an encoder's configuration, preprocessing and weights into the hub's cache."""
     token = None if endpoint == constants.ENDPOINT else False
     siblings = HfApi(endpoint=endpoint, token=token).model_info(repo_id, timeout=10).siblings or []
     safe = any(sibling.rfilename.endswith(".safetensors") for sibling in siblings)
@@ -239,7 +239,7 @@ def _snapshot(repo_id: str, endpoint: str) -> str:
 
 
 def _encoder_files(folder: Path) -> list[Path]:
-    """Return the files of an encoder; none unless config and weights are whole (links into the cache may dangle)."""
+    """Return the files of an encoder; empty unless config and weights are complete (links into the cache may dangle)."""
     indexes = [read_json(path, weight_map=dict[str, str]) for path in folder.glob("*.index.json")]
     weights = {shard for index in indexes for shard in index["weight_map"].values()}
     weights |= {path.name for pattern in ("*.safetensors", "pytorch_model*.bin") for path in folder.glob(pattern)}

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights that are trained, and of nothing else."""
+"""Exponential moving average (EMA) of the trained weights only."""
 
 from copy import deepcopy
 
@@ -7,10 +7,10 @@ from torch import nn
 
 
 class EMA:
-    """Keeps `average`, a frozen twin of `module`, as avg <- decay * avg + (1 - decay) * weight.
+    """Keeps `average`, a frozen copy of `module`, as avg <- decay * avg + (1 - decay) * weight.
 
-    The twin is made before compilation or wrapping, so it never shares code or storage with what they change.
-    Parameters that are not trained are shared with the source. All updates run as one fused operation.
+    Create it before compiling or wrapping the module, so that it shares no code or storage with what those change.
+    Parameters that are not trained are shared with the module. An update is one fused operation.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -26,5 +26,5 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the weights as they are now."""
+        """Move the average towards the current weights."""
         torch._foreach_lerp_(self._targets, self._sources, 1 - self.decay)

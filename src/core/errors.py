@@ -1,16 +1,16 @@
-"""What is shown without a traceback: mistakes of the user, and a lack of memory."""
+"""Errors that are shown without a traceback: user errors and out of memory."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """Says what came, what was expected and what to type instead. Programs print it and exit with status 1."""
+    """A user error: what was given, what was expected and what to type instead. Scripts print it and exit with status 1."""
 
 
 @contextmanager
 def worded(names: Mapping[str, str]) -> Iterator[None]:
-    """Put the name of the option or key that the user has typed into messages of the block, by what they say instead."""
+    """Replace keys or options in UserErrors from the block by those the user typed: {in the message: as typed}."""
     try:
         yield
     except UserError as error:
@@ -21,9 +21,9 @@ def worded(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Return whether the host or a GPU had too little memory."""
-    # PyTorch's on the CPU, and of what takes a GPU's memory beside PyTorch: kernels that are loaded, cuBLAS, cuDNN, NCCL. The
-    # last is a convolution's, for which no workspace was left (pytorch/pytorch#108645).
+    """Return whether the host or a GPU ran out of memory."""
+    # From PyTorch on the CPU, and from what uses GPU memory outside PyTorch's allocator: loaded kernels, cuBLAS, cuDNN, NCCL.
+    # The last is from a convolution that finds no room for its workspace (pytorch/pytorch#108645).
     words = (
         "can't allocate memory",
         "CUDA error: out of memory",

@@ -1,4 +1,4 @@
-"""Write files atomically, and check beforehand that they may be written."""
+"""Write files atomically, and check beforehand that they can be written."""
 
 import errno
 import hashlib
@@ -17,25 +17,25 @@ _UNFINISHED: set[Path] = set()
 
 
 def expanded(path: str | Path) -> Path:
-    """Put home folders for `~` and `~user`; a name such as `~old`, which is no user's, stays (pathlib raises)."""
+    """Expand `~` and `~user`; a name such as `~old` that is no user's is kept (pathlib would raise)."""
     return Path(os.path.expanduser(path))
 
 
 def resolve(path: str | Path) -> Path:
-    """Make a path absolute: relative ones are relative to the project root, whatever the working directory."""
+    """Return an absolute path; relative ones are relative to the project root, not to the working directory."""
     path = expanded(path)
     return path if path.is_absolute() else PROJECT_ROOT / path
 
 
 @contextmanager
 def replacing(path: str | Path, tag: str | None = None, durable: bool = True) -> Iterator[IO[bytes]]:
-    """Open a file that takes the name `path` when the block ends without an error; until then it lies beside it.
+    """Open a temporary file next to `path`, renamed to `path` when the block ends without an error.
 
     Args:
-        path: folders above it are made.
-        tag: tells apart those who write the same file at once; None: this process. What a killed process leaves under a
-            fixed tag, the next one overwrites.
-        durable: all of it is on the disk at the end; false, where thousands of small files would wait for that.
+        path: missing parent folders are created.
+        tag: part of the temporary name, different for concurrent writers of `path`; None: the process id. With a fixed tag,
+            what a killed process left is overwritten by the next.
+        durable: fsync file and folder; False for thousands of small files, where that would be slow.
     """
     path = Path(path)
     _check_replaceable(path)
@@ -57,7 +57,7 @@ def replacing(path: str | Path, tag: str | None = None, durable: bool = True) ->
 
 
 def put_in_place(source: Path, target: Path) -> None:
-    """Rename `source` to `target`, which is replaced. On Windows that fails while someone reads the target: try for 3 s."""
+    """Rename `source` to `target`, replacing it. On Windows that fails while a process reads the target: retry for 3 s."""
     for _ in range(30):
         try:
             return os.replace(source, target)
@@ -67,32 +67,32 @@ def put_in_place(source: Path, target: Path) -> None:
 
 
 def remove_unfinished() -> None:
-    """Remove what this process has begun to write, before it ends without unwinding."""
+    """Remove the temporary files of this process, before it exits without unwinding."""
     for path in list(_UNFINISHED):
         with suppress(OSError):
             path.unlink()
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8."""
+    """Write UTF-8 text atomically."""
     with replacing(path) as file:
         file.write(text.encode("utf-8", "surrogateescape"))
 
 
 def write_torch(path: str | Path, content: Any, tag: str | None = None) -> None:
-    """Write with torch.save. `tag`: as of `replacing`."""
+    """Write with torch.save, atomically. `tag`: see `replacing`."""
     import torch
 
     with replacing(path, tag) as file:
         target = _Remembering(file)
         try:
             torch.save(content, target)
-        except RuntimeError as error:  # what torch makes of a full disk when it closes the archive
+        except RuntimeError as error:  # torch's own, when it closes the archive on a full disk
             raise target.failure or error from error
 
 
 def write_safetensors(path: str | Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file in place. OSError where the disk refuses, which the library makes an error of its own."""
+    """Write a safetensors file directly to `path`. Raises OSError on disk errors, where the library has its own class."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -103,7 +103,7 @@ def write_safetensors(path: str | Path, tensors: dict[str, Any], metadata: dict[
 
 
 class _Remembering:
-    """Passes on what is written and remembers the first error, which torch.save replaces by one of its own."""
+    """File wrapper that remembers the first write error, which torch.save replaces by one of its own."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -121,11 +121,11 @@ class _Remembering:
 
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
-"""What the system says of a disk that is full, over quota, read-only, broken or gone from the network."""
+"""The errno of a disk that is full, over quota, over its file size limit, read-only, broken or gone from the network."""
 
 
 def disk_message(error: OSError, path: str | Path | None = None) -> str:
-    """Return the message for a file that can't be written."""
+    """Return the error message for a file that can't be written."""
     name = path or error.filename or "A file"
     return (
         f"{os.fsdecode(name) if isinstance(name, bytes) else name} can't be written: {error.strerror or error}. Make room (or set "
@@ -144,7 +144,7 @@ def file_digest(path: str | Path, algorithm: str) -> str:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give `source` the second name `target`, replacing what was there; copy where the file system has no hard links."""
+    """Hard-link `source` to `target`, replacing it; copy where the file system has no hard links."""
     beside = target.with_name(f".{target.name}.link")
     beside.unlink(missing_ok=True)
     _UNFINISHED.add(beside)
@@ -160,11 +160,11 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def check_folder(folder: Path, overwrite: bool, marks: Sequence[str], what: str, option: str = "--output") -> None:
-    """Raise UserError unless a program may write a new folder, or (`overwrite`) replace an earlier one of its own.
+    """Raise UserError unless a script may write `folder`: new, empty, or (`overwrite`) one that the script wrote before.
 
     Args:
-        marks: names of files; one of them is in every folder that the program wrote.
-        what: the program's name for such a folder.
+        marks: file names, at least one of which is in every folder that the script wrote.
+        what: what messages call such a folder.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{option} {folder} is a file; give a folder.")
@@ -180,7 +180,7 @@ def check_folder(folder: Path, overwrite: bool, marks: Sequence[str], what: str,
 
 
 def check_writable(file: Path, option: str) -> None:
-    """Check before long work that `file` can be written at its end; folders above it are made. Raises UserError."""
+    """Check before long work that `file` can be written at the end; creates parent folders. Raises UserError."""
     _check_replaceable(file, f"{option} ")
     try:
         with replacing(file.with_name(f".{file.name}.probe"), durable=False):
@@ -193,13 +193,13 @@ def check_writable(file: Path, option: str) -> None:
 
 
 def _check_replaceable(path: Path, option: str = "") -> None:
-    """Raise UserError where a rename would fail or, as root, take the place of a device such as /dev/null."""
+    """Raise UserError if `path` is a folder, or a device such as /dev/null, which a rename as root would replace."""
     if path.exists() and not path.is_file():
         raise UserError(f"{option}{path} is a {'folder' if path.is_dir() else 'device'}; give the name of a file.")
 
 
 def _sync_folder(folder: Path) -> None:
-    if not hasattr(os, "O_DIRECTORY"):  # elsewhere than on POSIX, folders can't be opened
+    if not hasattr(os, "O_DIRECTORY"):  # folders can only be opened on POSIX
         return
     handle = os.open(folder, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""Lock files, and a run's folder while the run lives."""
+"""Lock files, and lock a run folder while the run is active."""
 
 import os
 import socket
@@ -9,7 +9,7 @@ from src.core.errors import UserError
 
 try:
     import fcntl
-except ImportError:  # elsewhere than on POSIX
+except ImportError:  # not on POSIX
     fcntl = None  # type: ignore[assignment]
 
 NAME = ".running"
@@ -18,8 +18,8 @@ NAME = ".running"
 def lock(file: IO[Any], kind: str = "LOCK_EX", wait: bool = False) -> None:
     """Lock an open file until it is closed or this process ends, however it ends.
 
-    Where the file system or the platform has no locks (no `fcntl` on Windows, Lustre without `-o flock`), it locks nothing.
-    Raises BlockingIOError where another process holds it, unless told to `wait`.
+    Does nothing where the platform or file system has no locks (no `fcntl` on Windows, Lustre without `-o flock`).
+    Raises BlockingIOError if another process holds the lock, unless `wait` is set.
     """
     try:
         if fcntl is not None:
@@ -35,7 +35,7 @@ def take_lock(
     remedy: str = "Wait for its end or stop it (kill -INT lets it save), or choose another folder (paths.run_dir=null makes a new "
     "one).",
 ) -> IO[str]:
-    """Lock a run's folder by the file that is returned. UserError: another run lives in it, or it can't be written."""
+    """Lock a run folder until the returned file is closed. UserError: another run is active in it, or it isn't writable."""
     try:
         file = open(folder / NAME, "a+", encoding="utf-8")  # noqa: SIM115
         owner = _other_owner(file, "LOCK_EX")
@@ -54,7 +54,7 @@ def take_lock(
 
 
 def owner_of(folder: Path) -> str:
-    """Return which process holds the lock of a run's folder; empty where none does, or nobody can tell."""
+    """Return which process holds the lock of a run folder; empty if none does or it can't be determined."""
     try:
         with open(folder / NAME, encoding="utf-8") as file:
             return _other_owner(file, "LOCK_SH")
@@ -63,7 +63,7 @@ def owner_of(folder: Path) -> str:
 
 
 def _other_owner(file: IO[str], kind: str) -> str:
-    """Lock an open file if possible; return which other process holds it, empty where none does or nobody can tell."""
+    """Lock an open file; return which other process holds it instead, empty if none does or it can't be determined."""
     try:
         lock(file, kind)
     except BlockingIOError:

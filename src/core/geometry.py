@@ -1,7 +1,7 @@
-"""Sizes that must agree, worked out once.
+"""Compute and validate the sizes that must agree: image, patches, grid, encoder input.
 
-An image of `image_size` px is decoded from a grid of `image_size / decoder_patch` latents a side. The encoder has to
-deliver that very grid, so it looks at the image at `grid * encoder_patch` px.
+An image of `image_size` px is decoded from a grid of `image_size / decoder_patch` latents per side. The encoder has to
+produce exactly that grid, so its input has `grid * encoder_patch` px.
 """
 
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ from src.core.errors import UserError
 from src.core.options import LARGEST_PX
 
 Pixels = Annotated[int, Field(ge=1, le=LARGEST_PX)]
-"""A side of an image; larger ones are slips of the keyboard, which would fill the memory."""
+"""Side of an image; larger values are typing errors that would exhaust memory."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes in px unless said otherwise; made by `Geometry.of`, which checks that they agree."""
+    """Sizes in px unless noted; created by `Geometry.of`, which checks that they agree."""
 
     image_size: int
     decoder_patch: int
     encoder_patch: int
     grid: int
-    """Latents a side."""
+    """Latents per side."""
 
     @property
     def tokens(self) -> int:
@@ -43,7 +43,7 @@ class Geometry:
         encoder_input_size: int | None = None,
         num_tokens: int | None = None,
     ) -> "Geometry":
-        """Check the sizes and derive the rest. UserError names the keys, the numbers and the nearest values that fit."""
+        """Check the sizes and derive the rest. UserErrors name the keys, their values and the nearest values that fit."""
         for key, value in (("data.image_size", image_size), ("model.decoder_patch_size", decoder_patch)):
             if value <= 0:
                 raise UserError(f"{key}={value}: expected a positive number of pixels.")
