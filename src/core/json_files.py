@@ -1,4 +1,4 @@
-"""Read JSON files that other programs or people wrote."""
+"""Read and validate JSON files written by third-party tools or by hand."""
 
 import json
 from pathlib import Path
@@ -11,18 +11,18 @@ from src.core.settings import Settings
 
 
 class Document(Settings):
-    """A JSON object of which some keys are known."""
+    """A JSON object; unlike `Settings`, it may have unknown keys and infinite numbers."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=True)
 
 
 def read_json(path: str | Path, remedy: str = "", /, **schema: Any) -> dict[str, Any]:
-    """Return the object that a JSON file holds. UserError: no such file, unreadable, no object, or missing keys and values of
-    other types (all at once).
+    """Return the object in a JSON file. Raises UserError: no such file, unreadable, not an object, or missing keys and values
+    of the wrong type (all listed at once).
 
     Args:
-        remedy: what to do about a bad file; ends the message.
-        schema: annotations of keys: `weight_map=dict[str, str]`, or (annotation, None) of one that may be missing.
+        remedy: what to do about a bad file; appended to the message.
+        schema: type annotation of each key: `weight_map=dict[str, str]`, or (annotation, default) for an optional key.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -37,9 +37,9 @@ def read_json(path: str | Path, remedy: str = "", /, **schema: Any) -> dict[str,
 
 
 def check_json(content: dict[str, Any], path: str | Path, remedy: str = "", /, **schema: Any) -> None:
-    """Raise UserError where the content of a JSON file does not fit `schema`, as of `read_json`."""
+    """Raise UserError if the content of a JSON file does not fit `schema` (see `read_json`)."""
     fields: dict[str, Any] = {}
-    for number, (key, kind) in enumerate(schema.items()):  # pydantic's own names may not begin with _
+    for number, (key, kind) in enumerate(schema.items()):  # pydantic allows no field name that begins with _
         annotation, default = kind if isinstance(kind, tuple) else (kind, ...)
         fields[f"key{number}"] = (annotation, Field(default, alias=key))
     try:

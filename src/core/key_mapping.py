@@ -1,4 +1,4 @@
-"""Names of parameters: tables that read in both directions (ours, those of a foreign format), prefixes, wrappers."""
+"""Map parameter names: two-way tables between ours and a foreign format's, prefixes, wrappers."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 class NameTable:
-    """Pairs of patterns (ours, theirs). `*` stands for one part of a dotted name, `**` for any number of parts.
+    """Pairs of patterns (ours, theirs). `*` matches one part of a dotted name, `**` one or more parts.
 
-    The n-th wildcard of one side is the n-th of the other. Names that no pair matches are the same on both sides.
+    The n-th wildcard of one side fills the n-th of the other. Names that match no pair stay unchanged.
     """
 
     def __init__(self, pairs: Sequence[tuple[str, str]]) -> None:
@@ -24,12 +24,12 @@ class NameTable:
 
 
 def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return what is under a prefix, without it."""
+    """Return the entries under a prefix, with the prefix removed."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict without what DistributedDataParallel and torch.compile put into names, of parts too."""
+    """Return a state dict without the prefixes of DistributedDataParallel and torch.compile, at any depth of a name."""
     return {re.sub(r"\b(module|_orig_mod)\.", "", str(name)): value for name, value in state.items()}
 
 

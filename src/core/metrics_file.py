@@ -1,13 +1,13 @@
-"""Write and read `metrics.csv`, where a run keeps every number that it logs.
+"""Write and read `metrics.csv`, which holds every number that a run logs.
 
 One number a line, so that a new name needs no new column:
 
     step,name,value,time
     20,train/loss,0.3456,1767323045.123
 
-`step` counts generator updates, `value` may be `nan` or `inf`, `time` is in seconds since 1970. The file only grows: where
-a killed run starts again in its folder, a step below that of the line before says that from this step on the lines that
-follow count. As a table: `pandas.read_csv(file).pivot_table(index="step", columns="name", values="value")`.
+`step` counts generator updates, `value` may be `nan` or `inf`, `time` is in seconds since 1970. The file is append-only: if
+a killed run resumes in its folder, a line has a lower step than the one before it, and from that step on the later lines
+count. As a table: `pandas.read_csv(file).pivot_table(index="step", columns="name", values="value")`.
 """
 
 import csv
@@ -25,7 +25,7 @@ Row = tuple[int, str, float, float]
 
 
 def append(file: Path, step: int, values: Mapping[str, float]) -> None:
-    """Write `values` after the last whole line, in one piece. What a kill or a full disk left of a line is removed."""
+    """Append `values` in one write. A partial last line, left by a kill or a full disk, is removed first."""
     now = f"{time.time():.3f}"
     rows = [(step, name, repr(float(value)), now) for name, value in values.items()]
     text = io.StringIO()
@@ -41,9 +41,9 @@ def append(file: Path, step: int, values: Mapping[str, float]) -> None:
 
 
 def read(file: Path) -> Iterator[Row]:
-    """Yield the rows in the order of writing, without a last line that is cut off and lines that are no numbers.
+    """Yield the rows in file order, skipping an incomplete last line and values that are not numbers.
 
-    Reads the tables of Lightning's CSVLogger too, which have a column for each name.
+    Also reads the tables of Lightning's CSVLogger, which have one column per name.
     """
     text = file.read_bytes().decode("utf-8", "replace")
     for row in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")):

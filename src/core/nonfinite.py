@@ -1,7 +1,7 @@
-"""Watch for numbers that are no longer finite, without making the device wait.
+"""Detect NaN and infinity in losses, gradients and weights, without a device sync in every step.
 
-A bad step is recognised on the device, where the fused optimiser leaves the weights alone if told so. The host looks at
-the counters only now and then; the weights are safe in the meantime.
+A bad step is detected on the device, where the fused optimiser then skips its update. The host reads the counters only
+now and then; the weights are safe in the meantime.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ from src.core.errors import UserError
 CAUSAL_ORDER = (
     "l1", "lpips", "gan", "adaptive_weight", "loss", "gradient", "discriminator loss", "discriminator gradient",
 )  # fmt: skip
-"""Names of watched values, each before those that it makes go wrong. Others count as causes of all of these."""
+"""Names of watched values, each before those that it makes non-finite. Other names count as causes of all of these."""
 
 
 REMEDY = (
@@ -29,13 +29,13 @@ FIRST_STEP = (
 
 
 class NonFiniteError(UserError):
-    """Losses or gradients became NaN or infinite more often than allowed, or weights at all."""
+    """Losses or gradients were NaN or infinite more often than allowed, or any weight is."""
 
 
 def nonfinite_tensors(content: Any) -> list[str]:
     """Return the names (`state_dict.decoder.head.weight`) of tensors in nested containers that hold NaN or infinity.
 
-    Sums are looked at first, which reads each tensor once and waits for the device once.
+    Checks the sums first: each tensor is read once, with one device sync for all.
     """
     found = [(name, value) for name, value in _tensors(content, "") if value.is_floating_point() or value.is_complex()]
     if not found:
@@ -57,13 +57,13 @@ def _tensors(content: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 class NonFiniteCounter:
-    """Counts steps with non-finite values and remembers where each named value first went wrong."""
+    """Counts steps with non-finite values and records the first bad step of each named value."""
 
     def __init__(self, max_skipped_steps: int) -> None:
         self.max_skipped_steps = max_skipped_steps
         self._skipped: Tensor | None = None  # int64 scalar on the device
-        self._last = torch.empty(0)  # the latest step that went wrong
-        self._first: dict[tuple[str, ...], Tensor] = {}  # for names watched together: steps, -1: never, on the device
+        self._last = torch.empty(0)  # the latest bad step
+        self._first: dict[tuple[str, ...], Tensor] = {}  # names -> first bad step of each, -1: none, on the device
         self._restored = 0
         self._began: int | None = None  # the first step of this process
 
@@ -75,7 +75,7 @@ class NonFiniteCounter:
         if self._skipped is None:
             self._skipped = torch.full((), self._restored, dtype=torch.int64, device=bad.device)
             self._last = torch.full_like(self._skipped, -1)
-        self._skipped += bad & (self._last != step)  # both networks may go wrong in one step
+        self._skipped += bad & (self._last != step)  # a step counts once, even if both networks are non-finite
         self._last.masked_fill_(bad, step)
         first = self._first.get(names := tuple(values))
         if first is None:
@@ -85,7 +85,7 @@ class NonFiniteCounter:
 
     @property
     def skipped(self) -> int:
-        """Steps skipped so far. Waits for the device."""
+        """Steps skipped so far. Syncs with the device."""
         return self._restored if self._skipped is None else int(self._skipped)
 
     @skipped.setter
@@ -93,7 +93,7 @@ class NonFiniteCounter:
         self._restored, self._skipped = value, None
 
     def check(self) -> None:
-        """Raise NonFiniteError, naming the cause and its first step, after too many bad steps. Waits for the device."""
+        """After too many bad steps, raise NonFiniteError with the cause and its first step. Syncs with the device."""
         skipped = self.skipped
         if skipped <= self.max_skipped_steps:
             return
@@ -101,7 +101,7 @@ class NonFiniteCounter:
         for names, steps in self._first.items():
             found = {name: step for name, step in zip(names, steps.tolist(), strict=True) if step >= 0}
             wrong |= {name: min(step, wrong.get(name, step)) for name, step in found.items()}
-        if not wrong:  # they are of the run before a resume
+        if not wrong:  # all bad steps are from before the resume
             return
         order = {name: place for place, name in enumerate(CAUSAL_ORDER)}
         cause, *rest = sorted(wrong, key=lambda name: (wrong[name], order.get(name, -1)))

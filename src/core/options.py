@@ -1,6 +1,6 @@
-"""Command line options from dataclasses: each field is an option in both spellings (`--batch_size`, `--batch-size`).
+"""Build command-line options from dataclasses: each field is an option in both spellings (`--batch_size`, `--batch-size`).
 
-The groups of options that several programs share are here too. No heavy imports, so that `--help` is quick.
+Also defines the groups of options that several scripts share. No heavy imports, so that `--help` is fast.
 """
 
 import argparse
@@ -20,19 +20,19 @@ T = TypeVar("T")
 INCEPTION_FILE = "weights/pt_inception-2015-12-05-6726825d.pth"
 LPIPS_FILES = {"vgg_path": "weights/vgg16-397923af.pth", "linear_path": "weights/lpips_vgg_v0.1.pth"}
 LARGEST_PX = 16384
-"""The side of an image."""
+"""Largest side of an image, in px."""
 EXIT_CODES = "exit codes: 0 done; 1 something is wrong with what was given; 2 wrong options; 130 interrupted"
 
 
 def number(kind: type[int] | type[float], least: float, most: float, expected: str) -> Callable[[str], Any]:
-    """Return the type of an option that takes numbers from `least` to `most`; `expected` says so to the user."""
+    """Return an argparse type for numbers from `least` to `most`; `expected` describes them in the error message."""
 
     def parse(text: str) -> Any:
         if not least <= (value := kind(text)) <= most:
             raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse's word for what is no number at all
+    parse.__name__ = kind.__name__  # argparse prints it for text that is not a number
     return parse
 
 
@@ -47,28 +47,28 @@ Pixels = Annotated[int, pixels]
 NotNegative = Annotated[int, not_negative]
 Share = Annotated[float, share]
 Place = Annotated[Path, resolve]
-"""A path; a relative one is that of the project, whatever the working directory."""
+"""A path; relative ones are relative to the project root, not to the working directory."""
 
 
 def option(help: str, metavar: str | None = None, default: Any = None, **more: Any) -> Any:
-    """Declare a field of a class of options; `default=MISSING`: it must be given.
+    """Declare a field of an options class; `default=MISSING`: required.
 
-    `more` goes to `add_argument`, such as `action="append", nargs=None`; `positional=True` takes the dashes away.
+    `more` is passed to `add_argument`, such as `action="append", nargs=None`; `positional=True` drops the dashes.
     """
     return field(default=default, metadata={"help": help, **({"metavar": metavar} if metavar else {}), **more})
 
 
 def build_parser(options: type, description: str | None, epilog: str = EXIT_CODES) -> argparse.ArgumentParser:
-    """Return a parser for the fields of a dataclass, in the groups that the classes it is built from name by `GROUP`.
+    """Return a parser for the fields of a dataclass, grouped by the `GROUP` title of the class that declares each field.
 
-    A field's type says what is parsed: `bool` is a switch, `Literal` a choice, `tuple[X, ...]` one value or more,
-    `Annotated[X, function]` what the function makes of the text.
+    The type sets how a field is parsed: `bool` is a switch, `Literal` a choice, `tuple[X, ...]` one or more values,
+    `Annotated[X, function]` is converted by the function.
     """
     parser = argparse.ArgumentParser(
         description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     groups: dict[str | None, Any] = {None: parser}
-    declared = {name: part for part in options.__mro__ for name in get_annotations(part)}  # where it came up first
+    declared = {name: part for part in options.__mro__ for name in get_annotations(part)}  # by the most basic class
     hints = get_type_hints(options, include_extras=True)
     for entry in fields(options):
         title = vars(declared[entry.name]).get("GROUP")
@@ -86,9 +86,9 @@ def build_parser(options: type, description: str | None, epilog: str = EXIT_CODE
 
 
 def parse(options: type[T], description: str | None, argv: Sequence[str] | None, epilog: str = EXIT_CODES) -> T:
-    """Return the options of a command line (None: this program's own).
+    """Parse a command line (None: sys.argv) into `options`.
 
-    Wrong ones, and a ValueError of the class's `__post_init__`, end the program with the usage and status 2.
+    Wrong options, and a ValueError from the class's `__post_init__`, exit with the usage and status 2.
     """
     parser, words = build_parser(options, description, epilog), sys.argv[1:] if argv is None else argv
     if empty := [place for place, word in enumerate(words) if re.fullmatch(r"(--[\w-]+=)?", word)]:
@@ -108,13 +108,13 @@ def run(
     argv: Sequence[str] | None,
     epilog: str = EXIT_CODES,
 ) -> int:
-    """Run a program, `body`, with the options of a command line; return its exit status (`run_program`)."""
+    """Parse a command line, run `body` with the options and return the exit status (see `run_program`)."""
     given = parse(options, description, argv, epilog)
     return run_program(lambda: body(given))
 
 
 def _arguments(kind: Any) -> dict[str, Any]:
-    """Return what argparse is to know of a type."""
+    """Return the arguments of `add_argument` for a field's type."""
     parts = get_args(kind)
     if type(None) in parts:
         return _arguments(parts[0])
@@ -129,7 +129,7 @@ def _arguments(kind: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """The model, read by `src.formats.opening.open_model`."""
+    """Options of the model, used by `src.formats.opening.open_model`."""
 
     GROUP: ClassVar = "model (one of --checkpoint and --decoder)"
     checkpoint: str | None = option(".ckpt of a run; it holds the model's configuration too", "FILE")
@@ -160,7 +160,7 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelsOptions(ModelOptions):
-    """One model or several."""
+    """Options of one or several models."""
 
     decoder: tuple[str, ...] = option(  # type: ignore[assignment]
         "decoder files with the official names, exported folders (diffusers or ours) or .ckpt files; a row for each",
@@ -178,7 +178,7 @@ class ModelsOptions(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class LoadingOptions:
-    """How images are loaded and where the work is done, read by `evaluation_loader` and `processes`."""
+    """Options of image loading and the device, used by `evaluation_loader` and `processes`."""
 
     GROUP: ClassVar = "images and device"
     device: str = option("cuda, cuda:N or cpu", "NAME", "cuda")
@@ -190,7 +190,7 @@ class LoadingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(LoadingOptions):
-    """The images of an evaluation, read by `src.evaluation.images.open_images`."""
+    """Options of the images to evaluate on, used by `src.evaluation.images.open_images`."""
 
     GROUP: ClassVar = "images and device"
     data_dir: tuple[str, ...] = option(
@@ -207,7 +207,7 @@ class DataOptions(LoadingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureOptions:
-    """The networks whose features are compared, read by `src.evaluation.networks.networks_of`."""
+    """Options of the feature networks, used by `src.evaluation.networks.networks_of`."""
 
     GROUP: ClassVar = "feature networks"
     features: tuple[str, ...] = option(
@@ -229,7 +229,7 @@ class FeatureOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LpipsOptions:
-    """The files of LPIPS, read by `src.evaluation.networks.lpips_of`."""
+    """Files of LPIPS, used by `src.evaluation.networks.lpips_of`."""
 
     GROUP: ClassVar = "feature networks"
     vgg_path: str | None = option(

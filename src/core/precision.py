@@ -1,4 +1,4 @@
-"""Numerical precision of frozen networks: full float32 where numbers are published, half where autocast would cast anyway."""
+"""Set the precision of frozen networks: full float32 for published scores, half precision where autocast would cast anyway."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +10,11 @@ from torch import nn
 
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """Compute in IEEE float32 on `device`: no autocast, no TF32 in convolutions (PyTorch's default) and products
-    (`trainer.float32_matmul_precision=high`); restores the caller's settings.
+    """Compute in IEEE float32 on `device`: no autocast, no TF32 in convolutions (PyTorch's default) or matrix products
+    (`trainer.float32_matmul_precision=high`). Restores the caller's settings.
 
-    TF32 rounds inputs to 10 bits, which moves Inception features by about 1e-3 and makes E[x^2] - E[x]^2 in SSIM as large as
-    its constant c2.
+    TF32 rounds inputs to 10 bits, which changes Inception features by about 1e-3 and makes the error of E[x^2] - E[x]^2 in
+    SSIM as large as its constant c2.
     """
     conv = torch.backends.cudnn.conv
     before = conv.fp32_precision
@@ -28,11 +28,11 @@ def full_float32(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def float32_products(device: torch.device, precision: Literal["highest", "high"]) -> Iterator[None]:
-    """Compute float32 matrix products exactly or, `high`, in TF32, which is faster; on a GPU, else nothing changes."""
+    """Compute float32 matrix products exactly or, with `high`, in TF32, which is faster. No effect except on a GPU."""
     if device.type != "cuda":
         yield
         return
-    # However it was set: PyTorch's older switch can't be read after the newer one was used.
+    # Read through the newer API: the older one raises once the newer one was used to set it.
     fast = torch.backends.cuda.matmul.fp32_precision == "tf32"
     torch.set_float32_matmul_precision(precision)
     try:
@@ -42,10 +42,10 @@ def float32_products(device: torch.device, precision: Literal["highest", "high"]
 
 
 def cast_frozen(network: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the weights of linear and convolution layers in `dtype`, in place. For use under autocast to `dtype` only.
+    """Cast the weights of linear and convolution layers to `dtype`, in place. For use under autocast to `dtype` only.
 
-    Under autocast nothing changes but memory and time: these are the weights that it would cast anew at every call. Norms,
-    positions and scales stay as they are, and so do their results.
+    Under autocast this only saves memory and time: these are the weights that it would cast again at every call. Norms,
+    positional embeddings and scales keep their dtype, and so do their results.
     """
     for layer in network.modules():
         if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):

@@ -1,9 +1,9 @@
-"""Random draws as a pure function of (seed, purpose, epoch, position).
+"""Draw random numbers as a pure function of (seed, purpose, epoch, position).
 
-Nothing in training reads a generator whose state depends on what ran before. A run that is killed and resumed, on
-another number of workers or ranks, takes the same order, crops, noise and augmentation (design: the stream of batches).
+Nothing in training reads a generator whose state depends on earlier draws. A run that is killed and resumed, with any
+number of workers or ranks, gets the same order, crops, noise and augmentation (docs/data.md, "The stream of batches").
 
-`position` is the place of an image in its epoch's order over all ranks; `step` counts micro-batches the same way.
+`position` is the index of an image in its epoch's order over all ranks; `step` counts micro-batches the same way.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @unique
 class Purpose(IntEnum):
-    """One independent stream each. Append only: a changed number changes every seeded run."""
+    """One independent stream per purpose. Append only: a changed number changes every seeded run."""
 
     ORDER = 0
     CROP = 1
@@ -41,13 +41,13 @@ class Purpose(IntEnum):
 
 
 def generator(seed: int, purpose: Purpose, epoch: int = 0, position: int = 0) -> np.random.Generator:
-    """Return a counter-based (Philox) generator for one place in the stream. Costs a few microseconds."""
+    """Return a counter-based (Philox) generator for one position in the stream. Costs a few microseconds."""
     return np.random.Generator(np.random.Philox(key=[seed, int(purpose)], counter=[0, 0, position, epoch]))
 
 
 def generators(seed: int, purpose: Purpose, epoch: int, positions: Sequence[int]) -> Iterator[np.random.Generator]:
-    """Yield `generator` for each of `positions`, one object moved from place to place at a tenth of the cost: draw from each
-    before asking for the next."""
+    """Yield `generator` for each of `positions`. All are one object, moved along at a tenth of the cost: draw from each before
+    asking for the next."""
     numbers = generator(seed, purpose, epoch)
     start = numbers.bit_generator.state
     counter = start["state"]["counter"]
@@ -73,9 +73,9 @@ def uniforms(seed: int, purpose: Purpose, epoch: int, positions: Sequence[int], 
 def normals(
     seed: int, purpose: Purpose, epoch: int, positions: Sequence[int], shape: Sequence[int], device: torch.device
 ) -> Tensor:
-    """Draw N(0, 1) of `shape` for each position, drawn on `device` one image at a time: float32, (len(positions), *shape).
+    """Draw N(0, 1) of `shape` for each position, on `device`, one image at a time: float32, (len(positions), *shape).
 
-    Values differ between device types, never between batch sizes, workers or ranks.
+    Values depend on the device type, but not on batch size, workers or ranks.
     """
     out = torch.empty(len(positions), *shape, device=device)
     rng = torch.Generator(device)

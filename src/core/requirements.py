@@ -1,7 +1,7 @@
-"""What can be downloaded, and what a composed config needs of it.
+"""List the files that can be downloaded, and find those that a composed config needs.
 
-Hashes are only those that somebody published: the sha256 prefix that PyTorch's naming rule puts into a file name, the md5
-of the LPIPS v0.1 linear weights. Files of the hub have none here: the hub states theirs with each answer.
+Only published hashes are listed: the sha256 prefix that PyTorch's naming convention puts into a file name, the md5 of the
+LPIPS v0.1 linear weights. Files of the hub have none here: the hub sends theirs with each response.
 """
 
 import re
@@ -15,7 +15,7 @@ from src.core.files import expanded
 
 HUB = "https://huggingface.co"
 HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
-"""Pattern of a repository's name."""
+"""Regular expression of a hub repository id."""
 _RAE = f"{HUB}/nyu-visionx/RAE-collections/resolve/main"  # released by the authors of arXiv 2510.11690
 _RAE_V2 = f"{HUB}/nyu-visionx/RAEv2-models/resolve/main"  # released by the authors of arXiv 2605.18324
 _GITHUB = "https://github.com"
@@ -23,24 +23,24 @@ _GITHUB = "https://github.com"
 
 @dataclass(frozen=True)
 class Asset:
-    """A weights file, or an encoder repository of the hub (called by its id), or a file that the user has to bring."""
+    """A weights file, an encoder repository of the hub (`name` is its id), or a file that the user has to provide."""
 
     name: str
     what: str
-    place: str = ""  # of a file, relative to `paths.weights_dir`
-    sources: tuple[str, ...] = ()  # addresses, tried in this order
-    digest: str | None = None  # `algorithm:hex`, the whole published hash or its beginning
-    package: str = ""  # an installed package that brings the same bytes, and the file in it
+    place: str = ""  # path of a file below `paths.weights_dir`
+    sources: tuple[str, ...] = ()  # URLs, tried in this order
+    digest: str | None = None  # `algorithm:hex`, the published hash or a prefix of it
+    package: str = ""  # an installed package that contains the same file, and the path in it
     gated: bool = False
-    path: Path | None = None  # where a file belongs on this machine; None: the hub's cache (HF_HOME)
+    path: Path | None = None  # where the file belongs on this machine; None: the hub's cache (HF_HOME)
 
     def below(self, weights_dir: Path) -> "Asset":
-        """Return the asset with its path."""
+        """Return the asset with its path below `weights_dir`."""
         return replace(self, path=weights_dir / self.place) if self.place else self
 
 
 def _released(name: str, what: str, encoder: str, decoder: str, data: str) -> tuple[Asset, Asset]:
-    """Return an official decoder and its latent statistics, under their official relative paths."""
+    """Return an official decoder and its latent statistics, at their official relative paths."""
     decoder, stats = f"decoders/{encoder}/{decoder}/model.pt", f"stats/{encoder}/{data}/stat.pt"
     return (
         Asset(f"decoder-{name}", f"official ViT-XL decoder for {what}", decoder, (f"{_RAE}/{decoder}",)),
@@ -95,17 +95,17 @@ FILES = (
     *_released_v2("dinov3l-k7", "DINOv3-L, blocks 11, 13, ..., 23"),
     *_released_v2("dinov3l-k23", "DINOv3-L, blocks 1 to 23"),
 )
-# Config keys that name a weights file, with the asset that such a file always is (None: its place and name tell).
+# Config keys that name a weights file, and the asset it always is (None: identified by path and file name).
 _FILE_KEYS = {
     "vgg_path": "vgg16", "linear_path": "lpips", "inception_path": "inception", "dino_ckpt_path": None,
     "pretrained_decoder_path": None, "normalization_stat_path": None,
 }  # fmt: skip
-USERS_CHOICE = "required"  # of `model.pretrained_decoder_path`: the experiment leaves its decoder to the user
+USERS_CHOICE = "required"  # value of `model.pretrained_decoder_path` where the user has to choose the decoder
 
 
 def by_name(name: str, encoders: Mapping[str, Asset]) -> Asset:
-    """Return the asset called `name`: its name in the table, its place, or its file name where only one has that; or one of
-    `encoders`, by its key or hub id."""
+    """Return the asset called `name`: by its name or path in the table, or its file name if unique; or one of `encoders`, by
+    its key or hub id."""
     if name in encoders:
         return encoders[name]
     exact = [asset for asset in (*FILES, *dict.fromkeys(encoders.values())) if name in (asset.name, asset.place)]
@@ -118,12 +118,11 @@ def by_name(name: str, encoders: Mapping[str, Asset]) -> Asset:
 
 
 def requirements(config: Mapping[str, Any], weights_dir: Path, root: Path) -> list[Asset]:
-    """Return everything that `config` (plain, resolved, nested) loads, each once; read by the names of its keys.
+    """Return every asset that `config` (plain, resolved, nested) loads, without duplicates, found by the names of its keys.
 
-    Parts whose `weights` are other than `pretrained` need nothing, nor a path beside such a word (`inception_weights` for
-    `inception_path`), nor keys that are null, nor losses of weight 0 and evaluations that are off. Relative paths are
-    relative to `root`, the project; `weights_dir` is where the table's places are. Raises UserError for a value that is
-    missing.
+    Nothing is needed for nodes whose `weights` is not `pretrained`, a path whose sibling is not (`inception_weights` for
+    `inception_path`), null keys, losses of weight 0 and evaluations that are off. Relative paths are relative to `root`, the
+    project; the table's paths to `weights_dir`. Raises UserError for a missing value (`???`).
     """
     found = []
     for key, value in _references(_in_use(config), ()):
@@ -136,13 +135,13 @@ def requirements(config: Mapping[str, Any], weights_dir: Path, root: Path) -> li
             known = known or [asset for asset in FILES if Path(asset.place).name == path.name]
             known = known if len(known) == 1 else [asset for asset in FILES if asset.name == _FILE_KEYS.get(leaf)]
             found.append(replace(known[0], path=path) if known else unknown)
-        elif "/" in value and not path.exists():  # else a folder of the user's own, or one of timm by name
+        elif "/" in value and not path.exists():  # else a local folder, or a timm model by name
             found.append(Asset(value, "encoder") if re.fullmatch(HUB_ID, value) else unknown)
     return list(dict.fromkeys(found))
 
 
 def _in_use(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config without the parts that a run leaves out."""
+    """Return the config without the parts that are off: losses of weight 0, callbacks that never run."""
     model, callbacks = dict(config.get("model") or {}), dict(config.get("callbacks") or {})
     for weight, part in (("disc_weight", "disc_arch"), ("perceptual_weight", "lpips_arch")):
         if model.get(weight) == 0:
@@ -157,7 +156,7 @@ def _in_use(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _references(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """Yield (dotted key, value) of every leaf that names weights, in the order of the config."""
+    """Yield (dotted key, value) of every leaf that names weights, in config order."""
     if isinstance(node, Mapping) and node.get("weights", "pretrained") == "pretrained":
         for name, value in node.items():
             if node.get(str(name).removesuffix("_path") + "_weights", "pretrained") == "pretrained":

@@ -1,4 +1,4 @@
-"""Name a run by its folder, and the state of the code that runs."""
+"""Derive a run's name from its folder, and read the git state of the code."""
 
 import re
 import subprocess
@@ -11,14 +11,14 @@ _DATE = re.compile(r"\d{4}-\d\d-\d\d")
 
 
 def run_id(folder: Path) -> str:
-    """Return DATE_TIME of logs/runs/DATE/TIME (with what lies below, in a multirun); the name of any other folder."""
+    """Return DATE_TIME for logs/runs/DATE/TIME (and what follows, in a multirun); for any other folder its name."""
     parts = folder.resolve().parts
     dates = [i for i, part in enumerate(parts) if _DATE.fullmatch(part)]
     return "_".join(parts[dates[-1] :]) if dates else parts[-1]
 
 
 def git_state() -> dict[str, Any] | None:
-    """Return commit and whether the tree was clean; None outside a checkout."""
+    """Return the commit and whether the work tree is clean; None outside a checkout."""
 
     def git(*words: str) -> str:
         return subprocess.run(

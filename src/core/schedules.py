@@ -9,17 +9,17 @@ from src.core.settings import Settings
 
 
 class Schedule(Settings):
-    """Linear warm-up, then a decay to `final_lr`, then constant. Lengths are in epochs, fractions rounded to a step."""
+    """Linear warm-up, then decay to `final_lr`, then constant. Lengths are in epochs, rounded to whole steps."""
 
     type: Literal["cosine", "linear", "constant"]
     warmup_epochs: float = Field(ge=0)
     decay_end_epoch: float
-    """When `final_lr` is reached; warm-up included."""
+    """Epoch at which `final_lr` is reached, counted from the start of training."""
     base_lr: float = Field(gt=0)
     final_lr: float = Field(ge=0)
-    """Absolute, not a factor."""
+    """Absolute, not a factor of `base_lr`."""
     warmup_from_zero: bool
-    """False: the learning rate is `base_lr` all through the warm-up."""
+    """False: the learning rate is `base_lr` throughout the warm-up."""
 
     def lr(self, step: int, steps_per_epoch: int) -> float:
         """Return the learning rate of update number `step` (0 is the first)."""
