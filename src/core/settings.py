@@ -1,6 +1,6 @@
-"""Typed settings: what a node of the configuration may say, checked where it enters the code.
+"""Validate configuration nodes with typed settings classes (pydantic) where they enter the code.
 
-A settings class has one field per key. Every problem of a node is named in one message, with the keys as users type them.
+A settings class has one field per key. One message lists every problem of a node, with the keys as users type them.
 """
 
 import difflib
@@ -19,20 +19,20 @@ from src.core.text import typed
 Class = TypeVar("Class", bound=type)
 LARGEST = 65536
 Size = Annotated[int, Field(ge=1, le=LARGEST)]
-"""A width or a count of parts of a network; larger ones are slips of the keyboard, which would fill the memory."""
+"""A width or a number of layers of a network; larger values are typing errors that would exhaust memory."""
 
 
 class Settings(BaseModel):
-    """Base of all settings: immutable; no unknown keys, no text for a number, no infinity unless a field allows it."""
+    """Base of all settings: immutable; no unknown keys, no strings for numbers, no infinity unless a field allows it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
     typed_as: ClassVar[Mapping[str, str]] = {}
-    """Where users set a key that the configuration only copies into this node: name of the field -> key."""
+    """Field name -> the key that users set, for fields that the configuration copies from elsewhere into this node."""
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], key: str) -> Self:
-        """Check a node of plain values, `key` in the configuration. UserError names every missing, unknown and unfitting key,
-        with what was expected."""
+        """Validate the plain values of the configuration node `key`. Raises one UserError with every missing, unknown and
+        invalid key and what was expected."""
         try:
             return cls.model_validate(_plain(values))
         except ValidationError as error:
@@ -41,7 +41,7 @@ class Settings(BaseModel):
 
 
 def one_of(names: Collection[str]) -> AfterValidator:
-    """Return the check that a text is one of `names`, for `Annotated[str, one_of(TABLE)]`."""
+    """Return a validator that accepts only `names`, for `Annotated[str, one_of(TABLE)]`."""
 
     def check(name: str) -> str:
         if name not in names:
@@ -52,15 +52,15 @@ def one_of(names: Collection[str]) -> AfterValidator:
 
 
 def check_arguments(cls: type, values: Mapping[str, Any], key: str) -> None:
-    """Raise UserError, with every problem, where `cls(**values)` would be given what its constructor's annotations exclude.
+    """Raise UserError, with every problem, if `values` don't fit the annotated parameters of the constructor of `cls`.
 
-    Those of base classes count where a constructor passes on `**options`. `key`: as in `Settings`.
+    Includes the parameters of base classes if a constructor passes on `**options`. `key`: see `Settings.parse`.
     """
     _argument_settings(cls).parse(values, key)
 
 
 def checked(key: str) -> Callable[[Class], Class]:
-    """Decorate a class whose arguments are the node `key`, so that its constructor begins with `check_arguments`."""
+    """Decorate a class whose arguments come from the node `key`: its constructor first runs `check_arguments`."""
 
     def decorate(cls: Class) -> Class:
         construct = cls.__init__  # type: ignore[misc]
@@ -81,14 +81,14 @@ def checked(key: str) -> Callable[[Class], Class]:
 @cache
 def _argument_settings(cls: type) -> type[Settings]:
     fields: dict[str, Any] = {}
-    for owner in cls.__mro__:  # from the derived class down
+    for owner in cls.__mro__:  # from the derived class to its bases
         construct = owner.__dict__.get("__init__")
         if construct is None:
             continue
         hints = get_type_hints(construct, include_extras=True)
         parameters, derived = list(inspect.signature(construct).parameters.values())[1:], bool(fields)
         for p in parameters:
-            filled_in = derived and p.default is p.empty  # by the constructor of the derived class
+            filled_in = derived and p.default is p.empty  # passed by the constructor of the derived class
             if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and not filled_in:
                 fields.setdefault(p.name, (hints[p.name], ... if p.default is p.empty else p.default))
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
@@ -97,7 +97,7 @@ def _argument_settings(cls: type) -> type[Settings]:
 
 
 def class_at(place: object, base: type, key: str) -> type:
-    """Return the class of a place such as `package.module.Class`, which is imported. Raises UserError: no `base` is there."""
+    """Import and return the class `place`, such as `package.module.Class`. UserError if it's missing or no subclass of `base`."""
     module, _, name = str(place).rpartition(".")
     try:
         cls = getattr(importlib.import_module(module), name)
@@ -109,13 +109,13 @@ def class_at(place: object, base: type, key: str) -> type:
 
 
 def check_keys(values: Iterable[str], known: Collection[str], key: str = "") -> None:
-    """Raise UserError if a node of the configuration (`key`; empty: the whole) has keys other than `known`."""
+    """Raise UserError if the configuration node `key` (empty: the root) has keys that are not in `known`."""
     if unknown := [_unknown(f"{key}.{name}".lstrip("."), name, known) for name in values if name not in known]:
         raise _user_error(unknown)
 
 
 def _plain(value: Any) -> Any:
-    """Return a node as dicts, where Hydra's `instantiate` has left others in it."""
+    """Convert nested mappings and sequences, as Hydra's `instantiate` leaves them, to dicts and lists."""
     if isinstance(value, Mapping):
         return {name: _plain(part) for name, part in value.items()}
     return value if not isinstance(value, Sequence) or isinstance(value, str | bytes | tuple) else [*map(_plain, value)]
@@ -134,7 +134,7 @@ def _unknown(place: str, name: object, known: Collection[str]) -> str:
 
 
 def _problem(cls: type[Settings], error: Any, place: str, values: Mapping[str, Any]) -> str:
-    """Return one of pydantic's errors in the words of a configuration; of a field with a description, in the words of that."""
+    """Word one pydantic error in terms of the configuration; a field's `description` tells what was expected."""
     owner: type[Settings] | None = cls
     annotation, value = None, values
     for part in error["loc"]:
@@ -142,7 +142,7 @@ def _problem(cls: type[Settings], error: Any, place: str, values: Mapping[str, A
         place = owner.typed_as.get(part, below) if owner else below
         try:
             value = value[part]
-        except (LookupError, TypeError):  # missing, or a part of pydantic's own within a union
+        except (LookupError, TypeError):  # missing, or pydantic's name for a member of a union
             value = error["input"]
         if owner and error["type"] == "extra_forbidden" and part not in owner.model_fields:
             return _unknown(place, part, owner.model_fields)
@@ -153,7 +153,7 @@ def _problem(cls: type[Settings], error: Any, place: str, values: Mapping[str, A
         owner = annotation if isinstance(annotation, type) and issubclass(annotation, Settings) else None
     if error["type"] == "missing":
         return f"{place} is missing."
-    if error["type"] == "value_error" and isinstance(error["input"], Mapping):  # of several keys together
+    if error["type"] == "value_error" and isinstance(error["input"], Mapping):  # from a check of several keys
         return f"{place}: {error['ctx']['error']}"
     null = " or null" if NoneType in get_args(annotation) else ""
     return f"{place}={typed(error['input'])}: expected {_expected(error)}{null}."

@@ -1,6 +1,6 @@
-"""Stop a run from outside or inside: signals, and parts of it that can't go on.
+"""Stop a run on a signal, or on an error in one of its parts.
 
-The first request lets the run finish its update and save; Ctrl-C after that ends the process at once, wherever it is.
+After the first request the run finishes its update and saves; a Ctrl-C after that ends the process at once.
 """
 
 import ctypes
@@ -18,58 +18,58 @@ from src.core.errors import UserError
 from src.core.files import remove_unfinished
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
-"""Those that ask a run to stop. It exits with 128 + the signal's number, as shells report it: 130, 143, 129, 138."""
+"""Signals that ask a run to stop. It exits with 128 + the signal's number, as shells report it: 130, 143, 129, 138."""
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
-"""Windows has none."""
+"""SIGTERM on Windows, which has no SIGKILL."""
 FAILED = 1
-"""Exit code of a run that stopped because a part of it can't go on."""
-STUCK_S = 5.0  # after which a handler in Python has run, unless a call of a library keeps it waiting
-_SAME_S = 1.0  # launchers pass on the signal that a terminal has sent to all processes already
+"""Exit code of a run that stopped on an error in one of its parts."""
+STUCK_S = 5.0  # time for a Python handler to run; if it hasn't, a library call blocks it
+_SAME_S = 1.0  # launchers forward signals that the terminal already sent to all processes: one request
 
 
 def status_of(code: int) -> str:
-    """Return the word for an exit code in a run's record."""
+    """Return the status that the run record gives an exit code: terminated, interrupted or failed."""
     if code == 128 + signal.SIGTERM:
         return "terminated"
     return "interrupted" if code in [128 + number for number in SIGNALS] else "failed"
 
 
 def signal_name(code: int) -> str:
-    """Return the name of the signal that an exit code above 128 stands for."""
+    """Return the name of the signal of an exit code above 128."""
     return signal.Signals(code - 128).name
 
 
 class StopRequest:
-    """The request to stop of this process. There is one, `STOP`, since signals belong to a process."""
+    """State of the stop request. The only instance is `STOP`, since signals are per process."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the request and whoever waited for it."""
+        """Clear the request and its settings."""
         self.code = 0
-        """Exit code that was asked for; 0: no request."""
+        """Requested exit code; 0: no request."""
         self.error: UserError | None = None
-        """Why the run can't go on, where no signal asked."""
+        """The error that stops the run; None if only a signal did."""
         self.deferred = False
-        """Whether someone looks at `code` after each update; else a signal ends the run where it is."""
+        """Whether the trainer checks `code` after each update; else a signal raises SystemExit immediately."""
         self.loud = True
-        """Whether this process tells the user."""
+        """Whether this process prints messages for the user."""
         self._asked_at = math.inf
         self.before_exit: Callable[[int], None] = lambda code: None
-        """Called before the process ends at once."""
+        """Called with the exit code by `end_now`."""
         self._first_at: float | None = None
         self._ending = False
 
     def fail(self, error: UserError) -> None:
-        """Ask for a stop after this update, because of `error`. The first one counts."""
+        """Request a stop after this update because of `error`. The first error counts."""
         if self.error is None:
             self.error = error
         self._asked_at = min(self._asked_at, time.monotonic())
         self.code = self.code or FAILED
 
     def ask(self, number: int) -> None:
-        """Take note of a signal. A signal outweighs what failed; the first signal counts."""
+        """Request a stop because of a signal. It overrides the code of `fail`; the first signal counts."""
         if self.code >= 128:
             return
         self._asked_at = min(self._asked_at, time.monotonic())
@@ -86,11 +86,11 @@ class StopRequest:
         return max(0.0, time.monotonic() - self._asked_at)
 
     def count(self, number: int) -> None:
-        """Count the signals as they arrive: Ctrl-C after another one ends the process, and so does any while it is stuck."""
+        """Count signals as they arrive: a Ctrl-C after another signal ends the process, as does any if the process is stuck."""
         now = time.monotonic()
         if self._first_at is None:
             self._first_at = now
-            if not self.deferred:  # as while it waits for other ranks to join
+            if not self.deferred:  # e.g. while it waits for other ranks to join
                 timer = threading.Timer(STUCK_S, lambda: self._end_if_stuck(now, number))
                 timer.daemon = True
                 timer.start()
@@ -102,13 +102,13 @@ class StopRequest:
             self.end_now(128 + number)
 
     def end_now(self, code: int) -> None:
-        """End this process and its loading processes at once; partial files are removed."""
+        """End this process and its data-loading workers at once; unfinished files are removed."""
         if self._ending:
             return
         self._ending = True
         if self.loud:
             _say("Ended at once; what was not saved is lost.")
-        for child in multiprocessing.active_children():  # on Linux all others end with this process (end_with_parent)
+        for child in multiprocessing.active_children():  # others end with this process, on Linux (end_with_parent)
             child.kill()
         with suppress(Exception):
             self.before_exit(code)
@@ -121,10 +121,10 @@ STOP = StopRequest()
 
 @contextmanager
 def listening() -> Iterator[StopRequest]:
-    """Listen to SIGNALS inside the block; one that is ignored (as under nohup) stays ignored.
+    """Handle SIGNALS inside the block; ignored ones (as under nohup) stay ignored.
 
-    A handler in Python waits while the process is inside a call of a library, such as an exchange that never ends. So a
-    thread listens too, which the interpreter wakes at once.
+    A Python handler can't run while the process is inside a library call, such as a collective that hangs. So a thread
+    listens too, woken immediately through the signal wakeup fd.
     """
     STOP.reset()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
@@ -140,7 +140,7 @@ def listening() -> Iterator[StopRequest]:
     before = {number: signal.getsignal(number) for number in SIGNALS}
     heard = [number for number in SIGNALS if before[number] is not signal.SIG_IGN]
     reader, writer = os.pipe()
-    if hasattr(os, "set_blocking"):  # Windows: from Python 3.12 on
+    if hasattr(os, "set_blocking"):  # on Windows since Python 3.12
         os.set_blocking(writer, False)
     thread = threading.Thread(target=_watch, args=(reader,), name="stop requests", daemon=True)
     thread.start()
@@ -155,7 +155,7 @@ def listening() -> Iterator[StopRequest]:
         signal.set_wakeup_fd(wakeup)
         os.close(writer)
         thread.join()
-        STOP.reset()  # what comes next in this process was not asked to stop
+        STOP.reset()  # the request doesn't apply to what runs next in this process
 
 
 def _watch(reader: int) -> None:
@@ -167,9 +167,9 @@ def _watch(reader: int) -> None:
 
 
 def ignore_in_worker(worker: int = 0) -> None:
-    """Keep a loading process at work when a whole process group is signalled, and end it with its parent.
+    """Make a data-loading worker ignore SIGNALS, which may go to the whole process group, and end with its parent.
 
-    Training needs its next batch to stop cleanly.
+    Training still needs its next batch to stop cleanly.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -177,7 +177,7 @@ def ignore_in_worker(worker: int = 0) -> None:
 
 
 def end_with_parent(number: int) -> None:
-    """Have the kernel send signal `number` to this process when the one that started it is gone. Linux only."""
+    """Have the kernel send signal `number` to this process when its parent ends. Linux only."""
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(1, number, 0, 0, 0)  # PR_SET_PDEATHSIG
@@ -185,7 +185,7 @@ def end_with_parent(number: int) -> None:
 
 def _quiet_child() -> None:
     with suppress(ValueError):
-        signal.set_wakeup_fd(-1)  # else signals to a forked process would be taken for the parent's
+        signal.set_wakeup_fd(-1)  # else signals to a forked child would count as the parent's
 
 
 if hasattr(os, "register_at_fork"):
@@ -193,6 +193,6 @@ if hasattr(os, "register_at_fork"):
 
 
 def _say(text: str) -> None:
-    with suppress(OSError):  # not through logging: a handler may interrupt it while it writes
-        erase = "\r\x1b[2K" if os.isatty(2) else ""  # a progress bar in that line
+    with suppress(OSError):  # not through logging: a signal may have interrupted it in a write
+        erase = "\r\x1b[2K" if os.isatty(2) else ""  # a progress bar on this line
         os.write(2, f"{erase}{text}\n".encode())

@@ -1,4 +1,4 @@
-"""How the command line programs run and what they show meanwhile, all of it on stderr. No heavy imports."""
+"""Run the command-line scripts: exit codes, error messages and progress, all on stderr. No heavy imports."""
 
 import io
 import logging
@@ -19,7 +19,7 @@ _LINE_EVERY_S = 30.0
 
 
 def progress_bar(*columns: Any) -> Any:
-    """Return a `rich.progress.Progress` on stderr that leaves nothing behind; `columns` come last."""
+    """Return a `rich.progress.Progress` on stderr that is erased at the end; `columns` are appended."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -29,7 +29,7 @@ def progress_bar(*columns: Any) -> Any:
 
 @contextmanager
 def progress(what: str, shown: bool = True) -> Iterator[Update]:
-    """Yield a function that shows progress: a bar on a terminal, else a line every 30 s; nothing unless `shown`."""
+    """Yield a function that shows progress: a bar on a terminal, else a line every 30 s. Does nothing unless `shown`."""
     if not (shown and sys.stderr.isatty()):
         yield _lines(what) if shown else lambda done, total: None
         return
@@ -41,7 +41,7 @@ def progress(what: str, shown: bool = True) -> Iterator[Update]:
 
 
 def counted(items: Iterable[T], total: int, update: Update) -> Iterator[T]:
-    """Pass the items through and count them for `progress`."""
+    """Yield the items and report their count to `update`, from `progress`."""
     for done, item in enumerate(items):
         update(done, total)
         yield item
@@ -49,10 +49,10 @@ def counted(items: Iterable[T], total: int, update: Update) -> Iterator[T]:
 
 
 def run_program(body: Callable[[], int]) -> int:
-    """Run a command line program and return its exit status.
+    """Run a command-line script and return its exit status.
 
-    It is that of `body`, 1 with one message for a mistake of the user, 130 for Ctrl-C. SIGTERM and SIGHUP end the program as
-    an exception would (143, 129), so that what is half written is removed; one that is ignored (nohup) stays ignored.
+    It is that of `body`, 1 with one message after a user error, 130 after Ctrl-C. SIGTERM and SIGHUP raise SystemExit (143,
+    129), so that unfinished files are removed; an ignored signal (nohup) stays ignored.
     """
     from src.core.errors import UserError, lacks_memory
     from src.core.files import DISK_ERRORS
@@ -62,7 +62,7 @@ def run_program(body: Callable[[], int]) -> int:
     logging.basicConfig(level=logging.ERROR if rank else logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("src").setLevel(logging.ERROR if rank else logging.INFO)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files that a terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names that the terminal's encoding lacks
     before = answer_signals(lambda number, frame: sys.exit(128 + number))
     try:
         return body()
@@ -95,7 +95,7 @@ def run_program(body: Callable[[], int]) -> int:
 
 
 def answer_signals(handler: Any) -> dict[int, Any]:
-    """Have a handler answer SIGTERM and SIGHUP (Windows has none), unless ignored; return those that did, by number."""
+    """Set `handler` for SIGTERM and SIGHUP (not on Windows) unless ignored; return the previous handlers by signal number."""
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in heard}
@@ -108,11 +108,11 @@ OPTION_OF = {
     "model.decoder_config_path": "--decoder_config", "model.decoder_patch_size": "--decoder_patch_size",
     "model.autoencoder": "--autoencoder", "data.hf_split": "--split",
 }  # fmt: skip
-"""Keys of the configuration of a run, and the options of the other programs that say the same."""
+"""Keys of the training configuration, and the equivalent options of the other scripts."""
 
 
 def in_options(text: str) -> str:
-    """Return a message in the words of a program's options: `data.data_dir=X` becomes `--data_dir X`."""
+    """Replace configuration keys in a message by a script's options: `data.data_dir=X` becomes `--data_dir X`."""
     key = re.compile(rf"\b({'|'.join(map(re.escape, OPTION_OF))})(?![\w.]*\w=)\b(=(?=\S))?")
     return key.sub(lambda found: OPTION_OF[found[1]] + " " * bool(found[2]), text)
 

@@ -1,4 +1,4 @@
-"""Write durations, values, nested keys and two-column tables as text."""
+"""Format durations, config values, nested keys and tables as text; quote values for Hydra; mask secrets."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,12 @@ def duration(seconds: float) -> str:
 
 
 def typed(value: Any) -> str:
-    """Return a value of the configuration as users type it: `null`, `true`, `'text'`."""
+    """Return a configuration value as users type it: `null`, `true`, `'text'`."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Flatten {"a": {"b": 1}} -> {"a.b": 1}; empty groups stay as they are."""
+    """Flatten {"a": {"b": 1}} -> {"a.b": 1}; empty mappings are kept."""
     leaves: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{before}{key}"
@@ -31,20 +31,20 @@ def flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:
-    """Return one line for each (name, text), indented, the texts below each other."""
+    """Return one indented line for each (name, text), with the texts aligned."""
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
 
 
 def hydra_quoted(value: str) -> str:
-    """Return a value of an override as it is typed in a shell; quoted, for Hydra and the shell, where Hydra needs it."""
+    """Return an override's value as typed in a shell, quoted for Hydra and the shell if Hydra needs it."""
     if re.fullmatch(r"[A-Za-z0-9_/.@%+-]+", value):
         return value
     return '"' + re.sub(r'(["$`\\])', r"\\\1", quoted(value)) + '"'
 
 
 def quoted(value: object) -> str:
-    """Return the text of a value in quotes that Hydra takes away."""
+    """Return a value in single quotes, escaped for Hydra's parser."""
     escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + found[2].replace("'", "\\'"), str(value))
     return f"'{escaped}'"
 
@@ -52,14 +52,14 @@ def quoted(value: object) -> str:
 _SECRET = re.compile(
     r"(^|[._])(\w*(secret|password|passwd|api_?key)\w*|(\w+_)?token|storage_options(\.\w+)*)$", re.IGNORECASE
 )
-"""Names whose values are masked; all options of a storage, whose names differ between services."""
+"""Keys whose values are masked; includes all of `storage_options`, whose keys differ between services."""
 MASK = "***"
 
 
 def masked(content: Any, name: str = "") -> Any:
     """Return nested plain containers with the values of keys that look like secrets (token, password, api_key) masked.
 
-    Overrides in lists (`logger.wandb.api_key=…`, `logger.wandb={api_key: …}`) are masked too, and Hydra's note of all of them.
+    Overrides in lists (`logger.wandb.api_key=…`, `logger.wandb={api_key: …}`) and Hydra's `override_dirname` are masked too.
     """
     if (_SECRET.search(name) or name == "override_dirname") and content not in (None, "", {}):
         return MASK
@@ -69,7 +69,7 @@ def masked(content: Any, name: str = "") -> Any:
         return type(content)(masked(value) for value in content)
     if isinstance(content, str) and not name and "=" in content:
         key, _, value = content.partition("=")
-        inside = re.findall(r"[\w.]+(?=['\"]?\s*:)", value)  # keys of a dictionary
+        inside = re.findall(r"[\w.]+(?=['\"]?\s*:)", value)  # keys of an inline dictionary
         if any(map(_SECRET.search, (key.lstrip("+~"), *inside))):
             return f"{key}={MASK}"
     return content

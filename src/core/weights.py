@@ -1,4 +1,4 @@
-"""Weight files: where they are, how they are read, and how they enter a module. Never online, never by pickle."""
+"""Find, read and check weight files, and load them strictly into modules. Never goes online, never runs pickled code."""
 
 import pickle
 import zipfile
@@ -16,19 +16,19 @@ from src.core.nonfinite import nonfinite_tensors
 
 Weights = Literal["pretrained", "untrained"]
 SizedWeights = Literal["pretrained", "untrained", "tiny"]
-"""`tiny`: untrained and of a few channels, for tests and the dummy experiments."""
+"""`tiny`: untrained with few channels, for tests and the dummy experiments."""
 RANDOM = ("untrained", "tiny")
 _CHECKED: set[tuple[str, int, int, int]] = set()
-"""Archives whose CRCs were checked by this process."""
+"""Archives whose CRCs this process has checked, as `_key` returns them."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Float types by the names that options use."""
+"""Float dtypes by their names in options."""
 
 
 _UNTRAINED = "To try without it, ask for untrained weights by name (weights=untrained, --inception_weights untrained)."
 
 
 def require(path: str | Path | None, what: str, key: str) -> Path:
-    """Return the resolved path of a file that must exist; `what` names it for people, `key` the config key or option."""
+    """Return the resolved path of a file that must exist, else raise UserError naming `what` and `key` (config key or option)."""
     if path is None:
         raise UserError(
             f"{what}: {key} is not set. Give the file (`python scripts/download_weights.py --list` says where to get it). "
@@ -45,7 +45,7 @@ def require(path: str | Path | None, what: str, key: str) -> Path:
 
 
 def read(path: str | Path) -> Any:
-    """Return the contents of a `.pt` / `.pth` / `.ckpt` or `.safetensors` file on the CPU. Code in it is never run."""
+    """Load a `.pt` / `.pth` / `.ckpt` or `.safetensors` file onto the CPU, without running code in it. Raises UserError."""
     path = Path(path)
     try:
         if problem := failed_download(path):
@@ -65,7 +65,7 @@ def read(path: str | Path) -> Any:
         ) from error
     except (MemoryError, UserError):
         raise
-    except Exception as error:  # what a damaged file raises depends on where it is damaged
+    except Exception as error:  # a damaged file can raise anything
         said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
             f"{path} ({path.stat().st_size:,} bytes) can't be read as a weights file: {said}. "
@@ -74,7 +74,7 @@ def read(path: str | Path) -> Any:
 
 
 def failed_download(file: Path) -> str | None:
-    """Return what a failed download left in place of a file, and the remedy; None where it may be the file itself."""
+    """Return what a failed download left instead of the file, and the remedy; None if it may be the file itself."""
     with file.open("rb") as stream:
         start = stream.read(1024)
     if not start:
@@ -89,9 +89,9 @@ def failed_download(file: Path) -> str | None:
 
 
 def check_archive(path: Path) -> None:
-    """Check the CRCs of an archive that torch.save wrote, which torch.load doesn't; other files pass. UserError: a damaged entry.
+    """Check the CRCs of a torch.save archive, which torch.load doesn't; other files pass. Raises UserError: a damaged entry.
 
-    Costs one pass over the file, 1.5 ms per MB. Where all CRCs are wrong, the writer computed none (torch allows that).
+    Reads the file once, 1.5 ms per MB. If every CRC is wrong, the writer computed none (an option of torch.save): no error.
     """
     if not zipfile.is_zipfile(path) or _key(path) in _CHECKED:
         return
@@ -105,7 +105,7 @@ def check_archive(path: Path) -> None:
 
 
 def _key(path: Path) -> tuple[str, int, int, int]:
-    """Return what says whether a file has changed since it was checked."""
+    """Return a key that changes when the file is replaced or modified: path, inode, size, mtime."""
     status = path.stat()
     return str(path.absolute()), status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -121,14 +121,14 @@ def _intact(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
-    """Load `state` into `module`; every missing, unexpected and misshapen name is listed at once, and what is not finite."""
+    """Load `state` into `module`. UserErrors list every missing, unexpected and misshaped tensor, or all non-finite ones."""
     check_fit(module.state_dict(), state, source, type(module).__name__)
     check_finite(state, source)
     module.load_state_dict(state)
 
 
 def check_finite(content: Any, source: str | Path, remedy: str = "Take another file.") -> None:
-    """Raise UserError where a tensor in nested containers holds NaN or infinity; `source` names the file."""
+    """Raise UserError if a tensor in nested containers holds NaN or infinity; `source` names the file."""
     if names := nonfinite_tensors(content):
         raise UserError(
             f"{source} holds numbers that are NaN or infinite, in {len(names)} tensor(s): {_abbreviate(names, 4)}. {remedy}"
@@ -156,12 +156,12 @@ def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: st
 
 
 def freeze(module: nn.Module) -> nn.Module:
-    """Set evaluation mode and no gradient, for networks that are never trained."""
+    """Set eval mode and turn gradients off, in place."""
     return module.eval().requires_grad_(False)
 
 
 class Frozen(nn.Module):
-    """A network that is never trained: it stays in evaluation mode, whatever is asked."""
+    """A network that is never trained: `train()` leaves it in eval mode."""
 
     def train(self, mode: bool = True) -> Self:
         return super().train(False)
