@@ -1,7 +1,7 @@
-"""Differentiable augmentation of what the discriminator sees. Zhao et al., arXiv 2006.10738; StyleGAN-T's variant.
+"""Differentiable augmentation (DiffAug) of the discriminator's input. Zhao et al., arXiv 2006.10738; StyleGAN-T's variant.
 
-Chance enters only through numbers handed in, so the same draws give the same images however a batch is split.
-Three numbers per batch switch translation, colour and cutout on; seven per sample say how.
+All randomness comes from uniforms passed in, so the same draws give the same images however a batch is split: three per
+batch switch translation, colour and cutout on, seven per sample set their parameters.
 
 Legend: B batch, H height, W width. Images are B x 3 x H x W, float in [-1, 1] (0 is mid-grey); colour may leave it.
 """
@@ -17,16 +17,16 @@ from torch.autograd.function import FunctionCtx
 from src.core.settings import Settings
 
 UNIFORMS_PER_BATCH = 3
-"""translation, colour, cutout"""
+"""Translation, colour, cutout."""
 UNIFORMS_PER_SAMPLE = 7
-"""shift y, shift x, brightness, saturation, contrast, cutout y, cutout x"""
+"""Shift y, shift x, brightness, saturation, contrast, cutout y, cutout x."""
 MAX_SHIFT = 0.125
-"""of height and width"""
+"""Largest translation, as a share of height and width."""
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What chance decided for one batch. `draws[a:b]` belongs to `images[a:b]`."""
+    """Random draws for one batch. `draws[a:b]` belongs to `images[a:b]`."""
 
     translation: bool
     colour: bool
@@ -48,17 +48,17 @@ class DiffAug(Settings):
     """Translation by up to 1/8, then brightness, saturation and contrast, then cutout."""
 
     prob: Share
-    """Each of the three is switched on for a whole batch where its number U <= prob; 0: never."""
+    """Each of the three is on for a whole batch if its uniform U <= prob; 0: never."""
     cutout: Share
     """Side of the square set to grey, as a share of height and width; 0: no cutout."""
 
     def draw(self, batch: Tensor, samples: Tensor) -> Draws:
-        """Return the draws made of uniforms U[0, 1): (UNIFORMS_PER_BATCH,) on the CPU, and B x UNIFORMS_PER_SAMPLE."""
+        """Turn uniforms U[0, 1) into draws: `batch` (UNIFORMS_PER_BATCH,) on the CPU, `samples` B x UNIFORMS_PER_SAMPLE."""
         translation, colour, cutout = (self.prob > 0 and u <= self.prob for u in batch.tolist())
         return Draws(translation, colour, cutout and self.cutout > 0, samples)
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
-        """Return float32 (or float64) images of the same shape for float images of any dtype; differentiable in these."""
+        """Augment float images of any dtype -> float32 (or float64) of the same shape. Differentiable in the images."""
         if len(images) != len(draws):
             raise ValueError(f"{len(images)} images but draws for {len(draws)}; slice both alike")
         images = images.to(torch.promote_types(images.dtype, torch.float32))
@@ -76,7 +76,7 @@ class DiffAug(Settings):
 
 
 def _shift(u: Tensor, size: int) -> Tensor:
-    """Map U to whole pixels, uniform in [-reach, reach]: int64 (B,)."""
+    """Map U[0, 1) to a shift in pixels, uniform over -reach .. reach: int64 (B,)."""
     reach = round(size * MAX_SHIFT)
     return _whole(u, 2 * reach + 1) - reach
 
@@ -87,7 +87,7 @@ def _whole(u: Tensor, count: int) -> Tensor:
 
 
 class _Translate(torch.autograd.Function):
-    """out[y, x] = in[y + dy, x + dx], 0 outside. The adjoint is the opposite shift, which needs no scatter."""
+    """out[y, x] = in[y + dy, x + dx], 0 outside. The backward is the opposite shift, without a scatter."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, images: Tensor, dy: Tensor, dx: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class _Translate(torch.autograd.Function):
 def _translate(images: Tensor, dy: Tensor, dx: Tensor) -> Tensor:
     rows, inside_rows = _source(dy, images.shape[2])  # B H
     columns, inside_columns = _source(dx, images.shape[3])  # B W
-    # Two gathers along one axis each: the expanded indices have stride 0 and take no memory.
+    # One gather per axis: the expanded indices have stride 0 and take no memory.
     moved = images.gather(2, rows[:, None, :, None].expand_as(images))
     moved = moved.gather(3, columns[:, None, None, :].expand_as(images))
     inside = inside_rows[:, None, :, None] & inside_columns[:, None, None, :]  # B 1 H W
@@ -118,8 +118,8 @@ def _source(shift: Tensor, size: int) -> tuple[Tensor, Tensor]:
 def _recolour(images: Tensor, brightness: Tensor, saturation: Tensor, contrast: Tensor) -> Tensor:
     """Change brightness + U(-.5, .5); saturation * U(0, 2) around the pixel's grey; contrast * U(.5, 1.5) around the mean.
 
-    All three are affine in the image x with grey g(x) and mean m(x): with b, s, k the result is
-    k s x + k (1 - s) g + (1 - k) m + b, since neither saturation nor contrast moves the mean m + b.
+    With factors b, s, k, grey g(x) and mean m(x), the three together are one affine map of the image x:
+    k s x + k (1 - s) g + (1 - k) m + b, since neither saturation nor contrast changes the mean m + b.
     """
     b, s, k = brightness - 0.5, saturation * 2, contrast + 0.5
     grey = images.mean(1, keepdim=True)  # B 1 H W
@@ -128,13 +128,13 @@ def _recolour(images: Tensor, brightness: Tensor, saturation: Tensor, contrast: 
 
 
 def _square(u_y: Tensor, u_x: Tensor, size: torch.Size, share: float) -> Tensor:
-    """Return a mask of a rectangle whose centre is uniform over the image: bool, B x 1 x H x W."""
+    """Return the mask of a rectangle whose centre is uniform over the image: bool, B x 1 x H x W."""
     rows, columns = (_interval(u, extent, round(extent * share)) for u, extent in zip((u_y, u_x), size, strict=True))
     return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
 def _interval(u: Tensor, extent: int, length: int) -> Tensor:
-    # An even length has its centre between pixels, hence one place more.
+    # The centre of an even length lies between pixels, so it has one more position.
     start = _whole(u, extent + 1 - length % 2)[:, None] - length // 2
     index = torch.arange(extent, device=u.device)
     return (index >= start) & (index < start + length)

@@ -1,7 +1,7 @@
 """Flow matching on latents: times, paths, losses. Sources: RAE (arXiv 2510.11690), RAEv2 (arXiv 2605.18324);
 docs/recipe.md, "Stage 2".
 
-t = 1 is noise, t = 0 is data: x_t = (1 - t) x + t eps, velocity v = eps - x. Pure functions of draws handed in.
+t = 1 is noise, t = 0 is data: x_t = (1 - t) x + t eps, velocity v = eps - x. Pure functions: random draws are arguments.
 
 Legend: B batch, C latent channels, h = w latent grid. Latents are B C h w, times (B,).
 """
@@ -19,11 +19,11 @@ from src.core.settings import Settings
 
 Time = TypeVar("Time", float, Tensor)
 LAST_TIME = 0.999
-"""RAE's largest t in training, and the share of the time axis that its sampling grid covers"""
+"""Largest t of RAE in training, and the share of the time axis that its sampling grid covers."""
 
 
 def time_shift(latent_shape: Sequence[int]) -> float:
-    """Return s = sqrt(m / 4096), m the numbers in one latent: latents with more of them need more noise.
+    """Return s = sqrt(m / 4096) for latents of m = C h w dimensions: higher-dimensional latents need more noise.
 
     Raises:
         UserError: s is below 1.
@@ -38,20 +38,20 @@ def time_shift(latent_shape: Sequence[int]) -> float:
 
 
 def shift_time(t: Time, s: float) -> Time:
-    """Return s t / (1 + (s - 1) t), in a form that maps 0 to 0 and 1 to 1 exactly."""
+    """Return s t / (1 + (s - 1) t), computed so that 0 and 1 map exactly to themselves."""
     return s * t / ((1 - t) + s * t)
 
 
 def sampling_grid(num_steps: int, s: float, kind: str, start: float = 1.0) -> Tensor:
-    """Return the shifted times of sampling, descending from `start`, float64.
+    """Return the shifted sampling times, descending from `start`, float64.
 
     Args:
-        num_steps: `rae`: number of points, so one step fewer is made; `raev2`: number of steps, so one point more.
-        s: the time shift; 1: evenly spaced.
-        kind: `rae` ends at the shifted .001, `raev2` at 0.
+        num_steps: with `rae` the number of points (one step fewer), with `raev2` the number of steps (one point more).
+        s: time shift; 1: evenly spaced.
+        kind: `rae` ends at the shifted 0.001, `raev2` at 0.
 
     Raises:
-        UserError: too few steps, or another kind.
+        UserError: too few steps, or an unknown kind.
     """
     fewest = {"rae": 2, "raev2": 1}.get(kind)
     if fewest is None:
@@ -69,9 +69,9 @@ def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def velocity(output: Tensor, x_t: Tensor, t: Tensor, prediction: str, t_eps: float = 0.05) -> Tensor:
-    """Return the velocity that a model's output stands for.
+    """Convert a model's output to a velocity.
 
-    `prediction`: `velocity`: the output itself; `x`: the clean latent, v = (x_t - x^) / max(t, t_eps). UserError: another.
+    `prediction`: `velocity`: the output itself; `x`: the clean latent x^, so v = (x_t - x^) / max(t, t_eps); else UserError.
     """
     if prediction not in ("velocity", "x"):
         raise UserError(f"prediction={prediction!r}: expected velocity or x.")
@@ -87,11 +87,11 @@ def flow_matching_loss(
     t_eps: float,
     base_weight: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Return `loss` per image (B,): the mean over C, h, w of the squared difference between the velocities.
+    """Return `loss` per image (B,): the mean over C, h, w of the squared velocity error.
 
     Args:
-        output: of the model; (full, base) gives `full` and `base` too, and `loss` = full + base_weight * base.
-        t_eps: the target is (x_t - x) / max(t, t_eps): RAE 0, which is eps - x; RAEv2 0.05 for either prediction.
+        output: of the model; (full, base) also returns `full` and `base`, and `loss` = full + base_weight * base.
+        t_eps: the target is (x_t - x) / max(t, t_eps): RAE 0, which gives eps - x; RAEv2 0.05 for either prediction.
     """
     if isinstance(output, tuple):
         full, base = (flow_matching_loss(part, x, noise, t, prediction, t_eps)["loss"] for part in output)
@@ -107,13 +107,13 @@ def flow_matching_loss(
 
 
 def quartile_sums(losses: Tensor, uniforms: Tensor) -> Tensor:
-    """Return 4 sums and 4 counts of the losses (B,), in their dtype, by the quartile of the draws U[0, 1) behind their t.
+    """Return 4 sums and 4 counts of the losses (B,), in their dtype, by quartile of the uniforms U[0, 1) that t came from.
 
-    Times are monotone in the draws, so these are quartiles of t too. Sums of batches and ranks add up.
+    t is monotone in the uniforms, so these are quartiles of t too. The results add up over batches and ranks.
     """
     quartile = (uniforms * 4).long().clamp(max=3).to(losses.device, non_blocking=True)
     members = (quartile[:, None] == torch.arange(4, device=losses.device)).to(losses.dtype)  # B 4
-    with torch.autocast(losses.device.type, enabled=False):  # it would round the losses of training to half precision
+    with torch.autocast(losses.device.type, enabled=False):  # autocast would round the losses to half precision
         return torch.cat([losses @ members, members.sum(0)])
 
 
@@ -126,29 +126,29 @@ class FlowSettings(Settings):
     """The node `model.flow`."""
 
     prediction: Literal["velocity", "x"]
-    """What the network's output is: eps - z, or the clean latent (RAEv2)."""
+    """Meaning of the network's output: eps - z, or the clean latent (RAEv2)."""
     t_eps: float = Field(ge=0, lt=1)
     """Velocities are divided by max(t, t_eps): 0 in RAE, 0.05 in RAEv2."""
     time: Literal["uniform", "truncated_logit_normal", "logit_normal"]
     time_mu: float
     time_sigma: float = Field(gt=0)
     shift: float | None = Field(ge=1)
-    """Of times, s; None: sqrt(C h w / 4096)."""
+    """Time shift s; None: sqrt(C h w / 4096)."""
     base_weight: float = Field(ge=0)
-    """Of the base head's loss, where the network has one (RAEv2's internal guidance)."""
+    """Weight of the base head's loss, if the network has one (RAEv2's internal guidance)."""
 
     def draw_time(self, uniforms: Tensor, shift: float) -> Tensor:
-        """Turn U[0, 1) into times before noise is added: monotone, so quartiles of draws are quartiles of t.
+        """Map U[0, 1) to shifted training times t; monotone, so quartiles of the uniforms are quartiles of t.
 
-        `uniform`: on [0, 0.999); `logit_normal`: sigmoid(N(mu, sigma)) (RAEv2), `truncated_logit_normal`: under the
-        condition that t <= 0.999 (RAE), by the inverse distribution function.
+        Before the shift, `uniform`: on [0, 0.999); `logit_normal`: sigmoid(N(mu, sigma)) (RAEv2);
+        `truncated_logit_normal`: the same conditioned on t <= 0.999 (RAE), by inverting the CDF.
         """
         mu, sigma = self.time_mu, self.time_sigma
         if self.time == "uniform":
             t = LAST_TIME * uniforms
         elif self.time == "truncated_logit_normal":
             largest = (math.log(LAST_TIME / (1 - LAST_TIME)) - mu) / sigma
-            share = 0.5 * math.erfc(-largest / math.sqrt(2))  # of the normal distribution that lies below it
+            share = 0.5 * math.erfc(-largest / math.sqrt(2))  # of the normal distribution below `largest`
             t = torch.sigmoid(mu + sigma * torch.special.ndtri(uniforms.double() * share)).to(uniforms.dtype)
         else:
             normals = torch.special.ndtri(uniforms.double().clamp(min=2**-26)).to(uniforms.dtype)
@@ -156,5 +156,5 @@ class FlowSettings(Settings):
         return shift_time(t, shift)
 
     def shift_for(self, latent_shape: Sequence[int]) -> float:
-        """Return s for latents of that shape."""
+        """Return s for latents of `latent_shape`."""
         return time_shift(latent_shape) if self.shift is None else self.shift

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Term = Callable[[Tensor], Tensor]
-"""Logits B x K, float32 -> scalar, a mean: chunks of a batch add up when weighted by their share of it."""
+"""Logits B x K, float32 -> scalar mean: chunks of a batch add up when weighted by their share of the batch."""
 
 DISCRIMINATOR_LOSSES: dict[str, dict[str, Term]] = {
-    # Lim & Ye, arXiv 1705.02894: the published choice of RAE.
+    # Lim & Ye, arXiv 1705.02894; used by the published RAE.
     "hinge": {"real": lambda x: F.relu(1 - x).mean(), "fake": lambda x: F.relu(1 + x).mean()},
     # Goodfellow et al., arXiv 1406.2661: cross-entropy on logits.
     "softplus": {"real": lambda x: F.softplus(-x).mean(), "fake": lambda x: F.softplus(x).mean()},
@@ -22,10 +22,10 @@ DISCRIMINATOR_LOSSES: dict[str, dict[str, Term]] = {
 DISCRIMINATOR_LOSSES["vanilla"] = DISCRIMINATOR_LOSSES["softplus"]
 
 GENERATOR_LOSSES: dict[str, Term] = {
-    # The generator of the hinge GAN: the published choice of RAE, there called `vanilla`.
+    # The generator loss of the hinge GAN; used by the published RAE, which calls it `vanilla`.
     "hinge": lambda x: -x.mean(),
-    # Goodfellow et al., the non-saturating form: the partner of the softplus discriminator.
+    # Goodfellow et al., the non-saturating form; goes with the softplus discriminator.
     "softplus": lambda x: F.softplus(-x).mean(),
 }
-"""Term for the generator's images."""
+"""Loss term for the generator's images."""
 GENERATOR_LOSSES["vanilla"] = GENERATOR_LOSSES["hinge"]

@@ -17,11 +17,11 @@ from src.losses.lpips_distance import feature_distance
 CONVS_PER_STAGE = (2, 2, 3, 3, 3)
 CHANNELS = (64, 128, 256, 512, 512)
 TINY_CHANNELS = (4, 8, 8, 16, 16)
-# The "scaling layer" of LPIPS: ImageNet mean and deviation, seen from [-1, 1].
+# The "scaling layer" of LPIPS: ImageNet mean and standard deviation, in the range [-1, 1].
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
 MIN_SIZE = 16
-"""px: four poolings leave one pixel."""
+"""Smallest side in px: four poolings leave one pixel."""
 
 
 class LPIPSSettings(Settings):
@@ -36,7 +36,7 @@ class LPIPS(Frozen):
     """`LPIPS(...)(x, y)`: distance per image, (B,), float32; symmetric, 0 for equal images.
 
     Frozen: always in eval mode, no gradient to its weights; gradients flow to the images.
-    `untrained` is True for seeded random weights, and whatever shows a number must say so then.
+    `untrained` is True for seeded random weights; any reported number must then be marked as such.
     """
 
     shift: Tensor
@@ -49,10 +49,10 @@ class LPIPS(Frozen):
         weights: SizedWeights = "pretrained",
         seed: int = 0,
     ) -> None:
-        """Read both files, or draw random weights from `seed`. Raises UserError: a file is missing or does not fit."""
+        """Read both files, or draw random weights from `seed`. Raises UserError if a file is missing or does not fit."""
         super().__init__()
         self.untrained = weights != "pretrained"
-        self.fused = False  # by kernels that torch.compile makes
+        self.fused = False  # whether the distance uses kernels from torch.compile
         channels = TINY_CHANNELS if weights == "tiny" else CHANNELS
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -72,7 +72,7 @@ class LPIPS(Frozen):
         freeze(self)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile in place: VGG16, and the kernels of the distance."""
+        """Compile VGG16 in place, and fuse the kernels of the distance."""
         self.vgg.compile(*args, **kwargs)
         self.fused = True
 
@@ -80,7 +80,7 @@ class LPIPS(Frozen):
         """Return the distance of each pair of images, (B,). Differentiable in both."""
         if x.shape != y.shape:
             raise ValueError(f"LPIPS compares images of one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
-        maps_y = self.features(y)  # first: its activations are gone when those of x, kept for the gradient, come
+        maps_y = self.features(y)  # first: its activations are freed before those of x are saved for the backward
         layers = zip(self.features(x), maps_y, self.linear, strict=True)
         return torch.stack([feature_distance(a, b, weight, self.fused) for a, b, weight in layers]).sum(0)
 
@@ -94,22 +94,22 @@ class LPIPS(Frozen):
 class VGG16(nn.Module):
     """VGG16 up to relu5_3: thirteen 3 x 3 convolutions in five stages; ReLU after each, 2 x 2 max-pooling between stages.
 
-    Simonyan & Zisserman, arXiv 1409.1556, configuration D. `features` has the layers and so the names of torchvision's
-    VGG16 file, without its last pooling.
+    Simonyan & Zisserman, arXiv 1409.1556, configuration D. `features` has the layers and parameter names of torchvision's
+    VGG16, without the last pooling.
     """
 
     def __init__(self, channels: Sequence[int] = CHANNELS) -> None:
         super().__init__()
         self.features = nn.Sequential()
         self.taps: list[int] = []
-        """Numbers of the layers whose results are looked at: the last ReLU of each stage."""
+        """Indices of the layers whose outputs are returned: the last ReLU of each stage."""
         width = 3
         for stage, (depth, wide) in enumerate(zip(CONVS_PER_STAGE, channels, strict=True)):
             if stage:
                 self.features.append(nn.MaxPool2d(2))
             for _ in range(depth):
                 self.features.append(nn.Conv2d(width, wide, kernel_size=3, padding=1))
-                self.features.append(nn.ReLU(inplace=True))  # a convolution's backward does not look at its output
+                self.features.append(nn.ReLU(inplace=True))  # a convolution's backward doesn't need its output
                 width = wide
             self.taps.append(len(self.features) - 1)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -126,13 +126,13 @@ class VGG16(nn.Module):
 
 
 def linear_from_file(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename `lin0.model.1.weight` (1 x C x 1 x 1), ... to `0` (C,), ...; other names stay, for the strict load to refuse."""
+    """Rename `lin0.model.1.weight` (1 x C x 1 x 1), ... to `0` (C,), ...; other names are kept, so the strict load fails."""
     names = {f"lin{i}.model.1.weight": str(i) for i in range(len(CHANNELS))}
     return {names.get(name, name): value.flatten() if name in names else value for name, value in state.items()}
 
 
 def _initialise(vgg: VGG16) -> None:
-    # He initialisation keeps the scale through 13 ReLUs; PyTorch's default lets the signal drown in the biases.
+    # He initialisation keeps the scale through 13 ReLUs; with PyTorch's default the biases would dominate the signal.
     for layer in vgg.features:
         if isinstance(layer, nn.Conv2d) and layer.bias is not None:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")

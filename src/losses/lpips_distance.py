@@ -1,12 +1,12 @@
-"""The distance between two feature maps inside LPIPS, with a backward of its own that keeps nothing large.
+"""Compute the distance between two feature maps in LPIPS, with a custom backward that saves memory.
 
 Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", CVPR 2018, equation 1:
 
     d[b] = 1/(h w) sum_p sum_c  weight_c (x_c / (|x| + eps) - y_c / (|y| + eps))^2,    |x| = norm over channels at p
 
-Autograd would keep the normalised maps, their difference and its square, in float32 under autocast: the largest tensors
-of the whole training step. Here the backward is written out. It keeps x and y as they came (which the ReLU in front
-keeps anyway) and one norm per pixel; float32 exists for a few samples at a time. Compiled, a fused kernel takes the whole
+Autograd would save the normalised maps, their difference and its square, in float32 under autocast: the largest tensors
+of the whole training step. The backward here saves only x and y in their own dtype (which the ReLU before saves anyway)
+and one norm per pixel; float32 maps exist for a few samples at a time. When compiled, a fused kernel processes the whole
 batch and writes no float32 map at all.
 
 Legend: B batch, C channels, h w feature grid, P = h w pixels.
@@ -21,18 +21,18 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 EPS = 1e-10
 PART_ON_CPU = 1 << 18
-"""Elements of a part: what stays in a core's cache, where a sample is that small."""
+"""Elements per part, to fit a core's cache (unless one sample is larger)."""
 PART_ON_DEVICE = 1 << 24
-"""64 MiB in float32: large enough that few kernels are launched."""
+"""Elements per part, 64 MiB in float32: large enough for few kernel launches."""
 
 
 def feature_distance(x: Tensor, y: Tensor, weight: Tensor, fused: bool = False) -> Tensor:
     """Return the distance per sample, (B,), float32 or wider: x, y B x C x h x w in any float dtype, weight (C,) >= 0.
 
-    Differentiable in x and in y, not in weight. Where a pixel's features are all zero the gradient is 0: the plain
-    formula has none there, and a ReLU in front would stop it. In float16 it is 0 up to a norm of 2^-10: such features are
-    mostly rounding errors of the convolutions, and their gradient, ~ 1 / norm, overflows at any useful loss scale.
-    `fused`: by kernels that torch.compile makes at first use.
+    Differentiable in x and y, not in weight. The gradient of a pixel whose features are all zero is 0: the formula has
+    none there, and a preceding ReLU would stop it. In float16 it is 0 up to a norm of 2^-10: such features are mostly
+    rounding errors of the convolutions, and their gradient, ~ 1 / norm, overflows at any useful loss scale.
+    `fused`: use kernels that torch.compile builds at first use.
     """
     return _FeatureDistance.apply(x, y, weight, fused)
 
@@ -62,7 +62,7 @@ class _FeatureDistance(torch.autograd.Function):
 
 
 def _gradient(x: Tensor, y: Tensor, norm_x: Tensor, norm_y: Tensor, scale: Tensor, fused: bool) -> Tensor:
-    """Return the gradient to x in its dtype and memory format; the distance is the same with x and y exchanged."""
+    """Return the gradient of x in its dtype and memory format; by symmetry, swap x and y for that of y."""
     tensors = (x.flatten(2), y.flatten(2), norm_x, norm_y, scale)
     if fused:
         return _compiled(_pull_back)(*map(_any_batch, tensors)).view_as(x)
@@ -73,7 +73,7 @@ def _gradient(x: Tensor, y: Tensor, norm_x: Tensor, norm_y: Tensor, scale: Tenso
 
 
 def _parts(x: Tensor) -> list[slice]:
-    """Cut a batch of maps into parts of a sample or more."""
+    """Split a batch of maps into slices of one sample or more."""
     samples = max(1, (PART_ON_CPU if x.device.type == "cpu" else PART_ON_DEVICE) // x[0].numel())
     return [slice(first, first + samples) for first in range(0, len(x), samples)]
 
@@ -83,12 +83,12 @@ def _measure(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tens
     x, y = x.to(weight.dtype), y.to(weight.dtype)
     norm_x = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     norm_y = torch.linalg.vector_norm(y, dim=1, keepdim=True)
-    # Over channels first, which lie side by side: a sum over both at once makes the compiler read them in another order.
+    # Over channels first, which are contiguous: summing both at once makes the compiler read them in another order.
     return (_error(x, norm_x, y, norm_y).square_() * weight).sum(1).sum(1), norm_x, norm_y
 
 
 def _pull_back(x: Tensor, y: Tensor, norm_x: Tensor, norm_y: Tensor, scale: Tensor) -> Tensor:
-    """Return the gradient to x, B x C x P in the dtype of x; scale B x C x 1.
+    """Return the gradient of x, B x C x P in the dtype of x; scale B x C x 1.
 
     The transposed Jacobian of x / (|x| + eps) times a gradient g to it is r g - x (g . x) r^2 / |x|, with r = 1 / (|x| + eps).
     """
@@ -101,17 +101,17 @@ def _pull_back(x: Tensor, y: Tensor, norm_x: Tensor, norm_y: Tensor, scale: Tens
 
 
 def _error(x: Tensor, norm_x: Tensor, y: Tensor, norm_y: Tensor) -> Tensor:
-    # Each map by its own reciprocal, in this order for both: equal inputs have distance exactly 0.
+    # Scale both maps by their reciprocals in the same way: equal inputs have distance exactly 0.
     return (x * (norm_x + EPS).reciprocal()).sub_(y * (norm_y + EPS).reciprocal())
 
 
 @cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a compiled form, with a kernel for each number of channels and pixels, whatever the batch."""
+    """Return `function` compiled: one kernel per number of channels and pixels, for any batch size."""
     return torch.compile(function, dynamic=False)
 
 
 def _any_batch(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()  # or training and evaluation would have kernels of their own
+    tensor = tensor.detach()  # else training and evaluation would compile separate kernels
     torch._dynamo.maybe_mark_dynamic(tensor, 0)
     return tensor
