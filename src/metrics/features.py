@@ -1,4 +1,4 @@
-"""What a network of image features is to the scores; which ones there are: `src/evaluation/networks.py`.
+"""Interface of the feature networks that the scores use. The networks themselves: `src/evaluation/networks.py`.
 
 Legend: B batch, F features, S spatial features, K classes.
 """
@@ -15,26 +15,26 @@ _PLAIN = {"rfid": "rfd", "gfid": "gfd"}  # the I is for Inception
 
 
 class FeatureOutputs(NamedTuple):
-    """What scores take of an image. All but the first are Inception's, for the scores of ADM's suite."""
+    """Network outputs that the scores use. Only Inception has all three, for the scores of ADM's suite."""
 
     pool: Tensor
-    """B F, for the Frechet distance, precision and recall"""
+    """B F, for the Frechet distance, precision and recall."""
     spatial: Tensor | None = None
-    """B S, for sFID: 7 channels of `mixed_6/conv` after its ReLU, flattened as (row, column, channel)"""
+    """B S, for sFID: 7 channels of `mixed_6/conv` after its ReLU, flattened as (row, column, channel)."""
     logits: Tensor | None = None
-    """B K, for the Inception Score: without the bias"""
+    """B K, for the Inception Score: without the bias."""
 
 
 class FeatureNetwork(Frozen):
-    """Features B F of uint8 images B x 3 x H x W of any size; float32, whatever surrounds it."""
+    """Maps uint8 images B x 3 x H x W of any size to features B F; always float32, also under autocast."""
 
     space: str
-    """Its name in options and scores."""
+    """Name in options and scores."""
     name: str
-    """Of its features: network and weights. References keep it; only equal names compare."""
+    """Identifies network and weights. References store it; only features of the same name may be compared."""
     feature_dim: int
     spatial_dim: int = 0
-    """0: neither spatial features nor logits."""
+    """S; 0: the network has neither spatial features nor logits."""
     untrained: bool = False
 
     @property
@@ -50,8 +50,8 @@ class FeatureNetwork(Frozen):
 
 
 def score_name(score: str, network: FeatureNetwork) -> str:
-    """Return the key of a score: `rfid`, `gfid` and the others are Inception's, so of another network's features it is
-    `rfd_dinov2`, `precision_dinov2`; of random weights it ends in `_untrained`."""
+    """Return the key of a score: `rfid`, `gfid`, ... for Inception, `rfd_dinov2`, `precision_dinov2`, ... for another network;
+    with random weights it ends in `_untrained`."""
     if network.space != INCEPTION:
         score = f"{_PLAIN.get(score, score)}_{network.space}"
     return f"{score}_untrained" if network.untrained else score

@@ -1,6 +1,6 @@
-"""Frechet distance between two sets of features, from statistics that add up over batches and ranks.
+"""Compute the Frechet distance (FID) between two sets of features from statistics that add up over batches and ranks.
 
-Heusel et al., arXiv 1706.08500, eq. 6. Everything is float64.
+Heusel et al., arXiv 1706.08500, eq. 6. All computations are in float64.
 
 Legend: B batch, D feature dimensions, R rank of a covariance.
 """
@@ -22,7 +22,7 @@ from src.metrics.npz import opened_npz, scalar
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Moments of a reference file. `features` names the network they come from, where the file says so."""
+    """Moments from a reference file. `features` names the feature network, if the file states it."""
 
     mean: Tensor  # (D,) float64
     covariance: Tensor  # (D, D) float64
@@ -31,16 +31,16 @@ class Gaussian:
 
 
 class FeatureStatistics:
-    """Count, mean and scatter (the sum of outer products about the mean) of feature vectors; memory D x D, whatever B.
+    """Count, mean and scatter (sum of outer products about the mean) of feature vectors; memory D x D for any count.
 
-    Those of several ranks add up to what one pass over all gives (Chan, Golub, LeVeque 1979). Sums about the mean don't
-    cancel as raw outer products do: features of a weak network vary by a hundredth of their mean.
+    Statistics of several ranks combine to those of a single pass (Chan, Golub, LeVeque 1979). Sums about the mean avoid the
+    cancellation of raw outer products: features of a weak network vary by a hundredth of their mean.
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
         self.count = 0
         self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
-        """(D,) float64"""
+        """(D,) float64."""
         self._scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
 
     @property
@@ -51,7 +51,7 @@ class FeatureStatistics:
         return self._scatter / (self.count - 1)
 
     def update(self, features: Tensor) -> None:
-        """Take in features (B, D), any float type and device."""
+        """Add features (B, D) of any float dtype and device."""
         if features.ndim != 2 or features.shape[1] != len(self.mean):
             raise ValueError(f"features must be B x {len(self.mean)}, got {tuple(features.shape)}")
         if len(features) == 0:
@@ -59,7 +59,7 @@ class FeatureStatistics:
         rows = features.detach().to(self.mean.device).double()
         mean = rows.mean(dim=0)
         shift, total = mean - self.mean, self.count + len(rows)
-        # the shift between the two means enters the scatter as one more row
+        # the shift between the two means adds one more row to the scatter
         bridge = shift * (self.count * len(rows) / total) ** 0.5
         rows = torch.cat([rows - mean, bridge[None]])  # B+1 D
         self._scatter.addmm_(rows.T, rows)
@@ -67,7 +67,7 @@ class FeatureStatistics:
         self.count = total
 
     def reduce(self) -> Self:
-        """Replace this rank's statistics by those of all ranks, in place; once, and on every rank."""
+        """Replace this rank's statistics by those of all ranks, in place. Call once, on every rank."""
         sums = sum_over_ranks(torch.cat([self.mean * self.count, self.mean.new_tensor([self.count])]))
         total = round(sums[-1].item())
         if total == 0:
@@ -79,14 +79,14 @@ class FeatureStatistics:
 
 
 Moments = Gaussian | FeatureStatistics
-"""What the distance needs: `mean` (D,), `covariance` (D, D, unbiased), and `count`, None when unknown."""
+"""Has `mean` (D,), `covariance` (D, D, unbiased) and `count` (None if unknown)."""
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """Return |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)); nan where a moment is not finite.
+    """Return |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)); nan if a moment is not finite.
 
-    The trace of the root is the sum of the singular values of A^T B with C_a = A A^T and C_b = B B^T: no root of an
-    unsymmetric, often singular matrix is taken, so few images are no trouble (the official scipy root errs by 1e-5).
+    The trace of the root is the sum of the singular values of A^T B with C_a = A A^T and C_b = B B^T. This avoids the root
+    of an unsymmetric, often singular matrix, so it works for few images too (the official scipy root is off by 1e-5).
     """
     if a.mean.shape != b.mean.shape:
         raise UserError(
@@ -98,14 +98,14 @@ def frechet_distance(a: Moments, b: Moments) -> float:
         return float("nan")
     overlap = torch.linalg.svdvals(_factor(cov_a, a.count).T @ _factor(cov_b, b.count)).sum()
     distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * overlap
-    return max(distance.item(), 0.0)  # rounding of equal sets
+    return max(distance.item(), 0.0)  # equal sets may round below 0
 
 
 def _factor(covariance: Tensor, count: int | None) -> Tensor:
-    """Return D x R with factor @ factor.T = covariance; eigenvalues that are rounding of zero are left out.
+    """Return D x R with factor @ factor.T = covariance; eigenvalues that are zero up to rounding are dropped.
 
-    `count` vectors have a covariance of rank below `count`: where these are few, `count` random combinations of its
-    columns span what all its columns span (Halko, Martinsson & Tropp, arXiv 0909.4061), and the eigenproblem is as small.
+    The covariance of `count` vectors has a rank below `count`. If `count` is small, `count` random combinations of its
+    columns span its range (Halko, Martinsson & Tropp, arXiv 0909.4061), and the eigenproblem is count x count.
     """
     covariance = (covariance + covariance.T) / 2
     dim, basis = len(covariance), None
@@ -114,7 +114,7 @@ def _factor(covariance: Tensor, count: int | None) -> Tensor:
         basis = torch.linalg.qr(covariance @ mixing).Q  # D count
         inside = basis.T @ covariance @ basis
         if (covariance.trace() - inside.trace()).abs() > 1e-9 * covariance.trace():
-            basis = None  # of more vectors than it says
+            basis = None  # made from more vectors than `count`
     values, vectors = torch.linalg.eigh(covariance if basis is None else inside)
     keep = values > dim * torch.finfo(values.dtype).eps * values.abs().max()
     factor = vectors[:, keep] * values[keep].sqrt()
@@ -122,7 +122,7 @@ def _factor(covariance: Tensor, count: int | None) -> Tensor:
 
 
 def few_images_warning(count: int | None, dim: int) -> str | None:
-    """Return a warning where the covariance can't have full rank; None for enough images, or an unknown number."""
+    """Return a warning if the covariance can't have full rank; None for enough images or an unknown count."""
     if count is None or count >= dim:
         return None
     return (
@@ -138,9 +138,9 @@ def save_npz(
     facts: Mapping[str, str | int] | None = None,
     spatial: Moments | None = None,
 ) -> None:
-    """Write `mu` and `sigma` as every FID tool reads them, and `mu_s` and `sigma_s` of `spatial` features as ADM's suite
-    has them. Beside them, which others pass over: the name of the feature network, `count`, and `facts` (how the images
-    were prepared, see `src.metrics.reference.Preparation`)."""
+    """Write `mu` and `sigma` as every FID tool reads them, and `mu_s` and `sigma_s` of `spatial` features as in ADM's suite.
+    Other tools ignore the rest: the name of the feature network, `count`, and `facts` (how the images were prepared, see
+    `src.metrics.reference.Preparation`)."""
     count = {} if moments.count is None else {"count": moments.count}
     arrays: dict[str, Any] = {}
     for end, part in (("", moments), ("_s", spatial)):
@@ -151,9 +151,9 @@ def save_npz(
 
 
 def load_npz(path: str | Path, names: tuple[str, str] = ("mu", "sigma")) -> Gaussian:
-    """Read `mu` (D,) and `sigma` (D, D), or arrays of other `names`; `count` and `features` where there are any.
+    """Read `mu` (D,) and `sigma` (D, D), or the arrays called `names`, and `count` and `features` if present.
 
-    UserError for anything else.
+    Raises UserError for anything else.
     """
     with opened_npz(path) as archive:
         missing = [name for name in names if name not in archive.files]

@@ -1,11 +1,11 @@
-"""Scores of generated images, as ADM's evaluation suite has them: gFID, sFID, Inception Score, precision and recall.
+"""Score generated images as ADM's evaluation suite does: gFID, sFID, Inception Score, precision and recall.
 
-- gFID, sFID: Frechet distance (`src/metrics/fid.py`) of pooled and of spatial Inception features; sFID is of Nash et
-  al., arXiv 2103.03841.
-- Inception Score: Salimans et al., arXiv 1606.03498; mean over splits of 5,000 images in their order.
+- gFID, sFID: Frechet distance (`src/metrics/fid.py`) of pooled and of spatial Inception features; sFID: Nash et al.,
+  arXiv 2103.03841.
+- Inception Score: Salimans et al., arXiv 1606.03498; mean over splits of 5,000 consecutive images.
 - Precision and recall: Kynkaanniemi et al., arXiv 1904.06991; k = 3, on pooled features.
 
-Of another feature network there are the Frechet distance, precision and recall (Stein et al., arXiv 2306.04675).
+Other feature networks give the Frechet distance, precision and recall only (Stein et al., arXiv 2306.04675).
 
 Legend: B batch, N generated images, M reference images, F pooled features, K classes.
 """
@@ -31,13 +31,13 @@ log = logging.getLogger(__name__)
 
 SPLIT_IMAGES = 5000
 NEIGHBOURS = 3
-CHUNK_NUMBERS = 2**24  # distances at once: 128 MiB
+CHUNK_NUMBERS = 2**24  # distances computed at once: 128 MiB in float64
 
 
 class InceptionScore:
-    """exp of the mean KL divergence between an image's classes and those of its split; the mean over splits.
+    """exp of the mean KL divergence between an image's class distribution and its split's; mean over splits.
 
-    Keeps sums alone, so that batches and ranks add up. `images`: how many there are, or more.
+    Keeps only sums, which add up over batches and ranks. `images`: the number of images or an upper bound.
     """
 
     def __init__(self, images: int, classes: int = TF_CLASSES, split_images: int = SPLIT_IMAGES) -> None:
@@ -46,14 +46,14 @@ class InceptionScore:
         self._sums = torch.zeros(splits, classes + 2, dtype=torch.float64)  # probabilities, entropy, images
 
     def update(self, logits: Tensor, positions: Tensor) -> None:
-        """Take in logits B x K of the images at `positions` (B,) in the whole, from 0."""
+        """Add logits B x K of the images with indices `positions` (B,) in the whole set."""
         probabilities = logits.detach().cpu().double().softmax(dim=1)
         entropy = torch.special.entr(probabilities).sum(dim=1, keepdim=True)
         rows = torch.cat([probabilities, entropy, torch.ones_like(entropy)], dim=1)
         self._sums.index_add_(0, positions.cpu() // self.split_images, rows)
 
     def reduce(self) -> None:
-        """Add up the ranks; once, on every rank."""
+        """Add up the sums of all ranks. Call once, on every rank."""
         self._sums = sum_over_ranks(self._sums)
 
     def compute(self) -> float:
@@ -66,7 +66,7 @@ class InceptionScore:
 def neighbour_distances(features: Tensor, k: int = NEIGHBOURS) -> Tensor:
     """Return the distance of each of `features` N x F to its k-th nearest neighbour among the others, (N,).
 
-    Memory beside the features is bounded: a part of the N x N distances at a time.
+    Computes the N x N distances in chunks, so the memory besides the features is bounded.
 
     Raises:
         UserError: k images or fewer.
@@ -76,7 +76,7 @@ def neighbour_distances(features: Tensor, k: int = NEIGHBOURS) -> Tensor:
             f"Precision and recall look at the {k} nearest neighbours of an image among the others, so they need at "
             f"least {k + 1} images on each side; got {len(features)}. Give more images."
         )
-    # The first is the image itself. Not `kthvalue`, which a GPU refuses under trainer.deterministic=true.
+    # The nearest is the image itself. Not `kthvalue`: on a GPU it raises under trainer.deterministic=true.
     parts = _distances(features, features)
     return torch.cat([part.topk(k + 1, dim=1, largest=False).values[:, -1] for part in parts])
 
@@ -84,11 +84,11 @@ def neighbour_distances(features: Tensor, k: int = NEIGHBOURS) -> Tensor:
 def share_inside(points: Tensor, centres: Tensor, radii: Tensor) -> float:
     """Return the share of `points` N x F that lie within `radii` (M,) of any of `centres` M x F."""
     inside = [(part <= radii).any(dim=1) for part in _distances(points, centres)]
-    return torch.cat(inside).sum().item() / len(points)  # not `mean`, which a GPU rounds otherwise
+    return torch.cat(inside).sum().item() / len(points)  # not `mean`, which rounds differently on a GPU
 
 
 def precision_recall(generated: Tensor, reference: Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
-    """Return precision (share of `generated` N x F near a reference image) and recall (the other way round)."""
+    """Return precision (share of `generated` N x F within the k-NN radius of a `reference` image, M x F) and recall (swapped)."""
     generated, reference = generated.double(), reference.double()
     of_reference, of_generated = neighbour_distances(reference, k), neighbour_distances(generated, k)
     return share_inside(generated, reference, of_reference), share_inside(reference, generated, of_generated)
@@ -100,14 +100,14 @@ def _distances(rows: Tensor, columns: Tensor) -> Iterable[Tensor]:
 
 
 class ImageStatistics:
-    """Everything that the scores take of a set of images. `update` with batches, then `reduce` once on every rank.
+    """Statistics of a set of images for all scores. `update` with batches, then `reduce` once on every rank.
 
     Args:
-        images: how many there are, or more; for the splits of the Inception Score. 0: no Inception Score.
+        images: the number of images or an upper bound, for the splits of the Inception Score. 0: no Inception Score.
         keep: keep the features of each image, for precision and recall (400 MB for 50,000 images).
-        spatial: whether there is to be an sFID, where the network has what it takes.
+        spatial: collect spatial features for sFID, if the network has them.
 
-    Memory: that, and one or two covariances.
+    Memory besides the kept features: one or two covariances.
     """
 
     def __init__(
@@ -126,11 +126,11 @@ class ImageStatistics:
 
     @property
     def features(self) -> Tensor:
-        """N x F float32 on the CPU; once reduced, of all ranks on rank 0."""
+        """N x F float32 on the CPU; after `reduce`, rank 0 has those of all ranks."""
         return torch.cat(self._features) if self._features else torch.empty(0, self.network.feature_dim)
 
     def update(self, images: Tensor, positions: Tensor | None = None) -> None:
-        """Take in uint8 images B x 3 x H x W, and their positions (B,) in the whole where there is an Inception Score."""
+        """Add uint8 images B x 3 x H x W, and for the Inception Score their indices (B,) in the whole set."""
         for start in range(0, len(images), self.batch_size):
             outputs = self.network.outputs(images[start : start + self.batch_size])
             self.pool.update(outputs.pool)
@@ -152,7 +152,7 @@ class ImageStatistics:
 
 @dataclass(frozen=True)
 class GenerationReference:
-    """What generated images are scored against; without `spatial` no sFID, without `features` no precision and recall."""
+    """Statistics to score generated images against. No `spatial`: no sFID; no `features`: no precision and recall."""
 
     pool: Moments
     spatial: Moments | None = None
@@ -174,12 +174,12 @@ def load_reference(
 ) -> GenerationReference:
     """Read an npz with `mu`, `sigma`, `mu_s`, `sigma_s` and images `arr_0` (ADM's), or with some of them (ours).
 
-    Stored moments count; what is missing is made of the images, or left out with a warning where there are none. Of images
-    each rank reads its share. On all ranks; features are whole on rank 0, moments on all.
+    Uses stored moments if present and computes the rest from the images; without images, warns and leaves it out. Call on all
+    ranks: each reads a share of the images. Features are complete on rank 0, moments on all ranks.
 
     Args:
-        wanted, remedy: as of `stored_moments`, whose errors and warnings these are.
-        pool_only: nothing but the Frechet distance is wanted.
+        wanted, remedy: see `stored_moments`, which also raises the errors.
+        pool_only: read only what the Frechet distance needs.
     """
     pool: Moments | None = stored_moments(path, network, wanted, remedy)
     with opened_npz(path) as archive:
@@ -206,9 +206,9 @@ def load_reference(
 def compute_scores(
     generated: ImageStatistics, reference: GenerationReference, device: torch.device | str = "cpu"
 ) -> dict[str, float | int]:
-    """Return `gfid`, `sfid`, `inception_score`, `precision`, `recall` (those that can be had) and `images`. On rank 0.
+    """Return `gfid`, `sfid`, `inception_score`, `precision`, `recall` (those available) and `images`. Call on rank 0.
 
-    Of other networks their names are those of `score_name`. `device` does the distances of precision and recall.
+    For other networks the keys follow `score_name`. `device` computes the distances of precision and recall.
     """
     if warning := few_images_warning(generated.count, generated.network.feature_dim):
         log.warning("%s", warning)

@@ -1,4 +1,4 @@
-"""Inception features for FID: uint8 images in, 2,048 numbers per image out, from the standard weights file.
+"""Compute Inception features for FID from the standard weights file: uint8 images in, 2,048 features per image out.
 
 Legend: B batch, C channels, H, W image px (any size), S output side, F features (2048).
 """
@@ -20,10 +20,10 @@ from src.metrics.inception_network import SPATIAL_DIM, TF_CLASSES, InceptionNetw
 log = logging.getLogger(__name__)
 
 TINY_WIDTH = 0.125
-"""Share of the channels that `tiny` has."""
+"""Channels of `tiny`, as a share of the full network's."""
 INPUT_PX = 299
 PUBLISHED_SHA256 = "6726825d"  # in the file names of pytorch-fid and torch-fidelity, which hold the same tensors
-# In the standard file, and not needed. Everything else must be there and fit.
+# In the standard file but not used. Everything else must be present and fit.
 UNUSED = "fc.bias"
 COUNTER = "num_batches_tracked"  # only in files re-saved by a newer PyTorch; eval mode doesn't read it
 
@@ -31,9 +31,9 @@ COUNTER = "num_batches_tracked"  # only in files re-saved by a newer PyTorch; ev
 class InceptionFeatures(FeatureNetwork):
     """`InceptionFeatures(path)(uint8 B x 3 x H x W) -> B x F float32` on the device of its weights.
 
-    Always frozen, in eval mode, float32 (autocast and TF32 are switched off inside). Raises UserError when the file is
-    missing or holds another network. Random weights only by `weights`, drawn from `seed`: then `untrained` is true and
-    scores must not be called rFID. `key` names the config key or option of the path in error messages.
+    Always frozen, in eval mode, float32 (turns off autocast and TF32). Raises UserError if the file is missing or holds
+    another network. Random weights, drawn from `seed`, only on request by `weights`: `untrained` is then true, and scores
+    must not be called rFID. `key` is the config key or option of the path in error messages.
     """
 
     space, spatial_dim = INCEPTION, SPATIAL_DIM
@@ -67,21 +67,21 @@ class InceptionFeatures(FeatureNetwork):
             raise ValueError(f"images must be uint8 B x 3 x H x W, got {images.dtype} {tuple(images.shape)}")
         with full_float32(self.device):
             x = resize_tf1(images.to(self.device).float(), INPUT_PX)
-            x = x.sub(128).div_(128)  # TensorFlow's own scaling: 255 becomes 0.992
+            x = x.sub(128).div_(128)  # as in TensorFlow: 255 becomes 0.992
             return self.network.outputs(x.contiguous(memory_format=torch.channels_last))
 
 
 def resize_tf1(images: Tensor, size: int) -> Tensor:
-    """Resize B x C x H x W float -> B x C x S x S, as `tf.image.resize_bilinear(align_corners=False)` of TensorFlow 1,
-    on which every published FID rests.
+    """Resize B x C x H x W float -> B x C x S x S like `tf.image.resize_bilinear(align_corners=False)` of TensorFlow 1,
+    which every published FID uses.
 
     Output pixel i reads the input at i * H / S, not at (i + .5) * H / S - .5 as `torch.nn.functional.interpolate` does:
-    no half-pixel centres, no antialias, the last row and column repeated beyond the edge.
+    no half-pixel centres, no antialiasing, last row and column repeated beyond the edge.
     """
     height, width = images.shape[-2:]
     if (height, width) == (size, size):
         return images
-    return _lerp(_lerp(images, -1, size), -2, size)  # TensorFlow blends along the row first
+    return _lerp(_lerp(images, -1, size), -2, size)  # TensorFlow interpolates along rows first
 
 
 def _lerp(images: Tensor, axis: int, size: int) -> Tensor:
@@ -121,7 +121,7 @@ def _load(network: InceptionNetwork, weights_path: str | Path | None, key: str) 
 
 
 def _initialise(network: InceptionNetwork, seed: int) -> None:
-    """Draw weights that keep the variance through the ReLUs, so that features differ between images. No global draws."""
+    """Draw weights that keep the variance through the ReLUs, so that features differ between images; own generator."""
     generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):

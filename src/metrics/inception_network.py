@@ -1,9 +1,9 @@
-"""The Inception-v3 of FID: TensorFlow's network of 2015-12-05, with what ADM's metrics take of it.
+"""The Inception-v3 of FID: TensorFlow's network of 2015-12-05, with the extra outputs for ADM's metrics.
 
-Architecture: Szegedy et al., arXiv 1512.00567; names of the layers as in the standard weights file (pytorch-fid,
-torch-fidelity). It differs from the Inception-v3 of image classification in two places:
+Architecture: Szegedy et al., arXiv 1512.00567; layers are named as in the standard weights file (pytorch-fid,
+torch-fidelity). It differs from the Inception-v3 for image classification in two ways:
   - average pools inside the blocks don't count their padding;
-  - the last block (Mixed_7c) pools by maximum where Mixed_7b pools by average.
+  - the last block (Mixed_7c) uses max pooling where Mixed_7b uses average pooling.
 
 Legend: B batch, C channels, F features (2048), K classes (1008), S spatial features (7 x 17 x 17 = 2023).
 """
@@ -46,7 +46,7 @@ class ConvNorm(nn.Module):
         self.bn: nn.Module = nn.BatchNorm2d(outputs, eps=1e-3)
 
     def fuse(self) -> None:
-        """Fold the norm into the convolution: the same function up to rounding, one pass over memory less."""
+        """Fold the norm into the convolution: same result up to rounding, one memory pass fewer."""
         self.conv = fuse_conv_bn_eval(self.conv, self.bn)
         self.bn = nn.Identity()
 
@@ -63,7 +63,7 @@ class InceptionNetwork(nn.Module):
     def __init__(self, width: float = 1.0) -> None:
         super().__init__()
         self._width: float | None = width
-        with torch.device("meta"):  # a first pass, without numbers, makes the layers
+        with torch.device("meta"):  # a first forward, without data, creates the layers
             self.feature_dim = self(torch.empty(1, 3, 299, 299)).shape[1]
             self.fc = nn.Linear(self.feature_dim, TF_CLASSES, bias=False)
         self._width = None
@@ -81,7 +81,7 @@ class InceptionNetwork(nn.Module):
 
     def outputs(self, images: Tensor) -> FeatureOutputs:
         pool, spatial = self._features(images)
-        # as a convolution, whose precision `full_float32` guards
+        # as a convolution, so that it has the precision set by `full_float32`
         logits = functional.conv2d(pool[:, :, None, None], self.fc.weight[:, :, None, None]).flatten(1)  # B K
         return FeatureOutputs(pool, spatial, logits)
 
@@ -133,7 +133,7 @@ class InceptionNetwork(nn.Module):
         return torch.cat([*parts, functional.max_pool2d(x, 3, 2)], dim=1)
 
     def _chain(self, block: str, x: Tensor, *convs: tuple[Any, ...]) -> Tensor:
-        """Apply convolutions, each given as the arguments of `Conv`, one after the other."""
+        """Apply convolutions in sequence, each given as the arguments of `Conv`."""
         for conv in (Conv(*arguments) for arguments in convs):
             if self._width is not None:
                 if block and block not in self._modules:

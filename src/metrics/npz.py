@@ -1,6 +1,6 @@
-"""npz files, those of others included: read without ever unpickling, written atomically.
+"""Read npz files, also third-party ones, without unpickling, and write them atomically.
 
-Images are `arr_0`, the format of the ADM evaluation suite. Legend: N images, B batch, H, W image px; on disk uint8
+Images are in `arr_0`, the format of the ADM evaluation suite. Legend: N images, B batch, H, W image px; on disk uint8
 N x H x W x 3, in memory uint8 B x 3 x H x W.
 """
 
@@ -23,17 +23,17 @@ from src.core.json_files import check_json
 
 IMAGES, LATENTS = "arr_0.npy", "latents.npy"
 STREAMED = (IMAGES, LATENTS)
-"""Read by rows; all else is read at once."""
+"""Arrays that are read in batches of rows; others are read whole."""
 LARGEST_ARRAY, LARGEST_ROW = 2**30, 2**28
-"""Bytes: 23 times Inception's covariance, and an image of 9,459 x 9,459 px. A small file can unpack to any size."""
+"""Limits in bytes, since a small file can unpack to any size: 32 times Inception's covariance; an image of 9,459 x 9,459 px."""
 Scalar = TypeVar("Scalar", str, int)
 
 
 @contextmanager
 def opened_npz(path: str | Path) -> Iterator[np.lib.npyio.NpzFile]:
-    """Open an npz; what zipfile, zlib and numpy raise on a missing, broken or hostile file becomes one UserError.
+    """Open an npz. A missing, broken or malicious file raises UserError, whatever zipfile, zlib or numpy raise.
 
-    Arrays of Python objects are refused: they could run code.
+    Arrays of Python objects are rejected: they could run code.
     """
     path = Path(path)
     if not path.is_file():
@@ -51,7 +51,7 @@ def opened_npz(path: str | Path) -> Iterator[np.lib.npyio.NpzFile]:
 
 
 def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Return shape, whether columns come first, and dtype of an npy, and stand behind its header. Raises ValueError."""
+    """Read an npy header: shape, whether in Fortran order, dtype. Leaves `file` at the data. Raises ValueError."""
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     version = np.lib.format.read_magic(file)
     if version not in readers:
@@ -60,32 +60,32 @@ def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _check_size(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
-    """Raise ValueError where an array is too large, or other than its header announces: numpy would allocate that much."""
+    """Raise ValueError if an array is too large, or not of its header's size: numpy would allocate what the header states."""
     if info.filename not in STREAMED and info.file_size > LARGEST_ARRAY:
         raise ValueError(f"`{info.filename}` unpacks to {info.file_size:,} bytes, more than {LARGEST_ARRAY:,}")
     if info.filename.endswith(".npy"):
         with archive.open(info) as file:
             shape, _, dtype = read_header(file)
             announced, there = math.prod(shape) * dtype.itemsize, info.file_size - file.tell()
-        if announced != there and not dtype.hasobject:  # which is refused where it is used
+        if announced != there and not dtype.hasobject:  # object arrays are rejected when they are read
             raise ValueError(f"`{info.filename}` announces {announced:,} bytes and has {there:,}")
 
 
 def scalar(archive: np.lib.npyio.NpzFile, name: str, kind: type[Scalar]) -> Scalar | None:
-    """Return one text or whole number of an npz; None where there is none, or others mean something else by it."""
+    """Return a string or integer from an npz; None if it is missing or of another type (another tool's)."""
     array = archive[name] if name in archive.files else np.empty(0)
     value = array.item() if array.size == 1 else None
     return value if isinstance(value, kind) else None
 
 
 class NpzRows:
-    """One array of an npz, streamed by rows: memory for one batch, compressed or not. UserError for any other content."""
+    """One array of an npz, streamed in batches of rows: memory for one batch, even if compressed. UserError if it doesn't fit."""
 
     member: str
     dtype: type[np.generic]
     content: str
     last: int | None = None
-    """Length of the last of its four axes; None: any."""
+    """Length of the last of the four axes; None: any."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -107,7 +107,7 @@ class NpzRows:
         return self.shape[0]
 
     def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (places in the whole (B,), rows) of batches: every world_size-th from `rank` on, so that ranks share them."""
+        """Yield batches (row indices (B,), rows): every `world_size`-th, starting at `rank`, so that ranks share them."""
         count, *entry = self.shape
         with opened_npz(self.path) as archive, archive.zip.open(self.member) as file:
             read_header(file)
@@ -130,7 +130,7 @@ class ImageNpz(NpzRows):
 
 
 class LatentNpz(NpzRows):
-    """The normalised latents that `src/sample.py --latents` writes; batches are float32 B x C x h x w."""
+    """The normalised latents written by `src/sample.py --latents`; batches are float32 B x C x h x w."""
 
     member, dtype, content = LATENTS, np.float32, "float32 latents N x C x h x w"
     scale = "normalized"
@@ -143,8 +143,8 @@ class LatentNpz(NpzRows):
                 raise ValueError("its `settings` are no object")
         check_json(said, self.path, "Sample them again.", encoder=(dict[str, Any], {}), statistics=(str | None, None))
         self.about: dict[str, Any] = said
-        """`encoder`, the identity of the encoder that they are of, and `statistics`, the digest of those that normalise them;
-        empty where the file says nothing."""
+        """The file's settings: `encoder`, the identity of the encoder, `statistics`, the digest of the latent statistics, and
+        others; empty if the file has none."""
 
     def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         for places, rows in super().batches(batch_size, rank, world_size):
@@ -156,11 +156,11 @@ class LatentNpz(NpzRows):
 def write_image_npz(
     path: str | Path, shape: tuple[int, int, int, int], images: Iterable[bytes], facts: Mapping[str, str | int]
 ) -> None:
-    """Write images as `arr_0`, and `facts` beside it; memory for one of `images`.
+    """Write images as `arr_0`, and `facts` as scalars; memory for one item of `images`.
 
     Args:
         shape: N, H, W, 3.
-        images: the bytes of the N images, H x W x 3 each, cut in any way.
+        images: the bytes of the N images, H x W x 3 each, split at any point.
     """
     with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         with archive.open(zipfile.ZipInfo(IMAGES), "w", force_zip64=True) as member:

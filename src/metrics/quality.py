@@ -1,4 +1,4 @@
-"""PSNR and SSIM, one value per image, on the 8-bit images that people see; means of such values.
+"""Compute PSNR and SSIM per image, on 8-bit images, and means of per-image values.
 
 Legend: B batch, H, W image px. Images are uint8 B x 3 x H x W.
 """
@@ -15,16 +15,16 @@ from src.core.distributed import float64_device, sum_over_ranks
 from src.core.errors import UserError
 from src.core.images import bytes_to_unit
 
-MAX_PSNR_DB = 100.0  # of identical images, and a ceiling for all, so that one of them doesn't make a mean infinite
+MAX_PSNR_DB = 100.0  # of identical images; a cap, so that one of them doesn't make a mean infinite
 SSIM_SIGMA_PX, SSIM_RADIUS_PX = 1.5, 5  # window 11 x 11
-SSIM_CHUNK = 8  # images at a time: bounds the float maps in memory, and suits the cache of a CPU
+SSIM_CHUNK = 8  # images at a time: bounds the memory of the float maps, and fits a CPU's cache
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # data range 1
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Return (B,) float64 dB, 10 log10(255^2 / mean squared error over all values of an image), at most 100.
 
-    The squared error is summed in integers, so it is exact. Identical images have 100 dB. A data set's PSNR is the
+    The squared error is summed in integers, so it is exact. Identical images give 100 dB. The PSNR of a data set is the
     mean of these values (not the PSNR of the mean error).
     """
     _check(a, b)
@@ -37,8 +37,8 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Return (B,) float32: Wang et al. 2004, eq. 13, per RGB channel on the [0, 1] images, mean over channels and positions.
 
     Equal to torchmetrics' StructuralSimilarityIndexMeasure(data_range=1.0): Gaussian window of 11 x 11 px and sigma
-    1.5, reflected edges, K = (.01, .03). Done as two passes of weighted shifts, it takes a tenth of the time.
-    UserError for images of fewer than 6 px a side (no reflection).
+    1.5, reflected edges, K = (.01, .03). Computed as two passes of weighted shifts, in a tenth of the time.
+    UserError for images of fewer than 6 px per side (can't be reflected).
     """
     _check(a, b)
     if min(a.shape[-2:]) <= SSIM_RADIUS_PX:
@@ -50,7 +50,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 class RunningMeans:
     """Means of named per-image values, kept as float64 sums that add up over batches and ranks.
 
-    `RunningMeans(["psnr", "ssim"])`: the names are fixed, so that a rank without images fits the others.
+    `RunningMeans(["psnr", "ssim"])`: the names are fixed, so that a rank without images has the same sums.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -59,18 +59,18 @@ class RunningMeans:
         self._sums = torch.zeros(len(self.names), dtype=torch.float64)
 
     def update(self, values: Mapping[str, Tensor]) -> None:
-        """Take in one value per image for every name, each (B,)."""
+        """Add one value per image for every name, each (B,)."""
         sizes = {name: tuple(value.shape) for name, value in values.items()}
         if set(values) != set(self.names) or len(set(sizes.values())) > 1:
             raise ValueError(f"expected {self.names}, each (B,), got {sizes}")
         found = (values[name].detach() for name in self.names)
-        # One copy for all: the host waits for a GPU at each.
+        # One copy for all: each copy from a GPU is a sync.
         stacked = torch.stack([value.to(float64_device(value.device)).double() for value in found]).cpu()  # names B
         self._sums += stacked.sum(dim=1)
         self.count += stacked.shape[1]
 
     def reduce(self) -> Self:
-        """Replace this rank's sums by those of all ranks, in place; once, and on every rank."""
+        """Replace this rank's sums by those of all ranks, in place. Call once, on every rank."""
         total = sum_over_ranks(torch.cat([self._sums, self._sums.new_tensor([self.count])]))
         self._sums, self.count = total[:-1], round(total[-1].item())
         return self
@@ -82,8 +82,8 @@ class RunningMeans:
 
 
 def _ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Compare two float [0, 1] batches B x 3 x H x W -> (B,)."""
-    # the variances enter only as their sum, so four blurs do
+    """Return the SSIM of two float [0, 1] batches B x 3 x H x W, (B,)."""
+    # only the sum of the variances is needed, so four blurs suffice
     mean_x, mean_y, squares, product = _blur(torch.stack([x, y, x * x + y * y, x * y]))  # each B 3 H W
     means, mean_product = mean_x.square() + mean_y.square(), mean_x * mean_y
     variances, covariance = (squares - means).clamp_(min=0), product - mean_product
@@ -93,7 +93,7 @@ def _ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _blur(images: Tensor) -> Tensor:
-    """Blur the last two axes with the Gaussian window of SSIM; the size stays."""
+    """Blur the last two axes with the Gaussian window of SSIM; same size."""
     radius = SSIM_RADIUS_PX
     weights = [math.exp(-((i - radius) ** 2) / (2 * SSIM_SIGMA_PX**2)) for i in range(2 * radius + 1)]
     weights = [weight / sum(weights) for weight in weights]

@@ -1,7 +1,7 @@
-"""The protocol by which reconstructions are scored, in training and from the command line (docs/evaluation.md).
+"""Score reconstructions, in training and from the command line, by one protocol (docs/evaluation.md).
 
-Originals and reconstructions are compared as 8-bit images: Frechet distances of features (of Inception: rFID), and the
-means of per-image PSNR, SSIM and LPIPS from the same pass.
+Originals and reconstructions are compared as 8-bit images: Frechet distances of features (rFID for Inception), and means
+of per-image PSNR, SSIM and LPIPS from the same pass.
 
 Legend: B batch, H, W image px.
 """
@@ -26,13 +26,13 @@ Lpips = Callable[[Tensor, Tensor], Tensor]  # two batches in [-1, 1] -> (B,)
 
 
 class ReconstructionScore:
-    """Takes batches with `update`, adds up ranks with `reduce` (once), and gives the numbers with `compute`.
+    """Scores of reconstructions: call `update` with batches, `reduce` once to combine ranks, then `compute`.
 
-    No `networks`: no Frechet distance. `batch_size`: images at once through them. `quantization` makes the 8-bit
-    reconstruction (`truncate` for the official figures). `references` are, by the network's `space`, ready moments to
-    score against instead of the originals' own, whose features then aren't computed; they may be another score's
-    `references`, so that several reconstructions of the same images share them. Memory doesn't grow with the images.
-    Numbers of untrained networks are called `rfid_untrained` and `lpips_untrained`.
+    No `networks`: no Frechet distance. `batch_size`: images per forward of these. `quantization`: to 8-bit (`truncate` for
+    the official figures). `references`: by the network's `space`, moments to score against instead of the originals',
+    whose features are then not computed; may be another score's `references`, so that several reconstructions of the same
+    images share them. Memory doesn't grow with the number of images. Scores of untrained networks are called
+    `rfid_untrained` and `lpips_untrained`.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class ReconstructionScore:
         self.networks, self.lpips, self.quantization = tuple(networks), lpips, quantization
         untrained = getattr(lpips, "untrained", False)
         self.quality_names = ("psnr", "ssim", *([f"lpips{'_untrained' * untrained}"] if lpips is not None else []))
-        """Of the per-image values."""
+        """Names of the per-image values."""
 
         def statistics(network: FeatureNetwork) -> ImageStatistics:
             return ImageStatistics(network, batch_size, keep=False, spatial=False)
@@ -56,22 +56,22 @@ class ReconstructionScore:
         self._originals = {network.space: statistics(network) for network in missing}
         own = {space: part.pool for space, part in self._originals.items()}
         self.references: Mapping[str, Moments] = {**(references or {}), **own}
-        """What is scored against, by `space`: the given moments, or the originals' own, which grow with each update."""
+        """Moments to score against, by `space`: those given, or the originals' own, which change with each update."""
         self._means = RunningMeans(self.quality_names)
         self._broken = RunningMeans(["not_finite"])
         self._reduced = False
 
     @property
     def count(self) -> int:
-        """Images taken in; of all ranks, once reduced."""
+        """Number of images so far; of all ranks after `reduce`."""
         return self._means.count
 
     @torch.no_grad()
     def update(self, original: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
-        """Take in originals uint8 B x 3 x H x W and reconstructions float [0, 1] of the same shape, on any device.
+        """Add originals uint8 B x 3 x H x W and reconstructions float [0, 1] of the same shape, on any device.
 
-        Returns the per-image values psnr (dB), ssim, and lpips where there is one, each (B,). Reconstructions outside
-        of [0, 1] are clamped; values that are not finite count as 0 and `compute` warns of them.
+        Returns the per-image values psnr (dB), ssim, and lpips if available, each (B,). Reconstructions outside of
+        [0, 1] are clamped; non-finite values count as 0, and `compute` warns about them.
         """
         if self._reduced:
             raise RuntimeError("this score was reduced over ranks already; make a new one for more images")
@@ -90,11 +90,11 @@ class ReconstructionScore:
         return values
 
     def to_bytes(self, reconstruction: Tensor) -> Tensor:
-        """Return the 8-bit images that are scored: uint8 of the same shape."""
+        """Return the 8-bit images that are scored, uint8 of the same shape."""
         return unit_to_bytes(reconstruction.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), self.quantization)
 
     def reduce(self) -> Self:
-        """Add up the ranks; on every rank, after its last `update`, also where it had no image."""
+        """Add up all ranks. Call on every rank after its last `update`, even if it had no images."""
         if self._reduced:
             raise RuntimeError("a score is reduced over ranks once; reducing again would count every image twice")
         self._reduced = True
@@ -103,11 +103,11 @@ class ReconstructionScore:
         return self
 
     def compute(self, warn_of_few: bool = True) -> dict[str, float | int]:
-        """Return {"rfid": FID, "psnr": mean dB, "ssim", "lpips" where asked for, "images": int} of what was taken in; of
-        another network than Inception the distance is called `rfd_dinov2`, say.
+        """Return {"rfid": FID, "psnr": mean dB, "ssim", "lpips" if requested, "images": int} of all images so far. For other
+        networks the distance has names such as `rfd_dinov2`.
 
-        FID takes seconds at 2,048 features (on the CPU), so let one rank do it. UserError for fewer than two images;
-        logs a warning for fewer images than features, unless told not to (again).
+        FID takes seconds at 2,048 features (on the CPU), so call it on one rank. UserError for fewer than two images;
+        `warn_of_few`: log a warning if there are fewer images than features.
         """
         values: dict[str, float | int] = {}
         for network in self.networks:

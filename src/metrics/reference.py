@@ -1,4 +1,4 @@
-"""What a file to score against says: the moments in it, and how its images were prepared."""
+"""Read reference files to score against: their moments, and how their images were prepared."""
 
 import logging
 from dataclasses import asdict, dataclass, fields, replace
@@ -20,30 +20,30 @@ ALONE = Process(torch.device("cpu"))
 
 @dataclass(frozen=True)
 class Preparation:
-    """How a set of images was chosen and prepared: rFID depends on it as on the model (the same decoder scores 0.57
-    and, against images prepared otherwise, 1.8 to 2.1). Written into references. None: nobody knows."""
+    """How a set of images was chosen and prepared; stored in references. rFID depends on it as much as on the model (the same
+    decoder scores 0.57, and 1.8 to 2.1 against images prepared differently). None: unknown."""
 
     image_size: int | None = None  # px, side of the centre crop
     exif: str | None = None  # apply or ignore
     split: str | None = None  # its name, `held_out` or `all`
-    fingerprint: str | None = None  # of the data set
+    fingerprint: str | None = None  # of the dataset
     available: int | None = None  # images of the split
-    selected: int | None = None  # of these, as wanted; `count` are those that could be decoded
+    selected: int | None = None  # of these, as requested; `count` is the number that could be decoded
 
     def facts(self) -> dict[str, str | int]:
-        """Return what is known, by name."""
+        """Return the known fields by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
     def of_file(cls, path: str | Path) -> Self:
-        """Read what an npz says of itself; nothing, where another tool wrote it."""
+        """Read the preparation stored in an npz; all None if another tool wrote it."""
         texts = ("exif", "split", "fingerprint")
         with opened_npz(path) as archive:
             kinds = {field.name: str if field.name in texts else int for field in fields(cls)}
             return cls(**{name: scalar(archive, name, kind) for name, kind in kinds.items()})  # type: ignore[arg-type]
 
     def differences(self, here: Self) -> list[str]:
-        """Say what this reference and the evaluation `here` both know and don't share, except for the size."""
+        """Describe the fields, other than the size, that this reference and the evaluation `here` both know but differ in."""
         found = []
         if _differ(self.exif, here.exif):
             found.append(f"EXIF orientation {self.exif}, here {here.exif} (--exif)")
@@ -61,11 +61,11 @@ class Preparation:
 
 
 def stored_moments(path: str | Path, network: FeatureNetwork, wanted: Preparation, remedy: str = "") -> Gaussian | None:
-    """Read `mu` and `sigma` of an npz; None where it has only images, `arr_0`.
+    """Read `mu` and `sigma` from an npz; None if it has only images, `arr_0`.
 
-    `wanted` describes the images that are scored: another size is a UserError, any other difference a warning, and so is
-    a file that doesn't state its size. `remedy` says what to type instead. UserError also for other files and for statistics
-    that another network made (as far as the file says: ours do, others only by their dimension).
+    `wanted` describes the images to score: another image size raises UserError; any other difference, or a file that doesn't
+    state its size, logs a warning. `remedy`: what to type instead. Also raises UserError for other files, and for statistics
+    of another network (our files name it, others show it only by their dimension).
     """
     with opened_npz(path) as archive:
         names = set(archive.files)
@@ -100,7 +100,7 @@ def stored_moments(path: str | Path, network: FeatureNetwork, wanted: Preparatio
 
 
 def _differ(there: str | int | None, here: str | int | None) -> bool:
-    """Return whether both are known and not the same."""
+    """Return whether both are known and differ."""
     return there is not None and here is not None and there != here
 
 
