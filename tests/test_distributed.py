@@ -1,4 +1,4 @@
-"""Two gloo processes on the CPU stand in for two GPUs."""
+"""Data parallelism, with two gloo processes on the CPU in place of two GPUs."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def test_ranks_are_bit_equal_after_every_step(results):
     assert len(set(first["digests"])) == STEPS  # and the weights do move
 
 
-def test_each_rank_has_its_own_share_and_no_image_comes_twice(results):
+def test_ranks_share_the_images_and_none_comes_twice(results):
     (first, second), one = results
     for a, b, together in zip(first["positions"], second["positions"], one["positions"], strict=True):
         assert a + b == together
@@ -51,12 +51,12 @@ def test_each_rank_has_its_own_share_and_no_image_comes_twice(results):
     assert len(set(everything)) == len(everything) == 4 * STEPS
 
 
-def test_gradients_and_adaptive_weight_equal_those_of_one_process_with_twice_the_batch(results):
-    """To 1 % of the largest: where L1 or a ReLU is near 0, rounding turns a gradient round, and it depends on the CPU."""
+def test_gradients_and_adaptive_weight_equal_those_of_one_process(results):
+    """To 1 % of the largest: where L1 or a ReLU is near 0, rounding flips gradients, depending on the CPU."""
     (first, _), one = results
     assert one["weights"][0] > 0
     assert first["weights"][0] == pytest.approx(one["weights"][0], rel=1e-3)
-    for update in (0, 1):  # of the decoder, then of the discriminator, in the first step
+    for update in (0, 1):  # the decoder's, then the discriminator's, in the first step
         mine, theirs = (torch.cat([g.flatten() for g in run["gradients"][update]]) for run in (first, one))
         assert (mine - theirs).abs().max() < 1e-2 * theirs.abs().max()
 
@@ -77,7 +77,7 @@ def test_validation_is_the_same_number_on_one_and_two_processes(results):
 
 @pytest.mark.slow
 def test_per_rank_weights_as_published_and_fewer_held_out_images_than_ranks(tmp_path):
-    """The rank without a validation image takes part all the same, or the other would wait for ever."""
+    """A rank without a validation image must still take part, or the other would wait forever."""
     held_out = ["data.hf_validation_split=null", "data.train_split=0.996", "trainer.limit_train_batches=1"]
     first, second = launch(tmp_path / "ranks", 2, "data.batch_size=2", "model.adaptive_weight=per_rank", *held_out)
     assert first["weights"][0] != pytest.approx(second["weights"][0], rel=1e-6)
@@ -85,8 +85,8 @@ def test_per_rank_weights_as_published_and_fewer_held_out_images_than_ranks(tmp_
 
 
 @pytest.mark.slow
-def test_a_machine_whose_copy_of_the_data_lacks_a_file(tmp_path):
-    """Its processes would draw other images for the same positions, and the others wait for them at the epoch's end."""
+def test_ranks_with_different_data_are_an_error(tmp_path):
+    """They would draw other images for the same positions, and one would wait for the other at the end of the epoch."""
     for rank in range(2):
         (tmp_path / f"set{rank}").mkdir()
         for i in range(24 - rank):
@@ -98,8 +98,8 @@ def test_a_machine_whose_copy_of_the_data_lacks_a_file(tmp_path):
     assert not list(tmp_path.glob("runs/*/*"))
 
 
-def test_several_devices_without_a_strategy_are_trained_by_our_ddp(tmp_path):
-    """Whose gradients are views of the buckets; Lightning's own choice would keep a copy of them."""
+def test_several_devices_use_our_ddp_by_default(tmp_path):
+    """Its gradients are views of the buckets; Lightning's default would keep a copy of them."""
     for devices, strategy, expected in ((2, "auto", True), (1, "auto", False), (1, "ddp", True)):
         words = [*SMALL, f"trainer.devices={devices}", f"trainer.strategy={strategy}"]
         config = OmegaConf.to_container(composed(words).trainer, resolve=True)

@@ -1,6 +1,6 @@
-"""The diffusion transformers against the recipe written plainly: explicit softmax, rotation by complex numbers.
+"""The diffusion transformers match a plain implementation: explicit softmax, rotation by complex numbers.
 
-The plain side runs in float64 from the model's own weights, the model in float32.
+The plain one runs in float64 with the model's own weights, the model in float32.
 """
 
 import math
@@ -33,7 +33,7 @@ def norm(p, name, x, rms, eps=1e-6):
 
 
 def token_angles(grid, head_width, extra=0):
-    """One angle per pair of channels: row * f, then column * f."""
+    """Return one angle per pair of channels: row * f, then column * f."""
     d = head_width // 2
     f = [10000 ** (-2 * j / d) for j in range(d // 2)]
     tokens = [[row * w for w in f] + [column * w for w in f] for row in range(grid) for column in range(grid)]
@@ -75,7 +75,7 @@ def feed_forward(p, name, x):
 
 
 def six(p, name, c):
-    """`c`: B N D, one condition per token in any case."""
+    """Return the parts of the modulation. `c`: B N D, always one condition per token."""
     spelling = "adaLN_modulation" if f"{name}.adaLN_modulation.1.weight" in p else "adaln_modulation"
     m = linear(p, f"{name}.{spelling}.1", silu(c))
     width = c.shape[-1]
@@ -194,7 +194,7 @@ MAKERS = [lightning, ditdh, raev2]
 
 
 def randomised(model, seed=0):
-    """Nothing at its initial 0 or 1, where much of the network is switched off."""
+    """Move every weight off its initial 0 or 1, where much of the network is switched off."""
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -215,7 +215,7 @@ def weights_of(model):
 
 
 def compare(model, plain):
-    """Output and every gradient, from equal weights and one random sum of the outputs."""
+    """Compare outputs and all gradients, for equal weights and one random weighted sum of the outputs."""
     x, t, y = batch(model)
     p = weights_of(model)
     outputs, expected = model(x, t, y), plain(p, x.double(), t.double(), y)
@@ -234,7 +234,7 @@ def compare(model, plain):
     largest_of_all = max(value.grad.abs().max() for value in p.values())
     for name, parameter in model.named_parameters():
         wanted = p[name].grad
-        # A bias that softmax ignores has no gradient but rounding.
+        # The gradient of a bias that softmax cancels is only rounding.
         limit = TOLERANCE * max(wanted.abs().max(), 1e-2 * largest_of_all)
         assert (parameter.grad - wanted).abs().max() < limit, name
     assert (model.t_embedder.W.grad != 0).any()
@@ -284,8 +284,8 @@ def test_checkpointed_activations_change_nothing(make):
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_a_compiler_takes_a_block_whole(make):
-    """What it can't follow would cut a block into parts, each with tensors of its own in memory."""
+def test_blocks_compile_without_graph_breaks(make):
+    """A graph break would split a block into parts, each with its own tensors in memory."""
     model = randomised(make())
     for block in model.blocks:
         block.compile(fullgraph=True, backend="eager")
@@ -302,8 +302,8 @@ def tables(*ropes):
     return {f"{rope}.freqs_{kind}" for rope in ropes for kind in ("cos", "sin")}
 
 
-def test_names_beside_those_of_the_official_figures():
-    """tests/test_stage2_official.py fills each parameter by its name: another name would be another figure."""
+def test_names_of_buffers_and_of_optional_parts():
+    """tests/test_stage2_official.py covers all other names: it fills each parameter by its name."""
     for model, ropes in (
         (lightning(), ["feat_rope"]),
         (ditdh(), ["enc_feat_rope", "dec_feat_rope"]),
@@ -324,7 +324,7 @@ def test_names_beside_those_of_the_official_figures():
     (ditdh, {"pos_embed": (1, 16, 16), "dec_feat_rope.freqs_sin": (16, 12), "y_embedder.embedding_table.weight": (4, 16)}),
     (raev2, {"enc_rope.freqs_cos": (28, 8), "dec_rope.freqs_cos": (16, 12), "ctx_embedder.learnable_tokens": (8, 16)}),
 ])  # fmt: skip
-def test_shapes_and_what_trains(make, shapes):
+def test_shapes_and_trained_parameters(make, shapes):
     model = make()
     state = model.state_dict()
     assert {name: tuple(state[name].shape) for name in shapes} == shapes
@@ -337,11 +337,11 @@ def test_no_row_for_the_null_label_without_dropout():
         assert model.null_label is None and len(model.y_embedder.embedding_table.weight) == CLASSES
         assert make().null_label == CLASSES
     config = {"name": "RAEv2DiT", "patch_size": 1, "hidden_size": [16, 16], "depth": [1, 1], "num_heads": [2, 2]}
-    assert build_network(config, (5, 4, 4), CLASSES, 0.0, 0).null_label is None  # there is a row, which nothing trains
+    assert build_network(config, (5, 4, 4), CLASSES, 0.0, 0).null_label is None  # the row exists, but nothing trains it
     assert raev2().null_label == CLASSES and len(raev2().ctx_embedder.embedding_table.weight) == CLASSES + 1
 
 
-def test_the_state_dict_is_the_module():
+def test_forward_uses_the_buffers_of_the_state_dict():
     model = randomised(ditdh())
     before = model(*batch(model))
     for name in ("pos_embed", "enc_feat_rope.freqs_cos"):
@@ -433,13 +433,13 @@ def test_flops_leave_the_weights_alone():
     (raev2, {"base_model_depth": 4}, "base_model_depth=4: expected 1 to 3"),
     (raev2, {"num_t_tokens": 0}, "num_t_tokens=0"),
 ])  # fmt: skip
-def test_sizes_that_do_not_fit(make, changes, message):
+def test_invalid_sizes_are_rejected(make, changes, message):
     with pytest.raises(UserError, match=message):
         make(**changes)
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_inputs_that_do_not_fit(make):
+def test_inputs_of_other_shapes_are_rejected(make):
     model = make()
     x, t, y = batch(model)
     with pytest.raises(ValueError, match=r"\(3, 5, 4, 3\); expected B x 5 x 4 x 4"):

@@ -1,7 +1,7 @@
-"""The documents: every command is one that works, every file, key and message that they name exists.
+"""The documentation: every command works, and every file, key, option and message that it names exists.
 
-Training commands are composed, other programs parse their options, small tools are looked up; the README's first ten minutes
-are run on a tiny model. Nothing is downloaded.
+Training commands are composed, other scripts parse their options, small tools are looked up; the README's first ten minutes
+run on a tiny model. Nothing is downloaded.
 """
 
 import argparse
@@ -32,12 +32,12 @@ PAGES += sorted((PROJECT_ROOT / "docs").glob("*.md"))
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT_ROOT)))
 PAIRS = [("README.md", "README.zh-CN.md"), ("docs/guide.md", "docs/guide.zh-CN.md")]
 HYDRA_FLAGS = {"-m", "--multirun", "--cfg", "job", "--help", "--resolve", "--hydra-help"}
-# Commands whose programs are not ours, by how they begin; what they name of ours is looked at below.
+# Prefixes of commands that are not ours; the files of ours that they name are checked below.
 OTHERS = (
     "make", "pip", "conda", "tensorboard", "sbatch", "pre-commit", "source", "python3 -m venv", "python -m pip", "python -m pytest",
     "python -c", "nvidia-smi",
 )  # fmt: skip
-# The shortest runs still validate, so that there is a best.ckpt.
+# Even the shortest runs validate, so that best.ckpt exists.
 OFTEN = ["~callbacks.rfid", "trainer.check_val_every_n_epoch=1"]
 
 
@@ -50,7 +50,7 @@ def without_code(page: Path | str) -> str:
 
 
 def commands(page: Path | str) -> list[str]:
-    """Command lines of the ```bash blocks, continuation lines joined, comments dropped; then those between backticks."""
+    """Return the commands of ```bash blocks, continuation lines joined and comments dropped, then those between backticks."""
     found = []
     for block in re.findall(r"^```bash\n(.*?)^```", text(page), re.MULTILINE | re.DOTALL):
         lines = block.replace("\\\n", " ").splitlines()
@@ -65,7 +65,7 @@ def unique_commands() -> list[str]:
 
 
 def words(command: str) -> list[str]:
-    """Without variables in front; an interpreter of the environment is `python`."""
+    """Split a command, without variables in front and without `.venv/bin/`."""
     parts = shlex.split(command)
     while re.fullmatch(r"[A-Z_]+=.*", parts[0]):
         parts.pop(0)
@@ -74,7 +74,7 @@ def words(command: str) -> list[str]:
 
 
 def script(parts: list[str]) -> tuple[str, list[str]] | None:
-    """(file, arguments) of a program of ours, started by python or torchrun."""
+    """Return (file, arguments) of a script of ours that python or torchrun starts, else None."""
     if parts[0] not in ("python", "torchrun"):
         return None
     place = next((i for i, word in enumerate(parts) if word.endswith(".py")), None)
@@ -85,7 +85,7 @@ def script(parts: list[str]) -> tuple[str, list[str]] | None:
 
 
 class Parsed(Exception):
-    """The options were understood."""
+    """Raised once the options are parsed."""
 
 
 @cache
@@ -98,7 +98,7 @@ def module(file: str):
 
 
 def parse(file: str, arguments: list[str], monkeypatch) -> None:
-    """Stops where the program would start to work. A wrong option ends in SystemExit."""
+    """Run a script's `main` until its options are parsed. A wrong option raises SystemExit."""
     original = argparse.ArgumentParser.parse_args
 
     def parse_args(self, args=None, namespace=None):
@@ -126,7 +126,7 @@ def compose_training(arguments: list[str]) -> None:
     OmegaConf.to_container(config, resolve=True)
 
 
-def test_there_is_something_to_test():
+def test_commands_are_found():
     assert len(unique_commands()) > 80
     assert sum(script(words(c)) is not None for c in unique_commands()) > 60
 
@@ -148,7 +148,7 @@ def test_command(command, monkeypatch):
 
 
 def check_other(parts: list[str]) -> None:
-    """What a command of others says about files of ours."""
+    """Check the files of ours that a third-party command names."""
     if parts[0] == "make":
         assert re.search(rf"^{parts[1]}:.*##", text("Makefile"), re.MULTILINE), parts
     for word in parts[1:]:
@@ -166,7 +166,7 @@ def check_other(parts: list[str]) -> None:
 
 
 def slurm_script(folder: Path, *arguments: str) -> list[str]:
-    """What docs/examples/slurm.sh gives to `src/train.py` when it is submitted in `folder` as job 7."""
+    """Return the arguments that docs/examples/slurm.sh passes to `src/train.py`, submitted in `folder` as job 7."""
     srun = folder / "bin/srun"
     srun.parent.mkdir(exist_ok=True)
     srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
@@ -180,15 +180,15 @@ def slurm_script(folder: Path, *arguments: str) -> list[str]:
     return lines[lines.index("src/train.py") + 1 :]
 
 
-def test_a_requeued_slurm_job_goes_on_with_its_own_run(tmp_path, monkeypatch):
-    asked = ["experiment=rae_dummy", "ckpt_path=another.ckpt"]  # a first checkpoint gives way to the job's own
+def test_requeued_slurm_job_resumes_its_own_run(tmp_path, monkeypatch):
+    asked = ["experiment=rae_dummy", "ckpt_path=another.ckpt"]  # the job's own checkpoint replaces it
     first = slurm_script(tmp_path, *asked)
     assert first == [*asked, "trainer.strategy=ddp", "trainer.num_nodes=2", "paths.run_dir=logs/runs/slurm/7"]
     own = tmp_path / "logs/runs/slurm/7/checkpoints/last.ckpt"
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     own.parent.mkdir(parents=True)
     RunRecord(own.parents[1], "slurm").update({})
-    assert slurm_script(tmp_path, *asked) == first  # requeued before anything was saved: it starts again in its folder
+    assert slurm_script(tmp_path, *asked) == first  # requeued before any save: restarts in its folder
     assert make_folder("logs", str(own.parents[1]), tmp_path / "another.ckpt") == own.parents[1]
     own.touch()
     assert make_folder("logs", str(own.parents[1]), own) == own.parents[1]
@@ -197,8 +197,8 @@ def test_a_requeued_slurm_job_goes_on_with_its_own_run(tmp_path, monkeypatch):
     assert again.trainer.num_nodes == 2
 
 
-def test_a_released_decoder_in_python(tmp_path):
-    """The example of the guides, with a tiny encoder and decoder at the places that it names."""
+def test_python_example_with_a_released_decoder(tmp_path):
+    """Run the example of the guides with the paths of a tiny encoder and decoder."""
     blocks = [
         [b for b in re.findall(r"^```python\n(.*?)^```", text(page), re.M | re.S) if "RAE(" in b] for page in PAIRS[1]
     ]
@@ -233,7 +233,7 @@ def test_both_languages_have_the_same_commands_and_the_same_names(pair):
 
 
 def test_the_first_ten_minutes_of_the_readme(tmp_path, monkeypatch, capsys):
-    """Its commands in their order: a run with another learning rate, resumed, reported on, scored, used and exported."""
+    """Run its commands in order: train with another learning rate, resume, report, score, reconstruct, export."""
     section = text("README.md").split("## The first ten minutes")[1].split("\n## ")[0]
     lines = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1].replace("\\\n", " ").splitlines()
     runs = [script(words(line)) for line in lines]
@@ -261,7 +261,7 @@ def test_the_first_ten_minutes_of_the_readme(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "file", sorted({script(words(c))[0] for c in unique_commands() if script(words(c))} - {"src/train.py"})
 )
-def test_help_says_what_it_does_with_an_example(file, monkeypatch, capsys):
+def test_help_has_an_example_and_exit_codes(file, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [file, "--help"])
     with pytest.raises(SystemExit) as ended:
         main = module(file).main
@@ -292,7 +292,7 @@ def test_the_help_of_training_names_real_keys_and_experiments():
 
 
 def anchors(page: Path) -> set[str]:
-    """As GitHub makes them."""
+    """Return the anchors of a page's headings, as GitHub makes them."""
     found = set()
     for heading in re.findall(r"^#+ (.+)$", without_code(page), re.MULTILINE):
         found.add(re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-"))
@@ -300,7 +300,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @each_page
-def test_links_lead_somewhere(page):
+def test_link_targets_exist(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page)):
         if target.startswith(("https://", "http://")):
             continue
@@ -312,13 +312,13 @@ def test_links_lead_somewhere(page):
 
 
 @each_page
-def test_files_that_are_named_exist(page):
+def test_named_files_exist(page):
     for name in re.findall(r"`((?:src|configs|scripts|docs|tests|benchmarks)/[\w./-]+)`", text(page)):
         if not any(mark in name for mark in ("NAME", "my_dataset", "rae_vit")):
             assert (PROJECT_ROOT / name).exists(), f"{page.name}: {name}"
 
 
-def test_pages_and_headings_that_the_code_names_exist():
+def test_pages_and_headings_named_in_the_code_exist():
     for folder in ("src", "configs", "scripts", "benchmarks", "tests"):
         for file in [*(PROJECT_ROOT / folder).rglob("*.py"), *(PROJECT_ROOT / folder).rglob("*.yaml")]:
             said = re.sub(r"\s+", " ", file.read_text(encoding="utf-8"))
@@ -335,34 +335,34 @@ def whole_configs():
 
 
 @each_page
-def test_keys_that_are_named_exist(page):
+def test_named_keys_exist(page):
     for key in re.findall(r"`((?:data|model|trainer|callbacks|paths|logger|seed)\.[a-z_.]+)(?:=[^`]*)?`", text(page)):
         if key.startswith("model.encoder_params.") or key in ("model.pt", "model.safetensors"):
-            continue  # they differ from family to family; a file
+            continue  # keys of one encoder family; a file
         missing = object()
         found = (OmegaConf.select(config, key.rstrip("."), default=missing) for config in whole_configs())
         assert any(value is not missing for value in found), f"{page.name}: {key}"
 
 
 @each_page
-def test_options_that_are_named_exist(page):
+def test_named_options_exist(page):
     files = [file for folder in ("src", "scripts", "benchmarks") for file in (PROJECT_ROOT / folder).rglob("*.py")]
     known = "\n".join(text(file) for file in files)
     others = {"help", "cfg", "no-index", "nodes", "ntasks", "ntasks-per-node", "signals-to-handle", "signal"}
     for name in set(re.findall(r"`--([a-z][\w-]*)", text(page))).difference(others):
-        spelled = name.replace("-", "[_-]")  # quoted, or a field of a class of options
+        spelled = name.replace("-", "[_-]")  # quoted, or a field of an options class
         assert re.search(rf"[\"'](?:--)?{spelled}[\"']|^    {spelled}: .*= option\(", known, re.M), (
             f"{page.name}: --{name}"
         )
 
 
-def test_every_experiment_stands_in_the_readme():
+def test_readme_lists_every_experiment():
     rows = "\n".join(line for line in text("README.md").splitlines() if line.startswith("|"))
     for file in (PROJECT_ROOT / "configs/experiment").glob("*.yaml"):
         assert f"`{file.stem}`" in rows, file.stem
 
 
-def test_every_download_stands_in_the_page_on_weights():
+def test_weights_page_lists_every_download():
     from src.core.requirements import FILES
 
     for asset in FILES:
@@ -371,7 +371,7 @@ def test_every_download_stands_in_the_page_on_weights():
 
 @cache
 def messages() -> list[str]:
-    """All texts in the code, what is filled in later as `…`."""
+    """Return all strings in the code, with `…` for what is filled in later."""
     found = []
     for file in [*(PROJECT_ROOT / "src").rglob("*.py"), *(PROJECT_ROOT / "scripts").glob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -382,7 +382,7 @@ def messages() -> list[str]:
     return found
 
 
-def test_messages_of_the_page_on_trouble_are_those_of_the_code():
+def test_messages_in_troubleshooting_are_those_of_the_code():
     looked_at = 0
     for line in text("docs/troubleshooting.md").splitlines():
         if not line.startswith("**`") or "(Hydra)" in line or "(PyTorch)" in line:
@@ -394,14 +394,14 @@ def test_messages_of_the_page_on_trouble_are_those_of_the_code():
     assert looked_at > 30
 
 
-def test_the_hook_and_the_requirements_name_one_ruff():
+def test_pre_commit_and_requirements_pin_the_same_ruff():
     (wanted,) = (line for line in text("requirements.txt").splitlines() if line.startswith("ruff=="))
     hooks = yaml.safe_load(text(".pre-commit-config.yaml"))["repos"][0]["hooks"]
     assert {d for hook in hooks for d in hook["additional_dependencies"]} == {wanted}
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
-def test_the_table_of_speeds_is_that_of_the_result_files(page):
+def test_benchmark_table_matches_the_result_files(page):
     sys.path.insert(0, str(PROJECT_ROOT / "docs"))
     try:
         import benchmark_table

@@ -44,7 +44,7 @@ def by_name(name):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Notes what is asked and answers with the function registered for the path. HTTP/1.0: a body may end anywhere."""
+    """Record the request and answer with the function registered for its path. HTTP/1.0: a body may end anywhere."""
 
     def do_GET(self):
         self.server.asked.append(self)
@@ -82,7 +82,7 @@ def hub_at(url, monkeypatch):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A server, and a hub that does not answer: nothing reaches another machine, nothing waits between attempts."""
+    """Start a server, and make the hub not answer: no request leaves this machine, and retries do not wait."""
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HF_TOKEN", "secret")
@@ -101,7 +101,7 @@ def status(code, **headers):
 
 
 def serve(body=BODY, ranges=True, cuts=(), length=None, **headers):
-    """A correct server, but for `ranges` and `length`; the first answers end early, at the bytes `cuts` of the file."""
+    """Answer correctly, except for `ranges` and `length`; the first answers end early, at the offsets `cuts` of the file."""
     left = list(cuts)
 
     def answer(request):
@@ -135,13 +135,13 @@ def names(folder):
         (serve(ranges=False, cuts=[300_000]), None, DIGEST, [None, "bytes=300000-"]),
         (serve(), BODY[:1000], DIGEST, ["bytes=1000-"]),
         (serve(ranges=False), BODY[:1000], DIGEST, ["bytes=1000-"]),
-        (serve(), BODY[:1000], None, [None]),  # without a hash nobody knows of which file these are
-        (serve(), BODY, DIGEST, [f"bytes={len(BODY)}-"]),  # 416: all of it is here
+        (serve(), BODY[:1000], None, [None]),  # without a hash, the partial file may be of another file
+        (serve(), BODY, DIGEST, [f"bytes={len(BODY)}-"]),  # 416: the partial file is complete
         (serve(), BODY + b"more", DIGEST, [f"bytes={len(BODY) + 4}-", None]),
         (serve(), b"x" * 1000, DIGEST, ["bytes=1000-", None]),
     ],
 )
-def test_a_download_ends_whole_and_recorded(server, tmp_path, answer, kept, digest, ranges):
+def test_download_is_complete_and_recorded(server, tmp_path, answer, kept, digest, ranges):
     server.answers["/f"] = answer
     if kept:
         (tmp_path / "f.pth.partial").write_bytes(kept)
@@ -163,7 +163,7 @@ def test_a_download_ends_whole_and_recorded(server, tmp_path, answer, kept, dige
         (status(302, Location="/f"), DIGEST, "redirects"),
     ],
 )
-def test_a_bad_download_leaves_an_older_file_alone(server, tmp_path, answer, digest, said):
+def test_failed_download_leaves_the_older_file_alone(server, tmp_path, answer, digest, said):
     server.answers["/f"] = answer
     (tmp_path / "f.pth").write_bytes(b"older")
     with pytest.raises(UserError, match=said):
@@ -181,7 +181,7 @@ def test_the_next_source_is_tried(server, tmp_path, bad):
     assert f"from {server.url}/good" in line and (tmp_path / "f.pth").read_bytes() == ARCHIVE
 
 
-def test_the_hub_states_the_hash_and_alone_sees_the_token(server, tmp_path, monkeypatch):
+def test_hub_provides_the_hash_and_only_the_hub_sees_the_token(server, tmp_path, monkeypatch):
     hub_at(server.url, monkeypatch)
     with Server() as storage:
         there = f"http://localhost:{storage.server_port}/blob"
@@ -211,7 +211,7 @@ def test_proxy_and_mirrors(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("said", ["[Nn]o space left", "1,048,577 bytes", "Not a directory|exists", "another process"])
-def test_troubles_of_this_machine_end_all_with_one_message(server, tmp_path, monkeypatch, said):
+def test_local_errors_stop_all_downloads_with_one_message(server, tmp_path, monkeypatch, said):
     server.answers["/f"] = serve()
     folder, partial = tmp_path / "w", tmp_path / "w/f.pth.partial"
     folder.mkdir()
@@ -229,7 +229,7 @@ def test_troubles_of_this_machine_end_all_with_one_message(server, tmp_path, mon
     assert not any(request.path == "/second" for request in server.asked)
 
 
-def test_a_silent_host_is_asked_once_and_all_that_is_missing_is_listed(server, tmp_path):
+def test_silent_host_is_asked_once_and_all_missing_files_are_listed(server, tmp_path):
     server.answers["/f"] = lambda request: None  # no answer at all
     wanted = [asset(tmp_path, f"{server.url}/f", f"{DEAD}/g", name=name) for name in ("one", "two", "three")]
     with pytest.raises(UserError, match="^4 could not be obtained") as caught:
@@ -240,7 +240,7 @@ def test_a_silent_host_is_asked_once_and_all_that_is_missing_is_listed(server, t
     assert f"{DEAD}/g" in str(caught.value) and "yours to provide" in str(caught.value)
 
 
-def test_an_installed_package_gives_the_right_bytes_only(server, tmp_path):
+def test_installed_package_is_used_only_if_its_bytes_match(server, tmp_path):
     lpips = replace(by_name("lpips").below(tmp_path), sources=(f"{server.url}/f",))
     assert "torchmetrics" in next(download([lpips])) and not server.asked
     assert check(tmp_path / lpips.place, lpips.digest)[0] is True
@@ -295,14 +295,14 @@ def test_requirements_follow_the_config(changes, expected):
     listed = requirements(config, PROJECT_ROOT / "weights", PROJECT_ROOT)
     found = {file.name: file.path for file in listed}
     assert found.keys() == expected and len(listed) == len(found) and found.get(DINOV2) is None
-    if "vgg16" in found:  # where the config wants it
+    if "vgg16" in found:  # at the path in the config
         assert found["vgg16"] == PROJECT_ROOT / config["model"]["lpips_arch"]["vgg_path"]
     with pytest.raises(UserError, match=r"model.encoder_config_path is '\?\?\?'"):
         requirements({"model": {"encoder_config_path": "???"}}, PROJECT_ROOT, PROJECT_ROOT)
 
 
-def test_program_gets_from_a_mirror_lists_checks_and_mends(server, tmp_path, capsys):
-    server.answers["/copy/discs/dino_vit_small_patch8_224.pth"] = serve()  # a copy of somebody's weights folder
+def test_script_downloads_from_a_mirror_lists_checks_and_repairs(server, tmp_path, capsys):
+    server.answers["/copy/discs/dino_vit_small_patch8_224.pth"] = serve()  # a copy of a weights folder
     place, mirror = tmp_path / "w/discs/dino_vit_small_patch8_224.pth", ["--mirror", f"{server.url}/copy/"]
     for options, code, said in (
         (["--list"], 0, ["missing  discriminator", str(place), "no published hash", f"from {DEAD}/nyu"]),
@@ -331,7 +331,7 @@ def test_program_gets_from_a_mirror_lists_checks_and_mends(server, tmp_path, cap
     ("weights", "mirror", "token"),
     [("model.safetensors", DEAD, {"Bearer secret"}), ("pytorch_model.bin", "", {None})],
 )
-def test_program_gets_an_encoder_from_a_hub(server, tmp_path, monkeypatch, capsys, weights, mirror, token):
+def test_script_downloads_an_encoder_from_a_hub(server, tmp_path, monkeypatch, capsys, weights, mirror, token):
     repo, commit, needed = "facebook/vit-mae-base", "a" * 40, ["config.json", "preprocessor_config.json", weights]
     files = {name: name.encode() for name in [*needed, "README.md", "tf_model.h5"]}
     oid = {name: hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest() for name, body in files.items()}
@@ -356,7 +356,7 @@ def test_program_gets_an_encoder_from_a_hub(server, tmp_path, monkeypatch, capsy
     assert main([repo]) == 1 and "HF_HUB_OFFLINE" in capsys.readouterr().err
 
 
-def test_program_says_what_to_do_by_hand(server, tmp_path):
+def test_script_says_what_to_do_by_hand(server, tmp_path):
     repo = "facebook/dinov3-vitb16-pretrain-lvd1689m"
     server.answers[f"/api/models/{repo}"] = status(401, X_Error_Code="GatedRepo", X_Error_Message="gated")
     hub = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
@@ -367,8 +367,8 @@ def test_program_says_what_to_do_by_hand(server, tmp_path):
         assert words in said, said
 
 
-def test_program_lists_an_experiment(tmp_path, capsys):
-    """`required` of rae_finetune is a word to the user, not the path of a missing file."""
+def test_script_lists_an_experiment(tmp_path, capsys):
+    """`required` in rae_finetune is a placeholder, not the path of a missing file."""
     tmp_path = tmp_path / "it's"
     where = ["--list", "--experiment", "rae_finetune", "--weights_dir", str(tmp_path)]
     assert main([*where, "vgg16"]) == 0
@@ -386,7 +386,7 @@ def test_program_lists_an_experiment(tmp_path, capsys):
     assert {tuple(row[1:3]) for row in rows if len(row) > 2} >= {(p.name, p.hub_id) for p in PRESETS.values()}
 
 
-def test_program_refuses(capsys):
+def test_script_rejects_invalid_arguments(capsys):
     for arguments, said in (([], "--experiment NAME"), (["vgg16", "--mirror", "ftp.example"], "--mirror ftp.example")):
         with pytest.raises(SystemExit, match="2"):
             main(arguments)

@@ -1,4 +1,4 @@
-"""What people bring along from Lightning, Hydra and Weights & Biases: its callbacks, its flags, its runs."""
+"""Features of Lightning, Hydra and Weights & Biases that users rely on: callbacks, flags, sweeps, runs."""
 
 import importlib.machinery
 import json
@@ -35,7 +35,7 @@ LOGS = "+callbacks.logs._target_=tests.test_ecosystem.Logs"
 
 
 def theirs(folder):
-    """Lightning's own callbacks, one checkpoint by the monitor, one by steps."""
+    """Return overrides that add Lightning's own callbacks: two checkpoints, learning rates and a progress bar."""
     parts = {
         "best": "ModelCheckpoint", "by_step": "ModelCheckpoint", "rates": "LearningRateMonitor", "bar": "RichProgressBar"
     }  # fmt: skip
@@ -49,13 +49,13 @@ def theirs(folder):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Two epochs of three updates of two micro-batches, with Lightning's callbacks beside ours."""
+    """Train two epochs of three updates of two micro-batches, with Lightning's callbacks beside ours."""
     folder = tmp_path_factory.mktemp("whole")
     halves = ["data.batch_size=2", "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=6"]
     return folder, train(folder, *QUIET, *halves, *theirs(folder)), halves
 
 
-def test_what_is_logged_is_where_lightnings_callbacks_look(whole):
+def test_logged_values_reach_lightnings_callbacks(whole):
     folder, run, _ = whole
     rows = list(metrics_file.read(folder / "metrics.csv"))
     latest = {name: value for _, name, value, _ in rows}
@@ -75,7 +75,7 @@ def test_what_is_logged_is_where_lightnings_callbacks_look(whole):
 
 
 @pytest.mark.parametrize("name", ["checkpoints/epoch=0-step=3.ckpt", "by_step/epoch=0-step=2.ckpt", "alone"])
-def test_their_checkpoint_resumes_as_ours_does(whole, tmp_path, name):
+def test_lightnings_checkpoints_resume_like_ours(whole, tmp_path, name):
     folder, _, halves = whole
     if name == "alone":
         folder, name = tmp_path / "alone", "by_step/epoch=1-step=4.ckpt"
@@ -84,13 +84,13 @@ def test_their_checkpoint_resumes_as_ours_does(whole, tmp_path, name):
     assert_equal_ends(whole[0], tmp_path / "resumed")
 
 
-def test_a_run_whose_time_is_over_says_so(tmp_path, caplog):
+def test_run_stopped_by_max_time_says_so(tmp_path, caplog):
     caplog.set_level("INFO")
     run = train(tmp_path, *LIGHT, "+trainer.max_time.microseconds=1")
     assert run.trainer.global_step == 1 and "by trainer.max_time; the same command with ckpt_path=last" in caplog.text
 
 
-def test_early_stopping_ends_the_run_and_the_name_must_be_a_logged_one(tmp_path, caplog):
+def test_early_stopping_ends_the_run_and_needs_a_logged_monitor(tmp_path, caplog):
     stops = ["callbacks=[default,early_stopping]", "callbacks.early_stopping.patience=1", "trainer.max_epochs=9"]
     caplog.set_level("INFO")
     run = train(tmp_path / "a", *LIGHT, *stops, "callbacks.early_stopping.min_delta=9")
@@ -124,21 +124,21 @@ def test_overfitting_repeats_the_same_batches(tmp_path, monkeypatch):
     assert seen == 3 * seen[:2] and seen[0] != seen[1] and run.trainer.global_step == 6
 
 
-def test_fast_dev_run_leaves_neither_checkpoints_nor_figures(tmp_path):
+def test_fast_dev_run_leaves_neither_checkpoints_nor_metrics(tmp_path):
     debugging = ["trainer.fast_dev_run=2", "trainer.detect_anomaly=true", "trainer.accumulate_grad_batches=2"]
     run = train(tmp_path, *LIGHT, *debugging)
     assert run.trainer.global_step == 2 and not (tmp_path / "checkpoints").exists()
     assert not list(metrics_file.read(tmp_path / "metrics.csv")) and "val/loss" in run.trainer.callback_metrics
 
 
-def test_a_profile_stands_in_the_runs_folder(tmp_path):
+def test_profile_is_written_to_the_run_folder(tmp_path):
     train(tmp_path, "debug=profiler", *LIGHT[1:])
     assert "run_training_batch" in (tmp_path / "fit-profile.txt").read_text()
     with pytest.raises(UserError, match="trainer.profiler='fast': expected simple"):
         train(tmp_path, *LIGHT, "trainer.profiler=fast")
 
 
-def test_the_parts_alone_in_a_trainer_of_ones_own(tmp_path):
+def test_module_and_data_work_in_a_plain_trainer(tmp_path):
     config = composed([*SMALL, *LIGHT])
     module, data = instantiate(config.model), instantiate(config.data)
     options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "default_root_dir": tmp_path}
@@ -155,7 +155,7 @@ def test_the_parts_alone_in_a_trainer_of_ones_own(tmp_path):
 # -- sweeps
 
 
-def test_the_last_checkpoint_may_be_that_of_a_sweep(tmp_path):
+def test_last_checkpoint_may_be_that_of_a_sweep(tmp_path):
     for place in ("runs/2026-01-02/03-04-05", "multiruns/2026-01-03/04-05-06/1"):
         file = tmp_path / place / "checkpoints/last.ckpt"
         file.parent.mkdir(parents=True)
@@ -165,7 +165,7 @@ def test_the_last_checkpoint_may_be_that_of_a_sweep(tmp_path):
     assert "multiruns" in str(find_checkpoint("last", str(tmp_path), "mine"))
 
 
-def test_a_run_returns_the_metric_that_was_asked_for(tmp_path):
+def test_run_returns_the_requested_metric(tmp_path):
     words = [*SMALL, *LIGHT, LOGS, "optimized_metric=mine/val", "trainer.max_steps=3", "tags=[ablation, small]"]
     value = program(composed([*words, f"paths.run_dir={tmp_path}"]))
     record = json.loads((tmp_path / "run.json").read_text())
@@ -182,7 +182,7 @@ def test_a_missing_plugin_is_one_message():
 
 
 class StandIn(ModuleType):
-    """As much of wandb as Lightning's logger calls."""
+    """The part of wandb that Lightning's logger calls."""
 
     def __init__(self):
         super().__init__("wandb")
@@ -197,7 +197,7 @@ class StandIn(ModuleType):
         return self
 
     def update(self, *_, **__):
-        """Of `config`."""
+        """A method of `config`."""
 
     def log(self, values, **_):
         self.logged.append((self.id, values))
@@ -210,7 +210,7 @@ class StandIn(ModuleType):
         return "image"
 
 
-def test_a_resume_goes_on_in_the_same_wandb_run(tmp_path, monkeypatch):
+def test_resume_continues_the_same_wandb_run(tmp_path, monkeypatch):
     wandb = StandIn()
     parts = {"wandb": wandb, "wandb.sdk": ModuleType("wandb.sdk"), "wandb.sdk.lib": ModuleType("wandb.sdk.lib")}
     parts |= {"wandb.wandb_run": ModuleType("wandb.wandb_run")}
@@ -239,13 +239,13 @@ def test_a_resume_goes_on_in_the_same_wandb_run(tmp_path, monkeypatch):
 # -- the terminal
 
 
-def test_a_watched_run_has_one_bar_and_its_figures_in_the_file(tmp_path, monkeypatch, capfd):
+def test_terminal_shows_one_bar_and_the_log_has_the_metrics(tmp_path, monkeypatch, capfd):
     bars, make = [], progress.progress_bar
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     monkeypatch.setattr(progress, "progress_bar", lambda *columns: (bars.append(make(*columns)), bars[-1])[1])
     program(composed([*SMALL, *LIGHT, f"paths.run_dir={tmp_path}"]))
     (bar,) = bars
-    assert [(task.total, task.completed) for task in bar.tasks] == [(6, 6)]  # of the run: it stops at its end alone
+    assert [(task.total, task.completed) for task in bar.tasks] == [(6, 6)]  # one for the whole run
     written, shown = (tmp_path / "run.log").read_text(), capfd.readouterr().err
     for step in range(1, 7):
         assert f"step {step}: grad_norm" in written and f"step {step}: grad_norm" not in shown
@@ -253,4 +253,4 @@ def test_a_watched_run_has_one_bar_and_its_figures_in_the_file(tmp_path, monkeyp
     assert "site-packages" not in shown + written
     with make():
         print("word " * 60, file=sys.stderr)
-    assert "word " * 60 in capfd.readouterr().err  # unbroken: of a command on several lines a shell runs the first
+    assert "word " * 60 in capfd.readouterr().err  # not wrapped: a shell runs only the first line

@@ -1,3 +1,5 @@
+"""EMA: averages trained weights by its formula and shares fixed ones."""
+
 import torch
 from torch import nn
 
@@ -5,7 +7,7 @@ from src.core.ema import EMA
 from tests.conftest import make_rae
 
 
-def test_the_average_follows_its_formula_for_trained_weights_only():
+def test_average_follows_its_formula_for_trained_weights_only():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     module[0].bias.requires_grad_(False)

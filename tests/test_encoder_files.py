@@ -1,4 +1,4 @@
-"""Folders of encoders as broken downloads leave them, what their files say of pixels, and what a config may not do."""
+"""Encoder folders: broken downloads, pixel statistics from their files, and configs that must not load code."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.conftest import TINY_ENCODERS, make_rae
 
 
 def saved(folder: Path) -> None:
-    """A whole encoder of two blocks in `folder`."""
+    """Save a complete encoder of two blocks in `folder`."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     DINOv3ViTModel(DINOv3ViTConfig(**sizes)).save_pretrained(folder)
 
@@ -25,7 +25,7 @@ def saved(folder: Path) -> None:
 NUMBERS = '{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}'
 
 
-def test_pixel_statistics_are_the_chosen_ones_else_the_files_else_the_familys(tmp_path):
+def test_pixel_statistics_come_from_the_option_then_the_file_then_the_family(tmp_path):
     def statistics(name: str, **options: Any) -> Any:
         encoder = ENCODERS[name](**TINY_ENCODERS[name], weights="untrained", **options)
         return encoder.pixel_statistics(str(tmp_path))
@@ -89,14 +89,14 @@ def test_broken_downloads_are_named(file, content, message, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"), [(POINTER, "pointer of git-lfs"), (PAGE, "page of HTML"), (b"", "is empty")]
 )
-def test_weights_of_others_say_so_too(file, content, message, tmp_path):
+def test_broken_weight_files_are_named(file, content, message, tmp_path):
     (tmp_path / file).write_bytes(content)
     with pytest.raises(UserError, match=message):
         read(tmp_path / file)
 
 
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "_attn_implementation_internal"])
-def test_a_config_never_names_code_on_the_hub(key, tmp_path):
+def test_config_can_not_load_code_from_the_hub(key, tmp_path):
     saved(tmp_path)
     images, expected = torch.randn(1, 3, 64, 64), DINOv3wNorm(str(tmp_path))
     file = tmp_path / "config.json"

@@ -1,4 +1,4 @@
-"""Encoders by name: the table, RAEv2's spelling and its latents, and what a configuration makes of a name."""
+"""Encoders by name: the table of presets, RAEv2's names and latents, and names in a config."""
 
 import re
 import sys
@@ -56,7 +56,7 @@ def test_every_name_composes_and_its_sizes_are_known_without_weights():
     ("pe-vit-lnorm", {"norm": "affine", "statistics": "half", "resize": "bilinear"}),
     ("eupemls-vit-b16[layers=9.10.11]", {"layers": [9, 10, 11], "layer_fusion": "sum", "norm": "plain", "norm_eps": 1e-5}),
 ])  # fmt: skip
-def test_what_names_stand_for(name, params):
+def test_parameters_of_a_name(name, params):
     found = dict(find_preset(name).params)
     if name == K7:
         assert found.pop("norm") == "plain" and found.pop("norm_eps") == 1e-5
@@ -73,12 +73,12 @@ def test_what_names_stand_for(name, params):
     (["model.encoder=clip-l", "model.encoder_cls=MAEwNorm"], "is a CLIPTower, but model.encoder_cls=MAEwNorm is given"),
     (["model=rae", "model.encoder=clip-l"], "model=rae_encoder"),
 ])  # fmt: skip
-def test_names_that_are_mistaken(overrides, message):
+def test_invalid_names_are_rejected(overrides, message):
     with pytest.raises(UserError, match=message):
         ModelSettings.parse(model_node(*overrides))
 
 
-def test_what_is_given_beside_a_name_goes_on_top():
+def test_other_keys_override_those_of_the_name():
     node = model_node(
         "model.encoder=dinov3-l-k23", "model.encoder_config_path=/data/dinov3", "model.encoder_params.layers=k7"
     )
@@ -96,14 +96,14 @@ def test_what_is_given_beside_a_name_goes_on_top():
     ("rae", "dinov2-b"), ("rae_dinov3b", "dinov3-b"), ("rae_siglip", "siglip-so400m"), ("rae_siglip2", "siglip2-b"),
     ("rae_mae", "mae-b"), ("raev2_dinov3l_k7", "dinov3-l-k7"), ("raev2_dinov3l_k23", "dinov3-l-k23"),
 ])  # fmt: skip
-def test_model_configs_say_what_the_table_says(config, name):
+def test_model_configs_match_the_table(config, name):
     written, named = ModelSettings.parse(model_node(f"model={config}")), expand_encoder({"encoder": name})
     assert (written.encoder_cls, written.encoder_config_path) == (named["encoder_cls"], named["encoder_config_path"])
     given = {key: value for key, value in written.encoder_params.items() if value not in (None, True)}
     assert given == named["encoder_params"]
 
 
-# -- the latents of RAEv2 under its names, from its own classes (nanovisionx/RAEv2 at 8a0d238, with facebookresearch/dinov2
+# -- latents that RAEv2's own classes compute under its names (nanovisionx/RAEv2 at 8a0d238, with facebookresearch/dinov2
 # and dinov3, openai/CLIP and transformers 4.57.1) on the weights and images below: channels 0, 11, 22 of one token.
 
 S = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
@@ -132,12 +132,12 @@ RAEV2_LATENTS = {
 
 
 @pytest.mark.parametrize("name", RAEV2_LATENTS)
-def test_raev2s_names_give_raev2s_latents(name, tmp_path: Path):
+def test_raev2_names_give_raev2_latents(name, tmp_path: Path):
     model, config = BUILT["woreg" if "woreg" in name else re.split("mls|-", name)[0]]
     kind = getattr(transformers, model)
     built = kind(kind.config_class(**config))
     names, pair = list(dict(built.named_parameters())), ["embeddings.position_embeddings", "embeddings.register_tokens"]
-    if set(pair) <= set(names):  # either is the first, by the version of transformers
+    if set(pair) <= set(names):  # their order depends on the version of transformers
         first = min(names.index(name) for name in pair)
         names[first : first + 2] = pair
     with torch.no_grad():
@@ -156,7 +156,7 @@ def test_raev2s_names_give_raev2s_latents(name, tmp_path: Path):
 # -- the page
 
 
-def test_the_page_has_the_table():
+def test_encoder_page_has_the_table():
     page = (PROJECT_ROOT / "docs/encoders.md").read_text(encoding="utf-8")
     table = page.split(encoder_table.BEGIN)[1].split(encoder_table.END)[0].strip().splitlines()
     assert [line.split("`")[1] for line in table[2:]] == list(PRESETS)

@@ -1,4 +1,4 @@
-"""Every encoder family against transformers' own forward pass, with weights in which a mistake would show."""
+"""Every encoder family matches transformers' own forward pass, with weights that would expose a mistake."""
 
 import json
 import sys
@@ -46,8 +46,8 @@ def tiny(model: str, **config: Any) -> Callable[[], nn.Module]:
 
 DINOV2, DINOV3 = SMALL | {"image_size": 56, "patch_size": 14}, WIDE | {"image_size": 64, "num_register_tokens": 4}
 AT_64 = WIDE | {"image_size": 64, "patch_size": 16}
-# What to build, the class that reads it, tokens in front of the patches, px of the images. Positions are learned at 64
-# (56) px: other sizes interpolate.
+# Model to build, our class that reads it, tokens before the patches, image size in px. Positions are learned at 64 (56) px:
+# other sizes interpolate.
 MODELS = {
     "dinov2": (tiny("Dinov2WithRegistersModel", **DINOV2), "Dinov2withNorm", 5, 56),
     "dinov2, interpolated": (tiny("Dinov2WithRegistersModel", **DINOV2), "Dinov2withNorm", 5, 112),
@@ -86,7 +86,7 @@ ONE_EACH = [
 
 
 def build(name: str, folder: Path) -> tuple[nn.Module, type[FrozenEncoder], torch.Tensor]:
-    """A transformers model saved in `folder`, the class of ours that reads it, and images for both."""
+    """Save a transformers model in `folder`; return it, our class that reads it, and images for both."""
     make, encoder, _, size = MODELS[name]
     torch.manual_seed(0)
     model = make().eval()
@@ -99,7 +99,7 @@ def build(name: str, folder: Path) -> tuple[nn.Module, type[FrozenEncoder], torc
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Callable[[str], tuple[Path, nn.Module, type[FrozenEncoder], torch.Tensor]]:
-    """The folder of a name beside what `build` returns, made once; none of it may be changed."""
+    """Return a cached function of a name: its folder and what `build` returns. Do not modify the results."""
 
     @cache
     def once(name: str) -> tuple[Path, nn.Module, type[FrozenEncoder], torch.Tensor]:
@@ -111,9 +111,9 @@ def built(tmp_path_factory) -> Callable[[str], tuple[Path, nn.Module, type[Froze
 
 @torch.no_grad()
 def reference(model: nn.Module, images: torch.Tensor, skip: int, norm: str) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """transformers' own pass: patch tokens of every block through the final norm, and its last hidden state.
+    """Run transformers: return the patch tokens of every block after the final norm, and the last hidden state.
 
-    `norm` plain: the final norm has lost its affine parameters; affine: it has kept them; none: the blocks as they are.
+    `norm`: plain drops the final norm's affine parameters, affine keeps them, none skips the norm.
     """
     model = deepcopy(model)
     for part in ("vision_model", "vit"):
@@ -136,7 +136,7 @@ def reference(model: nn.Module, images: torch.Tensor, skip: int, norm: str) -> t
 
 
 def fused(states: list[torch.Tensor], layers: list[int], fusion: str) -> torch.Tensor:
-    """The formulas of docs/recipe.md, "Encoding"."""
+    """Apply the formulas of docs/recipe.md, "Encoding"."""
     chosen = torch.stack([states[n] for n in layers])
     if fusion == "sum":
         return chosen.sum(0)
@@ -145,13 +145,13 @@ def fused(states: list[torch.Tensor], layers: list[int], fusion: str) -> torch.T
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_last_block_is_the_last_hidden_state_without_affine_parameters(name, built):
+def test_output_is_the_last_hidden_state_without_affine_parameters(name, built):
     folder, model, kind, images = built(name)
     encoder = kind(str(folder))
     assert encoder.prefix_tokens == MODELS[name][2]
     assert encoder.norm == ("none" if kind.__name__ in ("CLIPTower", "RADIO") else "plain")
     side = images.shape[-1] // encoder.patch_size
-    if kind.__name__ != "RADIO":  # with its final norm as it is; C-RADIO has none
+    if kind.__name__ != "RADIO":  # with its whole final norm; C-RADIO has none
         _, expected = reference(model, images, encoder.prefix_tokens, "affine")
         found = kind(str(folder), norm="none" if kind.__name__ == "CLIPTower" else "affine")(images)
         assert (found - expected).abs().max() < TOLERANCE
@@ -162,7 +162,7 @@ def test_the_last_block_is_the_last_hidden_state_without_affine_parameters(name,
 
 
 def test_positions_of_aimv2_are_resampled_bicubically(built):
-    """transformers takes no other size there: compared with its model of that size and resampled positions."""
+    """transformers accepts no other size there: compare with its model of that size and resampled positions."""
     folder, model, kind, _ = built("aimv2")
     other = tiny("Aimv2VisionModel", **AT_64 | {"image_size": 96})().eval()
     positions = "embeddings.position_embedding.weight"
@@ -190,13 +190,13 @@ def test_chosen_blocks_in_every_fusion(name, built):
 
 
 @pytest.mark.parametrize("name", ONE_EACH)
-def test_the_fusion_of_a_family_is_raev2s(name, built):
+def test_default_fusion_of_a_family_is_that_of_raev2(name, built):
     folder, _, kind, _ = built(name)
     family = "mean_plus_spatial_mean" if kind.__name__ in ("DINOv3wNorm", "SigLIP2wNorm") else "mean"
     assert kind(str(folder), layers=[1, 3]).layer_fusion == family
 
 
-# -- one pass, nothing kept, nothing run in vain
+# -- compute and memory
 
 
 @pytest.mark.parametrize("name", ONE_EACH)
@@ -217,7 +217,7 @@ def test_blocks_after_the_last_chosen_one_are_not_run(name, built):
 @pytest.mark.parametrize("name", ONE_EACH)
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_no_block_is_kept_longer_than_needed(name, fusion, built, monkeypatch):
-    """While a block runs, its input and one accumulator live; no other block's output, no other latent."""
+    """While a block runs, only its input and one accumulator are alive: no other block's output, no other latent."""
     folder, _, kind, images = built(name)
     encoder = kind(str(folder), layers=list(range(DEPTH)), layer_fusion=fusion)
     outputs, latents, seen = [], [], []
@@ -266,7 +266,7 @@ def test_loading_is_strict(name, tmp_path):
     assert kind(str(tmp_path), weights="untrained").untrained
 
 
-def test_identity_follows_what_a_latent_depends_on(tmp_path):
+def test_identity_changes_with_all_that_a_latent_depends_on(tmp_path):
     model, kind, _ = build("dinov3", tmp_path / "a")
     model.save_pretrained(tmp_path / "b")
     one, moved = (kind(str(tmp_path / name), layers=[1, 3]).identity() for name in "ab")
@@ -276,7 +276,7 @@ def test_identity_follows_what_a_latent_depends_on(tmp_path):
         assert kind(str(tmp_path / "a"), **options).identity() != one
     parts = {"norm.bias": False, "embeddings.cls_token": True, "model.layer.2.mlp.up_proj.bias": True}
     for name, changed in parts.items():
-        with torch.no_grad():  # the final norm loses its affine parameters, so they make no difference
+        with torch.no_grad():  # the final norm's affine parameters are not used
             model.get_parameter(name).add_(1)
         model.save_pretrained(tmp_path / name)
         assert (kind(str(tmp_path / name), layers=[1, 3]).identity()["weights"] != one["weights"]) == changed
@@ -292,13 +292,13 @@ def test_identity_follows_what_a_latent_depends_on(tmp_path):
     ({"statistics": "imagenette"}, "expected imagenet, half, clip, none"),
     ({"resize": "lanczos"}, "expected bicubic or bilinear"),
 ])  # fmt: skip
-def test_mistakes_are_named_before_any_weight_is_read(options, message, tmp_path, monkeypatch):
+def test_invalid_options_are_named_before_any_weight_is_read(options, message, tmp_path, monkeypatch):
     monkeypatch.setattr(DINOv3ViTModel, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(UserError, match=message):
         ENCODERS["DINOv3wNorm"](TINY_ENCODERS["DINOv3wNorm"]["model_name"], **options)
 
 
-def test_a_model_of_another_family_is_refused():
+def test_wrong_encoder_class_is_rejected():
     with pytest.raises(UserError, match="'dinov3_vit' model, but encoder_cls=Dinov2withNorm"):
         ENCODERS["Dinov2withNorm"](TINY_ENCODERS["DINOv3wNorm"]["model_name"])
     for name, message in {
@@ -311,7 +311,7 @@ def test_a_model_of_another_family_is_refused():
             encoder_class(name)
 
 
-def test_a_model_without_a_grid_is_refused_with_the_reason(tmp_path):
+def test_model_without_a_patch_grid_is_rejected_with_the_reason(tmp_path):
     reasons = {"swin": "fewer from stage to stage", "dinov3_convnext": "convolutional", "siglip2": "any aspect ratio"}
     for model_type, reason in reasons.items():
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
@@ -319,7 +319,7 @@ def test_a_model_without_a_grid_is_refused_with_the_reason(tmp_path):
             ENCODERS["SigLIP2wNorm"](str(tmp_path))
 
 
-def test_choices_that_change_latents_are_in_the_identity_and_the_usual_ones_are_not(built):
+def test_identity_contains_options_that_differ_from_the_default(built):
     folder, _, kind, images = built("dinov2 without registers, interpolated")
     plain = kind(str(folder))
     choices = [
@@ -338,7 +338,7 @@ def test_choices_that_change_latents_are_in_the_identity_and_the_usual_ones_are_
 # -- timm
 
 
-def test_without_timm_one_message_says_how_to_get_it(monkeypatch):
+def test_missing_timm_is_an_error_with_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     said = r"TimmViT needs timm, which can't be imported here: .*pip install -e '\.\[timm\]'"
     with pytest.raises(UserError, match=said):
@@ -346,8 +346,8 @@ def test_without_timm_one_message_says_how_to_get_it(monkeypatch):
 
 
 @pytest.mark.parametrize("architecture", ["test_vit", "vit_pe_core_tiny_patch16_384", "vit_tiny_patch16_dinov3_qkvb"])
-def test_a_vit_of_timm(architecture, tmp_path):
-    """Where timm can be imported: against its own blocks and final norm, at another size than its own, and saved."""
+def test_vit_of_timm(architecture, tmp_path):
+    """Match timm's own blocks and final norm at another image size, and after saving. Skipped without timm."""
     pytest.importorskip("timm", exc_type=Exception)
     kind, images = ENCODERS["TimmViT"], torch.randn(2, 3, 96, 96)
     encoder = kind(architecture, weights="untrained", layers=[0, 2])
@@ -366,16 +366,16 @@ def test_a_vit_of_timm(architecture, tmp_path):
     }  # fmt: skip
 
 
-def test_the_norm_has_no_affine_parameters_and_the_models_own_eps():
+def test_norm_has_no_affine_parameters_and_the_eps_of_the_model():
     encoder = ENCODERS["MAEwNorm"](**TINY_ENCODERS["MAEwNorm"], weights="untrained")
-    tokens = torch.randn(1, 2, encoder.hidden_size) * 1e-5  # where an eps of 1e-6 would show
+    tokens = torch.randn(1, 2, encoder.hidden_size) * 1e-5  # so small that an eps of 1e-6 would show
     assert torch.equal(encoder.normalize(tokens), F.layer_norm(tokens, (encoder.hidden_size,), eps=1e-12))
 
 
-# -- what the whole model takes
+# -- inputs of the whole model
 
 
-def test_other_images_than_the_models_are_refused(rae):
+def test_images_of_wrong_range_dtype_or_shape_are_rejected(rae):
     for value in (255.0, -1.0, float("nan"), 1.02):
         for function in (rae.encode, rae):
             with pytest.raises(ValueError, match=f"values from {value:g} to {value:g}"):
@@ -389,7 +389,7 @@ def test_other_images_than_the_models_are_refused(rae):
             rae.encode(images)
 
 
-def test_images_that_are_taken(rae):
+def test_accepted_images(rae):
     images = torch.rand(2, 3, 64, 64).mul(1.018).sub(0.009)  # as resizing overshoots
     latents = rae.encode(images)
     assert torch.equal(rae.encode(images, check=False), latents) and torch.equal(rae(images), rae.decode(latents))
@@ -404,7 +404,7 @@ def test_images_that_are_taken(rae):
 def test_noise_of_an_encoded_image_and_latents_of_another_grid(rae):
     images = torch.rand(3, 3, 64, 64)
     raw = rae.encode(images)
-    coarse = raw[:, :, 1:, :3]  # of 3 x 3, which decodes as what lies between it on 4 x 4
+    coarse = raw[:, :, 1:, :3]  # 3 x 3, decoded like its interpolation to 4 x 4
     assert torch.allclose(rae.decode(coarse), rae.decode(F.interpolate(coarse, size=4, mode="bilinear")), atol=1e-6)
     with pytest.raises(ValueError, match="square number of tokens, got 12"):
         rae.decode(raw[:, :, :3])

@@ -1,4 +1,4 @@
-"""`src/eval_generation.py`: npz, folder and latents give the same scores; what it refuses."""
+"""`src/eval_generation.py`: npz, folder and latents give the same scores; invalid input is rejected."""
 
 import json
 import shlex
@@ -43,7 +43,7 @@ def as_npz(path, images):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Generated images and a reference, each as npz and as folder."""
+    """Write generated images and a reference, each as npz and as folder."""
     root = tmp_path_factory.mktemp("images")
     for name, images in (("generated", pictures(11, 1)), ("reference", pictures(9, 2))):
         as_npz(root / f"{name}.npz", images)
@@ -53,7 +53,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def evaluate(run_program):
-    """What the program printed, and its results."""
+    """Return a function that runs the script and returns its stdout and its results."""
 
     def run(line):
         out, content = run_program(eval_generation.main, f"{TINY} {line}")
@@ -67,7 +67,7 @@ def refused(run_program):
     return lambda line, quick=TINY: run_program(eval_generation.main, f"{quick} {line}", code=1)
 
 
-def test_npz_and_folder_give_the_same_and_so_do_the_functions(evaluate, files):
+def test_npz_folder_and_functions_give_the_same_scores(evaluate, files):
     out, (result,) = evaluate(f"--samples {files}/generated.npz --reference {files}/reference.npz")
     assert {*SCORES, "images", "image_size", "images_of"} == result.keys()
     for word in ("gFID", "sFID", "IS", "prec.", "rec.", f"{result['gfid_untrained']:.4f}", "UNTRAINED"):
@@ -84,7 +84,7 @@ def test_npz_and_folder_give_the_same_and_so_do_the_functions(evaluate, files):
     assert {name: result[name] for name in direct} == direct
 
 
-def test_scores_say_of_which_images_the_reference_is(run_program, files, tmp_path):
+def test_results_describe_the_images_of_the_reference(run_program, files, tmp_path):
     for split, count in (("train", 6), ("val", 5)):
         as_folder(tmp_path / "set" / split, pictures(count, 3))
     for option, split, count in (("", "val", 5), ("--reference_split train --exif ignore", "train", 6)):
@@ -154,7 +154,7 @@ def test_latents_through_several_decoders(evaluate, refused, files, tmp_path):
     assert "(3, 2, 2) there, (64, 4, 4) here" in refused(words)
 
 
-def test_what_cannot_be_scored(refused, files, tmp_path):
+def test_unsuitable_samples_and_references_are_rejected(refused, files, tmp_path):
     reference, samples = f"--reference {files}/reference.npz", f"--samples {files}/generated.npz"
     small = as_npz(tmp_path / "small.npz", pictures(5, 1, 48))
     message = refused(f"--samples {small} {reference}")

@@ -1,4 +1,4 @@
-"""`src/eval_rfid.py`: what it prints, writes and refuses."""
+"""`src/eval_rfid.py`: scores, output files and errors."""
 
 import csv
 import json
@@ -36,7 +36,7 @@ SPLITS = {"hf_split": "train", "hf_validation_split": "validation"}
 
 
 def write_images(folder: Path, count: int, side: int = 80, seed: int = 0) -> Path:
-    """Smooth pictures in two classes; sides differ."""
+    """Write smooth images of several sizes in two class folders."""
     rng = np.random.default_rng(seed)
     for i in range(count):
         place = folder / f"class{i % 2}"
@@ -47,7 +47,7 @@ def write_images(folder: Path, count: int, side: int = 80, seed: int = 0) -> Pat
 
 
 def write_checkpoint(path: Path, data_dir: Path, train_split: float = 1.0, model: dict = LAYERED, **config) -> Path:
-    """As training writes it; online and averaged weights differ. `config`: more keys of its nodes."""
+    """Write a checkpoint as training does; online and EMA weights differ. `config`: further nodes and keys."""
     data = {**SPLITS, "data_dir": str(data_dir), "train_split": train_split, **config.pop("data", {})}
     config = {"data": data, "callbacks": {}, **config}
     return tiny_models.write_checkpoint(
@@ -80,7 +80,7 @@ def table(file: Path) -> list[dict]:
         return list(csv.DictReader(lines))
 
 
-def test_prints_the_score_in_the_guides_form_and_names_untrained_features(evaluate, checkpoint, images, tmp_path):
+def test_output_has_the_form_of_the_guide_and_names_untrained_features(evaluate, checkpoint, images, tmp_path):
     out, content = evaluate(f"--checkpoint {checkpoint} --data_dir {images} --output_dir {tmp_path}/out")
     (result,) = content["results"]
     assert f"rFID (untrained Inception) Score: {result['rfid_untrained']:.4f}\n" in out and "rFID Score" not in out
@@ -91,13 +91,13 @@ def test_prints_the_score_in_the_guides_form_and_names_untrained_features(evalua
     assert len(list((tmp_path / "out").glob("*.png"))) == 2 * 11 + 1
 
 
-def test_the_name_rfid_belongs_to_the_published_weights():
-    """The words alone: the file of 24 M numbers is not at hand here."""
+def test_name_rfid_is_only_for_the_published_weights():
+    """Only the text: the file of 24 M weights is not available here."""
     counts = {"data_dir": "x", "split": "all", "images": 10, "available": 10}
     assert "\nrFID Score: 12.3456\n" in eval_rfid.text([{**counts, "rfid": 12.34561, "psnr": 1.0, "ssim": 0.5}])
 
 
-def test_the_options_of_the_guide():
+def test_options_and_defaults_of_the_guide():
     parser = build_parser(EvaluationOptions, None)
     guide = "--checkpoint c --data_dir d --num_samples 5 --batch_size 2 --image-size 64 --device cpu --output-dir o --num-workers 1"
     options = parser.parse_args(guide.split())
@@ -108,7 +108,7 @@ def test_the_options_of_the_guide():
     )  # fmt: skip
 
 
-def test_any_batch_size_gives_the_same_and_weights_differ(evaluate, checkpoint, images):
+def test_scores_depend_on_weights_and_precision_but_not_on_batch_size(evaluate, checkpoint, images):
     def run(*more: str) -> dict:
         return evaluate(f"--checkpoint {checkpoint} --data_dir {images} {' '.join(more)}")[1]["results"][0]
 
@@ -171,8 +171,8 @@ def test_several_data_sets_in_one_call(evaluate, checkpoint, images, tmp_path):
     assert [row["data_dir"] for row in table(tmp_path / "a.csv")] == [str(images)] * 11 + [str(more)] * 5
 
 
-def test_a_checkpoint_is_scored_as_its_training_scored_it(evaluate, caplog, checkpoint, tmp_path):
-    """EXIF, quantization and the largest size by its configuration, unless the command line says otherwise."""
+def test_checkpoint_is_scored_with_the_settings_of_its_training(evaluate, caplog, checkpoint, tmp_path):
+    """EXIF, quantization and the size limit come from its config, unless the command line sets them."""
     pictures = write_images(tmp_path / "pictures", 6)
     for file in pictures.rglob("*.png"):
         exif = Image.Exif()
@@ -208,8 +208,8 @@ def test_a_checkpoint_is_scored_as_its_training_scored_it(evaluate, caplog, chec
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives(capsys, checkpoint, images, tmp_path):
-    """Also where the second process has nothing: its only image of three can't be decoded."""
+def test_two_processes_give_the_scores_of_one(capsys, checkpoint, images, tmp_path):
+    """Also if the second process has no image: its only one of three can't be decoded."""
     few = open_images(write_images(tmp_path / "few", 3), None, None)
     (row,) = few.rows[evaluation_rows(3, 3, 2, 1)]
     Path(few.source.name(int(row))).write_bytes(b"no image")
@@ -222,7 +222,7 @@ def test_two_processes_give_what_one_gives(capsys, checkpoint, images, tmp_path)
     one, two = tmp_path / "one", tmp_path / "two"
     assert eval_rfid.main(shlex.split(f"{QUICK} {words(one)}")) == 0
     out = two_processes("src/eval_rfid.py", *shlex.split(f"{QUICK} {words(two)}"))
-    assert capsys.readouterr().out.count("Score: ") == out.count("Score: ") == 2  # one process speaks
+    assert capsys.readouterr().out.count("Score: ") == out.count("Score: ") == 2  # one process prints
     names = [sorted(str(file.relative_to(folder)) for file in folder.rglob("*")) for folder in (one, two)]
     assert names[0] == names[1]
     rows = [json.loads((folder / "a.json").read_text())["results"] for folder in (one, two)]
@@ -236,10 +236,10 @@ def test_two_processes_give_what_one_gives(capsys, checkpoint, images, tmp_path)
     assert [float(r["psnr"]) for r in lines[0]] == pytest.approx([float(r["psnr"]) for r in lines[1]], rel=1e-4)
 
 
-# -- what cannot work
+# -- errors
 
 
-def test_no_device(refused, checkpoint, images):
+def test_missing_gpu_is_an_error(refused, checkpoint, images):
     if torch.cuda.is_available():
         pytest.skip("there is one")
     assert "--device cpu" in refused(f"--checkpoint {checkpoint} --data_dir {images}", quick="")
@@ -247,7 +247,7 @@ def test_no_device(refused, checkpoint, images):
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory, checkpoint) -> Path:
-    """Data sets and files that can't be scored."""
+    """Write data sets and files that can't be scored."""
     folder = tmp_path_factory.mktemp("odd")
     (folder / "empty").mkdir()
     write_images(folder / "one", 1)
@@ -290,12 +290,12 @@ FILE = "--inception_weights pretrained --inception_path ODD"
     (f"--checkpoint CHECKPOINT {FILE}/wrong.pth", ["wrong.pth"]),
     (f"--checkpoint CHECKPOINT {FILE}/no.pth --inception_width 0.5", ["width"]),
 ])  # fmt: skip
-def test_what_can_not_be_scored(refused, checkpoint, images, odd, arguments, words):
+def test_invalid_arguments_and_files_are_rejected(refused, checkpoint, images, odd, arguments, words):
     for name, place in (("CHECKPOINT", checkpoint), ("IMAGES", images), ("ODD", odd)):
         arguments = arguments.replace(name, str(place))
     message = refused(f"--data_dir {images} {arguments}")
     assert all(word in message for word in words)
-    assert not list(odd.glob("*a.*"))  # nothing half-done stays
+    assert not list(odd.glob("*a.*"))  # no partial file stays
 
 
 def test_images_smaller_than_the_model_are_enlarged(evaluate, checkpoint, tmp_path):
@@ -309,7 +309,7 @@ class Malice:
 
 
 @pytest.mark.parametrize("option", ["--checkpoint", "--decoder", "--stats", "--reference", "--inception_path"])
-def test_code_in_a_file_is_refused_and_not_run(refused, checkpoint, images, tmp_path, monkeypatch, option):
+def test_code_in_a_file_is_rejected_and_not_run(refused, checkpoint, images, tmp_path, monkeypatch, option):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "malicious.npz"
     if option == "--reference":
@@ -340,7 +340,7 @@ def test_help_is_quick_and_has_the_published_command():
     assert "torch" not in done.stderr
 
 
-# -- models of others
+# -- third-party models
 
 
 def assert_same_scores(evaluate, one: str, other: str) -> None:
@@ -364,10 +364,10 @@ def test_an_official_decoder_with_its_statistics(evaluate, images, tmp_path):
     )
 
 
-def test_the_encoder_of_a_checkpoint_may_lie_elsewhere(evaluate, refused, checkpoint, images, tmp_path, monkeypatch):
+def test_encoder_of_a_checkpoint_may_be_elsewhere(evaluate, refused, checkpoint, images, tmp_path, monkeypatch):
     elsewhere = shutil.copytree(PROJECT_ROOT / "configs/encoder/dinov2_tiny", tmp_path / "elsewhere")
     words, reads, load = f"--checkpoint {checkpoint} --data_dir {images}", [], torch.load
     monkeypatch.setattr(torch, "load", lambda file, **options: (reads.append(file), load(file, **options))[1])
     assert_same_scores(evaluate, words, f"{words} --encoder {elsewhere}")
-    assert len(reads) == 2  # a file of gigabytes once in each
+    assert len(reads) == 2  # gigabytes, read once per call
     assert "siglip" in refused(f"{words} --encoder {PROJECT_ROOT}/configs/encoder/siglip_tiny")

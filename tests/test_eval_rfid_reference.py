@@ -1,4 +1,4 @@
-"""`src/make_reference.py`, and scores against what it wrote."""
+"""`src/make_reference.py`, and scores against its references."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def checkpoint(tmp_path_factory, images) -> Path:
 
 @pytest.fixture
 def score(images, checkpoint, tmp_path):
-    """Score the checkpoint (or another one) with more arguments."""
+    """Return a function that scores the checkpoint (or another one) with more arguments."""
 
     def run(more: str = "", model: Path = checkpoint) -> float:
         line = f"--checkpoint {model} --data_dir {images} --json {tmp_path}/a.json {QUICK} {more}"
@@ -52,7 +52,7 @@ def refusal(capsys, line: str) -> str:
 
 
 def told(caplog) -> list[str]:
-    """What was said of another preparation since the last look."""
+    """Return and clear the warnings about differently prepared references."""
     found = [record.getMessage() for record in caplog.records if "prepared differently" in record.getMessage()]
     caplog.clear()
     return found
@@ -74,7 +74,7 @@ def test_both_kinds_give_the_score_of_the_originals(images, score, tmp_path, cap
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "images.npz", "stats.npz"]
 
 
-def test_packed_reconstructions_are_a_reference_without_a_distance_and_others_have_one(images, score, tmp_path):
+def test_packed_reconstructions_are_at_distance_zero_and_other_images_are_not(images, score, tmp_path):
     own = score(f"--save_npz {tmp_path}/packed.npz")
     assert score(f"--reference {tmp_path}/packed.npz") < 1e-6
     other = make(write_images(tmp_path / "other", 9, seed=5), tmp_path / "other.npz")
@@ -96,8 +96,8 @@ def test_bad_input(images, checkpoint, tmp_path, capsys):
     assert "8 features" in refusal(capsys, words)
 
 
-def type_what_it_says(message: str, folder: Path) -> Path:
-    """Run the command that a message names, on the tiny network and into `folder`; the file that it makes."""
+def run_suggested_command(message: str, folder: Path) -> Path:
+    """Run the command that a message suggests, with its output in `folder`; return the file it writes."""
     (command,) = re.findall(r"`python src/make_reference\.py ([^`]+)`", message)
     arguments = shlex.split(command)
     place = arguments.index("--output") + 1
@@ -106,25 +106,23 @@ def type_what_it_says(message: str, folder: Path) -> Path:
     return Path(arguments[place])
 
 
-def test_another_image_size_is_refused_and_the_command_that_is_named_mends_it(
-    images, checkpoint, score, tmp_path, capsys, caplog
-):
+def test_wrong_image_size_is_rejected_with_a_command_that_fixes_it(images, checkpoint, score, tmp_path, capsys, caplog):
     other = make(images, tmp_path / "a.npz", "--image_size 48")
     message = refusal(capsys, f"--checkpoint {checkpoint} --data_dir {images} --reference {other}")
     assert "48 x 48 px" in message and "64 x 64 px" in message
-    mended = type_what_it_says(message, tmp_path)
+    mended = run_suggested_command(message, tmp_path)
     assert score(f"--reference {mended}") == pytest.approx(score(), rel=1e-4)
     assert not told(caplog) and "does not say" not in caplog.text
 
 
-def test_all_references_are_looked_at_before_the_first_pass(images, checkpoint, tmp_path, monkeypatch, capsys):
+def test_all_references_are_checked_before_the_first_pass(images, checkpoint, tmp_path, monkeypatch, capsys):
     files = [make(images, tmp_path / "good.npz"), make(images, tmp_path / "bad.npz", "--image_size 48")]
     monkeypatch.setattr(rfid, "score_images", lambda *_: pytest.fail("a pass was begun"))
     refusal(capsys, f"--checkpoint {checkpoint} --data_dir {images} {images} --reference {files[0]} {files[1]}")
 
 
-def test_a_reference_of_all_images_is_warned_of_where_held_out_ones_are_scored(images, score, tmp_path, caplog):
-    """A set without a validation split: only the checkpoint knows which images are to be scored."""
+def test_scoring_held_out_images_against_all_images_warns(images, score, tmp_path, caplog):
+    """Without a validation split, only the checkpoint knows which images are to be scored."""
     held_out = write_checkpoint(tmp_path / "best.ckpt", images, train_split=0.5)
     everything = make(images, tmp_path / "all.npz")
     assert "Give the same --checkpoint FILE" in caplog.text
@@ -133,13 +131,13 @@ def test_a_reference_of_all_images_is_warned_of_where_held_out_ones_are_scored(i
     assert abs(own - score(f"--reference {everything}", held_out)) > 1e-3 * own
     (warning,) = told(caplog)
     assert "the split 'all', here 'held_out'" in warning and f"--checkpoint {held_out}" in warning
-    mended = type_what_it_says(warning, tmp_path)
+    mended = run_suggested_command(warning, tmp_path)
     assert "has no validation split: the reference is made of all" not in caplog.text
     assert Preparation.of_file(mended).split == "held_out"
     assert score(f"--reference {mended}", held_out) == pytest.approx(own, rel=1e-4) and not told(caplog)
 
 
-def test_a_checkpoint_says_size_and_exif_of_its_reference(images, tmp_path):
+def test_reference_takes_size_and_exif_from_a_checkpoint(images, tmp_path):
     trained = write_checkpoint(tmp_path / "best.ckpt", images, data={"exif": "ignore"})
     line = f"--checkpoint {trained} --data_dir {images} --output {tmp_path}/a.npz {QUICK}"
     assert make_reference.main(shlex.split(line)) == 0
@@ -147,7 +145,7 @@ def test_a_checkpoint_says_size_and_exif_of_its_reference(images, tmp_path):
     assert (made.image_size, made.exif) == (64, "ignore")
 
 
-def test_another_exif_and_another_number_are_warned_of(images, score, tmp_path, caplog):
+def test_another_exif_or_number_of_images_warns(images, score, tmp_path, caplog):
     other = make(images, tmp_path / "a.npz", "--exif ignore --num_samples 8")
     score(f"--reference {other} --num_samples 7")
     (warning,) = told(caplog)

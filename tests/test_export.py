@@ -1,4 +1,4 @@
-"""src/export.py: three formats out of a checkpoint, their cards, and what is refused before anything is lost."""
+"""src/export.py: three formats from a checkpoint, their model cards, and errors that leave existing files alone."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def test_statistics_of_a_file_go_into_an_export(tmp_path):
         assert back.latent_mean is None and torch.equal(back.latent_var, var)
 
 
-def test_every_format_gives_the_checkpoint_back_and_exports_are_exported_again(tmp_path, capsys):
+def test_every_format_round_trips_and_exports_can_be_exported_again(tmp_path, capsys):
     file = checkpoint(tmp_path, image_size=256, statistics=True)
     rae = load_trained(file).rae
     images = torch.rand(1, 3, 256, 256)
@@ -48,7 +48,7 @@ def test_every_format_gives_the_checkpoint_back_and_exports_are_exported_again(t
         ("a", "--format diffusers", read_diffusers),
     ):
         assert run(f"--checkpoint {file} {words} --output {tmp_path}/{name}") == 0
-        enable_progress_bar()  # of transformers, as before the first encoder
+        enable_progress_bar()  # in transformers, as before the first encoder
         back = read(tmp_path / name)
         assert equal_decoders(rae, back.rae) and torch.equal(back.rae(images), rae(images))
         assert back.description["encoder"] == load_trained(file).description["encoder"]
@@ -63,11 +63,11 @@ def test_every_format_gives_the_checkpoint_back_and_exports_are_exported_again(t
         "UNTRAINED: encoder" in said.out and "transformers 4 or 5.17" in said.out and "Loading weights" not in said.err
     )
 
-    assert run(f"--decoder {tmp_path}/a --format folder --output {tmp_path}/b") == 1  # its encoder lies nowhere
+    assert run(f"--decoder {tmp_path}/a --format folder --output {tmp_path}/b") == 1  # the encoder is only in there
     assert run(f"--decoder {tmp_path}/a --format folder --with_encoder --output {tmp_path}/b") == 0
     assert run(f"--decoder {tmp_path}/b --format diffusers --output {tmp_path}/c") == 0
     capsys.readouterr()
-    for name in "ab":  # they say it themselves
+    for name in "ab":  # exports name their encoder
         assert run(f"--decoder {tmp_path}/{name} --encoder_layers x --format official --output {tmp_path}/d") == 1
         assert "--encoder_layers" in capsys.readouterr().err
     a, c = (file_hashes(tmp_path / name) for name in "ac")
@@ -86,7 +86,7 @@ def test_online_weights_and_half_precision(tmp_path):
     assert "online, bf16" in (tmp_path / "o/README.md").read_text()
 
 
-def test_the_card_says_what_people_need(tmp_path):
+def test_content_of_the_model_card(tmp_path):
     file = checkpoint(tmp_path)
     scores = {"quantization": "round", "exif": "apply", "features": "inception", "model": {"weights": "ema"},
               "results": [{"data_dir": "/data/private/in1k", "split": "validation", "images": 50000, "rfid": 0.5678, "psnr": 19.1, "ssim": 0.5}]}  # fmt: skip
@@ -109,7 +109,7 @@ def test_existing_output_is_safe(tmp_path, capsys):
     assert run(f"{words}/o") == 0 and run(f"{words}/o") == 1
     assert "--overwrite" in capsys.readouterr().err
     before = file_hashes(tmp_path / "o")
-    assert run(f"{words}/o --overwrite --format diffusers") == 1  # 4 x 4: nothing is lost
+    assert run(f"{words}/o --overwrite --format diffusers") == 1  # grid of 4 x 4: nothing is lost
     assert file_hashes(tmp_path / "o") == before and not list(tmp_path.glob(".o.*"))
     assert "grid is 4 x 4" in capsys.readouterr().err
     (tmp_path / "o/note.txt").write_text("of the export")
@@ -118,7 +118,7 @@ def test_existing_output_is_safe(tmp_path, capsys):
     (tmp_path / "mine/thesis.txt").write_text("precious")
     assert run(f"{words}/mine --overwrite") == 1
     assert (tmp_path / "mine/thesis.txt").exists() and "no earlier export" in capsys.readouterr().err
-    for place in (tmp_path / "mine/thesis.txt/o", Path("/proc/o")):  # below a file, or where nobody may write
+    for place in (tmp_path / "mine/thesis.txt/o", Path("/proc/o")):  # below a file, or not writable
         assert run(f"{words} --output {place}") == 1
         assert "can't be written" in capsys.readouterr().err
 
@@ -130,7 +130,7 @@ def test_existing_output_is_safe(tmp_path, capsys):
     (b"x", "/o", "can't be read|not found|Not a directory"),
     (None, " --push nonsense", "NAME/MODEL"),
 ])  # fmt: skip
-def test_what_can_not_be_exported(tmp_path, capsys, content, more, reason):
+def test_invalid_checkpoints_and_arguments_are_rejected(tmp_path, capsys, content, more, reason):
     file = tmp_path / "file.ckpt"
     if isinstance(content, bytes):
         file.write_bytes(content)

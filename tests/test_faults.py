@@ -1,4 +1,4 @@
-"""Small faults, a kind each: what comes from outside ends in one message, and nothing goes wrong silently."""
+"""Faults of many kinds: bad input ends in one message, and nothing goes wrong silently."""
 
 import logging
 import os
@@ -39,7 +39,7 @@ def test_damaged_files_are_read_or_refused(kind, tmp_path):
 
 
 def hostile(path, shape, size):
-    """An npz whose members announce `shape` and unpack to `size` bytes."""
+    """Write an npz whose members announce `shape` and unpack to `size` bytes."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in ("arr_0.npy", "mu.npy", "sigma.npy"):
             with archive.open(name, "w", force_zip64=True) as file:
@@ -52,7 +52,7 @@ def hostile(path, shape, size):
     [(ImageNpz, (2**15, 2**14, 2**14, 3), 1000, "announces 26,388,279,066,624 bytes and has 1,000"), (ImageNpz, (2, 600, 600, 3), 2_160_000, "a row of 1,080,000"),
      (load_npz, (2**20, 2**23), 1000, "announces 8,796,093,022,208 bytes and has 1,000"), (load_npz, (2000, 2000), 4_000_000, "unpacks to 4,000,128 bytes")],
 )  # fmt: skip
-def test_a_small_npz_that_unpacks_to_much_is_refused_unread(tmp_path, monkeypatch, read, shape, size, said):
+def test_small_npz_that_unpacks_to_a_huge_array_is_rejected_unread(tmp_path, monkeypatch, read, shape, size, said):
     monkeypatch.setattr(npz, "LARGEST_ROW", 10**6)
     monkeypatch.setattr(npz, "LARGEST_ARRAY", 3 * 10**6)
     hostile(tmp_path / "a.npz", shape, size)
@@ -61,7 +61,7 @@ def test_a_small_npz_that_unpacks_to_much_is_refused_unread(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("cell", ["=1+2", "+1", "-1", "@sum", "\tx", "\rx"])
-def test_a_spreadsheet_shows_names_and_computes_none(cell):
+def test_file_names_in_a_csv_are_not_formulas(cell):
     assert as_text(cell) == f"'{cell}" and as_text(f"a{cell}") == f"a{cell}"
 
 
@@ -79,7 +79,7 @@ def test_decoders_are_unwrapped(tmp_path, rae, wrap):
     assert read_decoder(tmp_path / "decoder.pt").state.keys() == rae.decoder.state_dict().keys()
 
 
-def test_messages_name_the_option_of_the_program():
+def test_messages_name_the_option_of_the_script():
     said = "No dataset at /a (data.data_dir). Set data.data_dir=/b. model.encoder_params says where; data.image_sizes"
     shown = "No dataset at /a (--data_dir). Set --data_dir /b. --encoder says where; data.image_sizes"
     assert in_options(said) == shown
@@ -97,7 +97,7 @@ def test_latent_noise_has_the_standard_deviation_asked_for(monkeypatch):
 @pytest.mark.parametrize(
     ("given", "sets", "served"), [(1, 3, 3), (2, 2, 2), (0, 2, 2), (2, 3, None), (3, 2, None), (2, 1, None)]
 )
-def test_references_are_one_for_all_or_one_for_each(given, sets, served):
+def test_one_reference_for_all_data_sets_or_one_for_each(given, sets, served):
     names, folders = [f"{i}.npz" for i in range(given)], ["a"] * sets
     if served is None:
         with pytest.raises(UserError, match=f"names {given} files for {sets} data sets"):
@@ -107,7 +107,7 @@ def test_references_are_one_for_all_or_one_for_each(given, sets, served):
 
 
 @pytest.mark.parametrize(("checkpoints", "fits"), [(1.5, False), (2.5, False), (6.1, True)])
-def test_there_must_be_room_for_all_checkpoints_that_a_run_keeps(tmp_path, monkeypatch, checkpoints, fits):
+def test_disk_must_have_room_for_all_checkpoints_that_are_kept(tmp_path, monkeypatch, checkpoints, fits):
     module = torch.nn.Linear(10, 10)
     module.ema = type("Average", (), {"average": torch.nn.Linear(10, 10)})()
     each = BYTES * 4 * sum(p.numel() for p in module.parameters())
@@ -123,15 +123,15 @@ def test_there_must_be_room_for_all_checkpoints_that_a_run_keeps(tmp_path, monke
 @pytest.mark.parametrize(
     "content", [{"a": torch.ones(1)}, {"state_dict": {}}, [1], torch.ones(2), {"loops": {}}], ids=str
 )
-def test_what_is_no_run_is_no_checkpoint(tmp_path, content):
+def test_files_that_are_no_checkpoint_are_rejected(tmp_path, content):
     torch.save(content, tmp_path / "a.ckpt")
     with pytest.raises(UserError, match="no checkpoint of a training run"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")
 
 
 @pytest.mark.parametrize("kind", ["device", "folder"])
-def test_what_is_no_regular_file_is_not_replaced(tmp_path, kind):
-    """As root, a rename would take the place of /dev/null."""
+def test_only_regular_files_are_replaced(tmp_path, kind):
+    """As root, a rename would replace /dev/null."""
     place = tmp_path / "place"
     os.mkfifo(place) if kind == "device" else place.mkdir()
     before = place.stat().st_ino
@@ -145,7 +145,7 @@ def test_what_is_no_regular_file_is_not_replaced(tmp_path, kind):
     assert place.stat().st_ino == before
 
 
-def test_safetensors_say_of_a_full_disk_what_the_system_says(tmp_path, monkeypatch):
+def test_safetensors_on_a_full_disk_raise_oserror(tmp_path, monkeypatch):
     def full(*_):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
@@ -154,7 +154,7 @@ def test_safetensors_say_of_a_full_disk_what_the_system_says(tmp_path, monkeypat
         write_safetensors(tmp_path / "a.safetensors", {"a": torch.zeros(9)})
 
 
-def test_a_warning_that_comes_again_stands_once_in_the_record():
+def test_repeated_warning_is_recorded_once():
     collector, log = WarningCollector(), logging.getLogger("tests.faults")
     log.addHandler(collector)
     for text in ("a", "b", "a", "a "):
@@ -167,7 +167,7 @@ def test_a_warning_that_comes_again_stands_once_in_the_record():
 @pytest.mark.parametrize(
     "text", [b"experiment_name: a\n\tseed: 1\n", b"seed: 1\nseed: 2\n", b"experiment_name: gr\xfc\n"]
 )
-def test_yaml_that_cannot_be_read_ends_in_one_message(tmp_path, text):
+def test_unreadable_yaml_ends_in_one_message(tmp_path, text):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment/odd.yaml").write_bytes(b"# @package _global_\n" + text)
     words = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=odd"]
@@ -185,5 +185,5 @@ def test_yaml_that_cannot_be_read_ends_in_one_message(tmp_path, text):
         ("scripts/gpu_report.py --minutes 0", 2, "expected a number above 0"),
     ],
 )
-def test_values_that_are_refused_at_once(line, code, said):
+def test_invalid_values_are_rejected_at_once(line, code, said):
     assert said in python(*line.split(), code=code)

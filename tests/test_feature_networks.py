@@ -19,7 +19,7 @@ from tests.test_eval_rfid import QUICK, write_checkpoint, write_images
 
 @pytest.fixture(scope="module")
 def dinov2(tmp_path_factory):
-    """A folder of DINOv2's layout with random weights."""
+    """Save a DINOv2 with random weights; return its folder."""
     folder = tmp_path_factory.mktemp("dinov2")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -46,8 +46,8 @@ def test_pooled_is_the_cls_token_after_the_whole_final_norm(dinov2):
 
 
 def test_positions_at_another_size_are_those_of_the_authors_code(dinov2):
-    """Recorded: with the offset our features equal facebookresearch/dinov2's at b8931f7 on equal weights, without they
-    differ by 2.5 % of the largest value."""
+    """Measured: with the offset our features equal those of facebookresearch/dinov2 at b8931f7 for equal weights; without it
+    they differ by 2.5 % of the largest value."""
     encoder = Dinov2withNorm(str(dinov2), position_offset=0.1)
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     tokens, _ = encoder.embed(images)
@@ -81,7 +81,7 @@ def test_features_are_pooled_of_normalised_images(dinov2):
     assert network(images).shape == (3, 32)
 
 
-def test_names(dinov2, caplog):
+def test_networks_are_loaded_by_name(dinov2, caplog):
     inception = {"path": None, "weights": "tiny", "key": "KEY", "width": None}
     found = load_features(["inception", f"dinov2={dinov2}"], **inception)
     assert found[0].space == "inception" and found[1].name.startswith("dinov2-") and "another size" in caplog.text

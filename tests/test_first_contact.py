@@ -1,4 +1,4 @@
-"""The first commands of a new user, behind a firewall and with configs of their own: one message that says what to type."""
+"""First commands of a new user, behind a firewall or with their own configs, end in one message that says what to type."""
 
 import huggingface_hub
 import pytest
@@ -23,7 +23,7 @@ HUB_ID = "facebook/dinov2-with-registers-base"
 
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path, monkeypatch):
-    """Nothing downloaded yet, and a hub that does not answer. Yields what it was asked for."""
+    """Start with an empty cache and a hub that does not answer. Return the list of names that it is asked for."""
     asked, ask = [], needs.why_unreachable
     for name in ("HTTPS_PROXY", "HTTP_PROXY", "https_proxy", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
@@ -36,7 +36,7 @@ def empty_cache(tmp_path, monkeypatch):
 
 
 def refused(capfd, folder, *words):
-    """What the program says; nothing may be left of the run."""
+    """Return the error message of a run; nothing may be left of the run."""
     with pytest.raises(SystemExit) as ended:
         program(composed([*words, f"paths.log_dir={folder}/logs"]))
     assert ended.value.code == 1 and not list(folder.glob("logs/runs/*"))
@@ -45,7 +45,7 @@ def refused(capfd, folder, *words):
     return said
 
 
-def test_all_that_is_missing_at_once_with_the_command(tmp_path, capfd, empty_cache):
+def test_all_missing_files_are_listed_at_once_with_the_command(tmp_path, capfd, empty_cache):
     words = [f"paths.weights_dir={tmp_path}/weights", "data.data_dir=data/nowhere"]
     said = refused(capfd, tmp_path, "experiment=rae_dino", *words)
     for name in (HUB_ID, "vgg16-397923af.pth", "lpips_vgg", "pt_inception", "discs/dino_vit_small"):
@@ -65,7 +65,7 @@ ONLINE = [*SMALL, "~callbacks.rfid", "logger=csv", f"model.encoder_config_path={
         ("ckpt_path=nowhere.ckpt", "no such file"),
     ],
 )
-def test_data_sizes_and_checkpoint_come_before_the_hub(tmp_path, capfd, empty_cache, wrong, message):
+def test_data_sizes_and_checkpoint_are_checked_before_the_hub(tmp_path, capfd, empty_cache, wrong, message):
     assert message in refused(capfd, tmp_path, *ONLINE, wrong) and not empty_cache
 
 
@@ -75,19 +75,19 @@ RELEASED = [
 
 
 @pytest.mark.parametrize("words", [ONLINE, RELEASED], ids=["stage 1", "stage 2"])
-def test_the_hub_is_asked_once_and_each_line_stands_once(tmp_path, capfd, empty_cache, words):
+def test_hub_is_asked_once_and_no_line_is_repeated(tmp_path, capfd, empty_cache, words):
     said = refused(capfd, tmp_path, *words)
     assert empty_cache == [HUB_ID] and DEAD in said and "HF_ENDPOINT" in said and "download_weights.py" in said
     lines = [line for line in said.splitlines() if line.strip()]
     assert len(lines) == len(set(lines)) < 12
 
 
-def test_programs_ask_the_hub_once_too():
+def test_encoder_that_is_not_cached_names_the_hub():
     with pytest.raises(UserError, match=f"can't be loaded from '{HUB_ID}': {DEAD}: "):
         Dinov2withNorm(HUB_ID)
 
 
-def test_what_is_in_the_cache_is_not_asked_for_again(tmp_path):
+def test_cached_encoder_is_not_asked_for_again(tmp_path):
     place = tmp_path / f"hub/models--{HUB_ID.replace('/', '--')}"
     snapshot = place / "snapshots/abc"
     snapshot.mkdir(parents=True)
@@ -110,7 +110,7 @@ def test_parts_that_a_run_leaves_out_need_no_files(tmp_path):
     assert [asset.name for asset in found] == [HUB_ID, "decoder-dinov2", "model.autoencoder.statistics"]
 
 
-def test_a_model_config_without_its_base():
+def test_model_config_without_its_base_is_rejected():
     config = composed(["experiment=rae_dummy"])
     with open_dict(config):
         config.model = OmegaConf.create({"encoder_cls": "Dinov2withNorm"})
@@ -126,7 +126,7 @@ AS_PRINTED = """defaults:
 """
 
 
-def test_the_experiment_of_the_users_guide_as_it_is_printed(tmp_path, monkeypatch):
+def test_experiment_as_printed_in_the_users_guide(tmp_path, monkeypatch):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment/mine.yaml").write_text(AS_PRINTED)
     monkeypatch.setattr(composing, "_CONFIGS", tmp_path)

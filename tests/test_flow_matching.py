@@ -24,7 +24,7 @@ def test_time_shift(shape, s):
     assert fm.time_shift(shape) == pytest.approx(s, abs=1e-3)
 
 
-def test_a_shift_below_one_is_refused():
+def test_time_shift_below_one_is_rejected():
     with pytest.raises(UserError, match=r"16 x 8 x 8 = 1024 numbers make a time shift of 0\.500"):
         fm.time_shift((16, 8, 8))
 
@@ -41,7 +41,7 @@ def test_shifted_times():
 @pytest.mark.parametrize(("steps", "kind", "message"), [
     (1, "rae", "num_steps=1: a rae grid needs at least 2"), (0, "raev2", "at least 1"), (5, "RAE", "kind='RAE': expected rae or"),
 ])  # fmt: skip
-def test_grids_that_cannot_be(steps, kind, message):
+def test_invalid_grids_are_rejected(steps, kind, message):
     with pytest.raises(UserError, match=message):
         fm.sampling_grid(steps, 2.0, kind)
 
@@ -58,7 +58,7 @@ def test_uniform_times():
 @pytest.mark.parametrize("last", [0.999, None])
 @pytest.mark.parametrize(("mu", "sigma"), [(0.0, 1.0), (2.0, 1.5), (-0.8, 0.8)])
 def test_logit_normal_times(mu, sigma, last):
-    """The share of draws below t is Phi(logit t), over Phi(logit .999) where the distribution ends there."""
+    """The share of draws below t is Phi(logit t), divided by Phi(logit .999) where the distribution ends there."""
     u = torch.linspace(0, 1, 20001)[:-1]
     t = draw_times("logit_normal" if last is None else "truncated_logit_normal", u, mu, sigma)
     assert t.dtype == u.dtype and t[0] < (0.01 if last is None else 1e-12) and (t.diff() >= 0).all()

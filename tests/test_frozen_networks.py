@@ -1,4 +1,4 @@
-"""Networks that are never trained: frozen whatever is asked; random weights by name, seeded, and drawn beside everyone's."""
+"""Networks that are never trained: always frozen; untrained weights are seeded and leave the global generator alone."""
 
 import pytest
 import torch

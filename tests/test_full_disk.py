@@ -1,4 +1,4 @@
-"""A disk that is full: one message, no traceback, no partial file, and what was saved before is whole."""
+"""A full disk: one message, no traceback, no partial file, and earlier files stay intact."""
 
 import errno
 import json
@@ -22,7 +22,7 @@ FAST = [*SMALL, "~callbacks.rfid", "logger=csv", "model.disc_weight=0"]
 
 @contextmanager
 def file_limit(size):
-    """Let no file of this process grow above `size` bytes; the system says EFBIG then, and its signal is ignored."""
+    """Limit the files of this process to `size` bytes; larger writes fail with EFBIG, as Python ignores SIGXFSZ."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -33,7 +33,7 @@ def file_limit(size):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system for one checkpoint and a half."""
+    """Mount a file system with room for one and a half checkpoints."""
     mount = ["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", str(tmp_path)]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
@@ -51,7 +51,7 @@ def ends_with_one_message(folder, capfd, *overrides):
     return said
 
 
-def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(small_disk, capfd):
+def test_checkpoint_that_does_not_fit_leaves_the_previous_one(small_disk, capfd):
     folder = small_disk / "run"
     said = ends_with_one_message(folder, capfd, "callbacks.checkpoint.every_n_steps=1")
     last = folder / "checkpoints/last.ckpt"
@@ -63,8 +63,8 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(small_disk, capfd)
 
 
 @pytest.mark.parametrize("size", [1000, 3000, 20_000, 10**6])
-def test_whichever_file_is_the_first_that_does_not_fit(tmp_path, capfd, size):
-    """The lock, the configuration, the record, the figures, the log or the checkpoint."""
+def test_first_file_that_does_not_fit_is_named(tmp_path, capfd, size):
+    """The lock, the config, the record, the metrics, the log or the checkpoint."""
     with file_limit(size):
         said = ends_with_one_message(tmp_path / "run", capfd)
     assert "can't be written: File too large" in said, said
@@ -83,7 +83,7 @@ def test_events_that_do_not_fit_or_whose_folder_is_gone(tmp_path, capfd, monkeyp
     assert f" {os.fsdecode(file)} can't be written: {os.strerror(number)}" in said
 
 
-def test_a_picture_that_does_not_fit_is_a_warning(tmp_path, monkeypatch, caplog):
+def test_sample_image_that_does_not_fit_is_a_warning(tmp_path, monkeypatch, caplog):
     def full(picture, file):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -95,8 +95,8 @@ def test_a_picture_that_does_not_fit_is_a_warning(tmp_path, monkeypatch, caplog)
 
 
 @pytest.mark.parametrize("size", [30_000, 50_000])
-def test_samples_that_do_not_fit_go_on(stage2_run, tmp_path, capsys, size):
-    """The half-made file, or the npz, of 49,152 bytes of images."""
+def test_sampling_resumes_after_a_full_disk(stage2_run, tmp_path, capsys, size):
+    """Either the partial file or the npz does not fit; the images are 49,152 bytes."""
     words = f"--checkpoint {last(stage2_run[0])} --device cpu --num_images 4 --output {tmp_path}/s.npz".split()
     with file_limit(size):
         assert sample(words) == 1
@@ -104,7 +104,7 @@ def test_samples_that_do_not_fit_go_on(stage2_run, tmp_path, capsys, size):
     assert sample(words) == 0
 
 
-def test_torch_keeps_the_systems_own_error_and_a_copy_leaves_nothing(tmp_path, monkeypatch):
+def test_torch_keeps_the_system_error_and_a_failed_copy_leaves_nothing(tmp_path, monkeypatch):
     import torch
 
     with file_limit(100_000), pytest.raises(OSError, match="File too large"):

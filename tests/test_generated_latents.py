@@ -1,4 +1,4 @@
-"""A decoder fine-tuned on latents that were noised and brought back by a sampler."""
+"""Fine-tuning a decoder on latents that were noised and then denoised by a sampler."""
 
 import itertools
 
@@ -24,7 +24,7 @@ def near(found, expected):
     return (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-def test_generated_latents_are_brought_back_from_t0_for_each_image_by_itself(stage2_run):
+def test_generated_latents_are_denoised_from_t0_for_each_image_by_itself(stage2_run):
     folder, run = stage2_run
     rae, module = run.module.rae, generated(run, last(folder))
     stir(module.network)
@@ -49,7 +49,7 @@ def test_generated_latents_are_brought_back_from_t0_for_each_image_by_itself(sta
     assert torch.allclose(generated(run, last(folder), t0=1e-6)(rae, raw, batch), raw, atol=1e-3)
 
 
-def test_a_decoder_is_fine_tuned_on_generated_latents_and_resumes_exactly(stage2_run, autoencoder, tmp_path):
+def test_decoder_is_fine_tuned_on_generated_latents_and_resumes_exactly(stage2_run, autoencoder, tmp_path):
     folder, _ = stage2_run
     encoder = autoencoder.parent / "encoder_dinov2"
     options = [

@@ -1,3 +1,5 @@
+"""Sizes that follow from the image size, and errors that suggest sizes that fit."""
+
 import pytest
 
 from src.core.errors import UserError
@@ -33,7 +35,7 @@ def test_sizes_follow_from_the_image(image, decoder_patch, encoder_patch, grid, 
         ((256, -16, 14), ["decoder_patch_size=-16"]),
     ],
 )
-def test_what_does_not_fit_is_said_with_what_would(arguments, said):
+def test_errors_suggest_sizes_that_fit(arguments, said):
     with pytest.raises(UserError) as caught:
         Geometry.of(*arguments)
     for words in said:

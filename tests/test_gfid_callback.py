@@ -1,4 +1,4 @@
-"""gFID during training: the numbers of `sample.py` and `eval_generation.py` to the last digit; when, and what is refused."""
+"""gFID during training: equal to `sample.py` and `eval_generation.py` to the last digit; its schedule and invalid settings."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def offline(checkpoint, reference, folder):
     return json.loads((folder / "s.json").read_text())["results"][0]
 
 
-def test_online_and_offline_numbers_are_equal_and_training_is_not_disturbed(
+def test_online_and_offline_scores_are_equal_and_training_is_not_disturbed(
     autoencoder, stage2_run, reference, tmp_path
 ):
     train_stage2(tmp_path / "with", autoencoder, *gfid(reference, every_n_steps=4, every_n_epochs=2))
@@ -67,7 +67,7 @@ def test_a_long_evaluation_is_skipped_once_the_run_is_asked_to_stop(autoencoder,
     assert drawn == [0] and read(last(tmp_path / "run"))["global_step"] == 2
 
 
-def test_samples_that_are_not_finite_have_no_score_and_training_goes_on(autoencoder, reference, tmp_path, caplog):
+def test_non_finite_samples_have_no_score_and_training_continues(autoencoder, reference, tmp_path, caplog):
     thirds = ["trainer.max_epochs=3", "trainer.limit_train_batches=2"]
     run = train_stage2(
         tmp_path / "run", autoencoder, *thirds, *gfid(reference, every_n_epochs=3, **{"sampler.cfg": 1e38})
@@ -100,12 +100,12 @@ def test_two_processes_give_the_score_of_one(autoencoder, reference, tmp_path):
         ({"inception_weights": "pretrained", "inception_path": "nowhere.pth"}, "nowhere.pth"),
     ],
 )
-def test_what_is_refused_before_training(autoencoder, reference, tmp_path, options, message):
+def test_invalid_settings_are_rejected_before_training(autoencoder, reference, tmp_path, options, message):
     with pytest.raises(UserError, match=f"(?s){message}"):
         train_stage2(tmp_path / "run", autoencoder, *gfid(reference, **options))
 
 
-def test_a_reference_that_does_not_fit_is_told_before_training(autoencoder, tmp_path):
+def test_unsuitable_reference_is_rejected_before_training(autoencoder, tmp_path):
     small = as_npz(tmp_path / "small.npz", np.ascontiguousarray(pictures(5, 1, 48)))
     one = as_folder(tmp_path / "one", pictures(1, 1))
     for place, message in ((small, "48 x 48 px, this evaluation has 64 x 64 px"), (one, "has 1 image: 2 or more")):

@@ -1,4 +1,4 @@
-"""What only a GPU can show. Without one, all of it is skipped."""
+"""Tests that need a GPU; all are skipped without one."""
 
 import os
 from dataclasses import replace
@@ -22,11 +22,11 @@ pytestmark = [
 ]
 QUIET = ["~callbacks.rfid", "logger=csv", "trainer.accelerator=gpu"]
 GPU = torch.device("cuda")
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first product
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first matrix product
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16", "16"])
-def test_a_whole_run(tmp_path, precision):
+def test_whole_run(tmp_path, precision):
     run = train(tmp_path, *QUIET, f"trainer.precision={precision}")
     assert run.trainer.global_step == 6
     assert all(value.isfinite().all() for value in run.module.state_dict().values())
@@ -37,8 +37,8 @@ def terms(run):
     return {name: float(value) for name, value in run.module.train_terms.items()}
 
 
-def test_a_compiled_run_gives_the_same_losses_with_gan(tmp_path):
-    """Of the third update, in which D has been trained once."""
+def test_compiled_run_gives_the_same_losses_with_gan(tmp_path):
+    """Losses of the third update, when D has been trained once."""
     eager, compiled = (
         terms(train(tmp_path / name, *QUIET, "trainer.max_steps=3", f"model.compile={name}"))
         for name in ("false", "true")
@@ -104,12 +104,12 @@ def on_gpu(step, draws):
 def generator_gradients(step, draws, **options):
     step.rae.decoder.zero_grad()
     step.generator(draws.images, None, draws.augment["generator"], FULL, **options)
-    # A copy: where the module moves later, it takes its gradients along.
+    # A copy: a module that moves later takes its gradients along.
     return {name: p.grad.clone().cpu() for name, p in step.rae.decoder.named_parameters() if p.grad is not None}
 
 
 def assert_near(found, expected, share):
-    """To a share of each one's largest entry. Biases that softmax ignores have no gradient but rounding."""
+    """Compare up to a share of each gradient's largest entry. Gradients of key biases, which softmax cancels, are only rounding."""
     assert expected.keys() == found.keys()
     for name, gradient in expected.items():
         if not name.endswith("key.bias"):
@@ -118,7 +118,7 @@ def assert_near(found, expected, share):
 
 @pytest.fixture
 def _no_kink_in_the_heads(monkeypatch):
-    """As in tests/test_step_parity.py: which side of it a unit near 0 falls on depends on the device."""
+    """Smooth, as in tests/test_step_parity.py: on which side of the kink a unit near 0 falls depends on the device."""
     monkeypatch.setattr(torch.nn.functional, "leaky_relu", lambda x, *_, **__: torch.nn.functional.gelu(x))
 
 
@@ -174,7 +174,7 @@ def test_the_host_never_waits_inside_a_step(precision):
             result = step.generator(draws.images, None, draws.augment["generator"], FULL)
             list(step.discriminator_updates(real, [result.fake_source], lambda label, *_: draws.augment[label]))
 
-    once()  # libraries are set up at first use
+    once()  # libraries initialize at first use
     torch.cuda.set_sync_debug_mode("error")
     try:
         once()

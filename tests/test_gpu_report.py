@@ -1,4 +1,4 @@
-"""The report on a GPU: every part at tiny size on the CPU, and what one that fails, hangs or can't run leaves of the others."""
+"""The GPU report: every part at tiny size on the CPU; a part that fails, hangs or can't run leaves the others alone."""
 
 import argparse
 import importlib.util
@@ -20,7 +20,7 @@ OPTIONS = {"only": [], "rae": None, "raev2": None, "dry": True}
 
 @pytest.fixture
 def small(monkeypatch):
-    """Three parts instead of ten."""
+    """Run three parts instead of ten."""
     monkeypatch.setattr(gpu_report, "PARTS", {letter: PARTS[letter] for letter in "acj"})
 
 
@@ -34,7 +34,7 @@ def report(folder: Path, seconds: float = 900, **changes) -> tuple[int, dict]:
 
 
 @pytest.mark.slow
-def test_every_part_runs_its_code_on_the_cpu_and_a_table_comes_of_it(tmp_path, capsys, monkeypatch):
+def test_every_part_runs_on_the_cpu_and_gives_a_table(tmp_path, capsys, monkeypatch):
     code, content = report(tmp_path)
     parts = content["parts"]
     missing = {letter: (p["status"], p.get("error")) for letter, p in parts.items() if p["status"] != "done"}
@@ -62,7 +62,7 @@ def test_every_part_runs_its_code_on_the_cpu_and_a_table_comes_of_it(tmp_path, c
 
 
 def executable(folder: Path, monkeypatch, cases: str) -> None:
-    """Let the parts be what a shell script does: `$2` is --worker=LETTER, `$out` the file of results."""
+    """Replace the parts by a shell script: `$2` is --worker=LETTER, `$out` the results file."""
     file = folder / "python"
     here = f'out="${{3#--out=}}"; out="${{out%.json}}.result"\nexport PYTHONPATH={gpu_report.ROOT}\n'
     machine = '{"result": {"machine": {"device": "GPU 1"}}, "status": "done"}'
@@ -71,7 +71,7 @@ def executable(folder: Path, monkeypatch, cases: str) -> None:
     monkeypatch.setattr(sys, "executable", str(file))
 
 
-def test_a_part_that_crashes_or_hangs_ends_no_other_and_what_it_had_is_kept(tmp_path, monkeypatch, small):
+def test_part_that_crashes_or_hangs_ends_no_other_and_keeps_its_results(tmp_path, monkeypatch, small):
     hangs = """--worker=c) echo '{"result": {"gan": {"fits": 8}}}' > $out; sleep 60 & echo $! > $out.child; wait;;"""
     executable(tmp_path, monkeypatch, f"{hangs}\n--worker=j) echo a kernel went wrong; kill -SEGV $$;;")
     began = time.monotonic()
@@ -84,7 +84,7 @@ def test_a_part_that_crashes_or_hangs_ends_no_other_and_what_it_had_is_kept(tmp_
     assert not child.exists() or b"sleep" not in child.read_bytes()
 
 
-def test_parts_that_measure_no_speed_run_at_the_same_time(tmp_path, monkeypatch):
+def test_parts_that_measure_no_speed_run_in_parallel(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_report, "PARTS", {letter: PARTS[letter] for letter in "adg"})
     told = "until [ -f ${{out%.result}}.json ]; do sleep 0.1; done; "  # before that it may only import
     wait = (
@@ -96,7 +96,7 @@ def test_parts_that_measure_no_speed_run_at_the_same_time(tmp_path, monkeypatch)
     assert code == 0 and [part["status"] for part in content["parts"].values()] == ["done"] * 3
 
 
-def test_a_process_that_waits_ends_with_its_caller(tmp_path, monkeypatch, small):
+def test_waiting_process_ends_with_its_parent(tmp_path, monkeypatch, small):
     executable(tmp_path, monkeypatch, "--worker=c) echo {} > $out;;\n--worker=j) echo $$ > $out.pid; sleep 60;;")
 
     def interrupted(*_):
@@ -110,14 +110,14 @@ def test_a_process_that_waits_ends_with_its_caller(tmp_path, monkeypatch, small)
         report(tmp_path, dry=False)
     assert not Path("/proc", (tmp_path / "scratch/j.result.pid").read_text().strip()).exists()
 
-    parents = iter([1, 2])  # it was killed
+    parents = iter([1, 2])  # the parent was killed
     monkeypatch.setattr(gpu_report.os, "getppid", lambda: next(parents))
     gpu_report.work("c", tmp_path / "none.json")
     assert not (tmp_path / "none.result").exists()
 
 
-def test_a_program_that_outlasts_a_part_leaves_what_it_had(tmp_path, monkeypatch):
-    """The deadline is the caller's: how long a part takes to start does not move it."""
+def test_program_that_runs_out_of_time_keeps_its_results(tmp_path, monkeypatch):
+    """The caller sets the deadline: a part that starts slowly does not move it."""
     record = '{"arguments": {}, "results": {"bf16/gan": {"official": {"seconds": 1}}}}'
     program = tmp_path / "python"
     program.write_text(
@@ -137,7 +137,7 @@ def test_a_program_that_outlasts_a_part_leaves_what_it_had(tmp_path, monkeypatch
     assert found["result"]["output"] == "gan official: 1 s\n\nended: its share of the time was over"
 
 
-def test_a_variant_that_can_not_be_compiled_ends_no_other(tmp_path, monkeypatch):
+def test_variant_that_can_not_be_compiled_ends_no_other(tmp_path, monkeypatch):
     job, calls = gpu_parts.Job(True, time.monotonic() + 60, tmp_path, {}, {}, lambda result: None), []
     row = {"seconds": 1.0, "images_per_s": 2.0}
     monkeypatch.setattr(job, "runner", lambda *of: calls.append(of))
@@ -157,7 +157,7 @@ def test_a_variant_that_can_not_be_compiled_ends_no_other(tmp_path, monkeypatch)
     }
 
 
-def test_a_later_call_adds_what_is_missing_to_the_same_file(tmp_path, monkeypatch, small):
+def test_later_call_adds_what_is_missing_to_the_same_file(tmp_path, monkeypatch, small):
     first = '--worker=c) exit 1;;\n--worker=j) echo \'{"result": {"x": 1}, "status": "done"}\' > $out;;'
     executable(tmp_path, monkeypatch, first)
     assert report(tmp_path, dry=False)[1]["parts"]["c"]["status"] == "failed"
@@ -166,11 +166,11 @@ def test_a_later_call_adds_what_is_missing_to_the_same_file(tmp_path, monkeypatc
     code, content = report(tmp_path, dry=False)
     assert code == 0 and content["cuda_device"] == "GPU 1"
     assert [content["parts"][letter]["result"] for letter in "cj"] == [{"x": 2}, {"x": 1}]
-    code, content = report(tmp_path, dry=False, only=["j"])  # asked for, and nothing came of it
+    code, content = report(tmp_path, dry=False, only=["j"])  # requested, and failed
     assert code == 1 and content["parts"]["j"]["result"] == {"x": 1}
 
 
-def test_modules_that_are_missing_are_named_once_and_only_their_parts_left_out(tmp_path, monkeypatch, capsys):
+def test_missing_modules_are_named_once_and_skip_only_their_parts(tmp_path, monkeypatch, capsys):
     executable(tmp_path, monkeypatch, '*) echo \'{"result": {}, "status": "done"}\' > $out;;')
     find, absent = importlib.util.find_spec, ("hydra", "omegaconf")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find(name))
@@ -181,7 +181,7 @@ def test_modules_that_are_missing_are_named_once_and_only_their_parts_left_out(t
     assert content["parts"]["g"]["error"] == "not installed: hydra, omegaconf"
 
 
-def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
+def test_report_without_a_gpu_says_so(tmp_path, monkeypatch, capsys):
     executable(tmp_path, monkeypatch, "")
     (tmp_path / "python").write_text("#!/bin/sh\necho no CUDA; exit 1\n")
     assert report(tmp_path, dry=False) == (2, {})

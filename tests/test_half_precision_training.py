@@ -1,4 +1,4 @@
-"""fp16 with loss scaling, as on a GPU; a CPU can do it too, slowly, and the program never asks it to."""
+"""Training in fp16 with loss scaling, as on a GPU. A CPU can do it too, slowly; the training script never does."""
 
 import pytest
 import pytorch_lightning as pl
@@ -11,7 +11,7 @@ QUIET = ["~callbacks.rfid", "logger=csv", "callbacks.checkpoint.every_n_steps=1"
 
 
 def with_scaler(monkeypatch, scale: float) -> None:
-    """Training in fp16 whose loss scale starts at `scale`."""
+    """Make training use fp16 with a loss scale that starts at `scale`."""
     monkeypatch.setattr(
         pl.trainer.connectors.accelerator_connector._AcceleratorConnector,
         "_check_and_init_precision",
@@ -35,8 +35,8 @@ def test_both_networks_learn_in_fp16(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_loss_scale_too_high_is_lowered_and_no_reason_to_stop(monkeypatch, tmp_path):
-    """Overflow inside LPIPS makes the adaptive weight a NaN: of the scaler's making, and the scaler skips the step."""
+def test_loss_scale_that_is_too_high_is_lowered_and_training_continues(monkeypatch, tmp_path):
+    """Overflow inside LPIPS makes the adaptive weight NaN: the loss scale causes it, and the scaler skips the step."""
     with_scaler(monkeypatch, 2.0**24)
     run = train(tmp_path, *QUIET)
     assert run.trainer.global_step == 6 and run.module.nonfinite.skipped == 0
