@@ -1,7 +1,7 @@
 """Draw random numbers as a pure function of (seed, purpose, epoch, position).
 
 Nothing in training reads a generator whose state depends on earlier draws. A run that is killed and resumed, with any
-number of workers or ranks, gets the same order, crops, noise and augmentation (docs/data.md, "The stream of batches").
+number of workers or ranks, gets the same order, crops, noise and augmentation (docs/data.md, "Order of batches").
 
 `position` is the index of an image in its epoch's order over all ranks; `step` counts micro-batches the same way.
 """
