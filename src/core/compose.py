@@ -20,7 +20,7 @@ def problem(arguments: Sequence[str]) -> str:
     """Return what is wrong with the overrides of `src/train.py` and what to type instead; empty if no problem is known."""
     for word in arguments:
         key, _, value = word.partition("=")
-        if key == "--experiment":  # an option of download_weights.py; Hydra: short for --experimental-rerun
+        if key == "--experiment":  # as for download_weights.py; Hydra reads --experimental-rerun
             return "Overrides are typed without dashes: experiment=NAME"
         plugin = _PLUGINS.get(word)
         if plugin and not (find_spec("hydra_plugins") and find_spec(f"hydra_plugins.hydra_{plugin}")):

@@ -19,7 +19,7 @@ from src.core.terminal import answer_signals
 from src.core.text import hydra_quoted, masked
 
 T = TypeVar("T")
-# Rank 0 computes distances (seconds) and writes files (minutes) while the others wait for the next data set.
+# Rank 0 computes distances (seconds) and writes files (minutes) while the others wait for the next dataset.
 TIMEOUT = timedelta(hours=2)
 
 
@@ -197,7 +197,7 @@ class RankRequests:
         self._pending: tuple[Tensor, dist.Work] | None = None
 
     def exchange(self, requests: list[int], world_size: int) -> list[int]:
-        """Return, equal on all ranks, the largest value of each request at the previous call (one process: at this one).
+        """Return the largest value of each request over ranks, as of the previous call (with one process: of this one).
 
         0: no request. Every rank must call it, at the same points.
         """

@@ -106,7 +106,7 @@ def why_unreachable(repo_id: str) -> str:
     """Ask the hub for a repository, once, with a timeout of 5 s; return why it is unavailable, or an empty string."""
     try:
         get_hf_file_metadata(hf_hub_url(repo_id, "config.json"), timeout=5)
-    except Exception as error:  # of any of several packages
+    except Exception as error:  # several packages can raise here
         return f"{constants.ENDPOINT}: {' '.join(str(error).split())[:200] or type(error).__name__}"
     return ""
 
@@ -149,7 +149,7 @@ def _obtain(asset: Asset, mirrors: Sequence[str], force: bool, silent: set[str])
             if host in silent:
                 raise Refused("the host did not answer before")
             return _fetch(address, path, asset.digest) if path else _snapshot(asset.name, address)
-        except Exception as error:  # huggingface_hub lets errors of several packages through
+        except Exception as error:  # huggingface_hub passes on errors of several packages
             if isinstance(error, OSError) and error.errno:  # a local error, such as a full disk
                 raise
             if type(error).__module__.startswith("httpx"):

@@ -13,7 +13,7 @@ from src.core.errors import UserError
 from src.core.options import LARGEST_PX
 
 Pixels = Annotated[int, Field(ge=1, le=LARGEST_PX)]
-"""Side of an image; larger values are typing errors that would exhaust memory."""
+"""Side of an image; larger values are typos that would exhaust memory."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Write and read `metrics.csv`, which holds every number that a run logs.
 
-One number a line, so that a new name needs no new column:
+One value per line, so that a new name needs no new column:
 
     step,name,value,time
     20,train/loss,0.3456,1767323045.123

@@ -46,7 +46,7 @@ def generator(seed: int, purpose: Purpose, epoch: int = 0, position: int = 0) ->
 
 
 def generators(seed: int, purpose: Purpose, epoch: int, positions: Sequence[int]) -> Iterator[np.random.Generator]:
-    """Yield `generator` for each of `positions`. All are one object, moved along at a tenth of the cost: draw from each before
+    """Yield `generator` for each of `positions`, at a tenth of the cost. It is the same object each time: draw from it before
     asking for the next."""
     numbers = generator(seed, purpose, epoch)
     start = numbers.bit_generator.state

@@ -19,7 +19,7 @@ from src.core.text import typed
 Class = TypeVar("Class", bound=type)
 LARGEST = 65536
 Size = Annotated[int, Field(ge=1, le=LARGEST)]
-"""A width or a number of layers of a network; larger values are typing errors that would exhaust memory."""
+"""A width or a number of layers of a network; larger values are typos that would exhaust memory."""
 
 
 class Settings(BaseModel):

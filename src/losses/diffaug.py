@@ -3,7 +3,7 @@
 All randomness comes from uniforms passed in, so the same draws give the same images however a batch is split: three per
 batch switch translation, colour and cutout on, seven per sample set their parameters.
 
-Legend: B batch, H height, W width. Images are B x 3 x H x W, float in [-1, 1] (0 is mid-grey); colour may leave it.
+Legend: B batch, H height, W width. Images are B x 3 x H x W, float in [-1, 1] (0 is mid-grey); colour changes may exceed it.
 """
 
 from dataclasses import dataclass, replace

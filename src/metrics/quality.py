@@ -24,7 +24,7 @@ SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # data range 1
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Return (B,) float64 dB, 10 log10(255^2 / mean squared error over all values of an image), at most 100.
 
-    The squared error is summed in integers, so it is exact. Identical images give 100 dB. The PSNR of a data set is the
+    The squared error is summed in integers, so it is exact. Identical images give 100 dB. The PSNR of a dataset is the
     mean of these values (not the PSNR of the mean error).
     """
     _check(a, b)

@@ -28,11 +28,11 @@ Lpips = Callable[[Tensor, Tensor], Tensor]  # two batches in [-1, 1] -> (B,)
 class ReconstructionScore:
     """Scores of reconstructions: call `update` with batches, `reduce` once to combine ranks, then `compute`.
 
-    No `networks`: no Frechet distance. `batch_size`: images per forward of these. `quantization`: to 8-bit (`truncate` for
-    the official figures). `references`: by the network's `space`, moments to score against instead of the originals',
-    whose features are then not computed; may be another score's `references`, so that several reconstructions of the same
-    images share them. Memory doesn't grow with the number of images. Scores of untrained networks are called
-    `rfid_untrained` and `lpips_untrained`.
+    No `networks`: no Frechet distance. `batch_size`: images per forward pass. `quantization`: how floats become 8-bit
+    (`truncate` for the official figures). `references`: moments to score against, by the network's `space`, instead of those
+    of the originals, whose features are then not computed; pass another score's `references` to share them between several
+    reconstructions of the same images. Memory doesn't grow with the number of images. Scores of untrained networks are
+    called `rfid_untrained` and `lpips_untrained`.
     """
 
     def __init__(
