@@ -271,7 +271,7 @@ def test_state_of_the_heads_round_trips() -> None:
     ({"key_depths": [1, 11], "weights": "untrained"}, None),
     ({"key_depths": [-1, 1]}, "from 0"),
     ({"key_depths": [3, 1]}, "ascending"),
-    ({"key_depths": [1, 1]}, "none twice"),
+    ({"key_depths": [1, 1]}, "distinct"),
     ({"key_depths": []}, "key_depths"),
     ({"weights": "random"}, "weights='random': expected pretrained, untrained or tiny"),
     ({"kernel": 3}, "unknown key D.kernel"),

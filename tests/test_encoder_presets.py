@@ -65,11 +65,11 @@ def test_parameters_of_a_name(name, params):
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
-    (["model.encoder=dinov2-vitb"], r"unknown \(near: .*dinov2-vit-b.*\).*for a folder of your own"),
+    (["model.encoder=dinov2-vitb"], r"unknown \(close: .*dinov2-vit-b.*\).*for a folder of your own"),
     (["model.encoder=mae-vit-h"], "unknown"),
     (["model.encoder=clipmls-vit-L"], "unknown"),
-    (['model.encoder="dinov3-vit-b16[woreg]"'], r"dinov3 takes no \[woreg\]"),
-    (['model.encoder="dinov3-vit-b16[layers=1.2]"'], r"takes no \[layers=1.2\]"),
+    (['model.encoder="dinov3-vit-b16[woreg]"'], r"dinov3 has no flag \[woreg\]"),
+    (['model.encoder="dinov3-vit-b16[layers=1.2]"'], r"has no flag \[layers=1.2\]"),
     (["model.encoder=clip-l", "model.encoder_cls=MAEwNorm"], "is a CLIPTower, but model.encoder_cls=MAEwNorm is given"),
     (["model=rae", "model.encoder=clip-l"], "model=rae_encoder"),
 ])  # fmt: skip

@@ -312,7 +312,7 @@ def test_wrong_encoder_class_is_rejected():
 
 
 def test_model_without_a_patch_grid_is_rejected_with_the_reason(tmp_path):
-    reasons = {"swin": "fewer from stage to stage", "dinov3_convnext": "convolutional", "siglip2": "any aspect ratio"}
+    reasons = {"swin": "reduce the number of tokens", "dinov3_convnext": "convolutional", "siglip2": "any aspect ratio"}
     for model_type, reason in reasons.items():
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
         with pytest.raises(UserError, match=f"'{model_type}' model, which has no grid of patch tokens: .*{reason}"):

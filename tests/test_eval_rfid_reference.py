@@ -160,7 +160,7 @@ def test_another_exif_or_number_of_images_warns(images, score, tmp_path, caplog)
         ("--checkpoint CHECKPOINT --image_size 48", "works at 64 px"),
         ("--checkpoint CHECKPOINT --split held_out", "held nothing out"),
         ("--checkpoint none.ckpt", "Checkpoint not found"),
-        ("--checkpoint STATISTICS", "no checkpoint of this trainer"),
+        ("--checkpoint STATISTICS", "not a checkpoint of this trainer"),
     ],
 )
 def test_contradictions(images, checkpoint, tmp_path, capsys, arguments, words):

@@ -126,7 +126,7 @@ def test_existing_output_is_safe(tmp_path, capsys):
 @pytest.mark.parametrize(("content", "more", "reason"), [
     (None, "", "not found"),
     (b"no checkpoint", "", "refused|can't be read"),
-    ({"state_dict": {}}, "", "no checkpoint of this trainer"),
+    ({"state_dict": {}}, "", "not a checkpoint of this trainer"),
     (b"x", "/o", "can't be read|not found|Not a directory"),
     (None, " --push nonsense", "NAME/MODEL"),
 ])  # fmt: skip

@@ -125,7 +125,7 @@ def test_disk_must_have_room_for_all_checkpoints_that_are_kept(tmp_path, monkeyp
 )
 def test_files_that_are_no_checkpoint_are_rejected(tmp_path, content):
     torch.save(content, tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match="no checkpoint of a training run"):
+    with pytest.raises(UserError, match="not a checkpoint of a training run"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")
 
 

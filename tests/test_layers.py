@@ -43,7 +43,7 @@ def test_names_and_numbers(layers, depth, expected):
     ([1.5], 12, r"got \[1.5\]"),
     ([True], 12, r"got \[True\]"),
     (["5"], 12, r"got \['5'\]"),
-    ([3, 3], 12, "names a block twice"),
+    ([3, 3], 12, "lists a block twice"),
     ("k7", 12, "k7 needs more than the 12 blocks of this encoder. Names that fit: k1; or list"),
     ("k23", 22, "Names that fit: k1, k7;"),
     ("", 24, "expected null, k1, k7, k23, a list like"),

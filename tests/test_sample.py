@@ -204,9 +204,9 @@ def test_what_a_model_and_its_guide_must_have(checkpoint, tmp_path, capsys):
         (checkpoint, f"--guide {plain} --auto 1.5 --cfg 2", "or its guide, has model.label_dropout=0"),
         (checkpoint, f"--guide {fewer} --auto 1.5", "The guide knows 2 classes, the model 3"),
         (checkpoint, f"--guide {other} --auto 1.5", f"statistics: {'0' * 16} there"),
-        (newer, "", "with --model (ditdh_xl, dit_xl, raev2_dit_k7, ...) and give its --autoencoder"),
+        (newer, "", "with --model (ditdh_xl, dit_xl, raev2_dit_k7, ...) and its autoencoder with --autoencoder"),
         (checkpoint, f"--guide {newer} --auto 1.5", "with --guide_model (ditdh_xl, dit_xl, raev2_dit_k7, ...)."),
-        (newer, "--model rae_dino", "a model of stage 1"),
+        (newer, "--model rae_dino", "is a model of stage 1"),
     ):
         output = tmp_path / "s.npz"
         assert sample(f"--checkpoint {file} --device cpu --num_images 2 --output {output} {words}".split()) == 1
@@ -219,7 +219,7 @@ def test_what_a_model_and_its_guide_must_have(checkpoint, tmp_path, capsys):
     ("words", "message"),
     [(["--interval", "1:0"], "0 <= T_MIN"), (["--labels", "7"], "classes 0 to 2"), (["--labels", "cat"], "expected equal, random"),
      (["--guide", "no.ckpt", "--auto", "1.5"], "(from --guide)"), (["--autoencoder", "no.ckpt"], "(from --autoencoder)"), (["--autoencoder", "no"], "(from --autoencoder)"), (["--autoencoder", "{a: b: c}"], "Expected a path, or a mapping"),
-     (["--internal", "1.5"], "base output"), (["--model", "ditdh_xl"], "says itself"), (["--method", "dopri5"], "torchdiffeq"),
+     (["--internal", "1.5"], "base output"), (["--model", "ditdh_xl"], "contains the configuration"), (["--method", "dopri5"], "torchdiffeq"),
      (["--cfg", "1e38"], "Samples 0 to 1 hold NaN or infinity"), (["--labels", "9" * 30], "classes such as"), (["--cfg", "1.5", "1.50000001"], "would be written twice"), (["--interval", "0:1", "a/b:1"], "a/b:1: expected T_MIN"),
      (["--latents", "{}/z.npz"], "z.npz exists. Add --overwrite"), (["--latents", "{}/s.npz"], "s.npz would be written twice"),
      (["--overwrite", "--grid", "{}/g.png"], "g.png is a folder")],

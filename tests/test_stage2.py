@@ -59,10 +59,10 @@ def test_training_starts_from_a_transformer(stage2_run, tmp_path, caplog):
         module = DiffusionModule(**model | {"pretrained_path": str(file)})
         assert same(module.network.state_dict(), state) and same(module.ema_network.state_dict(), state)
     fresh = DiffusionModule(**model | {"num_classes": 5}).network.state_dict()
-    assert "starts anew" not in caplog.text
+    assert "label table is not loaded" not in caplog.text
     ours = DiffusionModule(**model | {"num_classes": 5, "pretrained_path": str(official)}).network.state_dict()
     table = "y_embedder.embedding_table.weight"
-    assert same(ours, {**state, table: fresh[table]}) and "other labels than model.num_classes=5" in caplog.text
+    assert same(ours, {**state, table: fresh[table]}) and "model.num_classes is not 5" in caplog.text
     torch.save({"format_version": 1, "state_dict": {3: torch.ones(1)}}, tmp_path / "odd.ckpt")
     for name, message in (("odd.ckpt", "does not fit DiTDH"), ("no.pt", "from model.pretrained_path")):
         with pytest.raises(UserError, match=message):
@@ -274,7 +274,7 @@ def test_an_image_of_no_class_counts_as_one_of_the_null_label(stage2_run):
     assert torch.equal(totals[0], totals[1]) and not torch.equal(totals[1], totals[2])
     module.network.null_label = None
     assert torch.equal(module.on_before_batch_transfer(batch, 0)["label"], batch["label"])
-    with pytest.raises(UserError, match=r"images of no class \(label -1\)"):
+    with pytest.raises(UserError, match=r"images without a class \(label -1\)"):
         module.on_before_batch_transfer(batch | {"label": torch.full_like(batch["label"], -1)}, 0)
 
 
@@ -339,7 +339,7 @@ def made(name, autoencoder, folder):
         (["model.statistics=OTHER"], "made with another encoder .*Compute its own with `python src/latent_stats.py`"),
         (["model.statistics=no.pt"], r"no.pt \(from model.statistics\)"),
         (["model.autoencoder=MOVED"], "nowhere/encoder"),
-        (["model.autoencoder=PLAIN"], r"no latent statistics.*latent_stats.py.*sample.py and training in an export"),
+        (["model.autoencoder=PLAIN"], r"no latent statistics.*latent_stats.py.*sample.py .* export both"),
     ],
 )
 def test_mistakes_are_one_message(autoencoder, tmp_path, overrides, message):
@@ -366,7 +366,7 @@ def test_released_files_with_the_name_of_a_preset(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [({"decoder": None}, "model.autoencoder is not set"), ({"encoder": "dinov2-bb"}, "encoder is dinov2-bb: give the name of a preset"),
-     ({"decoder": "EXPORT"}, "says its encoder itself: set model.autoencoder="), ({"sttistics": "s"}, "did you mean")],
+     ({"decoder": "EXPORT"}, "already sets its encoder: set model.autoencoder="), ({"sttistics": "s"}, "did you mean")],
 )  # fmt: skip
 def test_mappings_that_can_not_be_opened(autoencoder, tmp_path, words, message):
     torch.save({}, tmp_path / "model.pt")

@@ -74,7 +74,7 @@ class Evaluation:
         self.options, self.process = options, process
         if not options.models():
             raise UserError(
-                "Give one of --checkpoint (what training wrote) and --decoder (decoders of others, or exports)."
+                "Give one of --checkpoint (written by training) and --decoder (third-party decoders, or exports)."
             )
         self.models = [open_model(model) for model in options.models()]
         share_encoders(self.models)

@@ -28,7 +28,7 @@ _TINY_CHANNELS = (4, 8, 8, 16, 16)
 # Latent statistics don't depend on the decoder, so the smallest one is used.
 _SMALL_DECODER = "configs/decoder/tiny"
 
-_OTHERS = "a decoder of others is given with --decoder (and --encoder, --stats)"
+_OTHERS = "give a third-party decoder with --decoder (and --encoder, --stats)"
 
 Which = Literal["ema", "online"]
 _PREFIX = {"ema": "ema_decoder.", "online": "rae.decoder."}
@@ -82,7 +82,7 @@ class _Config(Document):
 def check_parts(content: Mapping[str, Any], file: object) -> None:
     """Raise UserError if a part that every checkpoint of this trainer has is missing or of the wrong type."""
     parts = {"encoder": dict[str, Any], "state_dict": dict[str, Any], "architecture": (dict[str, Any], None)}
-    remedy = "It was changed since training wrote it; take another one."
+    remedy = "It was modified after training wrote it; use another one."
     check_json(dict(content), file, remedy, config=_Config, global_step=int, epoch=int, **parts)
 
 
@@ -94,17 +94,17 @@ def check_resumable(content: Any, file: object) -> None:
     """Raise UserError if a file is not a checkpoint of this trainer, or lacks what a run needs to resume."""
     if not isinstance(content, dict) or not {"state_dict", "loops"} <= content.keys():
         raise UserError(
-            f"{file} is no checkpoint of a training run. Weights of others go into model.pretrained_decoder_path, not ckpt_path."
+            f"{file} is not a checkpoint of a training run. Other weights go into model.pretrained_decoder_path, not ckpt_path."
         )
     if (version := content.get("format_version")) != FORMAT_VERSION:
         raise UserError(
-            f"{file}: format_version is {version}, this program reads {FORMAT_VERSION}. It is either not a checkpoint of this "
-            "trainer (weights of others go into model.pretrained_decoder_path) or of another release."
+            f"{file}: format_version is {version}, this release reads {FORMAT_VERSION}. It is either not a checkpoint of this "
+            "trainer (other weights go into model.pretrained_decoder_path) or from another release."
         )
     parts = {"state_dict": dict[str, Any], "optimizer_states": Annotated[list[Any], Field(min_length=1)]}
     parts |= {"lr_schedulers": list[Any], "callbacks": dict[str, Any], "pytorch-lightning_version": str}
     numbers = dict.fromkeys(("epoch", "global_step", "skipped_steps"), int)
-    remedy = "It was changed since training wrote it. Resume from another one: best.ckpt, epoch_XXX.ckpt."
+    remedy = "It was modified after training wrote it. Resume from another one: best.ckpt, epoch_XXX.ckpt."
     check_json(content, file, remedy, loops=_Loops, config=_Config, **parts, **numbers)
 
 
@@ -121,7 +121,7 @@ def open_checkpoint(path: str | Path, others: str = _OTHERS) -> tuple[Path, Mapp
     content = read(file)
     if not isinstance(content, Mapping) or content.get("format_version") != FORMAT_VERSION or "config" not in content:
         raise UserError(
-            f"{file} is no checkpoint of this trainer. Expected a .ckpt from the checkpoints/ folder of a run; {others}."
+            f"{file} is not a checkpoint of this trainer. Expected a .ckpt from the checkpoints/ folder of a run; {others}."
         )
     check_parts(content, file)
     return file, content
@@ -145,7 +145,7 @@ def load_trained(
     model = content["config"]["model"]
     if "autoencoder" in model:
         raise OtherStage(
-            f"{file} is a checkpoint of stage 2, a diffusion transformer, and an autoencoder is needed here. Give the one it was "
+            f"{file} is a checkpoint of stage 2, a diffusion transformer, but an autoencoder is needed here. Give the one it was "
             f"trained on: {model['autoencoder']}."
         )
     if encoder is not None:
@@ -189,7 +189,7 @@ def existing(path: str | Path, key: str = "--checkpoint") -> Path:
         for other in near.glob(place)
     )
     beside = sorted(str(other.relative_to(near)) for other in found)
-    hint = f"That folder has {', '.join(beside)}." if beside else "Checkpoints lie in logs/runs/DATE/TIME/checkpoints."
+    hint = f"That folder has {', '.join(beside)}." if beside else "Checkpoints are in logs/runs/DATE/TIME/checkpoints."
     raise UserError(f"Checkpoint not found: {file} (from {key}). {hint}")
 
 
@@ -218,8 +218,8 @@ def check_latents(
         differing.append(f"another encoder, by {', '.join(names)}: {dict(encoder)} there, {own} here")
     if differing:
         raise UserError(
-            f"{what} is of other latents than those of the model {loaded.description['source']} ({'; '.join(differing)}). Give "
-            "the model that made them, or one with the same encoder and statistics (of a .ckpt: --stats, model.statistics)."
+            f"{what} does not fit the latents of the model {loaded.description['source']} ({'; '.join(differing)}). Give the model "
+            "that made them, or one with the same encoder and statistics (for a .ckpt: --stats, model.statistics)."
         )
 
 

@@ -78,7 +78,7 @@ def kind_of(path: str | Path, key: str) -> tuple[Kind | None, Path]:
     if config.get("format") == FOLDER_FORMAT:
         if config.get("format_version") != FOLDER_VERSION:
             raise UserError(
-                f"{place}: format_version is {config.get('format_version')}, this program reads {FOLDER_VERSION}."
+                f"{place}: format_version is {config.get('format_version')}, this release reads {FOLDER_VERSION}."
             )
         return "folder", place
     found = config.get("_class_name") or config.get("model_type") or "no config.json of either kind"
@@ -127,7 +127,7 @@ def load_decoder(decoder: ViTDecoder, path: str | Path, denormalize: bool, encod
     if differing:
         raise UserError(
             f"{file.path} holds another decoder ({'; '.join(differing)}). Set model.decoder_config_path and the "
-            "keys named here to match."
+            "keys listed here to match."
         )
     differing = identity_differences(file.encoder, encoder) if file.encoder else []
     if differing:
@@ -253,12 +253,12 @@ def _official(content: Any, file: Path) -> dict[str, Tensor]:
     """Return the state dict of a decoder with the official names, however it is wrapped; the averaged one if there are two."""
     if isinstance(content, Mapping) and {"mean", "var"} <= content.keys():
         raise UserError(
-            f"{file} holds latent statistics, not a decoder: it belongs to model.normalization_stat_path (--stats)."
+            f"{file} holds latent statistics, not a decoder: give it as model.normalization_stat_path (--stats)."
         )
     if not isinstance(content, Mapping):
         raise UserError(f"{file} holds a {type(content).__name__}; expected a state dict of a decoder.")
     while key := next((key for key in (*_STATES, *content) if _holds_decoder(content.get(key))), None):
-        log.info("%s: the weights under %r are taken.", file, key)
+        log.info("%s: using the weights under %r.", file, key)
         content = content[key]
     state = unwrapped(content)
     if any(name.startswith("decoder.decoder_layers.") for name in state):

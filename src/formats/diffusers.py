@@ -49,8 +49,8 @@ def obstacles(rae: RAE) -> list[str]:
     found = []
     if grid != GRID:
         found.append(
-            f"its grid is {grid} x {grid}; diffusers {VERSION} computes other positions than the decoder was "
-            "trained with at all but 16 x 16"
+            f"its grid is {grid} x {grid}; except at 16 x 16, diffusers {VERSION} computes other positions than the "
+            "decoder was trained with"
         )
     elif not are_fixed(rae.decoder.decoder_pos_embed):
         found.append("its positions were trained; diffusers does not store positions and would use others")
@@ -59,14 +59,14 @@ def obstacles(rae: RAE) -> list[str]:
     if not rae.decoder_denormalize:
         found.append("decoder_denormalize=false; diffusers always multiplies by the encoder's std and adds its mean")
     if encoder.layers != (encoder.depth - 1,):
-        found.append(f"its latent is taken from the blocks {list(encoder.layers)}; diffusers takes the last one alone")
+        found.append(f"its latent is taken from the blocks {list(encoder.layers)}; diffusers only uses the last one")
     if family is None:
         return [*found, f"diffusers has no {type(encoder).__name__}, only {', '.join(f.name for f in FAMILIES)}"]
     if choices := [choice for choice in encoder.other_choices if not choice.startswith("statistics")]:
-        found.append(f"its encoder is used with {', '.join(choices)}; diffusers has no such choice")
+        found.append(f"its encoder is used with {', '.join(choices)}; diffusers has no such option")
     config = encoder.model.config
     if config.model_type != family.model_type:
-        return [*found, f"its encoder is a {config.model_type}; diffusers has {family.model_type} in its place"]
+        return [*found, f"its encoder is a {config.model_type}; diffusers expects {family.model_type}"]
     if config.num_attention_heads * HEAD_WIDTH != config.hidden_size:
         found.append(
             f"its attention heads are {config.hidden_size / config.num_attention_heads:g} wide; diffusers fixes "
@@ -102,7 +102,7 @@ def write_diffusers(
     """
     if reasons := obstacles(rae):
         raise UserError(
-            "diffusers' AutoencoderRAE can't hold this model:\n"
+            "diffusers' AutoencoderRAE can't represent this model:\n"
             + "\n".join(f"  - {reason}" for reason in reasons)
             + "\nExport with --format official or --format folder."
         )
@@ -173,7 +173,7 @@ def _remarks(family: Family, published_names: bool) -> list[str]:
     if family.name == "siglip2":
         return [
             f"diffusers {VERSION} can't load SigLIP2 with transformers 5 (SiglipVisionModel lost `vision_model`). The files are "
-            "right: they load with transformers 4, or with a diffusers that has caught up."
+            "correct: load them with transformers 4, or with a newer diffusers that supports transformers 5."
         ]
     names = "transformers 4 and the hub's files" if published_names else "the installed transformers"
     other = "" if published_names else " For diffusers with transformers 4 or 5.17 export with --published_names."
@@ -231,7 +231,7 @@ def _statistics_in(folder: Path, state: Mapping[str, Tensor]) -> tuple[Tensor | 
         diffusers_layout.std_from_var(torch.ones_like(found[1]) if var is None else var),
     )
     if not torch.equal(rounded[0], found[0]) or not torch.equal(rounded[1], state["_latents_std"]):
-        log.warning("%s: %s does not belong to the weights beside it; it is ignored.", folder, STATISTICS)
+        log.warning("%s: %s does not match the weights beside it and is ignored.", folder, STATISTICS)
         return found
     return mean, var
 

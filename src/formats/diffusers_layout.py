@@ -77,7 +77,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     content = read_json(file, "A diffusers folder was expected.")
     if content.get("_class_name") != CLASS:
-        raise UserError(f"{file} is of {content.get('_class_name') or content.get('model_type')!r}; expected {CLASS}.")
+        raise UserError(f"{file} is for {content.get('_class_name') or content.get('model_type')!r}; expected {CLASS}.")
     check_json(content, file, **_SCHEMA)
     config = _DEFAULTS | {key: value for key, value in content.items() if not key.startswith("_")}
     missing, unknown = _REQUIRED - config.keys(), config.keys() - _REQUIRED - _DEFAULTS.keys()

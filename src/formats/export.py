@@ -65,7 +65,7 @@ def export(
         write_record(facts, folder)
         (folder / "README.md").write_text(model_card(loaded.rae, facts))
     if facts["untrained"]:
-        remarks = [f"UNTRAINED: {', '.join(facts['untrained'])}. The model card says so on top.", *remarks]
+        remarks = [f"UNTRAINED: {', '.join(facts['untrained'])}. The model card warns of it at the top.", *remarks]
     return remarks
 
 
@@ -87,8 +87,8 @@ def new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
         os.replace(beside, output)
     except OSError as error:
         raise UserError(
-            f"--output {output} can't be written: {error.strerror or error}. Choose a place with write permission "
-            "and room."
+            f"--output {output} can't be written: {error.strerror or error}. Choose a folder with write permission "
+            "and free space."
         ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -78,7 +78,7 @@ def write_folder(
         _write_encoder(rae, folder / ENCODER, dtype)
         return []
     place = rae.encoder.source
-    return [f"The encoder is not in this folder: it is loaded from {place}, and compared with the one of the training."]
+    return [f"The encoder is not in this folder: it is loaded from {place} and compared with the one used in training."]
 
 
 def read_folder(folder: str | Path, encoder: str | None = None) -> LoadedModel:
@@ -126,9 +126,7 @@ def _encoder_params(loaded: LoadedModel, with_encoder: bool) -> dict[str, Any]:
     left_out = ("weights", "seed") if with_encoder else ()
     params = {name: value for name, value in said.items() if name not in left_out}
     if not with_encoder and Path(encoder.source, WEIGHTS).is_file():
-        raise UserError(
-            "This model's encoder comes out of a diffusers folder and lies nowhere else: export with --with_encoder."
-        )
+        raise UserError("This model's encoder exists only inside a diffusers folder: export with --with_encoder.")
     place = None if with_encoder else encoder.source
     chosen = {"layers": list(encoder.layers), "layer_fusion": encoder.layer_fusion}
     return params | {source_key(type(encoder).__name__): place, **chosen}
@@ -146,5 +144,5 @@ def _was_rounded(inside: Path) -> bool:
     dtype = read_json(inside / "config.json").get("dtype")
     if dtype in (None, "float32") and all(v.dtype == torch.float32 for v in read(inside / FOLDER_WEIGHTS).values()):
         return False
-    log.info("%s: the encoder is stored in half precision; it is not compared with the one of the training.", inside)
+    log.info("%s: the encoder is stored in half precision; it is not compared with the one used in training.", inside)
     return True

@@ -28,7 +28,7 @@ def open_model(options: ModelOptions) -> LoadedModel:
     """
     if (options.checkpoint is None) == (options.decoder is None):
         raise UserError(
-            "Give one of --checkpoint (what training wrote) and --decoder (a decoder of others, or an export)."
+            "Give one of --checkpoint (written by training) and --decoder (a third-party decoder, or an export)."
         )
     loaded = _from_checkpoint(options) if options.checkpoint is not None else _from_decoder(options)
     rae = loaded.rae
@@ -51,7 +51,7 @@ def _refuse(options: ModelOptions, names: Sequence[str], reason: str) -> None:
 
 def _from_checkpoint(options: ModelOptions) -> LoadedModel:
     assert options.checkpoint is not None
-    reason = "a checkpoint says that itself. Drop it; --encoder may say where the encoder lies."
+    reason = "the checkpoint sets this already. Drop it; only --encoder may be given, for another path of the encoder."
     _refuse(options, ("encoder_cls", "encoder_layers"), reason)
     return load_trained(options.checkpoint, options.weights, encoder=options.encoder)
 
@@ -61,7 +61,7 @@ def _from_decoder(options: ModelOptions) -> LoadedModel:
     kind, place = kind_of(options.decoder, "--decoder")
     if kind is not None:
         said = ("encoder_cls", "encoder_layers", *(("encoder",) if kind == "diffusers" else ()))
-        _refuse(options, said, f"the folder {place} says that itself. Drop it.")
+        _refuse(options, said, f"the folder {place} sets this already. Drop it.")
         return read_diffusers(place) if kind == "diffusers" else read_folder(place, options.encoder)
     rae = RAE(
         **_encoder(options),
@@ -86,8 +86,8 @@ def _encoder(options: ModelOptions) -> dict[str, Any]:
         return expand_encoder({"encoder": options.encoder or "", **node})
     except UserError as error:
         raise UserError(
-            f"A decoder file needs its encoder, and --encoder is {options.encoder}: give the name of a preset (--encoder "
-            "dinov2-b; docs/encoders.md), or class and place (--encoder_cls Dinov2withNorm --encoder "
+            f"A decoder file needs its encoder, but --encoder is {options.encoder}: give the name of a preset (--encoder "
+            "dinov2-b; docs/encoders.md), or a class and a folder or hub id (--encoder_cls Dinov2withNorm --encoder "
             "facebook/dinov2-with-registers-base)."
         ) from error
 
@@ -123,8 +123,8 @@ def open_autoencoder(
     if not rae.has_statistics:
         raise UserError(
             f"The autoencoder {where} has no latent statistics. Make them with `python src/latent_stats.py --checkpoint CKPT "
-            "--data_dir IMAGES --output stats.pt`. Training takes them by model.statistics=stats.pt, sample.py and training in an "
-            "export: `python src/export.py --checkpoint CKPT --stats stats.pt --format folder --output FOLDER`."
+            "--data_dir IMAGES --output stats.pt`. For training set model.statistics=stats.pt; for sample.py (and training too) "
+            "export both: `python src/export.py --checkpoint CKPT --stats stats.pt --format folder --output FOLDER`."
         )
     return loaded
 
@@ -153,6 +153,6 @@ def _options_of(where: str | Mapping[str, Any] | None) -> tuple[dict[str, Any], 
         )
     if decoder.endswith(".ckpt") or kind_of(decoder, "model.autoencoder.decoder")[0]:
         raise UserError(
-            f"model.autoencoder.decoder={decoder} says its encoder itself: set model.autoencoder={decoder} instead of a mapping."
+            f"model.autoencoder.decoder={decoder} already sets its encoder: set model.autoencoder={decoder} instead of a mapping."
         )
     return options, stats

@@ -94,25 +94,25 @@ def open_generator(
     ours = isinstance(content, Mapping) and content.get("format_version") == FORMAT_VERSION
     said = content if ours else _record(file)
     if ours and "autoencoder" not in (stored(content, "config.model") or {}):
-        raise UserError(f"{file} is a checkpoint of stage 1, an autoencoder. Sampling needs one of stage 2.")
+        raise UserError(f"{file} is a checkpoint of stage 1, an autoencoder. A checkpoint of stage 2 is needed.")
     if said:
-        sizes, remedy = dict[str, Any], "It was changed since it was written; take another one."
+        sizes, remedy = dict[str, Any], "It was modified after it was written; use another one."
         check_json(
             dict(said), file, remedy, config=_Config, global_step=int, encoder=sizes, statistics=sizes, architecture=sizes,
             **({"state_dict": sizes} if ours else {}),
         )  # fmt: skip
         require_same_step(said["global_step"], file)
     if said and model is not None:
-        raise UserError(f"--model {model}: {file} says itself which model it is. Drop the option.")
+        raise UserError(f"--model {model}: {file} contains the configuration of its model. Drop the option.")
     if not said and model is None:
         raise UserError(
-            f"{file} is no checkpoint of this trainer: say which model it is with --model (ditdh_xl, dit_xl, raev2_dit_k7, "
-            f"...){' and give its --autoencoder' * (loaded is None)}."
+            f"{file} is not a checkpoint of this trainer: give its model with --model (ditdh_xl, dit_xl, raev2_dit_k7, "
+            f"...){' and its autoencoder with --autoencoder' * (loaded is None)}."
         )
     config = said["config"]["model"] if said else compose([f"experiment={model}"])["model"]
     if "autoencoder" not in config:
         raise UserError(
-            f"--model {model}: a model of stage 1. Give that of a transformer: ditdh_xl, dit_xl, raev2_dit_k7, ..."
+            f"--model {model} is a model of stage 1. Give a diffusion transformer: ditdh_xl, dit_xl, raev2_dit_k7, ..."
         )
     if loaded is None:
         where, given = config["autoencoder"], _mapping_or_path(autoencoder)
@@ -155,9 +155,7 @@ def load_pretrained(network: LatentTransformer, path: str) -> None:
     state, own = averaged_weights(read(file), file), network.label_table
     (name,) = (name for name, parameter in network.named_parameters() if parameter is own)
     if isinstance(table := state.get(name), Tensor) and table.shape[:1] != own.shape[:1]:
-        log.warning(
-            "%s: other labels than model.num_classes=%d asks for; their table starts anew.", file, network.num_classes
-        )
+        log.warning("%s: its model.num_classes is not %d; its label table is not loaded.", file, network.num_classes)
         state[name] = own.detach()
     load_strict(network, state, file)
 
@@ -174,7 +172,7 @@ def averaged_weights(content: Any, file: object) -> dict[str, Tensor]:
     elif isinstance(content.get("model"), Mapping):
         raise UserError(
             f"{file} has `model` and no `ema`: these are the optimiser's weights, and only averaged ones are comparable with "
-            "published scores. Give a checkpoint with `ema`, or save its `model` alone as a state dict to use it all the same."
+            "published scores. Give a checkpoint with `ema`, or save its `model` alone as a state dict to use it anyway."
         )
     return unwrapped(content)
 
@@ -204,7 +202,7 @@ def export_official(checkpoint: str | Path, output: Path, dtype: torch.dtype, ov
         (folder / "README.md").write_text(
             f"# Diffusion transformer on RAE latents\n\n{random}`{name}`: averaged weights after {content['global_step']:,} "
             f"updates, {config['model']['network']['name']} with {size}, on latents of {' x '.join(map(str, shape))} of "
-            f"`{content['encoder'].get('source')}`. `{RECORD}` has the whole configuration. Sampling:\n\n"
+            f"`{content['encoder'].get('source')}`. `{RECORD}` has the full configuration. Sampling:\n\n"
             f"```bash\npython src/sample.py --checkpoint {name} --autoencoder AUTOENCODER --output samples.npz\n```\n"
         )
 

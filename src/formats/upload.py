@@ -21,11 +21,11 @@ def push(folder: Path, repo_id: str, private: bool) -> str:
     except (OSError, ValueError) as error:  # the hub's own, no connection, no token
         raise UserError(
             f"--push {repo_id}: {str(error).splitlines()[0]}. The export itself is in {folder}; push again once that is fixed. "
-            "It takes a token with write permission: `hf auth login`, or HF_TOKEN."
+            "Pushing needs a token with write permission: `hf auth login`, or HF_TOKEN."
         ) from error
     return repo_id
 
 
 def check_repo_id(repo_id: str) -> None:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
-        raise UserError(f"--push {repo_id}: expected NAME/MODEL, your account or organisation and the repository.")
+        raise UserError(f"--push {repo_id}: expected NAME/MODEL: your account or organisation, and the repository.")

@@ -74,7 +74,10 @@ class DecoderConfig(Settings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.decoder_hidden_size % self.decoder_num_attention_heads:
-            raise ValueError(f"decoder_hidden_size={self.decoder_hidden_size} must be a multiple of the heads.")
+            raise ValueError(
+                f"decoder_hidden_size={self.decoder_hidden_size} must be a multiple of "
+                f"decoder_num_attention_heads={self.decoder_num_attention_heads}."
+            )
         return self
 
 
@@ -209,7 +212,7 @@ def fit_positions(positions: Tensor, grid: int, source: str) -> Tensor:
         return positions
     sizes = f"positions of a {before} x {before} grid", f"{grid} x {grid}"
     if are_fixed(positions):
-        log.info("%s: %s, computed anew for %s (fixed sin-cos).", source, *sizes)
+        log.info("%s: %s, recomputed for %s (fixed sin-cos).", source, *sizes)
         return sincos_positions(positions.shape[2], grid)[None]
     log.warning("%s: TRAINED %s, resampled bicubically to %s; the cls row is kept.", source, *sizes)
     patches = positions[:, 1:].float().transpose(1, 2).unflatten(2, (before, before))  # 1 D g g

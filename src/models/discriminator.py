@@ -60,7 +60,7 @@ class DiscriminatorSettings(Settings):
             raise ValueError(f"ks={self.ks}: expected an odd number up to {2 * sizes.tokens + 1}.")
         if depths != sorted(set(depths)) or not 0 <= depths[0] <= depths[-1] < sizes.depth:
             raise ValueError(
-                f"key_depths={depths}: expected block numbers in ascending order, none twice, from 0 to {sizes.depth - 1}."
+                f"key_depths={depths}: expected distinct block numbers in ascending order, from 0 to {sizes.depth - 1}."
             )
         return self
 

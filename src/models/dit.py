@@ -88,8 +88,8 @@ class LatentTransformer(nn.Module):
             return torch.where(labels < 0, self.null_label, labels)
         if (labels < 0).any():
             raise UserError(
-                "The data has images of no class (label -1), and a model of model.label_dropout=0 has no null label for them. "
-                "Leave them out, or train with a label_dropout above 0."
+                "The data has images without a class (label -1), but a model with model.label_dropout=0 has no null label for "
+                "them. Remove them, or train with a label_dropout above 0."
             )
         return labels
 

@@ -35,7 +35,7 @@ def check_folder(folder: Path) -> None:
     """Raise UserError if config, preprocessor or weights in `folder` are damaged, of another format or incomplete."""
     if (folder / "adapter_config.json").is_file():
         raise UserError(
-            f"{folder} holds a PEFT adapter, which names another model. Merge it and save the whole encoder."
+            f"{folder} holds a PEFT adapter instead of a full model. Merge it into its base model and save the result."
         )
     names = ["config.json", "preprocessor_config.json", "model.safetensors.index.json"]
     found = [folder / name for name in names if (folder / name).is_file()]
@@ -46,7 +46,7 @@ def check_folder(folder: Path) -> None:
     if index in found:
         shards = set(read_json(index, _REMEDY, weight_map=dict[str, str])["weight_map"].values())
         if missing := sorted(name for name in shards if not (folder / name).is_file()):
-            raise UserError(f"{folder} lacks {', '.join(missing)}, which {index.name} names. {_REMEDY}.")
+            raise UserError(f"{folder} lacks {', '.join(missing)}, listed in {index.name}. {_REMEDY}.")
 
 
 def read_statistics(place: str, default: PixelStatistics) -> PixelStatistics:
@@ -71,7 +71,7 @@ def read_statistics(place: str, default: PixelStatistics) -> PixelStatistics:
             "preprocessor_config.json."
         ) from error
     if not file:
-        log.info("%s has no preprocessor_config.json: mean and std are those of its family.", place)
+        log.info("%s has no preprocessor_config.json: using the mean and std of its family.", place)
         return default
     said = read_json(file, _REMEDY)
     if said.get("do_normalize") is False:

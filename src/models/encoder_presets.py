@@ -205,8 +205,8 @@ def find_preset(name: str) -> Preset:
         return preset
     near = difflib.get_close_matches(name, [*PRESETS, *raev2_names()], n=4)
     raise UserError(
-        f"model.encoder={name!r} is unknown{' (near: ' + ', '.join(near) + ')' if near else ''}. docs/encoders.md and "
-        "`python scripts/download_weights.py --list` have the names; for a folder of your own set model.encoder_cls, "
+        f"model.encoder={name!r} is unknown{' (close: ' + ', '.join(near) + ')' if near else ''}. docs/encoders.md and "
+        "`python scripts/download_weights.py --list` list the names; for a folder of your own set model.encoder_cls, "
         "model.encoder_config_path and model.encoder_params instead."
     )
 
@@ -228,7 +228,7 @@ def expand_encoder(config: Mapping[str, Any]) -> dict[str, Any]:
     if expanded.get("encoder_cls") not in (None, preset.encoder_cls):
         raise UserError(
             f"model.encoder={name} is a {preset.encoder_cls}, but model.encoder_cls={expanded['encoder_cls']} is given too. "
-            "Take the model config that leaves it open (model=rae_encoder), or drop model.encoder."
+            "Use the model config that leaves it unset (model=rae_encoder), or drop model.encoder."
         )
     place = expanded.get("encoder_config_path") or preset.hub_id
     given = {k: v for k, v in (expanded.get("encoder_params") or {}).items() if v is not None}
@@ -281,7 +281,7 @@ def _raev2(name: str, family: str, mls: str | None, size: str, brackets: str | N
         elif mls and (layers := re.fullmatch(r"layers=(\d+(?:\.\d+)*)", flag)):
             params["layers"] = [int(number) for number in layers[1].split(".")]
         elif not (flag == "woreg" and family == "dinov2"):
-            raise UserError(f"model.encoder={name!r}: {family}{mls or ''} takes no [{flag}].")
+            raise UserError(f"model.encoder={name!r}: {family}{mls or ''} has no flag [{flag}].")
     return replace(PRESETS[own], name=name, params=params)
 
 

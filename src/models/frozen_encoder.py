@@ -31,7 +31,7 @@ VOLATILE_KEYS = {"_name_or_path", "architectures", "dtype", "torch_dtype", "tran
 """Config keys that change when the same weights are saved again or read by another version of transformers."""
 Norm = Literal["plain", "affine", "none"]
 NO_GRID = {
-    **dict.fromkeys(("swin", "swinv2", "hiera", "pvt", "pvt_v2", "segformer"), "its tokens get fewer from stage to stage"),
+    **dict.fromkeys(("swin", "swinv2", "hiera", "pvt", "pvt_v2", "segformer"), "its stages reduce the number of tokens"),
     **dict.fromkeys(("convnext", "convnextv2", "dinov3_convnext", "resnet", "regnet"), "it is a convolutional network"),
     **dict.fromkeys(("siglip2", "siglip2_vision_model"), "it takes flattened patches of any aspect ratio (NaFlex)"),
 }  # fmt: skip
@@ -257,7 +257,7 @@ class FrozenEncoder(Frozen):
         if given in NO_GRID:
             raise UserError(f"{source} holds a {given!r} model, which has no grid of patch tokens: {NO_GRID[given]}.")
         raise UserError(
-            f"{source} holds a {given!r} model, but encoder_cls={cls.__name__} wants {' or '.join(map(repr, cls.models))}. "
+            f"{source} holds a {given!r} model, but encoder_cls={cls.__name__} expects {' or '.join(map(repr, cls.models))}. "
             "Set model.encoder_cls to the class of that family."
         )
 
@@ -338,8 +338,8 @@ def check_source(kind: str, source: str) -> None:
         check_folder(place)
     elif re.match(r"[/.~]|[A-Za-z]:|.*\\|.*/.*/", source):  # no hub id matches: those have a single slash
         raise UserError(
-            f"{kind}: there is no folder {source}. model.encoder_params says where the encoder lies: a folder "
-            "written by save_pretrained, or a hub id like facebook/dinov2-with-registers-base."
+            f"{kind}: there is no folder {source}. In model.encoder_params give a folder written by save_pretrained, or a hub "
+            "id like facebook/dinov2-with-registers-base."
         )
     elif re.fullmatch(HUB_ID, source) and not try_to_load_from_cache(source, "config.json"):
         reason = why_unreachable(source)

@@ -47,7 +47,7 @@ def parse_layers(layers: LayerChoice, depth: int, key: str = "model.encoder_para
     if bad := [n for n in chosen if not isinstance(n, int) or isinstance(n, bool) or not 0 <= n < depth]:
         raise UserError(f"{key}={layers}: this encoder has {depth} blocks, numbered 0 to {depth - 1}; got {bad}.")
     if len(set(chosen)) != len(chosen):
-        raise UserError(f"{key}={layers} names a block twice.")
+        raise UserError(f"{key}={layers} lists a block twice.")
     return tuple(sorted(chosen))
 
 

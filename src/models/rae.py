@@ -209,7 +209,7 @@ def check_images(images: Tensor, size: int) -> None:
     if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # NaN too
         raise ValueError(
             f"expected float images in [0, 1], got values from {low:.4g} to {high:.4g}. Divide 0..255 by 255, turn [-1, 1] "
-            "into (x + 1) / 2; check=False takes them as they are"
+            "into (x + 1) / 2; check=False accepts them unchanged"
         )
 
 
@@ -228,7 +228,7 @@ def geometry_of(
     patch = known.pop() if len(known) == 1 else kind.read_config(source).patch_size
     if image_size is None:
         if encoder_input_size is None:
-            raise UserError("Neither image_size nor encoder_input_size is given: one of them has to set the size.")
+            raise UserError("Neither image_size nor encoder_input_size is given: set one of them.")
         if encoder_input_size % patch:
             below = encoder_input_size // patch * patch
             raise UserError(

@@ -43,15 +43,15 @@ class TimmViT(FrozenEncoder):
                 model = timm.create_model(architecture, **arguments)
         except Exception as error:
             raise UserError(
-                f"{source}: timm can't build {architecture!r} for images of any size: {error}. TimmViT takes plain ViTs "
+                f"{source}: timm can't build {architecture!r} for images of any size: {error}. TimmViT supports plain ViTs "
                 "(timm's VisionTransformer and Eva classes)."
             ) from error
         stages = list(model.feature_info)
         if len({(stage["reduction"], stage["num_chs"]) for stage in stages}) != 1:
             grids = sorted({stage["reduction"] for stage in stages})
             raise UserError(
-                f"{source}: {architecture!r} has no grid of patch tokens that stays the same from block to block: its "
-                f"stages reduce the image {', '.join(map(str, grids))} times."
+                f"{source}: {architecture!r} does not keep the same grid of patch tokens in all blocks: its stages reduce "
+                f"the image by factors of {', '.join(map(str, grids))}."
             )
         return SimpleNamespace(
             architecture=architecture,
@@ -123,7 +123,7 @@ class TimmViT(FrozenEncoder):
         except Exception as error:
             raise UserError(
                 f"{cls.__name__} can't read {source!r}: {error}. Expected a hub id like "
-                "timm/vit_pe_core_large_patch14_336.fb, a folder that timm's save_for_hf wrote, or a name of timm's."
+                "timm/vit_pe_core_large_patch14_336.fb, a folder written by timm's save_for_hf, or a model name of timm."
             ) from error
 
 
