@@ -1,12 +1,12 @@
-"""Turn images, Parquet or tar files into a Hugging Face dataset on disk, or make the small one that the tests use.
+"""Convert images, Parquet or tar files to a Hugging Face dataset on disk, or create the small one that the tests use.
 
     python scripts/create_hf_test_data.py --input_dir IMAGES --output_dir DATASET
-    python scripts/create_hf_test_data.py                 makes data/test_hf (20 pictures)
+    python scripts/create_hf_test_data.py                 creates data/test_hf (20 images)
 
-IMAGES has one folder per class, or `train` and `val` folders with such classes below; or it holds Parquet files as the
-Hugging Face hub has them, or tar files. Relative paths are those of the working directory. The bytes of the images are
-copied. Files that are no whole images are left out, listed at the end and in DATASET/conversion_report.json. A run that
-was interrupted goes on where it stopped when the same command is given again.
+IMAGES has one folder per class, or `train` and `val` folders that have one folder per class; or it contains Parquet files
+from the Hugging Face hub, or tar files. Relative paths start at the working directory. The bytes of the images are copied.
+Files that are not intact images are left out, and listed at the end and in DATASET/conversion_report.json. To resume an
+interrupted conversion, run the same command again.
 """
 
 import os
@@ -26,7 +26,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is converted, and how."""
+    """Options of the conversion."""
 
     input_dir: Path | None = option("folder of images, Parquet or tar files", "DIR")
     output_dir: Path | None = option("where the dataset goes", "DIR")
@@ -61,7 +61,7 @@ def main() -> int:
 
 
 def make_own(with_dummy: bool, overwrite: bool) -> int:
-    """Make the project's own small data sets."""
+    """Create the project's own small data sets."""
     import shutil
 
     from src.core import files
@@ -82,7 +82,7 @@ def make_own(with_dummy: bool, overwrite: bool) -> int:
 
 
 def convert(options: Options) -> int:
-    """Convert, and print what became of the files."""
+    """Convert, and print a summary."""
     from src.core.errors import worded
     from src.core.files import expanded
     from src.data.convert import REPORT

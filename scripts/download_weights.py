@@ -1,12 +1,12 @@
 """Download what an experiment needs: encoders, discriminator trunk, VGG16 and LPIPS weights, Inception, decoders.
 
     python scripts/download_weights.py --experiment rae_dino      everything that experiment loads
-    python scripts/download_weights.py vgg16 lpips clip-l         things by name, encoders by preset or hub id
-    python scripts/download_weights.py --list                     present or not, where each belongs, from where; all presets
-    python scripts/download_weights.py --check                    compare the present ones with their hashes
+    python scripts/download_weights.py vgg16 lpips clip-l         files by name, encoders by preset or hub id
+    python scripts/download_weights.py --list                     status, path and sources of each file; all presets
+    python scripts/download_weights.py --check                    compare present files with their hashes
 
-Environment: HTTPS_PROXY / HTTP_PROXY / NO_PROXY, HF_ENDPOINT (hub mirror), HF_TOKEN (gated encoders), HF_HOME (where
-encoders go), HF_HUB_OFFLINE.
+Environment: HTTPS_PROXY / HTTP_PROXY / NO_PROXY, HF_ENDPOINT (hub mirror), HF_TOKEN (gated encoders), HF_HOME (cache of
+encoders), HF_HUB_OFFLINE.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from src.core.text import quoted
 from src.models.encoder_presets import hub_assets, with_places
 
 USUAL = ("dinov2-b", "siglip-so400m", "siglip2-b", "mae-b", "dinov3-b", "dinov3-l")
-"""Encoders of the experiments."""
+"""Encoders that the experiments use."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return exit status 0 where everything asked for is there and right, 1 otherwise."""
+    """Return exit status 0, or 1 if a download failed or --check found a wrong hash."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="exit codes: 0 all there and right; 1 something is missing or wrong; 2 wrong options; 130 interrupted",
@@ -74,7 +74,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _wanted(args: argparse.Namespace) -> list[Asset]:
-    """Return what the command line asks for, each thing once."""
+    """Return the assets that the command line asks for, without duplicates."""
     overrides = [name for name in args.names if "=" in name]
     encoders = hub_assets()
     assets = [by_name(name, encoders) for name in args.names if "=" not in name]
@@ -95,7 +95,7 @@ def _wanted(args: argparse.Namespace) -> list[Asset]:
                 "it, or the name of a released one (such as decoder-dinov2) to get it"
             )
         wanted += requirements(config, resolve(config["paths"]["weights_dir"]), ROOT)
-    known = {asset.name: asset for asset in encoders.values()}  # what a configuration names by its id
+    known = {asset.name: asset for asset in encoders.values()}  # a config names these by hub id
     return list(dict.fromkeys(known.get(asset.name, asset) for asset in wanted))
 
 
@@ -115,7 +115,7 @@ def _describe(asset: Asset, mirrors: Sequence[str]) -> None:
 
 
 def _check(wanted: Sequence[Asset]) -> int:
-    """Compare what is present with its hashes; missing things are named and are no mismatch."""
+    """Compare present files with their hashes. Missing files are listed, but are not an error."""
     wrong = 0
     for asset in wanted:
         here = present(asset)

@@ -1,10 +1,10 @@
-"""Run both stages without a GPU, data or downloads: a tiny autoencoder, its latents, a diffusion transformer, samples by class.
+"""Run both stages without a GPU, data or downloads: tiny autoencoder, its latents, diffusion transformer, samples by class.
 
     python scripts/dummy_stage2.py                 (or `make dummy2`)
 
-Takes the autoencoder of an earlier call where there is one. Ends with the Frechet distance of decoded noise (which is what
-an untrained transformer samples) and of samples, how many samples show their class, and a picture. All networks that judge
-or encode are untrained: the figures show that the pipeline works, not its quality.
+Reuses the autoencoder of an earlier call if there is one. At the end it prints the Frechet distances of decoded noise (what
+an untrained transformer samples) and of the samples, the share of samples that show their class, and the path of a sample
+sheet. The encoder and the evaluation networks are untrained: the numbers show that the pipeline works, not its quality.
 """
 
 import argparse
@@ -29,7 +29,7 @@ IMAGES = 192
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return 0 where all of it ran."""
+    """Return 0 if everything ran."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(folder: Path, epochs: int | None) -> int:
     autoencoder, statistics = folder / "autoencoder/checkpoints/last.ckpt", folder / "stats.pt"
-    if not _finished(autoencoder.parents[1]):  # one that was stopped goes on
+    if not _finished(autoencoder.parents[1]):  # resume it if it was interrupted
         go_on = [f"ckpt_path={quoted(autoencoder)}"] if autoencoder.is_file() else []
         statistics.unlink(missing_ok=True)
         quick = [
@@ -77,21 +77,21 @@ def _run(folder: Path, epochs: int | None) -> int:
 def _finished(run: Path) -> bool:
     try:
         return read_json(run / "run.json").get("status") == "finished"
-    except UserError:  # none was begun
+    except UserError:  # not started yet
         return False
 
 
 def _program(name: str, *words: object) -> None:
     program = subprocess.Popen([sys.executable, f"src/{name}", *map(str, words)], cwd=PROJECT_ROOT)
     while program.returncode is None:
-        with suppress(KeyboardInterrupt):  # the program gets it, too: it saves and ends
+        with suppress(KeyboardInterrupt):  # the script gets it too: it saves and exits
             program.wait()
     if program.returncode:
         sys.exit(program.returncode)
 
 
 def _judge(checkpoint: Path, samples: Path) -> tuple[float, float, float]:
-    """Return the distances of decoded noise and of the samples to the data, and the share of samples of the right class."""
+    """Return the Frechet distances of decoded noise and samples to the data, and the share of samples of the right class."""
     import numpy as np
     import torch
 

@@ -1,12 +1,12 @@
-"""Damage files of every kind that the programs read, and see each read as whole, left out, or refused in one message.
+"""Damage files of every kind that the project reads, and check that each is read, left out, or refused with one message.
 
     python scripts/fuzz.py --minutes 10                       (kinds: images arrow tar npz decoder checkpoint latents json)
     python scripts/fuzz.py --minutes 1 --kinds npz tar --seed 7
 
-An input is a whole file with a few bytes flipped, cut, repeated, or numbers in it made huge; of checkpoints and JSON also a
-whole file with an odd value somewhere. Inputs are read in forked children with 2 GiB of memory beyond what the program has
-and 20 s an input. Prints inputs and outcomes by kind; what crashes, hangs or raises anything else is kept in --output, and the
-exit status is 1 then.
+An input is a valid file in which some bytes are flipped, cut, repeated or overwritten by huge numbers; in checkpoints and
+JSON, a value can also be replaced by an odd one. Inputs are read in forked children with 2 GiB of extra memory and 20 s per
+input. Prints the number of inputs and outcomes by kind. Exit status 1 if any input crashes, hangs or raises another error;
+such inputs are kept in --output.
 """
 
 import argparse
@@ -36,7 +36,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project root inste
 from src.core.options import above_zero
 
 MEMORY = 2 << 30
-"""Bytes of address space that an input may take."""
+"""Bytes of address space that a child may use beyond its size at the start."""
 LIMIT_S = 20
 BATCH = 200
 ODD: list[Any] = [None, "text", "", 5, -1, 1e400, 10**30, True, [], [None], {}, {"a": []}, b"bytes"]
@@ -44,8 +44,8 @@ ODD: list[Any] = [None, "text", "", 5, -1, 1e400, 10**30, True, [], [None], {}, 
 
 @dataclass(frozen=True)
 class Kind:
-    """make(folder): write whole files and return those to damage. use(folder): what the programs do with them. structure(file,
-    random): put an odd value into a file that stays readable; None: bytes only."""
+    """make(folder): write valid files and return those to damage. use(folder): read them as the project does.
+    structure(file, random): put an odd value into a file that stays parseable; None: damage bytes only."""
 
     make: Callable[[Path], list[Path]]
     use: Callable[[Path], None]
@@ -56,7 +56,7 @@ class Kind:
 
 
 def damage(data: bytes, draw: random.Random) -> bytes:
-    """Return the bytes of a file with one to four things wrong."""
+    """Return the bytes of a file after one to four random changes."""
     changed = bytearray(data)
     for _ in range(draw.randint(1, 4)):
         at, length = draw.randrange(len(changed) or 1), draw.choice((1, 2, 4, 8, 64))
@@ -80,7 +80,7 @@ def damage(data: bytes, draw: random.Random) -> bytes:
 
 
 def odd_value(content: Any, draw: random.Random) -> Any:
-    """Return nested plain containers with one value, at any depth, left out or replaced by an odd one."""
+    """Return nested plain containers with one value, at any depth, removed or replaced by an odd one."""
     content = copy.copy(content)
     inner = [key for key in content if isinstance(content[key], dict)] if isinstance(content, dict) else []
     if inner and draw.random() < 0.6:
@@ -282,7 +282,7 @@ KINDS = {
 
 
 def try_inputs(kind: Kind, whole: Path, folder: Path, targets: list[Path], seeds: range, results: Any) -> None:
-    """Read damaged inputs one after the other, in a child; (seed, outcome) goes to `results` before and after each."""
+    """Read damaged inputs one by one, in a child; send (seed, outcome) to `results` before and after each."""
     import torch
 
     from src.core.errors import UserError
@@ -290,8 +290,8 @@ def try_inputs(kind: Kind, whole: Path, folder: Path, targets: list[Path], seeds
 
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what readers warn of
-    torch.set_num_threads(1)  # OpenMP of a forked child waits for ever for the threads of its parent
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hide the warnings of readers
+    torch.set_num_threads(1)  # OpenMP in a forked child waits forever for its parent's threads
     for seed in seeds:
         draw = random.Random(seed)
         shutil.rmtree(folder, ignore_errors=True)
@@ -316,7 +316,7 @@ def try_inputs(kind: Kind, whole: Path, folder: Path, targets: list[Path], seeds
 
 
 def fuzz(name: str, seconds: float, first: int, output: Path) -> Counter[str]:
-    """Try inputs of a kind for some seconds. Return how many had which outcome; the bad ones are kept below `output`."""
+    """Try inputs of a kind for some seconds. Return the number of inputs by outcome; keep the bad ones below `output`."""
     kind, counts = KINDS[name], Counter[str]()
     with tempfile.TemporaryDirectory() as place:
         whole, folder = Path(place) / "whole", Path(place) / "damaged"
@@ -348,7 +348,7 @@ def fuzz(name: str, seconds: float, first: int, output: Path) -> Counter[str]:
                 child.kill()
             except (EOFError, pickle.UnpicklingError):
                 child.join()
-                if child.exitcode and latest >= first:  # it ended in the middle of an input
+                if child.exitcode and latest >= first:  # it died while reading an input
                     outcome = "hung" if child.exitcode == -signal.SIGALRM else f"died with {child.exitcode}"
                     counts[outcome] += 1
                     _keep(output / f"{name}-{latest}", folder, outcome)
@@ -363,7 +363,7 @@ def _keep(place: Path, folder: Path, text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return 0 where every input was read or refused."""
+    """Return 0 if every input was read or refused."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=above_zero, default=10, help="for all kinds together")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="default: all")

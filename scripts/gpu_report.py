@@ -1,16 +1,16 @@
-"""Measure on one NVIDIA GPU what there is to measure, in ten minutes and without supervision.
+"""Run all GPU measurements of the project on one NVIDIA GPU, unattended, in ten minutes.
 
-    python scripts/gpu_report.py                                   make gpu
-    python scripts/gpu_report.py --rae ../RAE --raev2 ../RAEv2     with the others' own code, from checkouts
-    python scripts/gpu_report.py --only b,c                        these parts, again
+    python scripts/gpu_report.py                                   same as `make gpu`
+    python scripts/gpu_report.py --rae ../RAE --raev2 ../RAEv2     also the official code and RAEv2, from checkouts
+    python scripts/gpu_report.py --only b,c                        only these parts, even if they are done
     python scripts/gpu_report.py --dry                             no GPU: the same code at tiny size, into a temporary folder
 
-It needs no network, data or weights: networks have their real size and are untrained. Each part is a process with a share
-of the time; what one leaves goes to the next. Parts d to g measure no speed and run at the same time. Results are in
-benchmarks/results/gpu_NAME.json as soon as they are there, and a later call adds the parts that are missing. README's table is
-made of it: python docs/benchmark_table.py --write.
+Needs no internet, data or weights: networks have their real size and are untrained. Each part is a process with a share of
+the time; unused time goes to the next part. Parts d to g measure no speed and run concurrently. Each result is written to
+benchmarks/results/gpu_NAME.json as soon as it is available, and a later call adds the missing parts. To update the table in
+README from that file: python docs/benchmark_table.py --write.
 
-Exit codes: 0 all parts are there, 1 some are not, 2 no GPU or wrong options.
+Exit codes: 0 all parts done, 1 some are not, 2 no GPU or wrong options.
 """
 
 import argparse
@@ -38,11 +38,11 @@ from src.core.options import above_zero
 from src.core.run_names import git_state
 
 RESERVE_S = 30
-"""Of the given minutes, kept for starts and ends."""
+"""Seconds of --minutes that are reserved for starting and ending processes."""
 
 
 class Part(NamedTuple):
-    """Name of its function in `benchmarks/gpu_parts.py`, share of the time against the other parts', what only it imports."""
+    """Function name in `benchmarks/gpu_parts.py`, share of the time relative to other parts, extra modules that it imports."""
 
     name: str
     share: float
@@ -62,7 +62,7 @@ PARTS = {
     "j": Part("switches", 25),
 }
 TOGETHER = "defg"
-"""Parts that measure no speed: they run at the same time, and each has the whole share."""
+"""Parts that measure no speed: they run concurrently, and each gets the whole share."""
 NEEDED = {"torch", "pytorch_lightning", "transformers", "pydantic", "safetensors", "numpy", "PIL", "yaml", "simplejpeg"}
 PACKAGES = {"hydra": "hydra-core", "pytorch_lightning": "pytorch-lightning", "PIL": "pillow", "yaml": "pyyaml"}
 
@@ -79,7 +79,7 @@ def main() -> int:
         "--dry", action="store_true", help="tiny, on the CPU, into a temporary folder; measures nothing"
     )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: benchmarks/results/gpu_NAME.json")
-    parser.add_argument("--worker", choices=PARTS, help=argparse.SUPPRESS)  # what the program starts itself with
+    parser.add_argument("--worker", choices=PARTS, help=argparse.SUPPRESS)  # for internal use
     arguments = parser.parse_args()
     if arguments.worker:
         work(arguments.worker, arguments.out)
@@ -95,7 +95,7 @@ def main() -> int:
 
 
 def report(arguments: argparse.Namespace, scratch: Path, deadline: float) -> int:
-    """Measure the parts that are missing, or that are asked for, and print the table. deadline: of `time.monotonic`."""
+    """Measure the missing parts, or those of --only, and print the table. `deadline` is in terms of `time.monotonic`."""
     modules = NEEDED.union(*(part.needs for part in PARTS.values()))
     missing = {module for module in modules if importlib.util.find_spec(module) is None}
     if missing:
@@ -106,7 +106,7 @@ def report(arguments: argparse.Namespace, scratch: Path, deadline: float) -> int
             return 2
     first = measure(["a"], start(["a"], arguments, scratch), arguments, scratch, deadline, {})["a"]
     if "machine" not in first["result"]:
-        reason = first.get("error", first["status"]).strip().splitlines()[-1]  # of a traceback
+        reason = first.get("error", first["status"]).strip().splitlines()[-1]  # the last line of a traceback
         print(f"No part runs here: {reason}\nWithout a GPU: python scripts/gpu_report.py --dry")
         return 2
     device = first["result"]["machine"]["device"]
@@ -136,7 +136,7 @@ def report(arguments: argparse.Namespace, scratch: Path, deadline: float) -> int
         for number, group in enumerate(groups):
             now, ready = time.monotonic(), workers
             share = (deadline - now) * shares[number] / sum(shares[number:])
-            # What follows imports meanwhile, which takes ten seconds or more.
+            # The next group imports meanwhile, which takes ten seconds or more.
             workers = start(groups[number + 1] if number + 1 < len(groups) else [], arguments, scratch)
             earlier = {other: parts[other]["result"] for other in parts if "result" in parts[other]}
             for letter, found in measure(group, ready, arguments, scratch, now + share, earlier).items():
@@ -150,7 +150,7 @@ def report(arguments: argparse.Namespace, scratch: Path, deadline: float) -> int
 
 
 def keep(out: Path, content: dict[str, Any], letter: str, found: dict[str, Any]) -> None:
-    """Write the file with one more part; what was measured before stays where nothing came of this call."""
+    """Write the file with one more part; an earlier complete result is only replaced by a complete one."""
     if found["status"] == "done" or content["parts"].get(letter, {}).get("status") != "done":
         content["parts"][letter] = found
     content["parts"] = dict(sorted(content["parts"].items()))
@@ -158,7 +158,7 @@ def keep(out: Path, content: dict[str, Any], letter: str, found: dict[str, Any])
 
 
 def start(letters: Sequence[str], arguments: argparse.Namespace, scratch: Path) -> dict[str, subprocess.Popen[bytes]]:
-    """Start processes that wait for what `measure` tells them. A dry run has none: to start takes longer than most parts."""
+    """Start processes that wait for a job from `measure`. A dry run has none: starting takes longer than most parts."""
     workers = {}
     for letter in letters:
         job = scratch / f"{letter}.json"
@@ -172,7 +172,7 @@ def start(letters: Sequence[str], arguments: argparse.Namespace, scratch: Path) 
 
 
 def end(workers: Mapping[str, subprocess.Popen[bytes]]) -> None:
-    """End processes and what they started."""
+    """Kill processes and their children."""
     for worker in workers.values():
         with suppress(ProcessLookupError):
             os.killpg(worker.pid, signal.SIGKILL)
@@ -187,7 +187,7 @@ def measure(
     deadline: float,
     earlier: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
-    """Run parts until `deadline` and return status, seconds and result of each, whatever comes of it."""
+    """Run parts until `deadline`. Return status, seconds and result of each, even of those that failed."""
     began, found = time.monotonic(), {}
     checkouts = {"rae": arguments.rae, "raev2": arguments.raev2}
     task = {"dry": arguments.dry, "deadline": deadline, "scratch": str(scratch), "earlier": earlier}
@@ -215,7 +215,7 @@ def measure(
 
 
 def work(letter: str, job: Path) -> None:
-    """Measure one part in this process, once the file `job` is there; what is known so far is written after each figure."""
+    """Measure one part in this process as soon as the file `job` exists; write the result so far after each measurement."""
     out, caller, began = job.with_suffix(".result"), os.getppid(), time.monotonic()
     measuring, known = None, {"git": git_state()}
     ended: dict[str, Any]
@@ -231,14 +231,14 @@ def work(letter: str, job: Path) -> None:
         measuring = gpu_parts.Job(**task, write=lambda result: write_text(out, json.dumps(known | {"result": result})))
         getattr(gpu_parts, PARTS[letter].name)(measuring)
         ended = {"status": measuring.status}
-    except Exception:  # whatever it is, the other parts go on
+    except Exception:  # whatever it is, the other parts continue
         ended = {"status": "failed", "error": traceback.format_exc()[-3000:]}
     ended |= {"result": measuring.result if measuring else {}, "seconds": round(time.monotonic() - began, 1)}
     write_text(out, json.dumps(known | ended))
 
 
 def show(content: dict[str, Any]) -> None:
-    """Print the table: a line for each part and below it what it found."""
+    """Print the table: a line for each part, and its results below."""
     print(f"\n{content['cuda_device'] or 'DRY RUN: no figure means anything'}")
     for letter, part in PARTS.items():
         found = content["parts"].get(letter, {"status": "not run"})

@@ -1,4 +1,4 @@
-"""Index tar files, on the disk or in object storage, before training: what the first run would do at its start.
+"""Index tar files, on disk or in object storage, ahead of training. Otherwise the first run does this when it starts.
 
 python scripts/index_data.py /path/to/tars
 python scripts/index_data.py s3://bucket/imagenet --option endpoint_url=http://127.0.0.1:9000
@@ -16,7 +16,7 @@ from src.core.options import option, run
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is indexed."""
+    """Options of the indexing."""
 
     data_dir: str = option("what data.data_dir says: a folder, a pattern, an address", None, MISSING, positional=True)
     label: str | None = option("as data.label: cls or json:KEY", "LABEL")

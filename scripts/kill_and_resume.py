@@ -1,16 +1,16 @@
-"""Kill a training run again and again, resume it each time, and compare its end with that of a run left in peace.
+"""Kill a training run repeatedly, resume it each time, and compare its final state with that of an uninterrupted run.
 
     python scripts/kill_and_resume.py --kills 20
     python scripts/kill_and_resume.py --stage 2 --kills 20 --sampling_kills 10
 
-A kill (SIGKILL) comes at a random moment, while a checkpoint is being written, or at an epoch's last batch; in between,
-SIGINT, SIGHUP and SIGUSR1 come at random moments (the run must save and exit with 128 + the signal's number), and a
-loading process is killed (the run must save and exit with 1). After each, every checkpoint on disk must be readable. At
-the end weights, averages, optimiser states and counters must equal the uninterrupted run's bit for bit. Exit status 0:
-they do; 1: they don't, a checkpoint was unreadable, or an exit status was another one.
+SIGKILL is sent at a random moment, while a checkpoint is being written, or at an epoch's last batch. In between, SIGINT,
+SIGHUP and SIGUSR1 are sent at random moments (the run must save and exit with 128 + the signal's number), and a data-loading
+worker is killed (the run must save and exit with 1). After each, every checkpoint on disk must be readable. At the end
+weights, EMA, optimiser states and counters must equal those of the uninterrupted run bit for bit. Exit status 0: they do;
+1: they don't, a checkpoint was unreadable, or the run ended with an unexpected exit status.
 
-Of stage 2 a transformer is trained, with SIGKILL alone; then src/sample.py is killed at random moments, by one process and
-by two in turn, and the npz must be that of a call left in peace.
+Stage 2 trains a transformer, with SIGKILL only. Then src/sample.py is killed at random moments, running on one and on two
+processes in turn, and its npz must equal that of an uninterrupted call.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def main() -> int:
 
 
 def stage_2(base: Path) -> list[str]:
-    """Return the overrides of a small run of stage 2, on an untrained autoencoder made here."""
+    """Create an untrained autoencoder and return the overrides of a small stage-2 run on it."""
     from src.formats.export import write_own_statistics
     from src.formats.folder import write_folder
     from tests.tiny_models import loaded, tiny_rae
@@ -94,7 +94,7 @@ def stage_2(base: Path) -> list[str]:
 
 
 def sampling(base: Path, kills: int, rng: random.Random) -> bool:
-    """Kill a sampling again and again; return whether its end is that of one left in peace."""
+    """Kill a sampling call repeatedly; return whether its samples equal those of an uninterrupted call."""
     import numpy as np
 
     def start_sampling(name: str, processes: int) -> subprocess.Popen:
@@ -143,7 +143,7 @@ def start(log_dir: Path, processes: int, *overrides: str) -> subprocess.Popen:
 
 
 def kill_once(log_dir: Path, processes: int, mode: str, rng: random.Random) -> bool:
-    """Return True where the run came to its end first."""
+    """Start or resume the run and kill it. Return True if it finished first."""
     seen = set(log_dir.glob("runs/*/*"))
     workers = 2 if mode == "loader" else rng.choice([0, 2])
     process = start(log_dir, processes, f"data.num_workers={workers}")
@@ -165,9 +165,9 @@ def kill_once(log_dir: Path, processes: int, mode: str, rng: random.Random) -> b
     if not ended and mode.startswith("SIG"):
         os.killpg(process.pid, signal.Signals[mode])
         process.wait()
-        # torchrun ends with 1 after any signal, or by the signal itself where it knows it not
+        # torchrun exits with 1 after a signal that it handles, and dies of any other
         expected = (128 + signal.Signals[mode],) if processes == 1 else (1, -signal.Signals[mode])
-        # the signal may come after the last update, while the process goes away
+        # the signal may arrive after the last update, while the process is exiting
         ended = process.returncode == 0 or finished(folder)
         if not ended and process.returncode not in expected:
             raise SystemExit(f"exit status {process.returncode} after {mode}; see {log_dir / 'output.txt'}")
@@ -188,13 +188,13 @@ def finished(folder: Path) -> bool:
 
 
 def children(pid: int) -> list[int]:
-    """Return the processes that `pid` started and those that they started."""
+    """Return all descendants of a process."""
     found = [int(word) for file in Path(f"/proc/{pid}/task").glob("*/children") for word in text(file).split()]
     return found + [further for child in found for further in children(child)]
 
 
 def kill_loader(pid: int) -> None:
-    """Kill one loading process of a run; a loading process is one that has started none."""
+    """Kill a data-loading worker of a run: a descendant without children of its own."""
     leaves = [child for child in children(pid) if not children(child)]
     if leaves:
         os.kill(leaves[-1], signal.SIGKILL)

@@ -1,11 +1,11 @@
-"""Give every key of the composed configuration odd values and see each end in a run or in one message.
+"""Give every config key odd values and check that each of them ends in a run or in one error message.
 
     python scripts/odd_values.py                                    (hours; --keys 'trainer.*' for a part)
     python scripts/odd_values.py --stage 2 --keys 'model.*'
 
-Each value goes through `src/train.py` as a command line does, in a forked process of a copy of the project, and what it
-accepts trains for one update. Prints how many values were accepted, ended in one message, in a traceback, or not within the
-time; the last three kinds of words stand in OUTPUT, a JSON line for each value. Exit status 1 for any traceback, kill or hang.
+Each value is passed to `src/train.py` as an override, in a forked process on a copy of the project; accepted values train for
+one update. Prints how many values were accepted, or ended in a message, a traceback or a timeout. OUTPUT gets a JSON line for
+each value, with the end of its log. Exit status 1 for any traceback, kill or timeout.
 """
 
 import argparse
@@ -34,9 +34,9 @@ ODD = {
     "text": "maybe", "empty": "''", "null": "null", "nan": "nan", "inf": "inf", "negative": "-1", "zero": "0",
     "huge": "1000000000000", "fraction": "1.5", "true": "true", "list": "[1]", "node": "{odd: 1}",
 }  # fmt: skip
-"""As typed behind `KEY=`."""
+"""Values by kind, as typed after `KEY=`."""
 MEMORY = 8 << 30
-"""Bytes of address space that a try may take, beyond what the program itself has."""
+"""Bytes of address space that an attempt may use beyond its size at the start."""
 STAGES = {
     1: ["experiment=rae_dummy", "data.image_size=64", "data.batch_size=4", "model.disc_upd_start_epoch=0",
         "model.disc_start_epoch=0"],
@@ -49,7 +49,7 @@ QUICK = ["data.num_workers=0", "trainer.accelerator=cpu", "trainer.max_epochs=1"
 
 
 def keys(node: Mapping[str, Any], before: str = "") -> Iterator[str]:
-    """Yield the keys of a configuration, those of nodes too: `model`, `model.optimizer`, `model.optimizer.lr`."""
+    """Yield the keys of a config, including those of nodes: `model`, `model.optimizer`, `model.optimizer.lr`."""
     for name, value in node.items():
         if name != "hydra":
             yield f"{before}{name}"
@@ -58,7 +58,7 @@ def keys(node: Mapping[str, Any], before: str = "") -> Iterator[str]:
 
 
 def attempt(overrides: Sequence[str], log: Path, limit_s: float) -> tuple[str, str]:
-    """Run `src/train.py` in a child of this process. Return the outcome and the last words of `log`."""
+    """Run `src/train.py` in a child of this process. Return the outcome and the end of `log`."""
     child = os.fork()
     if child == 0:
         _become(overrides, log)
@@ -84,7 +84,7 @@ def attempt(overrides: Sequence[str], log: Path, limit_s: float) -> tuple[str, s
 
 
 def _become(overrides: Sequence[str], log: Path) -> None:
-    """Be `python src/train.py OVERRIDES`; never returns."""
+    """Act as `python src/train.py OVERRIDES`; never returns."""
     code = 1
     try:
         os.setsid()
@@ -109,7 +109,7 @@ def _become(overrides: Sequence[str], log: Path) -> None:
 
 
 def walk(stage: int, pattern: str, kinds: Sequence[str], output: Path, limit_s: float) -> int:
-    """Try every odd value of the keys that fit `pattern`, in this copy of the project. Return the number of bad ends."""
+    """Try all odd values for keys that match `pattern`, in this copy of the project. Return the number of failures."""
     import src.training.run  # once, before the forks
     import src.training.stage2  # noqa: F401
     from src.core.compose import compose
@@ -138,7 +138,7 @@ def walk(stage: int, pattern: str, kinds: Sequence[str], output: Path, limit_s: 
 
 
 def _autoencoder(stage: int, output: Path) -> list[str]:
-    """Make what stage 2 stands on: an autoencoder of one update, and its statistics."""
+    """Make an autoencoder of one update and its statistics for stage 2; return the overrides that use them."""
     if stage == 1:
         return []
     run, statistics = ROOT / "autoencoder", ROOT / "autoencoder/stats.pt"
@@ -153,7 +153,7 @@ def _autoencoder(stage: int, output: Path) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return 0 where every value was accepted or ended in a message."""
+    """Return 0 if every value was accepted or ended in a message."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=int, choices=STAGES, action="append", help="1 or 2; default: both")
     parser.add_argument("--keys", default="*", help="of the configuration, by a pattern such as 'model.*'")

@@ -1,11 +1,11 @@
-"""Try the tests with other versions of Python, torch and transformers than the pinned ones. Not part of `.ci/run`.
+"""Run the tests with other versions of Python, torch and transformers than the pinned ones. Not part of `.ci/run`.
 
     python scripts/try_versions.py                                      the bounds of pyproject.toml
     python scripts/try_versions.py --torch 2.12.1 --transformers 5.20.0 --python python3.13
     python scripts/try_versions.py --tests tests/test_step_parity.py    these tests instead of all but the slow ones
 
-For each: an environment of its own in a temporary folder, requirements.txt with that one version in it, the tests. Prints what
-passed, what failed and what can't be installed here. The bounds in pyproject.toml are what such runs have shown, no more.
+Each version gets its own environment in a temporary folder, with requirements.txt changed in that one version. Prints what
+passed, what failed and what can't be installed here. The bounds in pyproject.toml are those that such runs have confirmed.
 
 Exit codes: 0 all that could be installed passed, 1 something failed, 2 nothing could be installed.
 """
