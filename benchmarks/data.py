@@ -1,14 +1,14 @@
-"""Images/s of the data path on one core: the published Pillow two-step against ours, in turns in one process.
+"""Measure images/s of data loading on one core: the published two-step Pillow pipeline and ours, interleaved in one process.
 
     python benchmarks/data.py [--images FOLDER] [--size 256] [--rounds 5] [--out FILE.json]
 
-Measured is the way from a file's bytes in memory to a uint8 3 x S x S training crop, as a loader worker takes it:
+Measures the path from the bytes of a file in memory to a uint8 3 x S x S training crop, as in a data-loading worker:
     pillow          decode, resize the whole image to 1.5 * S px, crop, to channels first: the published pipeline
     ours            scaled JPEG decode, one resize of the cropped box
-    ours_resized    the same on a set stored with `create_hf_test_data.py --resize_shorter` 1.5 * S
-    arrow, tar, folder   ours, and the bytes are read from such a source on the disk (in the page cache)
-Every round runs each of them over all images. Times are those of the CPU, not of the wall, so that a busy machine tells
-the same; the figure is the best round, the ratio the median over rounds.
+    ours_resized    the same on a data set stored with `create_hf_test_data.py --resize_shorter` 1.5 * S
+    arrow, tar, folder   ours, with the bytes read from such a source on disk (in the page cache)
+Every round runs each of them over all images. CPU time is measured, not wall time, so that other load on the machine does
+not matter. Images/s are those of the best round; the ratio is the median over rounds.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def main() -> int:
 
 
 def load(folder: Path | None) -> list[bytes]:
-    """Read the bytes of the images to measure with."""
+    """Return the bytes of the images to measure with."""
     if folder is None:
         return [dummy.jpeg(i) for i in range(GENERATED)]
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
@@ -78,7 +78,7 @@ def load(folder: Path | None) -> list[bytes]:
 
 
 def stored(files: list[bytes], folder: Path) -> dict[str, Any]:
-    """Write the images below `folder` in three ways and open them: a source of the same rows by the name of each."""
+    """Write the images below `folder` in three formats and return an open source for each, with the same rows, by name."""
     names = [f"{i:05d}.jpg" for i in range(len(files))]
     for kind in ("arrow", "tar", "folder"):
         (folder / kind).mkdir()
@@ -94,9 +94,9 @@ def stored(files: list[bytes], folder: Path) -> dict[str, Any]:
 
 
 def measure(files: list[bytes], size: int, rounds: int, sources: dict[str, Any]) -> dict[str, Any]:
-    """Time each way; `sources`: of the same images, by name."""
+    """Time each pipeline. `sources`: sources of the same images, by name."""
     torch.set_num_threads(1)
-    decoder = Decoder("ignore", 80)  # like the published code, so that all three show the same squares
+    decoder = Decoder("ignore", 80)  # like the published code, so that all give the same crops
     transform = TrainTransform(size, "random", None, decoder, seed=0)
     resized = [encode(data, decoder, default_shorter_px(size)) for data in files]
 
@@ -143,7 +143,7 @@ def measure(files: list[bytes], size: int, rounds: int, sources: dict[str, Any])
 
 
 def two_step(data: bytes, size: int, position: int) -> np.ndarray:
-    """Apply the published transform, written plainly: resize the whole image, then crop."""
+    """Apply the published transform: resize the whole image, then crop."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     width, height = resized_frame(*image.size, default_shorter_px(size))
     image = image.resize((width, height), Image.Resampling.BICUBIC)

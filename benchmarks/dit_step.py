@@ -1,16 +1,16 @@
-"""Steps of stage 2: ours beside the official one and RAEv2's, their own code, in one process and in turns.
+"""Compare our stage-2 training step with those of the official code and RAEv2 (their own code), interleaved in one process.
 
     python benchmarks/dit_step.py --rae ../RAE --network ditdh_s dit_b --batch 2
     python benchmarks/dit_step.py --raev2 ../RAEv2 --network raev2_s --batch 2 --compile
     python benchmarks/dit_step.py --rae ../RAE --network ditdh_xl --batch 32 --device cuda --precision bf16 --compile
     python benchmarks/dit_step.py --rae ../RAE --network ditdh_xl --batch 32 --computed
 
-`--rae` and `--raev2` are checkouts of github.com/bytetriper/RAE and github.com/nanovisionx/RAEv2; nothing of them is part of
-this project. A step begins with latents (the frozen encoder is the same work for all) and ends with the average: draws, loss,
-backward, clipping, AdamW, EMA. Of theirs, networks, transport and `update_ema` are run as they stand, with stand-ins of the
-same work for timm's PatchEmbed and Mlp; `loss.item()` is in their loops and so in here. On a GPU float32 products are TF32 in
-both, as their trainers have it, and one variant at a time is in memory. `--computed` gives a GPU's memory in
-bf16 from the sizes of tensors, as `benchmarks/memory.py` does, and computes nothing.
+`--rae` and `--raev2` are checkouts of github.com/bytetriper/RAE and github.com/nanovisionx/RAEv2; no code of theirs is part of
+this project. A step starts from latents (the frozen encoder costs the same for all) and includes random draws, loss, backward,
+clipping, AdamW and EMA. Their networks, transport and `update_ema` run unmodified, with equivalent stand-ins for timm's
+PatchEmbed and Mlp; `loss.item()` is included because their loops call it. On a GPU float32 matmuls use TF32 in both, as in
+their trainers, and only one variant at a time is in memory. `--computed` derives the GPU memory in bf16 from tensor sizes, as
+`benchmarks/memory.py` does, without running the step.
 """
 
 import argparse
@@ -67,11 +67,11 @@ NETWORKS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 PRODUCTS = ("mm", "addmm", "bmm", "linear", "convolution", "scaled_dot_product", "mkldnn")
-"""Parts of the names of operations that are matrix products."""
+"""Substrings of the names of operations that are matrix products."""
 
 
 class Ours:
-    """The step as `src/training/stage2.py` runs it, without Lightning and loader around it."""
+    """The step as `src/training/stage2.py` runs it, without Lightning and data loader."""
 
     def __init__(self, arguments: argparse.Namespace, network: str, compiled: bool) -> None:
         shape, v2 = arguments.shape, NETWORKS[network]["name"] == "RAEv2DiT"
@@ -102,7 +102,7 @@ class Ours:
 
 
 class Theirs:
-    """What both repositories do around their networks."""
+    """What the training steps of both repositories have in common."""
 
     model: nn.Module
     losses: Callable[..., Any]
@@ -178,7 +178,7 @@ class RAEv2(Theirs):
 
 
 class PatchEmbed(nn.Module):
-    """Stands in for timm's: the same convolution and order of tokens."""
+    """Stand-in for timm's PatchEmbed: same convolution and token order."""
 
     def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, bias: bool = True) -> None:
         super().__init__()
@@ -190,18 +190,18 @@ class PatchEmbed(nn.Module):
 
 
 class Mlp(nn.Sequential):
-    """Stands in for timm's; the measured networks have SwiGLU instead."""
+    """Stand-in for timm's Mlp; the measured networks use SwiGLU instead."""
 
     def __init__(self, in_features: int, hidden_features: int, act_layer: Any, drop: float = 0.0) -> None:
         super().__init__(nn.Linear(in_features, hidden_features), act_layer(), nn.Linear(hidden_features, in_features))
 
 
 def modules_of(root: Path, *names: str) -> list[types.ModuleType]:
-    """Import modules of a checkout. Both repositories call them alike: those of the other one are put away."""
+    """Import modules of a checkout. Both repositories use the same names, so those of the other one are removed first."""
     for name in [name for name in sys.modules if name.split(".")[0] == "stage2"]:
         del sys.modules[name]
     stand_in("timm.models.vision_transformer", PatchEmbed=PatchEmbed, Mlp=Mlp, Attention=nn.Identity)
-    stand_in("torchdiffeq", odeint=None)  # of their samplers, which a training step doesn't call
+    stand_in("torchdiffeq", odeint=None)  # only used by their samplers
     sys.path.insert(0, str(root / "src"))
     try:
         return [importlib.import_module(name) for name in names]
@@ -210,7 +210,7 @@ def modules_of(root: Path, *names: str) -> list[types.ModuleType]:
 
 
 def variants(arguments: argparse.Namespace, network: str) -> dict[str, tuple[type, bool]]:
-    """Return what is measured by name, and say what can't be."""
+    """Return the variants to measure by name, and print what is missing for others."""
     v2 = NETWORKS[network]["name"] == "RAEv2DiT"
     option, root, theirs = ("--raev2", arguments.raev2, RAEv2) if v2 else ("--rae", arguments.rae, Official)
     found: dict[str, tuple[type, bool]] = {"ours": (Ours, False)}
@@ -239,7 +239,7 @@ def measure(arguments: argparse.Namespace, network: str) -> dict[str, dict[str, 
         found[name] = {"seconds": seconds, "images_per_s": len(latents) / seconds, "processor_s": processor}
         if not name.endswith("compiled"):
             outside = [outside_products(runs[name]) for _ in range(arguments.repeats)]
-            found[name]["outside_products_s"] = min(outside)  # by the clock of one thread, so other work on it counts
+            found[name]["outside_products_s"] = min(outside)  # wall time of one thread, which includes other load
     for name in [*steps]:
         del steps[name], runs[name]
         command = [sys.executable, *sys.argv, "--network", network, "--memory_of", name]
@@ -250,7 +250,7 @@ def measure(arguments: argparse.Namespace, network: str) -> dict[str, dict[str, 
 
 def measure_on_gpu(arguments: argparse.Namespace, network: str, cls: type, compiled: bool) -> dict[str, Any]:
     device, dtype = arguments.device, DTYPES[arguments.precision]
-    free_memory(device)  # of the variant before
+    free_memory(device)  # of the previous variant
     with device:
         step = cls(arguments, network, compiled)
     for module in step.modules():
@@ -263,14 +263,14 @@ def measure_on_gpu(arguments: argparse.Namespace, network: str, cls: type, compi
 
     with float32_products(device, "high"):
         run()
-        peak = peak_memory(run, device)  # of the second step, which has its moments
+        peak = peak_memory(run, device)  # of the second step: AdamW's moments exist by then
         times = in_turns({"step": run}, arguments.warm, arguments.repeats, partial(clock, device))
     median = statistics.median(times["step"])
     return {"seconds": median, "images_per_s": len(latents) / median, "peak_gb": peak}
 
 
 def outside_products(run: Callable[[], None]) -> float:
-    """Return the seconds of a call that are not in matrix products, convolutions and attention."""
+    """Return the seconds that a call spends outside matrix products, convolutions and attention."""
     with torch.autograd.set_multithreading_enabled(False), profile(activities=[ProfilerActivity.CPU]) as recorded:
         run()
     others = (e for e in recorded.key_averages() if not any(name in e.key for name in PRODUCTS))
@@ -278,9 +278,9 @@ def outside_products(run: Callable[[], None]) -> float:
 
 
 def computed(arguments: argparse.Namespace, network: str) -> dict[str, dict[str, Any]]:
-    """Return GiB on a GPU in bf16, between steps and at the peak of one."""
+    """Compute the GPU memory in bf16, in GiB, between steps and at the peak of a step."""
     found = {}
-    torch.distributions.Distribution.set_default_validate_args(False)  # asks for numbers
+    torch.distributions.Distribution.set_default_validate_args(False)  # validation needs real values
     for name, (cls, _) in variants(arguments, network).items():
         step, (latents, labels) = cls(arguments, network, False), inputs(arguments)
         if isinstance(step, Ours):
@@ -292,9 +292,9 @@ def computed(arguments: argparse.Namespace, network: str) -> dict[str, dict[str,
             for module in step.modules():
                 make_fake(module, fake, live)
             step.optimizer.param_groups[0]["params"] = list(step.modules()[0].parameters())
-            if isinstance(step, Ours):  # its average is held by the lists of what it updates
+            if isinstance(step, Ours):  # it keeps lists of the tensors that it updates
                 step.ema = EMA(step.network, DECAY)
-            for _ in range(2):  # the second step has its moments already
+            for _ in range(2):  # from the second step on, AdamW's moments exist
                 live.peak = live.now
                 with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), GpuAutocast():
                     step.run(latents, labels)

@@ -1,7 +1,7 @@
-"""What `scripts/gpu_report.py` measures, part by part: on a GPU at real size, on a CPU at tiny size (`Job.dry`).
+"""The parts that `scripts/gpu_report.py` measures: on a GPU at real size, on a CPU at tiny size (`Job.dry`).
 
-Networks are untrained. A part writes each figure as soon as it has it, since it is ended when its share of the time is over.
-As a program this trains `rae_dummy` for part (g): `python -m benchmarks.gpu_parts FOLDER RUN...`, names of `RUNS`.
+Networks are untrained. A part writes each result at once, because it is killed when its share of the time is over. Run as a
+script, this trains `rae_dummy` for part (g): `python -m benchmarks.gpu_parts FOLDER RUN...`, with names from `RUNS`.
 """
 
 import argparse
@@ -63,19 +63,19 @@ RUNS = {
     "compiled": ["model.compile=true"],
     "compiled, 16, accumulation": ["model.compile=true", "trainer.precision=16", "trainer.accumulate_grad_batches=2"],
 }
-"""Of part (g): name -> overrides."""
+"""Runs of part (g): name -> overrides."""
 
 
 @dataclass
 class Job:
-    """One part while it is measured."""
+    """State of a part while it is measured."""
 
     dry: bool
     deadline: float
-    """Of `time.monotonic`, which is one clock for all processes: the part is ended then."""
+    """When the part is killed, in terms of `time.monotonic`, a clock that all processes share."""
     scratch: Path
     checkouts: dict[str, str]
-    """Of rae and raev2."""
+    """Folders of `rae` and `raev2`."""
     earlier: dict[str, Any]
     """Results of other parts by letter."""
     write: Callable[[dict[str, Any]], None]
@@ -94,7 +94,7 @@ class Job:
         return self.deadline - time.monotonic()
 
     def add(self, name: str, value: Any, line: str = "") -> None:
-        """Keep a figure, and a line of the table about it."""
+        """Store a result and, if given, its line of the table."""
         self.result[name] = value
         self.result["summary"] += [line] if line else []
         self.write(self.result)
@@ -112,9 +112,9 @@ class Job:
         return matmul_peak(self.device, precision, 128 if self.dry else None)
 
     def call(self, *command: str, **environment: str) -> str:
-        """Run a Python program of the project, as long as there is time to write what it said, and return that."""
+        """Run a Python script of the project and return its output; kill it in time to write that output."""
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **environment}
-        # A pipe would stay open as long as what the program started lives.
+        # A pipe would stay open as long as any child of the script lives.
         with tempfile.TemporaryFile("w+", errors="replace") as said:
             process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stdout=said, stderr=said)
             try:
@@ -129,7 +129,7 @@ class Job:
 
 
 def environment(job: Job) -> None:
-    """(a) The machine, and what a large matrix product reaches on it."""
+    """(a) Describe the machine and measure a large matrix product on it."""
     facts: dict[str, Any] = {**surroundings(job.device), "cores": len(os.sched_getaffinity(0))}
     if not job.dry:
         properties = torch.cuda.get_device_properties(job.device)
@@ -148,13 +148,13 @@ def environment(job: Job) -> None:
 
 
 def step(job: Job) -> None:
-    """(b) Speed, memory and FLOPs of the step. One variant at a time, since a GPU's memory is for one."""
+    """(b) Measure speed, memory and FLOPs of the step, one variant at a time because GPU memory only fits one."""
     sizes = {k: str(v) for k, v in vars(job.sizes).items() if k != "scratch"}
     job.add("arguments", sizes | {"device": job.device.type})
     results: dict[str, dict[str, Any]] = {}
     images, draws = job.inputs()
     few = [("bf16", "plain"), ("bf16", "ours"), ("fp16", "ours")]
-    # To compile takes longest: in fp16 it comes last, where time may end.
+    # Compiling takes longest: in fp16 it comes last, where time may run out.
     every = [*product(("bf16",), VARIANTS), *product(("fp16",), ("ours", "plain", "compiled"))]
     for precision, variant in few if job.dry else every:
         try:
@@ -170,7 +170,7 @@ def step(job: Job) -> None:
                 row = measure({variant: runner}, images, draws, PHASES[phase], precision, repeats, 0)[variant]
                 rows[variant] = row | {"peak_memory_gb": memory, "matmul_tflops": tflops}
                 job.add("results", results, _step_line(name, variant, rows))
-        except RuntimeError as error:  # of a compiler, say: the others go on
+        except RuntimeError as error:  # for example of a compiler: continue with the others
             job.status = "failed"
             job.add(f"{precision} {variant}", str(error)[-2000:], f"{precision} {variant}: {str(error).strip()[:100]}")
         runner = None
@@ -184,7 +184,7 @@ def _step_line(name: str, variant: str, rows: dict[str, Any]) -> str:
     if variant != "plain" and "seconds" in plain:
         against = plain["seconds"] / row["seconds"], memory / (plain["peak_memory_gb"] or float("nan"))
         text += f", {against[0]:.2f} x plain with {against[1]:.2f} x its memory"
-    if "gflop_per_image" in ours:  # each product of the step once, without the plain step's repeats
+    if "gflop_per_image" in ours:  # counts each product of the step once, without those that the plain step repeats
         row["share_of_product"] = ours["gflop_per_image"] * row["images_per_s"] / 1e3 / row["matmul_tflops"]
         text += f", {100 * row['share_of_product']:.0f} % of a product"
         text += " (goal: 45 %)" if (name, variant) == ("bf16/gan", "compiled") else ""
@@ -192,7 +192,7 @@ def _step_line(name: str, variant: str, rows: dict[str, Any]) -> str:
 
 
 def largest_batch(job: Job) -> None:
-    """(c) The largest batch that fits, beside the one worked out from the sizes of tensors."""
+    """(c) Find the largest batch that fits, to compare with the one computed from tensor sizes."""
     total = 80.0 if job.dry else torch.cuda.get_device_properties(job.device).total_memory / GIB
     stored = json.loads((ROOT / "benchmarks/results/memory_computed.json").read_text())
     runner, found, ends = job.runner("ours", "bf16"), {}, {}
@@ -201,9 +201,9 @@ def largest_batch(job: Job) -> None:
         constant = known["peak_gib"] - known["gib_per_image"] * stored["batch"]
         computed = int((total - OVERHEAD - constant) / known["gib_per_image"])
         found[phase] = {"computed": computed, "gib": {}}
-        # A little less than the computed one is tried first.
+        # The first attempt is a little below the computed batch.
         ends[phase] = (2, 6) if job.dry else (computed * 2 // 3, computed * 6 // 5)
-    # In turns, so that time ends no phase untried; both ends are assumed until they are tried.
+    # Phases alternate, so that each is tried before time runs out; both ends are assumed until they are tried.
     while left := [phase for phase, (low, high) in ends.items() if high - low > max(2, low // 50)]:
         if job.left < 8:
             job.status = "out of time"
@@ -225,14 +225,14 @@ def _batch_line(phase: str, found: dict[str, Any]) -> str:
 
 
 def _fits(job: Job, runner: Any, batch: int, phase: str) -> tuple[bool, dict[str, float]]:
-    """Return whether a batch fits, and GiB at the peak: in tensors, and with what lay between them."""
+    """Return whether a batch fits, and the peak GiB: allocated to tensors, and reserved including fragmentation."""
     fits, gib = True, {}
     if not job.dry:
         torch.cuda.reset_peak_memory_stats()
     try:
         images, draws = job.inputs(batch)
         with autocast(job.device, "bf16"):
-            for _ in range(2):  # moments come with the first update
+            for _ in range(2):  # moments exist from the first update on
                 runner.run(images, draws, PHASES[phase])
         clock(job.device)
     except RuntimeError as error:
@@ -249,8 +249,8 @@ def _fits(job: Job, runner: Any, batch: int, phase: str) -> tuple[bool, dict[str
 
 
 def tests(job: Job) -> None:
-    """(d) The tests that need a GPU."""
-    processes = min(len(os.sched_getaffinity(0)) // 2, 6)  # of seconds on the GPU and much in Python and compilers
+    """(d) Run the tests that need a GPU."""
+    processes = min(len(os.sched_getaffinity(0)) // 2, 6)  # they need little GPU time, and much in Python and compilers
     many = ["-n", str(processes)] if processes > 1 and importlib.util.find_spec("xdist") else []
     said = job.call("-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", *many, "tests/test_gpu.py")
     failed = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR", "E  "))]
@@ -259,7 +259,7 @@ def tests(job: Job) -> None:
 
 
 def half_precision(job: Job) -> None:
-    """(e) What half precision changes of latents, LPIPS and D, as shares of float32's largest entry and norm."""
+    """(e) Measure the error of half precision in latents, LPIPS and D, relative to float32's largest entry and norm."""
     images, draws = job.inputs(min(job.sizes.batch, 8))
     x = images.float() / 255
     other = (x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(x)).clamp(0, 1)
@@ -294,7 +294,7 @@ def half_precision(job: Job) -> None:
 
 
 def evaluation(job: Job) -> None:
-    """(f) Scores of the same images and networks on the GPU and on the CPU."""
+    """(f) Compare the scores of the same images and networks on the GPU and on the CPU."""
     from src.metrics.inception import InceptionFeatures
     from src.metrics.reconstruction import ReconstructionScore
 
@@ -314,7 +314,7 @@ def evaluation(job: Job) -> None:
 
 
 def runs(job: Job) -> None:
-    """(g) The real training program: precisions, compilation, determinism, nccl; synchronisation in an update is an error."""
+    """(g) Run src/train.py: precisions, compilation, determinism, nccl; any synchronisation in an update is an error."""
     folder = job.scratch / "runs"
     few = ["16", "deterministic", "deterministic again"]
     groups = [few] if job.dry else [[name] for name in RUNS]  # a process each; on the CPU imports cost most
@@ -339,7 +339,7 @@ def runs(job: Job) -> None:
 
 
 def train(folder: Path, name: str) -> dict[str, Any]:
-    """Run src/train.py in this process and return what is to know of it."""
+    """Run src/train.py in this process and return a summary of the run."""
     from src.core import metrics_file
     from src.training.module import StageModule
     from src.training.optimizers import loss_scale
@@ -356,8 +356,8 @@ def train(folder: Path, name: str) -> dict[str, Any]:
             scales.append(scale(module))
         phase = module.phase(module.global_step)
         seen[phase] = seen.get(phase, 0) + 1
-        settled = seen[phase] > 2 * module.settings.accumulate_grad_batches  # libraries are set up at first use
-        settled = settled and not torch.are_deterministic_algorithms_enabled()  # some of these may wait
+        settled = seen[phase] > 2 * module.settings.accumulate_grad_batches  # libraries are initialised at first use
+        settled = settled and not torch.are_deterministic_algorithms_enabled()  # some of these may sync
         with no_synchronisation() if settled and module.device.type == "cuda" else nullcontext():
             original(module, batch, batch_idx)
         if module.ends_update(batch_idx):
@@ -386,7 +386,7 @@ def train(folder: Path, name: str) -> dict[str, Any]:
 
 @contextmanager
 def no_synchronisation() -> Iterator[None]:
-    """Make it an error that the host waits for the GPU."""
+    """Raise an error when the host waits for the GPU."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -395,7 +395,7 @@ def no_synchronisation() -> Iterator[None]:
 
 
 def peers(job: Job) -> None:
-    """(h) The official code and RAEv2's, from checkouts. With GAN the official step needs more than 80 GB at batch 64."""
+    """(h) Time the official code and RAEv2, from checkouts. With GAN the official step needs over 80 GB at batch 64."""
     given = [f"--{name}={path}" for name, path in job.checkouts.items()]
     given += [f"--device={job.device.type}", "--precision=bf16", f"--scratch={job.scratch}", "--repeats=3"]
     given += ["--decoder=ViTB", "--warm=0"] if job.dry else ["--decoder=ViTXL", "--warm=2"]
@@ -418,7 +418,7 @@ def peers(job: Job) -> None:
 
 
 def data_path(job: Job) -> None:
-    """(i) Images/s of the loader with all cores, on JPEG files of ImageNet's usual size that lie in the page cache."""
+    """(i) Measure images/s of the loader on all cores, on JPEG files of ImageNet's usual size in the page cache."""
     from PIL import Image
 
     from src.data import dummy
@@ -447,7 +447,7 @@ def data_path(job: Job) -> None:
 
 
 def switches(job: Job) -> None:
-    """(j) What single switches change of our step, bf16, GAN phase; and Inception's memory format."""
+    """(j) Measure the effect of single switches on our step (bf16, GAN phase), and of Inception's memory format."""
     from src.metrics.inception import InceptionFeatures
 
     runner, (images, draws) = job.runner("ours", "bf16"), job.inputs()
@@ -470,7 +470,7 @@ def switches(job: Job) -> None:
 
     @contextmanager
     def contiguous(network: torch.nn.Module) -> Iterator[None]:
-        """Undo `channels_last`, in the network and where its code asks for it."""
+        """Undo `channels_last`, both in the network and in the code that requests it."""
         network.to(memory_format=torch.contiguous_format)
         with _set(torch, "channels_last", torch.contiguous_format):
             yield
@@ -483,7 +483,7 @@ def switches(job: Job) -> None:
             f"attention: {name.lower()}": partial(sdpa_kernel, getattr(SDPBackend, name))
             for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
         },
-        "VGG without channels_last": lambda: contiguous(runner.models.lpips.vgg),  # the last, since it stays so
+        "VGG without channels_last": lambda: contiguous(runner.models.lpips.vgg),  # last, since it is not undone
     }
     base = min(of_step(), of_step())
     job.add("base", base, f"as it is: {len(images) / base:.3g} images/s")

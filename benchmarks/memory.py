@@ -1,15 +1,15 @@
-"""Memory of a training step on a GPU at any batch size, worked out on a CPU without computing anything.
+"""Compute the GPU memory of a training step at any batch size, on a CPU and without running the step.
 
     python benchmarks/memory.py --decoder ViTB --batch 1 4 16 --activation_checkpointing --loss_chunk_size 4
     python benchmarks/memory.py --decoder ViTB --batch 16 --accumulate 1 32 --activation_checkpointing --loss_chunk_size 4
     python benchmarks/memory.py --decoder ViTXL --batch 64 --phases warmup gan --variants plain ours --fit 80 140
 
-The step of `benchmarks/train_step.py` runs on fake tensors (shapes and types, no numbers), all networks at their real size,
-and the bytes of all live tensors are added up at each operation. That is what a GPU's allocator would hand out, without its
-rounding, the CUDA context (about 0.5 GB) and the workspaces of cuBLAS and cuDNN: add 1 to 1.5 GB. Autocast takes the types
-that it takes on a GPU: on an H100 the measured peaks of the third command, at batch 64, were within 1 %.
-`--fit` says the largest batch for so much memory (memory is a constant and a share per image). Take less: on that H100 219
-images came of it with GAN, and 218 did not fit.
+The step of `benchmarks/train_step.py` runs on fake tensors (shapes and dtypes, no data), with all networks at real size, and
+the bytes of all live tensors are added up at each operation. This is what a GPU's allocator would hand out, without its
+rounding, the CUDA context (about 0.5 GB) and the workspaces of cuBLAS and cuDNN: add 1 to 1.5 GB. Autocast uses the same
+dtypes as on a GPU. On an H100 the measured peaks of the third command, at batch 64, were within 1 %.
+`--fit` prints the largest batch for an amount of memory (a constant plus an amount per image). Choose a smaller one: on that
+H100 it printed 219 images with GAN, and 218 did not fit.
 """
 
 import argparse
@@ -40,16 +40,16 @@ from src.models.dino import RECIPES
 
 GIB = 2**30
 OVERHEAD = 1.5
-"""GiB besides tensors, taken off by `--fit`."""
+"""GiB used besides tensors, subtracted by `--fit`."""
 IN_FLOAT32_ON_A_GPU = {
     "layer_norm", "group_norm", "softmax", "log_softmax", "norm", "vector_norm", "sum", "prod", "cumsum",
     "pow", "__pow__", "__rpow__", "exp", "log", "rsqrt", "reciprocal", "l1_loss", "mse_loss",
 }  # fmt: skip
-"""From the table of operations in torch's page on autocast; a CPU's autocast leaves these in half precision."""
+"""From the table of operations in torch's autocast documentation; on a CPU, autocast leaves these in half precision."""
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the storages that are alive; `peak` is the most there were at once."""
+    """Tracks the bytes of all live storages (`now`) and their maximum (`peak`)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class GpuAutocast(TorchFunctionMode):
-    """Inside a CPU's autocast, the operations that a GPU's autocast runs in float32 do so too."""
+    """Makes CPU autocast run those operations in float32 that GPU autocast runs in float32."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -96,7 +96,7 @@ def _widened(value: Any) -> Any:
 
 
 def make_fake(root: nn.Module, fake: FakeTensorMode, live: LiveBytes) -> None:
-    """Put fake tensors of the same shapes in the place of parameters and buffers."""
+    """Replace parameters and buffers by fake tensors of the same shapes."""
     for module in root.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -110,15 +110,15 @@ def make_fake(root: nn.Module, fake: FakeTensorMode, live: LiveBytes) -> None:
 
 
 def peak_bytes(arguments: argparse.Namespace, variant: str, batch: int, accumulate: int = 1) -> tuple[int, int]:
-    """Return bytes between steps (weights, averages, moments) and at the peak within a step of so many micro-batches."""
+    """Return bytes between steps (weights, EMA, moments) and at the peak within a step of `accumulate` micro-batches."""
     arguments.batch = batch
     device, dtype = torch.device("cpu"), DTYPES[arguments.precision]
     options = {"disc_fake": arguments.disc_fake, "loss_chunk_size": arguments.loss_chunk_size, "dtype": None,
                "activation_checkpointing": arguments.activation_checkpointing}  # fmt: skip
-    warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # by deepcopy; it only asks for null
+    warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # deepcopy only checks it for null
     with tempfile.TemporaryDirectory() as arguments.scratch:
         models = build_models(arguments, device)
-    if dtype is not None and variant != "plain":  # as the runner does, but fake weights can't be cast in place
+    if dtype is not None and variant != "plain":  # the runner does this, but can't cast fake weights in place
         cast_frozen(models.rae.encoder, dtype)
         cast_frozen(models.discriminator.trunk, dtype)
     images, draws = make_inputs(arguments, device)
@@ -127,7 +127,7 @@ def peak_bytes(arguments: argparse.Namespace, variant: str, batch: int, accumula
         for module in (models.rae, models.lpips, models.discriminator):
             make_fake(module, fake, live)
         runner = make_runner(variant, models, device, options)
-        for micro_batches in (1, accumulate):  # the second step has its moments already
+        for micro_batches in (1, accumulate):  # from the second step on, AdamW's moments exist
             live.peak, runner.accumulate = live.now, micro_batches
             with torch.autocast("cpu", dtype or torch.bfloat16, dtype is not None, cache_enabled=False), GpuAutocast():
                 runner.run(images, draws, PHASES[arguments.phase])
@@ -173,7 +173,7 @@ def main() -> None:
 
 
 def largest_batches(arguments: argparse.Namespace, variant: str, batch: int, peak: int) -> dict[str, float]:
-    """Return the largest batch for each of `--fit`, by the memory of two batch sizes."""
+    """Return the largest batch for each value of `--fit`, extrapolated from two batch sizes."""
     if not arguments.fit:
         return {}
     other = max(1, batch // 2) if batch > 1 else 2

@@ -1,13 +1,13 @@
-"""The training steps of the official code and of RAEv2, their own code, beside ours: in one process, in turns.
+"""Compare our stage-1 training step with those of the official code and RAEv2 (their own code), interleaved in one process.
 
     python benchmarks/peers.py --rae ../RAE --raev2 ../RAEv2 --decoder ViTB --batch 4
     python benchmarks/peers.py --rae ../RAE --raev2 ../RAEv2 --device cuda --decoder ViTXL --batch 64 --precision bf16
 
-`--rae` and `--raev2` are checkouts of github.com/bytetriper/RAE and github.com/nanovisionx/RAEv2; nothing of them is part of
-this project. Of the first, the body of the training loop in `train_stage1.py` is run as it stands, of the second the function
-`train_one_epoch`, both on one batch at a time and under DistributedDataParallel with one process, as their programs do.
-`raev2_compile` is RAEv2 with `--compile`. Networks have the same sizes in all (untrained); RAEv2's DINOv2, which comes from
-torch.hub, is stood in for by transformers' with the same work. What neither step needs (evaluation, wandb) is left out.
+`--rae` and `--raev2` are checkouts of github.com/bytetriper/RAE and github.com/nanovisionx/RAEv2; no code of theirs is part of
+this project. The body of the official training loop in `train_stage1.py` and RAEv2's function `train_one_epoch` run unmodified,
+on one batch at a time and under DistributedDataParallel with one process, as in their trainers. `raev2_compile` is RAEv2 with
+`--compile`. All have untrained networks of the same sizes; RAEv2's DINOv2, which comes from torch.hub, is replaced by the
+equivalent one of transformers. What neither step needs (evaluation, wandb) is left out.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from src.models.dino import RECIPES, DinoTrunk
 
 VARIANTS = ("official", "raev2", "raev2_compile", "plain", "ours", "compiled")
 PACKAGES = ("stage1", "disc", "utils", "eval", "configs", "encoders", "train_stage1")
-"""Names that both repositories give to modules of their own."""
+"""Top-level module names of the two repositories."""
 NEVER = 10**12
 PERCEPTUAL_WEIGHT, DISC_WEIGHT, MAX_D_WEIGHT, EMA_DECAY = 1.0, 0.75, 1e4, 0.9978
 ADAM = {"lr": 2e-4, "betas": [0.9, 0.95], "weight_decay": 0.0}
@@ -55,7 +55,7 @@ COSINE = {"type": "cosine", "warmup_epochs": 1, "decay_end_epoch": 16, "base_lr"
 
 
 class Repository:
-    """A checkout whose modules are importable inside `with`, and put away again afterwards."""
+    """A checkout whose modules are importable inside `with`, and removed from `sys.modules` afterwards."""
 
     def __init__(self, root: Path) -> None:
         self.root = root / "src"
@@ -128,7 +128,7 @@ class RAEv2:
         with self.repository:
             stand_in("eval", evaluate_reconstruction_distributed=None)
             stand_in("encoders.vision_encoder", create_encoder=None)
-            package = stand_in("stage1")  # its own __init__ reads other autoencoders, which need more libraries
+            package = stand_in("stage1")  # its own __init__ imports other autoencoders, which need more libraries
             package.__path__ = [str(self.repository.root / "stage1")]
             model, discs, configs, optim, self.engine = (
                 importlib.import_module(n)
@@ -160,7 +160,7 @@ class RAEv2:
         self.config = SimpleNamespace(gan=SimpleNamespace(loss=loss), training=training, eval=None)
 
     def run(self, images: Tensor, phase: str) -> None:
-        step = 11 if phase == "gan" else 1  # adversarial from its epoch 1 of ten steps on
+        step = 11 if phase == "gan" else 1  # adversarial from epoch 1 on; an epoch has ten steps
         bar = SimpleNamespace(update=lambda _: None)
         with self.repository:  # torch.compile looks modules up by name
             self.engine.train_one_epoch(
@@ -184,7 +184,7 @@ class Ours:
 
 
 class HubDinov2(nn.Module):
-    """In place of RAEv2's encoder: images in [0, 255] -> patch tokens without affine norm."""
+    """Stand-in for RAEv2's encoder: images in [0, 255] -> patch tokens, without the affine part of the norm."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ def untrained_dinov2(folder: str | Path, **_: Any) -> Dinov2WithRegistersModel:
 
 
 def prepare(rae: nn.Module, device: torch.device) -> tuple[nn.Module, nn.Module]:
-    """Return (average, model to train), in the order of both programs."""
+    """Return (EMA model, model to train), created in the same order as in both trainers."""
     rae.encoder.eval(), rae.decoder.train()
     average = deepcopy(rae).eval().requires_grad_(False)
     rae.encoder.requires_grad_(False), rae.decoder.requires_grad_(True)
@@ -220,7 +220,7 @@ def their_autocast(precision: str) -> dict[str, Any]:
 
 
 def stand_in(name: str, **content: Any) -> types.ModuleType:
-    """Put a module of our own under `name`, and empty packages above it."""
+    """Register a stub module called `name`, and empty packages above it."""
     for end in range(1, name.count(".") + 1):
         package = ".".join(name.split(".")[:end])
         sys.modules.setdefault(package, types.ModuleType(package))
@@ -230,8 +230,8 @@ def stand_in(name: str, **content: Any) -> types.ModuleType:
 
 
 def stand_in_for_missing() -> None:
-    """Put our untrained VGG16 where both look for torchvision's, whose weights they would download; wandb likewise."""
-    transformers.utils.is_torchvision_available()  # asked before, and remembered
+    """Replace torchvision's VGG16, whose weights both would download, by an untrained one; stub missing packages."""
+    transformers.utils.is_torchvision_available()  # cache the answer before the stub exists
     if importlib.util.find_spec("torchvision") is None:
         top = stand_in("torchvision")
         top.models = stand_in("torchvision.models", vgg16=vgg16)
@@ -256,13 +256,13 @@ def vgg16(**_: Any) -> SimpleNamespace:
 
 
 def lpips_file(path: Path) -> None:
-    """Write untrained linear weights where a checkout has none yet: else it would download them."""
+    """Write untrained linear weights if the checkout has none yet; otherwise it would download them."""
     if not path.exists():
         write_torch(path, {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate(CHANNELS)})
 
 
 def files(arguments: argparse.Namespace, repository: Path) -> tuple[Path, Path, Path]:
-    """Write encoder config, decoder config and an untrained DINO trunk as both programs want them on disk."""
+    """Write encoder config, decoder config and an untrained DINO trunk as both trainers expect them on disk."""
     scratch = Path(arguments.scratch).resolve()
     encoder, decoder, dino = scratch / "dinov2", scratch / arguments.decoder, scratch / f"dino_{arguments.disc}.pth"
     Dinov2WithRegistersConfig(**ENCODERS["dinov2_b"], patch_size=14, image_size=518).save_pretrained(encoder)
@@ -271,7 +271,7 @@ def files(arguments: argparse.Namespace, repository: Path) -> tuple[Path, Path, 
     (encoder / "preprocessor_config.json").write_text(json.dumps(content))
     decoder.mkdir(parents=True, exist_ok=True)
     config = json.loads((repository / "configs/decoder" / arguments.decoder / "config.json").read_text())
-    (decoder / "config.json").write_text(json.dumps({**config, "patch_size": 16}))  # transformers 5 refuses their text
+    (decoder / "config.json").write_text(json.dumps({**config, "patch_size": 16}))  # transformers 5 refuses a string
     if not dino.exists():
         trunk = DinoTrunk(RECIPES[arguments.disc], None, "untrained").state_dict()
         width = RECIPES[arguments.disc].width
@@ -312,7 +312,7 @@ def main() -> None:
         runner = make(arguments.variants[0], arguments, device)
         print(json.dumps({phase: peak(runner, images, phase, device) for phase in arguments.phases}))
         return
-    on_gpu = device.type == "cuda"  # there a variant is alone in memory, and its peak is known while it is timed
+    on_gpu = device.type == "cuda"  # there a variant is alone in memory, so its peak is measured in the same process
     memory = {name: {} if on_gpu else memory_alone(name, arguments.precision) for name in arguments.variants}
     seconds: dict[str, dict[str, list[float]]] = {phase: {} for phase in arguments.phases}
     tflops, failed = matmul_peak(device, arguments.precision), {}
@@ -324,7 +324,7 @@ def main() -> None:
                     memory[name][phase] = peak(runner, images, phase, device)
                 steps = {name: partial(runner.run, images, phase) for name, runner in runners.items()}
                 seconds[phase] |= in_turns(steps, arguments.warm, arguments.repeats, partial(clock, device))
-        except Exception as error:  # of others' code; the other variants go on
+        except Exception as error:  # of third-party code: continue with the other variants
             if not on_gpu:
                 raise
             why = f"out of memory at batch {arguments.batch}" if lacks_memory(error) else f"{error!r:.300}"
@@ -332,7 +332,7 @@ def main() -> None:
             failed[names[0]] = {"not_measured": why}
         runners = steps = {}
         free_memory(device)
-        report(arguments, device, seconds, memory, failed, tflops)  # after each, for what may end the program later
+        report(arguments, device, seconds, memory, failed, tflops)  # after each variant, in case a later one crashes
     dist.destroy_process_group()
 
 

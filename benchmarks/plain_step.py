@@ -1,9 +1,8 @@
-"""The published stage-1 step in its published order of work, written plainly. docs/recipe.md, "Losses".
+"""A plain implementation of the published stage-1 step, in the published order of operations. docs/recipe.md, "Losses".
 
-Kept for two purposes: the yardstick of `benchmarks/train_step.py`, and the oracle that the step of
-`src/training/stage1_step.py` is held against. Nothing in it is clever: every loss is differentiated through the whole
-chain, the encoder runs once for the generator and once for the discriminator, attention is three projections and a
-softmax, and each layer keeps what autograd wants to keep.
+It is the baseline of `benchmarks/train_step.py`, and the reference that the step of `src/training/stage1_step.py` is tested
+against. Nothing is optimised: every loss is differentiated through the whole chain, the encoder runs once for the generator
+and once for the discriminator, attention is three projections and a softmax, and autograd saves whatever it needs.
 """
 
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from src.training.stage1_step import LatentNoise, Phase, StepSettings
 
 @contextmanager
 def published_layers() -> Iterator[None]:
-    """Make the blocks of decoder and DINO trunk work as the official ones do."""
+    """Make the blocks of decoder and DINO trunk compute as the official ones do."""
     plain = (
         (decoder.SelfAttention, "forward", _decoder_attention),
         (decoder.Block, "forward", _decoder_block),
@@ -78,14 +77,14 @@ class PlainStep:
 
     @published_layers()
     def fake(self, images: Tensor) -> Tensor:
-        """Return what D judges as fake, B 3 H W in [-1, 1], for images in [0, 1]."""
+        """Return the fake images for D, B 3 H W in [-1, 1], from images in [0, 1]."""
         with torch.no_grad(), record_function("disc_decode"):
             fake = self.rae.decode(self._encode(images, None)) * 2 - 1
             return torch.round((fake.clamp(-1, 1) + 1) * 127.5) / 127.5 - 1
 
     @published_layers()
     def generator(self, images: Tensor, noise: LatentNoise | None, augment: Draws, phase: Phase) -> dict[str, Tensor]:
-        """Put gradients of the total loss into the decoder and return the terms. Images in [0, 1]."""
+        """Backpropagate the total loss into the decoder and return the terms. Images in [0, 1]."""
         with record_function("encode"):
             latents = self._encode(images, noise)
         with record_function("decode"):
@@ -113,12 +112,12 @@ class PlainStep:
 
     @published_layers()
     def discriminate(self, images: Tensor, fake: Tensor, fake_draws: Draws, real_draws: Draws) -> dict[str, Tensor]:
-        """Put gradients of D's hinge loss into its heads. Images in [0, 1], `fake` in [-1, 1]."""
-        self.discriminator.zero_grad()  # the generator's backward pass left some there
+        """Backpropagate D's hinge loss into its heads and return the terms. Images in [0, 1], `fake` in [-1, 1]."""
+        self.discriminator.zero_grad()  # left over from the generator's backward pass
         with record_function("disc"):
             self.discriminator.power_iteration()
             logits_fake = self.discriminator(self.augment.apply(fake, fake_draws))
-            # Torch's hook form keeps each forward's normalised weights; so the first graph is used up before the second.
+            # Torch's hook-based spectral_norm keeps the normalised weights of each forward, so finish the first backward here.
             loss_fake = 0.5 * F.relu(1 + logits_fake).mean()
             loss_fake.backward()
             self.discriminator.power_iteration()
@@ -139,7 +138,7 @@ class PlainStep:
         return self.rae.normalize(latents)
 
     def _lpips(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return LPIPS in its textbook form: both images through the network with a graph, full-size float32 maps."""
+        """Return LPIPS in its textbook form: both images go through the network with autograd, full-size float32 maps."""
         total: Tensor | float = 0.0
         for map_x, map_y, weight in zip(self.lpips.features(x), self.lpips.features(y), self.lpips.linear, strict=True):
             unit_x, unit_y = _unit(map_x.float()), _unit(map_y.float())
@@ -149,7 +148,7 @@ class PlainStep:
 
 
 def step_settings(**changes: Any) -> StepSettings:
-    """Return the settings of our step as configs/model/base.yaml has them, with `changes`."""
+    """Return the settings of our step from configs/model/base.yaml, updated by `changes`."""
     defaults = yaml.safe_load((PROJECT_ROOT / "configs/model/base.yaml").read_text())
     return StepSettings.parse({name: defaults[name] for name in StepSettings.model_fields} | changes, "model")
 

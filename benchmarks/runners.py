@@ -1,4 +1,4 @@
-"""What the benchmarks run: the published step and ours, on the same untrained networks at their real sizes."""
+"""Build and run the published step and ours, on the same untrained networks at their real sizes."""
 
 import argparse
 import json
@@ -41,7 +41,7 @@ DECODERS = sorted(file.parent.name for file in (PROJECT_ROOT / "configs/decoder"
 VARIANTS = ("plain", "ours", "compiled")
 LR = 2e-4
 PATCH = 16
-"""px a side of the decoder's patches."""
+"""Side of the decoder's patches, px."""
 AUGMENT = DiffAug(prob=1.0, cutout=0.0)
 
 
@@ -54,7 +54,7 @@ class Models:
 
 
 class PlainRunner:
-    """The published step with its surroundings: float images, fused AdamW, a loop over the tensors of the average."""
+    """The published step with what surrounds it: float images, fused AdamW, an EMA loop over tensors."""
 
     def __init__(self, models: Models, device: torch.device) -> None:
         self.device = device
@@ -82,7 +82,7 @@ class PlainRunner:
 
 
 class OurRunner:
-    """The step as `src/training/stage1.py` runs it, without Lightning, loader and random draws around it."""
+    """The step as `src/training/stage1.py` runs it, without Lightning, data loader and random draws."""
 
     def __init__(self, models: Models, device: torch.device, options: dict[str, Any]) -> None:
         self.models = models
@@ -142,7 +142,7 @@ class Draws:
 
 
 def build_models(arguments: argparse.Namespace, device: torch.device) -> Models:
-    """Make untrained networks on a device, the same at each call. They are drawn there: a CPU takes long for so many numbers."""
+    """Create untrained networks, the same at each call. Weights are drawn on the device: on a CPU this takes long."""
     folder = PROJECT_ROOT / "configs/encoder/dinov2_tiny"
     config = {**json.loads((folder / "config.json").read_text()), **ENCODERS[arguments.encoder], "image_size": 518}
     scratch = Path(arguments.scratch) / "encoder"
@@ -166,7 +166,7 @@ def build_models(arguments: argparse.Namespace, device: torch.device) -> Models:
 
 
 def make_inputs(arguments: argparse.Namespace, device: torch.device) -> tuple[Tensor, Draws]:
-    """Draw images and what is random in a step, on a device, the same at each call."""
+    """Draw the images and random numbers of a step on a device, the same at each call."""
     rng = torch.Generator(device).manual_seed(1)
     uniform = partial(torch.rand, generator=rng, device=device)
     batch, size, grid = arguments.batch, arguments.image_size, arguments.image_size // PATCH
@@ -178,7 +178,7 @@ def make_inputs(arguments: argparse.Namespace, device: torch.device) -> tuple[Te
 
 
 def step_parser(description: str | None, variants: Sequence[str], phases: Sequence[str]) -> argparse.ArgumentParser:
-    """Return a parser of what the benchmarks of stage 1's step share."""
+    """Return a parser with the options that the benchmarks of the stage-1 step share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=device_option, default="cpu", help="cpu or cuda")
     parser.add_argument("--decoder", choices=DECODERS, default="ViTB", help="a folder of configs/decoder")
@@ -198,7 +198,7 @@ def step_parser(description: str | None, variants: Sequence[str], phases: Sequen
 
 
 def make_runner(name: str, models: Models, device: torch.device, options: dict[str, Any]) -> Any:
-    """Make one of VARIANTS. `options`: disc_fake, loss_chunk_size, activation_checkpointing, and the dtype of autocast."""
+    """Create a runner for one of VARIANTS. `options`: disc_fake, loss_chunk_size, activation_checkpointing, autocast `dtype`."""
     if name == "plain":
         for parameter in models.lpips.vgg.parameters():
             parameter.data = parameter.data.contiguous()

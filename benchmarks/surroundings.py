@@ -1,4 +1,4 @@
-"""What all benchmarks share: the clock, where and on what one ran, its file."""
+"""Helpers of all benchmarks: interleaved timing, a description of machine and code, the result file."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def surroundings(device: torch.device | None = None) -> dict[str, Any]:
-    """Return the device's name, threads, versions and the state of the code."""
+    """Return the device's name, the number of threads, versions and the git state."""
     on_gpu = device is not None and device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
@@ -33,7 +33,7 @@ def surroundings(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def device_option(text: str) -> torch.device:
-    """Convert --device. Raises ArgumentTypeError where there is none of that name."""
+    """Convert --device. Raises ArgumentTypeError if there is no such device."""
     try:
         return find_device(text)
     except UserError as error:
@@ -43,7 +43,7 @@ def device_option(text: str) -> torch.device:
 def in_turns(
     steps: Mapping[str, Callable[[], Any]], warm: int, repeats: int, clock: Callable[[], Any] = time.perf_counter
 ) -> dict[str, list[Any]]:
-    """Time each step once a turn, so that a change of the machine's speed meets all alike; `warm` turns don't count."""
+    """Time each step once per turn, so that changes of the machine's speed affect all alike; `warm` turns don't count."""
     found: dict[str, list[Any]] = {name: [] for name in steps}
     for turn in range(warm + repeats):
         for name, step in steps.items():
@@ -55,7 +55,7 @@ def in_turns(
 
 
 def write(record: dict[str, Any], out: Path | None) -> None:
-    """Write a record as JSON with the command that made it; None: not at all."""
+    """Write a record as JSON, with the command that made it. Does nothing if `out` is None."""
     if out is None:
         return
     command = " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])

@@ -1,12 +1,12 @@
-"""Speed and memory of the training step against the published order of work, in one process, in turns.
+"""Compare speed and memory of the stage-1 training step with the published order of operations, interleaved in one process.
 
     python benchmarks/train_step.py --decoder ViTB --batch 4 --precision fp32 bf16 --out benchmarks/results/cpu.json
     python benchmarks/train_step.py --device cuda --decoder ViTXL --batch 64 --precision bf16 --variants plain ours compiled
 
-`plain` is `benchmarks/plain_step.py` with the optimiser and the average that the official code uses: eager attention in
-decoder and DINO trunk, two encoder passes, every loss through the whole chain. `ours` is the step
-that trains. All weights are untrained; shapes are the real ones. Not in it: loader, copies to the device, random draws and the
-exchange between processes. Phases: warmup (L1 + LPIPS), disc (D updates too), gan.
+`plain` is `benchmarks/plain_step.py` with the optimiser and EMA of the official code: eager attention in decoder and DINO
+trunk, two encoder passes, every loss through the whole chain. `ours` is the step used in training. Weights are untrained,
+shapes are the real ones. Not included: data loader, copies to the device, random draws and communication between processes.
+Phases: warmup (L1 + LPIPS), disc (D is updated too), gan.
 """
 
 import gc
@@ -60,13 +60,13 @@ ATTENTION_ON_CPU = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
-"""What torch's counter knows of a GPU's fused attention only."""
+"""FLOP formulas that torch's counter only has for fused attention on a GPU."""
 
 
 def measure(
     runners: dict[str, Any], images: Tensor, draws: Draws, phase: Phase, precision: str, repeats: int, warm: int
 ) -> dict[str, Any]:
-    """Time each of `runners`, in turns: a change of the machine's speed meets all alike."""
+    """Time the runners in turns, so that changes of the machine's speed affect all alike, and profile a step of each."""
     device, found = images.device, {}
     steps = {name: partial(runner.run, images, draws, phase) for name, runner in runners.items()}
     with autocast(device, precision):
@@ -87,13 +87,13 @@ def measure(
 
 
 def turns(variants: Sequence[str], device: torch.device) -> list[list[str]]:
-    """Group the variants that are measured together. A GPU keeps its speed, and its memory is for one step at a time."""
+    """Group the variants to measure together. A GPU has a steady speed and memory for one variant at a time."""
     return [[name] for name in variants] if device.type == "cuda" else [list(variants)]
 
 
 def memory_alone(variant: str, precision: str) -> dict[str, float | None]:
-    """Measure the peak of each phase in a process of its own, where no other variant's state lies beside; infinite where
-    it did not fit, None where the system does not say."""
+    """Return the peak GB of each phase, measured in a separate process without the state of other variants; infinite if
+    it did not fit, None if the system does not tell."""
     command = [sys.executable, *sys.argv, "--variants", variant, "--precision", precision, "--memory_only"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -111,7 +111,7 @@ def clock(device: torch.device) -> float:
 
 
 def peak(runner: Any, images: Tensor, draws: Draws, phase: str, precision: str) -> float | None:
-    """Return GB at the peak of a runner's second step in a phase; infinite where it does not fit."""
+    """Return the peak GB of a runner's second step in a phase; infinite if it does not fit."""
     step = partial(runner.run, images, draws, PHASES[phase])
     try:
         with autocast(images.device, precision):
@@ -125,7 +125,7 @@ def peak(runner: Any, images: Tensor, draws: Draws, phase: str, precision: str) 
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what nothing holds any more, compiled code of networks that are gone included."""
+    """Free unreferenced memory, including compiled code of deleted networks."""
     torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
@@ -133,7 +133,7 @@ def free_memory(device: torch.device) -> None:
 
 
 def peak_memory(run: Any, device: torch.device) -> float | None:
-    """Return GB at the peak of a call: allocations on a GPU; on a CPU the resident set, whose mark is reset before."""
+    """Return the peak GB of a call: allocated memory on a GPU; on a CPU the resident set (its high-water mark is reset)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         run()
@@ -148,16 +148,16 @@ def peak_memory(run: Any, device: torch.device) -> float | None:
 
 
 def part_times(run: Any, device: torch.device) -> tuple[dict[str, float], dict[str, float]]:
-    """Return ms of each part of one step, from the labels in the code, and of the GPU kernels that take longest."""
+    """Return the ms of each part of a step, by the labels in the code, and of the GPU kernels that take longest."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    # A part's kernels are found through the thread that launched them, so the backward pass has to stay in this one.
+    # A part's kernels are found through the thread that launched them, so the backward pass must stay in this one.
     with torch.autograd.set_multithreading_enabled(False), profile(activities=activities) as recorded:
         run()
         clock(device)
     parts, kernels = {}, {}
     for event in recorded.key_averages():
         if event.device_type != DeviceType.CPU:
-            if not event.is_user_annotation:  # a label, seen from the GPU
+            if not event.is_user_annotation:  # not a label, as the GPU records it
                 kernels[f"{event.key[:120]} ({event.count} x)"] = round(event.self_device_time_total / 1e3, 3)
         elif event.key in PARTS:
             on_device = device.type == "cuda"
@@ -167,7 +167,7 @@ def part_times(run: Any, device: torch.device) -> tuple[dict[str, float], dict[s
 
 
 def matmul_peak(device: torch.device, precision: str, size: int | None = None) -> float:
-    """Measure TFLOP/s of a large matrix product in this precision, what the share is a share of."""
+    """Measure TFLOP/s of a large matrix product in this precision, the peak that utilisation refers to."""
     size = size or (8192 if device.type == "cuda" else 2048)
     dtype = DTYPES[precision] or torch.float32
     a, b = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype)
@@ -199,7 +199,7 @@ def main() -> None:
         print(json.dumps({phase: peak(runner, images, draws, phase, precision) for phase in arguments.phases}))
         return
     pairs = list(product(arguments.variants, arguments.precision))
-    on_gpu = device.type == "cuda"  # there a variant is alone in memory, and its peak is known while it is timed
+    on_gpu = device.type == "cuda"  # there a variant is alone in memory, so its peak is measured in the same process
     memory = {pair: {} if on_gpu else memory_alone(*pair) for pair in pairs}
     record: dict[str, Any] = {
         **surroundings(device),
