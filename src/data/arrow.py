@@ -66,7 +66,7 @@ class ArrowSource(PackedSource):
         sizes = "".join(f"{file.name}:{file.stat().st_size}\0" for file in self.files)
         return short_digest((str(self._state.get("_fingerprint")) + sizes).encode())
 
-    def _elsewhere(self, index: int) -> bytes:
+    def _read_external(self, index: int) -> bytes:
         path = self._path(index)
         if not path:
             raise BadImage("neither bytes nor a path in its row")

@@ -37,7 +37,7 @@ class ArrowRows(FileRows):
 
 def read_schema(path: Path) -> pa.Schema:
     """Read the schema of a stream or file. Raises UserError if it is damaged."""
-    with _opened(path) as (*_, reader):
+    with _open_reader(path) as (*_, reader):
         if len(set(reader.schema.names)) != max(1, len(reader.schema)):  # decodes the names, too
             raise Damaged("it has no columns, or two of one name")
         return reader.schema
@@ -51,7 +51,7 @@ def index_rows(path: Path, schema: pa.Schema, image: str, label: str | None) -> 
     """
     offsets, sizes = [np.empty(0, np.int64)], [np.empty(0, np.uint32)]
     labels, paths, row = [np.empty(0, np.int64)], [], 0
-    with _opened(path) as (descriptor, whole, stream, reader):
+    with _open_reader(path) as (descriptor, whole, stream, reader):
         if not reader.schema.equals(schema):
             raise UserError(
                 f"The Arrow files of {path.parent} don't belong together: {path.name} has the columns {listed(reader.schema)}, "
@@ -61,17 +61,17 @@ def index_rows(path: Path, schema: pa.Schema, image: str, label: str | None) -> 
             outer = batch.column(image)
             is_struct = pa.types.is_struct(outer.type)
             data = outer.field("bytes") if is_struct else outer
-            starts, base = _places(whole, data)
+            starts, base = _offsets_and_base(whole, data)
             lengths = np.minimum(np.diff(starts), NO_BYTES - 1).astype(np.uint32)
             for column in (outer, data):
                 lengths[_nulls(column)] = NO_BYTES
             offsets.append(starts[:-1] + base)
             sizes.append(lengths)
             if label is not None:
-                labels.append(_whole_numbers(batch.column(label)))
+                labels.append(_integers(batch.column(label)))
             if is_struct and outer.type.get_field_index("path") >= 0 and len(batch):
                 text = outer.field("path")
-                places, start = (_inside(whole, buffer) for buffer in text.buffers()[1:])
+                places, start = (_file_position(whole, buffer) for buffer in text.buffers()[1:])
                 paths.append((row, places, start, 8 if pa.types.is_large_string(text.type) else 4))
             row += len(batch)
     found = np.concatenate(labels) if label is not None else None
@@ -84,7 +84,7 @@ def listed(schema: pa.Schema) -> str:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[int, pa.Buffer, pa.BufferReader, Any]]:
+def _open_reader(path: Path) -> Iterator[tuple[int, pa.Buffer, pa.BufferReader, Any]]:
     """Yield the file descriptor, the mapped file, the stream in it, and its pyarrow reader. Read errors become a UserError."""
     try:
         with open(path, "rb") as file:
@@ -124,7 +124,7 @@ def _batches(descriptor: int, whole: pa.Buffer, stream: pa.BufferReader, reader:
         raise Damaged(f"its stream ends at byte {stream.tell():,}")
 
 
-def _places(whole: pa.Buffer, column: pa.Array) -> tuple[np.ndarray, int]:
+def _offsets_and_base(whole: pa.Buffer, column: pa.Array) -> tuple[np.ndarray, int]:
     """Return (rows + 1 offsets, int64; the file position they are relative to) of a binary column."""
     _, offsets, data = column.buffers()
     if not len(column):
@@ -134,10 +134,10 @@ def _places(whole: pa.Buffer, column: pa.Array) -> tuple[np.ndarray, int]:
     size = data.size if data is not None else 0
     if starts[0] < 0 or starts[-1] > size or np.any(starts[1:] < starts[:-1]):
         raise Damaged("a record batch has offsets that lie outside its data")
-    return starts, _inside(whole, data) if size else 0
+    return starts, _file_position(whole, data) if size else 0
 
 
-def _whole_numbers(column: pa.Array) -> np.ndarray:
+def _integers(column: pa.Array) -> np.ndarray:
     """Return an integer column as int64, -1 where null. Avoids `to_numpy`, whose first call imports pandas."""
     if not len(column):
         return np.empty(0, np.int64)
@@ -151,7 +151,7 @@ def _nulls(column: pa.Array) -> Any:
     return column.is_null().to_numpy(zero_copy_only=False) if column.null_count else slice(0)
 
 
-def _inside(whole: pa.Buffer, buffer: pa.Buffer | None) -> int:
+def _file_position(whole: pa.Buffer, buffer: pa.Buffer | None) -> int:
     """Return the file position of a buffer. Raises Damaged if it is a copy, as for compressed batches."""
     place = buffer.address - whole.address if buffer is not None else 0
     if buffer is not None and buffer.size and not 0 <= place <= whole.size - buffer.size:

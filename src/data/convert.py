@@ -67,7 +67,7 @@ def convert(
     output = output.resolve()  # a link's target, which is what would be replaced
     partial = output.with_name(output.name + ".partial")
     try:
-        _check_apart(tree, output, partial)
+        _check_no_overlap(tree, output, partial)
         check_output(output, overwrite)
         _prepare(partial, tree, settings, overwrite)
         jobs = _jobs(partial, tree, settings)
@@ -100,7 +100,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     check_folder(output, overwrite, (REPORT, *MARKS), "dataset", "--output_dir")
 
 
-def _check_apart(tree: Tree, output: Path, partial: Path) -> None:
+def _check_no_overlap(tree: Tree, output: Path, partial: Path) -> None:
     """Check that the output neither replaces nor mixes with an image folder, linked ones included."""
     root = tree.root.resolve()
     places = {place for rows in tree.splits.values() for place in rows.places()}

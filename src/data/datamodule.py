@@ -154,7 +154,7 @@ class RAEDataModule(LightningDataModule):
         found = {}
         for name, s in self.evaluation_settings.items():
             keys = {key: key for key in EvaluationSettings.model_fields} | {"hf_split": "split"}
-            with worded({f"data.{said}": f"data.evaluation.{name}.{key}" for said, key in keys.items()}):
+            with worded({f"data.{common}": f"data.evaluation.{name}.{key}" for common, key in keys.items()}):
                 source, text = open_evaluation(locate(s.data_dir), s.split, self._options(s.image_column, s.label))
             log.info("Evaluation set %s: %s", name, text)
             found[name] = EvaluationSet(source, range(len(source)), s)

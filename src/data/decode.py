@@ -73,18 +73,18 @@ class Decoder:
         try:
             header = None
             if data[:3] == b"\xff\xd8\xff" and not (header := _jpeg_header(data)):
-                mended = memoryview(_mended(data))  # repairs flaws in the header
-                header = _jpeg_header(mended)
-                data = mended if header else data
+                repaired = memoryview(_repaired(data))
+                header = _jpeg_header(repaired)
+                data = repaired if header else data
             if header:
                 picture, orientation = self._decode_jpeg(data, *header, min_shorter_px)
             else:
-                picture, orientation = self._decode_any(data)
+                picture, orientation = self._decode_with_pillow(data)
         except BadImage:
             raise
         except Exception as error:  # decoders raise all kinds of errors: OSError, SyntaxError, struct.error
             raise BadImage(_one_line(error)) from error
-        return _turn(picture, orientation) if self.exif == "apply" else picture
+        return _undo_orientation(picture, orientation) if self.exif == "apply" else picture
 
     def _decode_jpeg(
         self, data: memoryview, height: int, width: int, min_shorter_px: int | None
@@ -97,21 +97,21 @@ class Decoder:
             pixels = simplejpeg.decode_jpeg(data, "RGB", **size)
         except ValueError as error:
             # libjpeg reports only its first warning. With the harmless flaws repaired, it reports the next one.
-            mended = _mended(data)
+            repaired = _repaired(data)
             try:
-                pixels = simplejpeg.decode_jpeg(mended, "RGB", **size)
+                pixels = simplejpeg.decode_jpeg(repaired, "RGB", **size)
             except ValueError as second:
                 # Stray bytes between two markers are harmless, too, and occur in ImageNet. Any other warning means that the
                 # rest is filled with grey or noise.
                 if "extraneous bytes" not in str(second):
                     raise BadImage(_one_line(error)) from error
-                pixels = simplejpeg.decode_jpeg(mended, "RGB", strict=False, **size)
+                pixels = simplejpeg.decode_jpeg(repaired, "RGB", strict=False, **size)
         return Picture(pixels, width, height, k), orientation
 
-    def _decode_any(self, data: memoryview) -> tuple[Picture, int]:
+    def _decode_with_pillow(self, data: memoryview) -> tuple[Picture, int]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # palette transparency, damaged EXIF, Pillow's own size limit: all handled
-            with Image.open(io.BytesIO(data), formats=_formats()) as image:
+            with Image.open(io.BytesIO(data), formats=_readable_formats()) as image:
                 self._check_size(*image.size)
                 image.load()
                 orientation = _orientation(image) if self.exif == "apply" else 1
@@ -127,7 +127,7 @@ class Decoder:
 
 
 @functools.cache
-def _formats() -> tuple[str, ...]:
+def _readable_formats() -> tuple[str, ...]:
     """Return the FORMATS that this build of Pillow can read."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
@@ -142,7 +142,7 @@ def _jpeg_header(data: memoryview) -> tuple[int, int] | None:
     return (height, width) if colours in ("YCbCr", "RGB", "Gray") else None
 
 
-def _mended(data: memoryview) -> bytes | memoryview:
+def _repaired(data: memoryview) -> bytes | memoryview:
     """Repair harmless flaws of a single-scan baseline JPEG: an unknown JFIF revision or Adobe colour code, wrong values of the
     scan's unused parameters, a missing end marker. Return anything else unchanged."""
     out, components = bytearray(data[:2]), 0
@@ -220,7 +220,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def _turn(picture: Picture, orientation: int) -> Picture:
+def _undo_orientation(picture: Picture, orientation: int) -> Picture:
     """Undo the EXIF orientation: 2-4 mirror or rotate by 180 degrees, 5-8 also swap the sides."""
     if orientation == 1:
         return picture

@@ -41,8 +41,8 @@ def folder_splits(names: Sequence[str]) -> dict[str, str]:
     Variants such as `Train` or `val2017` count only if another folder is a different split or all folders are splits: a class
     of vehicles may be called Train.
     """
-    said = {name: ALIASES.get(re.sub(r"[\W_]*\d*$", "", name.lower())) for name in names}
-    found = {name: split for name, split in said.items() if split}
+    standard = {name: ALIASES.get(re.sub(r"[\W_]*\d*$", "", name.lower())) for name in names}
+    found = {name: split for name, split in standard.items() if split}
     if len(set(found.values())) > 1 or len(found) == len(names):
         return found
     return {name: ALIASES[name] for name in names if name in ALIASES}
@@ -56,7 +56,7 @@ def find_split(split: str, names: Sequence[str]) -> str | None:
     """
     same = next((group for group in SPLIT_NAMES if split in group), ())
     exact = next((name for name in (split, *same) if name in names), None)
-    alike = [name for name, said in folder_splits(names).items() if same and said == same[0]]
+    alike = [name for name, standard in folder_splits(names).items() if same and standard == same[0]]
     if exact is None and len(alike) > 1:
         key = "data.hf_split" if split in TRAIN_SPLITS else "data.hf_validation_split"
         raise UserError(

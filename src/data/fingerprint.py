@@ -77,7 +77,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _packed(files: Sequence[Path]) -> Entries:
     root = os.path.commonpath([file.parent for file in files])
-    sampled = set(_spread(len(files)))
+    sampled = set(_sampled_indices(len(files)))
     return {
         os.path.relpath(file, root): [file.stat().st_size, _ranges(file) if i in sampled else ""]
         for i, file in enumerate(files)
@@ -87,7 +87,7 @@ def _packed(files: Sequence[Path]) -> Entries:
 def _folders(root: Path, files: Sequence[str]) -> Entries:
     digests: dict[str, Any] = {}
     counts: dict[str, int] = {}
-    sampled = set(_spread(len(files)))
+    sampled = set(_sampled_indices(len(files)))
     for i, file in enumerate(files):
         folder, name = os.path.split(file)
         digest = digests.setdefault(folder, hashlib.sha256())
@@ -98,7 +98,7 @@ def _folders(root: Path, files: Sequence[str]) -> Entries:
     return {folder or ".": [counts[folder], digest.hexdigest()[:16]] for folder, digest in digests.items()}
 
 
-def _spread(count: int) -> Sequence[int]:
+def _sampled_indices(count: int) -> Sequence[int]:
     return range(count) if count <= SAMPLED else [i * count // SAMPLED for i in range(SAMPLED)]
 
 

@@ -78,7 +78,7 @@ class MixOrder(EpochOrder):
         """Return entries `at`, int64, of a source's permutation of 0..size-1 in a round."""
         size = self.sizes[source]
         if size > TABLE_ROWS:
-            return feistel(_keys(self.seed, source, round_), size, at)
+            return feistel(_feistel_keys(self.seed, source, round_), size, at)
         if self._tables.get(source, (None,))[0] != round_:
             table = np.arange(size, dtype=np.uint32)
             stream.generator(self.seed, stream.Purpose.ORDER, round_, source).shuffle(table)
@@ -124,7 +124,7 @@ def _pattern(seed: int, block: int, weights: tuple[float, ...]) -> tuple[np.ndar
 
 
 @functools.lru_cache(32)
-def _keys(seed: int, source: int, round_: int) -> tuple[int, ...]:
+def _feistel_keys(seed: int, source: int, round_: int) -> tuple[int, ...]:
     draws = stream.generator(seed, stream.Purpose.ORDER, round_, source)
     return tuple(draws.integers(0, 1 << 64, FEISTEL_ROUNDS, dtype=np.uint64).tolist())
 
@@ -140,13 +140,16 @@ def feistel(keys: Sequence[int], size: int, at: np.ndarray) -> np.ndarray:
     while len(waiting):
         left, right = values[waiting] >> np.uint64(half), values[waiting] & mask
         for key in keys:
-            left, right = right, left ^ (_mixed(right + np.uint64(key & 0xFFFFFFFFFFFF) ^ np.uint64(key >> 48)) & mask)
+            left, right = (
+                right,
+                left ^ (_mix_bits(right + np.uint64(key & 0xFFFFFFFFFFFF) ^ np.uint64(key >> 48)) & mask),
+            )
         values[waiting] = left << np.uint64(half) | right
         waiting = waiting[values[waiting] >= size]
     return values.astype(np.int64)
 
 
-def _mixed(values: np.ndarray) -> np.ndarray:
+def _mix_bits(values: np.ndarray) -> np.ndarray:
     """Mix the bits of uint64 values (the finaliser of SplitMix64, Steele et al. 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -113,7 +113,7 @@ class PackedSource:
         number = self.file_of(index)
         size = int(self.index.sizes[index])
         if size == NO_BYTES:
-            return self._elsewhere(index)
+            return self._read_external(index)
         if size > MAX_FILE_BYTES:
             raise BadImage(f"a file of {size:,} bytes")
         return self.read(number, int(self.index.offsets[index]), size)
@@ -147,7 +147,7 @@ class PackedSource:
             self._open.pop(next(iter(self._open)), None)
         return file
 
-    def _elsewhere(self, index: int) -> bytes:
+    def _read_external(self, index: int) -> bytes:
         raise BadImage("no bytes in its row")
 
 

@@ -192,14 +192,14 @@ def look(path: Path | str, options: ReadOptions = DEFAULT_OPTIONS, latents: bool
 def survey(path: Path) -> Place:
     """Detect the format of a local path or pattern, including Parquet. Raises UserError."""
     if is_pattern(str(path)):
-        return _files(expand(str(path)), str(path))
+        return _detect_files(expand(str(path)), str(path))
     if path.is_file():
-        return _files([path], str(path))
+        return _detect_files([path], str(path))
     if not path.is_dir():
-        raise _nothing_there(path)
+        raise _not_found(path)
     if _holds_latents(path):
         return Place("latents", path)
-    return _dataset(path) if is_dataset(path) else _folder(path)
+    return _detect_dataset(path) if is_dataset(path) else _detect_folder(path)
 
 
 def _holds_latents(folder: Path) -> bool:
@@ -236,7 +236,7 @@ def nested_splits(root: Path) -> Path | None:
         here, depth = waiting.pop()
         if depth and _has_splits(here):
             found.append(here)
-        elif _first_image(here):
+        elif _has_images(here):
             classes.append(here)
         elif depth < NESTED_DEPTH:
             waiting += [(here / name, depth + 1) for name in folders(here)]
@@ -255,12 +255,12 @@ def _has_splits(folder: Path) -> bool:
     names = folders(folder)
     splits = folder_splits(names)
     train = [name for name, split in splits.items() if split == "train"]
-    if len(set(splits.values())) == 1 and (len(names) > 1 or _first_image(folder)):
+    if len(set(splits.values())) == 1 and (len(names) > 1 or _has_images(folder)):
         return False
     return any(is_image(file) for name in train for file in islice(walk(folder / name), LOOK_AT))
 
 
-def _first_image(folder: Path) -> bool:
+def _has_images(folder: Path) -> bool:
     """Return whether images lie directly in the folder, as in a class folder."""
     try:
         with os.scandir(folder) as entries:
@@ -269,7 +269,7 @@ def _first_image(folder: Path) -> bool:
         return False
 
 
-def _dataset(folder: Path) -> Place:
+def _detect_dataset(folder: Path) -> Place:
     if (folder / "dataset_dict.json").is_file():
         names = read_json(folder / "dataset_dict.json", "", splits=list[str])["splits"]
         odd = [name for name in names if Path(name).name != name]
@@ -301,7 +301,7 @@ def _cached_splits(folder: Path) -> dict[str, list[str]]:
     return splits
 
 
-def _files(files: list[Path], shown: str) -> Place:
+def _detect_files(files: list[Path], shown: str) -> Place:
     """Detect the format of individually named files."""
     suffix = files[0].suffix.lower()
     if odd := [file for file in files if file.suffix.lower() != suffix]:
@@ -325,7 +325,7 @@ def _files(files: list[Path], shown: str) -> Place:
     )
 
 
-def _folder(folder: Path) -> Place:
+def _detect_folder(folder: Path) -> Place:
     """Detect the format of a folder without dataset metadata, by the first files found in it."""
     if below := [name for name in folders(folder) if (folder / name / "dataset_info.json").is_file()]:
         raise UserError(
@@ -334,7 +334,7 @@ def _folder(folder: Path) -> Place:
         )
     first = telling_file(folder)
     if first is None:
-        raise UserError(f"No images in {folder} (data.data_dir): {_unreadable(folder)}")
+        raise UserError(f"No images in {folder} (data.data_dir): {_no_images_message(folder)}")
     suffix = first.suffix.lower()
     if suffix in (".parquet", ".tar"):
         names = [name for name in walk(folder) if name.lower().endswith(suffix)]
@@ -346,7 +346,7 @@ def _folder(folder: Path) -> Place:
     names = folders(root)
     splits = folder_splits(names)
     others = [name for name in names if name not in splits] if "train" in splits.values() else []
-    if beside := [name for name in others if _first_image(root / name)]:
+    if beside := [name for name in others if _has_images(root / name)]:
         log.warning("%s: images beside the splits are left out: %s.", root, ", ".join(beside[:4]))
     return Place("tree", root, {name: name for name in names})
 
@@ -388,7 +388,7 @@ def _parquet_message(first: Path, shown: str) -> str:
     )
 
 
-def _nothing_there(path: Path) -> UserError:
+def _not_found(path: Path) -> UserError:
     if path.exists():
         return UserError(f"{path} (data.data_dir) is neither a file nor a folder.")
     parent = next(p for p in path.parents if p.is_dir())
@@ -400,7 +400,7 @@ def _nothing_there(path: Path) -> UserError:
     )
 
 
-def _unreadable(folder: Path) -> str:
+def _no_images_message(folder: Path) -> str:
     """Return what the folder contains and what to do, never to overwrite it: it may be the only copy."""
     if not folders(folder) and not loose_files(folder):
         return f"it is empty. Make a dataset there with `{CONVERT} IMAGES --output_dir {folder}`."

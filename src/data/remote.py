@@ -51,7 +51,7 @@ class Storage:
         """
         system, root = self._system()
         one_by_one = root.endswith(".tar") or any(c in root for c in "*?[")
-        found = self._try(lambda: (system.glob if one_by_one else system.find)(root, detail=True))
+        found = self._retry(lambda: (system.glob if one_by_one else system.find)(root, detail=True))
         names = {name[len(self._base(root)) :].lstrip("/"): name for name in sorted(found) if name.endswith(".tar")}
         if not names:
             raise UserError(
@@ -62,7 +62,7 @@ class Storage:
     def read(self, name: str, start: int, size: int) -> bytes:
         """Read a byte range with one request, retried on network errors. Raises UserError."""
         system, root = self._system()
-        return self._try(lambda: system.cat_file(f"{self._base(root)}/{name}", start=start, end=start + size))
+        return self._retry(lambda: system.cat_file(f"{self._base(root)}/{name}", start=start, end=start + size))
 
     @staticmethod
     def _base(root: str) -> str:
@@ -85,7 +85,7 @@ class Storage:
             self._opened = os.getpid(), system, root
         return self._opened[1], self._opened[2]
 
-    def _try(self, call: Callable[[], T]) -> T:
+    def _retry(self, call: Callable[[], T]) -> T:
         began, waits = time.monotonic(), iter(WAITS_S)
         while True:
             try:

@@ -34,7 +34,7 @@ COMPRESSED = {
     b"\xfd7zXZ": ("xz", "unxz"),
 }
 _IMAGES = frozenset(suffix[1:] for suffix in SUFFIXES)
-_USED = re.compile(rb"path=|size=|GNU\.sparse|charset=")
+_RELEVANT_PAX = re.compile(rb"path=|size=|GNU\.sparse|charset=")
 """PAX records that matter; others, such as times and owners, are ignored."""
 _OCTAL = re.compile(rb"[0-7]+[\0 ]")
 
@@ -153,11 +153,11 @@ def members(window: Window) -> Iterator[tarfile.TarInfo]:
                 raise Damaged(f"it is cut short within {found.name}")
             if found.isreg() and not found.name.endswith("/"):
                 yield found
-            found = None if tar.pax_headers else _plain(window, at)  # type: ignore[attr-defined]  # global ones
+            found = None if tar.pax_headers else _plain_member(window, at)  # type: ignore[attr-defined]  # global ones
             if found is None:
                 found = tar.next()
             else:
-                tar.offset = _end(found.offset_data, found.size)  # type: ignore[attr-defined]
+                tar.offset = _next_header(found.offset_data, found.size)  # type: ignore[attr-defined]
     except (tarfile.TarError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError):
         pass  # the checks below give a better reason than tarfile
     header = window.take(at, BLOCK)
@@ -167,16 +167,16 @@ def members(window: Window) -> Iterator[tarfile.TarInfo]:
         raise Damaged(f"no readable tar header at byte {at:,}")
 
 
-def _plain(window: Window, at: int) -> tarfile.TarInfo | None:
+def _plain_member(window: Window, at: int) -> tarfile.TarInfo | None:
     """Parse the header at `at` if it is a plain one of a regular file, else return None. tarfile takes four times as long."""
     header = window.take(at, BLOCK)
     if header[156:157] == b"x":
-        records = _size(header)
-        if records is None or records > MAX_SMALL or _USED.search(window.take(at + BLOCK, records)):
+        records = _header_size(header)
+        if records is None or records > MAX_SMALL or _RELEVANT_PAX.search(window.take(at + BLOCK, records)):
             return None
-        at = _end(at + BLOCK, records)
+        at = _next_header(at + BLOCK, records)
         header = window.take(at, BLOCK)
-    size = _size(header)
+    size = _header_size(header)
     if size is None or header[156:157] != b"0" or header[345]:  # another type, or a name with a prefix
         return None
     found = tarfile.TarInfo(header[:100].split(b"\0", 1)[0].decode("utf-8", "surrogateescape"))
@@ -184,7 +184,7 @@ def _plain(window: Window, at: int) -> tarfile.TarInfo | None:
     return found
 
 
-def _size(header: bytes) -> int | None:
+def _header_size(header: bytes) -> int | None:
     """Return the size in a header, in bytes; None if the checksum or a number's format is unusual and left to tarfile."""
     size, noted = header[124:136], header[148:155]
     if len(header) < BLOCK or not (_OCTAL.fullmatch(size) and _OCTAL.fullmatch(noted)):
@@ -195,7 +195,7 @@ def _size(header: bytes) -> int | None:
     return int(size[:-1], 8) if right and header[257:262] == b"ustar" else None
 
 
-def _end(start: int, size: int) -> int:
+def _next_header(start: int, size: int) -> int:
     """Return the offset of the header that follows `size` bytes at `start`."""
     return start + (size + BLOCK - 1) // BLOCK * BLOCK
 

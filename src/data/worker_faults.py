@@ -30,8 +30,8 @@ SHARE_OF_FREE = 0.8
 """Largest share of free shared memory used for prefetched batches."""
 LONGEST_TEMPORARY = 107 - len("/pymp-12345678/listener-12345678")
 """Longest path of the temporary folder, bytes: a socket's path has at most 107 on Linux, and Python appends to it."""
-_FEWER = "Use fewer loading processes (data.num_workers)"
-_LARGER = "In a container, give it more shared memory (docker run --shm-size=16g)"
+_FEWER_WORKERS = "Use fewer loading processes (data.num_workers)"
+_MORE_SHM = "In a container, give it more shared memory (docker run --shm-size=16g)"
 
 
 START_S = (5.0, 30.0)
@@ -94,7 +94,7 @@ def batches_of(loader: DataLoader[Any]) -> Iterator[Any]:
         except Exception as error:  # a worker that died may leave a half-sent batch
             if iterator is None or not _is_fault(error, iterator):
                 raise
-            _give_up(loader, iterator)
+            _stop_run(loader, iterator)
             break
         yield batch
         done += 1
@@ -176,21 +176,22 @@ def prefetched_batches(workers: int, wanted: int, batch_bytes: int, loaders: int
         f"{free / 1e6:.0f} MB free."
     )
     if fit < 1:
-        raise UserError(f"{sizes} {_LARGER}, or use fewer loading processes or none: data.num_workers=0.")
-    log.warning("%s Each process prepares %d ahead instead. %s.", sizes, fit, _LARGER)
+        raise UserError(f"{sizes} {_MORE_SHM}, or use fewer loading processes or none: data.num_workers=0.")
+    log.warning("%s Each process prepares %d ahead instead. %s.", sizes, fit, _MORE_SHM)
     return fit
 
 
-def _death(code: int | None) -> str:
+def _death_message(code: int | None) -> str:
     name = signal.Signals(-code).name if code is not None and code < 0 else ""
     if name == "SIGKILL":
-        return f"A loading process was killed (SIGKILL), as the kernel does where memory runs out. {_FEWER}."
+        return f"A loading process was killed (SIGKILL), as the kernel does where memory runs out. {_FEWER_WORKERS}."
     if name == "SIGBUS":
-        return f"A loading process ended by a bus error: shared memory ({SHARED_MEMORY}) is full. {_LARGER}, or {_FEWER.lower()}."
+        full = f"shared memory ({SHARED_MEMORY}) is full"
+        return f"A loading process ended by a bus error: {full}. {_MORE_SHM}, or {_FEWER_WORKERS.lower()}."
     if code is None:
-        return f"A loading process ended, perhaps for lack of memory. {_FEWER}."
+        return f"A loading process ended, perhaps for lack of memory. {_FEWER_WORKERS}."
     how = f"by {name}" if name else f"with exit code {code}"
-    return f"A loading process ended {how}. {_FEWER}; data.num_workers=0 shows what goes wrong."
+    return f"A loading process ended {how}. {_FEWER_WORKERS}; data.num_workers=0 shows what goes wrong."
 
 
 @atexit.register
@@ -218,16 +219,16 @@ def _dead(iterator: Any, patience: float = 0) -> list[Any]:
     return [worker for worker in iterator._workers if worker.sentinel in closed]
 
 
-def _give_up(loader: DataLoader[Any], iterator: Any) -> None:
+def _stop_run(loader: DataLoader[Any], iterator: Any) -> None:
     dead = _dead(iterator)
     for worker in dead:
         worker.join(2)
     text = (
         f"No batch came for {loader.timeout:g} s (data.worker_timeout_s): a disk that hangs, or shared memory "
-        f"({SHARED_MEMORY}) that is full. {_LARGER}, use fewer loading processes (data.num_workers), or raise the limit."
+        f"({SHARED_MEMORY}) that is full. {_MORE_SHM}, use fewer loading processes (data.num_workers), or raise the limit."
     )
     if dead:
-        text = _death(dead[0].exitcode)
+        text = _death_message(dead[0].exitcode)
     for worker in iterator._workers:
         worker.kill()
     iterator._shutdown_workers()
