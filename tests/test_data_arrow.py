@@ -139,7 +139,7 @@ TWICE = pa.Table.from_arrays([pa.array([b"x"]), pa.array([1]), pa.array([2])], n
     [
         ([pa.table({"image": pa.array([b"x"]), "label": [1]}), ONE], {}, "don't belong together: data-1.arrow"),
         ([ONE], {"options": pa.ipc.IpcWriteOptions(compression="zstd")}, "compressed"),
-        ([TWICE], {}, "two of one name"),
+        ([TWICE], {}, "two with the same name"),
     ],
 )
 def test_files_without_random_access_are_rejected(

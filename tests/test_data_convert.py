@@ -191,9 +191,7 @@ def test_output_never_replaces_the_input_images(overwrite: bool, mark: str, tmp_
         inside, "lies in"
     )
     for output, how in refused.items():
-        with pytest.raises(
-            UserError, match=rf"--output_dir .*{how} the folder of images .*Choose a folder apart from it"
-        ):
+        with pytest.raises(UserError, match=rf"--output_dir .*{how} the folder of images .*Choose a separate folder"):
             run(root, output, overwrite=overwrite)
     with pytest.raises(UserError, match="holds the folder of images"):  # OUTPUT.partial is written and deleted, too
         run(tree(tmp_path / "x.partial/in"), tmp_path / "x", overwrite=overwrite)

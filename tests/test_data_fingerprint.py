@@ -95,11 +95,11 @@ def test_changed_data_is_named_and_rejected(
     folder = make(kind, tmp_path / "set")
     stored = module(folder, batch_size=1).state_dict()
     change(folder)
-    with pytest.raises(UserError, match=f"not that of the checkpoint: .*({says}).*allow_changed"):
+    with pytest.raises(UserError, match=f"differs from that of the checkpoint: .*({says}).*allow_changed"):
         module(folder, batch_size=1).load_state_dict(stored)
     with caplog.at_level(logging.WARNING):
         module(folder, batch_size=1, allow_changed=True).load_state_dict(stored)
-    assert sum("not that of the checkpoint" in r.getMessage() for r in caplog.records) == 1
+    assert sum("differs from that of the checkpoint" in r.getMessage() for r in caplog.records) == 1
 
 
 def test_train_split_changes_the_fingerprint(tmp_path: Path) -> None:

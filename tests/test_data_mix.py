@@ -268,7 +268,7 @@ def test_errors_name_the_keys_of_the_source_or_evaluation_set(folders: Path) -> 
         ({"sources": None}, "expected one of them. Set data.data_dir=PATH"),
         ({"sources": {}}, "data.sources={}: expected a name"),
         ({"sources": {"a": {"weight": 1}}}, "data.sources.a=.*data_dir"),
-        ({"sources": {"a b": {"data_dir": "x"}}}, "is no name"),
+        ({"sources": {"a b": {"data_dir": "x"}}}, "is not a valid name"),
         ({"sources": {"a": {"data_dir": "x", "weight": 0}}}, "data.sources.a.weight"),
         ({"sources": {"a": {"data_dir": "x", "colour": 1}}}, "data.sources.a.colour"),
         ({"sources": {"a": {"data_dir": "x", "train_crop": "left"}}}, "train_crop='left'"),

@@ -96,13 +96,13 @@ def test_tars_with_splits_in_their_names_or_folders(tmp_path: Path) -> None:
     assert counts(tmp_path / "folders") == (3, 2)
     assert len(open_images(tmp_path / "folders", None, None).rows) == 2
     image_tar(timm / "more.tar", 2)
-    with pytest.raises(UserError, match="1 of 5 files, such as more.tar, say no split"):
+    with pytest.raises(UserError, match="1 of 5 files, such as more.tar, have no split"):
         opened(timm)
     with pytest.raises(UserError, match="train and validation; rename"):
         opened(image_tar(tmp_path / "x/train-val.tar", 2).parent)
     with pytest.raises(UserError, match=r"1 of 3 files are missing, such as .*0002.tar"):
         opened(f"{timm}/imagenet1k-train-{{0000..0002}}.tar")
-    with pytest.raises(UserError, match="no file has such a name"):
+    with pytest.raises(UserError, match="no file matches"):
         opened(f"{timm}/nothing-*.tar")
 
 
@@ -130,14 +130,14 @@ def test_metadata_of_img2dataset_is_ignored(tmp_path: Path) -> None:
         ("a.csv", "n,picture,kind\n1,0.jpg,3\n2,1.jpg,\n", ReadOptions("picture", "kind"), (4, [3, -1])),
         ("a.tsv", "file_name\tlabel\n0.jpg\t1\n1.jpg\t0\n", ReadOptions(), (2, [1, 0])),
         ("a.jsonl", '{"image": "0.jpg", "label": 1}\n\n{"image": "1.jpg", "label": 0}\n', ReadOptions(), (2, [1, 0])),
-        ("a.csv", "url,label\nhttp://x/0.jpg,1\n", ReadOptions("url"), "lists addresses.*img2dataset"),
+        ("a.csv", "url,label\nhttp://x/0.jpg,1\n", ReadOptions("url"), "lists URLs.*img2dataset"),
         ("a.csv", "a,b\n1,2\n", ReadOptions(), "columns a, b; expected one of path"),
         ("a.csv", "path\n0.jpg\n", ReadOptions(label="kind"), "data.label=kind.*no such column"),
-        ("a.csv", "path,label\n,1\n", ReadOptions(), "entry 1 names no file"),
-        ("a.txt", "gone.jpg\n", ReadOptions(), "first image is not there"),
+        ("a.csv", "path,label\n,1\n", ReadOptions(), "entry 1 has no file name"),
+        ("a.txt", "gone.jpg\n", ReadOptions(), "first image does not exist"),
         ("a.txt", "", ReadOptions(), "lists no images"),
         ("a.jsonl", "{", ReadOptions(), "can't be read as a list"),
-        ("a.jsonl", "[1]\n", ReadOptions(), "line 1 is no JSON object"),
+        ("a.jsonl", "[1]\n", ReadOptions(), "line 1 is not a JSON object"),
     ],
 )
 def test_lists(name: str, text: str, columns: ReadOptions, expected: object, tmp_path: Path) -> None:

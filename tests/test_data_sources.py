@@ -156,7 +156,7 @@ def test_image_tree(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (root / "dog/3.JPEG").rename(root / "dog/4.JPEG")
     assert open_image_tree(root).fingerprint() != source.fingerprint() and not caplog.text
     (root / "beside.jpg").write_bytes(FILES[0])
-    assert len(open_image_tree(root)) == 8 and "1 images beside its folders" in caplog.text
+    assert len(open_image_tree(root)) == 8 and "1 images outside its class folders" in caplog.text
     flat = tmp_path / "flat"
     flat.mkdir()
     with pytest.raises(UserError, match="No images"):
@@ -319,7 +319,7 @@ DAMAGED = {  # damage to a dataset of three Arrow files, and the error
 ELSEWHERE = {  # what is given instead of a dataset, and the error
     "nothing": (lambda p: p / "nothing_here", "No dataset at .*data.data_dir.*create_hf_test_data.py"),
     "something else": (lambda p: made(p / "other", "deep/notes.txt"), "No images in .*deep/notes.txt"),
-    "packed files": (lambda p: made(p / "packed", "train.tar.gz"), "holds packed files, such as train.tar.gz. Unpack"),
+    "packed files": (lambda p: made(p / "packed", "train.tar.gz"), "holds archives, such as train.tar.gz. Unpack"),
     "empty folder": (lambda p: made(p / "empty", ".hidden/x").parent / "empty", "is empty.*--output_dir .*empty`"),
     "a file": (lambda p: p / "state.json", "is a file"),
     "one up": (lambda p: p.parent, "data.data_dir=.*single"),

@@ -81,7 +81,7 @@ def test_stored_latents_that_do_not_fit(stores, autoencoder, tmp_path):
     for values, message in (
         ({"statistics": "0" * 16}, f"statistics: {'0' * 16} there, {statistics} here.*--stats, model.statistics"),
         ({"encoder": dict.fromkeys(index["encoder"], "x")}, "another encoder, by class.* there"),
-        ({"shape": [64, 5, 5]}, r"latents \(20, 64, 4, 4\).*the index says \(20, 64, 5, 5\)"),
+        ({"shape": [64, 5, 5]}, r"latents \(20, 64, 4, 4\).*the index lists \(20, 64, 5, 5\)"),
     ):
         (other / "index.json").write_text(json.dumps(index | values))
         with pytest.raises(UserError, match=message):

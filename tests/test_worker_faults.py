@@ -54,10 +54,10 @@ def loader_with(fault, timeout=0.0):
 @pytest.mark.parametrize(
     ("fault", "timeout", "said"),
     [
-        (signal.SIGKILL, 0, "killed (SIGKILL), as the kernel does where memory runs out"),
+        (signal.SIGKILL, 0, "killed (SIGKILL), as the kernel does when memory runs out"),
         (signal.SIGBUS, 0, "--shm-size"),
         (signal.SIGSEGV, 600, "ended by SIGSEGV"),
-        ("hangs", 2, "No batch came for 2 s (data.worker_timeout_s)"),
+        ("hangs", 2, "No batch arrived within 2 s (data.worker_timeout_s)"),
     ],
     ids=str,
 )

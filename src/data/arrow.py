@@ -181,7 +181,7 @@ def _label_column(folder: Path, schema: pa.Schema, wanted: str | None) -> str | 
     whole = [field.name for field in schema if pa.types.is_integer(field.type)]
     raise UserError(
         f"data.label={wanted}: {folder} has {f'{kind} in that column' if kind else 'no such column'}; expected whole "
-        f"numbers. Its columns of these: {', '.join(whole) or 'none'}. Text becomes classes with "
+        f"numbers. Its integer columns: {', '.join(whole) or 'none'}. Turn text into classes with "
         + _rewrite(folder, f"class_encode_column({wanted!r})", "classes")
     )
 

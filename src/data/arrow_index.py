@@ -39,7 +39,7 @@ def read_schema(path: Path) -> pa.Schema:
     """Read the schema of a stream or file. Raises UserError if it is damaged."""
     with _open_reader(path) as (*_, reader):
         if len(set(reader.schema.names)) != max(1, len(reader.schema)):  # decodes the names, too
-            raise Damaged("it has no columns, or two of one name")
+            raise Damaged("it has no columns, or two with the same name")
         return reader.schema
 
 

@@ -85,7 +85,7 @@ def convert(
         why = "The disk is full" if full else f"Can't write {error.filename or ''} ({error.strerror or error})"
         raise UserError(
             f"{why}: {partial}. Finished parts are kept; {'make room' if full else 'fix that'} and run the same "
-            f"command again, it goes on where it stopped. To give up: rm -r '{partial}'"
+            f"command again to resume. To give up: rm -r '{partial}'"
         ) from error
     except BrokenProcessPool as error:
         raise UserError(
@@ -110,7 +110,7 @@ def _check_no_overlap(tree: Tree, output: Path, partial: Path) -> None:
                 how = "is" if place == images else "lies in" if place.is_relative_to(images) else "holds"
                 raise UserError(
                     f"--output_dir {output}: {place} {how} the folder of images {images} (--input_dir {tree.root}), "
-                    f"which must stay as it is. Choose a folder apart from it, such as {root}_hf."
+                    f"which must not change. Choose a separate folder, such as {root}_hf."
                 )
 
 
@@ -131,14 +131,14 @@ def _prepare(partial: Path, tree: Tree, settings: Settings, overwrite: bool) -> 
             return
         if found is None and any(path.name != JOURNAL for path in partial.iterdir()):
             raise UserError(
-                f"{partial} is in the way: a conversion works there, but this holds no {JOURNAL}/{noted.name}, so no "
-                "conversion made it and none deletes it. Move it away, or choose another --output_dir."
+                f"{partial} is in the way: the conversion needs this folder, but did not create it (there is no "
+                f"{JOURNAL}/{noted.name}), so it is not deleted. Move it away, or choose another --output_dir."
             )
         if found is not None and not overwrite:
             other = ", ".join(f"{k}: then {found.get(k)}, now {wanted[k]}" for k in wanted if found.get(k) != wanted[k])
             raise UserError(
                 f"{partial} holds a half-finished conversion with other settings ({other}). Repeat the command with "
-                "those to go on, or add --overwrite to begin anew."
+                "those to resume, or add --overwrite to start over."
             )
         shutil.rmtree(partial)
     write_json(noted, wanted)

@@ -171,7 +171,7 @@ def _parquet(root: Path, groups: dict[str, list[str]]) -> Tree:
     if image is None:
         raise UserError(
             f"--input_dir {root}: {first.name} has no images in its columns ({', '.join(parquet.read_schema(first).names[:8])}): "
-            "metadata, or a list of addresses. img2dataset downloads those as tars; give its output folder."
+            "metadata, or image URLs. img2dataset downloads URLs as tars; pass its output folder."
         )
     schema = parquet.read_schema(first)
     whole = "label" in schema.names and str(schema.field("label").type).lstrip("u").startswith("int")
@@ -181,7 +181,7 @@ def _parquet(root: Path, groups: dict[str, list[str]]) -> Tree:
         for file in files:
             facts = parquet.read_metadata(root / file)
             if missing := {image, *(["label"] if whole else [])} - set(facts.schema.to_arrow_schema().names):
-                raise UserError(f"--input_dir {root}: {file} has no column {missing.pop()!r}, {first.name} has.")
+                raise UserError(f"--input_dir {root}: {file} has no column {missing.pop()!r}, but {first.name} has.")
             found += [RowGroup(file, i, facts.row_group(i).num_rows) for i in range(facts.num_row_groups)]
         splits[split] = ParquetRows(root, tuple(found), image, "label" if whole else None)
     has_splits = len(splits) > 1 or "train" not in splits
@@ -202,7 +202,7 @@ def _tree(root: Path) -> Tree:
         files, labels = class_files(root, classes, place=place)
         loose = [os.path.join(place, name) for name in loose_files(root / place)]
         if folders(root / place):
-            outside += [(path, "beside the class folders, so of no class") for path in loose]
+            outside += [(path, "beside the class folders, so without a class") for path in loose]
         else:
             files, labels = loose, []
         if files:

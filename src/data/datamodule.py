@@ -140,7 +140,7 @@ class RAEDataModule(LightningDataModule):
                 if one != another:
                     raise UserError(
                         f"Label {label} is {one!r} in {first} and {another!r} in {other}. Give all "
-                        "parts the same classes in the same order; of image folders, those of the same names, empty ones too."
+                        "parts the same classes in the same order; for image folders, create the same class folders in each."
                     )
         return max((source.num_classes or 0 for _, source in used), default=0) or None
 
@@ -219,11 +219,11 @@ class RAEDataModule(LightningDataModule):
             return
         named = "; ".join(changes[:10]) + (f"; and {len(changes) - 10} more" if len(changes) > 10 else "")
         if self.settings.allow_changed:
-            log.warning("The data is not that of the checkpoint (data.allow_changed=true): %s.", named)
+            log.warning("The data differs from that of the checkpoint (data.allow_changed=true): %s.", named)
             return
         raise UserError(
-            f"The data is not that of the checkpoint: {named}. Order, split and held-out images would differ. Bring back the data "
-            "of that run, or go on with this one by data.allow_changed=true."
+            f"The data differs from that of the checkpoint: {named}. Order, split and held-out images would differ. Restore the "
+            "data of that run, or resume with the current data by data.allow_changed=true."
         )
 
     # -- training
@@ -249,7 +249,7 @@ class RAEDataModule(LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         _ = self.fingerprint_state  # compute it before training starts
         if self.trainer is not None and self.trainer.ckpt_path and not self._compared:
-            log.warning("The checkpoint has no fingerprint of its data, so it can't be checked that this is the same.")
+            log.warning("The checkpoint has no fingerprint of its data, so the current data can't be compared with it.")
             self._compared = True
         parts = [
             TrainDataset(splits.train, splits.train_rows, _transform(splits.train, transform), self.settings.seed)

@@ -35,7 +35,7 @@ def ensure(data_dir: Path) -> bool:
     """Generate the project's sample dataset if `data_dir` is its path and doesn't exist yet. True if generated."""
     for place, (count, shards) in DATASETS.items():
         if data_dir.resolve() == (files.PROJECT_ROOT / place).resolve() and not data_dir.exists():
-            log.info("Making %d pictures in %s", count, data_dir)
+            log.info("Generating %d sample images in %s", count, data_dir)
             return write(data_dir, count, shards, text=place.endswith("text_hf"))
     return False
 

@@ -29,7 +29,7 @@ def split_of(file: str) -> str | None:
     for part in reversed(file.split("/")):
         found = sorted({ALIASES[word] for word in re.split(r"[^a-z]+", part.lower()) if word in ALIASES})
         if len(found) > 1:
-            raise UserError(f"{file}: its name says {' and '.join(found)}; rename it, so that it says one split.")
+            raise UserError(f"{file}: its name contains {' and '.join(found)}; rename it to contain one split.")
         if found:
             return found[0]
     return None
@@ -61,7 +61,7 @@ def find_split(split: str, names: Sequence[str]) -> str | None:
         key = "data.hf_split" if split in TRAIN_SPLITS else "data.hf_validation_split"
         raise UserError(
             f"The folders {', '.join(alike)} (data.data_dir) all mean the split {split!r}. Choose one by {key}={alike[-1]}, "
-            "or give that folder alone."
+            "or set data.data_dir to that folder."
         )
     return exact or next(iter(alike), None)
 
@@ -79,8 +79,8 @@ def group_by_split(files: Sequence[str], place: str) -> dict[str, list[str]]:
     if unknown and groups:
         known = "; ".join(f"{name}: {files[0]} …" for name, files in groups.items() if name)
         raise UserError(
-            f"{place} (data.data_dir): {len(unknown)} of {len(files)} files, such as {unknown[0]}, say no split in their name, "
-            f"others do ({known}). Move those of a split into a folder called so, or give one pattern: "
+            f"{place} (data.data_dir): {len(unknown)} of {len(files)} files, such as {unknown[0]}, have no split in their name, "
+            f"others do ({known}). Move the files of each split into a folder named after it, or give one pattern: "
             f"data.data_dir='{place}/NAME-{{0000..0099}}.tar'."
         )
     return {"train": unknown} if unknown else {str(name): groups[name] for name in sorted(groups, key=str)}
@@ -101,7 +101,9 @@ def expand(text: str) -> list[Path]:
     while match := _RANGE.search(names[0]):
         first, last = int(match[1]), int(match[2])
         if last < first or (last - first + 1) * len(names) > MAX_FILES:
-            raise UserError(f"data.data_dir={text}: expected a range upwards, as {{0000..1023}}.")
+            raise UserError(
+                f"data.data_dir={text}: expected an ascending range like {{0000..1023}}, at most {MAX_FILES:,} files."
+            )
         width = len(match[1]) if match[1].startswith("0") or len(match[1]) == len(match[2]) else 0
         numbers = [f"{n:0{width}d}" for n in range(first, last + 1)]
         names = [name.replace(match[0], number, 1) for name in names for number in numbers]
@@ -111,9 +113,9 @@ def expand(text: str) -> list[Path]:
     if ranged and missing:
         raise UserError(
             f"data.data_dir={text}: {len(missing):,} of {len(files):,} files are missing, such as {missing[0]}. Copy or "
-            "download them, or give the range that is there."
+            "download them, or give the range that exists."
         )
     found = [Path(file) for file in files if Path(file).is_file()]
     if not found:
-        raise UserError(f"data.data_dir={text}: no file has such a name.")
+        raise UserError(f"data.data_dir={text}: no file matches.")
     return found

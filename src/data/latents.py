@@ -120,9 +120,7 @@ class LatentStore(PackedSource):
     def __init__(self, path: str | Path) -> None:
         self._arguments = (path,)
         self.path = folder = Path(path).parent if Path(path).name == INDEX else Path(path)
-        remedy = (
-            "Expected a folder that `src/reconstruct.py --latents` wrote; its index is there once that has finished."
-        )
+        remedy = "Expected a folder that `src/reconstruct.py --latents` wrote; the index is written at its end."
         self.about = read_json(folder / INDEX, remedy, format=Literal[FORMAT], version=Literal[VERSION])
         """Content of the index."""
         check_json(self.about, folder / INDEX, remedy, **_SCHEMA)
@@ -230,5 +228,7 @@ def _layout(file: Path, shape: tuple[int, ...]) -> _Layout:
             "src/reconstruct.py --latents."
         )
     if own != shape or not len(labels) == len(rows) == len(crc) == shape[0]:
-        raise UserError(f"{file}: latents {own} with {len(labels)} labels, the index says {shape}. Write them again.")
+        raise UserError(
+            f"{file}: latents {own} with {len(labels)} labels, but the index lists {shape}. Write them again."
+        )
     return _Layout(dtype, first, torch.stack([rows, labels, crc], 1).numpy())

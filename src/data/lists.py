@@ -49,14 +49,14 @@ def open_list(file: Path, image_column: str | None, label_column: str | None) ->
     files = [name for name, _ in cells]
     odd = next((i for i, name in enumerate(files) if not isinstance(name, str) or not name), None)
     if odd is not None:
-        raise UserError(f"{file}: entry {odd + 1} names no file under {path!r}.")
+        raise UserError(f"{file}: entry {odd + 1} has no file name under {path!r}.")
     if re.match(r"[a-z0-9]+://", str(files[0])):
         raise UserError(
-            f"{file} lists addresses, such as {files[0]}: the images themselves are not there. img2dataset downloads them as "
-            "tars; set data.data_dir to its output folder."
+            f"{file} lists URLs, such as {files[0]}; expected image files. img2dataset downloads them as tars; set "
+            "data.data_dir to its output folder."
         )
     if not (file.parent / str(files[0])).exists():
-        raise UserError(f"{file}: its first image is not there: {file.parent / str(files[0])}.")
+        raise UserError(f"{file}: its first image does not exist: {file.parent / str(files[0])}.")
     names = [str(name) for name in files]
     if label not in first:
         return FileSource(file.parent, names)
@@ -73,7 +73,7 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
             if line.strip():
                 row = json.loads(line)
                 if not isinstance(row, dict):
-                    raise ValueError(f"line {number} is no JSON object")
+                    raise ValueError(f"line {number} is not a JSON object")
                 yield row
 
 

@@ -104,7 +104,7 @@ def shares(weights: tuple[float, ...]) -> np.ndarray:
     counts[order[: BLOCK - int(counts.sum())]] += 1
     if not counts.all():
         raise UserError(
-            f"data.sources: a weight of {weights[int(counts.argmin())]:g} of {sum(weights):g} in all gives no image in {BLOCK:,}. "
+            f"data.sources: a weight of {weights[int(counts.argmin())]:g} out of {sum(weights):g} gives no image in {BLOCK:,}. "
             "Raise it, or leave the source out."
         )
     return counts

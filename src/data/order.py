@@ -81,7 +81,7 @@ class EpochOrder:
             advice = f"Use at most {self.length} processes (trainer.devices), data.batch_size=1 and no accumulation."
         else:
             advice = "Check data.data_dir and data.train_split."
-        return f"There are {self.length} training images, fewer than one step takes ({wanted}). {advice}"
+        return f"There are {self.length} training images, fewer than one step needs ({wanted}). {advice}"
 
 
 def evaluation_rows(length: int, num_images: int | None = None, world: int = 1, rank: int = 0) -> np.ndarray:

@@ -134,7 +134,7 @@ class PackedSource:
         except OSError as error:
             raise BadImage(f"can't be read: {error.strerror or error}") from error
         if len(data) < size:
-            raise BadImage(f"{self.files[number]} ends before it")
+            raise BadImage(f"it lies beyond the end of {self.files[number]}")
         return data
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -161,7 +161,7 @@ def locate(data_dir: str | Path, download: bool = False) -> Path | str:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         revision = f" --revision {match[2]}" if match[2] else ""
         raise UserError(
-            f"data.data_dir={text} can't be downloaded ({why}). Accept its terms on the hub where it has any. Offline: "
+            f"data.data_dir={text} can't be downloaded ({why}). If it has terms, accept them on the hub. Offline: "
             f"`hf download --repo-type dataset {match[1]}{revision}` on another machine, copy the folder, and set data.data_dir "
             "to it."
         ) from error
@@ -306,7 +306,7 @@ def _detect_files(files: list[Path], shown: str) -> Place:
     suffix = files[0].suffix.lower()
     if odd := [file for file in files if file.suffix.lower() != suffix]:
         raise UserError(
-            f"data.data_dir={shown}: {files[0]} and {odd[0]} are of different kinds. Give one pattern of one kind."
+            f"data.data_dir={shown}: {files[0]} and {odd[0]} are of different formats. Give one pattern that matches one format."
         )
     root = Path(os.path.commonpath([file.absolute().parent for file in files]))
     names = [os.path.relpath(file.absolute(), root) for file in files]
@@ -317,7 +317,7 @@ def _detect_files(files: list[Path], shown: str) -> Place:
         return Place("list", files[0])
     if re.search(r"\.(tar\.(gz|bz2|xz|zst)|tgz)$", files[0].name.lower()):
         raise UserError(
-            f"{files[0]} (data.data_dir) is a compressed tar, whose members can't be read singly. Unpack it first."
+            f"{files[0]} (data.data_dir) is a compressed tar, whose members can't be read one by one. Decompress it first."
         )
     raise UserError(
         f"{shown} (data.data_dir) is a file; expected the folder of a dataset or of images, tar or Arrow files, or a list "
@@ -329,7 +329,7 @@ def _detect_folder(folder: Path) -> Place:
     """Detect the format of a folder without dataset metadata, by the first files found in it."""
     if below := [name for name in folders(folder) if (folder / name / "dataset_info.json").is_file()]:
         raise UserError(
-            f"{folder} (data.data_dir) is no dataset itself, but these folders in it are: {', '.join(below[:8])}. "
+            f"{folder} (data.data_dir) is not a dataset itself, but these folders in it are: {', '.join(below[:8])}. "
             f"Set data.data_dir={folder / below[0]}."
         )
     first = telling_file(folder)
@@ -341,7 +341,7 @@ def _detect_folder(folder: Path) -> Place:
         return Place("tars" if suffix == ".tar" else "parquet", folder, group_by_split(names, str(folder)))
     root = folder
     if "train" not in folder_splits(folders(folder)).values() and (nested := nested_splits(folder)) is not None:
-        log.info("The splits of %s lie in %s.", folder, nested)
+        log.info("The splits of %s are in %s.", folder, nested)
         root = nested
     names = folders(root)
     splits = folder_splits(names)
@@ -378,12 +378,12 @@ def _parquet_message(first: Path, shown: str) -> str:
     if parquet.image_column(first) is None:
         columns = ", ".join(parquet.read_schema(first).names[:8])
         return (
-            f"{shown} (data.data_dir) holds Parquet without images (columns of {first.name}: {columns}): metadata, or a list of "
-            "addresses. img2dataset downloads the images as tars; set data.data_dir to its output folder."
+            f"{shown} (data.data_dir) holds Parquet without images (columns of {first.name}: {columns}): metadata, or image "
+            "URLs. img2dataset downloads URLs as tars; set data.data_dir to its output folder."
         )
     beside = re.sub(r"\.parquet$", "", shown.rstrip("/")) + "_hf"
     return (
-        f"{shown} (data.data_dir) holds Parquet files, of which single rows can't be read. Make a dataset beside them with "
+        f"{shown} (data.data_dir) holds Parquet files, of which single rows can't be read. Convert them to a dataset with "
         f"`{CONVERT} {shown} --output_dir {beside}` and set data.data_dir={beside}."
     )
 
@@ -406,7 +406,7 @@ def _no_images_message(folder: Path) -> str:
         return f"it is empty. Make a dataset there with `{CONVERT} IMAGES --output_dir {folder}`."
     packed = next((name for name in walk(folder) if re.search(r"\.(tar\.\w+|tgz|zip|rar|7z)$", name.lower())), None)
     if packed:
-        return f"it holds packed files, such as {packed}. Unpack them, and set data.data_dir to what comes out."
+        return f"it holds archives, such as {packed}. Unpack them, and set data.data_dir to the unpacked folder."
     names = ", ".join(list(islice(walk(folder), 3))) or "none"
     return (
         f"expected a Hugging Face dataset ({', '.join(MARKS)}), tars or image files. Files there: "

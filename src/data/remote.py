@@ -79,7 +79,7 @@ class Storage:
             except (ImportError, ValueError) as error:
                 kind = self.url.partition(":")[0]
                 raise UserError(
-                    f"{self.url}: fsspec can't open {kind}:// addresses here ({error}). Install what it takes, for s3:// "
+                    f"{self.url}: fsspec can't open {kind}:// URLs here ({error}). Install the package it needs, for s3:// "
                     '`pip install -e ".[storage]"`.'
                 ) from error
             self._opened = os.getpid(), system, root

@@ -95,7 +95,7 @@ class DataSettings(_Common):
         if self.sources is None:
             if self.epoch_images is not None:
                 raise UserError(
-                    f"data.epoch_images={self.epoch_images} goes with data.sources: one source gives all of its images an epoch."
+                    f"data.epoch_images={self.epoch_images} goes with data.sources: without it, an epoch is all of data_dir."
                 )
             return {"": SourceSettings.model_construct(data_dir=str(self.data_dir), **common)}
         found = {}
@@ -126,7 +126,7 @@ def _named(node: Mapping[str, Any], key: str) -> Mapping[str, Any]:
         )
     for name, values in node.items():
         if not isinstance(name, str) or not name.isidentifier():
-            raise UserError(f"{key}: {name!r} is no name; expected letters, digits and _.")
+            raise UserError(f"{key}: {name!r} is not a valid name; expected letters, digits and _.")
         if not isinstance(values, Mapping) or "data_dir" not in values:
-            raise UserError(f"{key}.{name}={values}: expected keys with data_dir among them.")
+            raise UserError(f"{key}.{name}={values}: expected keys that include data_dir.")
     return node

@@ -140,8 +140,8 @@ def open_image_tree(root: Path) -> FileSource:
     files, labels = class_files(root, classes, is_image)
     loose = [name for name in loose_files(root) if is_image(name) and (root / name).is_file()]
     if files and loose:
-        beside = "%s: %d images beside its folders, which are classes, are left out: %s. Give them a folder, too."
-        log.warning(beside, root, len(loose), ", ".join(map(printable, loose[:4])))
+        outside = "%s: %d images outside its class folders are left out: %s. Move them into a class folder."
+        log.warning(outside, root, len(loose), ", ".join(map(printable, loose[:4])))
     if files:
         return FileSource(root, files, labels, classes)
     if loose:
@@ -197,7 +197,7 @@ def walk(root: Path, place: str = "", seen: set[tuple[int, int]] | None = None, 
     while waiting:
         here = waiting.pop()
         if (identity := _identity(root / here)) in seen:
-            log.warning("%s leads to a folder that was read already; left out.", root / here)
+            log.warning("%s is a link to a folder that was read already; left out.", root / here)
             continue
         seen.add(identity)
         entries = _entries(root / here)

@@ -69,7 +69,7 @@ def open_splits(
     kind = KINDS[data.kind]
     if use_hf_dataset not in (None, data.kind in ("dataset", "cache", "arrow")):
         log.warning(
-            "data.use_hf_dataset=%s, but %s is read as what it holds (%s). null leaves it to the content.",
+            "data.use_hf_dataset=%s does not match %s, which is read as %s. Set it to null to detect the format.",
             str(use_hf_dataset).lower(), data_dir, kind,
         )  # fmt: skip
     train = data.open(hf_split)

@@ -51,7 +51,7 @@ def check_label(label: str | None) -> None:
     """Check that `label` is one that tars can have: None, `cls` or `json:KEY`. Raises UserError."""
     if label not in (None, "cls") and not (label.startswith("json:") and label != "json:"):
         raise UserError(
-            f"data.label={label}: of tars expected null, cls, or json:KEY (the key of the .json beside an image)."
+            f"data.label={label}: for tars expected null, cls, or json:KEY (the key of the .json beside an image)."
         )
 
 
@@ -139,7 +139,7 @@ def members(window: Window) -> Iterator[tarfile.TarInfo]:
     for packed, (first, tools) in COMPRESSED.items():
         if start.startswith(packed):
             raise Damaged(
-                f"it is compressed with {first}, so its members can't be read singly", f"Unpack it: `{tools} FILE`."
+                f"it is compressed with {first}, so its members can't be read one by one", f"Unpack it: `{tools} FILE`."
             )
     try:
         tar = tarfile.TarFile(fileobj=window, encoding="utf-8", errors="surrogateescape")  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ SHARE_OF_FREE = 0.8
 """Largest share of free shared memory used for prefetched batches."""
 LONGEST_TEMPORARY = 107 - len("/pymp-12345678/listener-12345678")
 """Longest path of the temporary folder, bytes: a socket's path has at most 107 on Linux, and Python appends to it."""
-_FEWER_WORKERS = "Use fewer loading processes (data.num_workers)"
+_FEWER_WORKERS = "Use fewer workers (data.num_workers)"
 _MORE_SHM = "In a container, give it more shared memory (docker run --shm-size=16g)"
 
 
@@ -129,7 +129,7 @@ def start_method(name: str) -> Any:
                 os.close(reader)
                 if runs:
                     break
-                log.warning("A loading process did not come to run in %g s: it is started again.", patience)
+                log.warning("A data-loading worker did not start within %g s: it is started again.", patience)
                 os.kill(started.pid, KILL)
                 started.wait()
             return started
@@ -145,9 +145,8 @@ def check_temporary_folder() -> None:
     folder = tempfile.gettempdir()
     if len(os.fsencode(folder)) > LONGEST_TEMPORARY:
         raise UserError(
-            f"The name of the temporary folder {folder} is too long for the sockets by which loading processes hand over batches: "
-            f"expected at most {LONGEST_TEMPORARY} bytes. Set a shorter one (export TMPDIR=/tmp), or use no loading processes "
-            "(data.num_workers=0)."
+            f"The path of the temporary folder {folder} is too long for the sockets by which workers hand over batches: expected "
+            f"at most {LONGEST_TEMPORARY} bytes. Set a shorter one (export TMPDIR=/tmp), or use no workers (data.num_workers=0)."
         )
 
 
@@ -171,27 +170,27 @@ def prefetched_batches(workers: int, wanted: int, batch_bytes: int, loaders: int
     if fit >= wanted:
         return wanted
     sizes = (
-        f"{workers} loading processes x {loaders} x {wanted} batches of {batch_bytes / 1e6:.0f} MB (data.batch_size="
+        f"{workers} workers x {loaders} loaders x {wanted} batches of {batch_bytes / 1e6:.0f} MB (data.batch_size="
         f"{batch_size}) need {workers * loaders * wanted * batch_bytes / 1e6:.0f} MB of shared memory, {SHARED_MEMORY} has "
         f"{free / 1e6:.0f} MB free."
     )
     if fit < 1:
-        raise UserError(f"{sizes} {_MORE_SHM}, or use fewer loading processes or none: data.num_workers=0.")
-    log.warning("%s Each process prepares %d ahead instead. %s.", sizes, fit, _MORE_SHM)
+        raise UserError(f"{sizes} {_MORE_SHM}, or use fewer workers or none: data.num_workers=0.")
+    log.warning("%s Each worker prefetches %d instead. %s.", sizes, fit, _MORE_SHM)
     return fit
 
 
 def _death_message(code: int | None) -> str:
     name = signal.Signals(-code).name if code is not None and code < 0 else ""
     if name == "SIGKILL":
-        return f"A loading process was killed (SIGKILL), as the kernel does where memory runs out. {_FEWER_WORKERS}."
+        return f"A data-loading worker was killed (SIGKILL), as the kernel does when memory runs out. {_FEWER_WORKERS}."
     if name == "SIGBUS":
         full = f"shared memory ({SHARED_MEMORY}) is full"
-        return f"A loading process ended by a bus error: {full}. {_MORE_SHM}, or {_FEWER_WORKERS.lower()}."
+        return f"A data-loading worker died of a bus error: {full}. {_MORE_SHM}, or {_FEWER_WORKERS.lower()}."
     if code is None:
-        return f"A loading process ended, perhaps for lack of memory. {_FEWER_WORKERS}."
+        return f"A data-loading worker exited, perhaps for lack of memory. {_FEWER_WORKERS}."
     how = f"by {name}" if name else f"with exit code {code}"
-    return f"A loading process ended {how}. {_FEWER_WORKERS}; data.num_workers=0 shows what goes wrong."
+    return f"A data-loading worker ended {how}. {_FEWER_WORKERS}; data.num_workers=0 shows what goes wrong."
 
 
 @atexit.register
@@ -224,8 +223,8 @@ def _stop_run(loader: DataLoader[Any], iterator: Any) -> None:
     for worker in dead:
         worker.join(2)
     text = (
-        f"No batch came for {loader.timeout:g} s (data.worker_timeout_s): a disk that hangs, or shared memory "
-        f"({SHARED_MEMORY}) that is full. {_MORE_SHM}, use fewer loading processes (data.num_workers), or raise the limit."
+        f"No batch arrived within {loader.timeout:g} s (data.worker_timeout_s): the disk hangs, or shared memory "
+        f"({SHARED_MEMORY}) is full. {_MORE_SHM}, use fewer workers (data.num_workers), or raise the limit."
     )
     if dead:
         text = _death_message(dead[0].exitcode)
