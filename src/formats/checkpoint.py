@@ -28,7 +28,7 @@ _TINY_CHANNELS = (4, 8, 8, 16, 16)
 # Latent statistics don't depend on the decoder, so the smallest one is used.
 _SMALL_DECODER = "configs/decoder/tiny"
 
-_OTHERS = "give a third-party decoder with --decoder (and --encoder, --stats)"
+_OTHER_FILES_HINT = "give a third-party decoder with --decoder (and --encoder, --stats)"
 
 Which = Literal["ema", "online"]
 _PREFIX = {"ema": "ema_decoder.", "online": "rae.decoder."}
@@ -108,7 +108,7 @@ def check_resumable(content: Any, file: object) -> None:
     check_json(content, file, remedy, loops=_Loops, config=_Config, **parts, **numbers)
 
 
-def open_checkpoint(path: str | Path, others: str = _OTHERS) -> tuple[Path, Mapping[str, Any]]:
+def open_checkpoint(path: str | Path, others: str = _OTHER_FILES_HINT) -> tuple[Path, Mapping[str, Any]]:
     """Return the path and content of a training checkpoint of any stage.
 
     Args:

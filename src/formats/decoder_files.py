@@ -105,9 +105,9 @@ def read_decoder(path: str | Path) -> DecoderFile:
     content = read(place)
     if _is_checkpoint(content):
         check_parts(content, place)
-        said = content.get("architecture", {})
-        state, sizes = below(content["state_dict"], "ema_decoder."), below(said, "decoder config: ")
-        return DecoderFile(place, "checkpoint", state, sizes, said.get("model.decoder_denormalize"), content["encoder"])
+        arch = content.get("architecture", {})
+        state, sizes = below(content["state_dict"], "ema_decoder."), below(arch, "decoder config: ")
+        return DecoderFile(place, "checkpoint", state, sizes, arch.get("model.decoder_denormalize"), content["encoder"])
     return DecoderFile(place, "official", _official(content, place))
 
 
@@ -120,8 +120,8 @@ def load_decoder(decoder: ViTDecoder, path: str | Path, denormalize: bool, encod
     """
     file = read_decoder(path)
     own = vars(decoder.config)
-    said = file.config or own
-    differing = [f"{key}: file {said.get(key)!r}, model {own[key]!r}" for key in own if said.get(key) != own[key]]
+    stored = file.config or own
+    differing = [f"{key}: file {stored.get(key)!r}, model {own[key]!r}" for key in own if stored.get(key) != own[key]]
     if file.denormalize not in (None, denormalize):
         differing.append(f"decoder_denormalize: file {file.denormalize}, model {denormalize}")
     if differing:

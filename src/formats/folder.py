@@ -122,9 +122,9 @@ def read_folder(folder: str | Path, encoder: str | None = None) -> LoadedModel:
 def _encoder_params(loaded: LoadedModel, with_encoder: bool) -> dict[str, Any]:
     """Return the arguments of the encoder class; the path is null if the folder contains the encoder."""
     encoder = loaded.rae.encoder
-    said = stored(loaded.description, "config.model.encoder_params") or loaded.description.get("encoder_params") or {}
+    given = stored(loaded.description, "config.model.encoder_params") or loaded.description.get("encoder_params") or {}
     left_out = ("weights", "seed") if with_encoder else ()
-    params = {name: value for name, value in said.items() if name not in left_out}
+    params = {name: value for name, value in given.items() if name not in left_out}
     if not with_encoder and Path(encoder.source, WEIGHTS).is_file():
         raise UserError("This model's encoder exists only inside a diffusers folder: export with --with_encoder.")
     place = None if with_encoder else encoder.source

@@ -60,8 +60,8 @@ def _from_decoder(options: ModelOptions) -> LoadedModel:
     assert options.decoder is not None
     kind, place = kind_of(options.decoder, "--decoder")
     if kind is not None:
-        said = ("encoder_cls", "encoder_layers", *(("encoder",) if kind == "diffusers" else ()))
-        _refuse(options, said, f"the folder {place} sets this already. Drop it.")
+        fixed = ("encoder_cls", "encoder_layers", *(("encoder",) if kind == "diffusers" else ()))
+        _refuse(options, fixed, f"the folder {place} sets this already. Drop it.")
         return read_diffusers(place) if kind == "diffusers" else read_folder(place, options.encoder)
     rae = RAE(
         **_encoder(options),

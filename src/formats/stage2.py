@@ -33,7 +33,7 @@ from src.models.rae import RAE
 log = logging.getLogger(__name__)
 
 FORMAT = "stage2"
-_OURS = "ema_network."
+_EMA_PREFIX = "ema_network."
 
 
 class _Model(Document):
@@ -92,24 +92,24 @@ def open_generator(
     file = existing(checkpoint, key)
     content = read(file)
     ours = isinstance(content, Mapping) and content.get("format_version") == FORMAT_VERSION
-    said = content if ours else _record(file)
+    record = content if ours else _record(file)
     if ours and "autoencoder" not in (stored(content, "config.model") or {}):
         raise UserError(f"{file} is a checkpoint of stage 1, an autoencoder. A checkpoint of stage 2 is needed.")
-    if said:
+    if record:
         sizes, remedy = dict[str, Any], "It was modified after it was written; use another one."
         check_json(
-            dict(said), file, remedy, config=_Config, global_step=int, encoder=sizes, statistics=sizes, architecture=sizes,
+            dict(record), file, remedy, config=_Config, global_step=int, encoder=sizes, statistics=sizes, architecture=sizes,
             **({"state_dict": sizes} if ours else {}),
         )  # fmt: skip
-        require_same_step(said["global_step"], file)
-    if said and model is not None:
+        require_same_step(record["global_step"], file)
+    if record and model is not None:
         raise UserError(f"--model {model}: {file} contains the configuration of its model. Drop the option.")
-    if not said and model is None:
+    if not record and model is None:
         raise UserError(
             f"{file} is not a checkpoint of this trainer: give its model with --model (ditdh_xl, dit_xl, raev2_dit_k7, "
             f"...){' and its autoencoder with --autoencoder' * (loaded is None)}."
         )
-    config = said["config"]["model"] if said else compose([f"experiment={model}"])["model"]
+    config = record["config"]["model"] if record else compose([f"experiment={model}"])["model"]
     if "autoencoder" not in config:
         raise UserError(
             f"--model {model} is a model of stage 1. Give a diffusion transformer: ditdh_xl, dit_xl, raev2_dit_k7, ..."
@@ -121,15 +121,15 @@ def open_generator(
         if statistics is not None and not resolve(statistics).exists():  # a path on another machine
             statistics = None
         loaded = open_autoencoder(where, statistics, config["image_size"])
-    if said:
-        check_latents(file, loaded, _latent_shape(said), said["encoder"], said["statistics"]["digest"])
+    if record:
+        check_latents(file, loaded, _latent_shape(record), record["encoder"], record["statistics"]["digest"])
     flow = FlowSettings.parse(config["flow"], "model.flow")
     network = build_network(
         config["network"], loaded.rae.latent_shape, config["num_classes"], config["label_dropout"], seed=0
     )
     load_strict(network, averaged_weights(content, file), file)
     freeze(network)
-    step = said["global_step"] if said else None
+    step = record["global_step"] if record else None
     return Generator(network, loaded, flow, dict(config["sampler"]), str(file), step)
 
 
@@ -166,7 +166,7 @@ def averaged_weights(content: Any, file: object) -> dict[str, Tensor]:
     if not isinstance(content, Mapping):
         raise UserError(f"{file} holds a {type(content).__name__}; expected a state dict or a training checkpoint.")
     if "format_version" in content and isinstance(content.get("state_dict"), Mapping):
-        return below(unwrapped(content["state_dict"]), _OURS)
+        return below(unwrapped(content["state_dict"]), _EMA_PREFIX)
     if isinstance(content.get("ema"), Mapping):
         content = content["ema"]
     elif isinstance(content.get("model"), Mapping):
@@ -187,7 +187,7 @@ def export_official(checkpoint: str | Path, output: Path, dtype: torch.dtype, ov
     """
     file, content = open_checkpoint(checkpoint)
     config = content["config"]
-    state = {name: value.to(dtype) for name, value in below(content["state_dict"], _OURS).items()}
+    state = {name: value.to(dtype) for name, value in below(content["state_dict"], _EMA_PREFIX).items()}
     v2 = config["model"]["network"]["name"] == "RAEv2DiT"
     name = "checkpoint.pt" if v2 else "stage2_model.pt"
     untrained = ["encoder"] * is_untrained(content["encoder"])

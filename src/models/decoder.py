@@ -92,8 +92,8 @@ class SelfAttention(nn.Module):
         # One product for all three: under autocast, separate ones would each cast x again and keep the copy.
         layers: list[Any] = list(self.attention.values())
         weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
-        mixed = F.linear(x, weight, bias).unflatten(-1, (3, self.heads, -1))  # B N 3 A D/A
-        query, key, value = mixed.permute(2, 0, 3, 1, 4)  # B A N D/A
+        qkv = F.linear(x, weight, bias).unflatten(-1, (3, self.heads, -1))  # B N 3 A D/A
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # B A N D/A
         mixed = F.scaled_dot_product_attention(query, key, value)
         return self.output["dense"](mixed.transpose(1, 2).flatten(2))  # B N D
 
@@ -156,7 +156,7 @@ class ViTDecoder(nn.Module):
 
     def trunk(self, tokens: Tensor) -> Tensor:
         """Apply everything but the last linear layer: B N C -> B N D, without the cls token."""
-        x = self.decoder_embed(self._fit(tokens))
+        x = self.decoder_embed(self._resample(tokens))
         cls_token = self.trainable_cls_token.expand(len(x), -1, -1).to(x.dtype)
         x = torch.cat([cls_token, x], dim=1) + self.decoder_pos_embed  # B 1+N D
         for block in self.decoder_layers:
@@ -166,7 +166,7 @@ class ViTDecoder(nn.Module):
                 x = block(x)
         return self.decoder_norm(x[:, 1:])
 
-    def _fit(self, tokens: Tensor) -> Tensor:
+    def _resample(self, tokens: Tensor) -> Tensor:
         """Resample tokens of another grid size bilinearly."""
         if tokens.shape[1] == self.grid**2:
             return tokens

@@ -116,12 +116,12 @@ class DinoDiscriminator(nn.Module):
     @contextmanager
     def heads_frozen(self) -> Iterator[None]:
         """Freeze the heads in the block: gradients reach only the images, and nothing is saved for gradients of the heads."""
-        wanted = [parameter.requires_grad for parameter in self.heads.parameters()]
+        saved = [parameter.requires_grad for parameter in self.heads.parameters()]
         self.heads.requires_grad_(False)
         try:
             yield
         finally:
-            for parameter, flag in zip(self.heads.parameters(), wanted, strict=True):
+            for parameter, flag in zip(self.heads.parameters(), saved, strict=True):
                 parameter.requires_grad_(flag)
 
 
@@ -172,10 +172,10 @@ class Convolutions(nn.Module):
 
     def __init__(self, count: int, width_in: int, width_out: int, ks: int, spectral: bool) -> None:
         super().__init__()
-        drawn = [nn.Conv1d(width_in, width_out, ks) for _ in range(count)]  # with PyTorch's initialisation
-        weight = torch.stack([conv.weight.detach() for conv in drawn])  # S O I ks
+        convolutions = [nn.Conv1d(width_in, width_out, ks) for _ in range(count)]  # with PyTorch's initialisation
+        weight = torch.stack([conv.weight.detach() for conv in convolutions])  # S O I ks
         self.weights = SpectralWeights(weight) if spectral else PlainWeights(weight)
-        self.bias = nn.Parameter(torch.stack([conv.bias.detach() for conv in drawn if conv.bias is not None]))
+        self.bias = nn.Parameter(torch.stack([conv.bias.detach() for conv in convolutions if conv.bias is not None]))
 
     def forward(self) -> list[Pair]:
         return list(zip(self.weights(), self.bias.unbind(0), strict=True))
@@ -194,12 +194,12 @@ class Norms(nn.Module):
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # B L C -> B L O
-    reach = weight.shape[-1] // 2
-    if not reach:
+    pad = weight.shape[-1] // 2
+    if not pad:
         return F.linear(x, weight.squeeze(2), bias)
     # As images of height 1, the maps are channels_last in memory, so conv2d needs no copy. The weights are marked channels_last
     # too, since a compiler may choose any stride for a height of 1.
-    x = torch.cat((x[:, -reach:], x, x[:, :reach]), dim=1).unsqueeze(1)  # B 1 L+2reach C
+    x = torch.cat((x[:, -pad:], x, x[:, :pad]), dim=1).unsqueeze(1)  # B 1 L+2pad C
     weight = weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)  # O I 1 ks
     return F.conv2d(x.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1).squeeze(1)
 

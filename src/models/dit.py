@@ -305,16 +305,16 @@ class RAEv2DiT(LatentTransformer):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         self._check_inputs(x, t, y)
-        number = self.grid**2
+        patches = self.grid**2
         time = self.t_embedder(t)[:, None]  # B 1 D
         time_tokens = time + self.t_embedder.learnable_tokens  # B 4 D
         class_tokens = self.ctx_embedder(y)[:, None] + self.ctx_embedder.learnable_tokens  # B 8 D
         tokens = torch.cat([self.s_embedder(x), time_tokens, class_tokens], dim=1)  # B N+12 D
         below = self.base_model_depth or 0
         tokens = self._run(self.blocks[:below], tokens, None, self.enc_rope)
-        base_tokens = tokens[:, :number]
+        base_tokens = tokens[:, :patches]
         tokens = self._run(self.blocks[below : self.encoder_depth], tokens, None, self.enc_rope)
-        condition = F.silu(self.s_projector(F.silu(time + tokens[:, :number])))  # B N W
+        condition = F.silu(self.s_projector(F.silu(time + tokens[:, :patches])))  # B N W
         tokens = self._run(self.blocks[self.encoder_depth :], self.x_embedder(x), condition, self.dec_rope)
         full = unpatchify(self.final_layer(tokens, condition), self.patch_size)
         if self.base_model_depth is None:

@@ -124,13 +124,13 @@ class Attention(nn.Module):
         parts = projected if self.split else projected[0].chunk(3, dim=-1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)  # B H N D/H
 
-        def place(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        def norm_and_rope(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
             q, k = self.q_norm(q), self.k_norm(k)
             if rope is not None:
                 q, k = rope(q), rope(k)
             return q.to(v.dtype), k.to(v.dtype)
 
-        q, k = place(q, k) if isinstance(self.q_norm, nn.Identity) else recomputed(place, q, k)
+        q, k = norm_and_rope(q, k) if isinstance(self.q_norm, nn.Identity) else recomputed(norm_and_rope, q, k)
         mixed = F.scaled_dot_product_attention(q, k, v)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
@@ -209,15 +209,15 @@ class Block(nn.Module):
         """x B N D -> same shape; condition after its SiLU: B 1 D (all tokens), B N D (per token) or None (not modulated)."""
         # The backward pass recomputes norms, modulation and activations, but no matrix products.
         if self.modulation is None:
-            x = x + self.attn.mix(self._enter(self.attn.project, self.norm1, x), rope)
-            return x + recomputed(self.mlp.contract, *self._enter(self.mlp.widen, self.norm2, x))
+            x = x + self.attn.mix(self._project(self.attn.project, self.norm1, x), rope)
+            return x + recomputed(self.mlp.contract, *self._project(self.mlp.widen, self.norm2, x))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = getattr(self, self.modulation)(condition)
-        projected = self._enter(self.attn.project, lambda x: self.norm1(x) * (1 + scale_a) + shift_a, x)
+        projected = self._project(self.attn.project, lambda x: self.norm1(x) * (1 + scale_a) + shift_a, x)
         x = x + gate_a * self.attn.mix(projected, rope)
-        wide = self._enter(self.mlp.widen, lambda x: self.norm2(x) * (1 + scale_m) + shift_m, x)
+        wide = self._project(self.mlp.widen, lambda x: self.norm2(x) * (1 + scale_m) + shift_m, x)
         return x + gate_m * recomputed(self.mlp.contract, *wide)
 
-    def _enter(self, product: Callable[[Tensor], Any], before: Callable[[Tensor], Tensor], x: Tensor) -> Any:
+    def _project(self, product: Callable[[Tensor], Any], before: Callable[[Tensor], Tensor], x: Tensor) -> Any:
         """Return product(before(x)), recomputing `before` in the backward pass; split layers share its one saved result."""
         if self.attn.split:
             return product(recomputed(lambda x: autocast_once(before(x)), x))

@@ -40,7 +40,7 @@ def check_folder(folder: Path) -> None:
     names = ["config.json", "preprocessor_config.json", "model.safetensors.index.json"]
     found = [folder / name for name in names if (folder / name).is_file()]
     for file in [*found, *(file for pattern in _WEIGHTS for file in sorted(folder.glob(pattern)))]:
-        if problem := _problem(file):
+        if problem := _damage(file):
             raise UserError(f"{file} ({file.stat().st_size:,} bytes) {problem}.")
     index = folder / "model.safetensors.index.json"
     if index in found:
@@ -73,10 +73,10 @@ def read_statistics(place: str, default: PixelStatistics) -> PixelStatistics:
     if not file:
         log.info("%s has no preprocessor_config.json: using the mean and std of its family.", place)
         return default
-    said = read_json(file, _REMEDY)
-    if said.get("do_normalize") is False:
+    config = read_json(file, _REMEDY)
+    if config.get("do_normalize") is False:
         return STATISTICS["none"]
-    return checked_statistics(said.get("image_mean", default[0]), said.get("image_std", default[1]), file)
+    return checked_statistics(config.get("image_mean", default[0]), config.get("image_std", default[1]), file)
 
 
 def checked_statistics(mean: Any, std: Any, file: object) -> PixelStatistics:
@@ -90,7 +90,7 @@ def checked_statistics(mean: Any, std: Any, file: object) -> PixelStatistics:
     return mean, std
 
 
-def _problem(file: Path) -> str | None:
+def _damage(file: Path) -> str | None:
     """Return what is wrong with the content of a file, with a remedy; None if it is intact."""
     if problem := failed_download(file):
         return problem

@@ -201,7 +201,7 @@ def find_preset(name: str) -> Preset:
     if name in PRESETS:
         return PRESETS[name]
     found = re.fullmatch(r"([a-z0-9]+?)(mls)?-vit-(\w+)(?:\[([^\]]*)\])?", name)
-    if found and (preset := _raev2(name, *found.groups())):
+    if found and (preset := _raev2_preset(name, *found.groups())):
         return preset
     near = difflib.get_close_matches(name, [*PRESETS, *raev2_names()], n=4)
     raise UserError(
@@ -263,7 +263,7 @@ def hub_assets() -> dict[str, Asset]:
     }
 
 
-def _raev2(name: str, family: str, mls: str | None, size: str, brackets: str | None) -> Preset | None:
+def _raev2_preset(name: str, family: str, mls: str | None, size: str, brackets: str | None) -> Preset | None:
     """Return the preset of what RAEv2 computes under `name`; None if RAEv2 has no such name."""
     flags = [flag.strip() for flag in brackets.split(",")] if brackets else []
     while family in _NORM_FLAG and (suffix := re.fullmatch(r"(\w+?)(norm|woreg)", size)):  # `bnormworeg`

@@ -107,8 +107,8 @@ class FrozenEncoder(Frozen):
         self.resize = resize
         self.untrained = weights == "untrained"
         model = self._untrained(config, model_name, seed) if self.untrained else self.load(config, model_name)
-        said = {key: value for key, value in config.to_diff_dict().items() if key not in VOLATILE_KEYS}
-        self.config_digest = _digest(json.dumps(said, sort_keys=True, default=str).encode())
+        stable = {key: value for key, value in config.to_diff_dict().items() if key not in VOLATILE_KEYS}
+        self.config_digest = _digest(json.dumps(stable, sort_keys=True, default=str).encode())
         self.model = freeze(model)
         if self.norm == "affine" and self.norm_module is None:
             raise UserError(
@@ -249,11 +249,11 @@ class FrozenEncoder(Frozen):
                 kind: Any = cls.models[given].config_class
                 config = kind.from_pretrained(place)
                 config._attn_implementation = config._experts_implementation = None
-                return _checked(config, source)
+                return _check_sizes(config, source)
         except UserError:
             raise
         except Exception as error:  # odd values raise different errors in each family
-            raise UserError(_not_found(cls.__name__, source, error)) from error
+            raise UserError(_load_error(cls.__name__, source, error)) from error
         if given in NO_GRID:
             raise UserError(f"{source} holds a {given!r} model, which has no grid of patch tokens: {NO_GRID[given]}.")
         raise UserError(
@@ -272,7 +272,7 @@ class FrozenEncoder(Frozen):
             try:
                 return cls.build(config)
             except Exception as error:  # sizes that don't fit each other
-                raise UserError(_not_found(cls.__name__, source, error)) from error
+                raise UserError(_load_error(cls.__name__, source, error)) from error
 
     @classmethod
     def build(cls, config: Any) -> nn.Module:
@@ -289,7 +289,7 @@ class FrozenEncoder(Frozen):
                 place, config=config, output_loading_info=True, dtype=torch.float32
             )
         except Exception as error:
-            raise UserError(_not_found(cls.__name__, source, error)) from error
+            raise UserError(_load_error(cls.__name__, source, error)) from error
         model, info = loaded
         missing, unexpected = (
             sorted(name for name in info[kind] if not name.startswith(cls.ignorable))
@@ -344,7 +344,7 @@ def check_source(kind: str, source: str) -> None:
     elif re.fullmatch(HUB_ID, source) and not try_to_load_from_cache(source, "config.json"):
         reason = why_unreachable(source)
         if reason:
-            raise UserError(_not_found(kind, source, ConnectionError(reason)))
+            raise UserError(_load_error(kind, source, ConnectionError(reason)))
 
 
 def resample_positions(positions: Tensor, side: int, antialias: bool = False, offset: float = 0.0) -> Tensor:
@@ -361,7 +361,7 @@ def resample_positions(positions: Tensor, side: int, antialias: bool = False, of
     return grid.flatten(2).transpose(1, 2).to(positions.dtype)
 
 
-def _checked(config: Any, source: str) -> Any:
+def _check_sizes(config: Any, source: str) -> Any:
     """Return the config with its patch size as an integer. Raises UserError if the patch is not square or the model quantised."""
     patch = config.patch_size
     if isinstance(patch, (list, tuple)) and len(set(patch)) == 1:
@@ -378,7 +378,7 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _not_found(cls: str, source: str, error: Exception) -> str:
+def _load_error(cls: str, source: str, error: Exception) -> str:
     return (
         f"{cls} can't be loaded from {source!r}: {(str(error).splitlines() or [type(error).__name__])[0]}\n"
         f"Expected a hub id that is in the local cache or reachable, or a folder written by save_pretrained. "

@@ -116,8 +116,8 @@ class TimmViT(FrozenEncoder):
         try:
             if ":" not in name:
                 return _timm().models.get_pretrained_cfg(name).to_dict(), name.split(".")[0], {}
-            said = read_json(str(cached_file(name.split(":", 1)[1], "config.json")), architecture=str)
-            return said.get("pretrained_cfg", said), said["architecture"], said.get("model_args", {})
+            config = read_json(str(cached_file(name.split(":", 1)[1], "config.json")), architecture=str)
+            return config.get("pretrained_cfg", config), config["architecture"], config.get("model_args", {})
         except UserError:
             raise
         except Exception as error:
