@@ -78,7 +78,7 @@ def _run(options: ReconstructionOptions) -> int:
 
 
 def _check_output(options: ReconstructionOptions) -> None:
-    check_folder(options.output, options.overwrite, (RECORD,), "output of this program")
+    check_folder(options.output, options.overwrite, (RECORD,), "output of this script")
 
 
 @contextmanager

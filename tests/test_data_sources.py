@@ -312,7 +312,7 @@ DAMAGED = {  # damage to a dataset of three Arrow files, and the error
     "no state": (lambda p: (p / "state.json").unlink(), "No such file.*state.json.*half-"),
     "bytes behind its end": (lambda p: arrow(p, 1).open("ab").write(bytes(64)), "data-00001.*cut short or damaged: its stream ends at byte"),
     "lost shard": (lambda p: arrow(p, 2).unlink(), "lacks 1 of its 3 Arrow files: data-00002"),
-    "half JSON": (lambda p: (p / "state.json").write_text('{"_data_files": ['), "state.json is no readable JSON.*half-"),
+    "half JSON": (lambda p: (p / "state.json").write_text('{"_data_files": ['), "state.json is not readable as JSON.*half-"),
     "no object": (lambda p: (p / "state.json").write_text("[]"), "state.json holds a JSON list"),
     "no shards": (lambda p: (p / "state.json").write_text(json.dumps({"_data_files": []})), "no Arrow files"),
 }

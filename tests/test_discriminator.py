@@ -237,7 +237,7 @@ def test_loading_is_strict_except_for_known_extras(tmp_path: Path, monkeypatch: 
     for content, recipe, said in (
         (state | {"stray": torch.zeros(1)}, TINY, "unexpected.*stray"),
         (without, TINY, "missing.*blocks.1.norm2.bias"),
-        (state, RECIPES["S_16"], "other shape"),
+        (state, RECIPES["S_16"], "wrong shape"),
     ):
         torch.save(content, path)
         with pytest.raises(UserError, match=said):

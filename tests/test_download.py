@@ -157,9 +157,9 @@ def test_download_is_complete_and_recorded(server, tmp_path, answer, kept, diges
         (serve(OTHER), DIGEST, f"{SHA[:8]}, got {hashlib.sha256(OTHER).hexdigest()}"),
         (serve(length=5000), DIGEST, "wrong bytes.*5,000 bytes"),
         (serve(length=len(BODY) + 9), None, "416|Consistency|closed"),
-        (serve(ranges=False, cuts=[5000] * 99), DIGEST, "breaks again and again"),
-        (serve(b"<html>log in</html>"), None, "no whole weights file; it starts with b'<html>"),
-        (serve(ARCHIVE[:5000]), None, "no whole weights file"),
+        (serve(ranges=False, cuts=[5000] * 99), DIGEST, "keeps breaking"),
+        (serve(b"<html>log in</html>"), None, "not a complete weights file; it starts with b'<html>"),
+        (serve(ARCHIVE[:5000]), None, "not a complete weights file"),
         (status(302, Location="/f"), DIGEST, "redirects"),
     ],
 )

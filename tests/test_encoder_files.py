@@ -49,18 +49,18 @@ PAGE = b"\n<!DOCTYPE html><html><body>Sign in</body></html>"
 
 
 @pytest.mark.parametrize(("file", "content", "message"), [
-    ("model.safetensors", POINTER, "pointer of git-lfs, not the file itself. Run `git lfs pull`"),
-    ("model.safetensors", PAGE, "page of HTML.*HF_TOKEN"),
+    ("model.safetensors", POINTER, "git-lfs pointer, not the file itself. Run `git lfs pull`"),
+    ("model.safetensors", PAGE, "HTML page.*HF_TOKEN"),
     ("model.safetensors", b"", "is empty"),
     ("model.safetensors", b"PK\x03\x04 no header", "is cut short or no safetensors file"),
     ("model.safetensors", (4).to_bytes(8, "little") + b"[[]]", "no safetensors file"),
     ("model.safetensors", -1, r"[\d,]+ bytes\) is cut short"),
     ("model.safetensors", 100, "is cut short or no safetensors file"),
-    ("pytorch_model.bin", POINTER, "pointer of git-lfs"),
+    ("pytorch_model.bin", POINTER, "git-lfs pointer"),
     ("pytorch_model.bin", b"half a zip", "cut short or no file of torch"),
-    ("config.json", POINTER, "pointer of git-lfs"),
-    ("config.json", PAGE, "page of HTML"),
-    ("config.json", b'{"hidden_size": 3', "no readable JSON"),
+    ("config.json", POINTER, "git-lfs pointer"),
+    ("config.json", PAGE, "HTML page"),
+    ("config.json", b'{"hidden_size": 3', "not readable as JSON"),
     ("config.json", b"[]", "expected an object"),
     ("config.json", b'{"model_type": "dinov3_vit", "hidden_size": "wide"}', "can't be loaded"),
     ("config.json", b'{"model_type": "dinov3_vit", "patch_size": [14, 16]}', "patch_size.*expected whole numbers"),
@@ -68,12 +68,12 @@ PAGE = b"\n<!DOCTYPE html><html><body>Sign in</body></html>"
     ("config.json", b'{"model_type": "dinov3_vit", "quantization_config": {"quant_method": "x"}}', "quantised"),
     ("adapter_config.json", b'{"base_model_name_or_path": "org/repo"}', "PEFT adapter"),
     ("model.safetensors.index.json", b'{"weight_map": {"a": "model-1.safetensors"}}', "lacks model-1.safetensors"),
-    ("preprocessor_config.json", POINTER, "pointer of git-lfs"),
+    ("preprocessor_config.json", POINTER, "git-lfs pointer"),
     ("preprocessor_config.json", b'{"image_mean": 0.5}', "image_mean is 0.5; expected three finite numbers"),
     ("preprocessor_config.json", b'{"image_std": [1, 0, 1]}', "image_std is .*above 0"),
     ("preprocessor_config.json", b'{"image_mean": ["a", 1, 2]}', "image_mean"),
     ("preprocessor_config.json", b'{"image_mean": [NaN, 1, 2]}', "image_mean"),
-    ("preprocessor_config.json", b"\xff\xfe", "no readable JSON"),
+    ("preprocessor_config.json", b"\xff\xfe", "not readable as JSON"),
 ])  # fmt: skip
 def test_broken_downloads_are_named(file, content, message, tmp_path):
     saved(tmp_path)
@@ -86,9 +86,7 @@ def test_broken_downloads_are_named(file, content, message, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["model.pt", "model.safetensors"])
-@pytest.mark.parametrize(
-    ("content", "message"), [(POINTER, "pointer of git-lfs"), (PAGE, "page of HTML"), (b"", "is empty")]
-)
+@pytest.mark.parametrize(("content", "message"), [(POINTER, "git-lfs pointer"), (PAGE, "HTML page"), (b"", "is empty")])
 def test_broken_weight_files_are_named(file, content, message, tmp_path):
     (tmp_path / file).write_bytes(content)
     with pytest.raises(UserError, match=message):

@@ -117,7 +117,7 @@ def test_existing_output_is_safe(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("precious")
     assert run(f"{words}/mine --overwrite") == 1
-    assert (tmp_path / "mine/thesis.txt").exists() and "no earlier export" in capsys.readouterr().err
+    assert (tmp_path / "mine/thesis.txt").exists() and "not an earlier export" in capsys.readouterr().err
     for place in (tmp_path / "mine/thesis.txt/o", Path("/proc/o")):  # below a file, or not writable
         assert run(f"{words} --output {place}") == 1
         assert "can't be written" in capsys.readouterr().err

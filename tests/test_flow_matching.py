@@ -25,7 +25,7 @@ def test_time_shift(shape, s):
 
 
 def test_time_shift_below_one_is_rejected():
-    with pytest.raises(UserError, match=r"16 x 8 x 8 = 1024 numbers make a time shift of 0\.500"):
+    with pytest.raises(UserError, match=r"16 x 8 x 8 = 1024 numbers give a time shift of 0\.500"):
         fm.time_shift((16, 8, 8))
 
 

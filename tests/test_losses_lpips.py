@@ -202,7 +202,7 @@ def test_missing_and_wrong_files_are_told(tmp_path: Path, monkeypatch: pytest.Mo
             pretrained(tmp_path)
     make_files(tmp_path)
     monkeypatch.undo()  # the published width, then
-    with pytest.raises(UserError, match="other shape"):
+    with pytest.raises(UserError, match="wrong shape"):
         pretrained(tmp_path)
 
 

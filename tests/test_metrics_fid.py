@@ -266,6 +266,6 @@ def test_files_of_others_are_read_with_a_warning_where_they_are_silent(tmp_path:
     load(tmp_path / "images.npz")
     assert "does not say" not in caplog.text  # the images themselves do
     load(tmp_path / "statistics.npz")
-    assert "statistics.npz does not say of which size" in caplog.text and "16 px" in caplog.text
+    assert "statistics.npz does not state the size" in caplog.text and "16 px" in caplog.text
     load(tmp_path / "statistics.npz", replace(PREPARED, selected=5))
     assert "6 images, here 5" in caplog.text  # `count` is as good

@@ -154,7 +154,7 @@ def test_other_networks_and_damaged_files_are_refused(tmp_path: Path) -> None:
     refused({**state, "fc.weight": torch.zeros(1000, 2048)}, "1000 classes.*torchvision")
     refused({name: value for name, value in state.items() if "fc" not in name}, "no classifier")
     refused([1, 2], "list")
-    refused({**state, "AuxLogits.fc.bias": torch.zeros(1)}, r"(?s)unexpected \(1\): AuxLogits.*other shape")
+    refused({**state, "AuxLogits.fc.bias": torch.zeros(1)}, r"(?s)unexpected \(1\): AuxLogits.*wrong shape")
     (tmp_path / "short.pth").write_bytes((tmp_path / "bad.pth").read_bytes()[:5000])
     with pytest.raises(UserError, match="short.pth"):
         InceptionFeatures(tmp_path / "short.pth")

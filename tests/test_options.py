@@ -109,11 +109,11 @@ def test_progress_is_lines_where_there_is_no_terminal(monkeypatch, capsys):
     ("error", "status", "words"),
     [
         (UserError("x y"), 1, "Error: x y"),
-        (MemoryError("8 TB."), 1, "Error: Not enough memory: 8 TB. Take a smaller --batch_size, or fewer images."),
+        (MemoryError("8 TB."), 1, "Error: Not enough memory: 8 TB. Use a smaller --batch_size, or fewer images."),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (OSError(28, "No space left", "x.npz"), 1, "Error: x.npz: No space left. Make room, or give another place."),
-        (OSError(28, "No space left"), 1, "Error: a file: No space left. Make room, or give another place."),
-        (OSError(17, "File exists", "x"), 1, "Error: x: File exists. Make room, or give another place."),
+        (OSError(28, "No space left", "x.npz"), 1, "Error: x.npz: No space left. Make room, or give another path."),
+        (OSError(28, "No space left"), 1, "Error: a file: No space left. Make room, or give another path."),
+        (OSError(17, "File exists", "x"), 1, "Error: x: File exists. Make room, or give another path."),
     ],
 )
 def test_a_program_ends_with_a_message_and_a_status(error, status, words, capsys):

@@ -226,7 +226,7 @@ def test_bad_input(tmp_path, capsys):
 def test_an_earlier_output_is_replaced_when_asked_for(tmp_path, capsys):
     words = f"--checkpoint {checkpoint(tmp_path)} --input {photos(tmp_path / 'photos', 2)} --output {tmp_path}/a"
     assert run(f"{words} --write images") == 0 and run(f"{words} --write npz") == 1
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert run(f"{words} --write npz --overwrite") == 0
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == ["originals.npz", "reconstruct.json", "reconstructions.npz"]

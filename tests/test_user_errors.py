@@ -96,8 +96,8 @@ def test_what_hydra_cannot_parse_is_shown_quoted(value):
         ("experimint=rae_dummy", "unknown key experimint (did you mean experiment?)."),
         ("callbacks.best.monitor=val/psnr", "To append to your config use +callbacks.best.monitor=val/psnr"),
         ("--experiment=rae_dummy", "experiment=NAME"),
-        ("-m paths.log_dir=/proc", "set it to a place that can be written."),
-        ("hydra.run.dir=/proc/x", "a run to hydra.run.dir where that is given: set it to a place that can be written."),
+        ("-m paths.log_dir=/proc", "set it to a folder that can be written."),
+        ("hydra.run.dir=/proc/x", "a run to hydra.run.dir if given: set it to a folder that can be written."),
         ("-m trainer.max_epoch=4,5", "unknown key trainer.max_epoch (did you mean max_epochs?)."),  # -m in between
         ("--info trainer.max_epoch=4", "unknown key trainer.max_epoch (did you mean max_epochs?)."),
         ("model=rea", "provider=schema, path=structured://"),  # behind the list of those that there are

@@ -24,7 +24,7 @@ def problem(arguments: Sequence[str]) -> str:
             return "Overrides are typed without dashes: experiment=NAME"
         plugin = _PLUGINS.get(word)
         if plugin and not (find_spec("hydra_plugins") and find_spec(f"hydra_plugins.hydra_{plugin}")):
-            return f"{word} needs a plugin of Hydra that is not installed. Type: pip install -e '.[{value}]'"
+            return f"{word} needs a Hydra plugin that is not installed. Type: pip install -e '.[{value}]'"
         file = _CONFIGS / "experiment" / f"{value}.yaml"
         if key == "experiment" and re.fullmatch(r"[\w-]+", value) and file.is_file():
             text = file.read_text(encoding="utf-8")
@@ -32,7 +32,7 @@ def problem(arguments: Sequence[str]) -> str:
             if "@package _global_" not in text or groups:
                 lines = "".join(f"\n    - override /{group}: …" for group in groups)
                 return (
-                    f"{file}: an experiment begins with the line `# @package _global_`, and its defaults change those of "
+                    f"{file}: an experiment begins with the line `# @package _global_`, and its defaults override those of "
                     f"configs/train.yaml.{' Write' * bool(groups)}{lines}"
                 )
     return ""
@@ -74,7 +74,7 @@ def quoting_hint(arguments: Sequence[str]) -> str:
             OverridesParser.create().parse_override(word)
         except HydraException:
             typed.append(f"{key}={hydra_quoted(value)}")
-    return f"Hydra reads some characters itself. Quoted for it and for the shell: {' '.join(typed)}" if typed else ""
+    return f"Hydra parses some characters itself. Quoted for Hydra and the shell: {' '.join(typed)}" if typed else ""
 
 
 def _unknown_key(error: Exception) -> str:
@@ -101,8 +101,8 @@ def explained(error: Exception, arguments: Sequence[str]) -> str:
 
     if isinstance(error, OSError) and error.filename:  # Hydra's own, for a missing file of a group, has no filename
         return (
-            f"{error.filename}: {error.strerror}. Sweeps go below paths.log_dir, a run to hydra.run.dir where that is given: set "
-            "it to a place that can be written."
+            f"{error.filename}: {error.strerror}. Sweeps are written below paths.log_dir, a run to hydra.run.dir if given: set it "
+            "to a folder that can be written."
         )
     if isinstance(error, ValueError | TypeError) and not isinstance(error, UnicodeDecodeError):
         lines = []
@@ -110,7 +110,7 @@ def explained(error: Exception, arguments: Sequence[str]) -> str:
             known = sorted(file.stem for file in (_CONFIGS / key).glob("*.yaml"))
             if known and not set(value.split(",")) <= set(known):
                 lines.append(f"{key}={value}: expected the name of a file in configs/{key}: {', '.join(known)}.")
-        return "\n".join(lines) or f"Hydra can't go on: {str(error).rstrip('.!')}."
+        return "\n".join(lines) or f"Hydra failed: {str(error).rstrip('.!')}."
     if not isinstance(error, MarkedYAMLError | UnicodeDecodeError):
         unknown = _unknown_key(error)
         if "did you mean" in unknown:  # without a close match, Hydra's own lines tell how to add a key
@@ -121,6 +121,4 @@ def explained(error: Exception, arguments: Sequence[str]) -> str:
     while trace is not None:  # Hydra's reader has the path in a local variable; the error may not
         place, trace = trace.tb_frame.f_locals.get("full_path", place), trace.tb_next
     where, reason = f", {place}" if place else "", " ".join(str(error).split())
-    return (
-        f"The configuration can't be read{where}: {reason}. Expected YAML in UTF-8, indented by blanks, each key once."
-    )
+    return f"The configuration can't be read{where}: {reason}. Expected YAML in UTF-8, indented with spaces, each key once."

@@ -47,7 +47,7 @@ class Launch:
             return cls(int(env.get("NODE_RANK", "0")) or int(env["LOCAL_RANK"]), 0, "child")
         if int(started := env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
             raise UserError(
-                f"mpirun started {started} processes, of which each would train by itself. Start them with torchrun, or set RANK, "
+                f"mpirun started {started} processes, each of which would train on its own. Start them with torchrun, or set RANK, "
                 "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in each."
             )
         return cls(0, 1, "single")
@@ -109,8 +109,8 @@ def find_device(name: str, local_rank: int = 0) -> torch.device:
     index = local_rank if device.index is None else device.index
     if index >= count:
         raise UserError(
-            f"--device {name}: process {local_rank} of this machine wants GPU {index}, there are {count}. Start at "
-            f"most {count}, or use --device cpu."
+            f"--device {name}: process {local_rank} of this machine needs GPU {index}; number of visible GPUs: {count}. Start "
+            f"at most {count}, or use --device cpu."
         )
     chosen = torch.device("cuda", index)
     torch.cuda.set_device(chosen)
@@ -150,8 +150,8 @@ def require_same_step(step: int, file: object) -> None:
     """Raise UserError if ranks read a checkpoint at different steps: training replaced it meanwhile. Call on all ranks."""
     if len(steps := sorted(set(gather(step)))) > 1:
         raise UserError(
-            f"{file} was replaced while it was read: the processes have it at the steps {', '.join(map(str, steps))}. Give one "
-            "that its run doesn't replace (epoch_XXX.ckpt, or a copy), or try again."
+            f"{file} was replaced while it was read: the processes read it at steps {', '.join(map(str, steps))}. Give a "
+            "checkpoint that its run doesn't replace (epoch_XXX.ckpt, or a copy), or try again."
         )
 
 

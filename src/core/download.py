@@ -47,7 +47,7 @@ class _Partial(io.FileIO):
     def truncate(self, size: int | None = None) -> int:
         self.restarts += 1
         if self.restarts > 3:
-            raise Refused("the connection breaks again and again, and the server can't continue a file")
+            raise Refused("the connection keeps breaking, and the server can't resume a download")
         return super().truncate(size)
 
 
@@ -68,7 +68,7 @@ def download(wanted: Iterable[Asset], mirrors: Sequence[str] = (), force: bool =
             reason = "another process is downloading it" if error.errno == errno.EAGAIN else error.strerror
             raise UserError(
                 f"{asset.path or constants.HF_HUB_CACHE}: {reason}. What was downloaded is kept. Fix that, or choose "
-                f"another place ({'--weights_dir' if asset.path else 'HF_HOME'})."
+                f"another folder ({'--weights_dir' if asset.path else 'HF_HOME'})."
             ) from error
     if failures:
         raise UserError("\n".join([f"{len(failures)} could not be obtained.", *failures]))
@@ -121,7 +121,7 @@ def check(path: Path, digest: str | None) -> tuple[bool | None, str]:
     if digest is None and noted:
         digest = f"{'git' if len(noted) == 40 else 'sha256'}:{noted}"
     if digest is None:
-        return None, "no published hash, and it was not downloaded by this program: nothing to compare with"
+        return None, "no published hash, and not downloaded by this script: nothing to compare with"
     algorithm, expected = digest.split(":")
     got = file_digest(path, algorithm)
     wrong = f"expected {digest}, got {got} ({path.stat().st_size:,} bytes)"
@@ -134,7 +134,7 @@ def _obtain(asset: Asset, mirrors: Sequence[str], force: bool, silent: set[str])
     if here and not (force and known):
         right, detail = check(path, asset.digest) if path and known else (True, "")
         if right is False:
-            raise Refused(f"{path} is there but is the wrong file: {detail}. Replace it with --force.")
+            raise Refused(f"{path} exists but is the wrong file: {detail}. Replace it with --force.")
         return f"{path or here[0].parent}: present {detail}"
     if path and asset.package:
         origin = Path(str(distribution(asset.package.split("/")[0]).locate_file(asset.package)))
@@ -205,9 +205,9 @@ def _fetch(url: str, target: Path, digest: str | None) -> str:
         if digest:
             right, detail = check(partial, digest)
         elif zipfile.is_zipfile(partial) or head.startswith(b"\x80"):  # PyTorch's zip, or its old pickle format
-            right, detail = True, "its form only, no published hash"
+            right, detail = True, "only that it is a weights file, no published hash"
         else:
-            right, detail = False, f"no whole weights file; it starts with {head!r}"
+            right, detail = False, f"not a complete weights file; it starts with {head!r}"
         if right:
             put_in_place(partial, target)
             noted = {**_record(target.parent), target.name: file_digest(target, "sha256")}
@@ -234,7 +234,7 @@ def _snapshot(repo_id: str, endpoint: str) -> str:
     patterns = ["config.json", "preprocessor_config.json", *weights]
     folder = snapshot_download(repo_id, endpoint=endpoint, token=token, allow_patterns=patterns)
     if not _encoder_files(Path(folder)):
-        raise Refused("holds no config.json with weights: no encoder repository")
+        raise Refused("holds no config.json with weights: not an encoder repository")
     return f"{repo_id}: {folder}"
 
 

@@ -129,7 +129,7 @@ def disk_message(error: OSError, path: str | Path | None = None) -> str:
     name = path or error.filename or "A file"
     return (
         f"{os.fsdecode(name) if isinstance(name, bytes) else name} can't be written: {error.strerror or error}. Make room (or set "
-        "paths.log_dir to another place); what was saved before is untouched, ckpt_path=last goes on from it."
+        "paths.log_dir to another folder); what was saved before is intact, ckpt_path=last resumes from it."
     )
 
 
@@ -172,11 +172,11 @@ def check_folder(folder: Path, overwrite: bool, marks: Sequence[str], what: str,
         return
     if not any((folder / mark).is_file() for mark in marks):
         raise UserError(
-            f"{option} {folder} is not empty and holds no {' and no '.join(marks)}: it is no {what}, so --overwrite "
+            f"{option} {folder} is not empty and holds no {' and no '.join(marks)}: it is not {what}, so --overwrite "
             "does not delete it. Choose another folder."
         )
     if not overwrite:
-        raise UserError(f"{option} {folder} is there already. Choose another folder, or replace it with --overwrite.")
+        raise UserError(f"{option} {folder} already exists. Choose another folder, or replace it with --overwrite.")
 
 
 def check_writable(file: Path, option: str) -> None:
@@ -187,9 +187,7 @@ def check_writable(file: Path, option: str) -> None:
             pass
         file.with_name(f".{file.name}.probe").unlink()
     except OSError as error:
-        raise UserError(
-            f"{option} {file} can't be written: {error.strerror or error}. Choose another place."
-        ) from error
+        raise UserError(f"{option} {file} can't be written: {error.strerror or error}. Choose another path.") from error
 
 
 def _check_replaceable(path: Path, option: str = "") -> None:

@@ -32,8 +32,8 @@ def lock(file: IO[Any], kind: str = "LOCK_EX", wait: bool = False) -> None:
 
 def take_lock(
     folder: Path,
-    remedy: str = "Wait for its end or stop it (kill -INT lets it save), or choose another folder (paths.run_dir=null makes a new "
-    "one).",
+    remedy: str = "Wait until it ends or stop it (kill -INT lets it save), or choose another folder (paths.run_dir=null makes "
+    "a new one).",
 ) -> IO[str]:
     """Lock a run folder until the returned file is closed. UserError: another run is active in it, or it isn't writable."""
     try:
@@ -48,7 +48,7 @@ def take_lock(
         file.close()
     except OSError as error:
         raise UserError(
-            f"{folder} can't be written: {error.strerror}. Choose another place (paths.log_dir, --output)."
+            f"{folder} can't be written: {error.strerror}. Choose another folder (paths.log_dir, --output)."
         ) from error
     raise UserError(f"A run is still going on in {folder} ({owner}). {remedy}")
 

@@ -29,7 +29,7 @@ def read_json(path: str | Path, remedy: str = "", /, **schema: Any) -> dict[str,
     except FileNotFoundError as error:
         raise UserError(f"No such file: {path}. {remedy}".rstrip()) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no readable JSON: {error}. {remedy}".rstrip()) from error
+        raise UserError(f"{path} is not readable as JSON: {error}. {remedy}".rstrip()) from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a JSON {type(content).__name__}; expected an object. {remedy}".rstrip())
     check_json(content, path, remedy, **schema)

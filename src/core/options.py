@@ -21,7 +21,7 @@ INCEPTION_FILE = "weights/pt_inception-2015-12-05-6726825d.pth"
 LPIPS_FILES = {"vgg_path": "weights/vgg16-397923af.pth", "linear_path": "weights/lpips_vgg_v0.1.pth"}
 LARGEST_PX = 16384
 """Largest side of an image, in px."""
-EXIT_CODES = "exit codes: 0 done; 1 something is wrong with what was given; 2 wrong options; 130 interrupted"
+EXIT_CODES = "exit codes: 0 done; 1 an input can't be used (see the message); 2 wrong options; 130 interrupted"
 
 
 def number(kind: type[int] | type[float], least: float, most: float, expected: str) -> Callable[[str], Any]:
@@ -93,7 +93,7 @@ def parse(options: type[T], description: str | None, argv: Sequence[str] | None,
     parser, words = build_parser(options, description, epilog), sys.argv[1:] if argv is None else argv
     if empty := [place for place, word in enumerate(words) if re.fullmatch(r"(--[\w-]+=)?", word)]:
         before = " ".join(words[: empty[0] + 1])
-        parser.error(f"no value after `{before.rstrip(' =')}`: is a variable of the shell not set?")
+        parser.error(f"no value after `{before.rstrip(' =')}`: is a shell variable not set?")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     try:
         return options(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
@@ -132,30 +132,31 @@ class ModelOptions:
     """Options of the model, used by `src.formats.opening.open_model`."""
 
     GROUP: ClassVar = "model (one of --checkpoint and --decoder)"
-    checkpoint: str | None = option(".ckpt of a run; it holds the model's configuration too", "FILE")
-    weights: Literal["ema", "online"] = option("of a checkpoint: averaged weights or the optimiser's", default="ema")
+    checkpoint: str | None = option(".ckpt of a run; includes the model's configuration", "FILE")
+    weights: Literal["ema", "online"] = option("with --checkpoint: averaged (EMA) or current weights", default="ema")
     decoder: str | None = option(
         "decoder file with the official names, or an exported folder (diffusers or ours)", "PATH"
     )
     encoder: str | None = option(
-        "folder or hub id of the encoder, with a decoder file also a preset (dinov2-b); with --checkpoint: another place of the "
+        "folder or hub id of the encoder, with a decoder file also a preset (dinov2-b); with --checkpoint: another copy of the "
         "same encoder",
         "PATH",
     )
     encoder_cls: str | None = option(
-        "of a decoder file, unless --encoder is a preset: Dinov2withNorm, or another of docs/encoders.md or of a package of yours",
+        "with a decoder file, unless --encoder is a preset: Dinov2withNorm, another of docs/encoders.md or of your own package",
         "CLASS",
     )
     encoder_layers: str | None = option(
-        "of a RAEv2 decoder file: k1, k7, k23 or 11.13.15 (default: the last block)", "BLOCKS"
+        "with a RAEv2 decoder file: k1, k7, k23 or 11.13.15 (default: the last block)", "BLOCKS"
     )
-    stats: str | None = option("latent statistics, instead of the model's own if it has any", "FILE")
+    stats: str | None = option("latent statistics, instead of the model's own", "FILE")
     decoder_config: str = option("with a decoder file: JSON or its folder", "PATH", "configs/decoder/ViTXL")
     decoder_patch_size: Pixels = option("with a decoder file", "PX", 16)
     decoder_output: Literal["normalized", "image"] = option(
-        "of a decoder file: the encoder's normalised pixels (RAE), or the image itself (RAEv2)", default="normalized"
+        "of a decoder file: pixels normalised as for the encoder (RAE), or the image itself (RAEv2)",
+        default="normalized",
     )
-    image_size: Pixels | None = option("comes from the model; with a decoder file 256 if not given", "PX")
+    image_size: Pixels | None = option("image size (default: the model's; with a decoder file 256)", "PX")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,8 +185,8 @@ class LoadingOptions:
     device: str = option("cuda, cuda:N or cpu", "NAME", "cuda")
     num_samples: Positive | None = option("only N images (default: all)", "N")
     batch_size: Positive = option("images at once in each process", "N", 64)
-    num_workers: NotNegative = option("loading processes", "N", 4)
-    max_bad_share: Share = option("stop when more of the images can't be decoded", "SHARE", 0.01)
+    num_workers: NotNegative = option("data-loading workers", "N", 4)
+    max_bad_share: Share = option("stop if a larger share of the images can't be decoded", "SHARE", 0.01)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +212,7 @@ class FeatureOptions:
 
     GROUP: ClassVar = "feature networks"
     features: tuple[str, ...] = option(
-        "inception, or dinov2 (ViT-L/14; DIR: where it lies here): a Frechet distance for each (default: inception)",
+        "inception, or dinov2 (ViT-L/14; DIR: its local folder): a Frechet distance for each (default: inception)",
         "NAME[=DIR]",
         ("inception",),
     )
@@ -219,11 +220,11 @@ class FeatureOptions:
         f"FID weights (default: the checkpoint's callbacks.rfid.inception_path, else {INCEPTION_FILE})", "FILE"
     )
     inception_weights: Literal["pretrained", "untrained", "tiny"] = option(
-        "untrained, or tiny (an eighth of the channels, untrained): for trials without the file, the score is not rFID",
+        "untrained, or tiny (an eighth of the channels, untrained): to test without the file; the score is not rFID",
         default="pretrained",
     )
     inception_width: Annotated[float, above_zero] | None = option(
-        "an older option: untrained weights of a width below 1 are tiny", "SHARE"
+        "deprecated: untrained weights with a width below 1 are tiny", "SHARE"
     )
 
 

@@ -112,8 +112,8 @@ def by_name(name: str, encoders: Mapping[str, Asset]) -> Asset:
     found = exact or [asset for asset in FILES if Path(asset.place).name == name]
     if len(found) != 1:
         known = "\n  ".join([*(asset.name for asset in FILES), f"an encoder: {', '.join(encoders)}"])
-        problem = "is the file name of several assets" if found else "is no known asset"
-        raise UserError(f"'{name}' {problem}. Known names (an experiment goes behind --experiment):\n  {known}")
+        problem = "is the file name of several assets" if found else "is not a known asset"
+        raise UserError(f"'{name}' {problem}. Known names (for an experiment use --experiment):\n  {known}")
     return found[0]
 
 
@@ -129,7 +129,7 @@ def requirements(config: Mapping[str, Any], weights_dir: Path, root: Path) -> li
         if value == "???":
             raise UserError(f"{key} is '???': give it a value (`{key}=PATH`) before its weights can be found.")
         leaf, path = key.rpartition(".")[2], root / expanded(value)
-        unknown = Asset(key, "no known source: yours to provide", path=path)
+        unknown = Asset(key, "no known source: provide it yourself", path=path)
         if leaf in _FILE_KEYS or leaf in ("decoder", "statistics"):
             known = [asset for asset in FILES if weights_dir / asset.place == path]
             known = known or [asset for asset in FILES if Path(asset.place).name == path.name]

@@ -107,7 +107,7 @@ class StopRequest:
             return
         self._ending = True
         if self.loud:
-            _say("Ended at once; what was not saved is lost.")
+            _say("Ended at once; unsaved progress is lost.")
         for child in multiprocessing.active_children():  # others end with this process, on Linux (end_with_parent)
             child.kill()
         with suppress(Exception):

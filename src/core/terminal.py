@@ -71,7 +71,7 @@ def run_program(body: Callable[[], int]) -> int:
             text = str(error) if "--config" in sys.argv else in_options(str(error))
         elif lacks_memory(error):
             said = (str(error).splitlines() or ["for Python objects"])[0].rstrip(".")
-            text = f"Not enough memory: {said}. Take a smaller --batch_size, or fewer images."
+            text = f"Not enough memory: {said}. Use a smaller --batch_size, or fewer images."
         else:
             raise
         print(f"Error{f' (process {rank})' if rank else ''}: {text}", file=sys.stderr)
@@ -83,7 +83,7 @@ def run_program(body: Callable[[], int]) -> int:
         if error.errno not in DISK_ERRORS and (error.filename is None or isinstance(error, FileNotFoundError)):
             raise
         print(
-            f"Error: {error.filename or 'a file'}: {error.strerror}. Make room, or give another place.", file=sys.stderr
+            f"Error: {error.filename or 'a file'}: {error.strerror}. Make room, or give another path.", file=sys.stderr
         )
         return 1
     except KeyboardInterrupt:

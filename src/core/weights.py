@@ -31,15 +31,15 @@ def require(path: str | Path | None, what: str, key: str) -> Path:
     """Return the resolved path of a file that must exist, else raise UserError naming `what` and `key` (config key or option)."""
     if path is None:
         raise UserError(
-            f"{what}: {key} is not set. Give the file (`python scripts/download_weights.py --list` says where to get it). "
+            f"{what}: {key} is not set. Give the file (`python scripts/download_weights.py --list` shows where to get it). "
             + _UNTRAINED
         )
     found = resolve(path)
     if not found.is_file():
         raise UserError(
             f"{what} not found: {found} (from {key}). Get it with `python scripts/download_weights.py --experiment "
-            "NAME` (everything that an experiment needs; --list shows each file, its place and its sources), or set "
-            f"{key} to the place where you have it. {_UNTRAINED}"
+            "NAME` (everything that an experiment needs; --list shows each file, its path and its sources), or set "
+            f"{key} to the path where you have it. {_UNTRAINED}"
         )
     return found
 
@@ -60,8 +60,8 @@ def read(path: str | Path) -> Any:
         raise UserError(f"No such file: {path}") from error
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} was refused: it holds Python objects other than tensors and plain containers, or is no weights "
-            "file. Loading those could run code. Re-save it as a plain state dict, or download it again."
+            f"{path} was refused: it holds Python objects other than tensors and plain containers, or is not a weights "
+            "file. Loading such objects could run code. Re-save it as a plain state dict, or download it again."
         ) from error
     except (MemoryError, UserError):
         raise
@@ -78,12 +78,12 @@ def failed_download(file: Path) -> str | None:
     with file.open("rb") as stream:
         start = stream.read(1024)
     if not start:
-        return "is empty. Get it again (`hf download ID --local-dir FOLDER`)"
+        return "is empty. Download it again (`hf download ID --local-dir FOLDER`)"
     if start.startswith(b"version https://git-lfs"):
-        return "is a pointer of git-lfs, not the file itself. Run `git lfs pull` in that folder, or `hf download`"
+        return "is a git-lfs pointer, not the file itself. Run `git lfs pull` in that folder, or `hf download`"
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return (
-            "is a page of HTML: a log-in or error page was saved. Get it again, with HF_TOKEN where the model is gated"
+            "is an HTML page: a login or error page was saved. Download it again, with HF_TOKEN if the model is gated"
         )
     return None
 
@@ -98,7 +98,7 @@ def check_archive(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         if (damaged := archive.testzip()) is not None and any(_intact(archive, entry) for entry in archive.infolist()):
             raise UserError(
-                f"{path} ({path.stat().st_size:,} bytes) is damaged: its entry {damaged} is not what was written (CRC-32). "
+                f"{path} ({path.stat().st_size:,} bytes) is damaged: its entry {damaged} has a wrong checksum (CRC-32). "
                 "Copy or download it again, or take another checkpoint of that run."
             )
     _CHECKED.add(_key(path))
@@ -138,7 +138,7 @@ def check_finite(content: Any, source: str | Path, remedy: str = "Take another f
 def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str | Path, model: str) -> None:
     """Raise UserError unless `state` has the names and shapes of `own`."""
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{source} is no state dict: expected a flat mapping of names to tensors for {model}.")
+        raise UserError(f"{source} is not a state dict: expected a flat mapping of names to tensors for {model}.")
     missing = sorted(own.keys() - state.keys())
     unexpected = sorted(state.keys() - own.keys())
     shapes = [
@@ -149,7 +149,7 @@ def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: st
     if missing or unexpected or shapes:
         parts = [
             f"  {label} ({len(names)}): {_abbreviate(names)}"
-            for label, names in (("missing", missing), ("unexpected", unexpected), ("other shape", shapes))
+            for label, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes))
             if names
         ]
         raise UserError(f"{source} does not fit {model}:\n" + "\n".join(parts))

@@ -97,7 +97,7 @@ def convert(
 
 def check_output(output: Path, overwrite: bool) -> None:
     """Check that `output` is free, or a dataset that may be replaced. Raises UserError."""
-    check_folder(output, overwrite, (REPORT, *MARKS), "dataset", "--output_dir")
+    check_folder(output, overwrite, (REPORT, *MARKS), "a dataset", "--output_dir")
 
 
 def _check_no_overlap(tree: Tree, output: Path, partial: Path) -> None:

@@ -96,7 +96,7 @@ def new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
 
 def check_output(output: Path, overwrite: bool) -> None:
     """Raise UserError unless `output` is free, or an earlier export and `overwrite` is set."""
-    check_folder(output, overwrite, (RECORD,), "earlier export")
+    check_folder(output, overwrite, (RECORD,), "an earlier export")
 
 
 def write_official(rae: RAE, folder: str | Path, dtype: torch.dtype = torch.float32) -> list[str]:

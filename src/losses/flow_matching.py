@@ -31,7 +31,7 @@ def time_shift(latent_shape: Sequence[int]) -> float:
     numbers = math.prod(latent_shape)
     if numbers < 4096:
         raise UserError(
-            f"Latents of {' x '.join(map(str, latent_shape))} = {numbers} numbers make a time shift of "
+            f"Latents of {' x '.join(map(str, latent_shape))} = {numbers} numbers give a time shift of "
             f"{math.sqrt(numbers / 4096):.3f}; it must be at least 1, so 4096 numbers or more. Set the shift to 1 instead."
         )
     return math.sqrt(numbers / 4096)

@@ -126,8 +126,8 @@ def few_images_warning(count: int | None, dim: int) -> str | None:
     if count is None or count >= dim:
         return None
     return (
-        f"FID from {count:,} images, fewer than its {dim:,} feature dimensions: biased upwards and to be compared only "
-        "with scores of the same number of the same images. Published scores take 50,000."
+        f"FID from {count:,} images, fewer than its {dim:,} feature dimensions: biased upwards, and comparable only with "
+        "scores of the same number of the same images. Published scores use 50,000."
     )
 
 
@@ -166,7 +166,7 @@ def load_npz(path: str | Path, names: tuple[str, str] = ("mu", "sigma")) -> Gaus
     numbers = all(np.issubdtype(x.dtype, np.floating) and np.isfinite(x).all() for x in (mu, sigma))
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not numbers or not np.allclose(sigma, sigma.T, atol=1e-6):
         raise UserError(
-            f"{path}: {names[0]} {mu.dtype} {mu.shape} and {names[1]} {sigma.dtype} {sigma.shape} are no mean and covariance; "
+            f"{path}: {names[0]} {mu.dtype} {mu.shape} and {names[1]} {sigma.dtype} {sigma.shape} are not a mean and a covariance; "
             "expected finite floats of shapes (D,) and (D, D), sigma symmetric."
         )
     return Gaussian(torch.from_numpy(mu).double(), torch.from_numpy(sigma).double(), count, features)

@@ -73,8 +73,8 @@ def neighbour_distances(features: Tensor, k: int = NEIGHBOURS) -> Tensor:
     """
     if len(features) <= k:
         raise UserError(
-            f"Precision and recall look at the {k} nearest neighbours of an image among the others, so they need at "
-            f"least {k + 1} images on each side; got {len(features)}. Give more images."
+            f"Precision and recall use the {k} nearest neighbours of each image among the others, so they need at least "
+            f"{k + 1} images on each side; got {len(features)}. Give more images."
         )
     # The nearest is the image itself. Not `kthvalue`: on a GPU it raises under trainer.deterministic=true.
     parts = _distances(features, features)
@@ -222,5 +222,5 @@ def compute_scores(
         if min(map(len, pair)) > NEIGHBOURS:
             scores["precision"], scores["recall"] = precision_recall(*pair)
         else:
-            log.warning("Less than %d images on one side: no precision and recall.", NEIGHBOURS + 1)
+            log.warning("Fewer than %d images on one side: no precision and recall.", NEIGHBOURS + 1)
     return {score_name(name, generated.network): value for name, value in scores.items()} | {"images": generated.count}

@@ -79,14 +79,14 @@ def stored_moments(path: str | Path, network: FeatureNetwork, wanted: Preparatio
     size = (stated.image_size, stated.image_size) if images is None else images.shape[1:3]
     if None in size:
         log.warning(
-            "%s does not say of which size its images were: another tool or an older version made it. Only if they "
-            "were centre crops of %d px, prepared like those of this evaluation, does the score mean something. %s",
+            "%s does not state the size of its images: another tool or an older version made it. The score is meaningful "
+            "only if they were centre crops of %d px, prepared like those of this evaluation. %s",
             path, px, remedy,
         )  # fmt: skip
     elif size != (px, px):
         raise UserError(
-            f"{path} was made of images of {size[0]} x {size[1]} px, this evaluation has {px} x {px} px: the distance "
-            f"between them says nothing of the model. {remedy}"
+            f"{path} was made from images of {size[0]} x {size[1]} px, this evaluation has {px} x {px} px: the distance "
+            f"between them says nothing about the model. {remedy}"
         )
     if stated.selected is None:
         stated = replace(stated, selected=len(images or ()) if moments is None else moments.count)
@@ -108,13 +108,13 @@ def _check_network(path: str | Path, gaussian: Gaussian, network: FeatureNetwork
     there = gaussian.features
     if there not in (None, network.name):
         raise UserError(
-            f"{path} was made with the features {there!r}, this run uses {network.name!r}: the distance between them means "
-            "nothing. Choose the features of the file with --features, or make the reference again with those of this run."
+            f"{path} was made with the features {there!r}, this run uses {network.name!r}: the distance between them is "
+            "meaningless. Choose the features of the file with --features, or make the reference again with those of this run."
         )
     if (dim := len(gaussian.mean)) != network.feature_dim:
         raise UserError(f"{path} has statistics of {dim} features, {network.name} gives {network.feature_dim}.")
     if there is None and (network.untrained or network.space != INCEPTION):
         raise UserError(
-            f"{path} does not say of which network its statistics are: it comes from another tool, thus from the trained "
-            f"Inception network, and this run uses {network.name!r}. Make a reference with the features of this run."
+            f"{path} does not state its feature network: it comes from another tool, and therefore from the trained "
+            f"Inception network, but this run uses {network.name!r}. Make a reference with the features of this run."
         )
