@@ -171,7 +171,7 @@ def _image_column(folder: Path, features: dict[str, Any], schema: pa.Schema, wan
 
 
 def _label_column(folder: Path, schema: pa.Schema, wanted: str | None) -> str | None:
-    """Return the label column: `wanted`, else `label`, which is ignored (None) unless it holds integers. Raises UserError."""
+    """Return the label column: `wanted`, else `label` if it holds integers, else None. UserError: `wanted` holds none."""
     name = wanted or "label"
     kind = schema.field(name).type if name in schema.names else None
     if kind is not None and pa.types.is_integer(kind):

@@ -99,7 +99,7 @@ def _open_reader(path: Path) -> Iterator[tuple[int, pa.Buffer, pa.BufferReader, 
                 raise Damaged("the end of the file is missing")
             stream = pa.BufferReader(whole.slice(STREAM_START) if is_file else whole)
             yield file.fileno(), whole, stream, pa.ipc.open_stream(stream)
-    except (Damaged, pa.ArrowException, ValueError, KeyError, OSError) as error:  # or names that aren't UTF-8
+    except (Damaged, pa.ArrowException, ValueError, KeyError, OSError) as error:  # also names that aren't UTF-8
         lines = str(error).splitlines() or [type(error).__name__]
         text = error if isinstance(error, Damaged) else Damaged(lines[0].rstrip("."))
         size = f" ({path.stat().st_size:,} bytes)" if path.is_file() else ""

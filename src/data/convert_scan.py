@@ -156,7 +156,7 @@ class ParquetRows:
 
 Rows = SourceRows | ParquetRows
 """Rows of a split, or of one shard of it, readable in another process. `identity` yields lines that change with the rows, so
-that a half-finished conversion of other rows is not resumed; `places` returns the folders they lie in."""
+that a half-finished conversion of other rows is not resumed; `places` returns their folders."""
 
 
 def _present(data: bytes | None) -> bytes:

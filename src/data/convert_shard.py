@@ -23,8 +23,8 @@ class Settings:
     """Settings that the result depends on; a half-finished conversion resumes only with the same ones.
 
     resize_shorter_px: null copies every file's bytes. A number re-encodes (JPEG, quality 95, EXIF rotation applied) so
-        that the shorter side has exactly that many px, smaller images included; the validation split is always copied,
-        because rFID needs the original images as reference.
+        that the shorter side has exactly that many px, smaller images included; splits other than `train` are always
+        copied, because rFID needs the original images as reference.
     max_megapixels: larger images are skipped.
     trust: copy images that are not resized without decoding them; damaged ones then show up in training.
     """

@@ -24,7 +24,7 @@ from src.data.sources import Source
 
 TrainCrop = Literal["random", "center", "adm"]
 ATTEMPTS = 16
-"""Replacements tried for one bad image. With half of the images bad, all of them fail once in 65,000 times."""
+"""Replacements tried for one bad image. With half of the images bad, all 16 fail once in 65,000 times."""
 
 
 @dataclass(frozen=True)

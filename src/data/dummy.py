@@ -1,8 +1,7 @@
 """Generate sample images without a download: smooth backgrounds, shapes and soft stripes, identical on every machine.
 
 Their class is the colour channel with the largest mean, which is visible in any encoder's latents. They are easy to learn
-(saturated colours, large structures, no noise): a small decoder trained for a minute gains far more than 10 dB on unseen
-ones.
+(saturated colours, large structures, no noise): a small decoder trained for a minute gains far more than 10 dB on new ones.
 """
 
 import logging
@@ -41,8 +40,7 @@ def ensure(data_dir: Path) -> bool:
 
 
 def write(folder: Path, count: int, shards: int = 1, text: bool = False) -> bool:
-    """Write `count` sample images, or images of text, as a Hugging Face dataset, atomically. False if another process was
-    faster."""
+    """Write `count` sample images, or images of text, as a Hugging Face dataset, atomically. False: another process was first."""
     classes = None if text else CLASSES
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

@@ -21,8 +21,7 @@ _WITH_NUMBER = re.compile(r"^(.*\S)[ \t]+(\d+)$")
 def open_list(file: Path, image_column: str | None, label_column: str | None) -> FileSource:
     """Open the images of a list. Paths are relative to the folder of the list.
 
-    Unless all labels are whole numbers, their texts are the class names. In a txt in which every line ends in a number, that
-    number is the label.
+    Labels that are not all whole numbers are class names. In a txt in which every line ends in a number, that is the label.
 
     Raises:
         UserError: unreadable, empty, without such a column, or listing URLs or missing files.

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 PREFETCH_BATCHES = 4
 """Batches that each worker prefetches."""
 JUDGE_AFTER = 1000
-"""Smallest number of images (or one epoch, if smaller) that the share of bad ones is measured over."""
+"""Fewest images (or one epoch, if smaller) over which the share of bad ones is computed."""
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ class Place:
         return self.open(known or (self.names[0] if self.kind != "tree" and self.names else train))
 
     def open(self, split: str) -> Source:
-        """Open a split. Data without splits is opened whole; an image tree of classes beside, say, `val` only for training.
+        """Open a split. Data without splits is opened whole; so is an image tree of classes and, say, `val`, but only for training.
 
         Raises:
             UserError: no such split, or data that is damaged or holds no images.
@@ -374,7 +374,7 @@ def telling_file(folder: Path) -> Path | None:
 
 
 def _parquet_message(first: Path, shown: str) -> str:
-    """Return what to do with Parquet. The command must not overwrite it: it may be the only copy."""
+    """Return what to do with Parquet. Never suggests overwriting it: it may be the only copy."""
     if parquet.image_column(first) is None:
         columns = ", ".join(parquet.read_schema(first).names[:8])
         return (
@@ -401,7 +401,7 @@ def _not_found(path: Path) -> UserError:
 
 
 def _no_images_message(folder: Path) -> str:
-    """Return what the folder contains and what to do, never to overwrite it: it may be the only copy."""
+    """Return what the folder contains and what to do. Never suggests overwriting it: it may be the only copy."""
     if not folders(folder) and not loose_files(folder):
         return f"it is empty. Make a dataset there with `{CONVERT} IMAGES --output_dir {folder}`."
     packed = next((name for name in walk(folder) if re.search(r"\.(tar\.\w+|tgz|zip|rar|7z)$", name.lower())), None)

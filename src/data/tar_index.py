@@ -24,7 +24,7 @@ PAGE = 4096
 HEADER_BYTES = 2 * PAGE
 """Bytes read at once for a header and what follows it."""
 NO_LABEL, ODD_LABEL = -1, -2
-"""Of a sample without a label, and of one whose label is not a whole number from 0."""
+"""Labels of a sample that has none, and of one whose label is not a whole number >= 0."""
 MAX_SMALL = 1 << 20
 """Most bytes read in one piece (long names, labels)."""
 COMPRESSED = {

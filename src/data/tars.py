@@ -21,7 +21,7 @@ from src.data.tar_index import BLOCK, HEADER_BYTES, ODD_LABEL, TarRows, check_la
 log = logging.getLogger(__name__)
 
 VERSION = 2
-"""Version of the index; a change makes cached indexes be rebuilt."""
+"""Version of the index; cached indexes of other versions are rebuilt."""
 
 
 class TarSource(PackedSource):
@@ -34,7 +34,7 @@ class TarSource(PackedSource):
     """
 
     threads, header_bytes = 1, HEADER_BYTES
-    """For indexing: tars read at the same time, and bytes read at once (`HEADER_BYTES`)."""
+    """For indexing: tars read in parallel, and bytes read at once."""
 
     def __init__(self, root: Path, names: Sequence[str], label: str | None = None, quiet: bool = False) -> None:
         self._arguments = root, list(names), label, True

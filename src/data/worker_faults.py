@@ -206,7 +206,7 @@ def _is_fault(error: Exception, iterator: Any) -> bool:
     if "in DataLoader worker process" in text:  # raised by the dataset
         return False
     lost = isinstance(error, (_WorkerDied, ConnectionError, EOFError)) or "pin memory thread" in text
-    died = bool(_dead(iterator, patience=2 if lost else 0))  # the death may show a moment later
+    died = bool(_dead(iterator, patience=2 if lost else 0))  # the exit may show a moment later
     return lost or died or "DataLoader timed out after" in text
 
 
