@@ -1,4 +1,4 @@
-"""The three formats out and in: bit-equal round trips, strictness, the rule for positions, and what is refused."""
+"""The three formats: bit-equal round trips, strict loading, position embeddings, and errors."""
 
 import json
 
@@ -18,7 +18,7 @@ from tests.tiny_models import DECODER, WIDTH, equal_decoders, loaded, tiny_rae
 
 
 def again(rae, folder, decoder=None, statistics=None, image_size=None, **options):
-    """The same model made afresh, with weights from `decoder`."""
+    """Rebuild the model with weights from `decoder`."""
     source = rae.encoder.source
     return RAE(
         type(rae.encoder).__name__, source, {"dinov2_path": source, "weights": "untrained"}, folder / "decoder.json", 16,
@@ -35,7 +35,7 @@ def out(tmp_path):
 # -- tables
 
 
-def test_a_name_table_reads_in_both_directions():
+def test_name_table_maps_in_both_directions():
     table = NameTable([("layers.*.a.*", "encoder.layer.*.b.c.*"), ("**", "x.**")])
     for ours, theirs in {"layers.3.a.weight": "encoder.layer.3.b.c.weight", "norm.bias": "x.norm.bias"}.items():
         assert table.theirs(ours) == theirs and table.ours(theirs) == ours
@@ -75,7 +75,7 @@ def test_half_precision_files_load_and_keep_their_fixed_positions(tmp_path, dtyp
     assert are_fixed(back.decoder.decoder_pos_embed)
 
 
-def test_an_official_training_checkpoint_gives_its_average(tmp_path):
+def test_official_training_checkpoint_gives_its_ema(tmp_path):
     rae = tiny_rae(tmp_path)
     state = {f"module._orig_mod.decoder.{name}": value for name, value in rae.decoder.state_dict().items()}
     averaged = {**state, "module._orig_mod.encoder.x": torch.zeros(1)}
@@ -96,7 +96,7 @@ def test_missing_and_unexpected_names_are_listed_at_once(tmp_path):
 # -- positions
 
 
-def test_fixed_positions_are_computed_anew_and_trained_ones_resampled(tmp_path, caplog):
+def test_fixed_positions_are_recomputed_and_trained_ones_resampled(tmp_path, caplog):
     rae = tiny_rae(tmp_path)  # 4 x 4
     write_official(rae, tmp_path)
     with caplog.at_level("INFO"):
@@ -113,7 +113,7 @@ def test_fixed_positions_are_computed_anew_and_trained_ones_resampled(tmp_path, 
     grid = before[0, 1:].T.reshape(1, 32, 4, 4)
     expected = torch.nn.functional.interpolate(grid, size=(6, 6), mode="bicubic", align_corners=False)
     torch.testing.assert_close(found[0, 1:].T.reshape(1, 32, 6, 6), expected)
-    assert equal_decoders(rae, again(rae, tmp_path, tmp_path / "model.pt"))  # the same grid: as they are
+    assert equal_decoders(rae, again(rae, tmp_path, tmp_path / "model.pt"))  # the same grid: unchanged
 
 
 def test_resampling_follows_rows_and_columns():
@@ -160,7 +160,7 @@ def test_folder_in_half_precision(out, tmp_path):
     assert (back.encode(torch.rand(1, 3, 64, 64))).dtype == torch.float32
 
 
-def test_folder_refuses_another_encoder(out, tmp_path):
+def test_folder_rejects_another_encoder(out, tmp_path):
     rae = tiny_rae(tmp_path)
     write_folder(loaded(rae), out)
     (tmp_path / "other").mkdir()
@@ -170,7 +170,7 @@ def test_folder_refuses_another_encoder(out, tmp_path):
         read_folder(out, encoder=str(tmp_path / "other"))
 
 
-def test_a_folder_serves_as_pretrained_decoder_and_as_statistics(out, tmp_path):
+def test_folder_serves_as_pretrained_decoder_and_as_statistics(out, tmp_path):
     rae = tiny_rae(tmp_path, statistics=True)
     write_folder(loaded(rae), out)
     with pytest.raises(UserError, match="no latent statistics"):
@@ -204,7 +204,7 @@ def test_diffusers_round_trip(out, tmp_path, family, published_names):
     if family == "siglip2":
         assert "encoder.vision_model.embeddings.patch_embedding.weight" in names
     else:
-        published = "encoder.layer.0.attention.attention.query.weight"  # in older transformers it is so called itself
+        published = "encoder.layer.0.attention.attention.query.weight"  # older transformers use it themselves
         ours = published_names or published in rae.encoder.model.state_dict()
         assert (f"encoder.{published}" in names) == ours
     back = read_diffusers(out).rae
@@ -238,12 +238,12 @@ def test_statistics_that_do_not_belong_to_the_weights_are_ignored(out, tmp_path,
     (lambda p: tiny_rae(p, "siglip2", 256, encoder={"vision_use_head": False}), "no pooling head"),
     (lambda p: tiny_rae(p, image_size=256, encoder={"num_register_tokens": 0}), "num_register_tokens=0"),
 ])  # fmt: skip
-def test_what_diffusers_can_not_express_is_refused(tmp_path, make, reason):
+def test_models_that_diffusers_can_not_express_are_rejected(tmp_path, make, reason):
     with pytest.raises(UserError, match=reason):
         write_diffusers(make(tmp_path), tmp_path)
 
 
-def test_trained_positions_are_refused_for_diffusers(tmp_path):
+def test_trained_positions_are_rejected_for_diffusers(tmp_path):
     rae = tiny_rae(tmp_path, image_size=256)
     assert obstacles(rae) == []
     rae.decoder.decoder_pos_embed.data[0, 5, 3] += 2e-4  # one step of training
@@ -251,7 +251,7 @@ def test_trained_positions_are_refused_for_diffusers(tmp_path):
         write_diffusers(rae, tmp_path)
 
 
-def test_other_diffusers_configs_are_refused(tmp_path):
+def test_other_diffusers_configs_are_rejected(tmp_path):
     write_diffusers(tiny_rae(tmp_path, image_size=256), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for key, value, said in (
@@ -275,7 +275,7 @@ def diffusers():
 @pytest.mark.parametrize("family", ["dinov2", "mae"])
 def test_diffusers_encodes_and_decodes_as_we_do(diffusers, tmp_path, family, statistics):
     rae = tiny_rae(tmp_path, family, 256, statistics=statistics)
-    for parameter in rae.encoder.parameters():  # or biases would be zero, and norms one
+    for parameter in rae.encoder.parameters():  # otherwise biases are zero and norms one
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
     write_diffusers(rae, tmp_path)
     theirs = diffusers.AutoencoderRAE.from_pretrained(tmp_path).eval()
@@ -288,8 +288,8 @@ def test_diffusers_encodes_and_decodes_as_we_do(diffusers, tmp_path, family, sta
         assert latents.std() > 0.1
 
 
-def test_diffusers_and_siglip2(diffusers, tmp_path):
-    """The remark of the export is true as long as this holds: then the parity test above should take SigLIP2 in."""
+def test_diffusers_can_not_load_siglip2_yet(diffusers, tmp_path):
+    """Once this fails, drop the remark of the export and add SigLIP2 to the parity test above."""
     write_diffusers(tiny_rae(tmp_path, "siglip2", 256), tmp_path)
     with pytest.raises(AttributeError, match="vision_model"):
         diffusers.AutoencoderRAE.from_pretrained(tmp_path)
@@ -298,7 +298,7 @@ def test_diffusers_and_siglip2(diffusers, tmp_path):
 # -- wrong files
 
 
-def test_wrong_kinds_of_files(tmp_path):
+def test_wrong_kinds_of_files_are_rejected(tmp_path):
     rae = tiny_rae(tmp_path, statistics=True)
     write_statistics(rae.latent_mean, rae.latent_var, rae.encoder.identity(), tmp_path / "stats.pt")
     save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
@@ -314,7 +314,7 @@ def test_wrong_kinds_of_files(tmp_path):
 
 
 @pytest.mark.parametrize("absent", ["mean", "var"])
-def test_statistics_without_a_part_are_zero_or_one_and_are_written_back_as_they_were(tmp_path, absent):
+def test_missing_mean_or_var_counts_as_zero_or_one_and_stays_missing(tmp_path, absent):
     """The released DINOv2-B statistics have `mean: None`."""
     rae = tiny_rae(tmp_path, image_size=256, statistics=True)
     setattr(rae, f"latent_{absent}", None)
@@ -338,7 +338,7 @@ def test_statistics_without_a_part_are_zero_or_one_and_are_written_back_as_they_
         assert torch.equal(back.normalize(z), rae.normalize(z)), name
 
 
-def test_bad_statistics_are_refused(tmp_path):
+def test_bad_statistics_are_rejected(tmp_path):
     rae = tiny_rae(tmp_path, statistics=True)
     content = {"mean": rae.latent_mean.clone(), "var": rae.latent_var.clone()}
     for name, change, message in (
@@ -355,7 +355,7 @@ def test_bad_statistics_are_refused(tmp_path):
             again(rae, tmp_path, statistics=tmp_path / "stats.pt")
 
 
-def test_statistics_know_their_encoder_wherever_it_lies_and_their_size(tmp_path):
+def test_statistics_belong_to_an_encoder_at_any_path_and_to_a_size(tmp_path):
     rae = tiny_rae(tmp_path, statistics=True)
     moved = rae.encoder.identity() | {"source": "elsewhere"}
     write_statistics(rae.latent_mean, rae.latent_var, moved, tmp_path / "stats.pt")

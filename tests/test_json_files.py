@@ -1,4 +1,4 @@
-"""Whatever a JSON file of ours or of others holds: it is read, or one message names the file."""
+"""Any content of a JSON file, ours or third-party, is read or rejected with one message that names the file."""
 
 import copy
 import itertools
@@ -32,7 +32,7 @@ ODD: list[Any] = [None, "text", "", 5, -1, 1e400, 10**400, True, [], [None], {},
 
 
 def damaged(content: Any) -> Iterator[str]:
-    """Yield the text of a JSON file with one thing wrong: cut, another kind, without a key, with an odd value anywhere."""
+    """Yield texts of a JSON file with one defect: cut, of another type, without a key, or with an odd value anywhere."""
     text = json.dumps(content)
     yield from ("", text[: len(text) // 2], "[" * 10**5, "null", "3", "[]", '"text"', "{}", "\udcff", text + "x")
     for path in list(places(content)):
@@ -154,7 +154,7 @@ KINDS: dict[str, tuple[Callable[[Path], Any], str, Callable[[Path], Any]]] = {
     "preprocessor": (lines({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_normalize": True}, "preprocessor_config.json"), "preprocessor_config.json",
                      lambda folder: read_statistics(str(folder), STATISTICS["half"])),
 }  # fmt: skip
-"""Name -> (writes a whole one into a folder, the JSON file, what the programs do with it)."""
+"""Name -> (function that writes a valid folder, the JSON file in it, function that uses the folder as the scripts do)."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -165,7 +165,7 @@ def test_damaged_json_is_read_or_named(tmp_path, kind):
     file = tmp_path / name
     refused: list[str] = []
     texts = damaged(json.loads(file.read_text()))
-    for text in itertools.islice(texts, 0, None, 5 if use is use_export else 1):  # opening a model takes its time
+    for text in itertools.islice(texts, 0, None, 5 if use is use_export else 1):  # opening a model is slow
         file.write_text(text, encoding="utf-8", errors="surrogateescape")
         try:
             use(tmp_path)
@@ -176,7 +176,7 @@ def test_damaged_json_is_read_or_named(tmp_path, kind):
 
 
 @pytest.mark.parametrize("damage", ["bit", "nan"])
-def test_a_damaged_latent_is_found(tmp_path, damage):
+def test_damaged_latent_is_detected(tmp_path, damage):
     if damage == "nan":
         writer = LatentWriter(tmp_path, (2, 1, 1), torch.float16, 0)
         with pytest.raises(UserError, match="row 7 hold NaN or infinity"):

@@ -1,4 +1,4 @@
-"""Runs that are ended from outside: in this process where a signal is enough, else as programs of their own."""
+"""Runs that are ended from outside: in this process if a signal is enough, else in processes of their own."""
 
 import json
 import os
@@ -25,7 +25,7 @@ CHEAP = [*SMALL, *QUIET, "callbacks.checkpoint.every_n_steps=0", "model.disc_wei
 
 
 def run_and_signal(folder, monkeypatch, numbers, overrides=(), base=CHEAP):
-    """Run the program's body in this process and signal it in its second update; return its exit code."""
+    """Run training in this process and signal it in its second update; return the exit code."""
     original = RAEModule.training_step
 
     def training_step(self, batch, batch_idx):
@@ -52,7 +52,7 @@ def record_of(folder):
     ("name", "code", "status"),
     [("SIGINT", 130, "interrupted"), ("SIGHUP", 129, "interrupted"), ("SIGUSR1", 138, "interrupted"), ("SIGTERM", 143, "terminated")],
 )  # fmt: skip
-def test_a_signal_finishes_the_update_and_saves(tmp_path, monkeypatch, name, code, status):
+def test_signal_finishes_the_update_and_saves(tmp_path, monkeypatch, name, code, status):
     assert run_and_signal(tmp_path / "run", monkeypatch, [signal.Signals[name]]) == code
     file = tmp_path / "run/checkpoints/last.ckpt"
     assert read(file)["global_step"] == 2
@@ -63,7 +63,7 @@ def test_a_signal_finishes_the_update_and_saves(tmp_path, monkeypatch, name, cod
         assert str(code) in (PROJECT_ROOT / page).read_text()
 
 
-def test_a_score_that_a_signal_interrupts_is_not_lost(tmp_path, monkeypatch):
+def test_score_is_kept_if_a_signal_arrives_during_the_evaluation(tmp_path, monkeypatch):
     def evaluate(self, trainer, pl_module, name):
         pl_module.record_scores({self.monitor: 1.0})
         os.kill(os.getpid(), signal.SIGTERM)
@@ -77,7 +77,7 @@ def test_a_score_that_a_signal_interrupts_is_not_lost(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("when", ["rfid_every_n_steps=2", "full_at_end=true"])
-def test_an_evaluation_that_would_outlast_the_launcher_is_skipped_and_the_run_saved(tmp_path, monkeypatch, when):
+def test_evaluation_that_outlasts_the_grace_period_is_skipped_and_the_run_saved(tmp_path, monkeypatch, when):
     monkeypatch.setattr(scores, "GRACE_S", 0.0)
     scored, original = [], ReconstructionScore.update
 
@@ -103,7 +103,7 @@ def test_an_evaluation_that_would_outlast_the_launcher_is_skipped_and_the_run_sa
 
 
 @pytest.mark.slow
-def test_all_ranks_skip_an_evaluation_at_the_same_batch_whatever_their_shares():
+def test_all_ranks_skip_an_evaluation_at_the_same_batch():
     code = """
 import sys, types
 import torch.distributed as dist
@@ -128,7 +128,7 @@ sys.stdout.write(f"{rank}: {done}\\n")
     assert "0: [0, 1, 2, 0, 1, 'skipped']" in said and "1: [0, 1, 0, 1, 'skipped']" in said
 
 
-def test_a_process_that_is_gone_is_told_to_the_others_in_one_message(tmp_path, monkeypatch, capfd):
+def test_loss_of_another_process_ends_in_one_message(tmp_path, monkeypatch, capfd):
     def training_step(self, batch, batch_idx):
         raise RuntimeError("[pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer.")  # gloo's
 
@@ -139,7 +139,7 @@ def test_a_process_that_is_gone_is_told_to_the_others_in_one_message(tmp_path, m
     assert ended.value.code == 1 and "Another process of this run is gone" in said and "Traceback" not in said
 
 
-def test_a_signal_that_arrives_ignored_stays_ignored(tmp_path, monkeypatch):
+def test_signals_ignored_at_the_start_stay_ignored(tmp_path, monkeypatch):
     before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
     try:
         assert run_and_signal(tmp_path / "run", monkeypatch, SIGNALS, overrides=["trainer.max_steps=3"]) == 0
@@ -149,7 +149,7 @@ def test_a_signal_that_arrives_ignored_stays_ignored(tmp_path, monkeypatch):
     assert record_of(tmp_path / "run")["status"] == "finished"
 
 
-def test_without_checkpoints_a_signal_ends_the_run_where_it_is(tmp_path, monkeypatch):
+def test_without_checkpoints_a_signal_ends_the_run(tmp_path, monkeypatch):
     assert run_and_signal(tmp_path / "run", monkeypatch, [signal.SIGINT], ["callbacks=watch"]) == 130
     assert record_of(tmp_path / "run")["status"] == "interrupted"
 
@@ -188,23 +188,23 @@ def hang(folder, *words):
     return process
 
 
-def test_a_signal_ends_a_process_that_hangs_before_it_trains(tmp_path):
-    """As while it waits for other ranks to join."""
+def test_signal_ends_a_process_that_hangs_before_it_trains(tmp_path):
+    """For example a rank that waits for others to join."""
     process = hang(tmp_path, "before")
-    time.sleep(0.5)  # from the last line to the call that hangs
+    time.sleep(0.5)  # time to reach the call that hangs
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=10) == 143
     gone([int((tmp_path / "worker").read_text())])
 
 
-def test_a_second_ctrl_c_ends_a_hanging_process_its_children_and_its_partial_files(tmp_path):
+def test_second_ctrl_c_ends_a_hanging_process_its_children_and_its_partial_files(tmp_path):
     process = hang(tmp_path)
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
-    process.send_signal(signal.SIGINT)  # at once: as a launcher passes on what the terminal has sent already
+    process.send_signal(signal.SIGINT)  # at once: a launcher forwards what the terminal has already sent
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=1.5)
-    process.send_signal(signal.SIGTERM)  # a scheduler that says it again: the save goes on
+    process.send_signal(signal.SIGTERM)  # a scheduler repeats its signal: the save continues
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=0.5)
     process.send_signal(signal.SIGINT)
@@ -214,7 +214,7 @@ def test_a_second_ctrl_c_ends_a_hanging_process_its_children_and_its_partial_fil
 
 
 def gone(pids, patience=10.0):
-    """Assert that processes end, within seconds."""
+    """Check that processes end within `patience` seconds."""
     deadline = time.monotonic() + patience
     for pid in pids:
         while (state := kill_and_resume.text(Path(f"/proc/{pid}/stat"))) and ") Z " not in state:
@@ -232,7 +232,7 @@ LONG = ["callbacks.checkpoint.every_n_steps=0", "trainer.max_epochs=100"]
 
 
 def ended_well(log_dir, status):
-    """Assert what a run leaves that was asked to stop: a record, and a checkpoint of the last update in its log."""
+    """Check what a stopped run leaves: its record, and a checkpoint of the last update in its log."""
     (log,) = log_dir.glob("runs/*/*/run.log")
     lines = [line for line in log.read_text().splitlines() if " step " in line and ": grad_norm" in line]
     assert read(kill_and_resume.newest(log_dir))["global_step"] >= int(lines[-1].split("step ")[1].split(":")[0])
@@ -243,15 +243,15 @@ def ended_well(log_dir, status):
 @pytest.mark.parametrize(
     ("processes", "word", "number", "code", "status"),
     [
-        # a terminal signals the loading processes too
+        # a terminal signals the workers too
         (1, "data.num_workers=2", signal.SIGINT, 130, "interrupted"),
-        # of two that Lightning started the first one's code counts; the other's must not look like a crash to Lightning, which kills all then
+        # the first process's code counts; the second's must not look like a crash to Lightning, which would then kill both
         pytest.param(1, "trainer=ddp_sim", signal.SIGTERM, 143, "terminated", marks=pytest.mark.slow),
-        # torchrun ends with a code of its own
+        # torchrun has an exit code of its own
         pytest.param(2, "data.num_workers=1", signal.SIGINT, 1, "interrupted", marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_to_the_launcher_and_all_its_processes_saves_and_ends_them(
+def test_signal_to_the_launcher_and_all_its_processes_saves_and_ends_them(
     tmp_path, processes, word, number, code, status
 ):
     process = kill_and_resume.start(tmp_path, processes, *LONG, word)
@@ -265,8 +265,8 @@ def test_a_signal_to_the_launcher_and_all_its_processes_saves_and_ends_them(
 
 
 @pytest.mark.slow
-def test_nohup_and_two_times_ctrl_c(tmp_path):
-    """SIGHUP changes nothing; while the ranks hang, the second Ctrl-C leaves no process of either and no partial file."""
+def test_nohup_and_second_ctrl_c(tmp_path):
+    """SIGHUP changes nothing; when the ranks hang, the second Ctrl-C leaves no process of either and no partial file."""
     hanging = "    if batch_idx == 4: pathlib.Path({pid!r}).touch(); time.sleep(600)\n    return original(self, batch, batch_idx)\n"
     body = "original = RAEModule.training_step\n\ndef training_step(self, batch, batch_idx):\n" + hanging
     command = ["nohup", *patched(tmp_path, body, tmp_path / "hangs"), *LONG, "data.num_workers=1"]
@@ -315,14 +315,14 @@ def training_step(self, batch, batch_idx):
 
 
 def patched(folder, body, pid):
-    """Return the command of a run on two processes with another `training_step`; `pid`: a file that the body touches."""
+    """Return the command of a two-process run with another `training_step`; `pid`: a file that `body` writes."""
     script = folder / "train.py"
     script.write_text(PATCHED.format(root=str(PROJECT_ROOT), body=body.format(pid=str(pid))))
     return [sys.executable, str(script), *kill_and_resume.RUN, "trainer=ddp_sim", f"paths.log_dir={folder}"]
 
 
 @pytest.mark.slow
-def test_a_failure_of_the_first_process_ends_those_that_lightning_started(tmp_path):
+def test_failure_of_the_first_process_ends_those_that_lightning_started(tmp_path):
     pid, environment = tmp_path / "pid", {**os.environ, "OMP_NUM_THREADS": "1"}
     command = patched(tmp_path, FAILING, pid)
     done = subprocess.run(command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, timeout=400)
@@ -333,8 +333,8 @@ def test_a_failure_of_the_first_process_ends_those_that_lightning_started(tmp_pa
 
 
 @pytest.mark.slow
-def test_sigkill_at_hard_moments_and_resumed(tmp_path):
-    """The short form; `--kills 20` is the long one."""
+def test_run_killed_at_hard_moments_resumes_exactly(tmp_path):
+    """The short version; `--kills 20` is the long one."""
     command = [sys.executable, "scripts/kill_and_resume.py", "--kills", "3", "--folder", str(tmp_path)]
     done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0 and "same bit for bit" in done.stdout, done.stdout + done.stderr

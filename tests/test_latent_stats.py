@@ -1,4 +1,4 @@
-"""src/latent_stats.py against numpy, for any batch size, number of processes and interruption."""
+"""src/latent_stats.py matches numpy for any batch size and number of processes, and after an interruption."""
 
 import shlex
 
@@ -23,7 +23,7 @@ def run(line: str) -> int:
 
 
 def stacked(rae, folder):
-    """All raw latents, float64, by the evaluation crop, one image at a time."""
+    """Return all raw latents in float64, from the evaluation crop, one image at a time."""
     inputs = open_inputs([str(folder)], None)
     crop = EvaluationTransform(rae.geometry.image_size, Decoder("apply", 80))
     images = (torch.from_numpy(crop(inputs.source.encoded(i)).copy()).permute(2, 0, 1) for i in inputs.rows)
@@ -50,7 +50,7 @@ def test_latents_far_from_zero_keep_their_variance(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("batch", [1, 7, 32])
-def test_statistics_equal_numpys_for_any_batch(tmp_path, batch):
+def test_statistics_equal_numpy_for_any_batch_size(tmp_path, batch):
     file, folder = checkpoint(tmp_path), photos(tmp_path / "photos", 9)
     z = stacked(tiny_rae(tmp_path), folder)
     assert run(f"--checkpoint {file} --data_dir {folder} --batch_size {batch} --output {tmp_path}/s.pt") == 0
@@ -58,7 +58,7 @@ def test_statistics_equal_numpys_for_any_batch(tmp_path, batch):
     same(found, moments(z))
     assert found["images"] == 9 and str(tmp_path) not in str(found["data"])
     assert sorted(path.name for path in tmp_path.glob("*s.pt*")) == ["s.pt"]
-    rae = tiny_rae(tmp_path, normalization_stat_path=tmp_path / "s.pt")  # it is taken, and normalises
+    rae = tiny_rae(tmp_path, normalization_stat_path=tmp_path / "s.pt")  # the file loads and normalizes
     assert rae.normalize(torch.from_numpy(z).float()).mean(0).abs().max() < 1e-3
 
 
@@ -75,7 +75,7 @@ class Stop(Exception):
     pass
 
 
-def test_an_interrupted_pass_goes_on_and_another_one_starts_afresh(tmp_path, caplog, monkeypatch):
+def test_interrupted_pass_resumes_and_a_different_one_starts_over(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr("src.evaluation.latent_statistics.PIECE_IMAGES", 4)
     rae, images = tiny_rae(tmp_path), open_images(photos(tmp_path / "photos", 9), "all", None)
 
@@ -95,14 +95,14 @@ def test_an_interrupted_pass_goes_on_and_another_one_starts_afresh(tmp_path, cap
     again = work("s.pt", lambda done, total: seen.append(done), batch_size=3)
     assert seen[0] == 4
     same(again, once)
-    assert work("s.pt", num_samples=6)["images"] == 6  # the caller has not removed what was kept
+    assert work("s.pt", num_samples=6)["images"] == 6  # the partial file is still there
     assert "starting afresh" in caplog.text
     partial_file(tmp_path / "s.pt").write_bytes(b"rubbish")
     some = stacked(rae, tmp_path / "photos")[evaluation_rows(9, 6)]  # of both classes
     same(work("s.pt", num_samples=6), moments(some))
 
 
-def test_from_a_configuration(tmp_path, capsys):
+def test_model_from_a_config(tmp_path, capsys):
     data = f"data.data_dir={photos(tmp_path / 'photos', 4)} data.use_hf_dataset=false"
     assert run(f"--config experiment=rae_dummy {data} --output {tmp_path}/s.pt") == 0
     assert "192 x 8 x 8" in capsys.readouterr().out
@@ -110,7 +110,7 @@ def test_from_a_configuration(tmp_path, capsys):
     assert "rae_dino" in capsys.readouterr().err
 
 
-def test_bad_input(tmp_path, capsys):
+def test_invalid_input_is_rejected(tmp_path, capsys):
     file, folder = checkpoint(tmp_path), photos(tmp_path / "photos", 4)
     photos(tmp_path / "only/val", 2)
     (tmp_path / "empty").mkdir()

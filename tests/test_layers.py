@@ -1,4 +1,4 @@
-"""Naming blocks, drawing random subsets of them, and the other draws of a step."""
+"""Choice of encoder blocks, random subsets of them, and the other random draws of a step."""
 
 import math
 from collections import Counter
@@ -31,7 +31,7 @@ from src.training.step_noise import StepNoise
     (3, 12, [3]),
     ([5, 2], 12, [2, 5]),
 ])  # fmt: skip
-def test_names_and_numbers(layers, depth, expected):
+def test_blocks_by_name_and_by_number(layers, depth, expected):
     assert parse_layers(layers, depth) == tuple(expected)
 
 
@@ -50,12 +50,12 @@ def test_names_and_numbers(layers, depth, expected):
     ("11,13", 24, "numbers like 5.11"),
     (5.11, 24, r"was read as a decimal number. Write a list, \[5,11\], or quote it"),
 ])  # fmt: skip
-def test_mistakes(layers, depth, message):
+def test_invalid_blocks_are_rejected(layers, depth, message):
     with pytest.raises(UserError, match=message):
         parse_layers(layers, depth)
 
 
-def test_the_key_is_that_of_the_caller():
+def test_error_names_the_key_of_the_caller():
     with pytest.raises(UserError, match=r"^--layers='k9': expected"):
         parse_layers("k9", 24, "--layers")
 
@@ -68,12 +68,12 @@ STEPS = 7_000
 
 
 def probability(subset, p, blocks=BLOCKS):
-    """Independent choices with probability p, on condition that something is chosen."""
+    """Return the probability of a subset: independent choices with p, given that at least one block is chosen."""
     return p ** len(subset) * (1 - p) ** (len(blocks) - len(subset)) / (1 - (1 - p) ** len(blocks))
 
 
 @pytest.mark.parametrize("p", [0.5, 0.2, 0.9, 1.0])
-def test_the_law_is_exact(p):
+def test_subset_distribution_is_exact(p):
     """The draw is constant on boxes of [0, 1)^3; their volumes add up to the probabilities."""
     first = np.cumsum([p * (1 - p) ** i for i in range(3)]) / (1 - (1 - p) ** 3)
     edges = [[0.0, *first], [0.0, p, 1.0], [0.0, p, 1.0]]
@@ -86,7 +86,7 @@ def test_the_law_is_exact(p):
     assert p != 0.5 or volumes == pytest.approx(dict.fromkeys(SUBSETS, 1 / 7))
 
 
-def test_the_ends_of_the_law():
+def test_subsets_at_the_limits_of_the_draw():
     zeros, ones = np.zeros(3), np.full(3, np.nextafter(1, 0))
     assert random_subset(BLOCKS, 1.0, ones) == BLOCKS
     assert random_subset(BLOCKS, 1e-12, zeros + 0.999) == (9,)  # rare blocks: one at a time, and no endless loop
@@ -105,7 +105,7 @@ def test_chi_square_over_many_steps():
     assert abs(pairs / (STEPS / 2) - same) < 4 * (same * (1 - same) / (STEPS / 2)) ** 0.5  # steps are independent
 
 
-def test_a_function_of_seed_and_step_alone(monkeypatch):
+def test_subset_is_a_function_of_seed_and_step_alone(monkeypatch):
     """The same after a resume, on every rank, whatever ran before."""
     reference = [stand_in(0.5).blocks(step) for step in range(50)]
     resumed = stand_in(0.5)
@@ -134,7 +134,7 @@ def test_settings_are_checked(kind, keep, message):
 
 
 def stand_in(p, kind="uniform", seed=0, blocks=BLOCKS, tau=0.8, **noise):
-    """StepNoise with the little of a model that it looks at."""
+    """Build a StepNoise on a stub with the few attributes of a model that it reads."""
     rae = SimpleNamespace(noise_tau=tau, latent_shape=(8, 2, 2), encoder=SimpleNamespace(layers=blocks))
     levels = LatentNoiseSettings(**{"level": "uniform", "mu": 0.0, "s": 1.0, "per": "image"} | noise)
     return StepNoise(rae, DiffAug(prob=0.5, cutout=0.1), levels, LayerSubset(kind=kind, keep_probability=p), seed)
@@ -147,7 +147,7 @@ def batch(*positions, epoch=1):
     return {"epoch": epoch, "position": torch.tensor(positions)}
 
 
-def test_draws_belong_to_an_image_of_an_epoch_however_a_batch_is_split():
+def test_noise_is_a_function_of_epoch_and_position_for_any_split_of_a_batch():
     noise, cpu = stand_in(0.5), torch.device("cpu")
     whole, halves = noise.latents(batch(5, 6, 7), cpu), [noise.latents(batch(*p), cpu) for p in ((5,), (6, 7))]
     assert torch.equal(whole.sigma, torch.cat([half.sigma for half in halves]))
@@ -160,7 +160,7 @@ def test_draws_belong_to_an_image_of_an_epoch_however_a_batch_is_split():
 
 
 def moments_of_logit_normal(mu, s):
-    """By the trapezoid rule, mean and mean square of sigmoid(N(mu, s^2))."""
+    """Return mean and mean square of sigmoid(N(mu, s^2)), by the trapezoid rule."""
     x = np.linspace(-9, 9, 20_001)
     weight = np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
     values = 1 / (1 + np.exp(-(mu + s * x)))
@@ -179,7 +179,7 @@ def test_noise_levels_have_their_distribution(noise, mean, square, per):
     assert sigma.shape == ((4000, 1, 1, 1) if per == "image" else (1000, 1, 2, 2))
     assert abs(float(sigma.mean()) - mean) < 0.015 and abs(float((sigma**2).mean()) - square) < 0.015
     assert bool(sigma.isfinite().all()) and float(sigma.min()) >= 0
-    assert torch.equal(sigma[3:5], found.latents(batch(3, 4), cpu).sigma), "a function of the place of an image"
+    assert torch.equal(sigma[3:5], found.latents(batch(3, 4), cpu).sigma), "a function of the image's position"
 
 
 def test_each_update_and_each_purpose_draws_its_own_augmentation():
@@ -192,7 +192,7 @@ def test_each_update_and_each_purpose_draws_its_own_augmentation():
     assert torch.equal(first[1:], draw(positions=(6, 7)).samples)
     others = [draw(update=1), draw(update=2), draw(purpose=Purpose.AUGMENT_REAL)]
     assert len({tuple(d.samples[0].tolist()) for d in (draw(), *others)}) == 4
-    places = [2**62 + number for number in range(20)]  # of whole batches, beyond all images
+    places = [2**62 + number for number in range(20)]  # positions of whole batches, beyond those of images
     values = streams.uniforms(0, Purpose.AUGMENT_FAKE, 1, places, 2 * UNIFORMS_PER_BATCH)[:, UNIFORMS_PER_BATCH:]
     expected = [switches(noise.augmentation.draw(value, first)) for value in values]
     assert [switches(draw(number=number, update=1)) for number in range(20)] == expected

@@ -18,17 +18,17 @@ ALLOWED = {
     "callbacks": {"core", *PLAIN, "formats", "evaluation"},
     "training": {"core", *PLAIN, "formats", "evaluation", "callbacks"},
 }
-"""What a folder of `src` may import of the project, besides itself."""
+"""Folders that a folder of `src` may import, besides itself."""
 EXCEPTIONS = {
     ("src/models/rae.py", "formats"): "inside RAE.__init__: its arguments name files",
 }
-"""File and folder: an import that the table above forbids, and its reason."""
+"""(file, imported folder) that the table above forbids -> why it is allowed."""
 FRAMEWORKS = {"src/data/datamodule.py": {"pytorch_lightning"}, "src/core/compose.py": {"hydra"}}
-"""Files below `callbacks` that know Lightning or Hydra."""
+"""Files in the layers below `callbacks` that import Lightning or Hydra."""
 
 
 def imports(file: Path) -> set[str]:
-    """Return the dotted names that a file imports, wherever in it."""
+    """Return the dotted names that a file imports, also inside functions."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -62,13 +62,13 @@ def test_imports_point_one_way(folder):
 
 
 @pytest.mark.parametrize("folder", ["core", *sorted(PLAIN), "formats", "evaluation"])
-def test_plain_folders_know_neither_lightning_nor_hydra(folder):
+def test_plain_folders_import_neither_lightning_nor_hydra(folder):
     for file in files(folder):
         heads = {name.split(".")[0] for name in imports(file)} & {"pytorch_lightning", "lightning", "hydra"}
         assert heads == FRAMEWORKS.get(str(file.relative_to(PROJECT_ROOT)), set()), file
 
 
-def test_the_table_of_places_names_what_exists():
+def test_architecture_table_names_what_exists():
     text = (PROJECT_ROOT / "docs/architecture.md").read_text()
     table = text.split("## Where is X?")[1].split("## To change")[0]
     rows = [[cell.strip(" `") for cell in line.strip("| ").split("|")] for line in table.splitlines() if "`" in line]

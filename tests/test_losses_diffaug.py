@@ -1,4 +1,4 @@
-"""DiffAug against a plain version that walks over pixels, and its dependence on nothing but the draws."""
+"""DiffAug matches a plain version that loops over pixels, and depends only on its draws."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def batch(size: tuple[int, int] = (16, 24), count: int = 5) -> tuple[Tensor, Ten
 
 
 def plain(images: Tensor, u: Tensor, switches: tuple[bool, bool, bool], cutout: float) -> Tensor:
-    """As published, one image and one pixel at a time, in numpy."""
+    """Augment as published, one image and one pixel at a time, in numpy."""
     out = []
     for image, draw in zip(images.numpy(), u.tolist(), strict=True):
         _, height, width = image.shape
@@ -63,14 +63,14 @@ def test_equals_the_plain_version(size: tuple[int, int], cutout: float, off: tup
 
 
 @pytest.mark.parametrize("cutout", [0.0, 0.5])
-def test_gradient_is_the_derivative(cutout: float) -> None:
+def test_gradient_passes_gradcheck(cutout: float) -> None:
     images, u = batch((8, 9), count=2)
     augment = DiffAug(prob=1, cutout=cutout)
     draws = augment.draw(ON, u)
     assert torch.autograd.gradcheck(lambda x: augment.apply(x, draws), images.requires_grad_())
 
 
-def test_draws_decide_everything_and_a_batch_may_be_split() -> None:
+def test_result_depends_only_on_the_draws_and_a_batch_may_be_split() -> None:
     images, u = batch()
     augment = DiffAug(prob=1, cutout=0.3)
     draws = augment.draw(ON, u)
@@ -105,7 +105,7 @@ def test_the_largest_draws_stay_in_range() -> None:
     assert all(int(_whole(largest, count)) == count - 1 for count in range(1, 2000))
 
 
-def test_values_out_of_range_are_told() -> None:
+def test_values_out_of_range_are_rejected() -> None:
     for key, value, said in (("prob", 1.1, "at most 1"), ("cutout", -0.1, "at least 0")):
         with pytest.raises(UserError, match=f"augment.{key}={value}: expected {said}"):
             DiffAug.parse({"prob": 1, "cutout": 0, key: value}, "augment")

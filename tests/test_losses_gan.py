@@ -1,4 +1,4 @@
-"""Adversarial losses by hand-worked numbers, and that chunks of a batch add up."""
+"""Adversarial losses equal hand-computed values, and chunks of a batch add up."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""LPIPS against the plain formula, its hand-written backward, its files, and what it must never do."""
+"""LPIPS matches the plain formula; its hand-written backward, half precision, weight files and compilation."""
 
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ TAPS = (2, 7, 14, 21, 28)
 
 @pytest.fixture(autouse=True)
 def _small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files of a narrow VGG16 stand in for the published ones."""
+    """Use files of a narrow VGG16 in place of the published ones."""
     monkeypatch.setattr("src.losses.lpips.CHANNELS", CHANNELS)
 
 
@@ -35,7 +35,7 @@ def plain_distance(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
 
 
 def plain_lpips(vgg: dict[str, Tensor], linear: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """From the tensors as they stand in the two files."""
+    """Compute LPIPS from the tensors of the two files."""
 
     def maps(z: Tensor) -> list[Tensor]:
         shift, scale = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]])[:, :, None, None]  # float32
@@ -54,7 +54,7 @@ def plain_lpips(vgg: dict[str, Tensor], linear: dict[str, Tensor], x: Tensor, y:
 
 
 def make_files(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What torchvision and LPIPS have in theirs; `plain_lpips` holds the names."""
+    """Write files laid out like those of torchvision and LPIPS; `plain_lpips` uses the same names."""
     model, rng = untrained(), torch.Generator().manual_seed(0)
     vgg = {name: w + 0.1 * torch.randn(w.shape, generator=rng) for name, w in model.vgg.state_dict().items()}
     vgg |= {f"classifier.{n}.{kind}": torch.zeros(2, 2) for n in (0, 3, 6) for kind in ("weight", "bias")}
@@ -79,7 +79,7 @@ def images(count: int = 3, size: int = 48, dtype: torch.dtype = torch.float32) -
 
 
 def test_equals_the_plain_formula_with_its_gradient(tmp_path: Path) -> None:
-    """In float64: a ReLU near 0 turns rounding into more."""
+    """In float64: a ReLU near 0 amplifies rounding."""
     vgg, linear = make_files(tmp_path)
     model = pretrained(tmp_path).double()
     assert not model.untrained
@@ -145,7 +145,7 @@ def test_a_pixel_without_features_has_a_finite_gradient() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_features_that_are_rounding_errors_overflow_no_loss_scale(dtype: torch.dtype) -> None:
+def test_tiny_features_do_not_overflow_the_scaled_gradient(dtype: torch.dtype) -> None:
     x, y = (0.1 + torch.rand(2, 8, 4, 4) for _ in range(2))
     for column, norm in ((1, 1e-6), (2, 2.0**-9)):
         x[:, :, 1, column] = torch.eye(8)[0] * norm
@@ -158,7 +158,7 @@ def test_features_that_are_rounding_errors_overflow_no_loss_scale(dtype: torch.d
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_near_and_keeps_no_large_float32(dtype: torch.dtype) -> None:
+def test_half_precision_is_close_and_keeps_no_float32_feature_maps(dtype: torch.dtype) -> None:
     model = untrained()
     x, y = images()
     x.requires_grad_()
@@ -178,14 +178,14 @@ def test_half_precision_is_near_and_keeps_no_large_float32(dtype: torch.dtype) -
     assert F.cosine_similarity(grad.flatten(), exact_grad.flatten(), dim=0) > 0.95
 
 
-def test_untrained_weights_are_distances() -> None:
+def test_untrained_weights_give_positive_distances() -> None:
     x, y = images()
     tiny = LPIPS(None, None, "tiny")
     assert [len(w) for w in tiny.linear] == [4, 8, 8, 16, 16] and all((w >= 0).all() for w in tiny.linear)
     assert (tiny(x, y) > 0).all() and (untrained()(x, y) > 0).all()
 
 
-def test_missing_and_wrong_files_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_and_wrong_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vgg, linear = make_files(tmp_path)
     with pytest.raises(UserError, match="nowhere.pth"):
         LPIPS("nowhere.pth", tmp_path / "linear.pth")
@@ -201,20 +201,20 @@ def test_missing_and_wrong_files_are_told(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(UserError, match=said):
             pretrained(tmp_path)
     make_files(tmp_path)
-    monkeypatch.undo()  # the published width, then
+    monkeypatch.undo()  # back to the published width
     with pytest.raises(UserError, match="wrong shape"):
         pretrained(tmp_path)
 
 
-def test_wrong_shapes_are_told() -> None:
+def test_wrong_shapes_are_rejected() -> None:
     x = torch.zeros(1, 3, 32, 32)
     for pair, said in (((x[..., :8, :8], x[..., :8, :8]), "16 px"), ((x, torch.cat([x, x])), "one shape")):
         with pytest.raises(ValueError, match=said):
             untrained()(*pair)
 
 
-def test_compiled_code_is_enough_for_training_validation_and_scores(monkeypatch):
-    """Beyond a number of kinds torch leaves further ones uncompiled, and says so in the log; here that is an error."""
+def test_training_validation_and_scores_stay_within_the_recompile_limit(monkeypatch):
+    """Beyond the recompile limit torch runs uncompiled code and only logs it; here that is an error."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     lpips_distance._compiled.cache_clear()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):

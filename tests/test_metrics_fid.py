@@ -1,4 +1,4 @@
-"""FID statistics and distance: closed form, torchmetrics, every split the same, files that come and go."""
+"""FID statistics and distance: closed form, parity with torchmetrics, any split into batches, npz files."""
 
 import logging
 import pickle
@@ -71,14 +71,14 @@ def test_any_split_gives_the_same(count: int, offset: float) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 40, 500])
-def test_a_set_has_no_distance_to_itself(count: int) -> None:
+def test_distance_of_a_set_to_itself_is_zero(count: int) -> None:
     rows = features(count, 256, 1)
     assert 0 <= frechet_distance(statistics(rows), statistics(rows.flip(0), 33)) < 1e-6
 
 
 @pytest.mark.parametrize("count", [2, 40, 127, 128])
-def test_few_images_take_a_short_cut_to_the_same_number(count: int) -> None:
-    """The count tells how small the eigenproblem is; one that is too small is noticed."""
+def test_few_images_use_a_smaller_eigenproblem_with_the_same_result(count: int) -> None:
+    """The count sets the size of the eigenproblem; a count that is too small is noticed."""
     scale = torch.logspace(0, -5, 256) * (torch.arange(256) % 5 > 0)  # some features are constant
     a, b = (statistics(features(count, 256, seed) * scale) for seed in (1, 2))
     moments = [(part.mean, part.covariance) for part in (a, b)]
@@ -121,7 +121,7 @@ def test_npz_round_trip_and_files_of_other_tools(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["ours.npz"]  # nothing left beside it
 
 
-def test_hostile_and_broken_npz_are_refused(tmp_path: Path) -> None:
+def test_hostile_and_broken_npz_are_rejected(tmp_path: Path) -> None:
     class Bomb:
         def __reduce__(self):
             return Path.touch, (tmp_path / "ran",)
@@ -155,7 +155,7 @@ def test_hostile_and_broken_npz_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_images_are_read_in_batches_and_shared_by_ranks(tmp_path: Path, save) -> None:
+def test_images_are_read_in_batches_and_split_over_ranks(tmp_path: Path, save) -> None:
     pixels = images(11, size=5)
     save(tmp_path / "a.npz", pixels.permute(0, 2, 3, 1).contiguous().numpy())
     archive = ImageNpz(tmp_path / "a.npz")
@@ -171,7 +171,7 @@ def write_images(path: Path, pixels: Tensor, **facts: str | int) -> None:
     write_image_npz(path, shape, (image.permute(1, 2, 0).numpy().tobytes() for image in pixels), facts)
 
 
-def test_written_images_are_what_numpy_reads_and_only_when_complete(tmp_path: Path) -> None:
+def test_written_npz_is_read_by_numpy_and_replaced_only_when_complete(tmp_path: Path) -> None:
     pixels, path = images(10, size=6), tmp_path / "new" / "a.npz"
     write_images(path, pixels, exif="apply")
     with np.load(path) as plain:
@@ -181,7 +181,7 @@ def test_written_images_are_what_numpy_reads_and_only_when_complete(tmp_path: Pa
 
     def broken():
         yield bytes(108)
-        raise SystemExit  # as a signal ends a program
+        raise SystemExit  # as a signal ends a script
 
     with pytest.raises(SystemExit):
         write_image_npz(path, (10, 6, 6, 3), broken(), {})
@@ -197,7 +197,7 @@ def load(path: Path, wanted: Preparation = PREPARED, inception: InceptionFeature
 
 
 def write_both_kinds(folder: Path, prepared: Preparation | None = PREPARED) -> FeatureStatistics:
-    """`statistics.npz` and `images.npz` of the same 6 images, which say of themselves what `prepared` says."""
+    """Write `statistics.npz` and `images.npz` of the same 6 images, both with the facts of `prepared`."""
     facts, made = {} if prepared is None else prepared.facts(), statistics(INCEPTION(images(6)), 4)
     save_npz(folder / "statistics.npz", made, INCEPTION.name, facts)
     write_images(folder / "images.npz", images(6), **facts)
@@ -222,14 +222,14 @@ def test_a_reference_is_statistics_or_images(tmp_path: Path) -> None:
             load(tmp_path / f"{name}.npz")
 
 
-def test_facts_of_a_reference_that_are_none_are_taken_as_unknown(tmp_path: Path) -> None:
+def test_invalid_facts_of_a_reference_count_as_unknown(tmp_path: Path) -> None:
     odd = {"image_size": np.zeros(2), "exif": np.arange(3), "split": np.array(7), "count": np.arange(3)}
     np.savez(tmp_path / "odd.npz", mu=np.zeros(3), sigma=np.eye(3), **odd)
     assert Preparation.of_file(tmp_path / "odd.npz") == Preparation()
     assert load_npz(tmp_path / "odd.npz").count is None
 
 
-def test_statistics_beside_images_have_their_size(tmp_path: Path, caplog) -> None:
+def test_statistics_stored_with_images_have_their_size(tmp_path: Path, caplog) -> None:
     """The ADM suite's reference files hold both."""
     write_both_kinds(tmp_path, None)
     with np.load(tmp_path / "statistics.npz") as a, np.load(tmp_path / "images.npz") as b:
@@ -241,11 +241,11 @@ def test_statistics_beside_images_have_their_size(tmp_path: Path, caplog) -> Non
 
 
 @pytest.mark.parametrize("name", ["statistics", "images"])
-def test_a_reference_prepared_otherwise_is_warned_of_or_refused(tmp_path: Path, caplog, name) -> None:
+def test_reference_prepared_differently_warns_or_is_rejected(tmp_path: Path, caplog, name) -> None:
     write_both_kinds(tmp_path)
     for changes, words in (
         ({}, []),
-        ({"split": "val"}, []),  # another name of the same images
+        ({"split": "val"}, []),  # another name for the same images
         ({"exif": "ignore"}, ["EXIF orientation apply, here ignore"]),
         ({"fingerprint": "f" * 16}, ["0123456789abcdef", "f" * 16]),
         ({"split": "all", "available": 9}, ["'validation', here 'all'"]),
@@ -261,11 +261,11 @@ def test_a_reference_prepared_otherwise_is_warned_of_or_refused(tmp_path: Path, 
         load(tmp_path / f"{name}.npz", Preparation(image_size=32))
 
 
-def test_files_of_others_are_read_with_a_warning_where_they_are_silent(tmp_path: Path, caplog) -> None:
+def test_third_party_references_warn_about_missing_facts(tmp_path: Path, caplog) -> None:
     write_both_kinds(tmp_path, None)
     load(tmp_path / "images.npz")
     assert "does not say" not in caplog.text  # the images themselves do
     load(tmp_path / "statistics.npz")
     assert "statistics.npz does not state the size" in caplog.text and "16 px" in caplog.text
     load(tmp_path / "statistics.npz", replace(PREPARED, selected=5))
-    assert "6 images, here 5" in caplog.text  # `count` is as good
+    assert "6 images, here 5" in caplog.text  # from `count`

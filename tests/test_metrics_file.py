@@ -1,4 +1,4 @@
-"""metrics.csv: written by every run, whole after a kill, and read as one curve over restarts and resumed runs."""
+"""metrics.csv: written by every run, intact after a kill, and read as one curve across restarts and resumed runs."""
 
 import math
 import signal
@@ -17,7 +17,7 @@ from tests.test_report import curves, made, make_run, marks
 from tests.training import SMALL, composed
 
 
-def test_metrics_file_goes_on_after_a_line_that_was_cut_off(tmp_path):
+def test_metrics_file_continues_after_a_truncated_line(tmp_path):
     file = tmp_path / "metrics.csv"
     metrics_file.append(file, 10, {'a,"b': 0.1, "c": math.inf})
     with file.open("a") as stream:
@@ -42,7 +42,7 @@ def test_metrics_file_survives_a_kill(tmp_path):
     assert len(found) >= 2 * last + 2 and found == [(i // 2, "ab"[i % 2], i // 2) for i in range(len(found))]
 
 
-def test_a_full_disk_is_said_once_and_stops_nothing(tmp_path, caplog):
+def test_full_disk_is_logged_once_and_stops_nothing(tmp_path, caplog):
     logger = MetricsCsv(tmp_path)
     logger.file = tmp_path  # a folder can't be written either
     logger.log_metrics({"a": 1}, 1)
@@ -50,7 +50,7 @@ def test_a_full_disk_is_said_once_and_stops_nothing(tmp_path, caplog):
     assert caplog.text.count("can't be written") == 1
 
 
-def test_a_restart_in_the_folder_replaces_what_it_did_again(tmp_path):
+def test_restart_in_the_folder_replaces_repeated_steps(tmp_path):
     folder = make_run(tmp_path / "r")
     for step, values in ((20, {"train/loss": 7.0}), (25, {"train/loss": 6.0, "new": 1.0})):
         metrics_file.append(folder / "metrics.csv", step, values)
@@ -59,8 +59,8 @@ def test_a_restart_in_the_folder_replaces_what_it_did_again(tmp_path):
     assert found["new"] == [(25, 1.0)]
 
 
-def test_real_runs_and_the_one_that_resumed(tmp_path):
-    """3 steps an epoch; the second run starts from the end of the first one's first epoch and logs each second step."""
+def test_curves_of_a_run_and_of_one_that_resumes_it(tmp_path):
+    """3 steps per epoch; the second run resumes after the first one's first epoch and logs every second step."""
     first, second = tmp_path / "d/first", tmp_path / "d/second"
     words = [*SMALL, "~callbacks.rfid"]
     run(composed([*words, "logger=csv", f"paths.run_dir={first}"]))
@@ -74,10 +74,10 @@ def test_real_runs_and_the_one_that_resumed(tmp_path):
     first.rename(tmp_path / "gone")
     assert [step for step, _ in curves(made(second))["train/loss"]] == [4, 6]
     (second / "metrics.csv").unlink()
-    assert [step for step, _ in curves(made(second))["train/loss"]] == [4, 6]  # of TensorBoard
+    assert [step for step, _ in curves(made(second))["train/loss"]] == [4, 6]  # from TensorBoard
 
 
-def test_events_are_read_where_there_is_no_metrics_file(tmp_path, caplog):
+def test_events_are_read_if_there_is_no_metrics_file(tmp_path, caplog):
     folder = make_run(tmp_path / "r", {})
     for number_of_file, steps in enumerate(((10, 20, 30), (20, 25))):
         with SummaryWriter(str(tmp_path / "events")) as writer:

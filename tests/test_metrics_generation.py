@@ -1,4 +1,4 @@
-"""Scores of generated images: closed forms, brute force in NumPy on the same features, files, ranks' shares."""
+"""Scores of generated images, against brute force in NumPy on the same features, and reference files."""
 
 import logging
 
@@ -134,8 +134,8 @@ def adm_file(path, inception, pictures, **more):
     return made
 
 
-def test_a_reference_of_adms_layout(inception, tmp_path, caplog):
-    # Moments of other images than those it holds, as the published one.
+def test_reference_in_adms_layout(inception, tmp_path, caplog):
+    # Its moments are of other images than those it holds, as in the published file.
     made = adm_file(tmp_path / "a.npz", inception, images(9))
     with np.load(tmp_path / "a.npz") as archive:
         np.savez(tmp_path / "b.npz", **{**archive, "arr_0": images(7, 5).permute(0, 2, 3, 1).numpy()})
@@ -146,7 +146,7 @@ def test_a_reference_of_adms_layout(inception, tmp_path, caplog):
     assert "no sFID" not in caplog.text
 
 
-def test_references_with_less(inception, tmp_path, caplog):
+def test_references_with_fewer_parts(inception, tmp_path, caplog):
     pictures = images(9)
     np.savez(tmp_path / "images.npz", arr_0=pictures.permute(0, 2, 3, 1).numpy())
     found = load_reference(tmp_path / "images.npz", inception, 4, HERE)
@@ -165,7 +165,7 @@ def test_references_with_less(inception, tmp_path, caplog):
     assert scores["sfid_untrained"] == pytest.approx(0, abs=1e-6)
 
 
-def test_references_that_do_not_fit(inception, tmp_path):
+def test_unsuitable_references_are_rejected(inception, tmp_path):
     np.savez(tmp_path / "large.npz", arr_0=images(4, size=48).permute(0, 2, 3, 1).numpy())
     with pytest.raises(UserError, match=r"48 x 48 px, this evaluation has 32 x 32 px(.|\n)*TYPE THIS"):
         load_reference(tmp_path / "large.npz", inception, 4, HERE, "TYPE THIS")

@@ -1,4 +1,4 @@
-"""Inception features against an independent forward pass of the published graph, and what files are refused."""
+"""Inception features match an independent forward pass of the published graph; other files are rejected."""
 
 import logging
 import math
@@ -15,9 +15,9 @@ from src.metrics.inception import InceptionFeatures, resize_tf1
 
 
 def published_forward(state: dict[str, Tensor], x: Tensor) -> Tensor:
-    """The graph of the FID network in functional form and float64, written apart from src: names, outputs and kernels are
-    those of pt_inception-2015-12-05-6726825d.pth. A layer that `state` lacks gets random weights there, with norms that do
-    something."""
+    """Run the FID network in functional form and float64, written independently of src: names, outputs and kernels are
+    those of pt_inception-2015-12-05-6726825d.pth. A layer missing from `state` gets random weights in it, with
+    non-trivial norms."""
 
     def conv(name: str, x: Tensor, outputs: int, height: int = 1, width: int = 1, stride: int = 1, same: bool = True):
         if f"{name}.conv.weight" not in state:
@@ -78,7 +78,7 @@ def published_forward(state: dict[str, Tensor], x: Tensor) -> Tensor:
 
 @cache
 def standard_state() -> dict[str, Tensor]:
-    """Random weights laid out as the standard file."""
+    """Return random weights laid out like the standard file."""
     state: dict[str, Tensor] = {}
     published_forward(state, torch.zeros(1, 3, 75, 75).double())
     return {**state, "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
@@ -91,18 +91,18 @@ def standard_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_features_are_those_of_the_published_graph(standard_file: Path) -> None:
+def test_features_match_the_published_graph(standard_file: Path) -> None:
     images = torch.randint(0, 256, (2, 3, 299, 299), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
     inception = InceptionFeatures(standard_file)
     features = inception(images)
     expected = published_forward(standard_state(), (images.double() - 128) / 128)
     assert features.shape == (2, 2048) and features.dtype == torch.float32
     assert not inception.untrained and inception.feature_dim == 2048
-    assert expected.std() > 0.01  # the comparison says something
+    assert expected.std() > 0.01  # so that the comparison means something
     torch.testing.assert_close(features.double(), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_file_resaved_with_counters_loads_too(standard_file: Path, tmp_path: Path) -> None:
+def test_file_resaved_with_counters_loads_too(standard_file: Path, tmp_path: Path) -> None:
     state = dict(standard_state())
     state |= {name.replace("running_var", "num_batches_tracked"): torch.tensor(7) for name in state if "_var" in name}
     torch.save(state, tmp_path / "resaved.pth")
@@ -111,7 +111,7 @@ def test_a_file_resaved_with_counters_loads_too(standard_file: Path, tmp_path: P
     assert torch.equal(again, InceptionFeatures(standard_file)(images))
 
 
-def test_resize_is_that_of_tensorflow_1_worked_by_hand() -> None:
+def test_resize_matches_tensorflow_1_computed_by_hand() -> None:
     # 2 -> 3: positions 0, 2/3, 4/3; the last one reads beyond the edge, which repeats
     row = resize_tf1(torch.tensor([[[[0.0, 3.0], [0.0, 3.0]]]]), 3)
     torch.testing.assert_close(row, torch.tensor([0.0, 2.0, 3.0]).expand(1, 1, 3, 3))
@@ -137,14 +137,14 @@ def test_autocast_and_chunks_do_not_change_the_features() -> None:
     torch.testing.assert_close(torch.cat([inception(x) for x in images.split(2)]), whole, rtol=1e-5, atol=1e-6)
 
 
-def test_a_missing_file_says_where_to_get_it(tmp_path: Path) -> None:
+def test_error_of_a_missing_file_says_where_to_get_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"(?s)nowhere\.pth.*--inception.*download_weights"):
         InceptionFeatures(tmp_path / "nowhere.pth", key="--inception")
     with pytest.raises(UserError, match="download_weights.*untrained"):
         InceptionFeatures(None)
 
 
-def test_other_networks_and_damaged_files_are_refused(tmp_path: Path) -> None:
+def test_other_networks_and_damaged_files_are_rejected(tmp_path: Path) -> None:
     def refused(state: object, match: str) -> None:
         torch.save(state, tmp_path / "bad.pth")
         with pytest.raises(UserError, match=match):
@@ -160,15 +160,13 @@ def test_other_networks_and_damaged_files_are_refused(tmp_path: Path) -> None:
         InceptionFeatures(tmp_path / "short.pth")
 
 
-def test_a_file_that_is_not_the_published_one_is_named_in_the_log(
-    standard_file: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_file_other_than_the_published_one_is_logged(standard_file: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         InceptionFeatures(standard_file)
     assert "6726825d" in caplog.text
 
 
 @pytest.mark.parametrize("images", [torch.zeros(1, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8)])
-def test_only_batches_of_uint8_rgb(images: Tensor) -> None:
+def test_only_batches_of_uint8_rgb_are_accepted(images: Tensor) -> None:
     with pytest.raises(ValueError, match="uint8 B x 3"):
         InceptionFeatures(None, "tiny")(images)

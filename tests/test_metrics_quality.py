@@ -1,4 +1,4 @@
-"""PSNR by definition, SSIM against torchmetrics, and means that add up."""
+"""PSNR by definition, SSIM against torchmetrics, and running means."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def pair(height: int, width: int, noise: int, seed: int = 0) -> tuple[Tensor, Te
     return a.to(torch.uint8), b.clamp(0, 255).to(torch.uint8)
 
 
-def test_psnr_is_its_definition_per_image() -> None:
+def test_psnr_follows_its_definition_per_image() -> None:
     a, b = pair(20, 24, 30)
     mse = (a.double() - b.double()).square().mean(dim=(1, 2, 3))
     values = psnr(a, b)
@@ -39,7 +39,7 @@ def test_psnr_of_identical_images_is_the_ceiling_and_never_below_a_worse_one() -
 
 @pytest.mark.parametrize("size", [(64, 64), (33, 70), (6, 6), (11, 128)])
 @pytest.mark.parametrize("noise", [0, 3, 60])
-def test_ssim_is_that_of_torchmetrics(size: tuple[int, int], noise: int) -> None:
+def test_ssim_matches_torchmetrics(size: tuple[int, int], noise: int) -> None:
     a, b = pair(*size, noise)
     expected = structural_similarity_index_measure(a / 255, b / 255, data_range=1.0, reduction="none")
     torch.testing.assert_close(ssim(a, b), expected, atol=1e-5, rtol=0)

@@ -1,4 +1,4 @@
-"""The protocol by which reconstructions are scored: the same number from any split, from two ranks, and no tricks."""
+"""Scores of reconstructions: equal to those of their parts, named by the weights used, without side effects."""
 
 import logging
 import pickle
@@ -22,13 +22,13 @@ def inception() -> InceptionFeatures:
 
 
 def lpips(x: Tensor, y: Tensor) -> Tensor:
-    """Stands in for LPIPS: asserts the range, gives one value per image."""
+    """Stand in for LPIPS: check the range, return one value per image."""
     assert x.min() >= -1 and x.max() <= 1 and x.min() < -0.5 and x.dtype == torch.float32
     return (x - y).abs().mean(dim=(1, 2, 3))
 
 
 def data(count: int = 24) -> tuple[Tensor, Tensor]:
-    """Originals uint8 and reconstructions in about [-.05, 1.05]."""
+    """Return originals in uint8 and reconstructions in about [-.05, 1.05]."""
     generator = torch.Generator().manual_seed(0)
     pixels, colours = (torch.rand(count, 3, side, side, generator=generator) for side in (16, 1))
     original = (pixels * colours * 255).round().to(torch.uint8)
@@ -44,7 +44,7 @@ def score_of(
     return score
 
 
-def test_all_numbers_are_what_the_parts_give(inception: InceptionFeatures) -> None:
+def test_all_scores_equal_those_of_their_parts(inception: InceptionFeatures) -> None:
     original, reconstruction = data()
     score = ReconstructionScore([inception], 5, lpips)
     values = score.update(original, reconstruction)
@@ -82,7 +82,7 @@ def test_a_score_is_called_rfid_only_with_real_weights(tmp_path: Path) -> None:
     assert "lpips_untrained" in score_of(None, [data(4)], lpips=lpips_untrained).compute()
 
 
-def test_scoring_disturbs_nobody(inception: InceptionFeatures) -> None:
+def test_scoring_has_no_side_effects(inception: InceptionFeatures) -> None:
     original, reconstruction = data(4)
     kept = reconstruction.clone().requires_grad_()
     before = torch.get_rng_state()
@@ -91,7 +91,7 @@ def test_scoring_disturbs_nobody(inception: InceptionFeatures) -> None:
     assert torch.equal(kept, reconstruction) and not values["ssim"].requires_grad
 
 
-def test_few_images_and_broken_values_are_said(inception: InceptionFeatures, caplog: pytest.LogCaptureFixture) -> None:
+def test_few_images_and_non_finite_values_warn(inception: InceptionFeatures, caplog: pytest.LogCaptureFixture) -> None:
     original, reconstruction = data(4)
     reconstruction[1, 0, 0, 0] = float("nan")
     reconstruction[2] = float("inf")
@@ -117,7 +117,7 @@ def test_misuse_is_an_error(inception: InceptionFeatures) -> None:
         score.update(original, reconstruction)
 
 
-def test_what_a_score_holds_does_not_grow_with_the_images(inception: InceptionFeatures) -> None:
+def test_memory_of_a_score_does_not_grow_with_the_images(inception: InceptionFeatures) -> None:
     original, reconstruction = data(8)
     score = score_of(inception, [(original, reconstruction)], lpips=lpips)
 

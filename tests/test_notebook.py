@@ -1,4 +1,4 @@
-"""The notebook: its cells run one after the other in a fresh process, without Jupyter, and it is committed without outputs."""
+"""The notebook: its cells run in order in a fresh process, without Jupyter, and it is committed without outputs."""
 
 import json
 import os
@@ -23,12 +23,12 @@ def cells():
     return json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
 
 
-def test_it_is_committed_without_outputs():
+def test_notebook_is_committed_without_outputs():
     for cell in cells():
         assert not cell.get("outputs") and cell.get("execution_count") is None
 
 
-def test_its_cells_run(autoencoder, stage2_run, tmp_path):
+def test_cells_run(autoencoder, stage2_run, tmp_path):
     """With a checkpoint, an export to compare with, a photograph, and samples."""
     paths = {
         "MODEL": checkpoint(tmp_path / "b"),

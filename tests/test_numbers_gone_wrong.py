@@ -1,4 +1,4 @@
-"""NaN and infinity: which term, at which step, how often, and what is left of the weights."""
+"""NaN and infinity: errors name term and step, bad steps are skipped and counted, and weights stay finite."""
 
 import math
 import re
@@ -95,7 +95,7 @@ GOOD, BAD = torch.tensor(1.0), torch.tensor(math.nan)
     ("allowed", "observed", "said"),
     [
         (1, [(0, {"l1": BAD}), (3, {"l1": BAD})], "at step 0; 2 such.*first step, so look at what was loaded.*ckpt_path"),
-        # the first step of a name, and the cause among several
+        # the first bad step of a term, and the cause among several
         (1, [(0, {"l1": GOOD, "gan": GOOD}), (1, {"loss": BAD, "gan": BAD, "l1": GOOD}), (2, {"l1": BAD, "my own": BAD})],
          r"^gan is .* at step 1 \(then: loss, my own, l1\)"),
         # the terms of a step change when a loss starts
@@ -104,7 +104,7 @@ GOOD, BAD = torch.tensor(1.0), torch.tensor(math.nan)
         (2, [(step, {name: BAD}) for step in (4, 5) for name in ("l1", "discriminator loss")], None),
     ],
 )  # fmt: skip
-def test_what_is_counted_and_named(allowed, observed, said):
+def test_counted_steps_and_named_terms(allowed, observed, said):
     counter = NonFiniteCounter(allowed)
     flaws = [int(counter.observe(step, terms)) for step, terms in observed]
     assert flaws == [any(term is BAD for term in terms.values()) for _, terms in observed]
@@ -112,7 +112,7 @@ def test_what_is_counted_and_named(allowed, observed, said):
     if said is None:
         counter.check()
         counter = NonFiniteCounter(allowed)
-        counter.skipped = 3  # of the run before a resume, whose causes nobody knows
+        counter.skipped = 3  # from before a resume, with unknown causes
         counter.check()
         return
     with pytest.raises(NonFiniteError, match=said):
@@ -120,7 +120,7 @@ def test_what_is_counted_and_named(allowed, observed, said):
 
 
 def test_watching_more_numbers_takes_no_more_operations():
-    """Each is a kernel of some microseconds on a GPU, twice a step."""
+    """Each operation is a GPU kernel of some microseconds, twice a step."""
 
     class Operations(TorchDispatchMode):
         count = 0
@@ -155,8 +155,8 @@ def test_clipping_bounds_the_update(tmp_path):
 
 
 @pytest.mark.parametrize("file_type", [".ckpt", ".pt", ".pth"])
-def test_every_flipped_bit_is_noticed(tmp_path, file_type):
-    """In each entry of an archive, that of the tensors among them, and nothing in a whole one."""
+def test_flipped_bits_are_noticed(tmp_path, file_type):
+    """In each entry of an archive, tensors included; the intact file is read."""
     torch.manual_seed(0)
     whole = tmp_path / f"whole{file_type}"
     torch.save({"a": torch.randn(500), "b": torch.arange(7), "c": {"d": 1.5}}, whole)
@@ -189,7 +189,7 @@ def test_archives_without_crcs_are_read(tmp_path):
     ("part", "value"),
     [("state_dict.ema_decoder", math.nan), ("state_dict.rae.decoder", math.inf), ("optimizer_states.0", -math.inf)],
 )
-def test_a_checkpoint_with_such_a_number_is_refused(tmp_path, stage1_run, part, value):
+def test_checkpoint_with_a_non_finite_number_is_rejected(tmp_path, stage1_run, part, value):
     content = read(last(stage1_run[0]))
     found = dict(_tensors(content, ""))
     name = next(name for name, tensor in found.items() if name.startswith(part) and tensor.is_floating_point())
@@ -202,7 +202,7 @@ def test_a_checkpoint_with_such_a_number_is_refused(tmp_path, stage1_run, part, 
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_weight_file_with_such_a_number_is_refused(value):
+def test_weight_file_with_a_non_finite_number_is_rejected(value):
     layer = torch.nn.Linear(2, 2)
     state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     state["bias"][1] = value
@@ -211,14 +211,14 @@ def test_a_weight_file_with_such_a_number_is_refused(value):
 
 
 @pytest.mark.parametrize("large", [torch.full((4,), 3e38), torch.full((4,), 6e4, dtype=torch.float16)])
-def test_sums_that_overflow_are_no_such_numbers(large):
+def test_finite_tensors_whose_sum_overflows_are_accepted(large):
     assert nonfinite_tensors({"a": [large, torch.arange(3)]}) == []
     assert nonfinite_tensors({"a": [large * 2, torch.ones(2)], "b": large * 9}) == ["a.0", "b"]
 
 
 @pytest.mark.parametrize(("at", "blamed"), [(0, "what was loaded"), (2, "a lower model.optimizer.lr")])
-def test_such_weights_are_never_saved(tmp_path, monkeypatch, at, blamed):
-    """Whatever made them: here the update itself, whose loss and gradient were finite."""
+def test_non_finite_weights_are_never_saved(tmp_path, monkeypatch, at, blamed):
+    """Whatever caused them: here the update itself, with finite loss and gradient."""
     original_step = RAEModule.training_step
 
     def training_step(self, batch, batch_idx):
@@ -236,7 +236,7 @@ def test_such_weights_are_never_saved(tmp_path, monkeypatch, at, blamed):
     assert ("stays as it was" in str(caught.value)) == (at > 0)
 
 
-def test_a_validation_that_is_not_a_number_is_loud_and_never_the_best(tmp_path, monkeypatch, caplog):
+def test_validation_loss_of_nan_is_logged_as_an_error_and_never_the_best(tmp_path, monkeypatch, caplog):
     original = RAEModule.record_scores
     spoilt = {"val/loss": math.nan}
     monkeypatch.setattr(RAEModule, "record_scores", lambda self, values: original(self, {**values, **spoilt}))

@@ -1,4 +1,4 @@
-"""Odd values of every key of the composed configurations end in a run or in one message; new keys are covered by themselves."""
+"""Odd values of every key of the composed configs end in a run or in one message; new keys are covered automatically."""
 
 import re
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ NONSENSE = [
 
 @contextmanager
 def changed(config: DictConfig, key: str, value: object) -> Iterator[DictConfig]:
-    """`config` with another value, for a while: copies would take longer than all that is tested."""
+    """Set a value of `config` temporarily: copies would take longer than the tests themselves."""
     parent, _, name = key.rpartition(".")
     content = (OmegaConf.select(config, parent) if parent else config)._content  # type: ignore[union-attr]
     before = content.pop(name)
@@ -44,7 +44,7 @@ def changed(config: DictConfig, key: str, value: object) -> Iterator[DictConfig]
 
 
 PYDANTIC = re.compile("Input should|should have|valid [a-z]+$", re.MULTILINE)
-"""Words of its own, which are not for users."""
+"""Words of pydantic's own messages, which users must not see."""
 
 
 def base(stage: int) -> DictConfig:
@@ -53,7 +53,7 @@ def base(stage: int) -> DictConfig:
 
 @pytest.fixture(scope="module")
 def accepted() -> dict[int, list[tuple[str, object]]]:
-    """What validation lets pass, by stage: (key, value); messages under 0. Anything else than one of our messages fails here."""
+    """Return the (key, value) that validation accepts, by stage, and messages under 0. Any other exception fails here."""
     found: dict[int, list[tuple[str, object]]] = {0: [], 1: [], 2: []}
     seen = set[str]()
     for stage in STAGES:
@@ -72,7 +72,7 @@ def accepted() -> dict[int, list[tuple[str, object]]]:
     return found
 
 
-def test_validation_ends_in_a_message_or_nothing(accepted):
+def test_validation_accepts_or_ends_in_a_message(accepted):
     assert len(accepted[1]) > 100 and len(accepted[2]) > 30
     assert not [text for _, text in accepted[0] if PYDANTIC.search(str(text))]
 
@@ -83,15 +83,15 @@ def small() -> DictConfig:
 
 
 @pytest.mark.parametrize("override", NONSENSE)
-def test_nonsense_is_refused(small, override):
+def test_nonsense_is_rejected(small, override):
     parsed = OverridesParser.create().parse_override(override)
     key, value = parsed.key_or_group, parsed.value()
     with changed(small, key, value), pytest.raises(UserError, match=key):
         check_config(small)
 
 
-def test_every_odd_value_of_an_autoencoder_is_refused():
-    """As a whole, under each key of a mapping, and a key that is none."""
+def test_every_odd_value_of_an_autoencoder_is_rejected():
+    """As the whole value, under each key of a mapping, and under an unknown key."""
     names = [field.name for field in fields(ModelOptions) if field.name != "stats"]
     for value in [*VALUES.values(), {1: 2}]:
         for where in [
@@ -103,13 +103,13 @@ def test_every_odd_value_of_an_autoencoder_is_refused():
 
 
 LEFT_OUT = ("trainer.max_steps", "trainer.fast_dev_run", "model.autoencoder", "model.compile")
-"""No end, twice, no autoencoder, a minute of compilation; `scripts/odd_values.py` tries them too."""
+"""The first two never end; no autoencoder; a minute of compilation. `scripts/odd_values.py` tries them too."""
 GROUPS = [(1, "trainer"), (1, "data"), (1, "callbacks"), (1, "model"), (2, "model"), (2, "callbacks")]
 
 
 @pytest.mark.parametrize(("stage", "group"), GROUPS)
-def test_what_is_accepted_runs_for_one_step(accepted, autoencoder, tmp_path, stage, group):
-    """All odd values of a group at once, one a key; what does not fit together is named, and left out then."""
+def test_accepted_values_run_for_one_step(accepted, autoencoder, tmp_path, stage, group):
+    """Set all odd values of a group at once, one per key; drop those that an error names, and try again."""
     files = [f"model.autoencoder='{autoencoder}'"] if stage == 2 else []
     config = composed([*STAGES[stage], *QUICK, *files, f"paths.run_dir='{tmp_path}'"])
     leaves = flat(OmegaConf.to_container(config, resolve=False))

@@ -1,5 +1,5 @@
-"""Training steps and sampling on the device `meta`, which has no numbers: to read from it fails, and so do most operations that
-mix it with the CPU. What passes here leaves a GPU alone until its figures are logged."""
+"""Training steps and sampling on the `meta` device, whose tensors hold no values: reading one fails, as do most operations that
+mix it with the CPU. Code that passes here makes the host wait for a GPU only when metrics are logged."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -35,7 +35,7 @@ SIZES = {"patch_size": 1, "hidden_size": [32, 48], "depth": [2, 1], "num_heads":
 
 
 class WhatMetaAllows(TorchDispatchMode):
-    """Refuse masks as indices, whose members a GPU counts while the host waits, and float64, which MPS lacks."""
+    """Reject masks as indices, for which the host waits while a GPU counts, and float64, which MPS lacks."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         indices = args[1] if function.overloadpacket in (torch.ops.aten.index_put, torch.ops.aten.index_put_) else []
@@ -61,7 +61,7 @@ def _meta_knows_neither_autocast_nor_generators(monkeypatch):
 
 @pytest.mark.parametrize("options", [{}, {"disc_fake": "reuse", "loss_chunk_size": 2, "disc_updates": 2}], ids=str)
 @pytest.mark.parametrize("gan", [False, True])
-def test_a_step_of_stage_1(gan, options):
+def test_step_of_stage_1(gan, options):
     _, step, draws = make_pair(statistics=True, **options)
     noise = StepNoise(step.rae, step.augment, LEVELS, ALL_BLOCKS, seed=0)
     for module in (step.rae, step.lpips, step.discriminator):
@@ -82,7 +82,7 @@ def test_a_step_of_stage_1(gan, options):
     assert all(p.grad.device == META for p in trained if p.requires_grad)
 
 
-def test_a_step_of_stage_2():
+def test_step_of_stage_2():
     rae = make_rae().to(META)
     network = build_network({"name": "RAEv2DiT", **SIZES}, rae.latent_shape, 3, 0.1, 0).to(META)
     flow = {"prediction": "x", "t_eps": 0.05, "time": "logit_normal", "time_mu": 0, "time_sigma": 1, "base_weight": 1}

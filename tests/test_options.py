@@ -19,7 +19,7 @@ from src.export import Options as ExportOptions
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
-    """A group."""
+    """A group of options."""
 
     GROUP: ClassVar = "numbers"
     batch_size: Positive = option("images at once", "N", 64)
@@ -28,7 +28,7 @@ class Shared:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Shared):
-    """A program's."""
+    """The options of a script."""
 
     names: tuple[str, ...] = option("what", default=(), positional=True, nargs="*")
     out_dir: Path = option("where", "DIR", MISSING)
@@ -55,12 +55,12 @@ def test_types_defaults_and_both_spellings():
     )  # fmt: skip
 
 
-def test_relative_paths_are_of_the_project_in_every_program(tmp_path, monkeypatch):
+def test_relative_paths_start_at_the_project_root_in_every_script(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for program in (SampleOptions, StatisticsOptions, ReconstructionOptions, ExportOptions):
         hints = get_type_hints(program, include_extras=True)
         assert not [entry.name for entry in fields(program) if hints[entry.name] in (Path, Path | None)], program
-    words = ["--checkpoint", "x", "--output", "a.npz", "--grid", "~no-such-user/b.png"]  # of a file called so
+    words = ["--checkpoint", "x", "--output", "a.npz", "--grid", "~no-such-user/b.png"]  # a file of that name
     options = parse(SampleOptions, None, words)
     assert (options.output, options.grid) == (PROJECT_ROOT / "a.npz", PROJECT_ROOT / "~no-such-user/b.png")
 
@@ -97,7 +97,7 @@ def test_wrong_options_end_with_status_2(line, words, capsys):
     assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
-def test_progress_is_lines_where_there_is_no_terminal(monkeypatch, capsys):
+def test_progress_without_a_terminal_is_lines(monkeypatch, capsys):
     monkeypatch.setattr(terminal, "_LINE_EVERY_S", 0.0)
     for shown, lines in ((True, ["0 of 2 images", "1 of 2 images", "2 of 2 images"]), (False, [])):
         with terminal.progress("images", shown) as update:
@@ -116,7 +116,7 @@ def test_progress_is_lines_where_there_is_no_terminal(monkeypatch, capsys):
         (OSError(17, "File exists", "x"), 1, "Error: x: File exists. Make room, or give another path."),
     ],
 )
-def test_a_program_ends_with_a_message_and_a_status(error, status, words, capsys):
+def test_errors_end_a_script_with_a_message_and_a_status(error, status, words, capsys):
     def body() -> int:
         raise error
 
@@ -124,8 +124,8 @@ def test_a_program_ends_with_a_message_and_a_status(error, status, words, capsys
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_signals_end_a_program_as_an_exception_would(number, code):
-    unheard = lambda *_: None  # noqa: E731  # else the signal would end the tests where the program does not answer it
+def test_signals_end_a_script_as_an_exception_would(number, code):
+    unheard = lambda *_: None  # noqa: E731  # otherwise an unhandled signal would end the tests
     before = signal.signal(number, unheard)
     try:
         with pytest.raises(SystemExit) as stop:
@@ -137,8 +137,8 @@ def test_signals_end_a_program_as_an_exception_would(number, code):
         signal.signal(number, before)
 
 
-def test_a_program_that_waits_for_others_to_join_is_ended_by_sigterm(monkeypatch):
-    """A handler in Python would wait as well."""
+def test_sigterm_ends_a_script_that_waits_for_others_to_join(monkeypatch):
+    """A handler in Python would have to wait as well."""
     seen = []
     monkeypatch.setenv("WORLD_SIZE", "2")
     join = lambda *_, **__: seen.append(signal.getsignal(signal.SIGTERM))  # noqa: E731

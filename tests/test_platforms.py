@@ -1,4 +1,4 @@
-"""What Windows and macOS lack or do otherwise, simulated: nothing of this has run there."""
+"""What Windows and macOS lack or do differently, simulated: none of this has run there."""
 
 import json
 import os
@@ -39,8 +39,8 @@ if __name__ == "__main__":
 """
 
 
-def test_a_run_without_fcntl_resource_fork_and_most_signals(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(WITHOUT)  # in loading processes too
+def test_run_without_fcntl_resource_fork_and_most_signals(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT)  # in workers too
     (tmp_path / "start.py").write_text(TRAIN)
     light = ["~callbacks.rfid", "model.disc_weight=0", "model.perceptual_weight=0", "data.train_split=1.0"]
     words = [*SMALL, *light, "data.num_workers=1", "trainer.max_epochs=1", "trainer.limit_train_batches=1"]
@@ -49,12 +49,12 @@ def test_a_run_without_fcntl_resource_fork_and_most_signals(tmp_path):
     (folder,) = tmp_path.glob("logs/runs/*/*")
     record = json.loads((folder / "run.json").read_text())
     assert record["status"] == "finished"
-    assert "Total length" not in str(record["warnings"])  # of Lightning's, that nothing is held out
+    assert "Total length" not in str(record["warnings"])  # Lightning's warning that nothing is held out
     assert (folder / "checkpoints/last.ckpt").is_file()
 
 
 @pytest.mark.parametrize(("times", "read"), [(3, "new"), (1000, "old")])
-def test_a_file_that_someone_reads_can_be_replaced_a_moment_later(tmp_path, monkeypatch, times, read):
+def test_replacing_a_file_that_is_being_read_is_retried(tmp_path, monkeypatch, times, read):
     file, failures, replace = tmp_path / "run.json", [], os.replace
     file.write_text("old")
 
@@ -75,7 +75,7 @@ def test_a_file_that_someone_reads_can_be_replaced_a_moment_later(tmp_path, monk
 
 
 @pytest.mark.parametrize("path", ["C:\\models\\dinov2", "C:/models/dinov2", "models\\dinov2"])
-def test_paths_of_windows_are_no_hub_ids_and_no_addresses(path):
+def test_windows_paths_are_not_hub_ids_or_urls(path):
     with pytest.raises(UserError, match="there is no folder"):
         check_source("Dinov2withNorm", path)
     assert isinstance(locate(path), Path)
@@ -93,7 +93,7 @@ def test_memory_is_bytes_on_macos_and_unknown_without_resource(monkeypatch):
     assert progress.peak_memory_gb(cpu) == 0
 
 
-def test_mps_goes_through_where_torch_has_it(monkeypatch):
+def test_mps_is_accepted_if_torch_has_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert (_accelerator("mps"), _accelerator("auto")) == ("mps", "cpu")

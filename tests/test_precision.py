@@ -11,7 +11,7 @@ from tests.conftest import TINY_ENCODERS, make_rae
 
 
 @pytest.mark.parametrize("encoder", TINY_ENCODERS)
-def test_encoders_under_autocast_are_unchanged_to_the_bit(encoder):
+def test_encoders_under_autocast_are_bit_equal(encoder):
     before = make_rae(encoder)
     after = deepcopy(before)
     cast_frozen(after.encoder, torch.bfloat16)
@@ -21,7 +21,7 @@ def test_encoders_under_autocast_are_unchanged_to_the_bit(encoder):
     assert sum(p.nbytes for p in after.encoder.parameters()) < 0.6 * sum(p.nbytes for p in before.encoder.parameters())
 
 
-def test_the_discriminators_trunk_and_its_gradient_to_the_image():
+def test_discriminator_trunk_and_its_gradient_to_the_image_are_bit_equal():
     before = DinoDiscriminator(None, 5, (1, 3), "bn", using_spec_norm=True, recipe="S_8", weights="tiny")
     after = deepcopy(before)
     cast_frozen(after.trunk, torch.bfloat16)
@@ -34,13 +34,13 @@ def test_the_discriminators_trunk_and_its_gradient_to_the_image():
     assert torch.equal(*found)
 
 
-def test_trained_networks_are_refused():
+def test_trained_networks_are_rejected():
     with pytest.raises(ValueError, match="frozen"):
         cast_frozen(make_rae().decoder, torch.bfloat16)
 
 
 @pytest.mark.parametrize("products", ["highest", "high"])
-def test_scores_are_made_in_ieee_float32_whatever_the_run_does(products):
+def test_scores_are_computed_in_ieee_float32_whatever_the_run_uses(products):
     settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     torch.set_float32_matmul_precision(products)
     try:

@@ -36,8 +36,8 @@ def test_it_reports_every_stretch_and_writes_nothing(tmp_path, caplog):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_loader_slower_than_an_update_is_what_is_forecast(tmp_path, monkeypatch, caplog):
-    """Batches made ahead would hide it from the few updates that are timed."""
+def test_forecast_follows_a_loader_slower_than_an_update(tmp_path, monkeypatch, caplog):
+    """Prefetched batches would hide it from the few updates that are timed."""
     monkeypatch.setattr(preflight_module, "loader_seconds", lambda loader, workers: 7.0)
     with caplog.at_level(logging.INFO):
         halves = ["trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=4"]
@@ -47,7 +47,7 @@ def test_a_loader_slower_than_an_update_is_what_is_forecast(tmp_path, monkeypatc
     assert re.search(r"3 steps at 14 s \(0\.5714 images/s, peak .* GB, [\d.]+ s without waiting for data\)", report)
 
 
-def test_the_loader_is_timed_by_what_it_does_in_the_long_run(monkeypatch):
+def test_loader_is_timed_after_its_prefetched_batches(monkeypatch):
     now = SimpleNamespace(seconds=0.0)
     monkeypatch.setattr(preflight_module, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
 
@@ -61,7 +61,7 @@ def test_the_loader_is_timed_by_what_it_does_in_the_long_run(monkeypatch):
     assert loader_seconds(itertools.islice(loader(0, 4.0), 1), workers=2) == pytest.approx(5.0)
 
 
-def test_what_others_have_of_the_gpu(monkeypatch):
+def test_gpu_memory_of_other_processes(monkeypatch):
     assert gpu_memory(torch.device("cpu")) == []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30 * 10**9, 80 * 10**9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10 * 10**9)
@@ -74,7 +74,7 @@ def test_callbacks_are_checked_though_none_is_called(tmp_path):
         run_preflight(tmp_path, "callbacks.rfid.rfid_num_samples=1")
 
 
-def test_too_little_disk(tmp_path, monkeypatch):
+def test_too_little_disk_space_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 10**6})())
     with pytest.raises(UserError, match=r"GB free\. Set paths\.log_dir"):
         run_preflight(tmp_path)

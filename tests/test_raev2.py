@@ -1,4 +1,4 @@
-"""Latents of several blocks from end to end: RAEv2's experiments, its decoders and statistics, training on random subsets."""
+"""RAEv2 end to end: experiments, latents of several blocks, decoder and statistics files, training on random subsets."""
 
 from contextlib import contextmanager
 
@@ -20,7 +20,7 @@ DEEP = {"encoder_cls": "DINOv3wNorm", "encoder_params": {"layers": [0, 1, 3]}}
 LARGE = "facebook/dinov3-vitl16-pretrain-lvd1689m"
 BASE = "facebook/dinov3-vitb16-pretrain-lvd1689m"
 
-# What differs from plain RAE (whose settings tests/test_configs.py looks at).
+# Differences from plain RAE (whose settings tests/test_configs.py checks).
 DINOV3 = {"model.encoder_cls": "DINOv3wNorm", "model.encoder_params.layer_fusion": None}
 RAEV2 = DINOV3 | {
     "model.encoder_config_path": LARGE, "model.encoder_params.model_name": LARGE, "model.decoder_denormalize": False, "model.compile": True,
@@ -54,7 +54,7 @@ def test_the_experiments_are_the_published_recipe(experiment):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_dummy_siblings_differ_in_sizes_only(experiment):
-    """Nothing of what makes the latent, the image or the crops; `model=` brings the real networks."""
+    """All that defines the latent, the image and the crops is the same; `model=` selects the real networks."""
     real, dummy = composed([f"experiment={experiment}"]), composed([f"experiment={experiment}_dummy"])
     for key in ("model.encoder_cls", "model.encoder_params.layers", "model.encoder_params.layer_fusion", "model.decoder_denormalize",
                 "data.train_crop", "model.decoder_patch_size", "trainer.precision"):  # fmt: skip
@@ -87,7 +87,7 @@ def test_dummy_siblings_train_through_every_phase(experiment, blocks, tmp_path):
 
 @contextmanager
 def recorded():
-    """What is asked of the encoder: a list of `layers`, None for its own choice."""
+    """Record the `layers` of each call of the encoder; None is its default."""
     asked, original = [], FrozenEncoder.forward
 
     def forward(self, images, layers=None):
@@ -107,14 +107,14 @@ SUBSETS = small("raev2_dinov3l_k7", "model.layer_subset.kind=uniform", *L1_ONLY)
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Four updates in two epochs on random subsets: the run, its folder, what the encoder was asked for."""
+    """Train four updates in two epochs on random subsets; return the Run, its folder and the recorded layers."""
     folder = tmp_path_factory.mktemp("whole")
     with recorded() as asked:
         run = train(folder, *SUBSETS, small=False)
     return run, folder, asked
 
 
-def test_training_takes_the_subset_of_each_step_and_evaluation_all(whole):
+def test_training_uses_the_subset_of_each_step_and_evaluation_all_blocks(whole):
     run, _, asked = whole
     subsets = [run.module.noise.blocks(step) for step in range(4)]
     assert [layers for layers in asked if layers is not None] == subsets
@@ -123,7 +123,7 @@ def test_training_takes_the_subset_of_each_step_and_evaluation_all(whole):
     assert asked.count(None) >= 2  # two validations
 
 
-def test_a_resumed_run_goes_on_with_the_same_subsets(whole, tmp_path):
+def test_resumed_run_continues_with_the_same_subsets(whole, tmp_path):
     run, folder, asked = whole
     with recorded() as rest:
         resumed = train(tmp_path, *SUBSETS, small=False, checkpoint=folder / "checkpoints/epoch_001.ckpt")
@@ -144,8 +144,8 @@ def test_accumulated_micro_batches_share_the_subset_of_their_step(tmp_path):
 # -- RAEv2's files
 
 
-def test_a_released_decoder_and_its_statistics_load(tmp_path):
-    """The official names, positions trained (so they come from the file), statistics without an identity."""
+def test_released_decoder_and_its_statistics_load(tmp_path):
+    """Official names, trained positions (taken from the file), statistics without an encoder identity."""
     trained = make_rae(**DEEP, decoder_denormalize=False, train_positions=True)
     with torch.no_grad():
         for parameter in trained.decoder.parameters():
@@ -162,7 +162,7 @@ def test_a_released_decoder_and_its_statistics_load(tmp_path):
     assert not torch.allclose(loaded.decoder.decoder_pos_embed[0], fixed)
 
 
-def test_the_image_is_the_decoders_output():
+def test_image_is_the_output_of_the_decoder():
     """decoder_denormalize: false leaves the patches as they are (RAEv2), true applies the encoder's std and mean (RAE)."""
     plain, scaled = (make_rae(**DEEP, decoder_denormalize=flag) for flag in (False, True))
     latents = torch.randn(1, *plain.latent_shape)
@@ -172,8 +172,8 @@ def test_the_image_is_the_decoders_output():
     assert torch.allclose(scaled.decode(latents), pixels * std + mean, atol=1e-6)
 
 
-def test_statistics_of_another_choice_of_blocks_are_refused(tmp_path, caplog):
-    """The width is the same, so the identity beside them tells."""
+def test_statistics_of_other_blocks_are_rejected(tmp_path, caplog):
+    """The width is the same: only the encoder identity in the file differs."""
     rae, file = make_rae(**DEEP), tmp_path / "stats.pt"
     content = {"mean": torch.zeros(rae.latent_shape), "var": torch.ones(rae.latent_shape)}
     torch.save(content | {"encoder": rae.encoder.identity()}, file)
@@ -195,7 +195,7 @@ def test_statistics_of_another_choice_of_blocks_are_refused(tmp_path, caplog):
             make_rae(**DEEP, normalization_stat_path=file)
 
 
-def test_a_checkpoint_of_another_choice_of_blocks_is_refused(whole, tmp_path):
+def test_checkpoint_of_other_blocks_is_rejected(whole, tmp_path):
     with pytest.raises(UserError, match=r"of another model:\n  layers: checkpoint \[11, .*, model \[1, 2, "):
         last = whole[1] / "checkpoints/last.ckpt"
         train(tmp_path, *SUBSETS, "model.encoder_params.layers=k23", small=False, checkpoint=last)
@@ -207,14 +207,14 @@ def test_a_checkpoint_of_another_choice_of_blocks_is_refused(whole, tmp_path):
     (["model.generated.checkpoint=x.ckpt", "model.layer_subset.kind=uniform"], "exclude each other"),
     (["model.generated.checkpoint=x.ckpt"], r"generated.checkpoint=x.ckpt: Checkpoint not found"),
 ])  # fmt: skip
-def test_mistakes_on_the_command_line(overrides, message, tmp_path):
+def test_invalid_overrides_are_rejected(overrides, message, tmp_path):
     config = composed([*small("raev2_dinov3l_k7"), *overrides, f"paths.run_dir={tmp_path}"])
     with pytest.raises(UserError, match=message):
         build_run(config, Launch(0, 1, "single"))
 
 
-def test_numbers_joined_by_dots_and_compiling_block_by_block(tmp_path):
-    """Compiling its transformers model as a whole would do nothing."""
+def test_blocks_joined_by_dots_are_compiled_one_by_one(tmp_path):
+    """Compiling the encoder's transformers model as a whole would have no effect."""
     config = composed([*small("raev2_dinov3l_k7"), "model.encoder_params.layers=11.13.23", f"paths.run_dir={tmp_path}"])
     module = build_run(config, Launch(0, 1, "single")).module
     assert module.rae.encoder.layers == (11, 13, 23)

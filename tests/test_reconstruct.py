@@ -1,4 +1,4 @@
-"""src/reconstruct.py: what goes in, what comes out, and that stored latents give the same pictures."""
+"""src/reconstruct.py: inputs, outputs, and stored latents that decode to the same images."""
 
 import csv
 import importlib
@@ -34,7 +34,7 @@ def picture(path):
     return torch.from_numpy(np.asarray(Image.open(path)).copy()).permute(2, 0, 1)
 
 
-def test_pictures_scores_and_npz_agree(tmp_path, capsys):
+def test_images_scores_and_npz_agree(tmp_path, capsys):
     file, folder, out = checkpoint(tmp_path), photos(tmp_path / "photos"), tmp_path / "out"
     words = f"--checkpoint {file} --input {folder} --output {out} --batch_size 4"
     assert run(f"{words} --write images sheet scores npz") == 0
@@ -62,8 +62,8 @@ def test_pictures_scores_and_npz_agree(tmp_path, capsys):
 @pytest.mark.parametrize(("program", "opener"), [
     (main, "src.formats.opening.open_model"), (export.main, "src.formats.export.model_card"),
 ])  # fmt: skip
-def test_what_another_program_wrote_meanwhile_stays(tmp_path, capsys, monkeypatch, program, opener):
-    """It was not there when this one looked, before it opened the model."""
+def test_output_written_meanwhile_by_another_process_is_kept(tmp_path, capsys, monkeypatch, program, opener):
+    """It appears while the model opens, after the output folder was checked."""
     file, out = checkpoint(tmp_path), tmp_path / "out"
     module, name = opener.rsplit(".", 1)
     original = getattr(importlib.import_module(module), name)
@@ -102,7 +102,7 @@ def test_two_processes_write_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("scale", ["raw", "normalized"])
-def test_stored_latents_decode_to_the_same_pictures(tmp_path, scale):
+def test_stored_latents_decode_to_the_same_images(tmp_path, scale):
     file, folder = checkpoint(tmp_path, statistics=True), photos(tmp_path / "photos", 5)
     (folder / "cats/1.png").rename(folder / "1.png")  # in no class
     words, a, b = f"--checkpoint {file} --batch_size 2", tmp_path / "a", tmp_path / "b"
@@ -129,7 +129,7 @@ def test_latents_alone_decode_nothing(tmp_path):
     assert load_file(next((tmp_path / "a/latents").glob("*.safetensors")))["latents"].dtype == torch.bfloat16
 
 
-def test_shards_have_their_size_and_any_batch_reads_them(tmp_path):
+def test_shards_have_their_size_and_are_read_in_any_batch_size(tmp_path):
     z = torch.randn(11, 2, 3, 3)
     writer = LatentWriter(tmp_path, (2, 3, 3), torch.float32, rank=0, shard_bytes=4 * 2 * 9 * 4)
     for start in range(0, 11, 3):
@@ -181,7 +181,7 @@ def test_inputs(tmp_path):
         open_inputs([str(parquet(tmp_path / "hub"))], None)
 
 
-def test_the_projects_own_data_is_made_where_it_is_missing(tmp_path, monkeypatch):
+def test_dummy_dataset_is_created_if_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(core_files, "PROJECT_ROOT", tmp_path)
     assert len(open_inputs([str(tmp_path / "data/test_hf")], None).rows) == 20
 
@@ -196,7 +196,7 @@ def test_images_that_can_not_be_decoded_are_counted(tmp_path, capsys):
     assert "can be decoded" in capsys.readouterr().err and not (tmp_path / "b").exists()
 
 
-def test_bad_input(tmp_path, capsys):
+def test_invalid_input_is_rejected(tmp_path, capsys):
     file, folder = checkpoint(tmp_path), photos(tmp_path / "photos", 2)
     (tmp_path / "empty").mkdir()
     (tmp_path / "mine").mkdir()
@@ -223,7 +223,7 @@ def test_bad_input(tmp_path, capsys):
             run(f"--checkpoint {file} {words} --output {tmp_path}/x")
 
 
-def test_an_earlier_output_is_replaced_when_asked_for(tmp_path, capsys):
+def test_earlier_output_is_replaced_only_with_overwrite(tmp_path, capsys):
     words = f"--checkpoint {checkpoint(tmp_path)} --input {photos(tmp_path / 'photos', 2)} --output {tmp_path}/a"
     assert run(f"{words} --write images") == 0 and run(f"{words} --write npz") == 1
     assert "already exists" in capsys.readouterr().err
@@ -232,7 +232,7 @@ def test_an_earlier_output_is_replaced_when_asked_for(tmp_path, capsys):
     assert names == ["originals.npz", "reconstruct.json", "reconstructions.npz"]
 
 
-def test_latents_of_another_model_or_cut_short(tmp_path, capsys):
+def test_latents_of_another_model_or_cut_short_are_rejected(tmp_path, capsys):
     file, folder = checkpoint(tmp_path, statistics=True), photos(tmp_path / "photos", 3)
     assert run(f"--checkpoint {file} --input {folder} --latents normalized --output {tmp_path}/a") == 0
     store = tmp_path / "a/latents"

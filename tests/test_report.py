@@ -1,4 +1,4 @@
-"""The report page: what it says of a run, that it stands alone, and that no file of a run can break it."""
+"""The report page: what it shows of a run, that it is self-contained, and that no file of a run can break it."""
 
 import json
 import math
@@ -84,7 +84,7 @@ def run(tmp_path_factory) -> Path:
     return make_run(tmp_path_factory.mktemp("one") / "2026-01-02" / "03-04-05")
 
 
-def test_what_the_page_says(run):
+def test_content_of_the_page(run):
     text = made(run)
     for expected in (
         "<b>11.5</b> <small>step 20 · 1,000 images <em>under 2,048", "<b>17.25</b> <small>step 20 · 58 held-out images", "1,030", "in at most 3 epochs",
@@ -108,7 +108,7 @@ def test_what_the_page_says(run):
     ({"status": "running"}, "says `running`, but no process on this machine holds the folder"),
     ({"config": CONFIG.replace("1.0", "0.1")}, "some held-out images"),
 ])  # fmt: skip
-def test_what_is_to_be_doubted(tmp_path, changes, said):
+def test_page_warns_of_doubtful_results(tmp_path, changes, said):
     assert said in made(make_run(tmp_path / "r", **changes))
 
 
@@ -135,8 +135,8 @@ def test_several_runs_are_overlaid_and_compared(tmp_path, run):
     assert re.findall(r"<tr><th>(\S+)</th><td>(\S+)</td><td>(\S+)</td>", differing) == [("seed", "3", "4")]
 
 
-def test_a_run_that_was_resumed_very_often(tmp_path):
-    """Run n goes on from step n of the one before, which had come to step n + 1."""
+def test_run_that_was_resumed_very_often(tmp_path):
+    """Run n resumes at step n of the previous run, which had reached step n + 1."""
     for n in range(600):
         folder = tmp_path / f"d/{n}"
         folder.mkdir(parents=True)
@@ -151,7 +151,7 @@ def test_a_run_that_was_resumed_very_often(tmp_path):
     assert marks(text) == {"resumed"}
 
 
-def test_what_a_long_log_says_first_and_last_is_told(tmp_path):
+def test_start_and_end_of_a_long_log_are_read(tmp_path):
     step = (
         "2026-01-02 03:04:08,000 INFO a.b: epoch 1/3 step 10: loss 0.5 | 153 images/s, 1 % waiting for data, 1 h left\n"
     )
@@ -160,15 +160,15 @@ def test_what_a_long_log_says_first_and_last_is_told(tmp_path):
     assert marks(text) == {"discriminator"} and "a warning\nof two lines" in text and "the last warning" in text
 
 
-def test_long_runs_share_the_points_of_a_curve(tmp_path):
+def test_curves_of_several_long_runs_are_thinned(tmp_path):
     rows = "".join(f"{step},train/loss,{step},0\n" for step in range(8001))
     folders = [make_run(tmp_path / f"{n}", {}) for n in range(5)]
     for folder in folders:
         (folder / "metrics.csv").write_text(f"step,name,value,time\n{rows}")
-    assert [len(curve) for curve in curves(made(*folders)).values()] == [2667] * 5  # each third
+    assert [len(curve) for curve in curves(made(*folders)).values()] == [2667] * 5  # every third
 
 
-def test_page_is_one_file_that_fetches_nothing_and_the_same_each_time(run):
+def test_page_fetches_nothing_and_is_reproducible(run):
     text = made(run)
     tags = Tags(text)
     assert tags.open == [] and made(run) == text
@@ -182,7 +182,7 @@ def test_page_is_one_file_that_fetches_nothing_and_the_same_each_time(run):
     assert len(ids) == len(set(ids)) and {a["href"][1:] for tag, a in tags.seen if tag == "a"} <= set(ids)
 
 
-def test_nothing_of_a_file_becomes_markup(tmp_path):
+def test_content_of_files_is_escaped(tmp_path):
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&{{ 7 * 7 }}\n,"
     folder = make_run(
         tmp_path / "a&b<i>", {evil: STEPS, "train/loss": STEPS}, f"{json.dumps(evil)}: {json.dumps(evil)}\n", LOG.replace("a warning", evil),
@@ -211,12 +211,12 @@ def test_any_file_may_be_missing_or_damaged(tmp_path, name, content):
 
 
 @pytest.mark.parametrize("value", [None, 3, "x", [], {"a": [1]}, math.nan])
-def test_a_record_of_other_types_is_survived(tmp_path, value):
+def test_record_of_wrong_types_does_not_break_the_page(tmp_path, value):
     keys = ("status", "result", "git", "command", "data", "device", "processes", "error", "experiment_name")
     Tags(made(make_run(tmp_path / "r", config="trainer: 3\ncallbacks:\n  rfid: 1\n", **dict.fromkeys(keys, value))))
 
 
-def test_pictures_are_chosen_evenly_and_bounded(tmp_path):
+def test_sample_images_are_chosen_evenly_and_bounded(tmp_path):
     folder = make_run(tmp_path / "r", pictures=range(100))
     assert re.findall(r'data-step="(\d+)"', made(folder)) == [str(round(i * 9)) for i in range(12)]
     noise = torch.randint(0, 256, (900, 1000, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -236,12 +236,12 @@ def test_rfid_sheets_are_found_in_order(tmp_path):
     assert re.findall(r"<figcaption>(.*?)<", made(folder)) == ["step 5", "epoch 1", "step 15", "end"]
 
 
-def test_numbers_for_people():
+def test_formatting_of_numbers():
     values = (1234567, 0.123456, 2.0, "x", math.nan, 12345.67, True, ["a", 1])
     assert [number(v) for v in values] == ["1,234,567", "0.1235", "2", "x", "nan", "12,346", "True", "a 1"]
 
 
-def test_program_writes_and_refuses(tmp_path, capsys):
+def test_script_writes_the_page_or_ends_with_an_error(tmp_path, capsys):
     folder, out = make_run(tmp_path / "runs" / "a"), tmp_path / "new/x.html"
     assert main([str(folder)]) == 0 and (folder / "report.html").is_file()
     assert main([str(folder), "--out", str(out)]) == 0 and out.is_file() and str(out) in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""`eval_rfid.py --report_card`: decoders side by side are what they are alone, and generated latents through each."""
+"""`eval_rfid.py --report_card`: decoders side by side score as they do alone, also on generated latents."""
 
 import json
 import shlex
@@ -19,7 +19,7 @@ QUALITY = ("rfid_untrained", "psnr", "ssim", "lpips_untrained")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Images, a checkpoint, an export of other weights of the same encoder, generated latents, a reference."""
+    """Write images, a checkpoint, an export with other decoder weights, generated latents and a reference."""
     root = tmp_path_factory.mktemp("card")
     data = write_images(root / "pictures", 9)
     loaded = load_trained(write_checkpoint(root / "a.ckpt", data))
@@ -41,7 +41,7 @@ def run(program, place, line):
     return json.loads((place / "out.json").read_text())["results"]
 
 
-def test_side_by_side_is_what_each_is_alone(place, tmp_path, capsys):
+def test_decoders_side_by_side_score_as_they_do_alone(place, tmp_path, capsys):
     data, generated = f"--data_dir {place}/pictures --split all", f"--latents {place}/z.npz"
     line = f"{data} --noise_sigma 0 0.4 {generated} --generation_reference {place}/r.npz --report_card {tmp_path}/card"
     together = run(eval_rfid, place, f"--decoder {place}/a.ckpt {place}/b {line} --num_samples 8")
@@ -51,7 +51,7 @@ def test_side_by_side_is_what_each_is_alone(place, tmp_path, capsys):
     for model, rows in ((f"--checkpoint {place}/a.ckpt", together[:2]), (f"--decoder {place}/b", together[2:])):
         alone = run(eval_rfid, place, f"{model} {data} --noise_sigma 0 0.4 --num_samples 8")
         for row, own in zip(rows, alone, strict=True):
-            same = [name for name in QUALITY if name in own]  # an export doesn't say where LPIPS lies
+            same = [name for name in QUALITY if name in own]  # an export doesn't name LPIPS files
             assert [row[name] for name in same] == [own[name] for name in same] and len(same) >= 3  # to the last digit
     first, second = together[0], together[2]
     assert len({row[name] for row in together for name in QUALITY}) == 16
@@ -79,7 +79,7 @@ def test_side_by_side_is_what_each_is_alone(place, tmp_path, capsys):
         assert np.asarray(sheet)[:, : sheet.width - 8 * 66].min() < 64
 
 
-def test_what_does_not_go_together(place, capsys, tmp_path):
+def test_incompatible_options_are_rejected(place, capsys, tmp_path):
     with pytest.raises(SystemExit):
         eval_rfid.main(shlex.split(f"--checkpoint a --data_dir b --latents {place}/z.npz"))
     assert "--latents and --generation_reference go together" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A resumed run is the run that was never interrupted: the same weights, moments, averages and batches, bit for bit."""
+"""A resumed run equals one that was never interrupted: the same weights, moments, averages and batches, bit for bit."""
 
 import shutil
 from pathlib import Path
@@ -21,8 +21,8 @@ def whole(stage1_run):
 
 
 @pytest.mark.parametrize(("stop", "changes"), [(1, []), (3, []), (4, []), (2, ["data.num_workers=2"])])
-def test_stopped_after_any_step_and_resumed(whole, tmp_path, caplog, stop, changes):
-    """Other workers change nothing; and nothing is said to have changed."""
+def test_resume_after_any_step_gives_the_same_run(whole, tmp_path, caplog, stop, changes):
+    """Also with other workers; no change of settings is logged."""
     first, second = tmp_path / "first", tmp_path / "second"
     train(first, *QUIET, *EVERY_STEP, *changes, f"trainer.max_steps={stop}")
     assert torch.load(last(first), weights_only=True)["global_step"] == stop
@@ -34,9 +34,7 @@ def test_stopped_after_any_step_and_resumed(whole, tmp_path, caplog, stop, chang
 
 
 @pytest.mark.parametrize("key", ["pretrained_decoder_path", "pretrained_path"])
-def test_a_resume_does_without_the_file_that_the_run_started_from(
-    whole, stage2_run, autoencoder, tmp_path, caplog, key
-):
+def test_resume_does_not_need_the_file_that_the_run_started_from(whole, stage2_run, autoencoder, tmp_path, caplog, key):
     source, begin = (whole, train) if key == "pretrained_decoder_path" else (stage2_run[0], train_stage2)
     common = [*QUIET, *EVERY_STEP] if begin is train else [autoencoder]
     started = Path(shutil.copy(last(source), tmp_path / "started_from.ckpt"))
@@ -48,8 +46,8 @@ def test_a_resume_does_without_the_file_that_the_run_started_from(
 
 
 @pytest.mark.parametrize("saves", ["default", "no_checkpoint"])
-def test_resumed_with_another_number_of_micro_batches(whole, tmp_path, monkeypatch, saves):
-    """The global batch is the same, so the images are those that would have come, each once."""
+def test_resume_with_another_number_of_micro_batches_takes_the_same_images(whole, tmp_path, monkeypatch, saves):
+    """The global batch is the same, so the same images follow, each once."""
     halves = ["data.batch_size=2", "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=6"]
     seen, places = [], []
     original, augment = RAEModule.training_step, StepNoise.augment
@@ -73,7 +71,7 @@ def test_resumed_with_another_number_of_micro_batches(whole, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("hook", ["transfer_batch_to_device", "training_step"])
-def test_an_exception_between_two_updates_saves_and_one_in_an_update_does_not(whole, tmp_path, monkeypatch, hook):
+def test_exception_between_two_updates_saves_and_one_in_an_update_does_not(whole, tmp_path, monkeypatch, hook):
     original = getattr(RAEModule, hook)
 
     def fails(self, *given):
@@ -90,7 +88,7 @@ def test_an_exception_between_two_updates_saves_and_one_in_an_update_does_not(wh
         assert_equal_ends(whole, tmp_path / "second")
 
 
-def test_the_best_starts_afresh_where_the_last_checkpoint_alone_was_copied(whole, tmp_path, caplog):
+def test_best_starts_over_if_only_the_last_checkpoint_was_copied(whole, tmp_path, caplog):
     content = read(last(whole))
     next(state for name, state in content["callbacks"].items() if "RunCheckpoint" in name)["best"] = 0.0  # unreachable
     torch.save(content, tmp_path / "last.ckpt")
@@ -104,21 +102,21 @@ def test_the_best_starts_afresh_where_the_last_checkpoint_alone_was_copied(whole
     ("EarlyStopping{'monitor': 'val/loss', 'mode': 'min'}", {"wait_count": 3, "stopped_epoch": 0, "best_score": torch.zeros(()), "patience": 3},
      ["callbacks=[default,early_stopping]", "callbacks.early_stopping.patience=5"]),
 ])  # fmt: skip
-def test_time_and_patience_are_those_of_the_resume(whole, tmp_path, name, state, changes):
+def test_time_limit_and_patience_are_those_of_the_resume(whole, tmp_path, name, state, changes):
     content = read(last(whole))
-    content["callbacks"][name] = state  # as of a run that ended by it
+    content["callbacks"][name] = state  # as in a run that it ended
     torch.save(content, tmp_path / "last.ckpt")
     run = train(tmp_path, *changes, *QUIET, "trainer.max_epochs=4", checkpoint=tmp_path / "last.ckpt")
     assert run.trainer.global_step == 12
 
 
-def test_a_checkpoint_behind_the_end_of_a_shorter_epoch_is_refused(tmp_path):
+def test_checkpoint_beyond_the_end_of_a_shorter_epoch_is_rejected(tmp_path):
     train(tmp_path / "first", *QUIET, *EVERY_STEP, "trainer.max_steps=2")
     with pytest.raises(UserError, match=r"saved after micro-batch 2.*now has 1"):
         train(tmp_path / "second", *QUIET, "trainer.limit_train_batches=1", checkpoint=last(tmp_path / "first"))
 
 
-def test_a_finished_run_ends_well_again_and_goes_on_with_more_epochs_and_its_encoder_elsewhere(whole, tmp_path, caplog):
+def test_finished_run_resumes_to_its_end_or_to_more_epochs_with_its_encoder_moved(whole, tmp_path, caplog):
     caplog.set_level("INFO")
     run = train(tmp_path / "again", *QUIET, checkpoint=last(whole))
     assert run.trainer.global_step == 6 and caplog.text.endswith("Done after 6 steps.\n")
@@ -127,7 +125,7 @@ def test_a_finished_run_ends_well_again_and_goes_on_with_more_epochs_and_its_enc
     assert train(tmp_path / "longer", *QUIET, *more, checkpoint=last(whole)).trainer.global_step == 9
 
 
-def test_the_checkpoint_holds_plain_values_only_and_no_frozen_weights(whole):
+def test_checkpoint_holds_only_plain_values_and_no_frozen_weights(whole):
     content = torch.load(last(whole), weights_only=True)
     names = content["state_dict"].keys()
     assert not [n for n in names if n.startswith(("rae.encoder", "lpips", "discriminator.trunk"))]
@@ -135,7 +133,7 @@ def test_the_checkpoint_holds_plain_values_only_and_no_frozen_weights(whole):
     assert content["format_version"] == 1 and content["config"]["model"]["encoder_cls"] == "Dinov2withNorm"
 
 
-def test_a_resume_says_what_makes_it_another_run(whole, tmp_path, caplog):
+def test_resume_logs_changed_settings(whole, tmp_path, caplog):
     changes = ["model.optimizer.lr=5e-4", "data.batch_size=2", "data.num_workers=1", "trainer.precision=bf16"]
     changes.append("data.storage_options={key: hidden}")
     caplog.set_level("INFO")
@@ -144,5 +142,5 @@ def test_a_resume_says_what_makes_it_another_run(whole, tmp_path, caplog):
     changed = {"decay_end_epoch": (2, 3), "optimizer.lr": (0.001, 0.0005), "batch": (4, 2), "precision": (32, "bf16")}
     for key, (before, now) in changed.items():
         assert f"{key} was {before} and is now {now}" in said
-    assert "Resuming at step 6 (epoch 2)" in said  # the second one, as the lines of progress count
+    assert "Resuming at step 6 (epoch 2)" in said  # counted from 1, as in the progress lines
     assert not any(words in said for words in ("num_workers was", "data.batch_size was", "storage_options"))

@@ -1,4 +1,4 @@
-"""rFID during training: every option does what it says, and training never notices."""
+"""rFID during training: every option works as documented, and training is not disturbed."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ from tests.training import SMALL, assert_equal_ends, last, logged, same, train
 
 
 def rfid(**options: object) -> list[str]:
-    """Overrides: on at the end of epochs with 6 images, nothing saved, unless said otherwise."""
+    """Return overrides: 6 images at the end of each epoch, nothing saved, unless `options` differ."""
     values = {
         "rfid_every_n_steps": 0, "rfid_every_epoch": True, "rfid_num_samples": 6, "rfid_batch_size": 4,
         "rfid_save_samples": False, "inception_weights": "tiny", **options,
@@ -29,7 +29,7 @@ def rfid(**options: object) -> list[str]:
 
 
 def everything(module) -> dict:
-    """All that an evaluation could disturb."""
+    """Return all state that an evaluation could disturb."""
     backends = torch.backends
     return {
         "rng": [torch.get_rng_state(), torch.from_numpy(np.random.get_state()[1].copy()), random.getstate()],
@@ -42,10 +42,10 @@ def everything(module) -> dict:
 
 
 def watched(hook):
-    """A hook of Lightning that has to leave everything as it was."""
+    """Wrap a hook of Lightning to check that it leaves everything as it was."""
 
     def watching(callback, trainer, pl_module, *more):
-        pl_module.ema_decoder.train()  # as if somebody had left it so
+        pl_module.ema_decoder.train()  # as if left in train mode
         before = everything(pl_module)
         hook(callback, trainer, pl_module, *more)
         assert same(everything(pl_module), before)
@@ -54,7 +54,7 @@ def watched(hook):
     return watching
 
 
-def test_training_with_and_without_is_the_same_bit_for_bit(stage1_run, tmp_path, monkeypatch):
+def test_training_with_and_without_rfid_is_bit_equal(stage1_run, tmp_path, monkeypatch):
     for name in ("on_train_batch_end", "on_train_epoch_end", "on_train_end"):
         monkeypatch.setattr(RFIDCallback, name, watched(getattr(RFIDCallback, name)))
     pictures = {"rfid_save_samples": True, "rfid_output_dir": tmp_path / "samples"}
@@ -64,7 +64,7 @@ def test_training_with_and_without_is_the_same_bit_for_bit(stage1_run, tmp_path,
     assert_equal_ends(stage1_run[0], tmp_path / "with")
 
 
-def test_when_and_what_is_written(tmp_path, caplog, monkeypatch):
+def test_schedule_and_written_files(tmp_path, caplog, monkeypatch):
     seen, outputs = [], InceptionFeatures.outputs
     monkeypatch.setattr(InceptionFeatures, "outputs", lambda self, x: (seen.append(len(x)), outputs(self, x))[1])
     folder = tmp_path / "2026-01-02" / "03-04-05"
@@ -104,7 +104,7 @@ def test_steps_count_generator_updates_under_accumulation_and_older_configuratio
     assert "fewer than its 256 feature dimensions" in caplog.text
 
 
-def test_off_needs_no_file_and_best_follows_the_validation_loss(tmp_path):
+def test_disabled_rfid_needs_no_file_and_best_follows_the_validation_loss(tmp_path):
     missing = {"inception_weights": "pretrained", "inception_path": "nowhere.pth"}
     run = train(tmp_path, *rfid(rfid_every_epoch=False, **missing))
     assert not any("rfid" in name for name in run.module.scores)
@@ -112,8 +112,8 @@ def test_off_needs_no_file_and_best_follows_the_validation_loss(tmp_path):
     assert next(v for k, v in states.items() if "RunCheckpoint" in k)["monitor"] == "val/loss"
 
 
-def test_the_command_line_gives_the_score_of_the_callback(tmp_path):
-    """Once over everything at the end: EMA weights, the same images and protocol, without a word on the command line."""
+def test_script_gives_the_score_of_the_callback(tmp_path):
+    """Over everything at the end: the script takes EMA weights, the same images and protocol without further options."""
     options = [*rfid(rfid_every_epoch=False, full_at_end=True), "trainer.max_epochs=1", "model.ema_decay=0.5"]
     run = train(tmp_path, *options, "callbacks.rfid.quantization=truncate", "data.exif=ignore")
     assert run.module.scores["rfid_untrained_full/images"] == (3, 58) and run.datamodule.val_size == 58
@@ -128,7 +128,7 @@ def test_the_command_line_gives_the_score_of_the_callback(tmp_path):
         assert result[theirs] == pytest.approx(run.module.scores[f"rfid_untrained_full/{ours}"][1], rel=1e-4)
 
 
-def test_a_missing_file_stops_the_start_and_says_what_to_type(tmp_path):
+def test_missing_file_is_an_error_at_the_start_with_the_command(tmp_path):
     with pytest.raises(UserError) as caught:
         train(tmp_path, *rfid(inception_weights="pretrained", inception_path=f"{tmp_path}/no.pth"))
     for words in (
@@ -139,7 +139,7 @@ def test_a_missing_file_stops_the_start_and_says_what_to_type(tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_training_images_stand_in_only_where_nothing_is_held_out(tmp_path, caplog):
+def test_training_images_are_used_only_if_nothing_is_held_out(tmp_path, caplog):
     nothing_held_out = ["data.train_split=1.0", "trainer.max_epochs=1"]
     with pytest.raises(UserError, match="use_train_dataloader=true"):
         train(tmp_path / "refused", *rfid(use_train_dataloader=False), *nothing_held_out)
@@ -160,7 +160,7 @@ ARGUMENTS = {
     [("rfid_every_n_steps", -1), ("rfid_num_samples", 1), ("rfid_batch_size", 0), ("rfid_device", "tpu"), ("rfid_device", "gpu0"),
      ("save_samples_count", -2), ("quantization", "floor"), ("inception_weights", "random"), ("rfid_num_samples", 2.5)],
 )  # fmt: skip
-def test_values_that_make_no_sense(key, value):
+def test_invalid_values_are_rejected(key, value):
     with pytest.raises(UserError, match=rf"callbacks\.rfid\.{key}={value!r}: expected"):
         RFIDCallback(**(ARGUMENTS | {key: value}))
 
@@ -179,7 +179,7 @@ def test_run_id(folder, expected):
 
 @pytest.mark.slow
 def test_two_processes_give_the_score_of_one(tmp_path):
-    """Training stands still, so that all weights are the same: 7 images, so that the shares differ."""
+    """Learning rates near 0, so that all weights are the same; 7 images, so that the shares differ."""
     still = ["optimizer.lr=1e-12", "scheduler.base_lr=1e-12", "scheduler.final_lr=0", "disc_weight=0"]
     options = [*rfid(rfid_num_samples=7, rfid_save_samples=True), *(f"model.{key}" for key in still)]
     options += ["trainer.max_epochs=1", "trainer.limit_val_batches=0"]
@@ -193,4 +193,4 @@ def test_two_processes_give_the_score_of_one(tmp_path):
     assert a["images"] == 7 and b == pytest.approx(a, rel=1e-4)
     folders = (one / "samples", tmp_path / "samples")
     a, b = ({p.name: p.read_bytes() for p in folder.glob("*/epoch_001/*_original.png")} for folder in folders)
-    assert len(a) == 7 and a == b  # the same pictures, whoever made them
+    assert len(a) == 7 and a == b  # the same images from both

@@ -1,4 +1,4 @@
-"""One folder for all processes of a launch and one for each job of a sweep, never one that exists."""
+"""Run folders: one for all processes of a launch and one for each job of a sweep, never that of another run."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from tests.training import QUIET, SMALL, composed, python
 FAST = [*SMALL, *QUIET, "trainer.max_epochs=1", "trainer.limit_train_batches=1"]
 
 
-def test_runs_that_start_in_the_same_second_get_one_each(tmp_path, monkeypatch):
+def test_runs_that_start_in_the_same_second_get_different_folders(tmp_path, monkeypatch):
     fixed = type("Fixed", (), {"now": staticmethod(lambda: datetime(2026, 1, 2, 3, 4, 5))})
     monkeypatch.setattr(module, "datetime", fixed)
     base, found = tmp_path / "runs/2026-01-02", []
@@ -39,7 +39,7 @@ def test_runs_that_start_in_the_same_second_get_one_each(tmp_path, monkeypatch):
     assert all(folder.is_dir() for folder in found)
 
 
-def test_a_folder_that_was_asked_for_may_exist_and_hold_other_things(tmp_path):
+def test_requested_folder_may_exist_and_hold_other_files(tmp_path):
     mine = tmp_path / "above" / "mine"
     assert make_folder("unused", str(mine)) == mine
     (mine / "notes.txt").write_text("mine")
@@ -54,14 +54,14 @@ def test_a_folder_that_was_asked_for_may_exist_and_hold_other_things(tmp_path):
         ("inside", None, True, True),
         ("elsewhere", None, True, False),
         ("elsewhere", "7", True, False),
-        (None, "7", True, False),  # the batch script gives its checkpoint
+        (None, "7", True, False),  # the batch script passes its checkpoint
         (None, "7", False, True),
         ("elsewhere", "7", False, True),
         (None, "8", False, False),
         ("inside", "8", True, True),
     ],
 )
-def test_a_folder_that_holds_a_run_is_taken_again_in_two_cases(tmp_path, monkeypatch, checkpoint, job, saved, allowed):
+def test_run_folder_is_reused_only_by_its_resume_or_slurm_job(tmp_path, monkeypatch, checkpoint, job, saved, allowed):
     folder = tmp_path / "run"
     last = folder / "checkpoints/last.ckpt"
     last.parent.mkdir(parents=True)
@@ -82,7 +82,7 @@ def test_a_folder_that_holds_a_run_is_taken_again_in_two_cases(tmp_path, monkeyp
         make_folder("unused", str(folder), given)
 
 
-def test_a_running_run_locks_its_folder_until_its_process_ends(tmp_path):
+def test_running_run_locks_its_folder_until_its_process_ends(tmp_path):
     pytest.importorskip("fcntl")
     code = "import sys, time; from pathlib import Path; from src.core.folder_lock import take_lock\nheld = take_lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
     process = subprocess.Popen(
@@ -103,7 +103,7 @@ def test_a_running_run_locks_its_folder_until_its_process_ends(tmp_path):
     take_lock(tmp_path).close()
 
 
-def test_a_folder_that_cannot_be_locked_is_named_with_both_ways_out(tmp_path):
+def test_folder_that_can_not_be_locked_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"gone can't be written: No such file.*paths\.log_dir, --output"):
         take_lock(tmp_path / "gone")
 
@@ -114,8 +114,8 @@ def test_without_fcntl_nothing_is_locked(tmp_path, monkeypatch):
         assert owner_of(tmp_path) == ""
 
 
-def test_the_same_folder_twice_keeps_the_first_runs_checkpoints(tmp_path, caplog):
-    """The program's body: refused, resumed inside, and beside a run that still goes on."""
+def test_second_run_in_a_folder_keeps_the_checkpoints_of_the_first(tmp_path, caplog):
+    """A second run is rejected; a resume continues inside, or in another folder while the first run still trains."""
 
     def start(*overrides):
         run(composed([*FAST, "model.disc_weight=0", f"paths.log_dir={tmp_path}", *overrides]))
@@ -138,8 +138,8 @@ def test_the_same_folder_twice_keeps_the_first_runs_checkpoints(tmp_path, caplog
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_a_run_refused_before_its_first_update_leaves_no_folder(tmp_path, own):
-    """Neither its own, wherever that is, nor that of the day; a folder that was there before stays."""
+def test_run_rejected_before_its_first_update_leaves_no_folder(tmp_path, own):
+    """Neither its own, wherever that is, nor that of the day; a folder that existed before stays."""
     (tmp_path / "before").mkdir()
     words = [f"paths.log_dir={tmp_path}/logs", f"data.data_dir={tmp_path}/nothing"]
     for folder in ("mine", "before") if own else (None,):
@@ -151,7 +151,7 @@ def test_a_run_refused_before_its_first_update_leaves_no_folder(tmp_path, own):
 
 
 @pytest.mark.parametrize(("log_dir", "wanted"), [("file", None), ("logs", "file"), ("logs", "file/mine")])
-def test_a_place_that_cannot_be_written(tmp_path, log_dir, wanted):
+def test_unwritable_folder_is_an_error(tmp_path, log_dir, wanted):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"paths\.log_dir"):
         make_folder(str(tmp_path / log_dir), wanted and str(tmp_path / wanted))
@@ -174,7 +174,7 @@ def test_a_place_that_cannot_be_written(tmp_path, log_dir, wanted):
         ({"LOCAL_RANK": "1", "NODE_RANK": "2"}, Launch(2, 0, "child")),
     ],
 )
-def test_who_started_this_process(monkeypatch, environment, expected):
+def test_launcher_is_detected_from_the_environment(monkeypatch, environment, expected):
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "TORCHELASTIC_RUN_ID", "SLURM_PROCID", "SLURM_NTASKS")
     for name in names:
         monkeypatch.delenv(name, raising=False)
@@ -205,7 +205,7 @@ def test_processes_started_on_several_machines(monkeypatch, local, nodes, expect
     """By torchrun, or by Kubernetes, which may name neither LOCAL_RANK nor LOCAL_WORLD_SIZE."""
     monkeypatch.setattr(rank_zero_only, "rank", 0)  # the strategy sets it for the whole process
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.setenv(name, "")  # so that what is set meanwhile goes again
+        monkeypatch.setenv(name, "")  # so that monkeypatch removes it at the end
         monkeypatch.delenv(name)
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", **local}.items():
         monkeypatch.setenv(name, value)
@@ -219,7 +219,7 @@ def test_processes_started_on_several_machines(monkeypatch, local, nodes, expect
 
 
 @pytest.mark.parametrize("started_by_srun", [True, False])
-def test_slurm_tasks_without_their_number_on_a_machine(monkeypatch, started_by_srun):
+def test_slurm_tasks_without_ntasks_per_node_are_an_error(monkeypatch, started_by_srun):
     for name in ("SLURM_NTASKS_PER_NODE", "SLURM_JOB_NAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "4")
@@ -252,8 +252,8 @@ runpy.run_path("src/train.py", run_name="__main__")
 
 
 @pytest.mark.slow
-def test_three_processes_without_torchrun_meet_in_one_folder(tmp_path):
-    """As Kubernetes starts them, without LOCAL_RANK; nothing that rank 0 offers may be gone before the others have read it."""
+def test_three_processes_without_torchrun_share_one_folder(tmp_path):
+    """As Kubernetes starts them, without LOCAL_RANK; what rank 0 provides must stay until the others have read it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -298,7 +298,7 @@ exec(compile(open(program).read(), program, "exec"), {{"__name__": "__main__", "
 
 
 @pytest.mark.slow
-def test_a_sweep_of_two_processes_each_leaves_every_job_its_own(tmp_path):
+def test_jobs_of_a_sweep_with_two_processes_each_are_independent(tmp_path):
     """Nothing of one job is left in the process of the next: ranks, ports, arguments, thread counts."""
     script = tmp_path / "train.py"
     script.write_text(SWEEP.format(root=str(PROJECT_ROOT)))
@@ -314,7 +314,7 @@ def test_a_sweep_of_two_processes_each_leaves_every_job_its_own(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_bad_value_in_a_sweep_leaves_the_other_jobs_alone(tmp_path):
+def test_bad_value_in_a_sweep_leaves_the_other_jobs_alone(tmp_path):
     words = [
         *FAST,
         "model.disc_weight=0",
@@ -341,7 +341,7 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
 
 
-def test_a_sweep_of_which_all_jobs_failed_ends_in_its_table(tmp_path):
+def test_sweep_whose_jobs_all_fail_ends_in_its_table(tmp_path):
     words = [*FAST, f"paths.log_dir={tmp_path}", "data.data_dir=no/a,no/b", "model.optimizer.betas=[0.9,0.95]"]
     said = python("-c", SWEEPER, "src/train.py", "-m", *words, code=1)
     assert said.count("failed    No dataset at") == 2 and said.endswith("No trials are completed yet.\n")

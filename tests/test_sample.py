@@ -1,4 +1,4 @@
-"""`src/sample.py`: samples are functions of their index, a killed run goes on, and what is refused."""
+"""`src/sample.py`: samples are functions of their index, a killed run resumes, and invalid input is rejected."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def test_samples_are_balanced_and_functions_of_the_index(checkpoint, tmp_path, c
     assert not list(tmp_path.glob(".*")) and "UNTRAINED encoder" in capsys.readouterr().out
 
 
-def test_labels_by_number_by_chance_and_by_name():
+def test_labels_equal_random_null_or_listed():
     def labels(which, count, seed=0):
         return samples.labels_of(which, seed, count, SimpleNamespace(num_classes=3, null_label=3)).tolist()
 
@@ -62,7 +62,7 @@ def test_labels_by_number_by_chance_and_by_name():
 
 
 @pytest.mark.slow
-def test_a_killed_sampling_goes_on_and_two_processes_give_the_same(checkpoint, tmp_path):
+def test_killed_sampling_resumes_and_two_processes_give_the_same(checkpoint, tmp_path):
     reference = drawn(checkpoint, tmp_path / "whole.npz", "--num_images", 64)
     command = [sys.executable, "src/sample.py", "--checkpoint", str(checkpoint), "--device", "cpu", "--num_images", "64", "--batch_size", "4",
                "--output", str(tmp_path / "cut.npz")]  # fmt: skip
@@ -85,13 +85,13 @@ def test_a_killed_sampling_goes_on_and_two_processes_give_the_same(checkpoint, t
 
 
 @pytest.mark.parametrize("words", ["--output s", "--grid g.jpg", "--latents z.pt", "--guide_model ditdh_s"])
-def test_names_that_say_something_else_are_wrong_options(words, capsys):
+def test_invalid_file_names_and_options_exit_with_2(words, capsys):
     with pytest.raises(SystemExit) as error:
         sample(["--checkpoint", "x.ckpt", "--output", "s.npz", *words.split()])
     assert error.value.code == 2 and words.split()[0] in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_sweep_makes_files_for_each_point_and_goes_on(checkpoint, tmp_path, capsys):
+def test_sweep_writes_files_for_each_point_and_resumes(checkpoint, tmp_path, capsys):
     words = (
         f"--checkpoint {checkpoint} --device cpu --num_images 3 --output {tmp_path}/s.npz --latents {tmp_path}/z.npz"
     )
@@ -104,7 +104,7 @@ def test_a_sweep_makes_files_for_each_point_and_goes_on(checkpoint, tmp_path, ca
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     (tmp_path / "s_cfg2_0to1.npz").unlink()
     assert sample(words) == 1 and "z_cfg2_0to1.npz exists. Add --overwrite" in capsys.readouterr().err
-    for name in ("z_cfg2_0to1.npz", "g_cfg2_0to1.png"):  # as if it had been killed in this point
+    for name in ("z_cfg2_0to1.npz", "g_cfg2_0to1.png"):  # as if killed at this point
         (tmp_path / name).unlink()
     assert sample(words) == 0
     changed = [path.name for path in tmp_path.iterdir() if before[path.name] != path.stat().st_mtime_ns]
@@ -112,18 +112,16 @@ def test_a_sweep_makes_files_for_each_point_and_goes_on(checkpoint, tmp_path, ca
     assert sample([*words, "--seed", "1"]) == 1 and "exists. Add --overwrite" in capsys.readouterr().err
 
 
-def test_half_made_samples_go_on_only_where_they_are_whole_and_of_the_same_model(
-    checkpoint, tmp_path, monkeypatch, capsys
-):
+def test_partial_samples_are_used_only_if_intact_and_of_the_same_model(checkpoint, tmp_path, monkeypatch, capsys):
     file, parts = tmp_path / "s.npz", tmp_path / ".s.npz.parts"
     reference = drawn(checkpoint, tmp_path / "reference.npz")
     with monkeypatch.context() as patch:
         patch.setattr(samples.Blocks, "remove", lambda work: work._lock.close())
         drawn(checkpoint, file)
-    kept = shutil.copytree(parts, tmp_path / "kept")  # as if it had been killed while it cleared up
+    kept = shutil.copytree(parts, tmp_path / "kept")  # as if killed while cleaning up
     assert np.array_equal(drawn(checkpoint, file)["arr_0"], reference["arr_0"]) and not parts.exists()
     words = f"--checkpoint {checkpoint} --device cpu --num_images 10 --batch_size 4 --output {file}".split()
-    assert sample(words) == 1 and "s.npz exists. Add --overwrite" in capsys.readouterr().err  # whatever made it
+    assert sample(words) == 1 and "s.npz exists. Add --overwrite" in capsys.readouterr().err  # whoever wrote it
     kept.rename(parts)
     damages = {
         "images": lambda: os.truncate(parts / "images", 100),
@@ -147,7 +145,7 @@ def test_half_made_samples_go_on_only_where_they_are_whole_and_of_the_same_model
     assert "other settings (statistics: '0000000000000000' there" in capsys.readouterr().err
 
 
-def test_checkpoints_that_lack_a_part(checkpoint, tmp_path):
+def test_checkpoints_that_lack_a_part_are_rejected(checkpoint, tmp_path):
     content = read(checkpoint)
     damaged = {
         part: {**content, part: None} for part in ("global_step", "encoder", "statistics", "architecture", "state_dict")
@@ -161,7 +159,7 @@ def test_checkpoints_that_lack_a_part(checkpoint, tmp_path):
 
 
 def test_processes_that_read_different_states_of_a_checkpoint_stop(checkpoint, stage1_run, monkeypatch):
-    """A training that goes on replaces last.ckpt between the reading of two processes."""
+    """A run that still trains may replace last.ckpt between the reads of two processes."""
     monkeypatch.setattr("src.core.distributed.gather", lambda step: [step, step + 3])
     autoencoder = last(stage1_run[0])
     for read_by, file in (
@@ -171,7 +169,7 @@ def test_processes_that_read_different_states_of_a_checkpoint_stop(checkpoint, s
             read_by(file)
 
 
-def test_an_autoencoder_or_a_guide_of_other_latents_is_refused(checkpoint, stage2_run, tmp_path):
+def test_autoencoder_or_guide_of_other_latents_is_rejected(checkpoint, stage2_run, tmp_path):
     digest = stage2_run[1].module.autoencoder_identity["statistics"]["digest"]
     for image_size, message in ((64, f"statistics: {digest} there"), (128, "works at 128 px")):
         other = tiny_rae(tmp_path, image_size=image_size, statistics=True)
@@ -182,7 +180,7 @@ def test_an_autoencoder_or_a_guide_of_other_latents_is_refused(checkpoint, stage
 
 
 def changed(checkpoint, file, rows, digest=None, **model):
-    """A checkpoint of a model whose label table has so many rows."""
+    """Write a checkpoint of a model whose label table has `rows` rows."""
     content = read(checkpoint)
     content["config"]["model"] |= model
     content["statistics"] = {"digest": digest} if digest else content["statistics"]
@@ -191,7 +189,7 @@ def changed(checkpoint, file, rows, digest=None, **model):
     return file
 
 
-def test_what_a_model_and_its_guide_must_have(checkpoint, tmp_path, capsys):
+def test_requirements_on_a_model_and_its_guide(checkpoint, tmp_path, capsys):
     plain = changed(checkpoint, tmp_path / "plain.ckpt", 3, label_dropout=0)
     fewer = changed(checkpoint, tmp_path / "fewer.ckpt", 3, num_classes=2)
     other = changed(checkpoint, tmp_path / "other.ckpt", 4, "0" * 16)
@@ -212,7 +210,7 @@ def test_what_a_model_and_its_guide_must_have(checkpoint, tmp_path, capsys):
         assert sample(f"--checkpoint {file} --device cpu --num_images 2 --output {output} {words}".split()) == 1
         assert message in " ".join(capsys.readouterr().err.split()), words
     assert drawn(checkpoint, output, "--guide", plain, "--auto", 1.5)["arr_0"].any()
-    assert drawn(moved, output, "--overwrite")["arr_0"].any()  # the autoencoder has the same
+    assert drawn(moved, output, "--overwrite")["arr_0"].any()  # the autoencoder has the same statistics
 
 
 @pytest.mark.parametrize(
@@ -224,7 +222,7 @@ def test_what_a_model_and_its_guide_must_have(checkpoint, tmp_path, capsys):
      (["--latents", "{}/z.npz"], "z.npz exists. Add --overwrite"), (["--latents", "{}/s.npz"], "s.npz would be written twice"),
      (["--overwrite", "--grid", "{}/g.png"], "g.png is a folder")],
 )  # fmt: skip
-def test_sampling_mistakes(checkpoint, tmp_path, capsys, words, message):
+def test_invalid_options_are_rejected(checkpoint, tmp_path, capsys, words, message):
     (tmp_path / "z.npz").touch()
     (tmp_path / "g.png").mkdir()
     command = f"--checkpoint {checkpoint} --device cpu --num_images 2 --output {tmp_path}/s.npz"
@@ -232,7 +230,7 @@ def test_sampling_mistakes(checkpoint, tmp_path, capsys, words, message):
     assert message in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "s.npz").exists()
 
 
-def test_the_dummy_finishes_a_stage_that_was_stopped_and_replaces_no_run(tmp_path, monkeypatch):
+def test_dummy_script_finishes_a_stopped_stage_and_replaces_no_run(tmp_path, monkeypatch):
     calls, tmp_path = [], tmp_path / "it's"
     monkeypatch.setattr(dummy_stage2, "_program", lambda *words: calls.append([str(word) for word in words]))
     monkeypatch.setattr(dummy_stage2, "_judge", lambda *files: (1.0, 1.0, 1.0))
@@ -245,7 +243,7 @@ def test_the_dummy_finishes_a_stage_that_was_stopped_and_replaces_no_run(tmp_pat
         (tmp_path / "stats.pt").touch()
         calls.clear()
         assert dummy_stage2.main(["--folder", str(tmp_path)]) == 0
-        assert "model.flip_probability=0" in calls[-2]  # stored latents can't be mirrored, of which training would warn
+        assert "model.flip_probability=0" in calls[-2]  # stored latents can't be mirrored: training would warn
         names = [words[0] for words in calls]
         assert names == ["train.py", "reconstruct.py", "latent_stats.py"] * (status != "finished") + [
             "train.py",
@@ -269,7 +267,7 @@ except KeyboardInterrupt:
 """
 
 
-def test_ctrl_c_leaves_a_stage_of_the_dummy_the_time_to_save(tmp_path):
+def test_ctrl_c_leaves_a_stage_of_the_dummy_script_time_to_save(tmp_path):
     (tmp_path / "src").mkdir()
     (tmp_path / "src/stage.py").write_text(STAGE)
     start = "import pathlib; from scripts import dummy_stage2 as d; d.PROJECT_ROOT = pathlib.Path(%r); d._program('stage.py')"

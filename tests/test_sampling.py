@@ -1,4 +1,4 @@
-"""Solvers on equations with known solutions, and guidance on models that count what they are asked for."""
+"""Solvers on equations with known solutions, and guidance on models that record their calls."""
 
 import builtins
 import math
@@ -29,7 +29,7 @@ def noise(dtype=torch.float64, batch=2):
 
 
 class Model(torch.nn.Module):
-    """Output a + y/10 + t on all channels, a base output twice as large where wanted; keeps the labels of each call."""
+    """Output a + y/10 + t on all channels, optionally a base output twice as large; record the labels of each call."""
 
     def __init__(self, a=1.0, base=False):
         super().__init__()
@@ -151,14 +151,14 @@ def test_internal_guidance_is_one_forward():
 @pytest.mark.parametrize(("change", "message"), [
     ({"cfg": 0.5}, "sampler.cfg=0.5: expected at least 1"), ({"t_min": 0.8, "t_max": 0.2}, "t_min=0.8 exceeds t_max=0.2"),
 ])  # fmt: skip
-def test_guidance_that_cannot_be(change, message):
+def test_invalid_guidance_is_rejected(change, message):
     scales = {"cfg": 1.0, "internal": 1.0, "auto": 1.0}
     values = {"num_steps": 5, "grid": "rae", "method": "euler", **scales, "t_min": 0.0, "t_max": 1.0}
     with pytest.raises(UserError, match=message):
         SamplerSettings.parse(values | change, "sampler")
 
 
-def test_a_sampler_nests_the_guidance_of_its_settings():
+def test_sampler_nests_the_guidance_of_its_settings():
     flow, interval = (
         {"time": "uniform", "time_mu": 0.0, "time_sigma": 1.0, "shift": 2.0, "base_weight": 1.0},
         (0.1, 0.9),
@@ -178,7 +178,7 @@ def test_a_sampler_nests_the_guidance_of_its_settings():
     assert torch.equal(found.integrate(x, y, found.grid), expected)
 
 
-def test_a_guided_sample_of_half_precision_outputs_is_guided_in_float32():
+def test_half_precision_outputs_are_guided_in_float32():
     class Half(Model):
         def forward(self, x, t, y):
             return super().forward(x, t, y).bfloat16()

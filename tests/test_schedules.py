@@ -28,6 +28,6 @@ def test_learning_rates_with_ten_steps_an_epoch(changes, step, expected):
     ({"final_lr": 3e-4}, "s: final_lr=0.0003 exceeds the learning rate 0.0002"), ({"warmup_epochs": 12}, r"the warm-up \(12 epochs\) ends after"),
     ({"decay_end_epoch": math.inf}, "a finite number"),
 ])  # fmt: skip
-def test_contradictions(changes, said):
+def test_contradictions_are_rejected(changes, said):
     with pytest.raises(UserError, match=said):
         Schedule.parse(BASE | changes, "s")

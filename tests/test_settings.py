@@ -1,4 +1,4 @@
-"""The node `model:`: every problem at once in the words of the command line, and keys that earlier versions had."""
+"""The config `model`: all problems at once, named by their command-line keys, and keys that have been removed."""
 
 import math
 
@@ -60,7 +60,7 @@ def test_every_problem_is_named_at_once(node):
         assert sum(line.startswith(f"  {words}") for line in lines) == 1, f"{words}\n{caught.value}"
 
 
-def test_keys_are_asked_before_sizes_and_sizes_before_weights(node):
+def test_keys_are_checked_before_sizes_and_sizes_before_weights(node):
     with pytest.raises(UserError, match=r"^unknown key model.foo"):
         RAEModule.check_arguments(node | {"foo": 1, "image_size": 100})
     with pytest.raises(UserError, match="image_size=100 is not a multiple"):
@@ -73,7 +73,7 @@ REMOVED = {
 }
 
 
-def test_a_checkpoint_with_removed_keys_resumes_in_silence_and_to_the_bit(stage1_run, tmp_path, caplog):
+def test_checkpoint_with_removed_keys_resumes_bit_equal_without_a_warning(stage1_run, tmp_path, caplog):
     folder, _ = stage1_run
     old = read(folder / "checkpoints" / "epoch_001.ckpt")
     model = old["config"]["model"]
@@ -86,7 +86,7 @@ def test_a_checkpoint_with_removed_keys_resumes_in_silence_and_to_the_bit(stage1
     assert_equal_ends(folder, tmp_path / "resumed")
 
 
-def test_a_configuration_with_removed_keys_is_read(node):
+def test_config_with_removed_keys_is_read(node):
     arch = node["disc_arch"]["arch"]
     old = {**REMOVED, "disc_arch": {**node["disc_arch"], "arch": {**arch, **REMOVED["disc_arch"]["arch"]}}}
     assert parse(node, **old) == parse(node)

@@ -1,4 +1,4 @@
-"""Training of stage 2: losses, draws, resume, what is logged, and what is refused."""
+"""Training of stage 2: losses, random draws, resume, logging and errors."""
 
 import copy
 import itertools
@@ -38,7 +38,7 @@ def untrained(run):
     return DiffusionModule(**{k: v for k, v in run.config["model"].items() if k != "_target_"})
 
 
-def test_the_first_loss_is_that_of_the_output_zero(stage2_run):
+def test_first_loss_is_that_of_a_zero_output(stage2_run):
     module = untrained(stage2_run[1])
     latents, labels = torch.randn(64, *module.rae.latent_shape), torch.arange(64) % 3
     draws = FlowDraws.at(
@@ -49,8 +49,8 @@ def test_the_first_loss_is_that_of_the_output_zero(stage2_run):
     assert not any(p.requires_grad for p in module.rae.parameters())
 
 
-def test_training_starts_from_a_transformer(stage2_run, tmp_path, caplog):
-    """Of a checkpoint or an official file, with all labels or others; its average is the start of both networks."""
+def test_training_starts_from_a_pretrained_transformer(stage2_run, tmp_path, caplog):
+    """From a checkpoint or an official file, with the same or other labels; both networks start from its EMA weights."""
     folder, run = stage2_run
     state, official = run.module.ema_network.state_dict(), tmp_path / "checkpoint.pt"
     torch.save({"ema": {f"module.{name}": value for name, value in state.items()}, "model": {}}, official)
@@ -81,7 +81,7 @@ def test_draws_are_functions_of_the_position():
         assert torch.equal(columns, streams.uniforms(5, purposes[1], 1, positions, 3))
 
 
-def test_validation_is_of_the_averaged_weights_and_the_images_as_they_are(stage2_run):
+def test_validation_uses_ema_weights_and_unchanged_images(stage2_run):
     module, batch = stage2_run[1].module, next(iter(stage2_run[1].datamodule.val_dataloader()))
     draws = FlowDraws.at(module.settings.seed, batch, module.rae.latent_shape, torch.device("cpu"), training=False)
     losses = module.step.losses(module.ema_network, module.rae.encode(batch["image"]), batch["label"], draws)["loss"]
@@ -111,9 +111,7 @@ def test_labels_are_dropped_and_images_mirrored_by_the_draws(stage2_run):
     ("stop", "words", "then"),
     [(2, [], []), (3, [], ["model.network.activation_checkpointing=true"]), (4, ["model.optimizer.name=muon"], [])],
 )
-def test_a_resumed_run_is_the_run_that_was_not_interrupted(
-    stage2_run, autoencoder, tmp_path, caplog, stop, words, then
-):
+def test_resume_gives_the_same_run(stage2_run, autoencoder, tmp_path, caplog, stop, words, then):
     if words:
         train_stage2(tmp_path / "whole", autoencoder, *words)
     train_stage2(tmp_path / "first", autoencoder, *words, f"trainer.max_steps={stop}")
@@ -122,7 +120,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(
     assert_equal_ends(tmp_path / "whole" if words else stage2_run[0], tmp_path / "second")
 
 
-def test_a_resume_from_a_file_that_lacks_a_part_is_refused(stage2_run, tmp_path):
+def test_resume_from_an_incomplete_checkpoint_is_rejected(stage2_run, tmp_path):
     content, load = read(last(stage2_run[0])), DiffusionModule.load_from_checkpoint
     for name, change in {
         "skipped_steps": {}, "optimizer_states": {"optimizer_states": []}, "lr_schedulers": {}, "pytorch-lightning_version": {},
@@ -140,7 +138,7 @@ def test_a_resume_from_a_file_that_lacks_a_part_is_refused(stage2_run, tmp_path)
         load(last(stage2_run[0]), num_classes=5)
 
 
-def test_a_longer_run_is_another_one_where_its_schedule_is(stage2_run, caplog):
+def test_longer_run_warns_only_if_its_schedule_changes(stage2_run, caplog):
     config = copy.deepcopy(stage2_run[1].config)
     config["trainer"]["max_epochs"] += 1
     announce_resume(last(stage2_run[0]), config, 1)
@@ -150,12 +148,12 @@ def test_a_longer_run_is_another_one_where_its_schedule_is(stage2_run, caplog):
     assert "model.scheduler.decay_end_epoch was 2 and is now 3: this is no longer the run before" in caplog.text
 
 
-def test_the_moments_of_another_optimiser_are_refused(stage2_run, autoencoder, tmp_path):
+def test_moments_of_another_optimizer_are_rejected(stage2_run, autoencoder, tmp_path):
     with pytest.raises(UserError, match=r"was adamw and is now muon.*Resume with model.optimizer.name=adamw"):
         train_stage2(tmp_path, autoencoder, "model.optimizer.name=muon", checkpoint=last(stage2_run[0]))
 
 
-def test_micro_batches_make_the_gradient_of_the_whole_batch(stage2_run, autoencoder, tmp_path):
+def test_micro_batches_give_the_gradient_of_the_whole_batch(stage2_run, autoencoder, tmp_path):
     _, run = stage2_run
     halves = ["data.batch_size=4", "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=6"]
     other = train_stage2(tmp_path, autoencoder, *halves)
@@ -186,7 +184,7 @@ def test_what_is_logged(autoencoder, tmp_path, caplog, monkeypatch):
             quarters.append((draws.time * 4).long())
     for at in (2, 4):
         found = {name: value for (number, name), value in values.items() if number == at and "train/loss" in name}
-        both, quarter = torch.cat(losses[at - 2 : at]), torch.cat(quarters[at - 2 : at])  # since the entry before
+        both, quarter = torch.cat(losses[at - 2 : at]), torch.cat(quarters[at - 2 : at])  # since the previous entry
         means = {f"train/loss_q{n + 1}": both[quarter == n].mean().item() for n in quarter.unique().tolist()}
         assert found == pytest.approx(means | {"train/loss": losses[at - 1].mean().item()}, rel=1e-4)
     assert caplog.text.count("the loss is still 100 % of that of an untrained network: this run is not learning") == 1
@@ -200,13 +198,11 @@ def test_what_is_logged(autoencoder, tmp_path, caplog, monkeypatch):
     run = train_stage2(tmp_path / "b", autoencoder, *quick, "trainer.max_epochs=4")
     assert "is not learning" not in caplog.text
     table, before = (module.network.label_table for module in (run.module, untrained(run)))
-    assert [torch.equal(*rows) for rows in zip(table, before, strict=True)] == [True] * 3 + [
-        False
-    ]  # the null label's alone
+    assert [torch.equal(*rows) for rows in zip(table, before, strict=True)] == [True] * 3 + [False]  # null label only
     assert before.detach().std() == pytest.approx(1, rel=0.2)
 
 
-def test_lightning_says_nothing_of_the_hooks_that_are_meant(autoencoder, tmp_path):
+def test_lightning_does_not_warn_about_overridden_hooks(autoencoder, tmp_path):
     words = [f"model.autoencoder={autoencoder}", f"paths.run_dir={tmp_path / 'run'}", "trainer.max_steps=1"]
     start(composed([*SMALL_STAGE2, *words]))
     warnings = json.loads((tmp_path / "run/run.json").read_text())["warnings"]
@@ -228,7 +224,7 @@ def test_muon_and_adamw_are_those_of_torch_at_the_rate_of_the_first_group():
 
 
 @pytest.mark.parametrize("kind", [partial(MuonWithAdamW, betas=(0.9, 0.95), weight_decay=0.1), torch.optim.Adafactor])
-def test_optimizers_that_are_not_fused_leave_all_as_it_is_where_a_number_is_not_finite(kind):
+def test_optimizers_that_are_not_fused_change_nothing_at_non_finite_numbers(kind):
     layer, counter = torch.nn.Linear(4, 3), NonFiniteCounter(1)
     optimizer = kind(layer.parameters(), lr=1e-2)
     before = None
@@ -259,7 +255,7 @@ def test_every_experiment_has_the_published_size(name, shape, millions, gflop):
     assert forward_flops(network) / 1e9 == pytest.approx(gflop, rel=0.01)
 
 
-def test_an_image_of_no_class_counts_as_one_of_the_null_label(stage2_run):
+def test_image_without_a_class_gets_the_null_label(stage2_run):
     _, run = stage2_run
     module = untrained(run)
     module._trainer = run.trainer
@@ -278,7 +274,7 @@ def test_an_image_of_no_class_counts_as_one_of_the_null_label(stage2_run):
         module.on_before_batch_transfer(batch | {"label": torch.full_like(batch["label"], -1)}, 0)
 
 
-def test_the_validation_loss_does_not_depend_on_the_number_of_processes(stage2_run):
+def test_validation_loss_does_not_depend_on_the_number_of_processes(stage2_run):
     _, run = stage2_run
     module, totals = untrained(run), []
     stir(module.ema_network)
@@ -292,11 +288,11 @@ def test_the_validation_loss_does_not_depend_on_the_number_of_processes(stage2_r
     assert torch.allclose(*totals, rtol=1e-5), totals
 
 
-# -- what is refused
+# -- errors
 
 
 def made(name, autoencoder, folder):
-    """The file or folder that a name in capitals stands for."""
+    """Return the file or folder that a name in capitals stands for; write it first."""
     if name == "UNLABELLED":
         return photos(folder / "photos", 40) / "cats"
     if name == "UNLABELLED_VAL":  # train/{cats,dogs}, val/*.png
@@ -342,7 +338,7 @@ def made(name, autoencoder, folder):
         (["model.autoencoder=PLAIN"], r"no latent statistics.*latent_stats.py.*sample.py .* export both"),
     ],
 )
-def test_mistakes_are_one_message(autoencoder, tmp_path, overrides, message):
+def test_invalid_settings_end_in_one_message(autoencoder, tmp_path, overrides, message):
     overrides = [word.split("=")[0] + f"={made(*word.split('=')[1:], autoencoder, tmp_path)}" for word in overrides]
     with pytest.raises(UserError, match=message):
         train_stage2(tmp_path, autoencoder, *overrides)
@@ -368,7 +364,7 @@ def test_released_files_with_the_name_of_a_preset(tmp_path, monkeypatch):
     [({"decoder": None}, "model.autoencoder is not set"), ({"encoder": "dinov2-bb"}, "encoder is dinov2-bb: give the name of a preset"),
      ({"decoder": "EXPORT"}, "already sets its encoder: set model.autoencoder="), ({"sttistics": "s"}, "did you mean")],
 )  # fmt: skip
-def test_mappings_that_can_not_be_opened(autoencoder, tmp_path, words, message):
+def test_invalid_autoencoder_mappings_are_rejected(autoencoder, tmp_path, words, message):
     torch.save({}, tmp_path / "model.pt")
     words = {name: str(autoencoder) if value == "EXPORT" else value for name, value in words.items()}
     with pytest.raises(UserError, match=message):

@@ -1,8 +1,8 @@
-"""Stage 2 against figures that the official code computed at toy sizes: bytetriper/RAE @a4d18c4 and nanovisionx/RAEv2
+"""Stage 2 against values that the official code computed at toy sizes: bytetriper/RAE @a4d18c4 and nanovisionx/RAEv2
 @8a0d238, float32 on a CPU, every weight and input a function of its name and index.
 
-Figures of a latent: its mean square, then its numbers 37 and 200. Of the gradients: the norm of all, the sum of the norms
-of each parameter.
+Values of a latent: its mean square, then its elements 37 and 200. Of the gradients: the norm of all, then the sum of the
+parameters' norms.
 """
 
 import zlib
@@ -37,7 +37,7 @@ INSIDE = 0.2, 0.8
 
 
 def named_values(name, shape):
-    """Numbers in [-1, 1) from the name and the index (splitmix64)."""
+    """Return numbers in [-1, 1) that depend on the name and the index (splitmix64)."""
     index = np.arange(int(np.prod(shape)), dtype=np.uint64)
     z = index + (np.uint64(zlib.crc32(name.encode())) << np.uint64(32))
     with np.errstate(over="ignore"):
@@ -95,18 +95,18 @@ OFFICIAL = {
 }  # fmt: skip
 
 
-def figures(latent):
+def latent_values(latent):
     return [latent.square().mean().item(), *latent.flatten()[[37, 200]].tolist()]
 
 
-def figures_of(name):
+def values_of(name):
     model = MODELS[name]()
     x, noise = (1.7 * named_values(key, (3, 5, 4, 4)).float() for key in ("x", "noise"))
     t, labels = torch.tensor([0.2, 0.6, 0.9]), torch.tensor([0, 2, 1])
     prediction, t_eps, kind = ("x", 0.05, "raev2") if name == "raev2" else ("velocity", 0.0, "rae")
     with torch.no_grad():
         outputs = model(x, t, torch.tensor([0, 2, NULL]))
-    result = dict(zip(("forward", "base"), map(figures, outputs if name == "raev2" else [outputs]), strict=False))
+    result = dict(zip(("forward", "base"), map(latent_values, outputs if name == "raev2" else [outputs]), strict=False))
 
     outputs = model(interpolate(x, noise, t), t, torch.tensor([0, 2, NULL]))
     loss = flow_matching_loss(outputs, x, noise, t, prediction, t_eps)["loss"]
@@ -115,7 +115,7 @@ def figures_of(name):
     result |= {"loss": loss.tolist(), "gradients": [norms.norm().item(), norms.sum().item()]}
 
     def sample(field, method="euler"):
-        return figures(solve(for_labels(field, labels), noise, sampling_grid(8, SHIFT, kind), method))
+        return latent_values(solve(for_labels(field, labels), noise, sampling_grid(8, SHIFT, kind), method))
 
     plain = conditional(model, prediction)
     result["euler"] = sample(plain)
@@ -134,8 +134,8 @@ def figures_of(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_figures_of_the_official_code(name):
-    ours = figures_of(name)
+def test_values_match_the_official_code(name):
+    ours = values_of(name)
     assert ours.keys() == OFFICIAL[name].keys()
     for key, official in OFFICIAL[name].items():
         assert ours[key] == pytest.approx(official, rel=TOLERANCE, abs=TOLERANCE * max(map(abs, official))), key
@@ -158,7 +158,7 @@ def test_raev2_rounds_the_width_of_its_mlp_once():
 # -- official files
 
 
-def test_official_files_load_strictly_and_a_checkpoint_without_average_is_refused(stage2_run, tmp_path):
+def test_official_files_load_strictly_and_a_checkpoint_without_ema_is_rejected(stage2_run, tmp_path):
     folder, run = stage2_run
     state = {name: value.clone() for name, value in run.module.ema_network.state_dict().items()}
     assert same(averaged_weights({"ema": {f"module.{k}": v for k, v in state.items()}, "model": {}}, "f"), state)
@@ -174,7 +174,7 @@ def test_official_files_load_strictly_and_a_checkpoint_without_average_is_refuse
 
 
 @pytest.mark.parametrize("kind", ["DiTDH", "RAEv2DiT"])
-def test_an_export_is_the_official_file_and_comes_back_bit_equal(stage2_run, autoencoder, tmp_path, kind, capsys):
+def test_export_is_the_official_file_and_loads_bit_equal(stage2_run, autoencoder, tmp_path, kind, capsys):
     folder, _ = stage2_run
     if kind == "RAEv2DiT":
         folder, flow = tmp_path / "run", ["model.flow.prediction=x", "model.flow.t_eps=0.05", "trainer.max_steps=1"]

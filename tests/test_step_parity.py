@@ -1,7 +1,7 @@
-"""The step of `src/training/stage1_step.py` against the published one, written plainly, from equal states and draws.
+"""The step of `src/training/stage1_step.py` matches the published one, written plainly, from equal states and draws.
 
-Both sides differ by rounding (2e-7 in attention), and by more where a loss has a kink: |x| at 0, ReLU. One pixel or unit of
-100,000 on the other side of it moves gradients by a per cent, and which one depends on the CPU. So the losses are made smooth here.
+The two differ by rounding (2e-7 in attention), and by more where a loss has a kink: |x| at 0, ReLU. One pixel or unit in
+100,000 on the other side of a kink moves gradients by 1 %, and which one depends on the CPU. So the losses are smooth here.
 """
 
 import weakref
@@ -22,7 +22,7 @@ from src.training.stage1_step import LatentNoise, Phase, TrainingStep
 from tests.conftest import make_rae
 
 TERMS, GRADIENTS = 1e-5, 1e-4
-"""Of the largest entry. Seen over seeds and versions: 4e-7, and 3e-6 in the decoder and 1.4e-5 in the heads."""
+"""Relative to the largest entry. Measured over seeds and versions: 4e-7; 3e-6 in the decoder and 1.4e-5 in the heads."""
 BATCH = 3
 FULL = Phase(lpips=True, gan=True, disc=True)
 
@@ -33,9 +33,9 @@ def _no_kink_in_the_heads(monkeypatch):
 
 
 def make_pair(train_positions=False, statistics=False, augment_prob=1.0, **settings):
-    """(plain, ours) from one state, and the draws of a step."""
+    """Return (plain, ours) with equal states, and the draws of a step."""
     rae = make_rae(train_positions=train_positions)
-    # At its initial 0 the cls token meets LayerNorms of eps 1e-12, which blow rounding up by 1e6. One step later it is over.
+    # At its initial 0 the cls token meets LayerNorms of eps 1e-12, which amplify rounding by 1e6. One step later that is over.
     torch.nn.init.normal_(rae.decoder.trainable_cls_token, generator=torch.Generator().manual_seed(5))
     rng = torch.Generator().manual_seed(3)
     if statistics:
@@ -54,7 +54,7 @@ def make_pair(train_positions=False, statistics=False, augment_prob=1.0, **setti
     def uniform(*shape):
         return torch.rand(*shape, generator=rng)
 
-    # -1 or 2: no output comes near, see above
+    # -1 or 2: no output is near them, so |x| has no kink
     images = torch.randint(0, 2, (BATCH, 3, 64, 64), generator=rng) * 3.0 - 1
     noise = LatentNoise(uniform(BATCH, 1, 1, 1), torch.randn(BATCH, *rae.latent_shape, generator=rng))
     sizes = (UNIFORMS_PER_BATCH,), (BATCH, UNIFORMS_PER_SAMPLE)
@@ -63,14 +63,14 @@ def make_pair(train_positions=False, statistics=False, augment_prob=1.0, **setti
 
 
 def run_generator(plain, ours, draws, phase):
-    """(plain terms, our result), and gradients in both decoders."""
+    """Return (plain terms, our result); both decoders have gradients afterwards."""
     expected = plain.generator(draws.images, draws.noise, draws.augment["generator"], phase)
     return expected, ours.generator(draws.images, draws.noise, draws.augment["generator"], phase)
 
 
 def run_discriminator(plain, ours, draws, result):
-    """(plain terms, our terms), and gradients in both heads. Both judge the same fakes: they lie on the 8-bit grid, and
-    where attention rounds otherwise, one of 36,864 pixels falls on the next step of it and moves D's gradient by 2e-4."""
+    """Return (plain terms, our terms); both heads have gradients afterwards. Both see the same fakes: on the 8-bit grid,
+    different rounding in attention moves one of 36,864 pixels to the next level, and D's gradient by 2e-4."""
     real, fake = unit_to_bytes(draws.images), ours.fake(result.fake_source)
     expected = plain.discriminate(
         bytes_to_unit(real), bytes_to_signed(fake.pixels), draws.augment["fake"], draws.augment["real"]
@@ -84,7 +84,7 @@ def assert_close(mine, theirs, name):
 
 
 def assert_gradients_equal(ours, plain):
-    """By each one's largest entry. Biases that softmax or a norm ignores have only rounding: by the largest of all."""
+    """Compare relative to each gradient's largest entry; biases that softmax or a norm cancels, to the largest of all."""
     pairs = [(n, p.grad, q.grad) for (n, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True)]
     largest = {name: theirs.abs().max() for name, _, theirs in pairs if theirs is not None}
     of_all = max(largest.values())
@@ -98,7 +98,7 @@ def assert_gradients_equal(ours, plain):
 
 
 @pytest.mark.parametrize("term", ["perceptual_weight", "disc_weight"])
-def test_a_weight_that_is_one_per_cent_off_is_seen(term):
+def test_loss_weight_that_is_one_per_cent_off_is_detected(term):
     plain, ours, draws = make_pair()
     plain = replace(plain, **{term: 1.01 * getattr(plain, term)})
     run_generator(plain, ours, draws, FULL)
@@ -132,7 +132,7 @@ def test_generator_terms_and_every_decoder_gradient(phase, options):
     assert all(p.grad is None for p in ours.discriminator.parameters())
 
 
-def test_shares_of_micro_batches_add_up_whatever_scales_gradients_on_their_way():
+def test_shares_of_micro_batches_add_up_at_any_loss_scale():
     plain, ours, draws = make_pair()
     expected = plain.generator(draws.images, draws.noise, draws.augment["generator"], FULL)
     for scale in (1.0, 1024.0):
@@ -142,7 +142,7 @@ def test_shares_of_micro_batches_add_up_whatever_scales_gradients_on_their_way()
     assert_gradients_equal(ours.rae.decoder, plain.rae.decoder)
 
 
-def test_an_odd_last_part_is_no_reason_to_compile_anew():
+def test_smaller_last_chunk_causes_no_recompilation():
     _, ours, draws = make_pair(loss_chunk_size=2)
     sizes = set()
 
@@ -178,10 +178,10 @@ def test_fakes_are_new_noiseless_reconstructions_on_the_8_bit_grid():
     fake = ours.fake(result.fake_source)
     assert fake.flaw == 0
     steps = ((bytes_to_signed(fake.pixels) - plain.fake(draws.images)) * 127.5).abs()
-    assert steps.max() < 1.01 and steps.mean() < 1e-3  # rounding puts a few pixels on the next step of the grid
+    assert steps.max() < 1.01 and steps.mean() < 1e-3  # rounding moves a few pixels to the next level
 
 
-def test_reuse_judges_the_generators_own_images():
+def test_reuse_takes_the_generators_own_images():
     plain, ours, draws = make_pair(disc_fake="reuse")
     _, result = run_generator(plain, ours, draws, FULL)
     with torch.no_grad():
@@ -192,8 +192,8 @@ def test_reuse_judges_the_generators_own_images():
 
 
 @pytest.mark.parametrize("disc_fake", ["fresh", "reuse"])
-def test_a_fake_that_is_not_finite_spoils_the_discriminators_loss_and_gradient(disc_fake):
-    """Bytes can't hold a NaN, so it goes beside them: the update is skipped, whoever scales gradients."""
+def test_non_finite_fake_spoils_the_discriminators_loss_and_gradient(disc_fake):
+    """Bytes can't hold a NaN, so it is passed beside them: the update is skipped, whoever scales gradients."""
     _, ours, draws = make_pair(disc_fake=disc_fake)
     if disc_fake == "reuse":
         ours.rae.decoder.decoder_pred.bias.data[0] = torch.inf
@@ -206,7 +206,7 @@ def test_a_fake_that_is_not_finite_spoils_the_discriminators_loss_and_gradient(d
     assert all(not p.grad.isfinite().any() for p in ours.discriminator.heads.parameters())
 
 
-def test_latents_are_gone_once_their_fake_is_made_and_it_is_made_once():
+def test_latents_are_freed_once_decoded_and_each_fake_is_decoded_once():
     _, ours, draws = make_pair(disc_updates=2)
     results = [ours.generator(draws.images, draws.noise, draws.augment["generator"], FULL) for _ in range(2)]
     sources, real = [result.fake_source for result in results], [unit_to_bytes(draws.images)] * 2
@@ -221,8 +221,8 @@ def test_latents_are_gone_once_their_fake_is_made_and_it_is_made_once():
     assert all(ref() is None for ref in latents) and all(source.pixels.dtype == torch.uint8 for source in sources)
 
 
-def test_the_gan_term_lies_beside_nothing_that_was_for_others():
-    """It is the peak of a step."""
+def test_inputs_of_other_terms_are_freed_before_the_gan_term():
+    """The GAN term is the memory peak of a step."""
     _, ours, draws = make_pair()
     given = [draws.images.clone(), draws.noise._replace(normal=draws.noise.normal.clone())]
     seen, gan = [weakref.ref(given[0]), weakref.ref(given[1].normal)], ours.gan_gradient
@@ -231,7 +231,7 @@ def test_the_gan_term_lies_beside_nothing_that_was_for_others():
 
 
 def test_several_steps_move_weights_and_averages_alike():
-    """SGD rather than Adam, which turns rounding into steps where a gradient is zero."""
+    """SGD rather than Adam, which turns the rounding error of a zero gradient into a full step."""
     plain, ours, draws = make_pair()
     trained = [(step.rae.decoder, step.discriminator.heads) for step in (plain, ours)]
     start = [deepcopy(module) for module in (*trained[0], trained[0][0])]

@@ -1,4 +1,4 @@
-"""Training on stored latents: the same as on their images, exact resumes, and what is refused."""
+"""Training on stored latents: the same as on their images, exact resumes, and errors."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from tests.training import assert_equal_ends, last, train, train_stage2
 
 @pytest.fixture(scope="module")
 def stores(autoencoder, tmp_path_factory):
-    """Latents of the dummy's first images, raw and normalised, in several shards."""
+    """Write latents of the first dummy images, raw and normalized, in several shards."""
     folder = tmp_path_factory.mktemp("stores")
     words = f"--decoder {autoencoder} --input data/dummy_dataset_hf --num_samples 60 --device cpu --num_workers 0"
     with pytest.MonkeyPatch.context() as patch:
@@ -32,7 +32,7 @@ def on_latents(folder, store, autoencoder, *words, checkpoint=None):
     return train_stage2(folder, autoencoder, f"data.data_dir={store}", *words, checkpoint=checkpoint)
 
 
-def test_training_from_stored_latents_is_training_from_their_images(stores, autoencoder, tmp_path):
+def test_training_on_stored_latents_equals_training_on_their_images(stores, autoencoder, tmp_path):
     source = LatentStore(stores["raw"])
     assert len(source.files) == 3 and source.num_classes == 3 and source.class_names == ["red", "green", "blue"]
     plain = [
@@ -58,7 +58,7 @@ def test_training_from_stored_latents_is_training_from_their_images(stores, auto
         assert (value - ends[1][name]).abs().max() < 1e-3, name
 
 
-def test_a_resume_on_stored_latents_is_exact(stores, autoencoder, tmp_path):
+def test_resume_on_stored_latents_is_exact(stores, autoencoder, tmp_path):
     store = stores["normalized"]
     on_latents(tmp_path / "whole", store, autoencoder)
     for workers in (0, 1):
@@ -74,7 +74,7 @@ def test_a_resume_on_stored_latents_is_exact(stores, autoencoder, tmp_path):
         on_latents(tmp_path / "third", other, autoencoder, checkpoint=last(first))
 
 
-def test_stored_latents_that_do_not_fit(stores, autoencoder, tmp_path):
+def test_unsuitable_latents_are_rejected(stores, autoencoder, tmp_path):
     other = shutil.copytree(stores["normalized"], tmp_path / "store")
     index = json.loads((other / "index.json").read_text())
     statistics = re.escape(str(index["statistics"]))

@@ -1,4 +1,4 @@
-"""Whole runs of the training program on made-up data."""
+"""Whole training runs on dummy data."""
 
 import json
 from functools import partial
@@ -23,7 +23,7 @@ def run(tmp_path_factory):
     return folder, train(folder, OFF, "model.sample_every=2", "trainer.num_sanity_val_steps=-1", *warmup)
 
 
-def test_what_is_logged_under_which_name_at_which_step(run):
+def test_logged_names_and_steps(run):
     folder, _ = run
     events = EventAccumulator(str(folder)).Reload()
     scalars = set(events.Tags()["scalars"])
@@ -41,7 +41,7 @@ def test_what_is_logged_under_which_name_at_which_step(run):
     assert {e.step for e in events.Images("samples")} == {2, 4, 6}
 
 
-def test_what_a_run_leaves(run, caplog):
+def test_files_and_record_of_a_run(run, caplog):
     folder, fitted = run
     caplog.set_level("INFO")
     summary(fitted.trainer, fitted.module)
@@ -53,11 +53,11 @@ def test_what_a_run_leaves(run, caplog):
     assert torch.__version__.startswith(record["packages"]["torch"])
     assert record["data"]["train"] == 230 and record["data"]["validation"] == 58
     assert fitted.trainer.global_step == 6
-    assert not fitted.module.lpips.fused and not fitted.module.disc_scaler.is_enabled()  # unless asked for
+    assert not fitted.module.lpips.fused and not fitted.module.disc_scaler.is_enabled()  # by default
 
 
-def test_a_term_added_to_the_table_is_trained_logged_and_validated(tmp_path, monkeypatch):
-    """At a weight that outweighs the others: the decoder then learns grey, whatever the images are."""
+def test_added_loss_term_is_trained_logged_and_validated(tmp_path, monkeypatch):
+    """Its weight outweighs the others: the decoder learns grey, whatever the images are."""
     original = TrainingStep.reconstruction_terms
     grey = (100.0, lambda output, target: (output - 0.5).square())
     monkeypatch.setattr(TrainingStep, "reconstruction_terms", lambda *args: original(*args) | {"grey": grey})
@@ -71,7 +71,7 @@ def test_a_term_added_to_the_table_is_trained_logged_and_validated(tmp_path, mon
     assert grey[6] < 0.7 * grey[1]
 
 
-def test_learning_rates_in_the_log_are_those_of_the_schedule(run):
+def test_logged_learning_rates_are_those_of_the_schedule(run):
     folder, fitted = run
     events = EventAccumulator(str(folder)).Reload()
     settings = fitted.module.settings
@@ -84,7 +84,7 @@ def test_learning_rates_in_the_log_are_those_of_the_schedule(run):
     assert used == pytest.approx([generator[-1], discriminator[-1]])
 
 
-def test_validation_scores_are_those_of_the_averaged_weights(run):
+def test_validation_scores_are_those_of_the_ema_weights(run):
     module, pixels = run[1].module, next(iter(run[1].datamodule.val_dataloader()))["image"]
     images, score = pixels / 255, ReconstructionScore(lpips=module.lpips)
     output = module.rae.decode_raw(module.rae.encode_raw(images), module.ema_decoder)
@@ -96,8 +96,8 @@ def test_validation_scores_are_those_of_the_averaged_weights(run):
         assert module.scores[f"val/{name}"] == (6, pytest.approx(value, rel=1e-2 if name == "lpips" else 1e-4)), name
 
 
-def test_old_epoch_checkpoints_are_pruned_and_the_best_of_no_score_is_the_newest(stage1_run, tmp_path, caplog):
-    """By their numbers, of three or four digits."""
+def test_old_epoch_checkpoints_are_pruned_by_number(stage1_run, tmp_path, caplog):
+    """Of three or four digits."""
     caplog.set_level("INFO")
     content = read(last(stage1_run[0]))
     epochs = content["loops"]["fit_loop"]["epoch_progress"]["current"]
@@ -124,7 +124,7 @@ def test_accumulation_counts_updates_and_equals_one_batch_without_the_gan(tmp_pa
 
 
 def assert_same_moments(first, second):
-    """Of Adam: means of the gradients, to 1 % of the largest. Where L1 is near 0 rounding turns a pixel's gradient round."""
+    """Compare Adam's first moments, to 1 % of the largest: where L1 is near 0, rounding flips a pixel's gradient."""
     mine, theirs = (
         torch.cat([s["exp_avg"].flatten() for s in run.trainer.optimizers[0].state_dict()["state"].values()])
         for run in (first, second)
@@ -161,8 +161,8 @@ def test_parts_that_never_start(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_siglip_dummy_trains(tmp_path):
-    """As shipped, but for a smaller batch."""
+def test_siglip_dummy_trains(tmp_path):
+    """As shipped, except for a smaller batch."""
     smaller = ["data.num_workers=0", "data.batch_size=2", "trainer.max_steps=3", "trainer.accelerator=cpu"]
     fitted = train(tmp_path, "experiment=rae_siglip_dummy", OFF, *smaller, small=False)
     assert fitted.trainer.precision == "bf16-mixed"
@@ -171,9 +171,9 @@ def test_the_siglip_dummy_trains(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_step_has_the_same_names_and_numbers(tmp_path, monkeypatch):
-    """A decoder of one block and no loss networks: compiling is slow, and one block is compiled as many are. Without the code
-    that PyTorch makes of the graphs: `make gpu` and the report on a GPU compile to the end."""
+def test_compiled_step_has_the_same_names_and_numbers(tmp_path, monkeypatch):
+    """With a decoder of one block and no loss networks, as compiling is slow, and without generating code from the graphs:
+    `make gpu` and the GPU report compile completely."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     config = json.loads((PROJECT_ROOT / "configs/decoder/tiny/config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"decoder_num_hidden_layers": 1}))

@@ -1,4 +1,4 @@
-"""Mistakes of a user end with one message that says what came, what was expected and what to type; no traceback."""
+"""User errors end with one message that says what came, what was expected and what to type; no traceback."""
 
 import logging
 import subprocess
@@ -40,7 +40,7 @@ from tests.training import QUIET, SMALL, composed, last, python, train
     ],
     ids=lambda value: value[0] if isinstance(value, list) and "=" in value[0] else "",
 )  # fmt: skip
-def test_one_message(tmp_path, overrides, said):
+def test_invalid_overrides_end_in_one_message(tmp_path, overrides, said):
     if overrides == ["trainer.accelerator=gpu"] and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     with pytest.raises(UserError) as caught:
@@ -59,16 +59,16 @@ def test_one_message(tmp_path, overrides, said):
         (
             "ckpt_path=",
             "No value after ckpt_path=: give a value, or null",
-        ),  # an unset $CHECKPOINT: would begin anew
+        ),  # an unset $CHECKPOINT would start over
     ],
 )
-def test_keys_that_hydra_lets_pass(added, said):
+def test_unknown_keys_that_hydra_accepts_are_rejected(added, said):
     with pytest.raises(UserError) as caught:
         check_config(composed(["experiment=rae_dummy", added]))
     assert said in str(caught.value)
 
 
-def test_a_checkpoint_of_another_model_names_every_difference(tmp_path, stage1_run):
+def test_error_of_another_models_checkpoint_names_every_difference(tmp_path, stage1_run):
     other = ["data.image_size=128", "model.decoder_denormalize=false", "model.disc_weight=0"]
     with pytest.raises(UserError) as caught:
         train(tmp_path, *QUIET, *other, checkpoint=last(stage1_run[0]))
@@ -79,7 +79,7 @@ def test_a_checkpoint_of_another_model_names_every_difference(tmp_path, stage1_r
 @pytest.mark.parametrize(
     "value", ["/数据/imagenet_hf", "/x/epoch=9.ckpt", "/a [1]/b", "/a{b}", "it's", "/a,b", "a(b)", r"C:\data\imagenet"],
 )  # fmt: skip
-def test_what_hydra_cannot_parse_is_shown_quoted(value):
+def test_values_that_hydra_can_not_parse_are_shown_quoted(value):
     hint = quoting_hint(["experiment=rae_dummy", f"data.data_dir={value}", "-m"])
     shown = hydra_quoted(value)
     assert not hint or hint.endswith(f"data.data_dir={shown}")
@@ -100,10 +100,10 @@ def test_what_hydra_cannot_parse_is_shown_quoted(value):
         ("hydra.run.dir=/proc/x", "a run to hydra.run.dir if given: set it to a folder that can be written."),
         ("-m trainer.max_epoch=4,5", "unknown key trainer.max_epoch (did you mean max_epochs?)."),  # -m in between
         ("--info trainer.max_epoch=4", "unknown key trainer.max_epoch (did you mean max_epochs?)."),
-        ("model=rea", "provider=schema, path=structured://"),  # behind the list of those that there are
+        ("model=rea", "provider=schema, path=structured://"),  # after the list of those available
     ],
 )
-def test_what_is_said_last_of_an_override_that_hydra_does_not_take(typed, end):
+def test_last_line_for_an_override_that_hydra_rejects(typed, end):
     assert python("src/train.py", "experiment=rae_dummy", *typed.split(), code=1).rstrip().endswith(end)
 
 
@@ -124,20 +124,20 @@ def test_secrets_are_masked_and_nothing_else():
     assert masked(plain) == plain
 
 
-def test_a_secret_is_in_no_file_of_a_run(tmp_path, monkeypatch):
+def test_secrets_are_in_no_file_of_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", "+trainer_token=xyzzy", "data.storage_options={key: xyzzy}"])
     config = composed([*SMALL, *QUIET, "logger=tensorboard", "model.disc_weight=0", "trainer.max_steps=1", f"paths.run_dir={tmp_path}", "experiment_name=seen"])  # fmt: skip
     from omegaconf import open_dict
 
     with open_dict(config):
-        config.data.pin_memory = {"hf_token": "xyzzy"}  # a key of older runs, which takes anything
+        config.data.pin_memory = {"hf_token": "xyzzy"}  # a key of older runs, which accepts anything
     run(config)
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and b"xyzzy" in file.read_bytes()]
     assert "***" in (tmp_path / "run.json").read_text()
 
 
 @pytest.mark.parametrize("count", [-1, "many", 1.5, True])
-def test_the_number_of_pictures(count):
+def test_invalid_sample_counts_are_rejected(count):
     with pytest.raises(UserError, match="callbacks.samples.count"):
         SampleImages(count)
 
@@ -167,24 +167,24 @@ def test_limits_of_the_machine_end_in_a_message(error, said):
     assert said in found if said else found is None
 
 
-def test_no_pictures(tmp_path):
+def test_sample_count_of_zero_writes_no_images(tmp_path):
     train(tmp_path, *QUIET, "callbacks.samples.count=0", "trainer.max_steps=1", "model.disc_weight=0")
     assert not (tmp_path / "samples").exists()
 
 
-def test_pictures_follow_log_dir():
+def test_rfid_samples_follow_log_dir():
     config = composed(["experiment=rae_dummy", "paths.log_dir=/elsewhere"])
     assert config.callbacks.rfid.rfid_output_dir == "/elsewhere/rfid_samples"
 
 
-def test_restarts_by_torchrun_do_not_begin_at_step_0(tmp_path, monkeypatch, capfd):
+def test_restart_by_torchrun_does_not_start_over(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with pytest.raises(SystemExit):
         run(composed([*SMALL, *QUIET, f"paths.log_dir={tmp_path}"]))
     assert "ckpt_path=last" in capfd.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_a_name_with_line_breaks_forges_no_log_entry(tmp_path):
+def test_file_names_can_not_forge_log_entries(tmp_path):
     logs.set_up(tmp_path, True)
     forged = "2026-01-01 00:00:00,000 ERROR root: forged"
     for end in ("\n", "\r", "\r\n", "\u2028", "\x85"):

@@ -1,4 +1,4 @@
-"""Loading processes that die or hang, and shared memory that is too small: no batch is lost, the run saves and stops."""
+"""Workers that die or hang, and shared memory that is too small: no batch is lost, the run saves and stops."""
 
 import logging
 import os
@@ -26,7 +26,7 @@ QUIET = [*SMALL, "~callbacks.rfid", "logger=csv", "model.disc_weight=0"]
 
 
 class Numbers:
-    """Rows 0..19; a loading process that comes to row 9 dies or hangs there."""
+    """Rows 0..19; a worker that reaches row 9 dies or hangs there."""
 
     def __init__(self, fault):
         self.fault, self.parent = fault, os.getpid()
@@ -64,7 +64,7 @@ def loader_with(fault, timeout=0.0):
 def test_no_batch_is_lost_and_the_run_is_asked_to_stop(fault, timeout, said, caplog):
     loader = loader_with(fault, timeout)
     began = time.monotonic()
-    for _ in range(2):  # new processes in the next pass, which fail again
+    for _ in range(2):  # the next pass starts new workers, which fail again
         assert [batch.tolist() for batch in batches_of(loader)] == [[n, n + 1] for n in range(0, 20, 2)]
     assert time.monotonic() - began < 60
     assert STOP.code == 1 and said in str(STOP.error) and "data.num_workers" in str(STOP.error)
@@ -73,8 +73,8 @@ def test_no_batch_is_lost_and_the_run_is_asked_to_stop(fault, timeout, said, cap
 
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="a forked process comes to run there")
 @pytest.mark.parametrize("hanging", [1, 2])
-def test_a_process_that_the_fork_leaves_waiting_is_started_again(monkeypatch, caplog, hanging):
-    """Twice in vain: it counts as killed, and no batch is lost either."""
+def test_worker_that_hangs_after_the_fork_is_restarted(monkeypatch, caplog, hanging):
+    """If that hangs too, it counts as killed, and no batch is lost either."""
     fork, forked = os.fork, []
 
     def sometimes_hangs():
@@ -94,19 +94,19 @@ def test_a_process_that_the_fork_leaves_waiting_is_started_again(monkeypatch, ca
     assert STOP.code == (hanging == 2)
 
 
-def test_a_death_during_an_update_waits_for_its_end(monkeypatch):
-    """torch's own handler, which comes with the first loader of a process, would raise in the middle of it."""
+def test_death_of_a_worker_waits_for_the_end_of_the_update(monkeypatch):
+    """torch's own handler, installed by the first loader of a process, would raise in the middle of it."""
     monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_SIGCHLD_handler_set", False)
     loader = loader_with(signal.SIGKILL)
     found, iterator = [], batches_of(loader)
     for batch in iterator:
         found.append(batch.tolist())
-        time.sleep(0.3)  # the death falls in here
+        time.sleep(0.3)  # a worker dies in here
     assert len(found) == 10 and STOP.code == 1
 
 
-def test_a_death_between_two_passes_is_noticed_by_the_next():
-    """As of those that wait while another data set is evaluated; torch waits for them for `worker_timeout_s`."""
+def test_death_of_a_worker_between_two_passes_is_noticed_by_the_next():
+    """As of workers that idle while another data set is evaluated; torch waits `worker_timeout_s` for them."""
     loader = loader_with(0, timeout=30)  # signal 0 does nothing
     whole = [batch.tolist() for batch in batches_of(loader)]
     worker = loader._iterator._workers[0]
@@ -116,14 +116,14 @@ def test_a_death_between_two_passes_is_noticed_by_the_next():
     assert STOP.code == 1 and "killed (SIGKILL)" in str(STOP.error)
 
 
-def test_an_error_of_the_data_itself_is_raised():
+def test_errors_of_the_dataset_are_raised():
     with pytest.raises(RuntimeError, match="of its own"):
         list(batches_of(loader_with("raises")))
     assert STOP.code == 0
 
 
 @pytest.mark.slow
-def test_a_slow_disk_is_no_fault():
+def test_slow_disk_is_no_fault():
     class Slow(Numbers):
         def __getitem__(self, row):
             time.sleep(0.1)
@@ -134,8 +134,8 @@ def test_a_slow_disk_is_no_fault():
     assert len(list(batches_of(loader))) == 10 and STOP.code == 0
 
 
-def test_a_run_saves_at_the_end_of_the_update_and_goes_on_bit_for_bit(tmp_path, monkeypatch, caplog):
-    """Two micro-batches in an update: the death comes between them."""
+def test_run_saves_at_the_end_of_the_update_and_resumes_bit_for_bit(tmp_path, monkeypatch, caplog):
+    """A worker dies between the two micro-batches of an update."""
     halves = ["data.batch_size=2", "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=12", "data.num_workers=2", "trainer.max_epochs=1"]  # fmt: skip
     train(tmp_path / "whole", *QUIET, *halves)
     from src.training.stage1 import RAEModule
@@ -154,7 +154,7 @@ def test_a_run_saves_at_the_end_of_the_update_and_goes_on_bit_for_bit(tmp_path, 
     assert ended.value.code == 1
     log = (tmp_path / "cut/run.log").read_text()
     last = tmp_path / "cut/checkpoints/last.ckpt"
-    step = read(last)["global_step"]  # 2, or later where more batches lay ready
+    step = read(last)["global_step"]  # 2, or later if more batches were prefetched
     assert 2 <= step < 6 and f"saved {last} at step {step}" in log and "Traceback" not in log
     STOP.reset()
     train(tmp_path / "rest", *QUIET, *halves, checkpoint=last)
@@ -169,7 +169,7 @@ MB = 10**6
     ("free_mb", "workers", "batch_mb", "loaders", "expected"),
     [(1000, 8, 25, 1, 4), (64, 8, 25, 1, None), (64, 2, 10, 1, 2), (64, 2, 10, 2, 1), (64, 2, 10, 4, None), (64, 0, 25, 1, 4), (1, 1, 0.1, 2, 4)],
 )  # fmt: skip
-def test_what_is_prefetched_fits_shared_memory(monkeypatch, caplog, free_mb, workers, batch_mb, loaders, expected):
+def test_prefetched_batches_fit_shared_memory(monkeypatch, caplog, free_mb, workers, batch_mb, loaders, expected):
     monkeypatch.setattr(worker_faults, "SHARED_MEMORY", PROJECT_ROOT)
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=free_mb, f_frsize=MB))
     arguments = (workers, 4, int(batch_mb * MB), loaders, 128)
@@ -183,8 +183,8 @@ def test_what_is_prefetched_fits_shared_memory(monkeypatch, caplog, free_mb, wor
 
 
 @pytest.mark.parametrize(("length", "fits"), [(LONGEST_TEMPORARY, True), (LONGEST_TEMPORARY + 1, False)])
-def test_a_temporary_folder_whose_name_is_too_long_for_sockets(tmp_path, length, fits):
-    """Batches come through the longest that is allowed; without the check a longer one hangs."""
+def test_temporary_folder_with_a_name_too_long_for_sockets_is_rejected(tmp_path, length, fits):
+    """The longest allowed name works; without the check a longer one hangs."""
     with tempfile.TemporaryDirectory(dir="/tmp") as short:
         folder = Path(short, "x" * (length - len(short) - 1))
         folder.mkdir()
@@ -204,7 +204,7 @@ exec "$@"
 """
 
 
-def test_a_run_in_a_container_with_little_shared_memory_says_so(tmp_path):
+def test_run_with_little_shared_memory_says_so(tmp_path):
     """In a mount namespace whose /dev/shm holds 1 MB; a batch here is 1.6 MB."""
     if os.geteuid() or subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
         pytest.skip("no mount namespace can be made here")
