@@ -113,7 +113,7 @@ def test_data_wait_on_a_gpu_is_the_idle_time_of_the_gpu(monkeypatch, caplog, loa
     assert callback.speed["data_wait"] == pytest.approx(expected, abs=0.01)
     left = 100 - 2 * every  # updates
     assert callback.speed["seconds_left"] == pytest.approx(left * max(loader, 0.2), rel=0.1)
-    assert ("data path is the bottleneck" in caplog.text) == warned
+    assert ("Data loading is the bottleneck" in caplog.text) == warned
 
 
 def test_only_the_images_of_a_batch_stay_tensors(stage1_run):

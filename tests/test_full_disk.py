@@ -89,7 +89,7 @@ def test_sample_image_that_does_not_fit_is_a_warning(tmp_path, monkeypatch, capl
 
     monkeypatch.setattr(samples, "save_png", full)
     run(composed([*FAST, f"paths.run_dir={tmp_path / 'run'}", "trainer.max_steps=1"]))
-    assert "The picture" in (tmp_path / "run/run.log").read_text()
+    assert "The sample image" in (tmp_path / "run/run.log").read_text()
     record = json.loads((tmp_path / "run/run.json").read_text())
     assert record["status"] == "finished" and "picture" not in record["result"]
 

@@ -66,7 +66,7 @@ def test_gpu_memory_of_other_processes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30 * 10**9, 80 * 10**9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10 * 10**9)
     ((name, text),) = gpu_memory(torch.device("cuda"))
-    assert name == "GPU memory" and text.startswith("80.0 GB, 40.0 GB of it taken by other processes")
+    assert name == "GPU memory" and text.startswith("80.0 GB, 40.0 GB of it used by other processes")
 
 
 def test_callbacks_are_checked_though_none_is_called(tmp_path):

@@ -74,11 +74,11 @@ def test_run_folder_is_reused_only_by_its_resume_or_slurm_job(tmp_path, monkeypa
     if allowed:
         assert make_folder("unused", str(folder), given) == folder
         return
-    with pytest.raises(UserError, match=r"holds a run already.*paths\.run_dir=null") as caught:
+    with pytest.raises(UserError, match=r"already holds a run.*paths\.run_dir=null") as caught:
         make_folder("unused", str(folder), given)
     assert (f"ckpt_path={last}" in str(caught.value)) == saved
     monkeypatch.delenv("SLURM_JOB_ID")
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         make_folder("unused", str(folder), given)
 
 

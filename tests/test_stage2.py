@@ -116,7 +116,7 @@ def test_resume_gives_the_same_run(stage2_run, autoencoder, tmp_path, caplog, st
         train_stage2(tmp_path / "whole", autoencoder, *words)
     train_stage2(tmp_path / "first", autoencoder, *words, f"trainer.max_steps={stop}")
     train_stage2(tmp_path / "second", autoencoder, *words, *then, checkpoint=last(tmp_path / "first"))
-    assert "no longer the run before" not in caplog.text
+    assert "differs from the one it resumes" not in caplog.text
     assert_equal_ends(tmp_path / "whole" if words else stage2_run[0], tmp_path / "second")
 
 
@@ -145,7 +145,7 @@ def test_longer_run_warns_only_if_its_schedule_changes(stage2_run, caplog):
     assert " is now " not in caplog.text
     config["model"]["scheduler"]["decay_end_epoch"] += 1
     announce_resume(last(stage2_run[0]), config, 1)
-    assert "model.scheduler.decay_end_epoch was 2 and is now 3: this is no longer the run before" in caplog.text
+    assert "model.scheduler.decay_end_epoch was 2 and is now 3: this run differs from the one it resumes" in caplog.text
 
 
 def test_moments_of_another_optimizer_are_rejected(stage2_run, autoencoder, tmp_path):

@@ -70,7 +70,7 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         if trainer.ckpt_path and self.best is not None:
             old = Path(trainer.ckpt_path).with_name("best.ckpt")
             if not trainer.strategy.broadcast(old.is_file()):
-                log.warning("%s is not there: which checkpoint is the best starts afresh.", old)
+                log.warning("%s does not exist: best.ckpt starts over.", old)
                 self.best = None
             elif trainer.is_global_zero and old.parent != self.folder:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
             return
         try:
             self.save(trainer, pl_module)
-            log.warning("Saved %s at step %d before giving up.", self.folder / "last.ckpt", trainer.global_step)
+            log.warning("Saved %s at step %d after an error.", self.folder / "last.ckpt", trainer.global_step)
         except Exception as error:  # report the first exception, which may itself be a failed save
             if str(error) != str(exception):
                 log.warning("No checkpoint could be saved: %s", error)
@@ -148,7 +148,7 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         where = self.folder / "last.ckpt"
         why = "Stopped" if code == FAILED else signal_name(code)
         log.warning(
-            "%s: saved %s at step %d. Go on with:\n%s", why, where, trainer.global_step, command_to_resume(where)
+            "%s: saved %s at step %d. Resume with:\n%s", why, where, trainer.global_step, command_to_resume(where)
         )
         if code == FAILED and STOP.error is not None:
             raise STOP.error
@@ -169,11 +169,11 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if names := nonfinite_tensors({part: checkpoint[part] for part in CHECKED}):
             last = self.folder / "last.ckpt"
-            kept = f"{last} stays as it was" if last.exists() else "There is no earlier checkpoint"
+            kept = f"{last} is unchanged" if last.exists() else "There is no earlier checkpoint"
             done = trainer.global_step - (self._began or 0)
             raise NonFiniteError(
-                f"At step {trainer.global_step}, when it was to be saved, {len(names)} of the tensors held NaN or infinity: "
-                f"{', '.join(names[:4])}{' …' if len(names) > 4 else ''}. Nothing was saved. {kept}. "
+                f"Nothing was saved at step {trainer.global_step}: {len(names)} tensor(s) hold NaN or infinity: "
+                f"{', '.join(names[:4])}{' …' if len(names) > 4 else ''}. {kept}. "
                 + (FIRST_STEP if done <= 1 else REMEDY)
             )
 
@@ -192,7 +192,7 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         if monitor is None:
             log.warning("Neither rFID nor validation is on: best.ckpt will be the last checkpoint.")
         if self._restored_monitor not in (None, monitor):
-            log.warning("best.ckpt followed %s and now follows %s; it starts afresh.", self._restored_monitor, monitor)
+            log.warning("best.ckpt followed %s and now follows %s; it starts over.", self._restored_monitor, monitor)
             self.best = None
         return monitor
 

@@ -68,7 +68,7 @@ class GFIDCallback(ScoreCallback):
         if stage != "fit" or not self.in_use:
             return
         if not hasattr(pl_module, "sampler"):
-            raise UserError("callbacks.gfid scores the samples of a stage-2 run, and this model makes none: drop it.")
+            raise UserError("callbacks.gfid scores samples of stage 2, but this model generates none: remove it.")
         if self.reference is None or not resolve(self.reference).exists():
             raise UserError(
                 f"callbacks.gfid.reference={typed(self.reference)}: expected an npz (ADM's, or of src/make_reference.py) or a data "

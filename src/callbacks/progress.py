@@ -74,7 +74,7 @@ class TrainingProgress(pl.Callback):
             flops = pl_module.training_flops()
             self._flops = None if flops is None else flops / (self._peak * 1e12)
             if flops is None:
-                log.warning("callbacks.progress.peak_tflops has no effect: nobody counts the operations of this stage.")
+                log.warning("callbacks.progress.peak_tflops has no effect: the FLOPs of this stage are not counted.")
         self._device = pl_module.device
         self._restart_clock()
         others = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in trainer.callbacks)
@@ -150,7 +150,7 @@ class TrainingProgress(pl.Callback):
         if waits and len(self._intervals) > 1 and not self._warned:
             self._warned = True
             log.warning(
-                "The data path is the bottleneck: %.0f %% of the time goes into waiting for batches. Raise data.num_workers, "
+                "Data loading is the bottleneck: %.0f %% of the time is spent waiting for batches. Raise data.num_workers, "
                 "or convert the data once with `scripts/create_hf_test_data.py --resize_shorter 384`.",
                 100 * self.speed["data_wait"],
             )
@@ -237,9 +237,9 @@ def describe(trainer: pl.Trainer, pl_module: Any) -> list[tuple[str, str]]:
         ("device", f"{trainer.world_size} x {device_name(trainer.strategy.root_device)}"),
         ("precision", str(trainer.precision)),
         *data.describe(),
-        ("global batch", f"{batch} images an update ({factors}); published: {published}"),
+        ("global batch", f"{batch} images per update ({factors}); published: {published}"),
         *pl_module.facts(),
-        ("steps", f"{pl_module.steps_per_epoch:,} updates an epoch, {trainer.max_epochs} epoch(s){limit}"),
+        ("steps", f"{pl_module.steps_per_epoch:,} updates per epoch, {trainer.max_epochs} epoch(s){limit}"),
         ("seed", str(settings.seed)),
         ("folder", trainer.default_root_dir),
     ]

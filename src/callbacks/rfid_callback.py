@@ -99,8 +99,8 @@ class RFIDCallback(ScoreCallback):
                 self._folder(trainer).mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(
-                    f"callbacks.rfid.rfid_output_dir={self.rfid_output_dir}: {error}. Set it to a place that can be "
-                    "written, or callbacks.rfid.rfid_save_samples=false."
+                    f"callbacks.rfid.rfid_output_dir={self.rfid_output_dir}: {error}. Set it to a writable "
+                    "folder, or set callbacks.rfid.rfid_save_samples=false."
                 ) from error
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -167,7 +167,7 @@ class RFIDCallback(ScoreCallback):
             try:
                 save_pairs(kept, self._folder(trainer) / name)
             except OSError as error:
-                log.warning("The pictures in %s", disk_message(error, self._folder(trainer) / name))
+                log.warning("The sample images in %s", disk_message(error, self._folder(trainer) / name))
         return values
 
     def _given(

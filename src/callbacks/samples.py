@@ -50,7 +50,7 @@ class SampleImages(pl.Callback):
             items = (dataset[i] for i in range(len(dataset)))
             images = [item.image for item in items if item.image is not None]
             if not images:
-                log.warning("No picture is drawn: none of the first %d evaluation images can be decoded.", self.count)
+                log.warning("No sample images: none of the first %d evaluation images can be decoded.", self.count)
                 self.count = 0
                 return
             self._originals = torch.stack(images).to(pl_module.device)
@@ -61,7 +61,7 @@ class SampleImages(pl.Callback):
             save_png(picture, file)
             self.last_file = file
         except OSError as error:
-            log.warning("The picture %s", disk_message(error, file))
+            log.warning("The sample image %s", disk_message(error, file))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("samples", picture, trainer.global_step)

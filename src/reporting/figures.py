@@ -68,7 +68,7 @@ CHARTS = (
     Chart("Learning rate", "lr/.+"),
     Chart("Throughput (images/s)", "perf/images_per_s", "All processes; excludes evaluation and sample images."),
     Chart("Model FLOPs utilisation", "perf/mfu", "Share of the peak set by callbacks.progress.peak_tflops."),
-    Chart("Waiting for data", "perf/data_wait", "Share of the time; above a fifth, the data path is the bottleneck."),
+    Chart("Waiting for data", "perf/data_wait", "Share of the time; above a fifth, data loading is the bottleneck."),
     Chart("Peak memory (GB)", "perf/memory_gb", "Rank 0: memory of its GPU, or of the process on a CPU."),
 )
 

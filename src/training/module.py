@@ -215,8 +215,8 @@ class StageModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         if not hasattr(self.trainer.datamodule, "fingerprint_state"):
             raise UserError(
-                "Order, draws and resume come from the data module: trainer.fit(module, datamodule=data), with an RAEDataModule or "
-                "a subclass as data."
+                "Data order, random draws and resuming need a data module: call trainer.fit(module, datamodule=data) with an "
+                "RAEDataModule or a subclass of it."
             )
         data = gather(self.trainer.datamodule.fingerprint_state)
         for rank, own in enumerate(data):

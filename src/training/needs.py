@@ -39,17 +39,17 @@ def require_weights(config: Mapping[str, Any], ask: bool) -> None:
         for asset in missing
     ]
     if reasons:
-        lines += [f"  The hub did not give it. {reason}" for reason in dict.fromkeys(reasons.values()) if reason]
+        lines += [f"  The hub did not provide it. {reason}" for reason in dict.fromkeys(reasons.values()) if reason]
     hydra = HydraConfig.get()
     experiment = hydra.runtime.choices.get("experiment")
     overrides = [word for word in hydra.overrides.task if word.startswith(("model", "callbacks", "paths.weights_dir="))]
     names = ["--experiment", experiment, *overrides] if experiment else [asset.name for asset in missing]
     raise UserError(
-        f"{len(missing)} missing of what this run needs:\n"
+        f"{len(missing)} missing file(s) or encoder(s) that this run needs:\n"
         + "\n".join(lines)
-        + f"\nGet all of it with:\n  {shlex.join(['python', 'scripts/download_weights.py', *names])}\n"
-        "Where huggingface.co can't be reached, put a mirror of it in front: HF_ENDPOINT=https://…; for a machine without a "
-        "connection see docs/weights.md."
+        + f"\nDownload them with:\n  {shlex.join(['python', 'scripts/download_weights.py', *names])}\n"
+        "If huggingface.co can't be reached, set a mirror with HF_ENDPOINT=https://…; for a machine without a connection see "
+        "docs/weights.md."
     )
 
 

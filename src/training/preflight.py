@@ -114,7 +114,7 @@ def gpu_memory(device: torch.device) -> list[tuple[str, str]]:
         return []
     free, total = torch.cuda.mem_get_info(device)
     taken = total - free - torch.cuda.memory_reserved(device)
-    text = f"{total / 1e9:.1f} GB, {taken / 1e9:.1f} GB of it taken by other processes and this one's CUDA context (about 0.5 GB)"
+    text = f"{total / 1e9:.1f} GB, {taken / 1e9:.1f} GB of it used by other processes and this one's CUDA context (about 0.5 GB)"
     return [("GPU memory", text)]
 
 
@@ -150,7 +150,7 @@ def check_disk(config: Mapping[str, Any], module: Any) -> None:
             "free. Set paths.log_dir elsewhere or lower callbacks.checkpoint.keep_epochs."
         )
     if not os.access(folder, os.W_OK):
-        raise UserError(f"Preflight: {folder} can't be written. Set paths.log_dir to another place.")
+        raise UserError(f"Preflight: {folder} can't be written. Set paths.log_dir to another folder.")
 
 
 def _forecast(run: "Run", parts: list[Stretch], loading: float) -> list[tuple[str, str]]:
@@ -173,4 +173,4 @@ def _forecast(run: "Run", parts: list[Stretch], loading: float) -> list[tuple[st
             f"{duration(each * part.steps)}, {each * part.steps * world / 3600:.3g} device-hours",
         ))  # fmt: skip
     whole = f"{duration(total)}, {total * world / 3600:.3g} device-hours, evaluation not counted"
-    return [*rows, ("in all", whole)]
+    return [*rows, ("total", whole)]

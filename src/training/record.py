@@ -54,9 +54,7 @@ def make_folder(log_dir: str, wanted: str | None, checkpoint: Path | None = None
                 break
         return folder
     except OSError as error:
-        raise UserError(
-            f"The run's folder can't be made: {error}. Set paths.log_dir to a place that can be written."
-        ) from error
+        raise UserError(f"The run folder can't be created: {error}. Set paths.log_dir to a writable folder.") from error
 
 
 def _check_free(folder: Path, checkpoint: Path | None) -> None:
@@ -73,12 +71,12 @@ def _check_free(folder: Path, checkpoint: Path | None) -> None:
     if not saved and job is not None and job == os.environ.get("SLURM_JOB_ID"):
         return
     last = folder / "checkpoints" / "last.ckpt"
-    goes_on = (
-        f"Go on with that run: ckpt_path={hydra_quoted(str(last))}. Or" if last in saved else "It saved no last.ckpt;"
+    resume = (
+        f"Resume that run with ckpt_path={hydra_quoted(str(last))}, or" if last in saved else "It saved no last.ckpt;"
     )
     raise UserError(
-        f"paths.run_dir={folder} holds a run already, which would be overwritten. {goes_on} choose another folder "
-        "(paths.run_dir=null makes a new one)."
+        f"paths.run_dir={folder} already holds a run, which would be overwritten. {resume} choose another folder "
+        "(paths.run_dir=null creates a new one)."
     )
 
 
@@ -141,13 +139,13 @@ def summary(trainer: pl.Trainer, module: Any) -> dict[str, Any]:
     for callback in trainer.callbacks:
         if isinstance(callback, SampleImages) and callback.last_file is not None:
             result["picture"] = str(callback.last_file)
-            rows.append(("last picture", f"{result['picture']} ({module.picture_rows})"))
+            rows.append(("last sample image", f"{result['picture']} ({module.picture_rows})"))
         if isinstance(callback, pl.callbacks.EarlyStopping) and callback.stopped_epoch:
             why = f"in epoch {callback.stopped_epoch + 1}; {callback.monitor} was best at {callback.best_score.item():.4f}"
             rows.append(("stopped early", why))
         left = callback.time_remaining() if isinstance(callback, pl.callbacks.Timer) else None
         if left is not None and left < 0:
-            rows.append(("stopped early", "by trainer.max_time; the same command with ckpt_path=last goes on"))
+            rows.append(("stopped early", "by trainer.max_time; resume with the same command and ckpt_path=last"))
     if trainer.is_global_zero:
         log.info("Done after %s steps%s", f"{trainer.global_step:,}", f":\n{table(rows)}" if rows else ".")
     return result

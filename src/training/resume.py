@@ -39,7 +39,7 @@ def find_checkpoint(ckpt_path: str | None, log_dir: str, experiment: str) -> Pat
         path = resolve(ckpt_path)
         if not path.is_file():
             raise UserError(
-                f"ckpt_path={ckpt_path}: no such file ({path}). Use the path of a .ckpt file, `last`, or null for a fresh start."
+                f"ckpt_path={ckpt_path}: no such file ({path}). Use the path of a .ckpt file, `last`, or null for a new run."
             )
         return path
     root, places = resolve(log_dir), ("runs/*/*", "multiruns/*/*/*")
@@ -49,8 +49,8 @@ def find_checkpoint(ckpt_path: str | None, log_dir: str, experiment: str) -> Pat
     if not own:
         others = ", ".join(sorted({name for name in found.values() if name}))
         raise UserError(
-            f"ckpt_path=last: no checkpoint of experiment_name={experiment} under {root} (looked at runs/DATE/TIME and "
-            f"multiruns/DATE/TIME/N). Experiments with one: {others or 'none'}. Drop ckpt_path to start afresh."
+            f"ckpt_path=last: no checkpoint of experiment_name={experiment} under {root} (searched runs/DATE/TIME and "
+            f"multiruns/DATE/TIME/N). Experiments with one: {others or 'none'}. Remove ckpt_path to start from scratch."
         )
     return max(own, key=lambda file: file.stat().st_mtime_ns)
 
@@ -64,24 +64,24 @@ def announce_resume(checkpoint: Path, config: Mapping[str, Any], processes: int)
     log.info("Resuming at step %s (epoch %s).", content["global_step"], content["epoch"] + 1)
     run = checkpoint.parent.parent
     if run.resolve() != resolve(config["paths"]["run_dir"] or "").resolve() and (owner := owner_of(run)):
-        log.warning("The run of that checkpoint is still going on in %s (%s); this one goes on beside it.", run, owner)
+        log.warning("The run of that checkpoint is still going on in %s (%s); this one runs beside it.", run, owner)
     epochs = config["trainer"]["max_epochs"]
     done = content.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {}).get("current", {}).get("completed", 0)
     if done >= epochs:
         log.warning("That run is finished (%s epochs); nothing is left to do. Raise trainer.max_epochs to go on.", done)
     batches = [_global_batch(c, n) for c, n in ((before, content.get("processes")), (config, processes))]
     if batches[0] != batches[1]:
-        log.warning("The global batch was %s and is now %s: steps and epochs no longer match the run before.", *batches)
+        log.warning("The global batch was %s and is now %s: steps and epochs no longer match that run.", *batches)
     for key in ("precision", "float32_matmul_precision"):
         was, now = before.get("trainer", {}).get(key), config["trainer"].get(key)
         if was is not None and str(was) != str(now):
-            log.warning("trainer.%s was %s and is now %s: results are rounded differently from here on.", key, was, now)
+            log.warning("trainer.%s was %s and is now %s: results are rounded differently from now on.", key, was, now)
     for group, free in _FREE.items():
         was, now = flat(before.get(group) or {}), flat(config[group])
         for key in sorted((was.keys() | now.keys()) - set(free)):
             if was.get(key) != now.get(key):
                 change = f"{group}.{key} was {was.get(key)} and is now {now.get(key)}"
-                log.warning("%s: this is no longer the run before.", change)
+                log.warning("%s: this run differs from the one it resumes.", change)
 
 
 def _global_batch(config: Mapping[str, Any], processes: int | None) -> int | None:

@@ -53,8 +53,8 @@ _UNFIT = {
     "StochasticWeightAveraging": "Set model.ema_decay.",
     "WeightAveraging": "Set model.ema_decay.",
     "GradientAccumulationScheduler": "Set trainer.accumulate_grad_batches.",
-    "LearningRateFinder": "Try several: -m model.optimizer.lr=1e-4,2e-4",
-    "BatchSizeFinder": "preflight=true says whether a data.batch_size fits.",
+    "LearningRateFinder": "Try several values: -m model.optimizer.lr=1e-4,2e-4",
+    "BatchSizeFinder": "preflight=true checks whether data.batch_size fits.",
 }
 """Lightning callbacks that have no effect here, fail, or write checkpoints that do not resume; with the alternative."""
 
@@ -129,19 +129,19 @@ def _message(error: Exception) -> str | None:
         return f"Configuration: {str(error).strip()}"
     if "Too many open files" in str(error):
         return (
-            f"Too many open files: {str(error).splitlines()[0]} Allow more with `ulimit -n 4096` in the shell, or take fewer "
+            f"Too many open files: {str(error).splitlines()[0]} Raise the limit with `ulimit -n 4096` in the shell, or lower "
             "data.num_workers."
         )
     if isinstance(error, RuntimeError) and re.search("Connection (reset|closed) by peer", str(error)):  # gloo's
         return (
-            f"Another process of this run is gone ({str(error).splitlines()[0]}). Its own messages, or those of the kernel "
-            "(`dmesg`), say why; what was saved is whole, ckpt_path=last goes on from it."
+            f"Another process of this run is gone ({str(error).splitlines()[0]}). See its own messages or the kernel's "
+            "(`dmesg`) for the reason; saved checkpoints are intact, resume with ckpt_path=last."
         )
     if lacks_memory(error):
         return (
-            f"Not enough memory: {str(error).splitlines()[0] if str(error) else 'for Python objects'} Smaller: data.batch_size "
-            "(trainer.accumulate_grad_batches makes up for it), model.loss_chunk_size, data.image_size, the networks; "
-            "docs/troubleshooting.md, CUDA out of memory. preflight=true finds it out before the run."
+            f"Not enough memory: {str(error).splitlines()[0] if str(error) else 'for Python objects'} Lower data.batch_size "
+            "(and raise trainer.accumulate_grad_batches to match), model.loss_chunk_size, data.image_size, or use smaller "
+            "networks; see docs/troubleshooting.md, CUDA out of memory. preflight=true checks this before a run."
         )
     return None
 
@@ -223,8 +223,8 @@ def _depend_on_parent(launch: Launch, ckpt_path: str | None) -> None:
         end_with_parent(signal.SIGINT)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and ckpt_path is None:
         raise UserError(
-            "Started again by torchrun (--max-restarts), this run would begin at step 0. Start anew with "
-            "ckpt_path=last, which restarts go on from, or with --max-restarts=0."
+            "Restarted by torchrun (--max-restarts), this run would begin again at step 0. Use ckpt_path=last, so that "
+            "restarts resume, or --max-restarts=0."
         )
 
 
@@ -270,8 +270,8 @@ def check_config(config: DictConfig) -> None:
     plain = _plain(config)
     if empty := [key for key, value in flat(plain).items() if value == "" and not key.startswith("logger.")]:
         raise UserError(
-            f"No value after {', '.join(f'{key}=' for key in empty)}: give a value, or null for none. Is a variable of the "
-            "shell not set?"
+            f"No value after {', '.join(f'{key}=' for key in empty)}: give a value, or null for none. Is a shell "
+            "variable unset?"
         )
     RunSettings.parse(plain, "")
     callbacks = plain["callbacks"] or {}
@@ -280,7 +280,7 @@ def check_config(config: DictConfig) -> None:
     if "_target_" not in model:
         name = HydraConfig.get().runtime.choices.get("model")
         raise UserError(
-            f"configs/model/{name}.yaml says nothing of most keys: it lacks a base that has them. Put at its top\n"
+            f"configs/model/{name}.yaml lacks most keys because it has no base. Put at its top\n"
             "    defaults:\n      - base\n(dit_base for stage 2), or copy configs/model/rae.yaml."
         )
     _check_part(plain["data"], "data", pl.LightningDataModule)
@@ -298,7 +298,7 @@ def _check_part(node: Mapping[str, Any], key: str, base: type) -> None:
     cls = class_at(node.get("_target_"), base, f"{key}._target_")
     if instead := next((_UNFIT[part.__name__] for part in cls.__mro__ if part.__name__ in _UNFIT), None):
         raise UserError(
-            f"{key}: {cls.__name__} does not go with the manual optimisation and checkpoints here. {instead}"
+            f"{key}: {cls.__name__} is not compatible with the manual optimisation and checkpoints here. {instead}"
         )
     if check := getattr(cls, "check_arguments", None):
         check({name: value for name, value in node.items() if name != "_target_"})

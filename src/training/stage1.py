@@ -57,7 +57,7 @@ class RAEModule(StageModule):
         chosen = settings.generated.checkpoint is not None
         if chosen and settings.layer_subset.kind != "none":
             raise UserError(
-                "model.generated.checkpoint and model.layer_subset exclude each other: a sampler makes latents of all blocks. Set "
+                "model.generated.checkpoint and model.layer_subset exclude each other: samplers generate all blocks. Set "
                 "model.layer_subset.kind=none."
             )
         self.generated = GeneratedLatents(settings.generated, self.rae, seed) if chosen else None
@@ -221,13 +221,13 @@ class RAEModule(StageModule):
         if max_epochs and 0 < max_epochs <= starts.disc_start_epoch < math.inf:
             found.append(
                 f"The GAN term starts at epoch {starts.disc_start_epoch:g}, but trainer.max_epochs={max_epochs}: this run trains "
-                "without it. Lower model.disc_start_epoch and model.disc_upd_start_epoch, or set model.disc_weight=0 to do "
-                "without the discriminator."
+                "without it. Lower model.disc_start_epoch and model.disc_upd_start_epoch, or set model.disc_weight=0 to "
+                "train without the discriminator."
             )
         if starts.disc_start_epoch < starts.disc_upd_start_epoch:
             found.append(
                 f"The GAN term starts at epoch {starts.disc_start_epoch:g}, the discriminator's updates only at epoch "
-                f"{starts.disc_upd_start_epoch:g}: until then the decoder follows a discriminator that has learnt nothing. Set "
+                f"{starts.disc_upd_start_epoch:g}: until then the decoder trains against an untrained discriminator. Set "
                 f"model.disc_upd_start_epoch to {starts.disc_start_epoch:g} or less."
             )
         return found

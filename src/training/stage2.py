@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 QUARTERS = 4
 NO_LABELS = (
     "The data has no labels, and a diffusion transformer is trained on classes. Use a data set with a label column (data.label "
-    "names it), class folders, or .cls members of tars. Images of one kind are one class: put them into one class folder, with "
+    "names it), class folders, or .cls members of tars. For images of a single kind, use one class folder and "
     "model.num_classes=1."
 )
 STUCK_AFTER = 500
@@ -254,7 +254,7 @@ class DiffusionModule(StageModule):
         self.step.normalize_stored = store.scale == "raw"
         if self.settings.flip_probability and self.trainer.is_global_zero:
             log.warning(
-                "Stored latents are of images as they are: nothing is mirrored (model.flip_probability=%g has no effect).",
+                "Stored latents can't be mirrored: model.flip_probability=%g has no effect.",
                 self.settings.flip_probability,
             )
 
@@ -265,7 +265,7 @@ class DiffusionModule(StageModule):
             raise UserError(NO_LABELS)
         if classes > known:
             raise UserError(
-                f"The data has {classes} classes, the network's table model.num_classes={known}: set model.num_classes={classes}."
+                f"The data has {classes} classes, but model.num_classes={known}: set model.num_classes={classes}."
             )
         first = next(iter(data.evaluation_sets.values()), None)
         if first is not None and first.source.num_classes is None and self.trainer.limit_val_batches:
@@ -280,7 +280,7 @@ class DiffusionModule(StageModule):
         was, now = stored(checkpoint, "config.model.optimizer.name"), self.settings.optimizer.name
         if was != now:
             raise UserError(
-                f"model.optimizer.name was {was} and is now {now}: the moments of one are of no use to the other. Resume with "
+                f"model.optimizer.name was {was} and is now {now}: their optimiser states are not compatible. Resume with "
                 f"model.optimizer.name={was}."
             )
 

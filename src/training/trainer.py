@@ -25,15 +25,15 @@ _PRECISION = {
     "bf16": "bf16-mixed", "bf16-mixed": "bf16-mixed",
 }  # fmt: skip
 _ELSEWHERE = {
-    "callbacks": "callbacks have a group of their own: +callbacks.NAME._target_=CLASS, ~callbacks.NAME",
+    "callbacks": "use the config group callbacks: +callbacks.NAME._target_=CLASS, ~callbacks.NAME",
     "default_root_dir": "set paths.log_dir (a folder for all runs) or paths.run_dir",
-    "enable_checkpointing": "callbacks=no_checkpoint saves none",
+    "enable_checkpointing": "callbacks=no_checkpoint disables them",
     "enable_model_summary": "+callbacks.layers._target_=pytorch_lightning.callbacks.ModelSummary shows one",
-    "enable_progress_bar": "the bar shows on a terminal alone; 2>FILE is none",
+    "enable_progress_bar": "the bar is only shown on a terminal; 2>FILE hides it",
     "gradient_clip_algorithm": "trainer.gradient_clip_val is the largest norm",
-    "logger": "loggers have a group of their own: logger=csv leaves them at metrics.csv",
-    "plugins": "trainer.precision, trainer.strategy and SLURM's variables say which",
-    "use_distributed_sampler": "the order of the images is the data module's own",
+    "logger": "use the config group logger: logger=csv only writes metrics.csv",
+    "plugins": "they follow from trainer.precision, trainer.strategy and SLURM's variables",
+    "use_distributed_sampler": "the data module sets the order of the images",
 }
 """Arguments of Lightning's Trainer that are refused, with what to use instead."""
 
@@ -111,7 +111,7 @@ def build_trainer(
         torch.set_float32_matmul_precision(products)
     if on_gpu and products == "highest" and settings["precision"] == "32-true":
         log.info(
-            "Float32 products in full precision. On a GPU trainer.float32_matmul_precision=high (TF32) or trainer.precision=bf16 "
+            "float32 matrix products run in full precision: trainer.float32_matmul_precision=high (TF32) or trainer.precision=bf16 "
             "is faster."
         )
     # Every trained parameter gets a gradient in the one backward pass, so there are no unused ones to find; there are no
@@ -149,8 +149,8 @@ def _environment(launch: Launch, devices: Any) -> list[Any]:
         return []
     if int(tasks := os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
         raise UserError(
-            f"This SLURM job has {tasks} tasks by --ntasks alone, which does not say how many a machine has. Give "
-            f"--nodes and --ntasks-per-node to sbatch and srun: --nodes=1 --ntasks-per-node={tasks}, say."
+            f"This SLURM job has {tasks} tasks by --ntasks alone, which does not set the number per machine. Pass "
+            f"--nodes and --ntasks-per-node to sbatch and srun, such as --nodes=1 --ntasks-per-node={tasks}."
         )
     return [SLURMEnvironment(auto_requeue=False)]  # Lightning's requeue would start from scratch
 
@@ -169,8 +169,8 @@ def precision(wanted: Any, on_gpu: bool) -> str:
     name = _PRECISION[str(wanted).removesuffix(".0")]
     if name == "16-mixed" and not on_gpu:
         log.info(
-            "trainer.precision=16: a CPU has no fp16 training, so it runs in bf16. One without instructions for that is faster "
-            "with trainer.precision=32."
+            "trainer.precision=16: a CPU has no fp16 training, so bf16 is used. On a CPU without bf16 instructions "
+            "trainer.precision=32 is faster."
         )
         name = "bf16-mixed"
     return name
@@ -182,7 +182,7 @@ def _accelerator(wanted: str) -> str:
     if wanted in ("gpu", "cuda") and not cuda:
         raise UserError(
             f"trainer.accelerator={wanted}, but no CUDA device is visible. Use trainer=cpu, or check CUDA_VISIBLE_DEVICES and "
-            f"nvidia-smi.{' On this Mac there is trainer.accelerator=mps.' * mps}"
+            f"nvidia-smi.{' On this Mac trainer.accelerator=mps is available.' * mps}"
         )
     if wanted == "mps" and not mps:
         raise UserError(
@@ -206,7 +206,9 @@ def _started(devices: Any, nodes: int, launch: Launch) -> dict[str, int]:
         if wanted not in ("auto", 1, started, str(started)):
             log.warning("trainer.%s=%s is ignored: torchrun started %d.", key, wanted, started)
     if here * found["num_nodes"] != launch.world:
-        raise UserError(f"{launch.world} processes, {here} on this machine: start as many on each (--nproc_per_node).")
+        raise UserError(
+            f"{launch.world} processes, {here} on this machine: start equally many on each (--nproc_per_node)."
+        )
     return found
 
 
