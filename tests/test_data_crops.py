@@ -83,7 +83,7 @@ def test_cropping_the_source_before_the_resize_changes_nothing(wh: tuple[int, in
         box = (*box[:2], min(box[2], wh[0]), min(box[3], wh[1]))
         whole = np.asarray(image.resize((256, 256), Image.Resampling.BICUBIC, box=box))
         got = crops.cut(Picture(np.asarray(image), *wh, 1), window)
-        assert np.abs(got.astype(int) - whole.astype(int)).max() <= 2  # float32 boxes of other origins
+        assert np.abs(got.astype(int) - whole.astype(int)).max() <= 2  # box origins differ in float32
 
 
 @pytest.mark.parametrize("wh", [(1601, 1203), (1600, 1065), (820, 769)], ids=str)

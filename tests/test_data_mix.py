@@ -116,7 +116,7 @@ def test_large_sources_need_no_table() -> None:
     assert (time.process_time() - began) / 20 < 0.05  # 512 positions; about 1 ms on an idle machine
 
 
-def test_many_sources_are_permuted_once_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_sources_are_permuted_once_per_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve sources of 40 rows, about 80 draws of each: two or three rounds."""
     made, generator = [], stream.generator
     monkeypatch.setattr(stream, "generator", lambda *place: (made.append(place[1]), generator(*place))[1])
@@ -204,7 +204,7 @@ def test_mix_of_one_source_gives_the_batches_of_that_source(folders: Path) -> No
         assert all(torch.equal(one[key], other[key]) for key in one if key != "epoch")
 
 
-def test_the_fingerprint_of_a_mix_names_sources_and_weights(folders: Path) -> None:
+def test_fingerprint_of_a_mix_names_sources_and_weights(folders: Path) -> None:
     stored = mixed(folders).state_dict()
     mixed(folders).load_state_dict(stored)
     for other in (mixed(folders, arrow={"weight": 2}), mixed(folders, "arrow plain"), mixed(folders, mix_unit="batch")):

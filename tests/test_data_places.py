@@ -304,7 +304,7 @@ def test_unreadable_data_dir_is_rejected(make: object, columns: ReadOptions, say
         opened(make(tmp_path), columns=columns)  # type: ignore[operator]
 
 
-def run_advice(message: str) -> str:
+def run_suggested_command(message: str) -> str:
     """Run the command that a message suggests; return the data_dir that it tells the user to set."""
     command = re.search(r"`(python .*?)`( and|\.)", message)
     assert command is not None, message
@@ -337,7 +337,7 @@ def test_suggested_command_makes_the_data_readable(case: str, tmp_path: Path) ->
     if case == "selection":
         assert "flatten_indices" in str(error.value)
         return
-    splits = opened(run_advice(str(error.value)), columns=columns)
+    splits = opened(run_suggested_command(str(error.value)), columns=columns)
     assert splits.train.encoded(0) == FILES[0]
     assert splits.train.num_classes == (None if case == "paths" else 2)
 

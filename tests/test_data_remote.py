@@ -204,7 +204,7 @@ def test_missing_places_are_named_and_storage_options_never_shown(bucket: Any) -
     assert "SECRET" not in repr(module(bucket).hparams)
 
 
-def test_the_index_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_index_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))  # the script changes it
     from scripts.index_data import main
 

@@ -81,7 +81,7 @@ def test_per_rank_weights_as_published_and_fewer_held_out_images_than_ranks(tmp_
     held_out = ["data.hf_validation_split=null", "data.train_split=0.996", "trainer.limit_train_batches=1"]
     first, second = launch(tmp_path / "ranks", 2, "data.batch_size=2", "model.adaptive_weight=per_rank", *held_out)
     assert first["weights"][0] != pytest.approx(second["weights"][0], rel=1e-6)
-    assert first["digests"] == second["digests"]  # the averaged gradient is still one
+    assert first["digests"] == second["digests"]  # the averaged gradient is still the same
 
 
 @pytest.mark.slow

@@ -232,7 +232,7 @@ def test_both_languages_have_the_same_commands_and_the_same_names(pair):
     assert rows[0] == rows[1]
 
 
-def test_the_first_ten_minutes_of_the_readme(tmp_path, monkeypatch, capsys):
+def test_first_ten_minutes_of_the_readme(tmp_path, monkeypatch, capsys):
     """Run its commands in order: train with another learning rate, resume, report, score, reconstruct, export."""
     section = text("README.md").split("## The first ten minutes")[1].split("\n## ")[0]
     lines = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1].replace("\\\n", " ").splitlines()
@@ -273,7 +273,7 @@ def test_help_has_an_example_and_exit_codes(file, monkeypatch, capsys):
     assert file.startswith(("benchmarks/", "docs/")) or re.search(r"exit (codes|status)", said, re.IGNORECASE)
 
 
-def test_the_help_of_training_names_real_keys_and_experiments():
+def test_help_of_training_names_real_keys_and_experiments():
     help_text = yaml.safe_load(text("configs/hydra/default.yaml"))["help"]
     everything = "\n".join(help_text.values())
     overrides = re.findall(r"^  ([a-z][\w./]*=[^\s]+)", everything, re.MULTILINE)

@@ -173,7 +173,7 @@ def test_failed_download_leaves_the_older_file_alone(server, tmp_path, answer, d
 
 
 @pytest.mark.parametrize("bad", [401, 403, 404, 410, 500, "wrong bytes", f"{DEAD}/f", "http://:x/"])
-def test_the_next_source_is_tried(server, tmp_path, bad):
+def test_next_source_is_tried(server, tmp_path, bad):
     server.answers["/good"] = serve(ARCHIVE)
     server.answers["/bad"] = serve(b"<html>") if bad == "wrong bytes" else status(bad)
     first = bad if str(bad).startswith("http") else f"{server.url}/bad"

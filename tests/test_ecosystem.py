@@ -173,7 +173,7 @@ def test_run_returns_the_requested_metric(tmp_path):
 
 
 @pytest.mark.skipif("hydra_plugins.hydra_optuna_sweeper" in sys.modules, reason="the plugin is here")
-def test_a_missing_plugin_is_one_message():
+def test_missing_plugin_ends_in_one_message():
     said = python("src/train.py", "hparams_search=optuna", code=1)
     assert len(said.splitlines()) == 1 and "pip install -e '.[optuna]'" in said
 

@@ -181,7 +181,7 @@ def test_checkpoint_is_scored_with_the_settings_of_its_training(evaluate, caplog
         file.unlink()
     Image.new("RGB", (400, 400)).save(pictures / "class0" / "large.png")
     training = {"data": {"exif": "ignore", "max_megapixels": 0.1}, "callbacks": {"rfid": {"quantization": "truncate"}}}
-    training |= {"trainer": {"precision": "bf16-mixed"}}  # which is not followed
+    training |= {"trainer": {"precision": "bf16-mixed"}}  # not followed
     other = write_checkpoint(tmp_path / "other.ckpt", pictures, **training)
 
     def run(file: Path, *more: str) -> tuple[list, dict]:

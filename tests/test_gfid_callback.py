@@ -52,7 +52,7 @@ def test_online_and_offline_scores_are_equal_and_training_is_not_disturbed(
     assert state["monitor"] == "gfid_untrained/score" and state["best"] == min(scores.values())
 
 
-def test_a_long_evaluation_is_skipped_once_the_run_is_asked_to_stop(autoencoder, reference, tmp_path, monkeypatch):
+def test_long_evaluation_is_skipped_once_the_run_is_asked_to_stop(autoencoder, reference, tmp_path, monkeypatch):
     monkeypatch.setattr(scores, "GRACE_S", 0.0)
     drawn, original = [], gfid_callback.draw
 

@@ -80,7 +80,7 @@ def test_deterministic_runs_are_bit_equal_and_so_is_a_resumed_one(tmp_path, dete
 @pytest.mark.parametrize("words", [
     ["trainer.precision=bf16"], ["trainer.precision=16", "model.optimizer.name=muon"], ["trainer.deterministic=true"],
 ], ids=str)  # fmt: skip
-def test_a_run_of_stage_2_and_guided_samples(tmp_path, autoencoder, deterministic, words):
+def test_run_of_stage_2_and_guided_samples(tmp_path, autoencoder, deterministic, words):
     run = train_stage2(tmp_path, autoencoder, "trainer.accelerator=gpu", "model.sampler.cfg=2", *words)
     assert all(value.isfinite().all() for value in run.module.state_dict().values())
     rows = run.module.to(GPU).sample_rows(torch.zeros(2, 3, 64, 64, dtype=torch.uint8, device=GPU))
@@ -164,7 +164,7 @@ def test_scores_equal_those_of_a_cpu():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_the_host_never_waits_inside_a_step(precision):
+def test_host_never_waits_inside_a_step(precision):
     _, ours, draws = make_pair()
     step, draws = on_gpu(ours, draws)
     real = [unit_to_bytes(draws.images)]

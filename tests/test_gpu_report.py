@@ -28,7 +28,7 @@ def report(folder: Path, seconds: float = 900, **changes) -> tuple[int, dict]:
     options = argparse.Namespace(**{**OPTIONS, "out": folder / "gpu.json", **changes})
     (folder / "scratch").mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as without:
-        without.setattr(gpu_report, "tempfile", None)  # a temporary folder is for results without --out
+        without.setattr(gpu_report, "tempfile", None)  # used only without --out
         code = gpu_report.report(options, folder / "scratch", time.monotonic() + seconds)
     return code, json.loads((folder / "gpu.json").read_text()) if (folder / "gpu.json").is_file() else {}
 

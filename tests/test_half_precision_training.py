@@ -24,7 +24,7 @@ def test_both_networks_learn_in_fp16(monkeypatch, tmp_path):
     train(tmp_path, *QUIET, "trainer.max_epochs=1")
     run = train(tmp_path, *QUIET, checkpoint=last(tmp_path))
     scalers = run.trainer.precision_plugin.scaler, run.module.disc_scaler
-    assert [scaler.state_dict()["_growth_tracker"] for scaler in scalers] == [6, 5]  # those before the resume count
+    assert [scaler.state_dict()["_growth_tracker"] for scaler in scalers] == [6, 5]  # counted across the resume
     assert run.trainer.precision == "16-mixed" and run.module.disc_scaler.is_enabled()
     assert torch.float16 in {p.dtype for p in run.module.rae.encoder.parameters()}
     for optimizer, steps in zip(run.trainer.optimizers, (6, 5), strict=True):

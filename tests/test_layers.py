@@ -118,7 +118,7 @@ def test_subset_is_a_function_of_seed_and_step_alone(monkeypatch):
     assert [stand_in(0.5, seed=1).blocks(step) for step in range(50)] != reference
 
 
-def test_no_subsets_of_none_and_of_a_single_block():
+def test_no_subsets_for_kind_none_or_a_single_block():
     assert stand_in(0.5, kind="none").blocks(3) is None
     with pytest.raises(UserError, match=r"layer_subset.kind=uniform needs several blocks .* block 4 alone"):
         stand_in(0.5, blocks=(4,))

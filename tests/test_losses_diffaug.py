@@ -94,7 +94,7 @@ def test_switches(prob: float, u: float, on: bool) -> None:
     assert not DiffAug(prob=prob, cutout=0).draw(torch.full((3,), u), samples).cutout
 
 
-def test_the_largest_draws_stay_in_range() -> None:
+def test_largest_draws_stay_in_range() -> None:
     images, _ = batch((256, 256), count=1)
     for u in (0.0, 1 - 2**-24):
         samples = torch.full((1, UNIFORMS_PER_SAMPLE), u)

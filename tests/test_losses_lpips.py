@@ -134,7 +134,7 @@ def test_fused_kernels_give_the_same_numbers_for_any_batch() -> None:
         assert got.stride() == wanted.stride()
 
 
-def test_a_pixel_without_features_has_a_finite_gradient() -> None:
+def test_pixel_without_features_has_a_finite_gradient() -> None:
     x, y = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)
     x[:, :, 1, 2] = 0
     x.requires_grad_()

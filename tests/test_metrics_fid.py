@@ -63,7 +63,7 @@ def test_agrees_with_torchmetrics_on_the_same_features(count: int) -> None:
 
 @pytest.mark.parametrize("count", [3, 100, 900])  # below and above the 128 dimensions
 @pytest.mark.parametrize("offset", [0.4, 1e4])  # mean far above the deviation, as features of a weak network
-def test_any_split_gives_the_same(count: int, offset: float) -> None:
+def test_any_split_into_batches_gives_the_same_distance(count: int, offset: float) -> None:
     real, fake = features(count, 128, 1, offset), features(count, 128, 2, offset)
     whole = frechet_distance(statistics(real), statistics(fake))
     for batch in (1, 7, 64):
@@ -204,7 +204,7 @@ def write_both_kinds(folder: Path, prepared: Preparation | None = PREPARED) -> F
     return made
 
 
-def test_a_reference_is_statistics_or_images(tmp_path: Path) -> None:
+def test_reference_is_statistics_or_images(tmp_path: Path) -> None:
     made = write_both_kinds(tmp_path)
     for name in ("images", "statistics"):
         reference = load(tmp_path / f"{name}.npz")

@@ -10,7 +10,7 @@ from src.metrics.quality import MAX_PSNR_DB, RunningMeans, psnr, ssim
 
 
 def pair(height: int, width: int, noise: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Smooth images and noisy copies, uint8 4 x 3 x H x W."""
+    """Return smooth images and noisy copies, uint8 4 x 3 x H x W."""
     generator = torch.Generator().manual_seed(seed)
     small = torch.rand(4, 3, 4, 4, generator=generator) * 255
     a = torch.nn.functional.interpolate(small, (height, width), mode="bicubic").round().clamp(0, 255)

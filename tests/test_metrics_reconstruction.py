@@ -70,7 +70,7 @@ def test_perfect_reconstructions_have_no_distance(inception: InceptionFeatures) 
     assert truncated.compute()["psnr"] == 100 and rounded.compute()["psnr"] < 50
 
 
-def test_a_score_is_called_rfid_only_with_real_weights(tmp_path: Path) -> None:
+def test_score_is_called_rfid_only_with_real_weights(tmp_path: Path) -> None:
     inception = InceptionFeatures(None, "tiny")
     assert "rfid_untrained" in score_of(inception, [data(4)]).compute()
     inception.untrained = False  # as after loading a file

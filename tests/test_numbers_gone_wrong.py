@@ -66,13 +66,13 @@ def test_as_many_steps_as_allowed_are_skipped_and_counted(monkeypatch, tmp_path)
     assert read(last(tmp_path))["skipped_steps"] == logged(tmp_path, "train/skipped_steps")[6] == 2
     longer = ["trainer.max_skipped_steps=2", "trainer.max_epochs=3"]
     again = train(tmp_path / "again", *QUIET, *longer, checkpoint=last(tmp_path))
-    assert again.module.nonfinite.skipped == 2  # those before the resume count
+    assert again.module.nonfinite.skipped == 2  # counted across the resume
     poison(monkeypatch, "l1", at=[0, 1, 2])
     with pytest.raises(NonFiniteError, match="3 such"):
         train(tmp_path / "more", *QUIET, "trainer.max_skipped_steps=2")
 
 
-def test_a_skipped_step_touches_neither_weights_nor_moments(monkeypatch, tmp_path):
+def test_skipped_step_touches_neither_weights_nor_moments(monkeypatch, tmp_path):
     train(tmp_path / "before", *QUIET, "trainer.max_steps=1", "model.disc_weight=0")
     poison(monkeypatch, "l1", at=[1])
     train(tmp_path / "after", *QUIET, "trainer.max_steps=2", "trainer.max_skipped_steps=1", "model.disc_weight=0")
@@ -119,7 +119,7 @@ def test_counted_steps_and_named_terms(allowed, observed, said):
         counter.check()
 
 
-def test_watching_more_numbers_takes_no_more_operations():
+def test_checking_more_terms_takes_no_more_operations():
     """Each operation is a GPU kernel of some microseconds, twice a step."""
 
     class Operations(TorchDispatchMode):

@@ -40,7 +40,7 @@ def flat(config, key=""):
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_the_experiments_are_the_published_recipe(experiment):
+def test_experiments_are_the_published_recipe(experiment):
     plain, ours = (
         {group: OmegaConf.to_container(config[group], resolve=True) for group in ("model", "data", "trainer")}
         for config in (composed(["experiment=rae_dino"]), composed([f"experiment={experiment}"]))

@@ -94,7 +94,7 @@ def test_schedule_and_written_files(tmp_path, caplog, monkeypatch):
     assert read(folder / "checkpoints" / "best.ckpt")["global_step"] == min(scores, key=scores.get)
 
 
-def test_steps_count_generator_updates_under_accumulation_and_older_configurations_open(tmp_path, caplog):
+def test_steps_count_generator_updates_under_accumulation_and_older_configs_open(tmp_path, caplog):
     """An untrained network of a smaller width is the tiny one."""
     accumulated = ["data.batch_size=2", "trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=6"]
     old = ["+callbacks.rfid.inception_width=0.125", "model.disc_weight=0"]

@@ -162,7 +162,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(stage2_run, autoenco
         assert (a - b).abs().max() < 1e-4
 
 
-def test_what_is_logged(autoencoder, tmp_path, caplog, monkeypatch):
+def test_logged_values(autoencoder, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(stage2, "STUCK_AFTER", 2)
     slow = ["model.optimizer.lr=1e-12", "model.scheduler.final_lr=1e-12", "trainer.log_every_n_steps=2"]
     run = train_stage2(tmp_path, autoencoder, *slow, "callbacks.progress.peak_tflops=0.5")

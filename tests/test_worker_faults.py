@@ -74,7 +74,7 @@ def test_no_batch_is_lost_and_the_run_is_asked_to_stop(fault, timeout, said, cap
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="a forked process comes to run there")
 @pytest.mark.parametrize("hanging", [1, 2])
 def test_worker_that_hangs_after_the_fork_is_restarted(monkeypatch, caplog, hanging):
-    """If that hangs too, it counts as killed, and no batch is lost either."""
+    """If the new one hangs too, it counts as killed, and no batch is lost either."""
     fork, forked = os.fork, []
 
     def sometimes_hangs():
@@ -106,7 +106,7 @@ def test_death_of_a_worker_waits_for_the_end_of_the_update(monkeypatch):
 
 
 def test_death_of_a_worker_between_two_passes_is_noticed_by_the_next():
-    """As of workers that idle while another data set is evaluated; torch waits `worker_timeout_s` for them."""
+    """For example of workers that idle while another data set is evaluated; torch would wait `worker_timeout_s` for them."""
     loader = loader_with(0, timeout=30)  # signal 0 does nothing
     whole = [batch.tolist() for batch in batches_of(loader)]
     worker = loader._iterator._workers[0]
