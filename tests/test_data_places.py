@@ -130,6 +130,13 @@ def test_metadata_of_img2dataset_is_ignored(tmp_path: Path) -> None:
         ("a.csv", "n,picture,kind\n1,0.jpg,3\n2,1.jpg,\n", ReadOptions("picture", "kind"), (4, [3, -1])),
         ("a.tsv", "file_name\tlabel\n0.jpg\t1\n1.jpg\t0\n", ReadOptions(), (2, [1, 0])),
         ("a.jsonl", '{"image": "0.jpg", "label": 1}\n\n{"image": "1.jpg", "label": 0}\n', ReadOptions(), (2, [1, 0])),
+        ("a.csv", "path,label\n0.jpg,10.0\n1.jpg,-1\n", ReadOptions(), (11, [10, -1])),
+        (
+            "a.jsonl",
+            '{"image": "0.jpg", "label": 2.0}\n{"image": "1.jpg", "label": NaN}\n',
+            ReadOptions(),
+            (3, [2, -1]),
+        ),
         ("a.csv", "url,label\nhttp://x/0.jpg,1\n", ReadOptions("url"), "lists URLs.*img2dataset"),
         ("a.csv", "a,b\n1,2\n", ReadOptions(), "columns a, b; expected one of path"),
         ("a.csv", "path\n0.jpg\n", ReadOptions(label="kind"), "data.label=kind.*no such column"),

@@ -15,6 +15,7 @@ from src.data.sources import FileSource
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".txt")
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path")
 LABEL_COLUMN = "label"
+_NUMBER = re.compile(r"(-1|\d{1,9})(\.0+)?")
 _WITH_NUMBER = re.compile(r"^(.*\S)[ \t]+(\d+)$")
 
 
@@ -85,10 +86,10 @@ def _text_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _labels(values: Sequence[Any]) -> tuple[list[int], list[str]]:
-    """Return the labels and, if they are text, the class names; an empty label is -1."""
-    texts = ["" if value is None else str(value).strip() for value in values]
-    if all(re.fullmatch(r"\d{1,9}", text) for text in texts if text):
-        return [int(text) if text else UNKNOWN_LABEL for text in texts], []
+    """Return the labels and, if they are text, the class names. An empty label, NaN and -1 are -1; 3.0 is 3 (pandas)."""
+    texts = ["" if value is None or value != value else str(value).strip() for value in values]
+    if all(_NUMBER.fullmatch(text) for text in texts if text):
+        return [int(float(text)) if text else UNKNOWN_LABEL for text in texts], []
     classes = sorted({text for text in texts if text})
     numbers = {name: i for i, name in enumerate(classes)}
     return [numbers.get(text, UNKNOWN_LABEL) for text in texts], classes
