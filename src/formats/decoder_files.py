@@ -38,9 +38,9 @@ FOLDER_FORMAT = "rae-trainer"
 FOLDER_VERSION = 1
 FOLDER_WEIGHTS = "model.safetensors"
 RECORD = "rae_export.json"
-"""Record of where an export comes from, written beside it; optional when reading."""
+"""In every export: the record of where it comes from. Optional when reading."""
 STATISTICS = "stats.pt"
-"""Latent statistics in the official format, beside every export of a model that has them."""
+"""In every export of a model with latent statistics: these, in the official format."""
 _POSITIONS = "decoder_pos_embed"
 _STATES = ("ema", "state_dict", "model_state_dict", "model", "decoder")
 """Keys of the state dict in third-party files, by priority; official training checkpoints use `ema`."""
@@ -228,7 +228,7 @@ def read_folder_config(folder: Path) -> dict[str, Any]:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return the record that `src/export.py` wrote beside an export; empty for third-party folders."""
+    """Return the record that `src/export.py` wrote into the folder of an export; empty for third-party folders."""
     if not (folder / RECORD).is_file():
         return {}
     optional = (dict[str, Any] | None, None)

@@ -77,21 +77,21 @@ def new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
         UserError: `output` exists and must not be overwritten, or is not an export (its content is unknown).
     """
     check_output(output, overwrite)
-    beside = output.with_name(f".{output.name}.{os.getpid()}.part")
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
-        beside.mkdir(parents=True)
-        yield beside
+        temporary.mkdir(parents=True)
+        yield temporary
         check_output(output, overwrite)  # again: another process may have written it in the meantime
         if output.exists():
             shutil.rmtree(output)
-        os.replace(beside, output)
+        os.replace(temporary, output)
     except OSError as error:
         raise UserError(
             f"--output {output} can't be written: {error.strerror or error}. Choose a folder with write permission "
             "and free space."
         ) from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_output(output: Path, overwrite: bool) -> None:

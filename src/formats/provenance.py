@@ -36,7 +36,7 @@ def provenance(loaded: LoadedModel, score_files: Sequence[str | Path] = ()) -> d
     carried = read_record(source) if source.is_dir() else {}
     run = _run_record(source) or carried.get("run")
     if run is None:
-        log.warning("No run.json beside %s: the model card can't say how it was trained.", source)
+        log.warning("No run.json found for %s: the model card won't tell how it was trained.", source)
     values = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "source": source.name,

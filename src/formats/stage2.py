@@ -208,7 +208,7 @@ def export_official(checkpoint: str | Path, output: Path, dtype: torch.dtype, ov
 
 
 def _record(file: Path) -> dict[str, Any]:
-    """Return the record that `export_official` wrote beside a file; empty for third-party files."""
+    """Return the record that `export_official` wrote next to a file; empty for third-party files."""
     record = read_record(file.parent)
     return record if record.get("format") == FORMAT and file.name in (record.get("files") or ()) else {}
 

@@ -83,7 +83,7 @@ class LatentTransformer(nn.Module):
         return getattr(self, "ctx_embedder" if hasattr(self, "ctx_embedder") else "y_embedder").embedding_table.weight
 
     def known(self, labels: Tensor) -> Tensor:
-        """Return labels (B,), on the CPU, with negative ones (no class) replaced by the null label. UserError if there is none."""
+        """Return labels (B,), on the CPU, with the null label for negative ones (no class). Raises UserError if it is missing."""
         if self.null_label is not None:
             return torch.where(labels < 0, self.null_label, labels)
         if (labels < 0).any():

@@ -206,7 +206,7 @@ class Block(nn.Module):
             self.add_module(self.modulation, Modulation(width, 6))
 
     def forward(self, x: Tensor, condition: Tensor | None, rope: Rotary | None) -> Tensor:
-        """x B N D -> same shape; condition after its SiLU: B 1 D (all tokens), B N D (per token) or None (not modulated)."""
+        """Apply the block to x, B N D. `condition`, after SiLU: B 1 D (all tokens), B N D (per token), None (not modulated)."""
         # The backward pass recomputes norms, modulation and activations, but no matrix products.
         if self.modulation is None:
             x = x + self.attn.mix(self._project(self.attn.project, self.norm1, x), rope)
@@ -235,7 +235,7 @@ class FinalLayer(nn.Module):
         self.add_module(self.modulation, Modulation(width, 2))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """`condition` as in `Block`."""
+        """Return the patches B N (p*p*C) for x, B N D; `condition` as in `Block`."""
         shift, scale = getattr(self, self.modulation)(condition)
         return self.linear(getattr(self, self.last_norm)(x) * (1 + scale) + shift)
 

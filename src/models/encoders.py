@@ -44,8 +44,8 @@ class Dinov2withNorm(FrozenEncoder):
         position_offset: float = 0.0,
         **options: Any,
     ) -> None:
-        """Both options are for models without registers, at other image sizes. `antialias_positions`: as in models with registers
-        and in RAEv2. `position_offset`: see `resample_positions`; 0.1 in the DINOv2 authors' code, 0 in transformers."""
+        """Set how models without registers resample their positions. `antialias_positions`: as models with registers do, and
+        RAEv2. `position_offset`: see `resample_positions`; 0.1 in the DINOv2 authors' code, 0 in transformers."""
         if not normalize:
             raise UserError(
                 "model.encoder_params.normalize=false: the latent of the recipe is normalised without affine parameters. "
@@ -87,7 +87,7 @@ class SigLIP2wNorm(FrozenEncoder):
     ignorable = ("text_model.", "logit_", "head.", "vision_model.head.")
 
     def __init__(self, model_name: str, num_tokens: int | None = None, **options: Any) -> None:
-        """`num_tokens` is only checked, by the geometry."""
+        """Accept `num_tokens`, which has no effect here: the geometry checks it."""
         super().__init__(model_name, **options)
 
     def embed(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:

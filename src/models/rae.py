@@ -102,7 +102,7 @@ class RAE(nn.Module):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """C, h, w."""
+        """Shape of a latent: C, h, w."""
         return self.encoder.hidden_size, self.geometry.grid, self.geometry.grid
 
     # -- the public pair
