@@ -1,9 +1,9 @@
-"""The table of measured speed in the two READMEs, made from benchmarks/results/*.json. No figure is typed by hand.
+"""Generate the speed table of the two READMEs from benchmarks/results/*.json.
 
     python docs/benchmark_table.py             print it
-    python docs/benchmark_table.py --write     put it between the markers of README.md and README.zh-CN.md
+    python docs/benchmark_table.py --write     write it between the markers in README.md and README.zh-CN.md
 
-A test holds the pages against the files.
+A test compares the pages with the files.
 """
 
 import argparse
@@ -32,7 +32,7 @@ Row = tuple[str, ...]
 
 
 def rows() -> list[Row]:
-    """Return a row of texts for each measurement; steps timed on a CPU stay in their files."""
+    """Return a row of cells for each measurement; steps timed on a CPU are left out."""
     found: list[Row] = []
     for file in sorted(RESULTS.glob("*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -53,7 +53,7 @@ def table(page: str) -> str:
 
 
 def replaced(page: str, text: str) -> str:
-    """`text` of a page with the table as it should be."""
+    """Return the text of a page with an up-to-date table."""
     return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{table(page)}\n{END}", text, flags=re.DOTALL)
 
 
@@ -70,7 +70,7 @@ def _rows(content: dict[str, Any]) -> Iterator[Row]:
 
 
 def _steps(content: dict[str, Any], device: str) -> Iterator[Row]:
-    """Of benchmarks/train_step.py: ours against the published order of work, phase by phase."""
+    """Yield the rows of benchmarks/train_step.py: ours against the published order of computation, phase by phase."""
     said = content["arguments"]
     sizes = f"{said['encoder']} + {said['decoder']}, {said['image_size']} px, batch {said['batch']}"
     for name, measured in content["results"].items():
@@ -94,7 +94,7 @@ def _steps(content: dict[str, Any], device: str) -> Iterator[Row]:
 
 
 def _beside_peers(measured: dict[str, Any], phase: str, precision: str, sizes: str, where: str) -> Iterator[Row]:
-    """Of benchmarks/peers.py: ours against other people's own code."""
+    """Yield the rows of benchmarks/peers.py: ours against third-party code."""
     for variant, label in NAMES.items():
         own, official = measured.get(variant, {}), measured["official"]
         if "seconds" not in own:
@@ -112,7 +112,7 @@ def _beside_peers(measured: dict[str, Any], phase: str, precision: str, sizes: s
 
 
 def _gpu(content: dict[str, Any]) -> Iterator[Row]:
-    """Of scripts/gpu_report.py: the step alone and beside the others, and the largest batches."""
+    """Yield the rows of scripts/gpu_report.py: the step alone, the comparison with others, and the largest batches."""
     found = {letter: part.get("result", {}) for letter, part in content["parts"].items()}
     beside = found.get("h", {})
     for measured in (found.get("b", {}), beside, beside.get("batch 48", {})):
@@ -125,7 +125,7 @@ def _gpu(content: dict[str, Any]) -> Iterator[Row]:
 
 
 def _computed(content: dict[str, Any]) -> Iterator[Row]:
-    """Of benchmarks/memory.py."""
+    """Yield the rows of benchmarks/memory.py."""
     said = content["arguments"]
     sizes = f"{said['encoder']} + {said['decoder']}, {said['image_size']} px, batch {content['batch']}"
     for phase, measured in content["results"].items():
@@ -136,12 +136,12 @@ def _computed(content: dict[str, Any]) -> Iterator[Row]:
 
 
 def _ratio(other: dict[str, Any], own: dict[str, Any]) -> float:
-    """How many times as fast, turn by turn."""
+    """Return the median speed-up over paired repetitions."""
     return statistics.median(a / b for a, b in zip(other["seconds_all"], own["seconds_all"], strict=True))
 
 
 def _data(content: dict[str, Any]) -> Iterator[Row]:
-    """Of benchmarks/data.py: one core."""
+    """Yield the rows of benchmarks/data.py, measured on one core."""
     what = f"{content['size']} px, {content['files']} images"
     for name, label in DATA.items():
         measured = content["results"][name]
@@ -151,7 +151,7 @@ def _data(content: dict[str, Any]) -> Iterator[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="into the READMEs")
+    parser.add_argument("--write", action="store_true", help="write it to the READMEs")
     options = parser.parse_args()
     if not options.write:
         print(table("README.md"))

@@ -1,10 +1,10 @@
-"""The table of docs/encoders.md, made from src/models/encoder_presets.py. No figure is typed by hand.
+"""Generate the table of docs/encoders.md from src/models/encoder_presets.py.
 
     python docs/encoder_table.py             print it
-    python docs/encoder_table.py --write     put it between the markers of docs/encoders.md
+    python docs/encoder_table.py --write     write it between the markers in docs/encoders.md
 
-Parameters and floating-point operations are counted on a model without memory (torch's meta device), of the blocks that
-are run and of what stands before them. A test holds the page against the table.
+Parameters and floating-point operations are counted on torch's meta device, for the blocks that run and the layers
+before them. A test compares the page with the table.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from src.models.encoders import DINOv3wNorm, encoder_class  # noqa: E402
 
 PAGE = ROOT / "docs" / "encoders.md"
 GRID = 16
-"""Latents a side, of images of 256 px with a decoder patch of 16 px."""
+"""Latents per side, for images of 256 px and a decoder patch of 16 px."""
 BEGIN, END = "<!-- encoder table -->", "<!-- /encoder table -->"
 HEAD = (
     "name", "class", "hub id", "blocks", "width", "patch", "input px", "parameters (M)", "GFLOP", "licence", "decoders",
@@ -34,8 +34,8 @@ HEAD = (
 
 
 def cost(preset: Preset) -> tuple[int, int]:
-    """Return parameters that a latent depends on, and floating-point operations for an image of 256 px."""
-    kind = DINOv3wNorm if preset.encoder_cls == "TimmViT" else encoder_class(preset.encoder_cls)  # of equal sizes
+    """Return the number of parameters that a latent depends on, and the floating-point operations for a 256 px image."""
+    kind = DINOv3wNorm if preset.encoder_cls == "TimmViT" else encoder_class(preset.encoder_cls)  # same sizes
     types = {"woreg": "dinov2", "webssl": "dinov2", "msn": "vit_msn"}
     size, model_type = preset.size, next((value for part, value in types.items() if part in preset.name), None)
     config = {
@@ -77,15 +77,15 @@ def table() -> str:
 
 
 def replaced(text: str) -> str:
-    """Return the text of the page with the table as it should be."""
+    """Return the page's text with an up-to-date table."""
     return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{table()}\n{END}", text, flags=re.DOTALL)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="into docs/encoders.md")
+    parser.add_argument("--write", action="store_true", help="write it to docs/encoders.md")
     options = parser.parse_args()
-    logging.disable(logging.WARNING)  # each stand-in would say that it is untrained
+    logging.disable(logging.WARNING)  # each model would warn that it is untrained
     if options.write:
         PAGE.write_text(replaced(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     else:
