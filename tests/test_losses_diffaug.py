@@ -7,7 +7,7 @@ from torch import Tensor
 
 from src.core.errors import UserError
 from src.core.random_streams import Purpose, uniforms
-from src.losses.diffaug import UNIFORMS_PER_BATCH, UNIFORMS_PER_SAMPLE, DiffAug, _whole
+from src.losses.diffaug import UNIFORMS_PER_BATCH, UNIFORMS_PER_SAMPLE, DiffAug, _to_index
 
 ON = torch.zeros(UNIFORMS_PER_BATCH)
 SIZES = [(16, 24), (17, 9), (32, 32)]
@@ -102,7 +102,7 @@ def test_largest_draws_stay_in_range() -> None:
         shift = augment.apply(torch.ones_like(images), augment.draw(torch.tensor([0.0, 2.0, 2.0]), samples))
         assert int(shift[0, 0].sum()) == 224 * 224
     largest = torch.tensor(1 - 2**-24)
-    assert all(int(_whole(largest, count)) == count - 1 for count in range(1, 2000))
+    assert all(int(_to_index(largest, count)) == count - 1 for count in range(1, 2000))
 
 
 def test_values_out_of_range_are_rejected() -> None:

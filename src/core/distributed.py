@@ -205,15 +205,15 @@ class RankRequests:
             return requests
         if self._group is None:
             self._group = dist.new_group(backend="gloo")
-        heard = [0] * len(requests)
+        agreed = [0] * len(requests)
         if self._pending is not None:
             values, work = self._pending
             work.wait()
-            heard = values.tolist()
+            agreed = values.tolist()
         values = torch.tensor([int(request) for request in requests], dtype=torch.int32)
         work = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         self._pending = values, work
-        return heard
+        return agreed
 
 
 def float64_device(device: torch.device) -> torch.device:

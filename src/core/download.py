@@ -57,10 +57,10 @@ def download(wanted: Iterable[Asset], mirrors: Sequence[str] = (), force: bool =
     Raises one UserError at the end for all that failed, with every source's reason and what to do by hand; immediately if the
     disk is full or not writable. A host that does not answer is not asked again.
     """
-    failures, silent = [], set[str]()
+    failures, unreachable = [], set[str]()
     for asset in wanted:
         try:
-            yield f"ready   {_obtain(asset, mirrors, force, silent)}"
+            yield f"ready   {_obtain(asset, mirrors, force, unreachable)}"
         except Refused as error:
             failures.append(str(error))
             yield f"failed  {asset.path or asset.name}"
@@ -82,8 +82,8 @@ def addresses(asset: Asset, mirrors: Sequence[str] = ()) -> list[str]:
     if asset.path is None:
         return [*mirrors, constants.ENDPOINT]
     paths = [*(source.split("/", 3)[3] for source in asset.sources), asset.place]
-    behind = [f"{mirror}/{path}" for mirror in mirrors for path in dict.fromkeys(paths) if asset.sources]
-    return behind + [source.replace(HUB, constants.ENDPOINT) for source in asset.sources]
+    mirrored = [f"{mirror}/{path}" for mirror in mirrors for path in dict.fromkeys(paths) if asset.sources]
+    return mirrored + [source.replace(HUB, constants.ENDPOINT) for source in asset.sources]
 
 
 def present(asset: Asset) -> list[Path]:
@@ -117,9 +117,9 @@ def check(path: Path, digest: str | None) -> tuple[bool | None, str]:
     The verdict is None if there is no hash to compare with.
     """
     blob = path.resolve().name  # in the hub's cache, the sha256 of a large file or the git hash of a small one
-    noted = blob if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob) else _record(path.parent).get(path.name)
-    if digest is None and noted:
-        digest = f"{'git' if len(noted) == 40 else 'sha256'}:{noted}"
+    recorded = blob if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob) else _record(path.parent).get(path.name)
+    if digest is None and recorded:
+        digest = f"{'git' if len(recorded) == 40 else 'sha256'}:{recorded}"
     if digest is None:
         return None, "no published hash, and not downloaded by this script: nothing to compare with"
     algorithm, expected = digest.split(":")
@@ -128,7 +128,7 @@ def check(path: Path, digest: str | None) -> tuple[bool | None, str]:
     return (True, digest) if got.startswith(expected) else (False, wrong)
 
 
-def _obtain(asset: Asset, mirrors: Sequence[str], force: bool, silent: set[str]) -> str:
+def _obtain(asset: Asset, mirrors: Sequence[str], force: bool, unreachable: set[str]) -> str:
     path, here = asset.path, present(asset)
     known = path is None or asset.sources
     if here and not (force and known):
@@ -146,14 +146,14 @@ def _obtain(asset: Asset, mirrors: Sequence[str], force: bool, silent: set[str])
     for address in addresses(asset, mirrors):
         host = urlsplit(address).netloc
         try:
-            if host in silent:
+            if host in unreachable:
                 raise Refused("the host did not answer before")
             return _fetch(address, path, asset.digest) if path else _snapshot(asset.name, address)
         except Exception as error:  # huggingface_hub passes on errors of several packages
             if isinstance(error, OSError) and error.errno:  # a local error, such as a full disk
                 raise
             if type(error).__module__.startswith("httpx"):
-                silent.add(host)
+                unreachable.add(host)
             cause = error.__cause__ or error
             reasons.append(f"  {address}: {' '.join(str(cause).split()) or type(cause).__name__}")
     raise Refused("\n".join([f"{asset.name} could not be downloaded:", *reasons, _by_hand(asset)]))
@@ -177,10 +177,10 @@ def _fetch(url: str, target: Path, digest: str | None) -> str:
     token = None if url.startswith(f"{constants.ENDPOINT}/") else False  # other hosts never see HF_TOKEN
     size = 0
     try:  # one short request first: the download itself retries
-        stated = get_hf_file_metadata(url, token=token)
-        size = stated.size or 0
-        if digest is None and stated.commit_hash and re.fullmatch(r"[0-9a-f]{64}", stated.etag or ""):  # from a hub
-            digest = f"sha256:{stated.etag}"
+        metadata = get_hf_file_metadata(url, token=token)
+        size = metadata.size or 0
+        if digest is None and metadata.commit_hash and re.fullmatch(r"[0-9a-f]{64}", metadata.etag or ""):  # from a hub
+            digest = f"sha256:{metadata.etag}"
     except HfHubHTTPError:  # not every server answers HEAD
         pass
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -210,8 +210,8 @@ def _fetch(url: str, target: Path, digest: str | None) -> str:
             right, detail = False, f"not a complete weights file; it starts with {head!r}"
         if right:
             put_in_place(partial, target)
-            noted = {**_record(target.parent), target.name: file_digest(target, "sha256")}
-            write_text(target.parent / RECORD, "".join(f"{noted[name]}  {name}\n" for name in sorted(noted)))
+            recorded = {**_record(target.parent), target.name: file_digest(target, "sha256")}
+            write_text(target.parent / RECORD, "".join(f"{recorded[name]}  {name}\n" for name in sorted(recorded)))
             return f"{target}: {target.stat().st_size:,} bytes from {url}, checked: {detail}"
         if not kept:
             break
@@ -243,5 +243,5 @@ def _encoder_files(folder: Path) -> list[Path]:
     indexes = [read_json(path, weight_map=dict[str, str]) for path in folder.glob("*.index.json")]
     weights = {shard for index in indexes for shard in index["weight_map"].values()}
     weights |= {path.name for pattern in ("*.safetensors", "pytorch_model*.bin") for path in folder.glob(pattern)}
-    whole = weights and all((folder / name).is_file() for name in ("config.json", *weights))
-    return sorted(path for path in folder.iterdir() if path.is_file()) if whole else []
+    complete = weights and all((folder / name).is_file() for name in ("config.json", *weights))
+    return sorted(path for path in folder.iterdir() if path.is_file()) if complete else []

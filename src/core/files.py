@@ -13,7 +13,7 @@ from typing import IO, Any
 from src.core.errors import UserError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
-_UNFINISHED: set[Path] = set()
+_TEMPORARY_FILES: set[Path] = set()
 
 
 def expanded(path: str | Path) -> Path:
@@ -40,20 +40,20 @@ def replacing(path: str | Path, tag: str | None = None, durable: bool = True) ->
     path = Path(path)
     _check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid() if tag is None else tag}.writing")
-    _UNFINISHED.add(beside)
+    temporary = path.with_name(f".{path.name}.{os.getpid() if tag is None else tag}.writing")
+    _TEMPORARY_FILES.add(temporary)
     try:
-        with open(beside, "wb") as file:
+        with open(temporary, "wb") as file:
             yield file
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        put_in_place(beside, path)
+        put_in_place(temporary, path)
         if durable:
             _sync_folder(path.parent)
     finally:
-        beside.unlink(missing_ok=True)
-        _UNFINISHED.discard(beside)
+        temporary.unlink(missing_ok=True)
+        _TEMPORARY_FILES.discard(temporary)
 
 
 def put_in_place(source: Path, target: Path) -> None:
@@ -68,7 +68,7 @@ def put_in_place(source: Path, target: Path) -> None:
 
 def remove_unfinished() -> None:
     """Remove the temporary files of this process, before it exits without unwinding."""
-    for path in list(_UNFINISHED):
+    for path in list(_TEMPORARY_FILES):
         with suppress(OSError):
             path.unlink()
 
@@ -84,7 +84,7 @@ def write_torch(path: str | Path, content: Any, tag: str | None = None) -> None:
     import torch
 
     with replacing(path, tag) as file:
-        target = _Remembering(file)
+        target = _ErrorRecorder(file)
         try:
             torch.save(content, target)
         except RuntimeError as error:  # torch's own, when it closes the archive on a full disk
@@ -102,7 +102,7 @@ def write_safetensors(path: str | Path, tensors: dict[str, Any], metadata: dict[
         raise OSError(errno.EIO, str(error), str(path)) from error
 
 
-class _Remembering:
+class _ErrorRecorder:
     """File wrapper that remembers the first write error, which torch.save replaces by one of its own."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -145,18 +145,18 @@ def file_digest(path: str | Path, algorithm: str) -> str:
 
 def link_or_copy(source: Path, target: Path) -> None:
     """Hard-link `source` to `target`, replacing it; copy where the file system has no hard links."""
-    beside = target.with_name(f".{target.name}.link")
-    beside.unlink(missing_ok=True)
-    _UNFINISHED.add(beside)
+    temporary = target.with_name(f".{target.name}.link")
+    temporary.unlink(missing_ok=True)
+    _TEMPORARY_FILES.add(temporary)
     try:
         try:
-            os.link(source, beside)
+            os.link(source, temporary)
         except OSError:
-            shutil.copyfile(source, beside)
-        put_in_place(beside, target)
+            shutil.copyfile(source, temporary)
+        put_in_place(temporary, target)
     finally:
-        beside.unlink(missing_ok=True)
-        _UNFINISHED.discard(beside)
+        temporary.unlink(missing_ok=True)
+        _TEMPORARY_FILES.discard(temporary)
 
 
 def check_folder(folder: Path, overwrite: bool, marks: Sequence[str], what: str, option: str = "--output") -> None:

@@ -24,7 +24,7 @@ KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 FAILED = 1
 """Exit code of a run that stopped on an error in one of its parts."""
 STUCK_S = 5.0  # time for a Python handler to run; if it hasn't, a library call blocks it
-_SAME_S = 1.0  # launchers forward signals that the terminal already sent to all processes: one request
+_FORWARDED_WITHIN_S = 1.0  # launchers forward signals that the terminal already sent to all processes: one request
 
 
 def status_of(code: int) -> str:
@@ -76,7 +76,7 @@ class StopRequest:
         self.code = 128 + number
         if self.loud and self.deferred:
             name = signal.Signals(number).name
-            _say(
+            _print_to_stderr(
                 f"{name}: the update is finished and saved, then the run ends. Ctrl-C ends it at once, without saving."
             )
 
@@ -94,7 +94,7 @@ class StopRequest:
                 timer = threading.Timer(STUCK_S, lambda: self._end_if_stuck(now, number))
                 timer.daemon = True
                 timer.start()
-        elif number == signal.SIGINT and now - self._first_at > _SAME_S:
+        elif number == signal.SIGINT and now - self._first_at > _FORWARDED_WITHIN_S:
             self.end_now(128 + number)
 
     def _end_if_stuck(self, since: float, number: int) -> None:
@@ -107,7 +107,7 @@ class StopRequest:
             return
         self._ending = True
         if self.loud:
-            _say("Ended at once; unsaved progress is lost.")
+            _print_to_stderr("Ended at once; unsaved progress is lost.")
         for child in multiprocessing.active_children():  # others end with this process, on Linux (end_with_parent)
             child.kill()
         with suppress(Exception):
@@ -138,19 +138,19 @@ def listening() -> Iterator[StopRequest]:
             raise SystemExit(STOP.code)
 
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    heard = [number for number in SIGNALS if before[number] is not signal.SIG_IGN]
+    handled = [number for number in SIGNALS if before[number] is not signal.SIG_IGN]
     reader, writer = os.pipe()
     if hasattr(os, "set_blocking"):  # on Windows since Python 3.12
         os.set_blocking(writer, False)
     thread = threading.Thread(target=_watch, args=(reader,), name="stop requests", daemon=True)
     thread.start()
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for number in heard:
+    for number in handled:
         signal.signal(number, handle)
     try:
         yield STOP
     finally:
-        for number in heard:
+        for number in handled:
             signal.signal(number, before[number])
         signal.set_wakeup_fd(wakeup)
         os.close(writer)
@@ -183,16 +183,16 @@ def end_with_parent(number: int) -> None:
             ctypes.CDLL(None).prctl(1, number, 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
-def _quiet_child() -> None:
+def _reset_wakeup_fd() -> None:
     with suppress(ValueError):
         signal.set_wakeup_fd(-1)  # else signals to a forked child would count as the parent's
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_quiet_child)
+    os.register_at_fork(after_in_child=_reset_wakeup_fd)
 
 
-def _say(text: str) -> None:
+def _print_to_stderr(text: str) -> None:
     with suppress(OSError):  # not through logging: a signal may have interrupted it in a write
         erase = "\r\x1b[2K" if os.isatty(2) else ""  # a progress bar on this line
         os.write(2, f"{erase}{text}\n".encode())

@@ -31,7 +31,7 @@ def progress_bar(*columns: Any) -> Any:
 def progress(what: str, shown: bool = True) -> Iterator[Update]:
     """Yield a function that shows progress: a bar on a terminal, else a line every 30 s. Does nothing unless `shown`."""
     if not (shown and sys.stderr.isatty()):
-        yield _lines(what) if shown else lambda done, total: None
+        yield _line_updates(what) if shown else lambda done, total: None
         return
     from rich.progress import TimeRemainingColumn
 
@@ -70,8 +70,8 @@ def run_program(body: Callable[[], int]) -> int:
         if isinstance(error, UserError):
             text = str(error) if "--config" in sys.argv else in_options(str(error))
         elif lacks_memory(error):
-            said = (str(error).splitlines() or ["for Python objects"])[0].rstrip(".")
-            text = f"Not enough memory: {said}. Use a smaller --batch_size, or fewer images."
+            reason = (str(error).splitlines() or ["for Python objects"])[0].rstrip(".")
+            text = f"Not enough memory: {reason}. Use a smaller --batch_size, or fewer images."
         else:
             raise
         print(f"Error{f' (process {rank})' if rank else ''}: {text}", file=sys.stderr)
@@ -97,8 +97,8 @@ def run_program(body: Callable[[], int]) -> int:
 def answer_signals(handler: Any) -> dict[int, Any]:
     """Set `handler` for SIGTERM and SIGHUP (not on Windows) unless ignored; return the previous handlers by signal number."""
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in heard}
+    handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in handled}
 
 
 OPTION_OF = {
@@ -117,7 +117,7 @@ def in_options(text: str) -> str:
     return key.sub(lambda found: OPTION_OF[found[1]] + " " * bool(found[2]), text)
 
 
-def _lines(what: str) -> Update:
+def _line_updates(what: str) -> Update:
     started = last = time.monotonic()
 
     def update(done: int, total: int) -> None:

@@ -19,7 +19,7 @@ SizedWeights = Literal["pretrained", "untrained", "tiny"]
 """`tiny`: untrained with few channels, for tests and the dummy experiments."""
 RANDOM = ("untrained", "tiny")
 _CHECKED: set[tuple[str, int, int, int]] = set()
-"""Archives whose CRCs this process has checked, as `_key` returns them."""
+"""Archives whose CRCs this process has checked, as `_file_version` returns them."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Float dtypes by their names in options."""
 
@@ -66,9 +66,9 @@ def read(path: str | Path) -> Any:
     except (MemoryError, UserError):
         raise
     except Exception as error:  # a damaged file can raise anything
-        said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
-            f"{path} ({path.stat().st_size:,} bytes) can't be read as a weights file: {said}. "
+            f"{path} ({path.stat().st_size:,} bytes) can't be read as a weights file: {reason}. "
             "It may be cut short; download or copy it again."
         ) from error
 
@@ -93,7 +93,7 @@ def check_archive(path: Path) -> None:
 
     Reads the file once, 1.5 ms per MB. If every CRC is wrong, the writer computed none (an option of torch.save): no error.
     """
-    if not zipfile.is_zipfile(path) or _key(path) in _CHECKED:
+    if not zipfile.is_zipfile(path) or _file_version(path) in _CHECKED:
         return
     with zipfile.ZipFile(path) as archive:
         if (damaged := archive.testzip()) is not None and any(_intact(archive, entry) for entry in archive.infolist()):
@@ -101,10 +101,10 @@ def check_archive(path: Path) -> None:
                 f"{path} ({path.stat().st_size:,} bytes) is damaged: its entry {damaged} has a wrong checksum (CRC-32). "
                 "Copy or download it again, or take another checkpoint of that run."
             )
-    _CHECKED.add(_key(path))
+    _CHECKED.add(_file_version(path))
 
 
-def _key(path: Path) -> tuple[str, int, int, int]:
+def _file_version(path: Path) -> tuple[str, int, int, int]:
     """Return a key that changes when the file is replaced or modified: path, inode, size, mtime."""
     status = path.stat()
     return str(path.absolute()), status.st_ino, status.st_size, status.st_mtime_ns

@@ -71,17 +71,17 @@ class DiffAug(Settings):
         if draws.colour:
             images = _recolour(images, *(v.to(images.dtype).view(-1, 1, 1, 1) for v in u[2:5]))
         if draws.cutout:
-            images = images.masked_fill(_square(u[5], u[6], images.shape[2:], self.cutout), 0)
+            images = images.masked_fill(_cutout_mask(u[5], u[6], images.shape[2:], self.cutout), 0)
         return images
 
 
 def _shift(u: Tensor, size: int) -> Tensor:
     """Map U[0, 1) to a shift in pixels, uniform over -reach .. reach: int64 (B,)."""
     reach = round(size * MAX_SHIFT)
-    return _whole(u, 2 * reach + 1) - reach
+    return _to_index(u, 2 * reach + 1) - reach
 
 
-def _whole(u: Tensor, count: int) -> Tensor:
+def _to_index(u: Tensor, count: int) -> Tensor:
     """Map U[0, 1) to 0 .. count - 1. In float32 too: (1 - 2^-24) * count never rounds up to count."""
     return (u * count).floor().long()
 
@@ -101,8 +101,8 @@ class _Translate(torch.autograd.Function):
 
 
 def _translate(images: Tensor, dy: Tensor, dx: Tensor) -> Tensor:
-    rows, inside_rows = _source(dy, images.shape[2])  # B H
-    columns, inside_columns = _source(dx, images.shape[3])  # B W
+    rows, inside_rows = _source_index(dy, images.shape[2])  # B H
+    columns, inside_columns = _source_index(dx, images.shape[3])  # B W
     # One gather per axis: the expanded indices have stride 0 and take no memory.
     moved = images.gather(2, rows[:, None, :, None].expand_as(images))
     moved = moved.gather(3, columns[:, None, None, :].expand_as(images))
@@ -110,7 +110,7 @@ def _translate(images: Tensor, dy: Tensor, dx: Tensor) -> Tensor:
     return moved.masked_fill_(~inside, 0)
 
 
-def _source(shift: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def _source_index(shift: Tensor, size: int) -> tuple[Tensor, Tensor]:
     index = torch.arange(size, device=shift.device) + shift[:, None]
     return index.clamp(0, size - 1), (index >= 0) & (index < size)
 
@@ -127,7 +127,7 @@ def _recolour(images: Tensor, brightness: Tensor, saturation: Tensor, contrast: 
     return torch.addcmul(torch.addcmul((1 - k) * mean + b, grey, k * (1 - s)), images, k * s)
 
 
-def _square(u_y: Tensor, u_x: Tensor, size: torch.Size, share: float) -> Tensor:
+def _cutout_mask(u_y: Tensor, u_x: Tensor, size: torch.Size, share: float) -> Tensor:
     """Return the mask of a rectangle whose centre is uniform over the image: bool, B x 1 x H x W."""
     rows, columns = (_interval(u, extent, round(extent * share)) for u, extent in zip((u_y, u_x), size, strict=True))
     return (rows[:, :, None] & columns[:, None, :])[:, None]
@@ -135,6 +135,6 @@ def _square(u_y: Tensor, u_x: Tensor, size: torch.Size, share: float) -> Tensor:
 
 def _interval(u: Tensor, extent: int, length: int) -> Tensor:
     # The centre of an even length lies between pixels, so it has one more position.
-    start = _whole(u, extent + 1 - length % 2)[:, None] - length // 2
+    start = _to_index(u, extent + 1 - length % 2)[:, None] - length // 2
     index = torch.arange(extent, device=u.device)
     return (index >= start) & (index < start + length)

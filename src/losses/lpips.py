@@ -65,8 +65,8 @@ class LPIPS(Frozen):
         if not self.untrained:
             vgg_file = require(vgg_path, "The VGG16 weights of LPIPS", "vgg_path")
             linear_file = require(linear_path, "The linear weights of LPIPS", "linear_path")
-            of_file = read(vgg_file)
-            kept = {name: value for name, value in of_file.items() if not name.startswith("classifier.")}
+            vgg_state = read(vgg_file)
+            kept = {name: value for name, value in vgg_state.items() if not name.startswith("classifier.")}
             load_strict(self.vgg, kept, vgg_file)
             load_strict(self.linear, linear_from_file(read(linear_file)), linear_file)
         freeze(self)

@@ -43,9 +43,9 @@ class _FeatureDistance(torch.autograd.Function):
         weight = weight.detach().to(torch.promote_types(x.dtype, torch.float32))[:, None]
         flat_x, flat_y = x.flatten(2), y.flatten(2)  # B C P: views, whatever the memory format
         if fused:
-            distance, norm_x, norm_y = _compiled(_measure)(_any_batch(flat_x), _any_batch(flat_y), weight)
+            distance, norm_x, norm_y = _compiled(_measure)(_dynamic_batch(flat_x), _dynamic_batch(flat_y), weight)
         else:
-            parts = [_measure(flat_x[part], flat_y[part], weight) for part in _parts(x)]
+            parts = [_measure(flat_x[part], flat_y[part], weight) for part in _batch_slices(x)]
             distance, norm_x, norm_y = (torch.cat(found) for found in zip(*parts, strict=True))
         ctx.save_for_backward(x, y, weight, norm_x, norm_y)
         ctx.fused = fused
@@ -65,14 +65,14 @@ def _gradient(x: Tensor, y: Tensor, norm_x: Tensor, norm_y: Tensor, scale: Tenso
     """Return the gradient of x in its dtype and memory format; by symmetry, swap x and y for that of y."""
     tensors = (x.flatten(2), y.flatten(2), norm_x, norm_y, scale)
     if fused:
-        return _compiled(_pull_back)(*map(_any_batch, tensors)).view_as(x)
+        return _compiled(_pull_back)(*map(_dynamic_batch, tensors)).view_as(x)
     result = torch.empty_like(x)
-    for part in _parts(x):
+    for part in _batch_slices(x):
         result.flatten(2)[part] = _pull_back(*(tensor[part] for tensor in tensors))
     return result
 
 
-def _parts(x: Tensor) -> list[slice]:
+def _batch_slices(x: Tensor) -> list[slice]:
     """Split a batch of maps into slices of one sample or more."""
     samples = max(1, (PART_ON_CPU if x.device.type == "cpu" else PART_ON_DEVICE) // x[0].numel())
     return [slice(first, first + samples) for first in range(0, len(x), samples)]
@@ -84,7 +84,7 @@ def _measure(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tens
     norm_x = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     norm_y = torch.linalg.vector_norm(y, dim=1, keepdim=True)
     # Over channels first, which are contiguous: summing both at once makes the compiler read them in another order.
-    return (_error(x, norm_x, y, norm_y).square_() * weight).sum(1).sum(1), norm_x, norm_y
+    return (_normalised_difference(x, norm_x, y, norm_y).square_() * weight).sum(1).sum(1), norm_x, norm_y
 
 
 def _pull_back(x: Tensor, y: Tensor, norm_x: Tensor, norm_y: Tensor, scale: Tensor) -> Tensor:
@@ -93,14 +93,14 @@ def _pull_back(x: Tensor, y: Tensor, norm_x: Tensor, norm_y: Tensor, scale: Tens
     The transposed Jacobian of x / (|x| + eps) times a gradient g to it is r g - x (g . x) r^2 / |x|, with r = 1 / (|x| + eps).
     """
     wide_x, wide_y = x.to(scale.dtype), y.to(scale.dtype)
-    pull = _error(wide_x, norm_x, wide_y, norm_y).mul_(scale)  # g
+    pull = _normalised_difference(wide_x, norm_x, wide_y, norm_y).mul_(scale)  # g
     nonzero = norm_x > (2**-10 if x.dtype == torch.float16 else 0)
     r = torch.where(nonzero, (norm_x + EPS).reciprocal(), 0)
     along = (pull * wide_x).sum(1, keepdim=True) * r * r / torch.where(nonzero, norm_x, 1)
     return (pull * r).addcmul_(wide_x, along, value=-1).to(x.dtype)
 
 
-def _error(x: Tensor, norm_x: Tensor, y: Tensor, norm_y: Tensor) -> Tensor:
+def _normalised_difference(x: Tensor, norm_x: Tensor, y: Tensor, norm_y: Tensor) -> Tensor:
     # Scale both maps by their reciprocals in the same way: equal inputs have distance exactly 0.
     return (x * (norm_x + EPS).reciprocal()).sub_(y * (norm_y + EPS).reciprocal())
 
@@ -111,7 +111,7 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, dynamic=False)
 
 
-def _any_batch(tensor: Tensor) -> Tensor:
+def _dynamic_batch(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()  # else training and evaluation would compile separate kernels
     torch._dynamo.maybe_mark_dynamic(tensor, 0)
     return tensor

@@ -66,9 +66,9 @@ def _check_size(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
     if info.filename.endswith(".npy"):
         with archive.open(info) as file:
             shape, _, dtype = read_header(file)
-            announced, there = math.prod(shape) * dtype.itemsize, info.file_size - file.tell()
-        if announced != there and not dtype.hasobject:  # object arrays are rejected when they are read
-            raise ValueError(f"`{info.filename}` announces {announced:,} bytes and has {there:,}")
+            announced, actual = math.prod(shape) * dtype.itemsize, info.file_size - file.tell()
+        if announced != actual and not dtype.hasobject:  # object arrays are rejected when they are read
+            raise ValueError(f"`{info.filename}` announces {announced:,} bytes and has {actual:,}")
 
 
 def scalar(archive: np.lib.npyio.NpzFile, name: str, kind: type[Scalar]) -> Scalar | None:
@@ -138,11 +138,11 @@ class LatentNpz(NpzRows):
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
         with opened_npz(path) as archive:
-            said = json.loads(scalar(archive, "settings", str) or "{}")
-            if not isinstance(said, dict):
+            facts = json.loads(scalar(archive, "settings", str) or "{}")
+            if not isinstance(facts, dict):
                 raise ValueError("its `settings` are no object")
-        check_json(said, self.path, "Sample them again.", encoder=(dict[str, Any], {}), statistics=(str | None, None))
-        self.about: dict[str, Any] = said
+        check_json(facts, self.path, "Sample them again.", encoder=(dict[str, Any], {}), statistics=(str | None, None))
+        self.about: dict[str, Any] = facts
         """The file's settings: `encoder`, the identity of the encoder, `statistics`, the digest of the latent statistics, and
         others; empty if the file has none."""
 
