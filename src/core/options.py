@@ -224,7 +224,7 @@ class FeatureOptions:
         default="pretrained",
     )
     inception_width: Annotated[float, above_zero] | None = option(
-        "deprecated: untrained weights with a width below 1 are tiny", "SHARE"
+        "deprecated: with untrained weights, any width but 1 means tiny", "SHARE"
     )
 
 

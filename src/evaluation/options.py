@@ -88,7 +88,7 @@ class ReconstructionOptions(shared.LpipsOptions, shared.LoadingOptions, shared.M
     fit: Literal["crop", "pad", "resize"] = option("how an image becomes a square", default="crop")
     exif: Literal["apply", "ignore"] = option("turn images as their EXIF says", default="apply")
     batch_size: Positive = option("images at once in each process", "N", 32)
-    max_bad_share: shared.Share = option("stop when more of the images can't be decoded", "SHARE", 1.0)
+    max_bad_share: shared.Share = option("stop if a larger share of the images can't be decoded", "SHARE", 1.0)
     output: shared.Place = option("a new folder", "DIR", MISSING)
     overwrite: bool = option("replace what an earlier call left in --output", default=False)
     write: tuple[Literal["images", "sheet", "scores", "npz"], ...] = option(
@@ -131,7 +131,7 @@ class StatisticsOptions(shared.LoadingOptions):
     )
     checkpoint: str | None = option(".ckpt of a run", "FILE")
     decoder: str | None = option("exported folder (ours or diffusers)", "DIR")
-    encoder: str | None = option("with --checkpoint: another place of the same encoder", "PATH")
+    encoder: str | None = option("with --checkpoint: another copy of the same encoder", "PATH")
     data_dir: str | None = option(
         "Hugging Face dataset on disk or tree of image files (default: data.data_dir of the run)", "DIR"
     )

@@ -140,7 +140,7 @@ class LatentNpz(NpzRows):
         with opened_npz(path) as archive:
             facts = json.loads(scalar(archive, "settings", str) or "{}")
             if not isinstance(facts, dict):
-                raise ValueError("its `settings` are no object")
+                raise ValueError("its `settings` are not a JSON object")
         check_json(facts, self.path, "Sample them again.", encoder=(dict[str, Any], {}), statistics=(str | None, None))
         self.about: dict[str, Any] = facts
         """The file's settings: `encoder`, the identity of the encoder, `statistics`, the digest of the latent statistics, and
