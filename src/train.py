@@ -46,17 +46,17 @@ if __name__ == "__main__":
     # Flags go last: Hydra ignores overrides after a flag between them, and `--info` would take the next override as its value.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word[0:1] != "~" and ("=" not in word or word[0] == "-"))
     try:
-        if said := problem(sys.argv[1:]):
-            sys.exit(said)
+        if message := problem(sys.argv[1:]):
+            sys.exit(message)
         main()
-        ended = 0
+        exit_code = 0
     except SystemExit as error:
-        ended = error.code
+        exit_code = error.code
     except (CompactHydraException, OmegaConfBaseException, MarkedYAMLError, ValueError, TypeError, OSError) as error:
         if wanted or RAISE not in os.environ:  # the user set it, or the run itself failed
             raise
-        ended = explained(error, sys.argv[1:])
+        exit_code = explained(error, sys.argv[1:])
     if training := sys.modules.get("src.training.run"):
         status = training.sweep_status()  # also if the sweep was cut short
-        ended = ended or status
-    sys.exit(ended)
+        exit_code = exit_code or status
+    sys.exit(exit_code)

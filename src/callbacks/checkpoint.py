@@ -99,7 +99,7 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         better = self._is_better(pl_module)
-        self.save(trainer, pl_module, anew=True)
+        self.save(trainer, pl_module, force=True)
         epoch = trainer.current_epoch + 1
         if not trainer.is_global_zero:
             return
@@ -157,9 +157,9 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
 
     # -- saving
 
-    def save(self, trainer: pl.Trainer, pl_module: Any, anew: bool = False) -> None:
-        """Write RUN/checkpoints/last.ckpt, unless already saved after this update (`anew`: even then). Called on all ranks."""
-        if trainer.global_step == self._saved_step and not anew:
+    def save(self, trainer: pl.Trainer, pl_module: Any, force: bool = False) -> None:
+        """Write RUN/checkpoints/last.ckpt, unless already saved after this update (`force`: even then). Called on all ranks."""
+        if trainer.global_step == self._saved_step and not force:
             return
         pl_module.check_numbers()
         with training_paused(trainer):

@@ -79,10 +79,10 @@ class TrainingProgress(pl.Callback):
         self._restart_clock()
         others = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in trainer.callbacks)
         if trainer.is_global_zero and sys.stderr.isatty() and not others:
-            self._bar = progress_bar(TextColumn("{task.fields[figures]}"))
+            self._bar = progress_bar(TextColumn("{task.fields[metrics]}"))
             self._bar.start()
             total = planned_steps(trainer.max_epochs, trainer.max_steps, pl_module) or None
-            self._task = self._bar.add_task("training", total=total, completed=trainer.global_step, figures="")
+            self._task = self._bar.add_task("training", total=total, completed=trainer.global_step, metrics="")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._mark = moment(self._device)
@@ -169,7 +169,7 @@ class TrainingProgress(pl.Callback):
             return
         rate, left = f"{self.speed['images_per_s']:.4g} images/s", f"{duration(self.speed['seconds_left'])} left"
         if self._bar is not None:
-            self._bar.update(self._task, figures=f"loss {self.latest['train/loss']:.4g}, {rate}, {left}")
+            self._bar.update(self._task, metrics=f"loss {self.latest['train/loss']:.4g}, {rate}, {left}")
         shown = [name for name in self.latest if name.startswith(("train/", "disc/loss"))]
         terms = " ".join(f"{name.removeprefix('train/')} {self.latest[name]:.4g}" for name in shown)
         wait, memory = f"{100 * self.speed['data_wait']:.0f} % waiting for data", f"{self.speed['memory_gb']:.1f} GB"

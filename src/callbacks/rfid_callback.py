@@ -144,7 +144,7 @@ class RFIDCallback(ScoreCallback):
         found = data.evaluation_set(which, self.use_train_dataloader)
         score = ReconstructionScore(
             self._on_device(pl_module.device), self.rfid_batch_size, pl_module.lpips, self.quantization,
-            self._reals.get((which, images)) or self._given(trainer, which, found.settings, process),
+            self._reals.get((which, images)) or self._reference_moments(trainer, which, found.settings, process),
         )  # fmt: skip
         loader = data.evaluation_loader(found, self.rfid_batch_size, images, process.rank, process.world)
         pairs = KeptPairs(self._pairs)
@@ -170,7 +170,7 @@ class RFIDCallback(ScoreCallback):
                 log.warning("The sample images in %s", disk_message(error, self._folder(trainer) / name))
         return values
 
-    def _given(
+    def _reference_moments(
         self, trainer: pl.Trainer, which: str | None, settings: EvaluationSettings | None, process: Process
     ) -> dict[str, Moments]:
         """Load the reference that `data.evaluation` sets for a set; empty if its originals are the reference."""

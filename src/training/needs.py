@@ -35,7 +35,7 @@ def require_weights(config: Mapping[str, Any], ask: bool) -> None:
         return  # the user's own files: reading them raises the error
     known = {asset.name: asset for asset in hub_assets().values()}
     lines = [
-        f"  {asset.path or asset.name}: {known.get(asset.name, asset).what}{_without(asset.name, config)}"
+        f"  {asset.path or asset.name}: {known.get(asset.name, asset).what}{_alternative(asset.name, config)}"
         for asset in missing
     ]
     if reasons:
@@ -53,7 +53,7 @@ def require_weights(config: Mapping[str, Any], ask: bool) -> None:
     )
 
 
-def _without(name: str, config: Mapping[str, Any]) -> str:
+def _alternative(name: str, config: Mapping[str, Any]) -> str:
     """Return how to run without the file called `name`; empty if it is always needed."""
     scores = [kind.off for kind in (RFIDCallback, GFIDCallback) if kind.score in (config.get("callbacks") or {})]
     words = {

@@ -14,7 +14,7 @@ from src.formats.checkpoint import check_resumable, with_current_keys
 
 log = logging.getLogger(__name__)
 
-_FREE = {
+_MAY_CHANGE = {
     "data": (
         "_target_",  # the class may have moved
         "num_workers", "worker_timeout_s", "prefetch_factor", "pin_memory", "worker_start", "max_bad_share", "val_batch_size",
@@ -42,8 +42,8 @@ def find_checkpoint(ckpt_path: str | None, log_dir: str, experiment: str) -> Pat
                 f"ckpt_path={ckpt_path}: no such file ({path}). Use the path of a .ckpt file, `last`, or null for a new run."
             )
         return path
-    root, places = resolve(log_dir), ("runs/*/*", "multiruns/*/*/*")
-    files = [file for place in places for file in root.glob(f"{place}/checkpoints/last.ckpt")]
+    root, patterns = resolve(log_dir), ("runs/*/*", "multiruns/*/*/*")
+    files = [file for pattern in patterns for file in root.glob(f"{pattern}/checkpoints/last.ckpt")]
     found = {file: _experiment(file.parents[1]) for file in files}
     own = [file for file, name in found.items() if name == experiment]
     if not own:
@@ -76,7 +76,7 @@ def announce_resume(checkpoint: Path, config: Mapping[str, Any], processes: int)
         was, now = before.get("trainer", {}).get(key), config["trainer"].get(key)
         if was is not None and str(was) != str(now):
             log.warning("trainer.%s was %s and is now %s: results are rounded differently from now on.", key, was, now)
-    for group, free in _FREE.items():
+    for group, free in _MAY_CHANGE.items():
         was, now = flat(before.get(group) or {}), flat(config[group])
         for key in sorted((was.keys() | now.keys()) - set(free)):
             if was.get(key) != now.get(key):

@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 KNOWN_CALLBACKS = frozenset(("rfid", "gfid", "checkpoint", "samples", "progress"))
 """Callbacks whose settings may remain in the config when the callback itself is left out."""
 
-_UNFIT = {
+_INCOMPATIBLE = {
     "StochasticWeightAveraging": "Set model.ema_decay.",
     "WeightAveraging": "Set model.ema_decay.",
     "GradientAccumulationScheduler": "Set trainer.accumulate_grad_batches.",
@@ -103,7 +103,7 @@ def run(config: DictConfig) -> float | None:
             raise SystemExit(late)
         if sweep:
             value = "was not logged" if result is None else f"{result:.4f}"
-            JOBS.append((_point(), "finished", f"{config.optimized_metric} {value}"))
+            JOBS.append((_swept_values(), "finished", f"{config.optimized_metric} {value}"))
         return result
     except Exception as error:
         text = _message(error)
@@ -112,7 +112,7 @@ def run(config: DictConfig) -> float | None:
         log.error("%s", text or traceback.format_exc().strip())
         if not sweep:
             raise SystemExit(1) from None
-        JOBS.append((_point(), "failed", " ".join((text or repr(error)).split())[:300]))
+        JOBS.append((_swept_values(), "failed", " ".join((text or repr(error)).split())[:300]))
         return None
 
 
@@ -122,8 +122,8 @@ def _message(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError) and (error.errno in DISK_ERRORS or "tfevents" in str(error.filename)):
         return disk_message(error)  # TensorBoard also fails if the run folder was removed
-    said = str(error).lstrip().startswith(("Early stopping conditioned on", "`val_check_interval`"))
-    if isinstance(error, MisconfigurationException | ModuleNotFoundError) or said:
+    known = str(error).lstrip().startswith(("Early stopping conditioned on", "`val_check_interval`"))
+    if isinstance(error, MisconfigurationException | ModuleNotFoundError) or known:
         return " ".join(str(error).split())  # Lightning's message for a user error, or a missing package of a callback
     if isinstance(error, OmegaConfBaseException):
         return f"Configuration: {str(error).strip()}"
@@ -146,7 +146,7 @@ def _message(error: Exception) -> str | None:
     return None
 
 
-def _point() -> str:
+def _swept_values() -> str:
     """Return the swept values of this job, as typed."""
     task = list(HydraConfig.get().overrides.task)
     swept = [word.split("=", 1)[0] for word in sys.argv[1:] if re.search("[,(]", word) and word not in task]
@@ -209,7 +209,7 @@ def _run(config: DictConfig, held: ExitStack) -> dict[str, Any]:
             held.close()
             _remove(fresh)
         if built and status == "failed":
-            _end_children(built.trainer)
+            _kill_children(built.trainer)
         raise
     record.finish("finished", warnings.messages, result=result)
     return result
@@ -236,7 +236,7 @@ def _remove(fresh: list[Path]) -> None:
             day.rmdir()
 
 
-def _end_children(trainer: pl.Trainer) -> None:
+def _kill_children(trainer: pl.Trainer) -> None:
     """Kill the processes that Lightning started: they would wait for this one and hold their GPUs."""
     children = getattr(trainer.strategy.launcher, "procs", [])
     while children:  # pop first: if a listed process fails, Lightning kills this one before the error is shown
@@ -275,7 +275,7 @@ def check_config(config: DictConfig) -> None:
         )
     RunSettings.parse(plain, "")
     callbacks = plain["callbacks"] or {}
-    check_keys(callbacks, KNOWN_CALLBACKS | _parts(callbacks).keys(), "callbacks")
+    check_keys(callbacks, KNOWN_CALLBACKS | _active_nodes(callbacks).keys(), "callbacks")
     model = plain["model"]
     if "_target_" not in model:
         name = HydraConfig.get().runtime.choices.get("model")
@@ -284,9 +284,9 @@ def check_config(config: DictConfig) -> None:
             "    defaults:\n      - base\n(dit_base for stage 2), or copy configs/model/rae.yaml."
         )
     _check_part(plain["data"], "data", pl.LightningDataModule)
-    for name, node in _parts(callbacks).items():
+    for name, node in _active_nodes(callbacks).items():
         _check_part(node, f"callbacks.{name}", pl.Callback)
-    for name, node in _parts(plain["logger"]).items():
+    for name, node in _active_nodes(plain["logger"]).items():
         _check_part(node, f"logger.{name}", pl.loggers.Logger)
         if not isinstance(given := node.get("name"), str | None):  # Lightning would fail at the first logged value
             raise UserError(f"logger.{name}.name={typed(given)}: expected text or null.")
@@ -296,7 +296,7 @@ def check_config(config: DictConfig) -> None:
 def _check_part(node: Mapping[str, Any], key: str, base: type) -> None:
     """Check the class of a node and, for classes with `check_arguments`, its arguments; others fail when they are built."""
     cls = class_at(node.get("_target_"), base, f"{key}._target_")
-    if instead := next((_UNFIT[part.__name__] for part in cls.__mro__ if part.__name__ in _UNFIT), None):
+    if instead := next((_INCOMPATIBLE[part.__name__] for part in cls.__mro__ if part.__name__ in _INCOMPATIBLE), None):
         raise UserError(
             f"{key}: {cls.__name__} is not compatible with the manual optimisation and checkpoints here. {instead}"
         )
@@ -325,7 +325,7 @@ def build_run(config: DictConfig, launch: Launch, checkpoint: Path | None = None
     plain["model"] = expand_encoder(plain["model"])  # checkpoints store the expanded preset
     pl.seed_everything(config.seed, workers=False, verbose=False)
     datamodule = build(config.data, "data")
-    callbacks = [build(node, f"callbacks.{name}") for name, node in _parts(config.callbacks).items()]
+    callbacks = [build(node, f"callbacks.{name}") for name, node in _active_nodes(config.callbacks).items()]
     writes = launch.main and not bare
     loggers = build_loggers(config.logger, plain["paths"]["run_dir"], checkpoint) if writes else []
     root = plain["paths"]["run_dir"] or plain["paths"]["log_dir"]
@@ -393,7 +393,7 @@ def build(node: DictConfig, key: str) -> Any:
 
 def build_loggers(group: DictConfig | None, folder: str, checkpoint: Path | None) -> list[Any]:
     """Return the loggers of a run in `folder`. Continues the Weights & Biases run of `checkpoint`, if it has one."""
-    parts = _parts(group)
+    parts = _active_nodes(group)
     for name, node in parts.items():
         if checkpoint and "id" in node and node.id is None:  # Weights & Biases
             with suppress(UserError):  # written with another logger, or by an older version
@@ -402,6 +402,6 @@ def build_loggers(group: DictConfig | None, folder: str, checkpoint: Path | None
     return [*(build(node, f"logger.{name}") for name, node in parts.items()), MetricsCsv(folder)]
 
 
-def _parts(group: DictConfig | None) -> dict[str, DictConfig]:
+def _active_nodes(group: DictConfig | None) -> dict[str, DictConfig]:
     """Return the nodes with a `_target_`; the others are settings for parts that this run leaves out."""
     return {str(name): node for name, node in (group or {}).items() if node and "_target_" in node}

@@ -24,7 +24,7 @@ _PRECISION = {
     "16": "16-mixed", "16-mixed": "16-mixed", "fp16": "16-mixed",
     "bf16": "bf16-mixed", "bf16-mixed": "bf16-mixed",
 }  # fmt: skip
-_ELSEWHERE = {
+_REFUSED = {
     "callbacks": "use the config group callbacks: +callbacks.NAME._target_=CLASS, ~callbacks.NAME",
     "default_root_dir": "set paths.log_dir (a folder for all runs) or paths.run_dir",
     "enable_checkpointing": "callbacks=no_checkpoint disables them",
@@ -86,15 +86,15 @@ def build_trainer(
     config: dict[str, Any], launch: Launch, callbacks: list[Any], loggers: list[Any], root: str
 ) -> pl.Trainer:
     """Return the trainer. `root`: the run folder. Raises UserError for values that this machine or Lightning can't use."""
-    for key in _ELSEWHERE.keys() & config.keys():
-        raise UserError(f"trainer.{key} is not passed on to Lightning: {_ELSEWHERE[key]}.")
+    for key in _REFUSED.keys() & config.keys():
+        raise UserError(f"trainer.{key} is not passed on to Lightning: {_REFUSED[key]}.")
     settings = {key: value for key, value in config.items() if key not in (*TAKEN_OVER, "_target_")}
     accelerator = _accelerator(settings["accelerator"])
     on_gpu = accelerator == "gpu"
-    distributed = settings["strategy"] == "ddp" or launch.world > 1 or _several(settings["devices"])
+    distributed = settings["strategy"] == "ddp" or launch.world > 1 or _has_several_devices(settings["devices"])
     settings["accelerator"] = accelerator
     if launch.kind == "torchrun":
-        settings |= _started(settings["devices"], settings["num_nodes"], launch)
+        settings |= _torchrun_devices(settings["devices"], settings["num_nodes"], launch)
     else:
         settings["devices"] = _devices(settings["devices"], on_gpu, distributed, launch)
     settings["precision"] = precision(settings["precision"], on_gpu)
@@ -106,10 +106,10 @@ def build_trainer(
         settings["fast_dev_run"] = int(config["fast_dev_run"]) * config["accumulate_grad_batches"]
         callbacks = [c for c in callbacks if not isinstance(c, pl.callbacks.Checkpoint)]
     settings["profiler"] = _profiler(settings["profiler"], root) if launch.main else None
-    products = settings.pop("float32_matmul_precision")
+    matmul_precision = settings.pop("float32_matmul_precision")
     if on_gpu:
-        torch.set_float32_matmul_precision(products)
-    if on_gpu and products == "highest" and settings["precision"] == "32-true":
+        torch.set_float32_matmul_precision(matmul_precision)
+    if on_gpu and matmul_precision == "highest" and settings["precision"] == "32-true":
         log.info(
             "float32 matrix products run in full precision: trainer.float32_matmul_precision=high (TF32) or trainer.precision=bf16 "
             "is faster."
@@ -191,13 +191,13 @@ def _accelerator(wanted: str) -> str:
     return "mps" if wanted == "mps" else "gpu" if cuda and wanted != "cpu" else "cpu"
 
 
-def _several(devices: Any) -> bool:
+def _has_several_devices(devices: Any) -> bool:
     """Return whether there are several devices, for which Lightning would choose DDP with its own settings."""
     count = len(devices) if isinstance(devices, list) else devices
     return {"auto": 1, -1: torch.cuda.device_count()}.get(count, count) > 1
 
 
-def _started(devices: Any, nodes: int, launch: Launch) -> dict[str, int]:
+def _torchrun_devices(devices: Any, nodes: int, launch: Launch) -> dict[str, int]:
     """Return devices and num_nodes of processes started by torchrun. Without LOCAL_WORLD_SIZE, which other launchers may not set,
     num_nodes gives the processes per node. Raises UserError if nodes have different numbers."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", max(launch.world // nodes, 1)))
