@@ -87,7 +87,7 @@ def test_lightnings_checkpoints_resume_like_ours(whole, tmp_path, name):
 def test_run_stopped_by_max_time_says_so(tmp_path, caplog):
     caplog.set_level("INFO")
     run = train(tmp_path, *LIGHT, "+trainer.max_time.microseconds=1")
-    assert run.trainer.global_step == 1 and "by trainer.max_time; the same command with ckpt_path=last" in caplog.text
+    assert run.trainer.global_step == 1 and "by trainer.max_time; resume with the same command" in caplog.text
 
 
 def test_early_stopping_ends_the_run_and_needs_a_logged_monitor(tmp_path, caplog):
