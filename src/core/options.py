@@ -21,7 +21,7 @@ INCEPTION_FILE = "weights/pt_inception-2015-12-05-6726825d.pth"
 LPIPS_FILES = {"vgg_path": "weights/vgg16-397923af.pth", "linear_path": "weights/lpips_vgg_v0.1.pth"}
 LARGEST_PX = 16384
 """Largest side of an image, in px."""
-EXIT_CODES = "exit codes: 0 done; 1 an input can't be used (see the message); 2 wrong options; 130 interrupted"
+EXIT_CODES = "exit codes: 0 done; 1 error, see the message; 2 wrong options; 130 interrupted"
 
 
 def number(kind: type[int] | type[float], least: float, most: float, expected: str) -> Callable[[str], Any]:
