@@ -165,7 +165,7 @@ def test_unsuitable_samples_and_references_are_rejected(refused, files, tmp_path
     assert "has 1 image: 2 or more" in refused(f"{samples} --reference {as_folder(tmp_path / 'one', pictures(1, 1))}")
     mixed = shutil.copytree(files / "generated", tmp_path / "mixed")
     Image.fromarray(pictures(1, 1, 32)[0]).save(mixed / "z.png")
-    assert "squares of one size, found 64 x 64 px" in refused(f"--samples {mixed} {reference}")
+    assert "square images of one size, found 64 x 64 px" in refused(f"--samples {mixed} {reference}")
     header, broken = b"IHDR" + bytes(2), tmp_path / "broken/a.png"  # on which Pillow raises ValueError
     broken.parent.mkdir()
     broken.write_bytes(b"\x89PNG\r\n\x1a\n" + (2).to_bytes(4) + header + zlib.crc32(header).to_bytes(4))
@@ -175,7 +175,7 @@ def test_unsuitable_samples_and_references_are_rejected(refused, files, tmp_path
     assert "--reference_split held_out: training held nothing out" in refused(held_out)
     wide = as_npz(tmp_path / "wide.npz", pictures(5, 1)[:, :32])
     assert "32 x 64 px: expected squares" in refused(f"--samples {wide} {reference}")
-    assert "no such folder, and no .npz" in refused(f"--samples {tmp_path}/nothing {reference}")
+    assert "not a folder and not an .npz" in refused(f"--samples {tmp_path}/nothing {reference}")
     assert "download_weights.py" in refused(f"{samples} {reference} --inception_path {tmp_path}/no.pth", QUICK)
     np.savez(tmp_path / "foreign.npz", mu=np.zeros(256), sigma=np.eye(256))
     assert "comes from another tool" in refused(f"{samples} --reference {tmp_path}/foreign.npz")

@@ -100,7 +100,7 @@ def test_sampling_resumes_after_a_full_disk(stage2_run, tmp_path, capsys, size):
     words = f"--checkpoint {last(stage2_run[0])} --device cpu --num_images 4 --output {tmp_path}/s.npz".split()
     with file_limit(size):
         assert sample(words) == 1
-    assert "s.npz: File too large. Make room and run the same command again" in capsys.readouterr().err
+    assert "s.npz: File too large. Free some space and run the same command again" in capsys.readouterr().err
     assert sample(words) == 0
 
 

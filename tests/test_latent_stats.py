@@ -96,7 +96,7 @@ def test_interrupted_pass_resumes_and_a_different_one_starts_over(tmp_path, capl
     assert seen[0] == 4
     same(again, once)
     assert work("s.pt", num_samples=6)["images"] == 6  # the partial file is still there
-    assert "starting afresh" in caplog.text
+    assert "starting over" in caplog.text
     partial_file(tmp_path / "s.pt").write_bytes(b"rubbish")
     some = stacked(rae, tmp_path / "photos")[evaluation_rows(9, 6)]  # of both classes
     same(work("s.pt", num_samples=6), moments(some))

@@ -200,7 +200,7 @@ def test_requirements_on_a_model_and_its_guide(checkpoint, tmp_path, capsys):
         (plain, "--labels null", "the model has no null label"),
         (plain, "--cfg 2", "needs a null label"),
         (checkpoint, f"--guide {plain} --auto 1.5 --cfg 2", "or its guide, has model.label_dropout=0"),
-        (checkpoint, f"--guide {fewer} --auto 1.5", "The guide knows 2 classes, the model 3"),
+        (checkpoint, f"--guide {fewer} --auto 1.5", "The guide has 2 classes, the model 3"),
         (checkpoint, f"--guide {other} --auto 1.5", f"statistics: {'0' * 16} there"),
         (newer, "", "with --model (ditdh_xl, dit_xl, raev2_dit_k7, ...) and its autoencoder with --autoencoder"),
         (checkpoint, f"--guide {newer} --auto 1.5", "with --guide_model (ditdh_xl, dit_xl, raev2_dit_k7, ...)."),

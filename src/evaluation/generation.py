@@ -133,7 +133,7 @@ def common_size(sizes: Mapping[str, int]) -> int:
     """Return the image size, in px, that all models or sets (by name) share. Raises UserError if they differ."""
     if len(set(sizes.values())) > 1:
         found = ", ".join(f"{name} {size} px" for name, size in sizes.items())
-        raise UserError(f"The models make images of different sizes ({found}): score them in calls of their own.")
+        raise UserError(f"The models make images of different sizes ({found}): score them in separate calls.")
     return next(iter(sizes.values()))
 
 
@@ -191,7 +191,7 @@ def _generated(options: GenerationOptions, process: Process) -> list[GeneratedSe
         return [_of_npz(options, path, process)]
     if not path.is_dir():
         raise UserError(
-            f"--samples {path}: no such folder, and no .npz. Expected an npz with images in `arr_0`, or a folder."
+            f"--samples {path}: not a folder and not an .npz. Expected an npz with images in `arr_0`, or a folder."
         )
     return [_of_folder(options, path, process)]
 
@@ -235,7 +235,7 @@ def _common_size(inputs: Inputs) -> int:
             continue
     if len(sizes) != 1 or len(set(next(iter(sizes)))) != 1:
         found = ", ".join(f"{w} x {h} px ({name})" for (w, h), name in list(sizes.items())[:3]) or "nothing readable"
-        raise UserError(f"{inputs.place}: generated images are squares of one size, found {found}.")
+        raise UserError(f"{inputs.place}: expected square images of one size, found {found}.")
     return next(iter(sizes))[0]
 
 

@@ -99,13 +99,11 @@ def open_images(data_dir: str | Path, split: str | None, trained_on: Mapping[str
         if test := data.held_out_split(train, *TEST_SPLITS):
             return _named(folder, data, test)
         if trained_on is not None and folder == locate(trained_on["data_dir"]):
-            log.warning(
-                "%s has no validation split and training held nothing out: the score is one of training images.", folder
-            )
+            log.warning("%s has no validation split and training held nothing out: training images are scored.", folder)
         return everything
     log.info(
-        "%s has no validation split: the %s of %s images that training held out (data.train_split=%g). --split all "
-        "takes all.",
+        "%s has no validation split: using the %s of %s images that training held out (data.train_split=%g). --split all "
+        "uses all.",
         folder, f"{len(held_out):,}", f"{len(source):,}", share,
     )  # fmt: skip
     return Images(folder, source, held_out, HELD_OUT)

@@ -59,7 +59,7 @@ def latent_statistics(
         if process.main and start + PIECE_IMAGES < len(rows):
             write_torch(partial, {"pass": identity, "done": start + PIECE_IMAGES, "count": count, "sums": sums})
     if count < 2:
-        raise UserError(f"Statistics need at least two images, {images.folder} gave {count}.")
+        raise UserError(f"Statistics need at least two images, but {images.folder} gave {count}.")
     if count < len(rows):
         log.warning("%d of %d images could not be decoded and are left out.", len(rows) - count, len(rows))
     # The relative error is about (mean / std)^2 * 1e-16: with a mean of 100 standard deviations 12 digits are left.
@@ -106,7 +106,7 @@ def _interrupted(partial: Path, identity: dict[str, Any]) -> tuple[int, int, Ten
         log.warning("The sums of an earlier pass can't be used: %s", error)
         return None
     if state.get("pass") != identity:
-        log.warning("%s is of other images or another encoder: starting afresh.", partial)
+        log.warning("%s is from other images or another encoder: starting over.", partial)
         return None
     log.warning("Continuing an earlier pass at image %s.", f"{state['done']:,}")
     return state["done"], state["count"], state["sums"]

@@ -54,7 +54,7 @@ class EncoderFeatures(FeatureNetwork):
         preset, self.input_px = PRESETS[row.preset], row.input_px
         if place is not None and not resolve(place).is_dir():
             raise UserError(
-                f"--features {space}={place}: no such folder. Expected one written by save_pretrained; without a folder it is "
+                f"--features {space}={place}: no such folder. Expected one written by save_pretrained; the default is "
                 f"{preset.hub_id} (`python scripts/download_weights.py {preset.hub_id}`)."
             )
         kind, place = encoder_class(preset.encoder_cls), place or preset.hub_id
@@ -62,7 +62,7 @@ class EncoderFeatures(FeatureNetwork):
         self.space, self.feature_dim = space, self.encoder.hidden_size
         self.name = f"{space}-{self.encoder.identity()['weights']}"
         if (self.feature_dim, self.encoder.depth) != (preset.size.width, preset.size.depth):
-            said = "--features %s: %s has another size than %s: scores compare with no others."
+            said = "--features %s: %s has another size than %s: its scores are not comparable with any others."
             log.warning(said, space, place, preset.hub_id)
         mean, std = self.encoder.pixel_statistics(place)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -135,8 +135,8 @@ def lpips_of(options: LpipsOptions, config: Mapping[str, Any]) -> LPIPS | None:
         missing = [str(file) for file in files if not file.is_file()]
         if missing:
             log.warning(
-                "LPIPS is left out: %s not found. Get it with `python scripts/download_weights.py vgg16 lpips`, or "
-                "say where it is with --vgg_path and --lpips_path.", " and ".join(missing),
+                "LPIPS is left out: %s not found. Download it with `python scripts/download_weights.py vgg16 lpips`, or "
+                "set its path with --vgg_path and --lpips_path.", " and ".join(missing),
             )  # fmt: skip
             return None
     return LPIPS(**arguments)

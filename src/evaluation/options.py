@@ -12,50 +12,50 @@ from src.core.options import NotNegative, Positive, option
 class EvaluationOptions(shared.LpipsOptions, shared.FeatureOptions, shared.DataOptions, shared.ModelsOptions):
     """Options of `src/eval_rfid.py`."""
 
-    num_samples: Positive = option("images, the first ones of a fixed shuffled order", "N", 10000)
+    num_samples: Positive = option("number of images, the first in a fixed shuffled order", "N", 10000)
     precision: Literal["32", "16", "bf16"] = option(
-        "of encoder and decoder, whatever training used; 16 on a CPU is bf16", default="32"
+        "precision of encoder and decoder, whatever training used; 16 on a CPU is bf16", default="32"
     )
     quantization: Literal["round", "truncate"] | None = option(
-        "to 8 bits; the official code truncates (default: the checkpoint's callbacks.rfid.quantization, else round)"
+        "conversion to 8 bits; the official code truncates (default: the checkpoint's callbacks.rfid.quantization, else round)"
     )
     reference: tuple[str, ...] = option(
         "score against `mu` and `sigma`, or the images `arr_0`, of a file instead of the originals; one for all data "
-        "sets or one for each. Another image size is refused, another preparation gives a warning",
+        "sets or one for each. Another image size is an error, another preparation a warning",
         "NPZ",
         (),
     )
     noise_sigma: tuple[Annotated[float, shared.sigma], ...] = option(
-        "standard deviations of noise on the latents before normalisation: a row for each (default: 0)", "S", (0.0,)
+        "standard deviations of noise on the latents before normalisation, a row for each (default: 0)", "S", (0.0,)
     )
     layers: tuple[str, ...] = option(
-        "blocks to decode from, k1, k7, k23 or 11.13.15, say: a row for each (default: the model's)", "BLOCKS", ()
+        "blocks to decode from, such as k1, k7, k23 or 11.13.15, a row for each (default: the model's)", "BLOCKS", ()
     )
-    output_dir: str | None = option("originals and reconstructions as PNG, and a sheet with their differences", "DIR")
-    save_samples_count: NotNegative = option("pairs in --output_dir", "N", 64)
-    worst: NotNegative = option("sheet of the K worst (by LPIPS, else PSNR) as --output_dir/worst.png", "K", 0)
-    json: str | None = option("all numbers, and all they depend on", "FILE")
-    csv: str | None = option("PSNR, SSIM and LPIPS of each image", "FILE")
-    save_npz: str | None = option("reconstructions as `arr_0` (uint8 N x H x W x 3) for the ADM suite", "FILE")
+    output_dir: str | None = option("save originals, reconstructions and a sheet of their differences as PNG", "DIR")
+    save_samples_count: NotNegative = option("number of image pairs in --output_dir", "N", 64)
+    worst: NotNegative = option("save a sheet of the K worst (by LPIPS, else PSNR) as --output_dir/worst.png", "K", 0)
+    json: str | None = option("write all numbers, and everything they depend on", "FILE")
+    csv: str | None = option("write PSNR, SSIM and LPIPS of each image", "FILE")
+    save_npz: str | None = option("write reconstructions as `arr_0` (uint8 N x H x W x 3) for the ADM suite", "FILE")
     report_card: str | None = option(
-        "the models side by side: a table, all numbers, a sheet with a row for each", "DIR"
+        "compare the models side by side: a table, all numbers, a sheet with a row for each", "DIR"
     )
     latents: str | None = option(
-        "generated latents (of `sample.py --latents`, or a store): also the gFID of each model on them", "NPZ|DIR"
+        "generated latents (from `sample.py --latents`, or a store): also compute each model's gFID on them", "NPZ|DIR"
     )
     generation_reference: str | None = option(
-        "with --latents: what generated images are scored against, as eval_generation.py --reference", "NPZ|DIR"
+        "with --latents: reference of the generated images, as for eval_generation.py --reference", "NPZ|DIR"
     )
 
     def __post_init__(self) -> None:
         if (self.latents is None) != (self.generation_reference is None):
             raise ValueError("--latents and --generation_reference go together")
         if self.save_npz and len(self.models()) > 1:
-            raise ValueError("--save_npz takes the reconstructions of one model, and several are given")
+            raise ValueError("--save_npz takes the reconstructions of one model, but several are given")
         if self.worst and self.output_dir is None:
             raise ValueError("--worst needs --output_dir: the sheet goes there")
         if self.save_npz and len(self.data_dir) > 1:
-            raise ValueError("--save_npz takes the images of one data set, --data_dir names several")
+            raise ValueError("--save_npz takes the images of one data set, but --data_dir names several")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +63,17 @@ class ReferenceOptions(shared.FeatureOptions, shared.DataOptions):
     """Options of `src/make_reference.py`."""
 
     checkpoint: str | None = option(
-        "take the images, the size and --exif that `eval_rfid.py --checkpoint FILE` takes, held-out ones too", "FILE"
+        "use the images (held-out ones too), size and --exif that `eval_rfid.py --checkpoint FILE` uses", "FILE"
     )
     image_size: shared.Pixels | None = option("side of the centre crop (default: the checkpoint's, else 256)", "PX")
     kind: Literal["statistics", "images"] = option("what to write", default="statistics")
-    output: str = option("the npz", "FILE", MISSING)
+    output: str = option("the npz to write", "FILE", MISSING)
 
     def __post_init__(self) -> None:
         if len(self.data_dir) > 1:
-            raise ValueError("one reference is made of one data set; --data_dir names several")
+            raise ValueError("one reference is made from one data set, but --data_dir names several")
         if len(self.features) > 1:
-            raise ValueError("one reference holds the statistics of one feature network; --features names several")
+            raise ValueError("one reference holds the statistics of one feature network, but --features names several")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,25 +84,25 @@ class ReconstructionOptions(shared.LpipsOptions, shared.LoadingOptions, shared.M
         "image files, folders, patterns in quotes, or one data set on disk (or --from_latents)", "PATH", ()
     )
     from_latents: str | None = option("decode latents that --latents stored", "DIR")
-    split: str | None = option("of a data set (default: all of its training split)", "NAME")
-    fit: Literal["crop", "pad", "resize"] = option("how an image becomes a square", default="crop")
-    exif: Literal["apply", "ignore"] = option("turn images as their EXIF says", default="apply")
+    split: str | None = option("split of a data set (default: its whole training split)", "NAME")
+    fit: Literal["crop", "pad", "resize"] = option("how to make an image square", default="crop")
+    exif: Literal["apply", "ignore"] = option("EXIF orientation of the images", default="apply")
     batch_size: Positive = option("images at once in each process", "N", 32)
     max_bad_share: shared.Share = option("stop if a larger share of the images can't be decoded", "SHARE", 1.0)
     output: shared.Place = option("a new folder", "DIR", MISSING)
     overwrite: bool = option("replace what an earlier call left in --output", default=False)
     write: tuple[Literal["images", "sheet", "scores", "npz"], ...] = option(
         "images: PNG files; sheet: originals, reconstructions, differences; scores: PSNR, SSIM and LPIPS of each image "
-        "as CSV; npz: reconstructions and originals for FID programs (default: images sheet scores, nothing with "
+        "as CSV; npz: reconstructions and originals for FID tools (default: images sheet scores, nothing with "
         "--latents)",
         "WHAT",
         (),
     )
-    sheet_images: Positive = option("on the sheet", "N", 32)
+    sheet_images: Positive = option("number of images on the sheet", "N", 32)
     latents: Literal["raw", "normalized"] | None = option(
-        "store latents as the encoder gives them, or normalised by the model's statistics"
+        "store latents as the encoder outputs them, or normalised by the model's statistics"
     )
-    latents_dtype: Literal["fp32", "bf16", "fp16"] = option("of stored latents", default="fp32")
+    latents_dtype: Literal["fp32", "bf16", "fp16"] = option("precision of stored latents", default="fp32")
 
     def __post_init__(self) -> None:
         if bool(self.input) == bool(self.from_latents):
@@ -135,9 +135,9 @@ class StatisticsOptions(shared.LoadingOptions):
     data_dir: str | None = option(
         "Hugging Face dataset on disk or tree of image files (default: data.data_dir of the run)", "DIR"
     )
-    split: str = option("a split by its name, or `all` of the training split", "NAME", "all")
-    exif: Literal["apply", "ignore"] = option("as in training", default="apply")
-    output: shared.Place = option("the statistics, .pt", "FILE", MISSING)
+    split: str = option("name of a split, or `all` for the whole training split", "NAME", "all")
+    exif: Literal["apply", "ignore"] = option("EXIF orientation, as in training", default="apply")
+    output: shared.Place = option("the .pt file to write", "FILE", MISSING)
     overwrite: bool = option("replace an existing --output", default=False)
 
     def __post_init__(self) -> None:
@@ -151,19 +151,19 @@ class GenerationOptions(shared.FeatureOptions, shared.LoadingOptions, shared.Mod
 
     samples: str | None = option("generated images: `arr_0` of an npz, or a folder", "NPZ|DIR")
     latents: str | None = option(
-        "instead of --samples: generated latents (of `sample.py --latents`, or a store) with models to decode them",
+        "instead of --samples: generated latents (from `sample.py --latents`, or a store), with models to decode them",
         "NPZ|DIR",
     )
-    quantization: Literal["round", "truncate"] = option("of decoded latents to 8 bits", default="round")
+    quantization: Literal["round", "truncate"] = option("conversion of decoded latents to 8 bits", default="round")
     reference: str = option(
-        "npz with `mu`, `sigma`, `mu_s`, `sigma_s` and images `arr_0` (ADM's has all, fewer scores without), or a data "
+        "npz with `mu`, `sigma`, `mu_s`, `sigma_s` and images `arr_0` (ADM's has all; fewer give fewer scores), or a data "
         "set on disk",
         "NPZ|DIR",
         MISSING,
     )
-    reference_split: str | None = option("of a data set: a split, or `all` (default: as eval_rfid.py --split)", "NAME")
-    exif: Literal["apply", "ignore"] = option("of the images of a data set", default="apply")
-    json: str | None = option("all numbers, and all they depend on", "FILE")
+    reference_split: str | None = option("split of a data set, or `all` (default: as eval_rfid.py --split)", "NAME")
+    exif: Literal["apply", "ignore"] = option("EXIF orientation of the images of a data set", default="apply")
+    json: str | None = option("write all numbers, and everything they depend on", "FILE")
 
     def __post_init__(self) -> None:
         if bool(self.samples) == bool(self.latents):
@@ -181,41 +181,41 @@ class SampleOptions:
     """Options of `src/sample.py`."""
 
     checkpoint: str = option(".ckpt of a stage-2 run, or a file of the official code", "FILE", MISSING)
-    model: str | None = option("experiment of an official file (ditdh_xl, dit_xl, raev2_dit_k7, ...)", "NAME")
+    model: str | None = option("experiment that fits an official file (ditdh_xl, dit_xl, raev2_dit_k7, ...)", "NAME")
     autoencoder: str | None = option(
         "a .ckpt, an export, or a mapping like '{decoder: model.pt, encoder_cls: ...}' (default: as in training)",
         "PATH",
     )
-    guide: str | None = option("the weaker model of autoguidance, with --auto", "FILE")
-    guide_model: str | None = option("experiment of an official file at --guide", "NAME")
+    guide: str | None = option("weaker model for autoguidance, with --auto", "FILE")
+    guide_model: str | None = option("experiment that fits an official file at --guide", "NAME")
     device: str = option("cuda, cuda:N or cpu", "NAME", "cuda")
-    num_images: shared.Positive = option("images", "N", 50_000)
+    num_images: shared.Positive = option("number of images", "N", 50_000)
     labels: str = option("equal (each class equally often), random, null, or classes such as 207,360", "WHICH", "equal")
-    seed: shared.NotNegative = option("of noise and labels", "N", 0)
+    seed: shared.NotNegative = option("seed of noise and labels", "N", 0)
     batch_size: shared.Positive = option("images per block, the unit of work and of resuming", "N", 64)
     decode_batch: shared.Positive = option("images decoded at once", "N", 16)
     precision: Literal["fp32", "bf16"] = option(
-        "of the transformer; published scores are of fp32 with products in TF32, as here on a GPU", default="fp32"
+        "precision of the transformer; published scores use fp32 with TF32 matmuls, as here on a GPU", default="fp32"
     )
     steps: shared.Positive | None = option("points (rae) or steps (raev2) (default: as in training)", "N")
     time_grid: Literal["rae", "raev2"] | None = option(
         "rae ends at t = 0.001, raev2 at 0, before the time shift (default: as in training)"
     )
     method: Literal["euler", "heun", "dopri5"] | None = option("solver (default: as in training)")
-    cfg: tuple[float, ...] = option("scales of classifier-free guidance, a file each; 1: none", "SCALE", ())
-    interval: tuple[str, ...] = option("times at which guidance is used, a file each", "T_MIN:T_MAX", ())
-    internal: float | None = option("scale of internal guidance, of models with a base head", "SCALE")
+    cfg: tuple[float, ...] = option("scales of classifier-free guidance, one file for each; 1: none", "SCALE", ())
+    interval: tuple[str, ...] = option("times at which guidance is used, one file for each interval", "T_MIN:T_MAX", ())
+    internal: float | None = option("scale of internal guidance, for models with a base head", "SCALE")
     auto: float | None = option("scale of autoguidance by --guide", "SCALE")
-    output: shared.Place = option("the samples, .npz", "FILE", MISSING)
-    latents: shared.Place | None = option("also the normalised latents, .npz", "FILE")
-    grid: shared.Place | None = option("also a PNG with a row of images for each of 8 classes", "FILE")
+    output: shared.Place = option("the .npz file to write", "FILE", MISSING)
+    latents: shared.Place | None = option("also write the normalised latents to this .npz", "FILE")
+    grid: shared.Place | None = option("also write a PNG with a row of images for each of 8 classes", "FILE")
     overwrite: bool = option("replace an existing or half-made --output", default=False)
 
     def __post_init__(self) -> None:
         if (self.guide is None) != (self.auto is None):
             raise ValueError("--guide and --auto go together")
         if self.guide_model is not None and self.guide is None:
-            raise ValueError("--guide_model is the model of --guide, which is not given")
+            raise ValueError("--guide_model needs --guide")
         for name, path in self.files().items():
             if path.suffix != (suffix := ".png" if name == "grid" else ".npz"):
                 raise ValueError(f"--{name} {path}: expected a name that ends in {suffix}")

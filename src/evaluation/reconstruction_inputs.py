@@ -45,7 +45,7 @@ def open_inputs(paths: Sequence[str], split: str | None, limit: int | None = Non
         images = open_images(first.absolute(), split or ALL, None)
         return Inputs(images.source, images.rows[:limit], f"{first} ({images.split})", lambda row: f"{row:07d}")
     if split is not None:
-        raise UserError("--split goes with one data set; for files, folders and globs drop it.")
+        raise UserError("--split is for a single data set; drop it for files, folders and globs.")
     files = list(dict.fromkeys(file for path in paths for file in _expand(path)))[:limit]
     names = _names(files)
     return Inputs(

@@ -32,7 +32,7 @@ def write_reference(options: ReferenceOptions, process: Process) -> tuple[int, s
     target = resolve(options.output)
     if target.suffix != ".npz":
         raise UserError(f"--output {options.output}: expected a name that ends in .npz.")
-    without = "without one drop --checkpoint and say --split, --image_size and --exif"
+    without = "without one, drop --checkpoint and set --split, --image_size and --exif"
     config = open_checkpoint(options.checkpoint, without)[1]["config"] if options.checkpoint else {}
     images = _open(options, config)
     size, decoder = _image_size(options, config), decoder_of(options, config)
@@ -91,7 +91,7 @@ def _open(options: ReferenceOptions, config: Mapping[str, Any]) -> Images:
         log.warning(
             "%s has no validation split: the reference is made of all its %s images, while `eval_rfid.py --checkpoint "
             "FILE` scores those that training held out, if it held any out. Give the same --checkpoint FILE here to "
-            "make it of them, or --split all if all is what you want.",
+            "use those, or --split all to use all.",
             images.folder, f"{len(images.rows):,}",
         )  # fmt: skip
     return images

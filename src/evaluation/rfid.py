@@ -130,7 +130,7 @@ class Evaluation:
         for network in self.networks if file is not None else ():
             wanted = images.preparation(self.image_size, self.decoder.exif, self.options.num_samples)
             command = command_for(self.options, images, wanted, network.space)
-            remedy = f"One for these images: `{command}`; give its output as --reference."
+            remedy = f"To make one for these images: `{command}`; pass its output as --reference."
             path, batch = resolve(str(file)), self.options.batch_size
             found[network.space] = load_reference(
                 path, network, batch, wanted, remedy, self.process, pool_only=True

@@ -87,7 +87,7 @@ class Sampler:
                 )
             weaker, its_flow = guide
             if (theirs := weaker.num_classes) != (ours := network.num_classes):
-                raise UserError(f"The guide knows {theirs} classes, the model {ours}: they must agree.")
+                raise UserError(f"The guide has {theirs} classes, the model {ours}: they must agree.")
             null_label = null_label if weaker.null_label is not None else None
             weak = sampling.conditional(weaker, its_flow.prediction, its_flow.t_eps)
             run = sampling.autoguidance(run, weak, Guidance(settings.auto, *interval))

@@ -35,7 +35,7 @@ from src.models.dit import LatentTransformer
 from src.models.rae import RAE
 
 GRID_ROWS, GRID_COLUMNS = 8, 8
-NOT_FINITE = "guidance too strong for this model and its precision. Take smaller scales, more steps"
+NOT_FINITE = "guidance is too strong for this model and its precision. Use smaller scales, more steps"
 EXISTS = "--{} {} exists. Add --overwrite, or choose another name."
 
 
@@ -47,8 +47,8 @@ def check_files(points: Sequence[SampleOptions]) -> None:
     for number, (name, path, point) in enumerate(files):
         if path.absolute() in paths[:number]:
             raise UserError(
-                f"--{name}: {path} would be written twice. Give each option a name of its own, and --cfg and --interval values "
-                "that differ in six digits."
+                f"--{name}: {path} would be written twice. Give each option its own file, and --cfg and --interval values that "
+                "differ in six digits."
             )
         goes_on = _parts(point.output).exists() or (len(points) > 1 and point.output.exists())
         if path.exists() and not point.overwrite and not goes_on:
@@ -173,7 +173,7 @@ class Blocks:
         said = {**settings, "batch_size": self.size}
         if self.process.main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = take_lock(self.folder, "Wait for its end, or choose another --output.")
+            self._lock = take_lock(self.folder, "Wait until it ends, or choose another --output.")
             found = _json_or_none(self.folder / "settings.json")
             if found is not None and found != said and not overwrite:
                 other = ", ".join(
@@ -182,8 +182,8 @@ class Blocks:
                     if said.get(key) != found.get(key)
                 )
                 raise UserError(
-                    f"{self.folder} holds an unfinished run with other settings ({other}). Go on with those settings, or "
-                    "start over with --overwrite."
+                    f"{self.folder} holds an unfinished run with other settings ({other}). Continue with those settings, "
+                    "or start over with --overwrite."
                 )
             sizes = {self.folder / name: self.count * entry for name, entry in self._bytes.items()}
             if found != said or any(not p.is_file() or p.stat().st_size != size for p, size in sizes.items()):
@@ -259,7 +259,7 @@ def labels_of(which: str, seed: int, num_images: int, network: LatentTransformer
         return streams.generator(seed, Purpose.SAMPLE_LABELS, 1).integers(num_classes, size=num_images)
     if which == "null":
         if network.null_label is None:
-            raise UserError(f"{key}null: the model has no null label, it was trained with model.label_dropout=0.")
+            raise UserError(f"{key}null: the model has no null label: it was trained with model.label_dropout=0.")
         return np.full(num_images, network.null_label, np.int64)
     try:
         classes = np.array([int(label) for label in which.split(",")], np.int64)
@@ -276,7 +276,7 @@ def _room_for(output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"--output {output}: {error.strerror or error}. Make room and run the same command again: it goes on where it stopped."
+            f"--output {output}: {error.strerror or error}. Free some space and run the same command again to resume."
         ) from error
 
 

@@ -166,7 +166,7 @@ def internal_guidance(
     `null_scale`: scale for images with the null label, which occur when `classifier_free` wraps this.
     """
     if null_scale is not None and null_label is None:
-        raise UserError(f"null_scale={null_scale} needs null_label, the label that it is for.")
+        raise UserError(f"null_scale={null_scale} needs null_label, the label that it applies to.")
 
     def run(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         full, base = _outputs(model, x, t, y)

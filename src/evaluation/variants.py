@@ -46,7 +46,7 @@ def variants_of(model: LoadedModel, layers: Sequence[str], sigmas: Sequence[floa
         choices = [(text, parse_layers(text, encoder.depth, "--layers")) for text in layers]
     for text, blocks in choices:
         if blocks is not None and not set(blocks) <= set(encoder.layers):
-            log.warning("--layers %s: the decoder was trained on the blocks %s alone.", text, list(encoder.layers))
+            log.warning("--layers %s: the decoder was only trained on the blocks %s.", text, list(encoder.layers))
     return [Variant(source, model.rae, text, blocks, sigma) for text, blocks in choices for sigma in sigmas]
 
 
