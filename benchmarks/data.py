@@ -47,9 +47,9 @@ GENERATED = 96
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, help="folder of images, searched to any depth (default: generated ones)")
-    parser.add_argument("--size", type=int, default=256, help="px, side of the crop (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, help="write the figures there as JSON")
+    parser.add_argument("--size", type=int, default=256, help="side of the crop, px (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds over all images (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
     args = parser.parse_args()
     try:
         files = load(args.images)

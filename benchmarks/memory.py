@@ -137,7 +137,7 @@ def peak_bytes(arguments: argparse.Namespace, variant: str, batch: int, accumula
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", choices=ENCODERS, default="dinov2_b")
-    parser.add_argument("--decoder", choices=DECODERS, default="ViTB", help="folder of configs/decoder")
+    parser.add_argument("--decoder", choices=DECODERS, default="ViTB", help="folder in configs/decoder")
     parser.add_argument("--disc", choices=sorted(RECIPES), default="S_8")
     parser.add_argument("--image_size", type=int, default=256, metavar="PX")
     parser.add_argument("--batch", type=positive, nargs="+", default=[1, 4, 16], metavar="N")
@@ -148,10 +148,10 @@ def main() -> None:
     parser.add_argument("--loss_chunk_size", type=positive, metavar="N")
     parser.add_argument("--disc_fake", choices=["fresh", "reuse"], default="fresh")
     parser.add_argument(
-        "--accumulate", type=positive, nargs="+", default=[1], metavar="N", help="micro-batches; not plain"
+        "--accumulate", type=positive, nargs="+", default=[1], metavar="N", help="micro-batches; not for plain"
     )
     parser.add_argument("--fit", type=positive, nargs="+", default=[], metavar="GIB", help="memory to fill")
-    parser.add_argument("--out", type=Path, help="JSON, of the last batch size")
+    parser.add_argument("--out", type=Path, help="write the results of the last batch size as JSON")
     arguments = parser.parse_args()
     batches = arguments.batch
     if arguments.accumulate != [1] and "plain" in arguments.variants:

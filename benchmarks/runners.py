@@ -181,7 +181,7 @@ def step_parser(description: str | None, variants: Sequence[str], phases: Sequen
     """Return a parser with the options that the benchmarks of the stage-1 step share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=device_option, default="cpu", help="cpu or cuda")
-    parser.add_argument("--decoder", choices=DECODERS, default="ViTB", help="a folder of configs/decoder")
+    parser.add_argument("--decoder", choices=DECODERS, default="ViTB", help="folder in configs/decoder")
     parser.add_argument("--disc", choices=sorted(RECIPES), default="S_8", help="DINO trunk of the discriminator")
     parser.add_argument("--batch", type=positive, default=4)
     parser.add_argument("--phases", nargs="+", choices=phases, default=phases)
@@ -190,10 +190,8 @@ def step_parser(description: str | None, variants: Sequence[str], phases: Sequen
     parser.add_argument("--warm", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--scratch", default="logs/benchmark", help="folder for untrained files")
-    parser.add_argument(
-        "--memory_only", action="store_true", help="print peaks as JSON; what the program calls itself with"
-    )
-    parser.add_argument("--out", type=Path, help="JSON")
+    parser.add_argument("--memory_only", action="store_true", help="print peaks as JSON (internal use)")
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
     return parser
 
 

@@ -182,7 +182,7 @@ def matmul_peak(device: torch.device, precision: str, size: int | None = None) -
 def main() -> None:
     parser = step_parser(__doc__, VARIANTS, list(PHASES))
     parser.set_defaults(variants=["plain", "ours"], repeats=5)
-    parser.add_argument("--encoder", choices=ENCODERS, default="dinov2_b", help="tiny: all frozen parts tiny")
+    parser.add_argument("--encoder", choices=ENCODERS, default="dinov2_b", help="tiny: all frozen networks are tiny")
     parser.add_argument("--image_size", type=int, default=256, help="px")
     parser.add_argument("--precision", nargs="+", choices=DTYPES, default=["fp32"])
     parser.add_argument("--disc_fake", choices=["fresh", "reuse"], default="fresh")

@@ -29,30 +29,30 @@ class Options:
     """Options of the conversion."""
 
     input_dir: Path | None = option("folder of images, Parquet or tar files", "DIR")
-    output_dir: Path | None = option("where the dataset goes", "DIR")
+    output_dir: Path | None = option("folder of the new dataset", "DIR")
     resize_shorter: Positive | None = option(
         "store training images with the shorter side at PX (384 suits 256 px training): re-encoded as JPEG of quality 95, "
-        "EXIF rotation applied, smaller ones enlarged. Loads faster. A validation split is still copied unchanged, so that "
+        "EXIF rotation applied, smaller ones enlarged. Faster to load. A validation split is still copied unchanged, so that "
         "rFID is measured against the original files",
         "PX",
     )
     num_workers: Positive = option("processes (default: one per core)", "N", CORES)
-    max_megapixels: Annotated[float, above_zero] = option("leave out larger images, by their header alone", "MP", 80.0)
+    max_megapixels: Annotated[float, above_zero] = option("leave out larger images, judged by their header", "MP", 80.0)
     overwrite: bool = option(
         "replace an existing dataset at DATASET, once the new one is complete; a folder that is no dataset, or that shares "
         "files with IMAGES, is never replaced",
         default=False,
     )
     trust: bool = option(
-        "don't decode every image to find the damaged ones: training replaces and names them. For Parquet and tars of a source "
-        "that was checked; several times as fast",
+        "don't decode every image to find damaged ones; training replaces and logs those. For Parquet and tar files from a "
+        "checked source; several times as fast",
         default=False,
     )
-    dummy: bool = option("make data/dummy_dataset_hf as well (288 pictures)", default=False)
+    dummy: bool = option("also create data/dummy_dataset_hf (288 images)", default=False)
 
     def __post_init__(self) -> None:
         if (self.input_dir is None) != (self.output_dir is None):
-            raise ValueError("--input_dir and --output_dir go together (neither: make data/test_hf)")
+            raise ValueError("--input_dir and --output_dir go together (with neither, data/test_hf is created)")
 
 
 def main() -> int:
@@ -77,7 +77,7 @@ def make_own(with_dummy: bool, overwrite: bool) -> int:
             else:
                 shutil.rmtree(folder)
         made = dummy.ensure(folder)
-        print(f"{place}: {dummy.DATASETS[place][0]} pictures {'made' if made else 'exist already'}")
+        print(f"{place}: {dummy.DATASETS[place][0]} images {'created' if made else 'exist already'}")
     return 0
 
 

@@ -32,22 +32,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Return exit status 0, or 1 if a download failed or --check found a wrong hash."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="exit codes: 0 all there and right; 1 something is missing or wrong; 2 wrong options; 130 interrupted",
+        epilog="exit codes: 0 done; 1 an unknown name, a failed download or a wrong hash; 2 wrong options; 130 interrupted",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME|KEY=VALUE", help="things by name, and overrides of the experiment's config")
-    add("--experiment", action="append", default=[], metavar="NAME", help="of configs/experiment; repeatable")
+    add("names", nargs="*", metavar="NAME|KEY=VALUE", help="files by name, and overrides of the experiment's config")
+    add("--experiment", action="append", default=[], metavar="NAME", help="file in configs/experiment; repeatable")
     add("--all", action="store_true", help="all files and the encoders of the experiments")
-    add("--list", "--dry_run", "--dry-run", action="store_true", help="show files, places, sources and what is present")
+    add("--list", "--dry_run", "--dry-run", action="store_true", help="show files, paths, sources and what is present")
     add("--check", action="store_true", help="compare present files with their hashes; exit 1 on a mismatch")
-    add("--force", action="store_true", help="download files again that are present")
+    add("--force", action="store_true", help="download files even if they are present")
     add("--weights_dir", "--weights-dir", type=Path, metavar="DIR", help="default: paths.weights_dir, weights")
-    mirror = "asked before the original hosts: the same paths behind it, or a copy of the weights folder; repeatable"
+    mirror = "tried before the original hosts: has the same paths, or is a copy of the weights folder; repeatable"
     add("--mirror", action="append", default=[], metavar="URL", help=mirror)
     args = parser.parse_args(argv)
     if not (args.names or args.experiment or args.all or args.list or args.check):
-        parser.error("say what to get: --experiment NAME, names of single things, or --all (`--list` shows the names)")
+        parser.error("name what to download: --experiment NAME, names of files, or --all (`--list` shows the names)")
     if wrong := [mirror for mirror in args.mirror if not mirror.startswith(("http://", "https://"))]:
         parser.error(f"--mirror {wrong[0]}: give an address such as https://mirror.example/weights")
     return run_program(lambda: _run(args))
@@ -57,7 +57,7 @@ def _run(args: argparse.Namespace) -> int:
     wanted = _wanted(args)
     mirrors = [mirror.rstrip("/") for mirror in args.mirror]
     if not wanted:
-        print("nothing to download: all its networks are untrained or in folders of this machine")
+        print("nothing to download: all networks are untrained or in local folders")
     if args.list:
         for asset in wanted:
             _describe(asset, mirrors)
@@ -92,7 +92,7 @@ def _wanted(args: argparse.Namespace) -> list[Asset]:
         if config["model"].get("pretrained_decoder_path") == USERS_CHOICE:
             print(
                 f"left out: the decoder that {experiment} starts from. Add model.pretrained_decoder_path=PATH to look for "
-                "it, or the name of a released one (such as decoder-dinov2) to get it"
+                "it, or the name of a released one (such as decoder-dinov2) to download it"
             )
         wanted += requirements(config, resolve(config["paths"]["weights_dir"]), ROOT)
     known = {asset.name: asset for asset in encoders.values()}  # a config names these by hub id
@@ -126,7 +126,7 @@ def _check(wanted: Sequence[Asset]) -> int:
             print(f"{ {True: 'ok', False: 'MISMATCH', None: 'unknown'}[right]:<9} {path}  {detail}")
             wrong += right is False
     if wrong:
-        print(f"error: {wrong} file(s) do not match; get them again with --force", file=sys.stderr)
+        print(f"error: {wrong} file(s) do not match; download them again with --force", file=sys.stderr)
     return 1 if wrong else 0
 
 

@@ -34,9 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--folder", type=Path, default=PROJECT_ROOT / "logs/dummy2", help="of autoencoder, latents and samples"
+        "--folder", type=Path, default=PROJECT_ROOT / "logs/dummy2", help="for autoencoder, latents and samples"
     )
-    parser.add_argument("--epochs", type=int, default=None, help="of the transformer (default: the experiment's)")
+    parser.add_argument("--epochs", type=int, default=None, help="for the transformer (default: the experiment's)")
     args = parser.parse_args(argv)
     return run_program(lambda: _run(args.folder.absolute(), args.epochs))
 

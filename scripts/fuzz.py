@@ -365,10 +365,10 @@ def _keep(place: Path, folder: Path, text: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Return 0 if every input was read or refused."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=above_zero, default=10, help="for all kinds together")
+    parser.add_argument("--minutes", type=above_zero, default=10, help="total time for all kinds")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="default: all")
-    parser.add_argument("--seed", type=int, default=0, help="of the first input of each kind")
-    parser.add_argument("--output", type=Path, default=Path("fuzz"), help="folder for inputs that did harm")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first input of each kind")
+    parser.add_argument("--output", type=Path, default=Path("fuzz"), help="folder for inputs that failed")
     args = parser.parse_args(argv)
     harm = 0
     for name in args.kinds:

@@ -69,8 +69,8 @@ PACKAGES = {"hydra": "hydra-core", "pytorch_lightning": "pytorch-lightning", "PI
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=above_zero, default=10, help="for the whole (default: %(default)g)")
-    parser.add_argument("--only", default="", metavar="b,c", help="parts, measured again where they are there already")
+    parser.add_argument("--minutes", type=above_zero, default=10, help="total time (default: %(default)g)")
+    parser.add_argument("--only", default="", metavar="b,c", help="measure only these parts, even if they are done")
     parser.add_argument("--rae", type=Path, metavar="DIR", help="checkout of github.com/bytetriper/RAE, for part h")
     parser.add_argument(
         "--raev2", type=Path, metavar="DIR", help="checkout of github.com/nanovisionx/RAEv2, for part h"
@@ -101,7 +101,7 @@ def report(arguments: argparse.Namespace, scratch: Path, deadline: float) -> int
     if missing:
         without = [letter for letter, part in PARTS.items() if missing & NEEDED.union(part.needs)]
         names = " ".join(sorted(PACKAGES.get(module, module) for module in missing))
-        print(f"Not installed here: {names}. Parts {', '.join(without)} need them and are not run. pip install {names}")
+        print(f"Not installed here: {names}. Parts {', '.join(without)} need them and are skipped: pip install {names}")
         if missing & NEEDED:
             return 2
     first = measure(["a"], start(["a"], arguments, scratch), arguments, scratch, deadline, {})["a"]
@@ -239,7 +239,7 @@ def work(letter: str, job: Path) -> None:
 
 def show(content: dict[str, Any]) -> None:
     """Print the table: a line for each part, and its results below."""
-    print(f"\n{content['cuda_device'] or 'DRY RUN: no figure means anything'}")
+    print(f"\n{content['cuda_device'] or 'DRY RUN: the numbers mean nothing'}")
     for letter, part in PARTS.items():
         found = content["parts"].get(letter, {"status": "not run"})
         reason = found.get("error", "").strip().splitlines()[-1:]

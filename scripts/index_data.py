@@ -18,7 +18,7 @@ from src.core.options import option, run
 class Options:
     """Options of the indexing."""
 
-    data_dir: str = option("what data.data_dir says: a folder, a pattern, an address", None, MISSING, positional=True)
+    data_dir: str = option("as data.data_dir: a folder, a pattern or an address", None, MISSING, positional=True)
     label: str | None = option("as data.label: cls or json:KEY", "LABEL")
     option: tuple[str, ...] = option(
         "as data.storage_options, as often as needed; keys and secrets belong in the environment",

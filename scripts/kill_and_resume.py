@@ -42,8 +42,8 @@ RUN = [
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=positive, default=20)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--processes", type=positive, default=1, help="of the training run (gloo)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
+    parser.add_argument("--processes", type=positive, default=1, help="number of training processes (gloo)")
     parser.add_argument("--stage", type=int, choices=(1, 2), default=1)
     parser.add_argument("--sampling_kills", type=not_negative, default=0, help="with --stage 2")
     parser.add_argument("--folder", type=Path, help="keep the runs here; default: a temporary folder")
@@ -68,7 +68,7 @@ def main() -> int:
                 print(f"UNREADABLE: {bad}")
                 return 1
             if done:
-                print("the run had ended before it could be killed; starting another one")
+                print("the run finished before it could be killed; starting another one")
                 if not equal(expected, newest(base / "killed")):
                     return 1
                 (base / "killed").rename(base / f"ended-{number}")
@@ -212,7 +212,7 @@ def wait_for(condition, process):
         if (value := condition()) or process.poll() is not None:
             return value
         time.sleep(0.002)
-    raise SystemExit("the run did not get to where it was to be killed")
+    raise SystemExit("the run did not reach the moment to kill it within 120 s")
 
 
 def text(file: Path | None) -> str:

@@ -79,7 +79,7 @@ def attempt(overrides: Sequence[str], log: Path, limit_s: float) -> tuple[str, s
     elif os.waitstatus_to_exitcode(status) == 0:
         outcome = "accepted"
     else:
-        outcome = "message" if text.strip() else "nothing said"
+        outcome = "message" if text.strip() else "no message"
     return outcome, text.strip()[-1500:]
 
 
@@ -117,7 +117,7 @@ def walk(stage: int, pattern: str, kinds: Sequence[str], output: Path, limit_s: 
     base = [*STAGES[stage], *QUICK, *_autoencoder(stage, output)]
     outcome, words = attempt([*base, "paths.log_dir=try/logs"], output.with_suffix(".log"), 600)
     if outcome != "accepted":
-        sys.exit(f"The configuration as it is should be accepted: {outcome}\n{words}")
+        sys.exit(f"The unchanged config should be accepted: {outcome}\n{words}")
     counts: Counter[str] = Counter()
     with open(output, "a") as lines:
         for key in dict.fromkeys(keys(compose(base))):
@@ -132,7 +132,7 @@ def walk(stage: int, pattern: str, kinds: Sequence[str], output: Path, limit_s: 
                 print(json.dumps(entry), file=lines, flush=True)
                 shutil.rmtree("try", ignore_errors=True)
     if not counts:
-        sys.exit(f"--keys {pattern}: no key of stage {stage} fits it, so nothing was tried.")
+        sys.exit(f"--keys {pattern}: no key of stage {stage} matches it, so nothing was tried.")
     print(f"stage {stage}, {pattern}: " + ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
     return counts.total() - counts["accepted"] - counts["message"]
 
@@ -156,10 +156,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Return 0 if every value was accepted or ended in a message."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=int, choices=STAGES, action="append", help="1 or 2; default: both")
-    parser.add_argument("--keys", default="*", help="of the configuration, by a pattern such as 'model.*'")
-    parser.add_argument("--kinds", nargs="+", choices=ODD, default=list(ODD), help="of odd values; default: all")
-    parser.add_argument("--limit_s", type=above_zero, default=120, help="longest try")
-    parser.add_argument("--output", type=Path, default=Path("odd_values.jsonl"), help="one JSON line a value")
+    parser.add_argument("--keys", default="*", help="pattern of config keys, such as 'model.*'")
+    parser.add_argument("--kinds", nargs="+", choices=ODD, default=list(ODD), help="kinds of odd values; default: all")
+    parser.add_argument("--limit_s", type=above_zero, default=120, help="time limit of an attempt, in seconds")
+    parser.add_argument("--output", type=Path, default=Path("odd_values.jsonl"), help="file for a JSON line per value")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     stages = args.stage or list(STAGES)

@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
     parser.add_argument("--python", nargs="+", default=[sys.executable], metavar="PYTHON", help="default: this one")
     parser.add_argument(
-        "--tests", nargs="+", default=["-m", "not slow"], help="arguments of pytest (default: all but slow)"
+        "--tests", nargs="+", default=["-m", "not slow"], help="arguments for pytest (default: all but slow)"
     )
     return parser
 
