@@ -1,6 +1,7 @@
 """src/export.py: three formats from a checkpoint, their model cards, and errors that leave existing files alone."""
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -17,8 +18,9 @@ from src.export import main
 from src.formats.card import model_card
 from src.formats.checkpoint import load_trained
 from src.formats.diffusers import read_diffusers
+from src.formats.export import new_folder
 from src.formats.folder import read_folder
-from src.formats.provenance import file_hashes
+from src.formats.provenance import file_hashes, without_private_paths
 from src.formats.upload import push
 from src.models.rae import RAE
 from tests.tiny_models import checkpoint, equal_decoders, tiny_rae
@@ -84,6 +86,36 @@ def test_online_weights_and_half_precision(tmp_path):
     assert type(content) is dict and content.keys() == online.keys()
     assert all(torch.equal(content[name], online[name].bfloat16()) for name in online)
     assert "online, bf16" in (tmp_path / "o/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/home/me/runs/last.ckpt", "last.ckpt"), ("~/w/x.pt", "x.pt"), ("/data/in1k/", "in1k/"), ("C:\\Users\\me\\x.pt", "x.pt"),
+        ("file:///home/me/a.npz", "a.npz"), (Path("/home/me/x"), "x"), ("weights/model.pt", "weights/model.pt"),
+        ("3 bad images in data.data_dir=/home/me/in1k, see '/home/me/bad.txt'", "3 bad images in data.data_dir=in1k, see 'bad.txt'"),
+        ("/home/me/x.ckpt was made with 'facebook/dinov2'", "x.ckpt was made with 'facebook/dinov2'"),
+        ("1/2 of s3://bucket/a/b.tar, https://x.org/a/b", "1/2 of s3://bucket/a/b.tar, https://x.org/a/b"),
+    ],
+)  # fmt: skip
+def test_no_private_path_leaves_with_an_export(text, shown):
+    assert without_private_paths({"warnings": [text]}) == {"warnings": [shown]}
+
+
+def test_an_export_that_fails_to_replace_another_leaves_it_there(tmp_path, monkeypatch):
+    with new_folder(tmp_path / "o", False) as folder:
+        (folder / "rae_export.json").write_text("{}")
+    original = os.replace
+
+    def killed(source, target):
+        if str(source).endswith(".part"):
+            raise KeyboardInterrupt
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "o", True) as folder:
+        (folder / "new").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["o"] and (tmp_path / "o/rae_export.json").is_file()
 
 
 def test_content_of_the_model_card(tmp_path):

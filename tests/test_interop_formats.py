@@ -225,6 +225,12 @@ def test_statistics_that_do_not_belong_to_the_weights_are_ignored(out, tmp_path,
     write_statistics(rae.latent_mean, rae.latent_var + 1, rae.encoder.identity(), out / "stats.pt")
     torch.testing.assert_close(read_diffusers(out).rae.latent_var, rae.latent_var, rtol=1e-5, atol=1e-7)
     assert "does not match the weights" in caplog.text
+    for damaged in (torch.ones(3), {"mean": 1.0}):
+        torch.save(damaged, out / "stats.pt")
+        with pytest.raises(UserError, match="damaged: expected `mean` and `var`"):
+            read_diffusers(out)
+    torch.save({"mean": rae.latent_mean}, out / "stats.pt")
+    assert torch.equal(read_diffusers(out).rae.latent_mean.view(-1), rae.latent_mean.view(-1))
 
 
 @pytest.mark.parametrize(("make", "reason"), [

@@ -225,7 +225,12 @@ def _statistics_in(folder: Path, state: Mapping[str, Tensor]) -> tuple[Tensor | 
     if found is None or not (folder / STATISTICS).is_file():
         return found
     exact = read(folder / STATISTICS)
-    mean, var = exact["mean"], exact["var"]
+    mean, var = (exact.get("mean"), exact.get("var")) if isinstance(exact, Mapping) else ((), ())
+    if not isinstance(mean, Tensor | None) or not isinstance(var, Tensor | None):
+        raise UserError(
+            f"{folder / STATISTICS} is damaged: expected `mean` and `var`, each a tensor or None. Export again, or delete it: the "
+            "weights hold the same statistics, rounded."
+        )
     rounded = (
         torch.zeros_like(found[0]) if mean is None else mean.float(),
         diffusers_layout.std_from_var(torch.ones_like(found[1]) if var is None else var),

@@ -77,20 +77,23 @@ def new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
         UserError: `output` exists and must not be overwritten, or is not an export (its content is unknown).
     """
     check_output(output, overwrite)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
+    temporary, replaced = (output.with_name(f".{output.name}.{os.getpid()}.{end}") for end in ("part", "old"))
     try:
         temporary.mkdir(parents=True)
         yield temporary
         check_output(output, overwrite)  # again: another process may have written it in the meantime
-        if output.exists():
-            shutil.rmtree(output)
+        if output.exists():  # kept until the new one is in place
+            os.replace(output, replaced)
         os.replace(temporary, output)
+        shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         raise UserError(
             f"--output {output} can't be written: {error.strerror or error}. Choose a folder with write permission "
             "and free space."
         ) from error
     finally:
+        if replaced.exists() and not output.exists():
+            os.replace(replaced, output)
         shutil.rmtree(temporary, ignore_errors=True)
 
 

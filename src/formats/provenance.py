@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -20,6 +21,9 @@ from src.models.frozen_encoder import is_untrained
 
 log = logging.getLogger(__name__)
 
+_END = r"\s\"'`,;|)\]}>"  # what ends a path in a text
+_FOLDERS = re.compile(rf"""(?<![^\s"'`=([{{,;|<])(?:file://)?(?:~|/|[A-Za-z]:[/\\])[^{_END}]*[/\\](?=[^/\\{_END}])""")
+"""The folders of an absolute path in a text."""
 _PACKAGES = ("torch", "transformers", "safetensors")
 _OF_RUN = ("experiment_name", "started", "ended", "status", "git", "packages", "device", "processes", "data",
            "resumed_from", "warnings", "result")  # fmt: skip
@@ -86,14 +90,14 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 
 def without_private_paths(value: Any) -> Any:
-    """Reduce absolute paths to their last part, since exports are shared."""
+    """Reduce absolute paths, inside texts too, to their last part, since exports are shared."""
     if isinstance(value, Mapping):
         return {str(key): without_private_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [without_private_paths(item) for item in value]
-    if isinstance(value, Path) or (isinstance(value, str) and value.startswith(("/", "~")) and "\n" not in value):
-        return Path(value).name
-    return value
+    if isinstance(value, Path):
+        return value.name
+    return _FOLDERS.sub("", value) if isinstance(value, str) else value
 
 
 def _run_record(source: Path) -> dict[str, Any] | None:
