@@ -110,7 +110,7 @@ class ScoreCallback(pl.Callback):
             )  # fmt: skip
 
     def until_overdue(self, parts: Iterable[T], most: int, world: int) -> Iterator[T]:
-        """Yield `parts`. Raises _Overdue on all ranks together. `most`: parts of the rank that has most."""
+        """Yield `parts`. Raises _Overdue on all ranks together. `most`: number of parts on the rank with the most."""
         parts = iter(parts)
         for _ in range(most):
             if self._requests.exchange([STOP.waiting_s > GRACE_S], world)[0]:

@@ -41,7 +41,7 @@ class StageModule(pl.LightningModule):
     on_device: ClassVar[tuple[str, ...]] = ("image",)
     """Batch entries moved to the device; the others stay on the host as arrays."""
     sparse_terms: ClassVar[tuple[str, ...]] = ()
-    """Name prefixes of terms that are NaN if no image of a few micro-batches contributes; then not logged."""
+    """Name prefixes of terms that may be NaN because no image contributed; NaN is then not logged."""
     start_anew: ClassVar[str] = " from its decoder: export it with src/export.py and set model.pretrained_decoder_path"
     """How to start from the weights of a checkpoint that can't be resumed: follows `a new run` in the error message."""
     published_batch: ClassVar[int]

@@ -69,7 +69,7 @@ class LayerSubset(Settings):
 
     kind: Literal["none", "uniform"]
     keep_probability: float = Field(gt=0, le=1)
-    """Of each block, conditional on a non-empty subset; 0.5 makes all non-empty subsets equally likely."""
+    """Per block, conditional on a non-empty subset; 0.5 makes all non-empty subsets equally likely."""
 
 
 class LatentNoiseSettings(Settings):

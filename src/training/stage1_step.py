@@ -1,13 +1,14 @@
 """Compute losses and gradients of a stage-1 step, in plain torch. Sources: RAE (arXiv 2510.11690); docs/recipe.md, "Losses".
 
-Legend: B batch, C latent channels, h = w grid, N = h*w tokens, D decoder width, P pixels of a patch (3 * px * px), H = W px.
+Legend: B batch, C latent channels, h = w grid, N = h*w tokens, D decoder width, P values of a patch (3 * px * px), H = W px.
+Losses: R = L1 + perceptual_weight * LPIPS, G the GAN term of the generator; D in prose is the discriminator.
 
 The published step differentiates the chain decoder -> image -> losses several times. Here each loss is differentiated only
 to the pixels, and the decoder gets one backward pass:
 
     x^ = head(trunk(z'))            one decoder forward
-    g_R = d(L1 + LPIPS)/dx^         loss graphs on detached x^, one at a time, each freed before the next
-    g_G = d(GAN)/dx^
+    g_R = dR/dx^                    loss graphs on detached x^, one at a time, each freed before the next
+    g_G = dG/dx^
     w   = |dR/dW| / (|dG/dW| + 1e-6), W: weight of the head; two matrix products, since the head is linear
     one decoder backward with g_R + disc_weight * w * g_G
 
