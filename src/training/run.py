@@ -127,19 +127,17 @@ def _message(error: Exception) -> str | None:
         return " ".join(str(error).split())  # Lightning's message for a user error, or a missing package of a callback
     if isinstance(error, OmegaConfBaseException):
         return f"Configuration: {str(error).strip()}"
+    first_line = (str(error) or "for Python objects").splitlines()[0].rstrip(".")
     if "Too many open files" in str(error):
-        return (
-            f"Too many open files: {str(error).splitlines()[0]} Raise the limit with `ulimit -n 4096` in the shell, or lower "
-            "data.num_workers."
-        )
+        return f"Too many open files: {first_line}. Raise the limit with `ulimit -n 4096` in the shell, or lower data.num_workers."
     if isinstance(error, RuntimeError) and re.search("Connection (reset|closed) by peer", str(error)):  # gloo's
         return (
-            f"Another process of this run is gone ({str(error).splitlines()[0]}). See its own messages or the kernel's "
+            f"Another process of this run is gone ({first_line}). See its own messages or the kernel's "
             "(`dmesg`) for the reason; saved checkpoints are intact, resume with ckpt_path=last."
         )
     if lacks_memory(error):
         return (
-            f"Not enough memory: {str(error).splitlines()[0] if str(error) else 'for Python objects'} Lower data.batch_size "
+            f"Not enough memory: {first_line}. Lower data.batch_size "
             "(and raise trainer.accumulate_grad_batches to match), model.loss_chunk_size, data.image_size, or use smaller "
             "networks; see docs/troubleshooting.md, CUDA out of memory. preflight=true checks this before a run."
         )
