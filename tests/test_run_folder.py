@@ -13,7 +13,8 @@ import pytest
 from omegaconf import OmegaConf
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from src.core.distributed import Launch
+from src import eval_rfid
+from src.core.distributed import Launch, processes
 from src.core.errors import UserError
 from src.core.folder_lock import owner_of, take_lock
 from src.core.weights import PROJECT_ROOT
@@ -188,6 +189,19 @@ def test_launcher_is_detected_from_the_environment(monkeypatch, environment, exp
             Launch.detect()
     else:
         assert Launch.detect() == expected
+
+
+@pytest.mark.parametrize(
+    ("variable", "launcher"), [("SLURM_STEP_NUM_TASKS", "srun"), ("OMPI_COMM_WORLD_SIZE", "mpirun")]
+)
+def test_evaluation_scripts_are_not_run_several_times_over(monkeypatch, capsys, variable, launcher):
+    """Each process would do all of the work and write the same files."""
+    monkeypatch.setenv(variable, "8")
+    assert eval_rfid.main(["--checkpoint", "none.ckpt", "--data_dir", "none", "--device", "cpu"]) == 1
+    assert f"{launcher} started 8 processes" in capsys.readouterr().err
+    monkeypatch.setenv(variable, "1")
+    with processes("cpu") as process:
+        assert process.world == 1
 
 
 @pytest.mark.parametrize(

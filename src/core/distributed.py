@@ -72,9 +72,19 @@ class Process:
 
 @contextmanager
 def processes(device: str) -> Iterator[Process]:
-    """Join the process group if torchrun started several; `device` is cpu, cuda or cuda:N. UserError: no such device."""
+    """Join the process group if torchrun started several; `device` is cpu, cuda or cuda:N.
+
+    Raises:
+        UserError: no such device, or started by srun or mpirun, where each process would do and write everything.
+    """
     rank, local = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    for variable, launcher in (("SLURM_STEP_NUM_TASKS", "srun"), ("OMPI_COMM_WORLD_SIZE", "mpirun")):
+        if world == 1 and int(count := os.environ.get(variable, "1")) > 1:
+            raise UserError(
+                f"{launcher} started {count} processes, of which each would do all of the work. Start one per machine and let it "
+                "start the others: torchrun --nproc_per_node=8 SCRIPT …"
+            )
     chosen = find_device(device, local)
     if world == 1:
         yield Process(chosen)
