@@ -223,7 +223,7 @@ class DiffusionModule(StageModule):
         return [
             ("latents", f"{size} px image -> {channels} x {grid} x {grid}, time shift {self.step.shift:.4g}"),
             encoder_fact(encoder),
-            ("trained", f"{sizes({type(self.network).__name__: self.network})}, {forward:.3g} GFLOP forward an image"),
+            ("trained", f"{sizes({type(self.network).__name__: self.network})}, {forward:.3g} GFLOP forward per image"),
             ("frozen", sizes({"encoder": encoder, "decoder": self.rae.decoder})),
             ("classes", f"{self.settings.num_classes}, dropped with probability {self.settings.label_dropout:g}"),
         ]

@@ -27,10 +27,10 @@ _PRECISION = {
 _REFUSED = {
     "callbacks": "use the config group callbacks: +callbacks.NAME._target_=CLASS, ~callbacks.NAME",
     "default_root_dir": "set paths.log_dir (a folder for all runs) or paths.run_dir",
-    "enable_checkpointing": "callbacks=no_checkpoint disables them",
+    "enable_checkpointing": "callbacks=no_checkpoint disables checkpoints",
     "enable_model_summary": "+callbacks.layers._target_=pytorch_lightning.callbacks.ModelSummary shows one",
     "enable_progress_bar": "the bar is only shown on a terminal; 2>FILE hides it",
-    "gradient_clip_algorithm": "trainer.gradient_clip_val is the largest norm",
+    "gradient_clip_algorithm": "gradients are clipped by norm, to trainer.gradient_clip_val",
     "logger": "use the config group logger: logger=csv only writes metrics.csv",
     "plugins": "they follow from trainer.precision, trainer.strategy and SLURM's variables",
     "use_distributed_sampler": "the data module sets the order of the images",
@@ -54,7 +54,7 @@ class TrainerSettings(Settings):
     target: Literal["pytorch_lightning.Trainer"] = Field(alias="_target_")
     accelerator: Literal["auto", "gpu", "cuda", "cpu", "mps"]
     devices: Literal["auto", -1] | Devices = Field(
-        description="auto, how many (up to 1024; -1: all GPUs), or a list of numbers from 0"
+        description="auto, a number of devices (up to 1024; -1: all GPUs), or a list of device numbers from 0"
     )
     num_nodes: Annotated[int, Field(ge=1, le=65536)]
     strategy: Literal["auto", "ddp"] = Field(
@@ -64,7 +64,7 @@ class TrainerSettings(Settings):
     precision: Literal[16, 32, *_PRECISION] = Field(description="32, 16 or bf16")  # type: ignore[valid-type]
     float32_matmul_precision: Literal["highest", "high"]
     max_epochs: Count
-    max_steps: Literal[-1] | Count = Field(description="a number of updates, or -1: max_epochs decides")
+    max_steps: Literal[-1] | Count = Field(description="a number of updates, or -1 for no limit besides max_epochs")
     limit_train_batches: Count | Annotated[float, Field(gt=0, le=1)] = Field(
         description="a number of batches of at least 1, or a share of an epoch as a decimal, above 0 and up to 1.0"
     )
