@@ -115,17 +115,17 @@ class Job:
         """Run a Python script of the project and return its output; kill it in time to write that output."""
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **environment}
         # A pipe would stay open as long as any child of the script lives.
-        with tempfile.TemporaryFile("w+", errors="replace") as said:
-            process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stdout=said, stderr=said)
+        with tempfile.TemporaryFile("w+", errors="replace") as output:
+            process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stdout=output, stderr=output)
             try:
                 process.wait(max(self.left - 5, 1))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
                 self.status = "out of time"
-                said.write("\nended: its share of the time was over")
-            said.seek(0)
-            return said.read()
+                output.write("\nended: its share of the time was over")
+            output.seek(0)
+            return output.read()
 
 
 def environment(job: Job) -> None:
@@ -252,10 +252,10 @@ def tests(job: Job) -> None:
     """(d) Run the tests that need a GPU."""
     processes = min(len(os.sched_getaffinity(0)) // 2, 6)  # they need little GPU time, and much in Python and compilers
     many = ["-n", str(processes)] if processes > 1 and importlib.util.find_spec("xdist") else []
-    said = job.call("-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", *many, "tests/test_gpu.py")
-    failed = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR", "E  "))]
+    output = job.call("-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", *many, "tests/test_gpu.py")
+    failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR", "E  "))]
     job.add("failed", failed)
-    job.add("pytest", said[-20000:], (said.strip().splitlines() or ["no output"])[-1].strip("= "))
+    job.add("pytest", output[-20000:], (output.strip().splitlines() or ["no output"])[-1].strip("= "))
 
 
 def half_precision(job: Job) -> None:
@@ -321,10 +321,10 @@ def runs(job: Job) -> None:
     switches = {"GPU_REPORT_DRY": "1", "TORCHDYNAMO_DISABLE": "1"} if job.dry else {}
     pool = ThreadPoolExecutor(len(groups))
     outputs = pool.map(lambda names: job.call("-m", "benchmarks.gpu_parts", str(folder), *names, **switches), groups)
-    for names, said in zip(groups, outputs, strict=True):
+    for names, output in zip(groups, outputs, strict=True):
         for name in names:
             file = folder / name / "found.json"
-            found = json.loads(file.read_text()) if file.is_file() else {"error": said[-3000:]}
+            found = json.loads(file.read_text()) if file.is_file() else {"error": output[-3000:]}
             if "error" in found:
                 line = f"{name}: FAILED: {found['error'].strip().splitlines()[-1][:160]}"
             else:
@@ -403,15 +403,15 @@ def peers(job: Job) -> None:
     every = ["--variants", "official", "compiled", "raev2_compile", "ours", "raev2"]
     for batch, words in ({1: both} if job.dry else {48: ["--phases=gan", *both], 64: every}).items():
         out = job.scratch / f"peers_{batch}.json"
-        said = job.call("benchmarks/peers.py", *given, f"--batch={batch}", f"--out={out}", *words)
-        job.add("output", job.result.get("output", "") + said[-5000:])
+        output = job.call("benchmarks/peers.py", *given, f"--batch={batch}", f"--out={out}", *words)
+        job.add("output", job.result.get("output", "") + output[-5000:])
         if not out.is_file():
             if job.status == "done":
-                raise RuntimeError(said[-2000:])
+                raise RuntimeError(output[-2000:])
             return
         content = json.loads(out.read_text())
         found = {key: content[key] for key in ("arguments", "results")}
-        lines = [line for line in said.splitlines() if line.startswith(("gan ", "warmup ")) or "not measured" in line]
+        lines = [line for line in output.splitlines() if line.startswith(("gan ", "warmup ")) or "not measured" in line]
         job.result["summary"] += [f"batch {batch}, {line}" for line in dict.fromkeys(lines)]
         for key, value in ({"batch 48": found} if batch == 48 else found).items():
             job.add(key, value)

@@ -167,9 +167,9 @@ def main() -> None:
                 print(f"{phase}, {variant}, batch {batch}{micro}: {sizes}", flush=True)
             found = {"peak_gib": peak / GIB, "between_steps_gib": held / GIB}  # of the last batch size
             results[phase][variant] = found | largest_batches(arguments, variant, batch, peak)
-    said = {k: str(v) for k, v in vars(arguments).items() if k not in ("scratch", "batch", "phase")}
+    args = {k: str(v) for k, v in vars(arguments).items() if k not in ("scratch", "batch", "phase")}
     record = {"torch": torch.__version__, "computed": "from the sizes of tensors", "batch": batches[-1]}
-    write(record | {"arguments": said, "results": results}, arguments.out)
+    write(record | {"arguments": args, "results": results}, arguments.out)
 
 
 def largest_batches(arguments: argparse.Namespace, variant: str, batch: int, peak: int) -> dict[str, float]:

@@ -366,8 +366,8 @@ def report(
             against = ", ".join(f"{times_as_fast(row, rows[other]):.2f} x {other}" for other in rows if other != name)
             print(f"{phase} {name}: {row['seconds']:.2f} s, {row['peak_memory_gb']} GB; {against}")
         results[f"{arguments.precision}/{phase}"] = {**failed, **rows, "matmul_tflops": tflops}
-    said = {k: str(v) for k, v in vars(arguments).items() if k not in ("rae", "raev2", "scratch", "out", "memory_only")}
-    write({**surroundings(device), "arguments": said, "results": results}, arguments.out)
+    args = {k: str(v) for k, v in vars(arguments).items() if k not in ("rae", "raev2", "scratch", "out", "memory_only")}
+    write({**surroundings(device), "arguments": args, "results": results}, arguments.out)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def odd_torch(file: Path, draw: random.Random) -> None:
 # -- kinds
 
 
-def _pictures(folder: Path) -> list[Path]:
+def _images(folder: Path) -> list[Path]:
     import io
 
     from PIL import Image
@@ -127,7 +127,7 @@ def _pictures(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def _use_pictures(folder: Path) -> None:
+def _use_images(folder: Path) -> None:
     from src.data.decode import Decoder
 
     for file in folder.iterdir():
@@ -267,7 +267,7 @@ def _use_latents(folder: Path) -> None:
 
 
 KINDS = {
-    "images": Kind(_pictures, _use_pictures),
+    "images": Kind(_images, _use_images),
     "arrow": Kind(partial(_dataset, "*.arrow"), _use_data),
     "tar": Kind(_tar, _use_data),
     "npz": Kind(_npz, _use_npz),
@@ -370,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first input of each kind")
     parser.add_argument("--output", type=Path, default=Path("fuzz"), help="folder for inputs that failed")
     args = parser.parse_args(argv)
-    harm = 0
+    failures = 0
     for name in args.kinds:
         counts = fuzz(name, 60 * args.minutes / len(args.kinds), args.seed, args.output.absolute())
         bad = counts.total() - counts["read"] - counts["refused"]
@@ -378,8 +378,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{name:<12}{counts.total():>8,} inputs: "
             + ", ".join(f"{count:,} {what}" for what, count in counts.items())
         )
-        harm += bad
-    return int(harm > 0)
+        failures += bad
+    return int(failures > 0)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def attempt(overrides: Sequence[str], log: Path, limit_s: float) -> tuple[str, s
     """Run `src/train.py` in a child of this process. Return the outcome and the end of `log`."""
     child = os.fork()
     if child == 0:
-        _become(overrides, log)
+        _run_train(overrides, log)
     ended, status, began = 0, 0, time.monotonic()
     while not ended and time.monotonic() - began < limit_s:
         time.sleep(0.02)
@@ -83,7 +83,7 @@ def attempt(overrides: Sequence[str], log: Path, limit_s: float) -> tuple[str, s
     return outcome, text.strip()[-1500:]
 
 
-def _become(overrides: Sequence[str], log: Path) -> None:
+def _run_train(overrides: Sequence[str], log: Path) -> None:
     """Act as `python src/train.py OVERRIDES`; never returns."""
     code = 1
     try:

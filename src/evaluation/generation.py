@@ -89,7 +89,7 @@ def evaluate(options: GenerationOptions, process: Process) -> tuple[list[dict[st
         UserError: missing or broken files, fewer than two images, images whose size differs from the reference's, latents
             that a model can't decode.
     """
-    sets = _generated(options, process)
+    sets = _open_sets(options, process)
     networks = [network.to(process.device) for network in networks_of(options, {})]
     reference = Reference(options.reference, options.reference_split, options.exif)
     scores = score_sets(sets, reference, networks, options, process)
@@ -124,7 +124,7 @@ def score_sets(
     results = []
     for images in sets:
         statistics = [ImageStatistics(network, options.batch_size, images.count) for network in networks]
-        _measure(statistics, images.batches(), images.count, images.label, process)
+        _collect(statistics, images.batches(), images.count, images.label, process)
         results.append(all_scores(statistics, references, process.device) if process.main else {})
     return results
 
@@ -166,11 +166,11 @@ def load_references(
     loader = centre_crops(images, size, decoder, replace(options, num_samples=None), process)
     batches = ((batch["position"], batch["image"]) for batch in loader)
     statistics = [ImageStatistics(network, options.batch_size) for network in networks]
-    _measure(statistics, batches, len(images.rows), Path(images.folder).name, process)
+    _collect(statistics, batches, len(images.rows), Path(images.folder).name, process)
     return [GenerationReference.of(part) for part in statistics]
 
 
-def _measure(statistics: Sequence[ImageStatistics], batches: Batches, count: int, label: str, process: Process) -> None:
+def _collect(statistics: Sequence[ImageStatistics], batches: Batches, count: int, label: str, process: Process) -> None:
     done = 0
     with progress(label, process.main) as update:
         for positions, images in batches:
@@ -182,21 +182,21 @@ def _measure(statistics: Sequence[ImageStatistics], batches: Batches, count: int
         part.reduce()
 
 
-def _generated(options: GenerationOptions, process: Process) -> list[GeneratedSet]:
+def _open_sets(options: GenerationOptions, process: Process) -> list[GeneratedSet]:
     if options.latents:
         path, models = resolve(options.latents), [open_model(model) for model in options.models()]
         return [decoded_set(path, model, options, options.quantization, process) for model in models]
     path = resolve(options.samples or "")
     if path.suffix == ".npz":
-        return [_of_npz(options, path, process)]
+        return [_npz_set(options, path, process)]
     if not path.is_dir():
         raise UserError(
             f"--samples {path}: not a folder and not an .npz. Expected an npz with images in `arr_0`, or a folder."
         )
-    return [_of_folder(options, path, process)]
+    return [_folder_set(options, path, process)]
 
 
-def _of_npz(options: GenerationOptions, path: Path, process: Process) -> GeneratedSet:
+def _npz_set(options: GenerationOptions, path: Path, process: Process) -> GeneratedSet:
     archive = ImageNpz(path)
     count, height, width, _ = archive.shape
     if height != width:
@@ -206,13 +206,13 @@ def _of_npz(options: GenerationOptions, path: Path, process: Process) -> Generat
         str(path),
         taken,
         height,
-        lambda: _first(taken, archive.batches(options.batch_size, process.rank, process.world)),
+        lambda: _drop_after(taken, archive.batches(options.batch_size, process.rank, process.world)),
     )
 
 
-def _of_folder(options: GenerationOptions, path: Path, process: Process) -> GeneratedSet:
+def _folder_set(options: GenerationOptions, path: Path, process: Process) -> GeneratedSet:
     inputs = open_inputs([str(path)], None, options.num_samples)
-    size = _common_size(inputs)
+    size = _image_side(inputs)
     rows = inputs.rows[process.rank :: process.world]
     transform = EvaluationTransform(size, Decoder("ignore", MAX_MEGAPIXELS))
 
@@ -223,7 +223,7 @@ def _of_folder(options: GenerationOptions, path: Path, process: Process) -> Gene
     return GeneratedSet(str(path), len(inputs.rows), size, batches)
 
 
-def _common_size(inputs: Inputs) -> int:
+def _image_side(inputs: Inputs) -> int:
     """Return the side, in px, that all images share; the loader deals with broken files."""
     sizes: dict[tuple[int, int], str] = {}
     for row in inputs.rows.tolist():
@@ -254,14 +254,14 @@ def decoded_set(
         rae.to(process.device)
         with torch.no_grad(), full_float32(process.device):
             parts = latents.batches(options.batch_size, process.rank, process.world)
-            for places, z in _first(taken, ((places, z) for places, *_, z in parts)):
+            for places, z in _drop_after(taken, ((places, z) for places, *_, z in parts)):
                 yield places, unit_to_bytes(decode(z.to(process.device)), quantization)
         rae.to(home)
 
     return GeneratedSet(str(loaded.description["source"]), taken, rae.geometry.image_size, batches)
 
 
-def _first(count: int, batches: Batches) -> Batches:
+def _drop_after(count: int, batches: Batches) -> Batches:
     """Drop images at positions of `count` and above."""
     for positions, rows in batches:
         if (kept := positions < count).any():

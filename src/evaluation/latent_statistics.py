@@ -46,7 +46,7 @@ def latent_statistics(
     identity = {"encoder": rae.encoder.identity(), "image_size": rae.geometry.image_size, "images": len(rows),
                 "data": images.source.fingerprint(), "exif": options.exif, "piece_images": PIECE_IMAGES}  # fmt: skip
     partial = partial_file(options.output)
-    done, count, sums = _interrupted(partial, identity) or (
+    done, count, sums = _load_partial(partial, identity) or (
         0,
         0,
         torch.zeros(2, *rae.latent_shape, dtype=torch.float64),
@@ -54,8 +54,8 @@ def latent_statistics(
     update(done, len(rows))
     for start in range(done, len(rows), PIECE_IMAGES):
         piece = replace(images, rows=rows[start : start + PIECE_IMAGES])
-        more, of_these = _moments(rae, piece, options, process, lambda n, s=start: update(s + n, len(rows)))
-        count, sums = count + more, sums + of_these
+        more, piece_sums = _sums(rae, piece, options, process, lambda n, s=start: update(s + n, len(rows)))
+        count, sums = count + more, sums + piece_sums
         if process.main and start + PIECE_IMAGES < len(rows):
             write_torch(partial, {"pass": identity, "done": start + PIECE_IMAGES, "count": count, "sums": sums})
     if count < 2:
@@ -80,7 +80,7 @@ def partial_file(output: Path) -> Path:
 
 
 @torch.no_grad()
-def _moments(rae: RAE, piece: Images, options: StatisticsOptions, process: Process, update: Any) -> tuple[int, Tensor]:
+def _sums(rae: RAE, piece: Images, options: StatisticsOptions, process: Process, update: Any) -> tuple[int, Tensor]:
     """Return the number of images of a piece and the sums of z and z^2 over all processes, float64 2 C h w on the CPU.
     `update(done)` counts images."""
     sums = torch.zeros(2, *rae.latent_shape, dtype=torch.float64, device=float64_device(process.device))
@@ -96,7 +96,7 @@ def _moments(rae: RAE, piece: Images, options: StatisticsOptions, process: Proce
     return round(total[-1].item()), total[:-1].view_as(sums)
 
 
-def _interrupted(partial: Path, identity: dict[str, Any]) -> tuple[int, int, Tensor] | None:
+def _load_partial(partial: Path, identity: dict[str, Any]) -> tuple[int, int, Tensor] | None:
     """Return the state of an interrupted pass over the same images, if any: images done, images decoded, their sums."""
     if not partial.is_file():
         return None

@@ -62,8 +62,8 @@ class EncoderFeatures(FeatureNetwork):
         self.space, self.feature_dim = space, self.encoder.hidden_size
         self.name = f"{space}-{self.encoder.identity()['weights']}"
         if (self.feature_dim, self.encoder.depth) != (preset.size.width, preset.size.depth):
-            said = "--features %s: %s has another size than %s: its scores are not comparable with any others."
-            log.warning(said, space, place, preset.hub_id)
+            message = "--features %s: %s has another size than %s: its scores are not comparable with any others."
+            log.warning(message, space, place, preset.hub_id)
         mean, std = self.encoder.pixel_statistics(place)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)

@@ -67,7 +67,7 @@ def reconstruct(options: ReconstructionOptions, loaded: LoadedModel, inputs: Inp
         dtype = DTYPES[options.latents_dtype]
         writer = LatentWriter(options.output / LATENTS, rae.latent_shape, dtype, process.rank)
 
-    def through(images: Tensor, rows: Tensor) -> Iterator[Tensor]:
+    def encode_decode(images: Tensor, rows: Tensor) -> Iterator[Tensor]:
         latents = rae.encode_raw(images)  # B C h w
         if writer is not None:
             labels = [inputs.source.label(row) for row in rows.tolist()]
@@ -80,8 +80,8 @@ def reconstruct(options: ReconstructionOptions, loaded: LoadedModel, inputs: Inp
         stack.enter_context(full_float32(process.device))
         update = stack.enter_context(progress("batches", process.main))
         names = scores[0].quality_names if scores else ()
-        files = _Files(stack, options, size, inputs.output_name, process, names)
-        score_images(counted(loader, len(loader), update), through, scores, process, [files.observe])
+        files = _OutputFiles(stack, options, size, inputs.output_name, process, names)
+        score_images(counted(loader, len(loader), update), encode_decode, scores, process, [files.observe])
         shards = [shard for part in gather_on_main(writer.close() if writer is not None else []) for shard in part]
         total = scores[0].reduce().count if scores else sum(shard["count"] for shard in shards)
         if process.main and not total:
@@ -111,7 +111,7 @@ def decode_latents(
     with ExitStack() as stack, torch.no_grad():
         stack.enter_context(full_float32(process.device))
         update = stack.enter_context(progress("batches", process.main))
-        files = _Files(stack, options, rae.geometry.image_size, lambda row: f"{row:07d}", process)
+        files = _OutputFiles(stack, options, rae.geometry.image_size, lambda row: f"{row:07d}", process)
         parts = store.batches(options.batch_size, process.rank, process.world)
         for places, rows, latents in counted(parts, batches, update):
             latents = latents.to(process.device)
@@ -122,7 +122,7 @@ def decode_latents(
         return total, {}, files.finish(None)
 
 
-class _Files:
+class _OutputFiles:
     """Writes everything about decoded images to the output folder, except the latents."""
 
     def __init__(

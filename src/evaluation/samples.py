@@ -50,8 +50,8 @@ def check_files(points: Sequence[SampleOptions]) -> None:
                 f"--{name}: {path} would be written twice. Give each option its own file, and --cfg and --interval values that "
                 "differ in six digits."
             )
-        goes_on = _parts(point.output).exists() or (len(points) > 1 and point.output.exists())
-        if path.exists() and not point.overwrite and not goes_on:
+        resumable = _parts_folder(point.output).exists() or (len(points) > 1 and point.output.exists())
+        if path.exists() and not point.overwrite and not resumable:
             raise UserError(EXISTS.format(name, path))
         check_writable(path, f"--{name}")
 
@@ -81,15 +81,15 @@ def sample(
     files: dict[str, Any] = {"images": (np.uint8, (size, size, 3))}
     files |= {"latents": (np.float32, rae.latent_shape)} if options.latents else {}
     work = Blocks(options.output, options.num_images, files, options.batch_size, process)
-    said = json.dumps({**settings.model_dump(), **_facts(generator, guide, options)}, default=str)
+    settings_json = json.dumps({**settings.model_dump(), **_image_dependencies(generator, guide, options)}, default=str)
     if options.output.exists() and not options.overwrite:
-        if _made_with(options.output) != said:
+        if _stored_settings(options.output) != settings_json:
             raise UserError(EXISTS.format("output", options.output))
         if process.main:
             shutil.rmtree(work.folder, ignore_errors=True)
         return settings
-    with _room_for(options.output):
-        work.open(json.loads(said), options.overwrite)
+    with _disk_errors_as_user_errors(options.output):
+        work.open(json.loads(settings_json), options.overwrite)
         mine = work.remaining()
         for number, indices in enumerate(mine):
             update(number * len(indices), sum(map(len, mine)))
@@ -101,10 +101,10 @@ def sample(
         wait_for_all()
         if process.main:  # the image npz comes last: if it exists, everything does
             if options.latents is not None:
-                work.pack("latents", "latents", options.latents, labels, said)
+                work.pack("latents", "latents", options.latents, labels, settings_json)
             if options.grid is not None:
                 save_png(grid(work.content("images"), labels), options.grid)
-            work.pack("images", "arr_0", options.output, labels, said)
+            work.pack("images", "arr_0", options.output, labels, settings_json)
             work.remove()
     wait_for_all()
     return settings
@@ -164,36 +164,36 @@ class Blocks:
     ) -> None:
         """`files`: dtype and shape of an image's entry, by file name."""
         self.count, self.files, self.size, self.process = count, files, size, process
-        self.folder = _parts(output)
+        self.folder = _parts_folder(output)
         self._bytes = {name: int(np.prod(shape)) * np.dtype(kind).itemsize for name, (kind, shape) in files.items()}
         self._journal = self.folder / f"done.{process.rank}"
 
     def open(self, settings: dict[str, Any], overwrite: bool) -> None:
         """Create the folder, or reopen that of an interrupted run with the same settings. Called on all ranks."""
-        said = {**settings, "batch_size": self.size}
+        wanted = {**settings, "batch_size": self.size}
         if self.process.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = take_lock(self.folder, "Wait until it ends, or choose another --output.")
             found = _json_or_none(self.folder / "settings.json")
-            if found is not None and found != said and not overwrite:
+            if found is not None and found != wanted and not overwrite:
                 other = ", ".join(
-                    f"{key}: {found.get(key)!r} there, {said.get(key)!r} here"
-                    for key in sorted(said.keys() | found.keys())
-                    if said.get(key) != found.get(key)
+                    f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} here"
+                    for key in sorted(wanted.keys() | found.keys())
+                    if wanted.get(key) != found.get(key)
                 )
                 raise UserError(
                     f"{self.folder} holds an unfinished run with other settings ({other}). Continue with those settings, "
                     "or start over with --overwrite."
                 )
             sizes = {self.folder / name: self.count * entry for name, entry in self._bytes.items()}
-            if found != said or any(not p.is_file() or p.stat().st_size != size for p, size in sizes.items()):
+            if found != wanted or any(not p.is_file() or p.stat().st_size != size for p, size in sizes.items()):
                 for path in self.folder.iterdir():
                     if path.name != LOCK:
                         path.unlink()
                 for path, size in sizes.items():
                     with open(path, "wb") as file:
                         file.truncate(size)
-                write_text(self.folder / "settings.json", json.dumps(said))
+                write_text(self.folder / "settings.json", json.dumps(wanted))
         wait_for_all()
         self._open = {name: open(self.folder / name, "r+b") for name in self.files}  # noqa: SIM115
 
@@ -271,7 +271,7 @@ def labels_of(which: str, seed: int, num_images: int, network: LatentTransformer
 
 
 @contextmanager
-def _room_for(output: Path) -> Iterator[None]:
+def _disk_errors_as_user_errors(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -280,7 +280,7 @@ def _room_for(output: Path) -> Iterator[None]:
         ) from error
 
 
-def _parts(output: Path) -> Path:
+def _parts_folder(output: Path) -> Path:
     return output.with_name(f".{output.name}.parts")
 
 
@@ -291,7 +291,7 @@ def _json_or_none(file: Path) -> dict[str, Any] | None:
         return None
 
 
-def _made_with(file: Path) -> str | None:
+def _stored_settings(file: Path) -> str | None:
     """Return the settings stored in an npz of samples; None if it holds none."""
     try:
         with opened_npz(file) as archive:
@@ -311,7 +311,7 @@ def interval_of(text: str) -> tuple[float, float]:
     return low, high
 
 
-def _facts(generator: Generator, guide: Generator | None, options: SampleOptions) -> dict[str, Any]:
+def _image_dependencies(generator: Generator, guide: Generator | None, options: SampleOptions) -> dict[str, Any]:
     """Return what the images depend on besides the sampler settings."""
 
     def digest(network: torch.nn.Module) -> str:

@@ -79,12 +79,12 @@ def facts(run: Run) -> dict[str, Markup]:
 
 def untrained(run: Run) -> list[str]:
     """Return the parts with random weights, from the run's log, else from its config."""
-    said = re.findall(r"UNTRAINED by request: ([^.]+)", run.log)
+    logged = re.findall(r"UNTRAINED by request: ([^.]+)", run.log)
     inception = ["Inception network"] * any(
         name.startswith(("rfid_untrained", "gfid_untrained")) for name in run.series
     )
     config = [f"{k} ({v})" for k, v in flat(run.config).items() if k.endswith("weights") and v in ("untrained", "tiny")]
-    return list(dict.fromkeys((said or config) + inception))
+    return list(dict.fromkeys((logged or config) + inception))
 
 
 def pictures(run: Run, folder: Path, pattern: str, limit: int) -> list[tuple[float, str, str]]:

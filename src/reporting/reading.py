@@ -51,7 +51,7 @@ class Run:
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     """Read the runs in these folders; a sweep's folder stands for all its jobs. Raises UserError for a folder that is missing,
     not a run folder, or given twice."""
-    places = [place for folder in folders for place in _jobs(Path(folder)) or [_place(folder)]]
+    places = [place for folder in folders for place in _sweep_runs(Path(folder)) or [_run_folder(folder)]]
     if twice := [place for place in places if places.count(place) > 1]:
         raise UserError(f"{twice[0]} is given twice: name each run once.")
     ends = ["/".join(place.parts[-2:]) for place in places]
@@ -61,14 +61,14 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     return runs
 
 
-def _jobs(folder: Path) -> list[Path]:
+def _sweep_runs(folder: Path) -> list[Path]:
     """Return the run folders in a sweep's folder, logs/multiruns/DATE/TIME, by number; none for other folders."""
     folder = (folder if folder.is_dir() else resolve(folder)).resolve()
     found = [file.parent for file in folder.glob("*/run.json") if file.parent.name.isdigit()]
     return sorted(found, key=lambda place: int(place.name))
 
 
-def _place(folder: str | Path) -> Path:
+def _run_folder(folder: str | Path) -> Path:
     place = (Path(folder) if Path(folder).is_dir() else resolve(folder)).resolve()
     names = (RECORD, CONFIG, LOG, *TABLES, EVENTS, "samples/step_*.png")
     if not any(next(place.glob(name), None) for name in names):
@@ -84,24 +84,24 @@ def _place(folder: str | Path) -> Path:
 
 def _read(place: Path) -> Run:
     run = Run(place)
-    run.record = _document(run, RECORD, json.loads, {})
-    run.config = _document(run, CONFIG, yaml.safe_load, {})
+    run.record = _read_document(run, RECORD, json.loads, {})
+    run.config = _read_document(run, CONFIG, yaml.safe_load, {})
     if run.record.get("status") == "running" and not owner_of(place):
         run.notes.append(
             "run.json says `running`, but no process on this machine holds the folder: it was killed, or runs elsewhere."
         )
-    run.overrides = _document(run, OVERRIDES, yaml.safe_load, [])
-    run.log = _document(run, LOG, str, "")
-    rows = _logged(run)
+    run.overrides = _read_document(run, OVERRIDES, yaml.safe_load, [])
+    run.log = _read_document(run, LOG, str, "")
+    rows = _logged_rows(run)
     run.times = [time for *_, time in rows if 0 < time < 1e10]
-    run.series = join([*_before(run), *rows])
+    run.series = join([*_earlier_rows(run), *rows])
     for name, series in run.series.items():
         if lost := [step for step, value in series.items() if not math.isfinite(value)]:
             run.notes.append(f"{name} is not finite at {len(lost):,} of {len(series):,} steps, first at {lost[0]:,}.")
     return run
 
 
-def _logged(run: Run) -> list[Row]:
+def _logged_rows(run: Run) -> list[Row]:
     rows: list[Row] = []
     tables = [run.folder / name for name in TABLES if (run.folder / name).is_file()]
     try:
@@ -111,7 +111,7 @@ def _logged(run: Run) -> list[Row]:
     return rows
 
 
-def _document(run: Run, name: str, parse: Callable[[str], Any], empty: Any) -> Any:
+def _read_document(run: Run, name: str, parse: Callable[[str], Any], empty: Any) -> Any:
     """Return the parsed content of a file (first 1 and last 31 MiB of a long one); on failure add a note and return `empty`."""
     try:
         with (run.folder / name).open("rb") as file:
@@ -152,22 +152,22 @@ def _events(folder: Path) -> Iterator[Row]:
                     yield event.step, value.tag, value.simple_value, event.wall_time
 
 
-def _before(run: Run) -> Iterator[Row]:
+def _earlier_rows(run: Run) -> Iterator[Row]:
     """Return the rows of the runs that this one continues, oldest run first, each up to the checkpoint that was resumed."""
     earlier, known, last, parts = run, {run.folder}, math.inf, list[list[Row]]()
-    while origin := _origin(earlier, known):
+    while origin := _resumed_run(earlier, known):
         place, step = origin
         if not parts:
             run.resumed_at = step
         known.add(place)
         last = min(last, step)
         earlier = Run(place)
-        earlier.log = _document(earlier, LOG, str, "")
-        parts.append([row for row in _logged(earlier) if row[0] <= last])
+        earlier.log = _read_document(earlier, LOG, str, "")
+        parts.append([row for row in _logged_rows(earlier) if row[0] <= last])
     return itertools.chain.from_iterable(reversed(parts))
 
 
-def _origin(run: Run, known: Set[Path]) -> tuple[Path, int] | None:
+def _resumed_run(run: Run, known: Set[Path]) -> tuple[Path, int] | None:
     """Return the run that this one resumed, and the step. Read from run.log, which has every start; run.json has only one."""
     starts = (re.findall(words, run.log) for words in (r"Resuming from (.+)", r"Resuming at step (\d+)"))
     for checkpoint, step in zip(*starts, strict=False):
