@@ -177,7 +177,7 @@ def test_inputs(tmp_path):
     for split, count in (("train", 3), ("validation", 2)):
         image_tar(tmp_path / f"tars/{split}/0.tar", count)
     assert len(open_inputs([str(tmp_path / "tars")], None).rows) == 3
-    with pytest.raises(UserError, match="holds Parquet files.*Make a dataset beside them"):
+    with pytest.raises(UserError, match="holds Parquet files.*Convert them to a dataset"):
         open_inputs([str(parquet(tmp_path / "hub"))], None)
 
 
