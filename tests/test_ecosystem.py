@@ -235,6 +235,13 @@ def test_resume_continues_the_same_wandb_run(tmp_path, monkeypatch):
     program(composed([*words, f"ckpt_path={record.parent / 'checkpoints/last.ckpt'}"]))
     assert wandb.inits[-1]["id"] is None
 
+    def refuse(self, **_):
+        raise type("UsageError", (Exception,), {"__module__": "wandb.errors.errors"})("No API key\nconfigured.")
+
+    monkeypatch.setattr(StandIn, "init", refuse)
+    with pytest.raises(UserError, match=r"Weights & Biases: No API key configured\. .*WANDB_MODE=offline"):
+        train(tmp_path / "refused", "logger=wandb")
+
 
 # -- the terminal
 

@@ -340,7 +340,15 @@ def build_run(config: DictConfig, launch: Launch, checkpoint: Path | None = None
     kept = masked(plain)
     module.run_config = kept
     for logger in loggers:
-        logger.log_hyperparams(kept)
+        try:
+            logger.log_hyperparams(kept)
+        except Exception as error:
+            if not type(error).__module__.startswith("wandb."):
+                raise
+            raise UserError(
+                f"Weights & Biases: {' '.join(str(error).split())} Without an account or a connection: WANDB_MODE=offline, or "
+                "logger.wandb.offline=true."
+            ) from error
     return Run(trainer, module, datamodule, kept, callbacks)
 
 
