@@ -18,14 +18,24 @@ from src.core.compose import explained, problem
 RAISE = "HYDRA_FULL_ERROR"
 """Set while Hydra reads the configuration, so that it raises errors instead of printing some with tracebacks."""
 wanted = os.environ.get(RAISE)
+REPORTED = (
+    CompactHydraException,
+    OmegaConfBaseException,
+    MarkedYAMLError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    OSError,
+)
+"""Errors of Hydra and its plugins, reported without a traceback."""
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
 def main(config: DictConfig) -> float | None:
-    from src.training.run import run  # heavy imports, deferred so that --help and --cfg are fast
-
     if wanted is None:
         os.environ.pop(RAISE, None)
+    from src.training.run import run  # heavy imports, deferred so that --help and --cfg are fast
+
     value = run(config)
     os.environ[RAISE] = "1"  # a sweeper reads the next configuration
     return value
@@ -52,7 +62,7 @@ if __name__ == "__main__":
         exit_code = 0
     except SystemExit as error:
         exit_code = error.code
-    except (CompactHydraException, OmegaConfBaseException, MarkedYAMLError, ValueError, TypeError, OSError) as error:
+    except REPORTED as error:
         if wanted or RAISE not in os.environ:  # the user set it, or the run itself failed
             raise
         exit_code = explained(error, sys.argv[1:])

@@ -184,6 +184,20 @@ def test_restart_by_torchrun_does_not_start_over(tmp_path, monkeypatch, capfd):
     assert "ckpt_path=last" in capfd.readouterr().err and not list(tmp_path.iterdir())
 
 
+def test_launcher_that_can_not_start_ends_in_one_message(tmp_path):
+    """As Hydra's launcher for SLURM does on a machine without it."""
+    plugin = tmp_path / "hydra_plugins/absent.py"
+    plugin.parent.mkdir()
+    plugin.write_text(
+        "from hydra.plugins.launcher import Launcher\n\n\nclass Absent(Launcher):\n"
+        "    def setup(self, **_):\n        pass\n\n"
+        "    def launch(self, *_, **__):\n        raise RuntimeError('Could not detect \"srun\"')\n"
+    )
+    words = "-m", "experiment=rae_dummy", "hydra.launcher._target_=hydra_plugins.absent.Absent", "seed=1,2"
+    said = python("src/train.py", *words, f"paths.log_dir={tmp_path}", code=1, PYTHONPATH=str(tmp_path))
+    assert said.splitlines()[-1] == 'Hydra failed: Could not detect "srun".'
+
+
 def test_file_names_can_not_forge_log_entries(tmp_path):
     logs.set_up(tmp_path, True)
     forged = "2026-01-01 00:00:00,000 ERROR root: forged"

@@ -104,13 +104,13 @@ def explained(error: Exception, arguments: Sequence[str]) -> str:
             f"{error.filename}: {error.strerror}. Sweeps are written below paths.log_dir, a run to hydra.run.dir if given: set it "
             "to a folder that can be written."
         )
-    if isinstance(error, ValueError | TypeError) and not isinstance(error, UnicodeDecodeError):
+    if isinstance(error, RuntimeError | ValueError | TypeError) and not isinstance(error, UnicodeDecodeError):
         lines = []
         for key, _, value in (word.partition("=") for word in arguments if not word.startswith(("-", "~"))):
             known = sorted(file.stem for file in (_CONFIGS / key).glob("*.yaml"))
             if known and not set(value.split(",")) <= set(known):
                 lines.append(f"{key}={value}: expected the name of a file in configs/{key}: {', '.join(known)}.")
-        return "\n".join(lines) or f"Hydra failed: {str(error).rstrip('.!')}."
+        return "\n".join(lines) or f"Hydra failed: {str(error).rstrip('.!?')}."
     if not isinstance(error, MarkedYAMLError | UnicodeDecodeError):
         unknown = _unknown_key(error)
         if "did you mean" in unknown:  # without a close match, Hydra's own lines tell how to add a key
