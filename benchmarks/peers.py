@@ -312,7 +312,7 @@ def main() -> None:
         runner = make(arguments.variants[0], arguments, device)
         print(json.dumps({phase: peak(runner, images, phase, device) for phase in arguments.phases}))
         return
-    on_gpu = device.type == "cuda"  # there a variant is alone in memory, so its peak is measured in the same process
+    on_gpu = device.type == "cuda"  # a variant is alone in memory there, so its peak is measured in the same process
     memory = {name: {} if on_gpu else memory_alone(name, arguments.precision) for name in arguments.variants}
     seconds: dict[str, dict[str, list[float]]] = {phase: {} for phase in arguments.phases}
     tflops, failed = matmul_peak(device, arguments.precision), {}

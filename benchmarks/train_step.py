@@ -199,7 +199,7 @@ def main() -> None:
         print(json.dumps({phase: peak(runner, images, draws, phase, precision) for phase in arguments.phases}))
         return
     pairs = list(product(arguments.variants, arguments.precision))
-    on_gpu = device.type == "cuda"  # there a variant is alone in memory, so its peak is measured in the same process
+    on_gpu = device.type == "cuda"  # a variant is alone in memory there, so its peak is measured in the same process
     memory = {pair: {} if on_gpu else memory_alone(*pair) for pair in pairs}
     record: dict[str, Any] = {
         **surroundings(device),

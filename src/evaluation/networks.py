@@ -75,7 +75,7 @@ class EncoderFeatures(FeatureNetwork):
 
 
 def resize_pillow(images: Tensor, size: int) -> Tensor:
-    """Resize B x 3 x H x W float 0..255 -> B x 3 x size x size whole numbers: rows, then columns, each rounded to 8 bits."""
+    """Resize B x 3 x H x W float 0..255 -> B x 3 x size x size integers: rows, then columns, each rounded to 8 bits."""
     for shape in ((images.shape[-2], size), (size, size)):
         if images.shape[-2:] != shape:
             images = F.interpolate(images, size=shape, mode="bicubic", antialias=True).round_().clamp_(0, 255)
