@@ -94,7 +94,7 @@ def test_best_starts_over_if_only_the_last_checkpoint_was_copied(whole, tmp_path
     torch.save(content, tmp_path / "last.ckpt")
     train(tmp_path / "second", *QUIET, "trainer.max_epochs=3", checkpoint=tmp_path / "last.ckpt")
     assert read(tmp_path / "second/checkpoints/best.ckpt")["global_step"] == 9
-    assert "best.ckpt is not there" in caplog.text and "never a finite number" not in caplog.text
+    assert "best.ckpt does not exist" in caplog.text and "never a finite number" not in caplog.text
 
 
 @pytest.mark.parametrize(("name", "state", "changes"), [
