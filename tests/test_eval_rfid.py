@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import shlex
 import shutil
@@ -21,8 +22,10 @@ from src.core.weights import PROJECT_ROOT
 from src.data.crops import adm_center_crop
 from src.data.decode import ORIENTATION_TAG
 from src.data.order import evaluation_rows
+from src.evaluation.image_pairs import KeptPairs
 from src.evaluation.images import open_images
 from src.evaluation.options import EvaluationOptions
+from src.evaluation.scoring_pass import ScoredBatch
 from src.formats.checkpoint import load_trained
 from src.metrics.quality import psnr
 from tests import tiny_models
@@ -144,6 +147,15 @@ def test_noise_and_blocks_give_a_row_each(evaluate, checkpoint, images, tmp_path
     by_lpips = sorted(lines[::4], key=lambda r: -float(r["lpips_untrained"]))
     assert [entry["file"] for entry in rows[0]["worst"]] == [r["file"] for r in by_lpips[:3]]
     assert (tmp_path / "out" / "worst.png").is_file() and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("lpips", [[math.nan, 0.1, 0.9, 0.5], [0.9, 0.1, 0.5, math.nan]])
+def test_an_image_without_a_number_is_among_the_worst(lpips):
+    images, pairs = torch.zeros(4, 3, 2, 2, dtype=torch.uint8), KeptPairs(2, worst=True)
+    for part in (slice(2), slice(2, 4)):
+        places = torch.arange(4)[part]
+        pairs.observe([ScoredBatch(places, places, images[part], images[part], {"lpips": torch.tensor(lpips)[part]})])
+    assert [pair.place for pair in pairs.gather()] == [lpips.index(math.nan), lpips.index(0.9)]
 
 
 def test_packed_reconstructions_are_those_of_the_model(evaluate, checkpoint, images, tmp_path):

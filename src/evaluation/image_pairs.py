@@ -4,6 +4,7 @@ Legend: B batch, H, W image px. Images are uint8 3 x H x W.
 """
 
 import heapq
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -52,6 +53,7 @@ class KeptPairs:
         if self.worst:
             lpips = [value for name, value in batch.values.items() if name.startswith("lpips")]
             keys = lpips[0] if lpips else -batch.values["psnr"]
+            keys = keys.where(~keys.isnan(), math.inf)  # nothing is worse
         for i, (key, place) in enumerate(zip(keys.tolist(), batch.places.tolist(), strict=True)):
             if len(self._heap) < self.count or (self.count and key > self._heap[0][0]):
                 decoded = torch.stack([variant.decoded[i].cpu() for variant in variants[: self.variants]])
