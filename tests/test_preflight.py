@@ -1,4 +1,4 @@
-"""The preflight checks what training would, times each stretch of the run, and leaves nothing behind."""
+"""The preflight checks what training would, times each phase of the run, and leaves nothing behind."""
 
 import itertools
 import logging
@@ -30,8 +30,8 @@ def test_it_reports_every_stretch_and_writes_nothing(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         run_preflight(tmp_path, "trainer.max_epochs=4", "model.disc_upd_start_epoch=1", "model.disc_start_epoch=2")
     report = next(record.getMessage() for record in caplog.records if "Preflight passed" in record.getMessage())
-    stretches = ("L1 + LPIPS  ", "L1 + LPIPS + D  ", "L1 + LPIPS + D + GAN", "3 steps at", "6 steps at")
-    for words in (*stretches, "12 in all", "device-hours"):
+    loss_phases = ("L1 + LPIPS  ", "L1 + LPIPS + D  ", "L1 + LPIPS + D + GAN", "3 steps at", "6 steps at")
+    for words in (*loss_phases, "12 in all", "device-hours"):
         assert words in report, report
     assert not list(tmp_path.iterdir())
 
@@ -85,7 +85,7 @@ def test_stretches_cut_the_run_where_a_loss_starts():
     run = build_run(composed([*SMALL, *starts]), Launch(0, 1, "single"), bare=True)
     steps_per_epoch = PropertyMock(return_value=10)
     with patch.object(RAEModule, "steps_per_epoch", steps_per_epoch):
-        assert [part[1:] for part in run.module.stretches(planned=50)] == [
+        assert [part[1:] for part in run.module.loss_phases(planned=50)] == [
             (10, Phase(False, False, False)), (10, Phase(True, False, False)), (10, Phase(True, False, True)), (20, Phase(True, True, True)),
         ]  # fmt: skip
-        assert [steps for _, steps, _ in run.module.stretches(planned=15)] == [10, 5]
+        assert [steps for _, steps, _ in run.module.loss_phases(planned=15)] == [10, 5]

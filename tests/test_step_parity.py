@@ -176,7 +176,7 @@ def test_fakes_are_new_noiseless_reconstructions_on_the_8_bit_grid():
         with torch.no_grad():
             step.rae.decoder.decoder_pred.bias += 0.1  # an update in between
     fake = ours.fake(result.fake_source)
-    assert fake.flaw == 0
+    assert fake.nan_flag == 0
     steps = ((bytes_to_signed(fake.pixels) - plain.fake(draws.images)) * 127.5).abs()
     assert steps.max() < 1.01 and steps.mean() < 1e-3  # rounding moves a few pixels to the next level
 

@@ -123,4 +123,4 @@ class GFIDCallback(ScoreCallback):
         if broken := int(sum_over_ranks(broken)):
             log.warning("gFID is NaN: %d of %d samples hold NaN or infinity: %s.", broken, count, NOT_FINITE)
             values = dict.fromkeys(values, math.nan)
-        return self.on_all_ranks(trainer, values)
+        return self.broadcast_scores(trainer, values)

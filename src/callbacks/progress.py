@@ -238,7 +238,7 @@ def describe(trainer: pl.Trainer, pl_module: Any) -> list[tuple[str, str]]:
         ("precision", str(trainer.precision)),
         *data.describe(),
         ("global batch", f"{batch} images per update ({factors}); published: {published}"),
-        *pl_module.facts(),
+        *pl_module.startup_rows(),
         ("steps", f"{pl_module.steps_per_epoch:,} updates per epoch, {trainer.max_epochs} epoch(s){limit}"),
         ("seed", str(settings.seed)),
         ("folder", trainer.default_root_dir),
@@ -247,7 +247,7 @@ def describe(trainer: pl.Trainer, pl_module: Any) -> list[tuple[str, str]]:
 
 def warn(trainer: pl.Trainer, pl_module: Any) -> None:
     """Log warnings about likely mistakes: those of the module, no GPU, untrained networks."""
-    for text in pl_module.doubts(trainer.max_epochs):
+    for text in pl_module.likely_mistakes(trainer.max_epochs):
         log.warning("%s", text)
     untrained = pl_module.untrained_parts()
     if trainer.strategy.root_device.type == "cpu" and "encoder" not in untrained:

@@ -161,7 +161,7 @@ class RFIDCallback(ScoreCallback):
         self._reals[which, images] = score.references
         values = score.compute(warn_of_few=not self._warned_of_few) if process.main else {}
         self._warned_of_few = True
-        values = self.on_all_ranks(trainer, values)
+        values = self.broadcast_scores(trainer, values)
         kept = pairs.gather() if self._pairs else []
         if kept:
             try:

@@ -117,7 +117,7 @@ class ScoreCallback(pl.Callback):
                 raise _Overdue
             yield from islice(parts, 1)
 
-    def on_all_ranks(self, trainer: pl.Trainer, values: Mapping[str, float]) -> dict[str, float]:
+    def broadcast_scores(self, trainer: pl.Trainer, values: Mapping[str, float]) -> dict[str, float]:
         """Broadcast the scores of rank 0; return them by logged name without its prefix."""
         values = trainer.strategy.broadcast(values)
         return {name.removesuffix("_untrained").replace(self.score, "score"): value for name, value in values.items()}

@@ -42,11 +42,13 @@ class StageModule(pl.LightningModule):
     """Batch entries moved to the device; the others stay on the host as arrays."""
     sparse_terms: ClassVar[tuple[str, ...]] = ()
     """Name prefixes of terms that may be NaN because no image contributed; NaN is then not logged."""
-    start_anew: ClassVar[str] = " from its decoder: export it with src/export.py and set model.pretrained_decoder_path"
+    restart_hint: ClassVar[str] = (
+        " from its decoder: export it with src/export.py and set model.pretrained_decoder_path"
+    )
     """How to start from the weights of a checkpoint that can't be resumed: follows `a new run` in the error message."""
     published_batch: ClassVar[int]
     """Images in a global batch of the published recipe."""
-    picture_rows: ClassVar[str]
+    sample_row_names: ClassVar[str]
     """Description of the rows of a sample image (`sample_rows`)."""
     ema: EMA
     """EMA of the network that is evaluated."""
@@ -95,7 +97,7 @@ class StageModule(pl.LightningModule):
         """Return the modules worth compiling."""
 
     @abstractmethod
-    def facts(self) -> list[tuple[str, str]]:
+    def startup_rows(self) -> list[tuple[str, str]]:
         """Return (name, text) rows about the networks for the start-up table."""
 
     @abstractmethod
@@ -106,11 +108,11 @@ class StageModule(pl.LightningModule):
     def sample_rows(self, images: Tensor) -> list[Tensor]:
         """Return the rows of a sample image, each uint8 N x 3 x H x W. `images`: evaluation images, uint8 N x 3 x H x W."""
 
-    def doubts(self, max_epochs: int | None) -> list[str]:
+    def likely_mistakes(self, max_epochs: int | None) -> list[str]:
         """Return warnings about likely configuration mistakes, one text each."""
         return []
 
-    def stretches(self, planned: int) -> list[tuple[str, int, Any]]:
+    def loss_phases(self, planned: int) -> list[tuple[str, int, Any]]:
         """Split a run of `planned` updates into parts with the same losses on: name, updates, value of `phase_override`."""
         return [("all", planned, None)]
 
@@ -302,7 +304,7 @@ class StageModule(pl.LightningModule):
         if differing:
             raise UserError(
                 "The checkpoint is of another model:\n" + "\n".join(differing) + "\nResume with the experiment and the "
-                f"overrides of the run that wrote it, or start a new run{self.start_anew}."
+                f"overrides of the run that wrote it, or start a new run{self.restart_hint}."
             )
         # Checkpoints are saved between updates, so these micro-batch counts are multiples of `was`.
         count = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]

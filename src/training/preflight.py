@@ -33,7 +33,7 @@ BYTES = 4  # checkpoints are float32
 
 
 @dataclass
-class Stretch:
+class LossPhase:
     """A part of the run with the same losses on, and its measurements."""
 
     name: str
@@ -45,21 +45,21 @@ class Stretch:
 
 
 class Stopwatch(pl.Callback):
-    """Runs a few updates of each stretch of a run, whatever their step number, and times them."""
+    """Runs a few updates of each phase of a run, whatever their step number, and times them."""
 
     def __init__(self, max_epochs: int, max_steps: int) -> None:
         """Takes the run's limits; those of the trainer are replaced."""
-        self.stretches: list[Stretch] = []
+        self.loss_phases: list[LossPhase] = []
         self._limits = max_epochs, max_steps
         self._began = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self.stretches = [Stretch(*part) for part in pl_module.stretches(planned_steps(*self._limits, pl_module))]
-        trainer.fit_loop.epoch_loop.max_steps = len(self.stretches) * (WARM_STEPS + TIMED_STEPS)
+        self.loss_phases = [LossPhase(*part) for part in pl_module.loss_phases(planned_steps(*self._limits, pl_module))]
+        trainer.fit_loop.epoch_loop.max_steps = len(self.loss_phases) * (WARM_STEPS + TIMED_STEPS)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx % pl_module.settings.accumulate_grad_batches == 0:
-            pl_module.phase_override = self._stretch(trainer.global_step).phase
+            pl_module.phase_override = self._phase_at(trainer.global_step).phase
             self._began = time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -69,13 +69,13 @@ class Stopwatch(pl.Callback):
             torch.cuda.synchronize()
         pl_module.check_numbers()
         done = trainer.global_step - 1
-        stretch = self._stretch(done)
+        phase = self._phase_at(done)
         if done % (WARM_STEPS + TIMED_STEPS) >= WARM_STEPS:
-            stretch.seconds.append(time.perf_counter() - self._began)
-        stretch.memory_gb = peak_memory_gb(pl_module.device)
+            phase.seconds.append(time.perf_counter() - self._began)
+        phase.memory_gb = peak_memory_gb(pl_module.device)
 
-    def _stretch(self, step: int) -> Stretch:
-        return self.stretches[min(step // (WARM_STEPS + TIMED_STEPS), len(self.stretches) - 1)]
+    def _phase_at(self, step: int) -> LossPhase:
+        return self.loss_phases[min(step // (WARM_STEPS + TIMED_STEPS), len(self.loss_phases) - 1)]
 
 
 def preflight(run: "Run") -> None:
@@ -103,7 +103,7 @@ def preflight(run: "Run") -> None:
     run.datamodule.teardown("fit")
     if trainer.is_global_zero:
         rows = [(name, text) for name, text in describe(trainer, module) if name not in ("folder", "steps")]
-        forecast = _forecast(run, watch.stretches, loading)
+        forecast = _forecast(run, watch.loss_phases, loading)
         log.info("Preflight passed; nothing was saved.\n%s", table([*rows, *memory, *forecast]))
         warn(trainer, module)
 
@@ -153,8 +153,8 @@ def check_disk(config: Mapping[str, Any], module: Any) -> None:
         raise UserError(f"Preflight: {folder} can't be written. Set paths.log_dir to another folder.")
 
 
-def _forecast(run: "Run", parts: list[Stretch], loading: float) -> list[tuple[str, str]]:
-    """Return (name, text) rows with the time of the loader, each stretch and the whole run. loading: seconds per batch."""
+def _forecast(run: "Run", parts: list[LossPhase], loading: float) -> list[tuple[str, str]]:
+    """Return (name, text) rows with the time of the loader, each phase and the whole run. loading: seconds per batch."""
     world, accumulate = run.trainer.world_size, run.module.settings.accumulate_grad_batches
     batch = run.datamodule.batch_size * world * accumulate
     rows = [

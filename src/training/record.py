@@ -139,7 +139,7 @@ def summary(trainer: pl.Trainer, module: Any) -> dict[str, Any]:
     for callback in trainer.callbacks:
         if isinstance(callback, SampleImages) and callback.last_file is not None:
             result["picture"] = str(callback.last_file)
-            rows.append(("last sample image", f"{result['picture']} ({module.picture_rows})"))
+            rows.append(("last sample image", f"{result['picture']} ({module.sample_row_names})"))
         if isinstance(callback, pl.callbacks.EarlyStopping) and callback.stopped_epoch:
             why = f"in epoch {callback.stopped_epoch + 1}; {callback.monitor} was best at {callback.best_score.item():.4f}"
             rows.append(("stopped early", why))

@@ -39,7 +39,7 @@ class RAEModule(StageModule):
 
     frozen: ClassVar[tuple[str, ...]] = ("rae.encoder.", "lpips.", "discriminator.trunk.", "generated.")
     published_batch: ClassVar[int] = 512
-    picture_rows: ClassVar[str] = "originals above reconstructions"
+    sample_row_names: ClassVar[str] = "originals above reconstructions"
     settings: ModelSettings
 
     def __init__(self, **config: Any) -> None:
@@ -196,7 +196,7 @@ class RAEModule(StageModule):
         rae = ModelSettings.parse(config)
         geometry_of(rae.encoder_cls, rae.encoder_params, rae.decoder_patch_size, rae.image_size, rae.encoder_input_size)
 
-    def facts(self) -> list[tuple[str, str]]:
+    def startup_rows(self) -> list[tuple[str, str]]:
         rae, geometry, encoder = self.rae, self.rae.geometry, self.rae.encoder
         heads = self.discriminator.heads if self.discriminator is not None else None
         trunk = self.discriminator.trunk if self.discriminator is not None else None
@@ -214,7 +214,7 @@ class RAEModule(StageModule):
             ("starts", ", ".join(f"{name} at step {step:,}" for name, step in begin.items()) or "L1 only"),
         ]
 
-    def doubts(self, max_epochs: int | None) -> list[str]:
+    def likely_mistakes(self, max_epochs: int | None) -> list[str]:
         starts, found = self.settings, []
         if self.discriminator is None:
             return []
@@ -236,7 +236,7 @@ class RAEModule(StageModule):
         parts = {"encoder": self.rae.encoder, "LPIPS": self.lpips, "discriminator trunk": self.discriminator}
         return [name for name, part in parts.items() if part is not None and part.untrained]
 
-    def stretches(self, planned: int) -> list[tuple[str, int, Any]]:
+    def loss_phases(self, planned: int) -> list[tuple[str, int, Any]]:
         starts = self.settings.start_steps(self.steps_per_epoch)
         borders = sorted({0, planned, *(min(step, planned) for step in starts.values())})
         found = []

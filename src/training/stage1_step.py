@@ -85,7 +85,7 @@ class Fake(NamedTuple):
 
     pixels: Tensor
     """uint8 B 3 H W."""
-    flaw: Tensor
+    nan_flag: Tensor
     """Scalar to add to losses: 0, or NaN if the decoder's output was not finite, which bytes can't represent."""
 
 
@@ -294,7 +294,7 @@ class TrainingStep:
         """Accumulate gradients and terms of half of D's loss, for a fake or for real images (uint8 B 3 H W)."""
         assert self.discriminator is not None
         term = DISCRIMINATOR_LOSSES[self.settings.disc_loss][label]
-        images, flaw = judged if isinstance(judged, Fake) else (judged, 0.0)
+        images, nan_flag = judged if isinstance(judged, Fake) else (judged, 0.0)
         for part in self._chunks(len(images)):
             with torch.no_grad():
                 # To [-1, 1] as published: fakes from bytes directly, real images through [0, 1], which rounds differently.
@@ -303,9 +303,9 @@ class TrainingStep:
                 )
                 maps = self.discriminator.features(self.augment.apply(signed, augment[part]))
             logits = self.discriminator.heads(maps)
-            half = 0.5 * term(logits.float()) + flaw
+            half = 0.5 * term(logits.float()) + nan_flag
             weight = share * len(logits) / len(images)
-            half.backward(half.new_full((), weight) * scale + flaw)
+            half.backward(half.new_full((), weight) * scale + nan_flag)
             logits = logits.detach().float()
             right = logits > 0 if label == "real" else logits < 0
             for name, value in {

@@ -83,8 +83,8 @@ class DiffusionModule(StageModule):
     frozen: ClassVar[tuple[str, ...]] = ("rae.",)
     on_device: ClassVar[tuple[str, ...]] = ("image", "latent", "label")
     published_batch: ClassVar[int] = 1024
-    picture_rows: ClassVar[str] = "a row for each class"
-    start_anew: ClassVar[str] = " from its transformer: set model.pretrained_path to that checkpoint"
+    sample_row_names: ClassVar[str] = "a row for each class"
+    restart_hint: ClassVar[str] = " from its transformer: set model.pretrained_path to that checkpoint"
     sparse_terms: ClassVar[tuple[str, ...]] = ("train/loss_q",)
     settings: Stage2Settings
 
@@ -216,7 +216,7 @@ class DiffusionModule(StageModule):
     def check_arguments(cls, config: Mapping[str, Any]) -> None:
         Stage2Settings.parse(config, "model")
 
-    def facts(self) -> list[tuple[str, str]]:
+    def startup_rows(self) -> list[tuple[str, str]]:
         channels, grid, _ = self.rae.latent_shape
         encoder = self.rae.encoder
         forward, size = forward_flops(self.network) / 1e9, self.rae.geometry.image_size
@@ -235,7 +235,7 @@ class DiffusionModule(StageModule):
         encoder = 0 if stored else flops.forward_flops(self.rae.encoder, torch.empty(1, 3, size, size, device="meta"))
         return 3 * forward_flops(self.network) + encoder
 
-    def doubts(self, max_epochs: int | None) -> list[str]:
+    def likely_mistakes(self, max_epochs: int | None) -> list[str]:
         width, channels = self.network.final_layer.linear.in_features, self.rae.latent_shape[0]
         if width >= channels:
             return []
