@@ -112,7 +112,7 @@ def test_wrong_image_size_is_rejected_with_a_command_that_fixes_it(images, check
     assert "48 x 48 px" in message and "64 x 64 px" in message
     mended = run_suggested_command(message, tmp_path)
     assert score(f"--reference {mended}") == pytest.approx(score(), rel=1e-4)
-    assert not told(caplog) and "does not say" not in caplog.text
+    assert not told(caplog) and "does not state" not in caplog.text
 
 
 def test_all_references_are_checked_before_the_first_pass(images, checkpoint, tmp_path, monkeypatch, capsys):

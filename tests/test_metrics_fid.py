@@ -235,7 +235,7 @@ def test_statistics_stored_with_images_have_their_size(tmp_path: Path, caplog) -
     with np.load(tmp_path / "statistics.npz") as a, np.load(tmp_path / "images.npz") as b:
         np.savez(tmp_path / "both.npz", **a, **b)
     load(tmp_path / "both.npz")
-    assert "does not say" not in caplog.text
+    assert "does not state" not in caplog.text
     with pytest.raises(UserError, match="16 x 16 px.*8 x 8 px"):
         load(tmp_path / "both.npz", Preparation(image_size=8))
 
@@ -264,7 +264,7 @@ def test_reference_prepared_differently_warns_or_is_rejected(tmp_path: Path, cap
 def test_third_party_references_warn_about_missing_facts(tmp_path: Path, caplog) -> None:
     write_both_kinds(tmp_path, None)
     load(tmp_path / "images.npz")
-    assert "does not say" not in caplog.text  # the images themselves do
+    assert "does not state" not in caplog.text  # the images themselves do
     load(tmp_path / "statistics.npz")
     assert "statistics.npz does not state the size" in caplog.text and "16 px" in caplog.text
     load(tmp_path / "statistics.npz", replace(PREPARED, selected=5))
