@@ -12,7 +12,7 @@ from src.callbacks.samples import SampleImages
 from src.core.distributed import RankRequests
 from src.data.loader import TrainLoader
 from src.training.stage1 import RAEModule
-from tests.training import QUIET, composed, logged, train
+from tests.training import QUIET, logged, train
 
 
 def test_timed_save_on_several_ranks_happens_once(tmp_path, monkeypatch):
@@ -145,8 +145,3 @@ def test_warnings_at_the_start(stage1_run, caplog, monkeypatch, starts, pretrain
         assert any(words in message for message in messages), messages
     assert any("GAN term" in message for message in messages) == (disc > 0)
     assert any("No GPU" in message for message in messages) == pretrained
-
-
-def test_encoder_config_path_sets_the_encoder_source():
-    config = composed(["experiment=rae_dino", "model.encoder_config_path=facebook/dinov2-with-registers-large"])
-    assert config.model.encoder_params.dinov2_path == "facebook/dinov2-with-registers-large"

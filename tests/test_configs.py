@@ -82,6 +82,11 @@ def test_defaults_are_those_printed_in_the_guide():
     assert "checkpoint" not in composed(["callbacks=no_checkpoint"]).callbacks
 
 
+def test_encoder_config_path_sets_the_encoder_source():
+    config = composed(["experiment=rae_dino", "model.encoder_config_path=facebook/dinov2-with-registers-large"])
+    assert config.model.encoder_params.dinov2_path == "facebook/dinov2-with-registers-large"
+
+
 def test_dummy_experiments_set_no_model_keys():
     """So that `model=rae` runs the real networks on the same data."""
     for name in (n for n in EXPERIMENTS if n.endswith("dummy")):
