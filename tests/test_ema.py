@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 from src.core.ema import EMA
-from tests.conftest import make_rae
 
 
 def test_average_follows_its_formula_for_trained_weights_only():
@@ -23,9 +22,3 @@ def test_average_follows_its_formula_for_trained_weights_only():
     assert torch.allclose(ema.average[1].weight, expected, atol=1e-6)
     assert ema.average[0].bias.data_ptr() == module[0].bias.data_ptr()
     assert not any(p.requires_grad for p in ema.average.parameters())
-
-
-def test_fixed_positions_are_shared_and_trained_ones_averaged():
-    fixed, trained = make_rae().decoder, make_rae(train_positions=True).decoder
-    assert EMA(fixed, 0.9).average.decoder_pos_embed.data_ptr() == fixed.decoder_pos_embed.data_ptr()
-    assert EMA(trained, 0.9).average.decoder_pos_embed.data_ptr() != trained.decoder_pos_embed.data_ptr()
