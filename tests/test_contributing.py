@@ -38,7 +38,7 @@ def test_worked_examples_pass_their_checks(tmp_path):
         target, pairs = hunks(diff)
         text = (tmp_path / target).read_text(encoding="utf-8")
         for old, new in pairs:
-            assert text.count(old) == 1, f"{target} has {text.count(old)} times:\n{old}"
+            assert text.count(old) == 1, f"{target} contains {text.count(old)} times:\n{old}"
             text = text.replace(old, new)
         (tmp_path / target).write_text(text, encoding="utf-8")
     checks = []

@@ -136,7 +136,7 @@ def test_command(command, monkeypatch):
     found = script(words(re.sub(r"(experiment[= ])NAME", r"\1rae_dino", command)))
     if found is None:
         plain = " ".join(words(command))
-        assert plain.startswith(OTHERS), f"teach tests/test_docs.py this command: {command}"
+        assert plain.startswith(OTHERS), f"unknown command, add it to tests/test_docs.py: {command}"
         check_other(words(command))
         return
     file, arguments = found
@@ -268,8 +268,8 @@ def test_help_has_an_example_and_exit_codes(file, monkeypatch, capsys):
         main(["--help"]) if main.__code__.co_argcount else main()
     assert ended.value.code == 0
     said = capsys.readouterr().out
-    assert f"{file} " in said, "an example to copy"
-    assert not re.search(r"\S {4,}--", said), "lines of a command that Python joined"
+    assert f"{file} " in said, "no example command"
+    assert not re.search(r"\S {4,}--", said), "a command whose lines were joined"
     assert file.startswith(("benchmarks/", "docs/")) or re.search(r"exit (codes|status)", said, re.IGNORECASE)
 
 
@@ -408,4 +408,4 @@ def test_benchmark_table_matches_the_result_files(page):
     finally:
         sys.path.pop(0)
     assert benchmark_table.BEGIN in text(page)
-    assert benchmark_table.replaced(page, text(page)) == text(page), "python docs/benchmark_table.py --write"
+    assert benchmark_table.replaced(page, text(page)) == text(page), "run python docs/benchmark_table.py --write"

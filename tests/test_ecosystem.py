@@ -71,7 +71,7 @@ def test_logged_values_reach_lightnings_callbacks(whole):
     assert all(float(found[name]) == pytest.approx(value, rel=1e-6) for name, value in latest.items())
     assert "train/loss" in run.trainer.progress_bar_metrics
     steps = [step for step, *_ in rows]
-    assert steps == sorted(steps), "Lightning counts updates too, or readers would see a start from an earlier state"
+    assert steps == sorted(steps), "rows of Lightning count updates too, or readers would see a restart"
 
 
 @pytest.mark.parametrize("name", ["checkpoints/epoch=0-step=3.ckpt", "by_step/epoch=0-step=2.ckpt", "alone"])
@@ -172,7 +172,7 @@ def test_run_returns_the_requested_metric(tmp_path):
     assert value == record["result"]["mine/val"] == 0.5 and record["tags"] == ["ablation", "small"]
 
 
-@pytest.mark.skipif("hydra_plugins.hydra_optuna_sweeper" in sys.modules, reason="the plugin is here")
+@pytest.mark.skipif("hydra_plugins.hydra_optuna_sweeper" in sys.modules, reason="the Optuna plugin is installed")
 def test_missing_plugin_ends_in_one_message():
     said = python("src/train.py", "hparams_search=optuna", code=1)
     assert len(said.splitlines()) == 1 and "pip install -e '.[optuna]'" in said

@@ -253,7 +253,7 @@ def test_two_processes_give_the_scores_of_one(capsys, checkpoint, images, tmp_pa
 
 def test_missing_gpu_is_an_error(refused, checkpoint, images):
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("a GPU is available")
     assert "--device cpu" in refused(f"--checkpoint {checkpoint} --data_dir {images}", quick="")
 
 

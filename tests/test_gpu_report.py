@@ -130,7 +130,7 @@ def test_program_that_runs_out_of_time_keeps_its_results(tmp_path, monkeypatch):
     options = argparse.Namespace(**OPTIONS | {"rae": tmp_path, "raev2": tmp_path})
     deadline = time.monotonic() + 9
     found = gpu_report.measure("h", {}, options, tmp_path, deadline, {})["h"]
-    assert deadline - time.monotonic() > 3.5, "no time is left to write what there is"
+    assert deadline - time.monotonic() > 3.5, "no time is left to write the results"
     assert found["status"] == "out of time"
     assert found["result"]["results"] == {"bf16/gan": {"official": {"seconds": 1}}}
     assert found["result"]["summary"] == ["batch 1, gan official: 1 s"]

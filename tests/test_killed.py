@@ -218,7 +218,7 @@ def gone(pids, patience=10.0):
     deadline = time.monotonic() + patience
     for pid in pids:
         while (state := kill_and_resume.text(Path(f"/proc/{pid}/stat"))) and ") Z " not in state:
-            assert time.monotonic() < deadline, f"{pid} lives on: {state}"
+            assert time.monotonic() < deadline, f"{pid} is still running: {state}"
             time.sleep(0.1)
 
 

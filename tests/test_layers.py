@@ -156,7 +156,7 @@ def test_noise_is_a_function_of_epoch_and_position_for_any_split_of_a_batch():
     assert not torch.equal(whole.sigma, noise.latents(batch(5, 6, 7, epoch=2), cpu).sigma)
     assert stand_in(0.5, tau=0.0).latents(batch(5), cpu) is None
     published = 0.8 * streams.uniforms(0, Purpose.NOISE_LEVEL, 1, [5, 6, 7], 1)
-    assert torch.equal(whole.sigma.flatten(), published.flatten()), "U(0, tau), one draw an image"
+    assert torch.equal(whole.sigma.flatten(), published.flatten()), "U(0, tau), one draw per image"
 
 
 def moments_of_logit_normal(mu, s):

@@ -42,7 +42,7 @@ from tests.training import QUIET, SMALL, composed, last, python, train
 )  # fmt: skip
 def test_invalid_overrides_end_in_one_message(tmp_path, overrides, said):
     if overrides == ["trainer.accelerator=gpu"] and torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
+        pytest.skip("a GPU is available")
     with pytest.raises(UserError) as caught:
         train(tmp_path, *QUIET, *overrides)
     message = str(caught.value)

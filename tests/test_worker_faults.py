@@ -71,7 +71,7 @@ def test_no_batch_is_lost_and_the_run_is_asked_to_stop(fault, timeout, said, cap
     assert sum(said in record.getMessage() for record in caplog.records) == 2
 
 
-@pytest.mark.skipif(sys.version_info >= (3, 12), reason="a forked process comes to run there")
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="fork does not hang there")
 @pytest.mark.parametrize("hanging", [1, 2])
 def test_worker_that_hangs_after_the_fork_is_restarted(monkeypatch, caplog, hanging):
     """If the new one hangs too, it counts as killed, and no batch is lost either."""
