@@ -132,7 +132,7 @@ def _computed(content: dict[str, Any]) -> Iterator[Row]:
         own, plain = measured["ours"], measured["plain"]
         memory = f"{own['peak_gib']:.1f} GiB ({own['peak_gib'] / plain['peak_gib']:.2f} x)"
         what = f"step: {phase}, {said['precision']}; {sizes}"
-        yield what, "a GPU's tensors, computed without one", "", "memory of plain", memory
+        yield what, "memory of the tensors, computed without a GPU", "", "plain (memory)", memory
 
 
 def _ratio(other: dict[str, Any], own: dict[str, Any]) -> float:
