@@ -65,7 +65,6 @@ import sys
 import torch
 from hydra import compose, initialize_config_dir
 
-import src.losses.gan
 from src.formats.checkpoint import load_trained
 from src.formats.folder import read_folder, write_folder
 from src.models.encoders import encoder_class

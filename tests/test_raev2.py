@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from src.core.distributed import Launch
 from src.core.errors import UserError
+from src.core.text import flat
 from src.formats.decoder_files import read_statistics
 from src.models.decoder import sincos_positions, unpatchify
 from src.models.frozen_encoder import FrozenEncoder
@@ -31,12 +32,6 @@ EXPERIMENTS = {
     "raev2_dinov3l_k23": RAEV2 | {"model.encoder_params.layers": "k23"},
     "rae_dinov3b": DINOV3 | {"model.encoder_config_path": BASE, "model.encoder_params.model_name": BASE, "model.encoder_params.layers": None},
 }  # fmt: skip
-
-
-def flat(config, key=""):
-    if not isinstance(config, dict):
-        return {key[1:]: config}
-    return {name: value for part, node in config.items() for name, value in flat(node, f"{key}.{part}").items()}
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
