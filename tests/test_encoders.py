@@ -1,5 +1,6 @@
 """Every encoder family matches transformers' own forward pass, with weights that would expose a mistake."""
 
+import copy
 import json
 import sys
 import weakref
@@ -399,6 +400,17 @@ def test_accepted_images(rae):
     resized = F.interpolate(pixels / 255, size=(64, 64), mode="bicubic", antialias=True).clamp(0, 1)
     for wide in (pixels, pixels / 255):
         assert torch.allclose(rae.encode(wide, resize=True), rae.encode(resized), atol=1e-5)
+
+
+def test_half_precision_model_decodes_float32_latents_and_wrong_shapes_are_rejected(rae):
+    latents, half = rae.encode(torch.rand(2, 3, 64, 64)), copy.deepcopy(rae).bfloat16()
+    decoded = half.decode(latents)
+    assert decoded.dtype == torch.bfloat16 and torch.equal(decoded, half.decode(latents.bfloat16()))
+    assert half(torch.rand(1, 3, 64, 64)).dtype == torch.bfloat16
+    channels = latents.shape[1]
+    for wrong in (latents[:, 1:], latents.flatten(2).transpose(1, 2), latents[0]):
+        with pytest.raises(ValueError, match=rf"expected latents B x {channels} x h x w, got \({wrong.shape[0]}, "):
+            rae.decode(wrong)
 
 
 def test_noise_of_an_encoded_image_and_latents_of_another_grid(rae):

@@ -141,8 +141,12 @@ class RAE(nn.Module):
         return self.normalize(latents)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents B C h w, as returned by `encode` -> images B 3 H W, float, not clamped."""
-        return self.decode_raw(self.denormalize(latents))
+        """Decode latents B C h w, as returned by `encode` -> images B 3 H W in the decoder's dtype, not clamped. Another grid is
+        resampled. Raises ValueError for a wrong shape."""
+        channels = self.latent_shape[0]
+        if latents.ndim != 4 or latents.shape[1] != channels:
+            raise ValueError(f"expected latents B x {channels} x h x w, got {tuple(latents.shape)}")
+        return self.decode_raw(self.denormalize(latents).to(self.decoder.decoder_embed.weight.dtype))
 
     def forward(self, images: Tensor, noise_tau: float = 0.0, resize: bool = False, check: bool = True) -> Tensor:
         """Encode and decode; arguments and errors as in `encode`, output as in `decode`."""
