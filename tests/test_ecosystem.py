@@ -3,6 +3,7 @@
 import importlib.machinery
 import json
 import os
+import pickle
 import sys
 from types import ModuleType
 
@@ -150,6 +151,12 @@ def test_module_and_data_work_in_a_plain_trainer(tmp_path):
     assert torch.equal(load_trained(file).rae(images), module.reconstruct(images))
     with pytest.raises(UserError, match="datamodule=data"):
         pl.Trainer(max_epochs=1, **options).fit(module, data.train_dataloader())
+    copied = pickle.loads(pickle.dumps(module))
+    (scores,) = pl.Trainer(limit_val_batches=1, **options).validate(copied, datamodule=data)
+    expected = {name: pytest.approx(value) for name, (_, value) in module.scores.items()}
+    assert scores == expected and "val/psnr" in scores
+    with pytest.raises(UserError, match="precision='bf16-true': expected 32-true"):
+        pl.Trainer(precision="bf16-true", **options).validate(instantiate(config.model), datamodule=data)
 
 
 # -- sweeps

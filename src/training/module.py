@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.profiler import record_function
 
@@ -199,9 +200,20 @@ class StageModule(pl.LightningModule):
             self.scores_at_start = dict(values)
         else:
             self.scores |= {name: (self.global_step, value) for name, value in values.items()}
-        self.write_metrics(values)
+        if (
+            self.trainer.state.fn == TrainerFn.VALIDATING
+        ):  # trainer.validate prints, logs and returns what `log` was given
+            self.log_dict(dict(values))
+        else:
+            self.write_metrics(values)
 
     # -- setup
+
+    def setup(self, stage: str) -> None:
+        if self.trainer.precision not in (expected := ["32-true", *HALF]):
+            raise UserError(
+                f"precision={self.trainer.precision!r}: expected {', '.join(expected)}. The weights stay in float32."
+            )
 
     def exchange_gradients_of(self, prefix: str) -> None:
         """Let DistributedDataParallel exchange only the gradients of parameters whose names start with `prefix`."""

@@ -177,6 +177,7 @@ class RAEModule(StageModule):
     def on_validation_epoch_end(self) -> None:
         means = self._means.reduce().means()
         means["loss"] = sum(weight * means[name] for name, (weight, _) in self._terms.items())
+        del self._terms  # its functions can't be pickled
         self.record_scores({f"val/{name}": value for name, value in means.items()})
 
     def sample_rows(self, images: Tensor) -> list[Tensor]:
