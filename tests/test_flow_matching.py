@@ -44,6 +44,7 @@ def test_shifted_times():
 def test_invalid_grids_are_rejected(steps, kind, message):
     with pytest.raises(UserError, match=message):
         fm.sampling_grid(steps, 2.0, kind)
+    assert [fm.sampling_grid(2, 1.0, "rae")[0], *fm.sampling_grid(1, 1.0, "raev2")] == [1, 1, 0]  # the smallest ones
 
 
 def draw_times(time: str, uniforms: torch.Tensor, mu: float = 0.0, sigma: float = 1.0) -> torch.Tensor:

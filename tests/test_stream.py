@@ -8,6 +8,7 @@ import torch
 
 from src.core import random_streams as stream
 from src.core.random_streams import Purpose
+from src.data.mix import feistel
 
 CPU = torch.device("cpu")
 
@@ -56,5 +57,6 @@ def test_purposes_keep_their_numbers():
     assert [p.value for p in Purpose] == list(range(20))
     assert stream.uniforms(7, Purpose.CROP, 1, [2], 2).tolist() == [pytest.approx([0.04396969, 0.82623363], abs=1e-7)]
     assert stream.permutation(7, 1, 6).tolist() == [2, 4, 5, 1, 0, 3]
+    assert feistel((1, 2, 3, 4), 5000, np.arange(3)).tolist() == [278, 2699, 2820]
     normals = stream.normals(7, Purpose.SAMPLE_NOISE, 1, [2], (2,), CPU)
     assert normals.tolist() == [pytest.approx([-0.50004590, 0.84696782], abs=1e-6)]

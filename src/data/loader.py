@@ -79,10 +79,12 @@ class BadImages:
         allowed = self.max_share * max(self.seen, min(JUDGE_AFTER, self.epoch_images))
         if failures and (stuck or self.bad > allowed):
             last = printable(f"{failures[-1].name}: {failures[-1].reason}")
+            why, instead = f"more than data.max_bad_share={self.max_share:g} allows", ", or raise data.max_bad_share"
+            if self.bad <= allowed:
+                why, instead = f"and no good one was found in {ATTEMPTS} attempts to replace one", ""
             raise UserError(
-                f"{self.bad} bad images among the first {self.seen} ({len(self.names)} different ones), more than "
-                f"data.max_bad_share={self.max_share:g} allows. The last: {last}. Fix or remove "
-                "the files (create_hf_test_data.py leaves bad ones out and lists them), or raise data.max_bad_share."
+                f"{self.bad} bad images among the first {self.seen} ({len(self.names)} different ones), {why}. The last: {last}. "
+                f"Fix or remove the files (create_hf_test_data.py leaves bad ones out and lists them){instead}."
             )
 
 
