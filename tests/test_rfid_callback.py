@@ -16,7 +16,7 @@ from src.core.errors import UserError
 from src.core.weights import read
 from src.metrics.inception import InceptionFeatures
 from tests.tiny_models import two_processes
-from tests.training import SMALL, assert_equal_ends, last, logged, same, train
+from tests.training import SMALL, assert_equal_ends, last, logged, same, train, train_stage2
 
 
 def rfid(**options: object) -> list[str]:
@@ -175,6 +175,11 @@ def test_invalid_values_are_rejected(key, value):
 )
 def test_run_id(folder, expected):
     assert run_id(Path(folder)) == expected
+
+
+def test_stage_2_is_refused_before_it_trains(autoencoder, tmp_path):
+    with pytest.raises(UserError, match="callbacks=generation"):
+        train_stage2(tmp_path, autoencoder, "callbacks=default", "callbacks.rfid.inception_weights=tiny")
 
 
 @pytest.mark.slow

@@ -83,6 +83,11 @@ class RFIDCallback(ScoreCallback):
         """Check before training for anything that would fail at the first evaluation. Raises UserError."""
         if stage != "fit" or not self.in_use:
             return
+        if not hasattr(pl_module, "reconstruct"):
+            raise UserError(
+                "callbacks.rfid scores reconstructions of stage 1, but this model makes none: callbacks=generation (with early "
+                "stopping: callbacks=[generation,early_stopping]), or remove it."
+            )
         available = len(trainer.datamodule.evaluation_set(None, self.use_train_dataloader).rows)
         if available < 2:
             raise UserError(
