@@ -9,6 +9,7 @@ import torch
 from src.core import random_streams as streams
 from src.core.errors import UserError
 from src.core.random_streams import Purpose
+from src.core.weights import read
 from src.training.generated_latents import GeneratedLatents
 from src.training.settings import GeneratedLatentsSettings
 from tests.tiny_models import stir
@@ -49,7 +50,7 @@ def test_generated_latents_are_denoised_from_t0_for_each_image_by_itself(stage2_
     assert torch.allclose(generated(run, last(folder), t0=1e-6)(rae, raw, batch), raw, atol=1e-3)
 
 
-def test_decoder_is_fine_tuned_on_generated_latents_and_resumes_exactly(stage2_run, autoencoder, tmp_path):
+def test_decoder_is_fine_tuned_on_generated_latents_and_resumes_exactly(stage2_run, autoencoder, tmp_path, caplog):
     folder, _ = stage2_run
     encoder = autoencoder.parent / "encoder_dinov2"
     options = [
@@ -62,6 +63,12 @@ def test_decoder_is_fine_tuned_on_generated_latents_and_resumes_exactly(stage2_r
     assert same(one.module.state_dict(), two.module.state_dict())
     assert not any(name.startswith("generated") for name in one.module.state_dict())
     assert all(p.grad is None and not p.requires_grad for p in one.module.generated.parameters())
+    assert "model.generated.checkpoint was of step" not in caplog.text
+    later = read(last(folder)) | {"global_step": 99}
+    torch.save(later, tmp_path / "later.ckpt")
+    own = f"model.generated.checkpoint={tmp_path}/later.ckpt"
+    train(tmp_path / "changed", *options, own, "trainer.max_epochs=1", checkpoint=last(tmp_path / "first"))
+    assert "model.generated.checkpoint was of step 6 and is now of step 99" in caplog.text
     without = train(tmp_path / "without", *options, "model.generated.checkpoint=null", "trainer.max_epochs=1")
     assert not same(one.module.state_dict(), without.module.state_dict())
     with pytest.raises(

@@ -46,6 +46,7 @@ class GeneratedLatents(nn.Module):
         except UserError as error:
             raise UserError(f"model.generated.checkpoint={settings.checkpoint}: {error}") from error
         self.t0, self.seed, self.network = settings.t0, seed, generator.network
+        self.trained_steps = generator.step
         sampler = SamplerSettings.parse({**generator.sampler, "auto": 1.0}, "sampler")  # no second network
         self.sampler = Sampler(self.network, sampler, generator.flow, seed)
         self._grid = sampling_grid(settings.steps, self.sampler.shift, "raev2", settings.t0)

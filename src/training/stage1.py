@@ -4,6 +4,7 @@ The mathematics of a step is in `src/training/stage1_step.py`; this file schedul
 optimisers alternate; every step count is in generator updates.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -30,6 +31,8 @@ from src.training.optimizers import adamw, loss_scale, step_optimizer
 from src.training.settings import ModelSettings
 from src.training.stage1_step import Fake, Label, Phase, TrainingStep
 from src.training.step_noise import StepNoise
+
+log = logging.getLogger(__name__)
 
 PURPOSES = {"fake": Purpose.AUGMENT_FAKE, "real": Purpose.AUGMENT_REAL}
 
@@ -281,10 +284,18 @@ class RAEModule(StageModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["disc_scaler"] = self.disc_scaler.state_dict()
+        if self.generated is not None:
+            checkpoint["generator_step"] = self.generated.trained_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self._restored_scaler = checkpoint["disc_scaler"]
+        was, now = checkpoint.get("generator_step"), self.generated and self.generated.trained_steps
+        if None not in (was, now) and was != now:
+            log.warning(
+                "The file of model.generated.checkpoint was of step %s and is now of step %s: this run differs from the one it "
+                "resumes.", was, now,
+            )  # fmt: skip
 
 
 def parts_to_compile(
