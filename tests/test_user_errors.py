@@ -10,6 +10,7 @@ from src.callbacks.samples import SampleImages
 from src.core.compose import quoting_hint
 from src.core.errors import UserError
 from src.core.text import hydra_quoted, masked
+from src.formats.checkpoint import load_trained
 from src.training import logs
 from src.training.run import _message as message_of
 from src.training.run import check_config, run
@@ -182,6 +183,13 @@ def test_restart_by_torchrun_does_not_start_over(tmp_path, monkeypatch, capfd):
     with pytest.raises(SystemExit):
         run(composed([*SMALL, *QUIET, f"paths.log_dir={tmp_path}"]))
     assert "ckpt_path=last" in capfd.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_checkpoint_in_the_working_directory_is_pointed_at(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.ckpt").touch()
+    with pytest.raises(UserError, match=f"project root: give {tmp_path}/mine.ckpt"):
+        load_trained("mine.ckpt")
 
 
 def test_launcher_that_can_not_start_ends_in_one_message(tmp_path):

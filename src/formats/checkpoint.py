@@ -190,6 +190,8 @@ def existing(path: str | Path, key: str = "--checkpoint") -> Path:
     )
     beside = sorted(str(other.relative_to(near)) for other in found)
     hint = f"That folder has {', '.join(beside)}." if beside else "Checkpoints are in logs/runs/DATE/TIME/checkpoints."
+    if Path(path).is_file():  # in the working directory
+        hint = f"Relative paths start at the project root: give {Path(path).absolute()}."
     raise UserError(f"Checkpoint not found: {file} (from {key}). {hint}")
 
 
