@@ -200,9 +200,7 @@ class StageModule(pl.LightningModule):
             self.scores_at_start = dict(values)
         else:
             self.scores |= {name: (self.global_step, value) for name, value in values.items()}
-        if (
-            self.trainer.state.fn == TrainerFn.VALIDATING
-        ):  # trainer.validate prints, logs and returns what `log` was given
+        if self.trainer.state.fn == TrainerFn.VALIDATING:  # trainer.validate returns what was logged this way
             self.log_dict(dict(values))
         else:
             self.write_metrics(values)
