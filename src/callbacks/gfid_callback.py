@@ -39,6 +39,7 @@ class GFIDCallback(ScoreCallback):
 
     score = "gfid"
     scored = "samples"
+    script = "src/eval_generation.py"
     off = "callbacks.gfid.every_n_steps=0 callbacks.gfid.every_n_epochs=0"
     inception_width = None
 

@@ -45,6 +45,7 @@ class RFIDCallback(ScoreCallback):
 
     score = "rfid"
     scored = "images"
+    script = "src/eval_rfid.py"
     off = "callbacks.rfid.rfid_every_n_steps=0 callbacks.rfid.rfid_every_epoch=false"
 
     rfid_every_n_steps: Annotated[int, Field(ge=0)]
@@ -85,7 +86,7 @@ class RFIDCallback(ScoreCallback):
             return
         if not hasattr(pl_module, "reconstruct"):
             raise UserError(
-                "callbacks.rfid scores reconstructions of stage 1, but this model makes none: callbacks=generation (with early "
+                "callbacks.rfid scores reconstructions of stage 1, but this model makes none: use callbacks=generation (with early "
                 "stopping: callbacks=[generation,early_stopping]), or remove it."
             )
         available = len(trainer.datamodule.evaluation_set(None, self.use_train_dataloader).rows)

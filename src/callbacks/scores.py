@@ -36,6 +36,8 @@ class ScoreCallback(pl.Callback):
     """Name of the score and of its node in `callbacks:`; with pretrained Inception weights also the prefix of logged names."""
     scored: ClassVar[str]
     """What is scored, for log lines: images or samples."""
+    script: ClassVar[str]
+    """Script that computes the same score from a checkpoint."""
     off: ClassVar[str]
     """Overrides that switch the score off."""
     every_n_steps: int
@@ -105,8 +107,8 @@ class ScoreCallback(pl.Callback):
         except _Overdue:
             log.warning(
                 "%s at step %d is skipped: the run was asked to stop and saves first. A checkpoint of this step can be scored "
-                "with src/eval_%s.py.",
-                self.score, trainer.global_step, {"gfid": "generation"}.get(self.score, self.score),
+                "with %s.",
+                self.score, trainer.global_step, self.script,
             )  # fmt: skip
 
     def until_overdue(self, parts: Iterable[T], most: int, world: int) -> Iterator[T]:
