@@ -82,7 +82,7 @@ def processes(device: str) -> Iterator[Process]:
     for variable, launcher in (("SLURM_STEP_NUM_TASKS", "srun"), ("OMPI_COMM_WORLD_SIZE", "mpirun")):
         if world == 1 and int(count := os.environ.get(variable, "1")) > 1:
             raise UserError(
-                f"{launcher} started {count} processes, of which each would do all of the work. Start one per machine and let it "
+                f"{launcher} started {count} processes, each of which would do all of the work. Start one per machine and let it "
                 "start the others: torchrun --nproc_per_node=8 SCRIPT …"
             )
     chosen = find_device(device, local)

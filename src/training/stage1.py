@@ -60,7 +60,7 @@ class RAEModule(StageModule):
         chosen = settings.generated.checkpoint is not None
         if chosen and settings.layer_subset.kind != "none":
             raise UserError(
-                "model.generated.checkpoint and model.layer_subset exclude each other: samplers generate all blocks. Set "
+                "model.generated.checkpoint and model.layer_subset exclude each other: generated latents hold all blocks. Set "
                 "model.layer_subset.kind=none."
             )
         self.generated = GeneratedLatents(settings.generated, self.rae, seed) if chosen else None
